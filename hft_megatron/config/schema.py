@@ -1,0 +1,168 @@
+"""Every option of a run, as frozen dataclasses. Field names are Megatron's flag names with underscores.
+
+Imports neither torch nor megatron, so that a wrong option is reported in milliseconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of one model chunk under the interleaved pipeline schedule."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence (needs TP > 1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce-scatter gradients bucket by bucket while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """All-gather updated parameters while the next forward pass runs (needs --overlap-grad-reduce)."""
+    ddp_bucket_size: int | None = None
+    """Parameters of one gradient bucket; megatron-core's default when unset."""
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """nccl where CUDA is present, gloo elsewhere, when unset."""
+    distributed_timeout_minutes: int = 10
+    context_parallel_size: int = 1
+    """Not built yet: only 1."""
+    expert_model_parallel_size: int = 1
+    """Not built yet: only 1."""
+    use_megatron_fsdp: bool = False
+    """Not built yet: only off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the model comes from: a Hugging Face folder, or a shape with random weights."""
+
+    load_hf: str | None = None
+    """Hugging Face folder (config.json and safetensors) to start from; the shape flags below are then not allowed."""
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    vocab_size: int | None = None
+    """The tokenizer's when unset."""
+    max_position_embeddings: int | None = None
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    untie_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+    make_vocab_size_divisible_by: int = 1
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how much at a time, in what precision."""
+
+    micro_batch_size: int = 1
+    """Sequences of one forward pass on one data-parallel rank."""
+    global_batch_size: int | None = None
+    """Sequences of one optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
+    train_iters: int = 100
+    seq_length: int | None = None
+    """Longest training sequence in tokens; the model's limit when unset."""
+    bf16: bool | None = None
+    """bf16 weights with fp32 masters, or fp32. Unset: bf16 on CUDA and on CPUs with AMX or AVX512-BF16, else fp32."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Not built yet: only unset."""
+    seed: int = 1234
+    deterministic_mode: bool = False
+    """Only deterministic kernels and a fixed order of reductions: repeated runs are equal bit for bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_iters: int = 0
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of --train-iters, instead of --lr-warmup-iters."""
+    weight_decay: float = 0.01
+    """Not applied to one-dimensional parameters (norms), as in Megatron."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    train_data_path: str | None = None
+    """JSONL file with `messages`, or `prompt` and `completion`, per line."""
+    valid_data_path: str | None = None
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
+    """Found from the files when unset."""
+    tokenizer_model: str | None = None
+    """Hugging Face folder or SentencePiece .model file; the --load-hf folder when unset."""
+    long_examples: Literal["error", "drop", "truncate"] = "error"
+    """What to do with an example longer than --seq-length; dropped and truncated ones are counted and reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFTConfig:
+    """Which weight matrices train in a round."""
+
+    hft_ratio: float = 0.5
+    """Share of the matrices of every category that trains; 1 is full fine-tuning."""
+    hft_seed: int | None = None
+    """Seed of the draw; --seed when unset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is written and read back."""
+
+    save: str | None = None
+    """Folder of the run: checkpoints, metrics.jsonl, the resolved config, the plan."""
+    load: str | None = None
+    """Folder of a run to resume; a folder without a checkpoint starts fresh, which one line says."""
+    save_interval: int | None = None
+    """Iterations between checkpoints; the last iteration is always saved when --save is given."""
+    save_hf: str | None = None
+    """Folder to export to in Hugging Face's format at the end."""
+    save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Data type of trained tensors in the export; the source folder's (or the run's) when unset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a person or a dashboard sees."""
+
+    log_interval: int = 1
+    eval_interval: int | None = None
+    """Iterations between validations; needs --valid-data-path."""
+    eval_iters: int | None = None
+    """Global batches of one validation; the whole file when unset."""
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_exp_name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. On the command line the groups are flat: ``--tensor-model-parallel-size``, not ``--parallel.tensor...``."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    hft: HFTConfig = field(default_factory=HFTConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

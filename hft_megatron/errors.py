@@ -1,0 +1,17 @@
+"""The errors a person can cause and the exit codes a run can end with."""
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+"""An internal failure: a traceback says where."""
+EXIT_USAGE = 2
+"""A user's mistake: one sentence on standard error says what and how to fix it."""
+EXIT_STOPPED = 3
+"""A signal asked the run to stop: the checkpoint is written and a restart goes on from it."""
+
+
+class UserError(Exception):
+    """A mistake the user can fix.
+
+    The message is one sentence: the option or file and line, the value, the rule, and the nearest fix.
+    The process boundary prints it on one rank and exits with ``EXIT_USAGE``.
+    """
