@@ -1,0 +1,68 @@
+"""What can be trained or rested: one unit per Hugging Face weight, in an order that never depends on a layout.
+
+Pure: no torch, no ranks. Everything the method decides, it decides over these units.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hft_megatron.config.model_shape import ModelShape
+
+Category = Literal["attention", "feed_forward", "norm", "embedding", "final_norm", "lm_head"]
+
+CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm", "embedding", "final_norm", "lm_head")
+LAYER_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm")
+"""The categories inside the transformer layers, which the method halves (PAPER 1.1, rules 3 to 6)."""
+
+EMBEDDING_NAME = "model.embed_tokens"
+FINAL_NORM_NAME = "model.norm"
+LM_HEAD_NAME = "lm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """The smallest thing that trains or rests as a whole: one weight matrix, or one norm."""
+
+    name: str
+    """Hugging Face's module name, such as ``model.layers.3.self_attn.q_proj``."""
+    layer: int | None
+    """Index of the transformer layer; None outside the layers."""
+    category: Category
+    parameters: int
+    """Elements of the whole weight as Hugging Face has it: not sharded, vocabulary not padded."""
+
+
+def units_of(shape: ModelShape) -> tuple[Unit, ...]:
+    """All units of a model in canonical order: embedding, layers from the bottom up, final norm, lm_head.
+
+    With tied embeddings the embedding and the head are one unit, named after the embedding (DESIGN section 2).
+    """
+    vocabulary_parameters = shape.vocab_size * shape.hidden_size
+    units = [Unit(name=EMBEDDING_NAME, layer=None, category="embedding", parameters=vocabulary_parameters)]
+    for layer in range(shape.num_layers):
+        units.extend(_units_of_layer(shape, layer))
+    units.append(Unit(name=FINAL_NORM_NAME, layer=None, category="final_norm", parameters=shape.hidden_size))
+    if not shape.tie_embeddings:
+        units.append(Unit(name=LM_HEAD_NAME, layer=None, category="lm_head", parameters=vocabulary_parameters))
+    return tuple(units)
+
+
+def _units_of_layer(shape: ModelShape, layer: int) -> Iterator[Unit]:
+    """The nine units of one layer; head_dim x heads need not be the hidden size, and k and v shrink with GQA."""
+    query = shape.num_attention_heads * shape.kv_channels * shape.hidden_size
+    key_value = shape.num_query_groups * shape.kv_channels * shape.hidden_size
+    feed_forward = shape.ffn_hidden_size * shape.hidden_size
+    members: tuple[tuple[str, Category, int], ...] = (
+        ("self_attn.q_proj", "attention", query),
+        ("self_attn.k_proj", "attention", key_value),
+        ("self_attn.v_proj", "attention", key_value),
+        ("self_attn.o_proj", "attention", query),
+        ("mlp.gate_proj", "feed_forward", feed_forward),
+        ("mlp.up_proj", "feed_forward", feed_forward),
+        ("mlp.down_proj", "feed_forward", feed_forward),
+        ("input_layernorm", "norm", shape.hidden_size),
+        ("post_attention_layernorm", "norm", shape.hidden_size),
+    )
+    for suffix, category, parameters in members:
+        yield Unit(name=f"model.layers.{layer}.{suffix}", layer=layer, category=category, parameters=parameters)
