@@ -1,0 +1,108 @@
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.ranks import RankPool, RankPools, RanksFailed
+
+
+def run_rank_and_sum(offset: int) -> dict[str, int]:
+    total = torch.tensor(dist.get_rank() + offset)
+    dist.all_reduce(total)
+    return {"rank": dist.get_rank(), "sum": int(total), "pid": os.getpid()}
+
+
+def run_fail_before_collective(failing: list[int]) -> None:
+    if dist.get_rank() in failing:
+        raise ValueError(f"no luck on rank {dist.get_rank()}")
+    dist.barrier()
+
+
+def run_hang() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(3600)
+    dist.barrier()
+
+
+def run_die() -> None:
+    if dist.get_rank() == 0:
+        print("famous last words", file=sys.stderr, flush=True)
+        os._exit(7)
+
+
+def run_make_group() -> int:
+    dist.new_group([0, 1])
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def run_return(kind: str) -> object:
+    print("printed by a rank")
+    return {"tensor": torch.ones(1), "float": 0.1 + 0.2}[kind]
+
+
+def test_every_rank_runs_the_body_and_returns_its_value(ranks: RankPools) -> None:
+    values = ranks(2).run(run_rank_and_sum, offset=10)
+    assert [value["rank"] for value in values] == [0, 1]
+    assert [value["sum"] for value in values] == [21, 21]
+
+
+def test_ranks_are_kept_between_cases(ranks: RankPools) -> None:
+    first = ranks(2).run(run_rank_and_sum, offset=0)
+    again = ranks(2).run("tests.support.test_ranks:run_rank_and_sum", offset=0)
+    assert first == again
+
+
+def test_process_groups_of_a_case_are_gone_in_the_next_one(ranks: RankPools) -> None:
+    assert ranks(2).run(run_make_group) == ranks(2).run(run_make_group) == [2, 2]
+
+
+def test_floats_keep_every_digit_and_output_is_shown(ranks: RankPools, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ranks(2).run(run_return, kind="float") == [0.1 + 0.2] * 2
+    assert "printed by a rank" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def doomed() -> Iterator[RankPool]:
+    """A pool of its own, so that the failures here don't cost the other tests their ranks."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+def test_every_failing_rank_is_shown(doomed: RankPool) -> None:
+    with pytest.raises(RanksFailed) as failure:
+        doomed.run(run_fail_before_collective, failing=[0, 1])
+    assert "no luck on rank 0" in str(failure.value)
+    assert "no luck on rank 1" in str(failure.value)
+
+
+def test_a_rank_stuck_behind_a_failed_one_is_cut_and_the_next_run_works(doomed: RankPool) -> None:
+    start = time.monotonic()
+    with pytest.raises(RanksFailed) as failure:
+        doomed.run(run_fail_before_collective, failing=[1])
+    assert time.monotonic() - start < 60
+    assert list(failure.value.tracebacks) == [1]
+    assert "run_fail_before_collective" in failure.value.stacks[0]
+    assert [value["sum"] for value in doomed.run(run_rank_and_sum, offset=0)] == [1, 1]
+
+
+def test_a_hang_is_cut_at_the_time_out_with_the_stack_of_every_rank(doomed: RankPool) -> None:
+    with pytest.raises(RanksFailed, match=r"did not finish in 2 s on ranks .0, 1. of 2") as failure:
+        doomed.run(run_hang, timeout=2)
+    assert sorted(failure.value.stacks) == [0, 1]
+    assert all("run_hang" in stack for stack in failure.value.stacks.values())
+
+
+def test_a_rank_that_dies_is_reported_with_its_last_output(doomed: RankPool) -> None:
+    with pytest.raises(RanksFailed, match="famous last words") as failure:
+        doomed.run(run_die)
+    assert 0 in failure.value.tracebacks
+
+
+def test_a_value_that_is_not_json_is_a_failure_of_the_case(doomed: RankPool) -> None:
+    with pytest.raises(RanksFailed, match="not JSON serializable"):
+        doomed.run(run_return, kind="tensor")
