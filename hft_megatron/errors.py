@@ -7,6 +7,8 @@ EXIT_USAGE = 2
 """A user's mistake: one sentence on standard error says what and how to fix it."""
 EXIT_STOPPED = 3
 """A signal asked the run to stop: the checkpoint is written and a restart goes on from it."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C where no checkpoint could be written (before training started); shells report the same number."""
 
 
 class UserError(Exception):
@@ -14,4 +16,11 @@ class UserError(Exception):
 
     The message is one sentence: the option or file and line, the value, the rule, and the nearest fix.
     The process boundary prints it on one rank and exits with ``EXIT_USAGE``.
+    """
+
+
+class StoppedBySignal(Exception):
+    """A signal asked the run to stop, and the checkpoint is written; the process ends with ``EXIT_STOPPED``.
+
+    The message is one sentence: the signal, the iteration and the folder that a restart goes on from.
     """

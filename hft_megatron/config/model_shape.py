@@ -1,6 +1,41 @@
-"""The shape of a LLaMA model, from a Hugging Face ``config.json`` or from flags. Imports no torch."""
+"""The shape of a LLaMA model, from a Hugging Face ``config.json`` or from flags. Imports no torch.
 
-from dataclasses import dataclass
+What the model code cannot represent is refused here by name, because a model that loads and computes
+something slightly different is the worst outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.config.schema import ModelConfig
+from hft_megatron.errors import UserError
+
+HF_CONFIG_FILE = "config.json"
+
+_HF_SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+}
+"""Keys that every config.json of a LLaMA has, and our names for them."""
+
+_HF_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+}
+"""Keys that change what the model computes, with the values that are built; the first is LLaMA's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +68,166 @@ class ModelShape:
     rope_scaling: Llama3RopeScaling | None = None
     tie_embeddings: bool = False
     init_method_std: float = 0.02
+
+    @staticmethod
+    def from_hf_config(config: Mapping[str, Any], source: str) -> ModelShape:
+        """Read the contents of a ``config.json``; ``source`` is how errors call the file.
+
+        Values that are absent get the defaults of transformers' ``LlamaConfig``. Raises UserError naming the
+        key when the model is not a LLaMA or is one that this project cannot represent.
+        """
+        model_type = config.get("model_type")
+        if model_type != "llama":
+            raise UserError(f"{source}: model_type is {model_type!r}, and only 'llama' models can be trained.")
+        for key, allowed in _HF_ONLY_VALUES.items():
+            if config.get(key, allowed[0]) not in allowed:
+                shown = "a quantized model" if key == "quantization_config" else f"{key} = {config[key]!r}"
+                raise UserError(f"{source}: {shown} is not supported; only {key} = {allowed[0]!r} is.")
+        sizes = {ours: _positive_integer(config, key, source) for key, ours in _HF_SIZES.items()}
+        heads = sizes["num_attention_heads"]
+        if config.get("head_dim") is None and sizes["hidden_size"] % heads:
+            raise UserError(
+                f"{source}: hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads {heads}."
+            )
+        rotary_base, scaling = _rope_from_hf(config, source)
+        return ModelShape(
+            **sizes,
+            num_query_groups=_positive_integer(config, "num_key_value_heads", source, default=heads),
+            kv_channels=_positive_integer(config, "head_dim", source, default=sizes["hidden_size"] // heads),
+            max_position_embeddings=_positive_integer(config, "max_position_embeddings", source, default=2048),
+            norm_epsilon=_positive_number(config, "rms_norm_eps", source, default=1e-6),
+            rotary_base=rotary_base,
+            rope_scaling=scaling,
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            init_method_std=_positive_number(config, "initializer_range", source, default=0.02),
+        )
+
+    @staticmethod
+    def from_model_config(config: ModelConfig, vocab_size: int) -> ModelShape:
+        """The shape that the flags describe, for a model with random weights.
+
+        Unset sizes follow Megatron: query groups = heads, channels of a head = hidden / heads, and a SwiGLU
+        feed-forward of 8/3 hidden rounded down to a multiple of 64. ``vocab_size`` is the embedding's rows.
+        Raises UserError naming a size that is missing.
+        """
+        needed = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+        for name in needed:
+            if getattr(config, name) is None:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is missing: give it, or start from a model folder with --load-hf.")
+        # One assert for mypy, which cannot follow the loop above.
+        assert config.num_layers and config.hidden_size and config.num_attention_heads
+        assert config.max_position_embeddings
+        return ModelShape(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.ffn_hidden_size or config.hidden_size * 8 // 3 // 64 * 64,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_query_groups or config.num_attention_heads,
+            kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
+            vocab_size=vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            norm_epsilon=config.norm_epsilon,
+            rotary_base=config.rotary_base,
+            tie_embeddings=not config.untie_embeddings_and_output_weights,
+            init_method_std=config.init_method_std,
+        )
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The architecture as a ``LlamaForCausalLM`` config.json, without dtype and token ids.
+
+        Rotary embeddings are written as ``rope_theta`` and ``rope_scaling``: transformers 4.x knows nothing
+        else, and 5.x turns them into its ``rope_parameters`` when it reads the file.
+        """
+        scaling = None if self.rope_scaling is None else {"rope_type": "llama3", **asdict(self.rope_scaling)}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **{key: getattr(self, ours) for key, ours in _HF_SIZES.items()},
+            "num_key_value_heads": self.num_query_groups,
+            "head_dim": self.kv_channels,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.norm_epsilon,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": self.tie_embeddings,
+            "initializer_range": self.init_method_std,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+        }
+
+    def parameter_count(self) -> int:
+        """Parameters of the model, tied embeddings counted once and padding of the vocabulary not at all."""
+        query = self.num_attention_heads * self.kv_channels
+        key_value = self.num_query_groups * self.kv_channels
+        attention = self.hidden_size * (2 * query + 2 * key_value)
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def load_hf_config(folder: str) -> dict[str, Any]:
+    """Read ``folder/config.json``; UserError when the folder or the file is missing, unreadable or not JSON."""
+    path = Path(folder) / HF_CONFIG_FILE
+    if not Path(folder).is_dir():
+        raise UserError(f"--load-hf {folder}: there is no such folder; give a Hugging Face model folder.")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--load-hf {folder}: the folder has no {HF_CONFIG_FILE}, so it is not a model folder.") from None
+    except OSError as error:
+        raise UserError(f"--load-hf {folder}: {HF_CONFIG_FILE} cannot be read ({error.strerror}).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--load-hf {folder}: {HF_CONFIG_FILE} is not valid JSON ({error}).") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--load-hf {folder}: {HF_CONFIG_FILE} holds a {type(loaded).__name__}, not a JSON object.")
+    return loaded
+
+
+def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, Llama3RopeScaling | None]:
+    """(rotary base, scaling) from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
+    # transformers 5 lets a rope_scaling that is there win over rope_parameters; so do we.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{source}: rope_scaling is {rope!r}, which is not a JSON object.")
+    base = _positive_number(rope if "rope_theta" in rope else config, "rope_theta", source, default=10000.0)
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if partial != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor = {partial!r} is not supported; only 1.0 is.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        raise UserError(f"{source}: rope type {kind!r} is not supported; only 'default' and 'llama3' are.")
+    scaling = Llama3RopeScaling(
+        factor=_positive_number(rope, "factor", source),
+        low_freq_factor=_positive_number(rope, "low_freq_factor", source),
+        high_freq_factor=_positive_number(rope, "high_freq_factor", source),
+        original_max_position_embeddings=_positive_integer(rope, "original_max_position_embeddings", source),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise UserError(
+            f"{source}: high_freq_factor {scaling.high_freq_factor} must be larger than "
+            f"low_freq_factor {scaling.low_freq_factor}."
+        )
+    return base, scaling
+
+
+def _positive_number(config: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
+    value = config.get(key)
+    if value is None:
+        if default is None:
+            raise UserError(f"{source}: the key {key!r} is missing.")
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{source}: {key} is {value!r}, which is not a positive number.")
+    return float(value)
+
+
+def _positive_integer(config: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = _positive_number(config, key, source, default=default)
+    if value != int(value):
+        raise UserError(f"{source}: {key} is {value!r}, which is not a whole number.")
+    return int(value)

@@ -1,0 +1,94 @@
+"""Numbers that follow from the options, the model's shape and the world size. Pure functions, valid options assumed."""
+
+import math
+from dataclasses import replace
+
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas of the model: ranks / (tensor-parallel size x pipeline-parallel size)."""
+    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def global_batch_size(config: RunConfig, world_size: int) -> int:
+    """Sequences of one optimizer step; one micro-batch per data-parallel rank when the option is unset."""
+    if config.training.global_batch_size is not None:
+        return config.training.global_batch_size
+    return config.training.micro_batch_size * data_parallel_size(config.parallel, world_size)
+
+
+def num_microbatches(config: RunConfig, world_size: int) -> int:
+    """Micro-batches that one data-parallel rank accumulates for one optimizer step."""
+    samples_at_once = config.training.micro_batch_size * data_parallel_size(config.parallel, world_size)
+    return global_batch_size(config, world_size) // samples_at_once
+
+
+def virtual_pipeline_size(parallel: ParallelConfig, num_layers: int) -> int | None:
+    """Model chunks of one pipeline rank under the interleaved schedule; None is the plain 1F1B schedule."""
+    if parallel.num_layers_per_virtual_pipeline_stage is None:
+        return None
+    return num_layers // (parallel.pipeline_model_parallel_size * parallel.num_layers_per_virtual_pipeline_stage)
+
+
+def layers_per_chunk(parallel: ParallelConfig, num_layers: int) -> int:
+    """Transformer layers that one model chunk holds (one pipeline stage, or one virtual stage of it)."""
+    return num_layers // (parallel.pipeline_model_parallel_size * (virtual_pipeline_size(parallel, num_layers) or 1))
+
+
+def padded_vocab_size(shape: ModelShape, tensor_parallel_size: int, divisible_by: int) -> int:
+    """Embedding rows over all tensor-parallel ranks: the vocabulary rounded up to a multiple of
+    ``divisible_by`` x ``tensor_parallel_size`` (Megatron's rule)."""
+    multiple = divisible_by * tensor_parallel_size
+    return math.ceil(shape.vocab_size / multiple) * multiple
+
+
+def sequence_length(training: TrainingConfig, shape: ModelShape) -> int:
+    """Longest training sequence in tokens: --seq-length, or the model's own limit."""
+    return shape.max_position_embeddings if training.seq_length is None else training.seq_length
+
+
+def warmup_iters(optimizer: OptimizerConfig, train_iters: int) -> int:
+    """Iterations of linear warm-up, from either form of the option."""
+    if optimizer.lr_warmup_fraction is None:
+        return optimizer.lr_warmup_iters
+    return int(optimizer.lr_warmup_fraction * train_iters)
+
+
+def hft_seed(config: RunConfig) -> int:
+    """Seed of the draws: --hft-seed, or --seed."""
+    return config.training.seed if config.hft.hft_seed is None else config.hft.hft_seed
+
+
+def tokenizer_path(config: RunConfig) -> str:
+    """Where the tokenizer is read from: --tokenizer-model, or the --load-hf folder."""
+    path = config.data.tokenizer_model or config.model.load_hf
+    assert path is not None, "validate() refuses a run without a tokenizer"
+    return path
+
+
+def resolve(config: RunConfig, shape: ModelShape, world_size: int, saved: RunConfig | None = None) -> RunConfig:
+    """The options with every unset one that has a derived value filled in, as written next to the run.
+
+    A resumed run keeps what it started with: values that this command leaves unset come from ``saved``, the
+    run's resolved options, so that another layout does not change the batch size or the dtype. ``bf16`` stays
+    unset when nothing says otherwise: the machine decides, and only the caller can look at it.
+    """
+    training, hft = config.training, config.hft
+    if saved is not None:
+        kept = ("global_batch_size", "seq_length", "bf16")
+        unset = {name: getattr(saved.training, name) for name in kept if getattr(training, name) is None}
+        training = replace(training, **unset)
+        if hft.hft_seed is None:
+            hft = replace(hft, hft_seed=saved.hft.hft_seed)
+    config = replace(config, training=training, hft=hft)
+    return replace(
+        config,
+        training=replace(
+            training,
+            global_batch_size=global_batch_size(config, world_size),
+            seq_length=sequence_length(training, shape),
+        ),
+        hft=replace(hft, hft_seed=hft_seed(config)),
+    )

@@ -1,0 +1,33 @@
+"""The files at the top of a run's --save folder that more than one part of the package knows, and how they are written."""
+
+import os
+import tempfile
+from pathlib import Path
+
+RESOLVED_CONFIG_FILE = "resolved_config.yaml"
+"""Every option of the run with its value, readable by ``--config``."""
+STATUS_FILE = "status.json"
+"""How the last command that was pointed at the folder ended."""
+CHECKPOINT_TRACKER_FILE = "latest_checkpointed_iteration.txt"
+"""The iteration of the newest complete checkpoint; Megatron's name. Written last."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader, or a crash at any moment, sees the old contents or the new, never a part.
+
+    Raises OSError when the folder is missing or cannot be written.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a run's files are as readable as the user's umask says.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
