@@ -29,8 +29,8 @@ _HF_SIZES = {
 
 _HF_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "sliding_window": (None,),
     "quantization_config": (None,),
@@ -108,25 +108,19 @@ class ModelShape:
 
         Unset sizes follow Megatron: query groups = heads, channels of a head = hidden / heads, and a SwiGLU
         feed-forward of 8/3 hidden rounded down to a multiple of 64. ``vocab_size`` is the embedding's rows.
-        Raises UserError naming a size that is missing.
+        Raises UserError naming a size that is missing or not positive.
         """
-        needed = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
-        for name in needed:
-            if getattr(config, name) is None:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is missing: give it, or start from a model folder with --load-hf.")
-        # One assert for mypy, which cannot follow the loop above.
-        assert config.num_layers and config.hidden_size and config.num_attention_heads
-        assert config.max_position_embeddings
+        hidden_size = _size_from_flag(config, "hidden_size")
+        heads = _size_from_flag(config, "num_attention_heads")
         return ModelShape(
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            ffn_hidden_size=config.ffn_hidden_size or config.hidden_size * 8 // 3 // 64 * 64,
-            num_attention_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups or config.num_attention_heads,
-            kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
+            num_layers=_size_from_flag(config, "num_layers"),
+            hidden_size=hidden_size,
+            ffn_hidden_size=_size_from_flag(config, "ffn_hidden_size", default=hidden_size * 8 // 3 // 64 * 64),
+            num_attention_heads=heads,
+            num_query_groups=_size_from_flag(config, "num_query_groups", default=heads),
+            kv_channels=_size_from_flag(config, "kv_channels", default=hidden_size // heads),
             vocab_size=vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=_size_from_flag(config, "max_position_embeddings"),
             norm_epsilon=config.norm_epsilon,
             rotary_base=config.rotary_base,
             tie_embeddings=not config.untie_embeddings_and_output_weights,
@@ -176,7 +170,7 @@ def load_hf_config(folder: str) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--load-hf {folder}: the folder has no {HF_CONFIG_FILE}, so it is not a model folder.") from None
+        raise UserError(f"--load-hf {folder}: there is no {HF_CONFIG_FILE}, so it is not a model folder.") from None
     except OSError as error:
         raise UserError(f"--load-hf {folder}: {HF_CONFIG_FILE} cannot be read ({error.strerror}).") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -184,6 +178,17 @@ def load_hf_config(folder: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"--load-hf {folder}: {HF_CONFIG_FILE} holds a {type(loaded).__name__}, not a JSON object.")
     return loaded
+
+
+def _size_from_flag(config: ModelConfig, name: str, default: int | None = None) -> int:
+    value = getattr(config, name)
+    flag = "--" + name.replace("_", "-")
+    size: int | None = default if value is None else value
+    if size is None:
+        raise UserError(f"{flag} is missing: give it, or start from a model folder with --load-hf.")
+    if size < 1:
+        raise UserError(f"{flag} {size}: a size must be at least 1.")
+    return size
 
 
 def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, Llama3RopeScaling | None]:

@@ -1,7 +1,6 @@
-"""The files at the top of a run's --save folder that more than one part of the package knows, and how they are written."""
+"""Files at the top of a run's --save folder that more than one part of the package knows, and how they are written."""
 
 import os
-import tempfile
 from pathlib import Path
 
 RESOLVED_CONFIG_FILE = "resolved_config.yaml"
@@ -17,17 +16,13 @@ def write_atomically(path: Path, text: str) -> None:
 
     Raises OSError when the folder is missing or cannot be written.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a run's files are as readable as the user's umask says.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

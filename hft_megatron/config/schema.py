@@ -69,7 +69,7 @@ class TrainingConfig:
     seq_length: int | None = None
     """Longest training sequence in tokens; the model's limit when unset."""
     bf16: bool | None = None
-    """bf16 weights with fp32 masters, or fp32. Unset: bf16 on CUDA and on CPUs with AMX or AVX512-BF16, else fp32."""
+    """--bf16: bf16 weights with fp32 masters; --no-bf16: fp32. Unset: bf16 on CUDA and on CPUs with AMX or AVX512-BF16, else fp32."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
@@ -156,7 +156,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run. On the command line the groups are flat: ``--tensor-model-parallel-size``, not ``--parallel.tensor...``."""
+    """One run. On the command line the groups are flat: ``--lr``, not ``--optimizer.lr``."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

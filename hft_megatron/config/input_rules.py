@@ -1,0 +1,86 @@
+"""Rules about where things come from and go to: model, tokenizer, data, folders, dashboards.
+
+Every rule takes (options, shape, world size) and raises UserError with one sentence; ``validation`` runs them.
+They look at folders but read no data: the data's own mistakes are found by the part that reads it.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
+from hft_megatron.config.schema import ModelConfig, RunConfig
+from hft_megatron.errors import UserError
+
+_ALLOWED_WITH_LOAD_HF = ("load_hf", "make_vocab_size_divisible_by")
+
+
+def model_is_given_once(config: ModelConfig) -> None:
+    """A model folder, or a shape; with both, one of them would be ignored in silence."""
+    if config.load_hf is None:
+        if all(getattr(config, field.name) == field.default for field in fields(config)):
+            raise UserError("No model is given: name a folder with --load-hf, or a shape with --num-layers and so on.")
+        return
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _ALLOWED_WITH_LOAD_HF and value != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag} {value} cannot be given with --load-hf, whose config.json sets it; leave it out.")
+
+
+def inputs_are_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Training needs text and a tokenizer; --train-iters 0 only converts."""
+    if config.training.train_iters and config.data.train_data_path is None:
+        raise UserError("--train-data-path is missing: give a JSONL file, or --train-iters 0 to train nothing.")
+    if config.training.train_iters and config.data.tokenizer_model is None and config.model.load_hf is None:
+        raise UserError("--tokenizer-model is missing: a model that is not read by --load-hf brings no tokenizer.")
+
+
+def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Asking for validation without data to validate on is a forgotten option."""
+    for name in ("eval_interval", "eval_iters"):
+        value = getattr(config.logging, name)
+        if value is not None and config.data.valid_data_path is None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} needs --valid-data-path; add it or leave {flag} out.")
+
+
+def nothing_is_overwritten(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Folders that hold a run or a model are never written over unasked."""
+    checkpoint = config.checkpoint
+    if checkpoint.save is not None and not _can_be_folder(checkpoint.save):
+        raise UserError(f"--save {checkpoint.save} is a file, not a folder; choose another folder.")
+    if checkpoint.save_hf is not None:
+        target = Path(checkpoint.save_hf)
+        if not _can_be_folder(checkpoint.save_hf):
+            raise UserError(f"--save-hf {checkpoint.save_hf} is a file, not a folder; choose another folder.")
+        if target.is_dir() and any(target.iterdir()):
+            raise UserError(f"--save-hf {checkpoint.save_hf} is not empty; choose a new folder, or empty this one.")
+    if checkpoint.save is None or _same_folder(checkpoint.save, checkpoint.load):
+        return
+    if (Path(checkpoint.save) / CHECKPOINT_TRACKER_FILE).exists():
+        raise UserError(
+            f"--save {checkpoint.save} already holds checkpoints of a run; add --load {checkpoint.save} to go on "
+            f"with it, or choose another folder."
+        )
+
+
+def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Options that say how something is written need the option that says where."""
+    checkpoint, logging = config.checkpoint, config.logging
+    needs = (
+        ("--save-interval", checkpoint.save_interval, "--save", checkpoint.save),
+        ("--save-dtype", checkpoint.save_dtype, "--save-hf", checkpoint.save_hf),
+        ("--wandb-exp-name", logging.wandb_exp_name, "--wandb-project", logging.wandb_project),
+    )
+    for option, value, needed, needed_value in needs:
+        if value is not None and needed_value is None:
+            raise UserError(f"{option} {value} needs {needed}; add it or leave {option} out.")
+
+
+def _can_be_folder(path: str) -> bool:
+    return Path(path).is_dir() or not Path(path).exists()
+
+
+def _same_folder(one: str, other: str | None) -> bool:
+    return other is not None and Path(one).resolve() == Path(other).resolve()

@@ -1,0 +1,87 @@
+"""What makes two commands the same run: model, data and method, but not the layout or the number of iterations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hft_megatron.config import derived
+from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """The values that a resumed run must share with the run in the folder."""
+
+    method: str
+    """The command: ``sft`` and so on."""
+    shape: ModelShape
+    data_path: str | None
+    """For the message only: the same data may lie somewhere else on another machine."""
+    data_digest: str | None
+    """Of the training data as tokens are made from it; None when nothing is trained on."""
+    seq_length: int
+    global_batch_size: int
+    seed: int
+    hft_ratio: float
+    hft_seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file beside the checkpoints."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> RunIdentity:
+        """The inverse of ``to_dict``."""
+        shape = dict(saved["shape"])
+        if shape["rope_scaling"] is not None:
+            shape["rope_scaling"] = Llama3RopeScaling(**shape["rope_scaling"])
+        return RunIdentity(**{**saved, "shape": ModelShape(**shape)})
+
+
+def run_identity(
+    config: RunConfig, shape: ModelShape, world_size: int, *, method: str, data_digest: str | None
+) -> RunIdentity:
+    """The identity of the run that these (resolved) options describe."""
+    return RunIdentity(
+        method=method,
+        shape=shape,
+        data_path=config.data.train_data_path,
+        data_digest=data_digest,
+        seq_length=derived.sequence_length(config.training, shape),
+        global_batch_size=derived.global_batch_size(config, world_size),
+        seed=config.training.seed,
+        hft_ratio=config.hft.hft_ratio,
+        hft_seed=derived.hft_seed(config),
+    )
+
+
+def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str) -> None:
+    """Raise UserError, with both values of the first difference, when ``folder`` holds another run than ``new``."""
+    for name, old_value, new_value in _differences(saved, new):
+        raise UserError(
+            f"--save {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; "
+            f"choose another --save folder."
+        )
+
+
+def _differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
+    """(what, saved value, new value), in the words of the options."""
+    values: list[tuple[str, object, object]] = [("method", saved.method, new.method)]
+    for field in fields(ModelShape):
+        name = f"model's {field.name.replace('_', ' ')}"
+        values.append((name, getattr(saved.shape, field.name), getattr(new.shape, field.name)))
+    digests = saved.data_digest, new.data_digest
+    # A command that trains nothing (--train-iters 0) reads no data, so it cannot differ in it.
+    if None not in digests and digests[0] != digests[1]:
+        values.append(("training data", _data(saved), _data(new)))
+    for name in ("seq_length", "global_batch_size", "seed", "hft_ratio", "hft_seed"):
+        values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
+    return [entry for entry in values if entry[1] != entry[2]]
+
+
+def _data(identity: RunIdentity) -> str:
+    assert identity.data_digest is not None
+    return f"{identity.data_path} (digest {identity.data_digest[:12]})"

@@ -1,0 +1,113 @@
+"""Rules about sizes, the schedule, the method and the optimizer's numbers.
+
+Every rule takes (options, shape, world size) and raises UserError with one sentence; ``validation`` runs them.
+"""
+
+from typing import Any
+
+from hft_megatron.config import derived
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.errors import UserError
+
+_AT_LEAST_ONE = {
+    "parallel": (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_layers_per_virtual_pipeline_stage",
+        "ddp_bucket_size",
+        "distributed_timeout_minutes",
+    ),
+    "model": ("make_vocab_size_divisible_by",),
+    "training": ("micro_batch_size", "global_batch_size", "seq_length", "recompute_num_layers"),
+    "checkpoint": ("save_interval",),
+    "logging": ("log_interval", "eval_interval", "eval_iters"),
+}
+_AT_LEAST_ZERO = {
+    "training": ("train_iters", "seed"),
+    "optimizer": ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad"),
+    "hft": ("hft_seed",),
+}
+_POSITIVE = {
+    "model": ("norm_epsilon", "rotary_base", "init_method_std"),
+    "optimizer": ("adam_eps",),
+}
+_INFINITE = float("inf")
+
+
+def sizes_are_positive(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """No count is zero or negative, and no number is infinite or not a number."""
+    for name, value in _given(config, _AT_LEAST_ONE):
+        if value < 1:
+            raise UserError(f"{_flag(name)} {value}: must be at least 1.")
+    for name, value in _given(config, _AT_LEAST_ZERO):
+        if not 0 <= value < _INFINITE:
+            raise UserError(f"{_flag(name)} {value}: must be a number of at least 0.")
+    for name, value in _given(config, _POSITIVE):
+        if not 0 < value < _INFINITE:
+            raise UserError(f"{_flag(name)} {value}: must be a number above 0.")
+    for name in ("adam_beta1", "adam_beta2"):
+        value = getattr(config.optimizer, name)
+        if not 0 <= value < 1:
+            raise UserError(f"{_flag(name)} {value}: must be at least 0 and below 1.")
+
+
+def heads_fit_the_model(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Query heads share key/value heads evenly, channels pair up, and transformers can read the export."""
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    if heads % groups:
+        raise UserError(f"--num-query-groups {groups} does not divide the model's {heads} attention heads.")
+    if shape.hidden_size % heads:
+        raise UserError(f"--num-attention-heads {heads} does not divide the model's hidden size {shape.hidden_size}.")
+    if shape.kv_channels % 2:
+        raise UserError(
+            f"--kv-channels {shape.kv_channels} is odd, and rotary embeddings rotate pairs of channels; "
+            f"the nearest size that fits is {shape.kv_channels + 1}."
+        )
+
+
+def sequence_fits_the_model(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Positions beyond the model's limit were never trained."""
+    length, limit = derived.sequence_length(config.training, shape), shape.max_position_embeddings
+    if length > limit:
+        raise UserError(f"--seq-length {length} is beyond the model's {limit} positions; use at most {limit}.")
+
+
+def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """One form of warm-up, shorter than the run, and a learning rate that decays downwards."""
+    optimizer, iterations = config.optimizer, config.training.train_iters
+    fraction = optimizer.lr_warmup_fraction
+    if fraction is not None and optimizer.lr_warmup_iters:
+        raise UserError(
+            f"--lr-warmup-fraction {fraction} and --lr-warmup-iters {optimizer.lr_warmup_iters} are both given; "
+            f"keep one of them."
+        )
+    if fraction is not None and not 0 <= fraction < 1:
+        raise UserError(f"--lr-warmup-fraction {fraction} must be at least 0 and below 1.")
+    if iterations and optimizer.lr_warmup_iters >= iterations:
+        raise UserError(
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} must be below --train-iters {iterations}, "
+            f"or the full learning rate is never reached."
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")
+
+
+def ratio_is_a_share(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """From nothing (embeddings and the final norm still train) to full fine-tuning."""
+    ratio = config.hft.hft_ratio
+    if not 0 <= ratio <= 1:
+        raise UserError(
+            f"--hft-ratio {ratio} must be between 0 and 1; 0.5 trains half of the matrices, 1 is full fine-tuning."
+        )
+
+
+def _given(config: RunConfig, names_by_group: dict[str, tuple[str, ...]]) -> list[tuple[str, Any]]:
+    """(option, value) of the named options that are set."""
+    listed = [(group, name) for group, names in names_by_group.items() for name in names]
+    values = [(name, getattr(getattr(config, group), name)) for group, name in listed]
+    return [(name, value) for name, value in values if value is not None]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

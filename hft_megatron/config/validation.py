@@ -1,0 +1,54 @@
+"""Decides whether a run's options make sense, in milliseconds, before torch is imported or a rank waits for another.
+
+Every rank runs the same rules on the same options and so comes to the same answer: no rank is left waiting.
+"""
+
+from collections.abc import Callable
+
+from hft_megatron.config import input_rules, layout_rules, training_rules
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
+from hft_megatron.config.schema import ModelConfig, RunConfig
+
+Rule = Callable[[RunConfig, ModelShape, int], None]
+
+RULES: tuple[Rule, ...] = (
+    layout_rules.only_what_is_built,
+    training_rules.sizes_are_positive,
+    training_rules.heads_fit_the_model,
+    layout_rules.ranks_factor_into_the_layout,
+    layout_rules.tensor_parallel_divides_the_model,
+    layout_rules.pipeline_divides_the_layers,
+    layout_rules.batch_divides_over_the_ranks,
+    layout_rules.overlaps_fit_together,
+    layout_rules.recompute_options_fit_together,
+    training_rules.sequence_fits_the_model,
+    training_rules.schedule_fits_the_run,
+    training_rules.ratio_is_a_share,
+    input_rules.inputs_are_given,
+    input_rules.validation_has_data,
+    input_rules.outputs_have_a_place,
+    input_rules.nothing_is_overwritten,
+)
+"""In this order, so that the numbers a rule divides by have been checked by an earlier one."""
+
+
+def validate(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Raise UserError for the first rule that the options break; ``world_size`` counts ranks over all nodes.
+
+    No rule reads ``shape.vocab_size``, which a run with random weights knows only after reading its tokenizer.
+    """
+    for rule in RULES:
+        rule(config, shape, world_size)
+
+
+def shape_of(config: ModelConfig, vocab_size: int | None = None) -> ModelShape | None:
+    """The model's shape, or None when only the tokenizer can say how large the vocabulary is.
+
+    ``vocab_size`` is the tokenizer's, used when there is neither --load-hf nor --vocab-size. Raises UserError when
+    no model is given, two are, or the one given cannot be represented.
+    """
+    input_rules.model_is_given_once(config)
+    if config.load_hf is not None:
+        return ModelShape.from_hf_config(load_hf_config(config.load_hf), source=f"{config.load_hf}/{HF_CONFIG_FILE}")
+    rows = vocab_size if config.vocab_size is None else config.vocab_size
+    return None if rows is None else ModelShape.from_model_config(config, vocab_size=rows)
