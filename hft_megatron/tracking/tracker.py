@@ -1,0 +1,72 @@
+"""The one interface through which a run reports, and the names of what it reports.
+
+The loop logs into one tracker and never asks where the numbers go.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Metrics = Mapping[str, float | int | str]
+"""One record: what was measured, by name. Text is for digests."""
+
+CONSUMED_SAMPLES = "consumed samples"
+ITERATION_TIME = "elapsed time per iteration (ms)"
+LEARNING_RATE = "learning rate"
+GLOBAL_BATCH_SIZE = "global batch size"
+LOSS = "lm loss"
+VALIDATION_LOSS = "lm loss validation"
+GRAD_NORM = "grad norm"
+ROUND = "round"
+TRAINABLE_PARAMETERS = "trainable params"
+FROZEN_PARAMETERS = "frozen params"
+PLAN_DIGEST = "plan digest"
+
+
+class Tracker(Protocol):
+    """Somewhere numbers go."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record what was measured after iteration ``step`` (the first iteration is 1)."""
+        ...
+
+    def close(self) -> None:
+        """Write what is pending and let go of files; nothing is logged afterwards."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositeTracker:
+    """Passes every record to each of its trackers, in order; with none it is the tracker that does nothing."""
+
+    trackers: Sequence[Tracker] = ()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log to every tracker."""
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def close(self) -> None:
+        """Close every tracker, in reverse order."""
+        for tracker in reversed(self.trackers):
+            tracker.close()
+
+
+DASHBOARD_NAMES: Mapping[str, str] = {
+    LEARNING_RATE: "learning-rate",
+    GRAD_NORM: "grad-norm",
+    GLOBAL_BATCH_SIZE: "batch-size",
+    "loss scale": "loss-scale",
+}
+"""Names of the log line that Megatron spells differently in TensorBoard and wandb."""
+
+
+def dashboard_metrics(metrics: Metrics) -> dict[str, float | int | str]:
+    """The record under the names (and in the units) that Megatron's dashboards use.
+
+    Megatron's log line has milliseconds per iteration, its ``iteration-time`` has seconds.
+    """
+    renamed = {DASHBOARD_NAMES.get(name, name): value for name, value in metrics.items() if name != ITERATION_TIME}
+    if ITERATION_TIME in metrics:
+        renamed["iteration-time"] = float(metrics[ITERATION_TIME]) / 1000.0
+    return renamed
