@@ -69,7 +69,7 @@ class TrainingConfig:
     seq_length: int | None = None
     """Longest training sequence in tokens; the model's limit when unset."""
     bf16: bool | None = None
-    """--bf16: bf16 weights with fp32 masters; --no-bf16: fp32. Unset: bf16 on CUDA and on CPUs with AMX or AVX512-BF16, else fp32."""
+    """bf16 weights with fp32 masters, or fp32 (--no-bf16). Unset: bf16 on CUDA and CPUs with AMX or AVX512-BF16."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None

@@ -56,12 +56,15 @@ def heads_fit_the_model(config: RunConfig, shape: ModelShape, world_size: int) -
     """Query heads share key/value heads evenly, channels pair up, and transformers can read the export."""
     heads, groups = shape.num_attention_heads, shape.num_query_groups
     if heads % groups:
-        raise UserError(f"--num-query-groups {groups} does not divide the model's {heads} attention heads.")
+        raise UserError(
+            f"--num-query-groups {groups} (a model folder's num_key_value_heads) does not divide "
+            f"the model's {heads} attention heads."
+        )
     if shape.hidden_size % heads:
         raise UserError(f"--num-attention-heads {heads} does not divide the model's hidden size {shape.hidden_size}.")
     if shape.kv_channels % 2:
         raise UserError(
-            f"--kv-channels {shape.kv_channels} is odd, and rotary embeddings rotate pairs of channels; "
+            f"--kv-channels {shape.kv_channels} (a model folder's head_dim) is odd, and rotary embeddings rotate pairs of channels; "
             f"the nearest size that fits is {shape.kv_channels + 1}."
         )
 

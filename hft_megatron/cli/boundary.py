@@ -1,0 +1,97 @@
+"""The edge of the process: how a command's end becomes an exit code, a sentence and a status file.
+
+The only ``except Exception`` of the package is here.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from hft_megatron import errors
+from hft_megatron.cli import launch
+from hft_megatron.config.run_folder import STATUS_FILE, write_atomically
+
+PROG = "hft-megatron"
+
+OTHER_RANKS_WAIT_S = 5.0
+"""How long a rank other than 0 keeps quiet about a user's mistake. Rank 0 has the same mistake nearly always: it
+says so, and torchrun ends the others meanwhile. A rank that is still there has a mistake of its own, such as a file
+that only its node lacks."""
+
+
+class StatusFolder:
+    """Where the outcome is written for the script that started the ranks, since torchrun reports 1 for every failure.
+
+    Unset until a command knows its --save folder. The file is written only into a folder that exists: a mistake
+    in the options must not create the folder it names.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def write(self, exit_code: int, state: str, message: str) -> None:
+        """Write ``status.json``; a folder that cannot be written must not hide the outcome itself."""
+        if self.path is None or not self.path.is_dir():
+            return
+        status = {"exit_code": exit_code, "state": state, "message": message}
+        with contextlib.suppress(OSError):
+            write_atomically(self.path / STATUS_FILE, json.dumps(status) + "\n")
+
+
+def run_command(command: Callable[[StatusFolder], None]) -> int:
+    """Run a command and return the exit code of the process; what went wrong is said once, by rank 0.
+
+    A user's mistake and a stop by signal are one sentence. An internal failure is a traceback from every rank that
+    fails, because the first one to fail is often not rank 0.
+    """
+    status = StatusFolder()
+    try:
+        command(status)
+    except errors.UserError as error:
+        return _say_mistake(str(error), status)
+    except errors.StoppedBySignal as stop:
+        return _end(errors.EXIT_STOPPED, "stopped", str(stop), status)
+    except KeyboardInterrupt:
+        return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
+    except Exception as error:
+        traceback.print_exc()
+        if _is_first_rank():
+            status.write(errors.EXIT_FAILURE, "failed", f"{type(error).__name__}: {error}")
+        return errors.EXIT_FAILURE
+    if _is_first_rank():
+        status.write(errors.EXIT_OK, "finished", "")
+    return errors.EXIT_OK
+
+
+def _end(exit_code: int, state: str, message: str, status: StatusFolder) -> int:
+    if _is_first_rank():
+        print(f"{PROG}: {message}", file=sys.stderr)
+        status.write(exit_code, state, message)
+    return exit_code
+
+
+def _say_mistake(message: str, status: StatusFolder) -> int:
+    speaker = PROG
+    if not _is_first_rank():
+        # Training turns SIGTERM into "save and stop"; a rank that is only waiting to speak ends at once.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(OTHER_RANKS_WAIT_S)
+        speaker = f"{PROG}: rank {os.environ['RANK']} on {socket.gethostname()}"
+    print(f"{speaker}: error: {message}", file=sys.stderr)
+    status.write(errors.EXIT_USAGE, "usage", message)
+    return errors.EXIT_USAGE
+
+
+def _is_first_rank() -> bool:
+    try:
+        return launch.rank() == 0
+    except errors.UserError:
+        # The mistake is RANK itself, and every process must be able to say so.
+        return True

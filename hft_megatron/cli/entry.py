@@ -1,0 +1,75 @@
+"""The table of commands and the way from ``argv`` to one of them.
+
+Run: ``hft-megatron sft --help``. Nothing heavy is imported before a command's options have been checked.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hft_megatron.cli import sft
+from hft_megatron.cli.boundary import PROG, StatusFolder, run_command
+from hft_megatron.config.loading import help_text, load_options
+from hft_megatron.errors import UserError
+
+HELP_WORDS = ("-h", "--help")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One word after ``hft-megatron``."""
+
+    summary: str
+    options: type
+    """The frozen dataclass that its words are parsed into."""
+    run: Callable[[Any, StatusFolder], None]
+    """Takes the parsed options and where to leave the outcome."""
+
+
+COMMANDS = {
+    "sft": Command(
+        summary="fine-tune a LLaMA on instructions, half of its matrices at a time", options=sft.SftOptions, run=sft.run
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``hft-megatron ARGV`` and return its exit code: the ``EXIT_`` constants of ``errors``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def dispatch(status: StatusFolder) -> None:
+        if not arguments or arguments[0] in HELP_WORDS:
+            _show(_overview())
+            return
+        name, *words = arguments
+        if name not in COMMANDS:
+            raise UserError(_unknown_command(name))
+        command = COMMANDS[name]
+        if any(word in HELP_WORDS for word in words):
+            _show(help_text(command.options, prog=f"{PROG} {name}", description=f"{command.summary}."))
+            return
+        command.run(load_options(command.options, words), status)
+
+    return run_command(dispatch)
+
+
+def _overview() -> str:
+    lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
+    lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", f"`{PROG} COMMAND --help` lists a command's options."])
+
+
+def _unknown_command(name: str) -> str:
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+    return f"{name!r} is not a command; the nearest is {PROG} {nearest[0]}."
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # `| head` has seen enough; without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,143 @@
+"""Options from a YAML file and the command line: the command line wins, then the file, then the defaults.
+
+Both become settings of one flat table and go through one parser (tyro), so that a value means the same in either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+import yaml
+
+from hft_megatron.config.flags import Flag, Setting, flags_of, settings_from_arguments, unknown_option
+from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.errors import UserError
+
+T = TypeVar("T")
+
+CONFIG_FLAG = "config"
+"""The option that names a YAML file, in every command that has it."""
+
+_RESOLVED_HEADER = "# Every option of the run with the value it has; `--config` with this file repeats the run.\n"
+_TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+_YAML_NULL = "tag:yaml.org,2002:null"
+_YAML_BOOL = "tag:yaml.org,2002:bool"
+
+
+def help_text(options_type: type, *, prog: str, description: str) -> str:
+    """What ``--help`` shows: every option with its default, in the groups of the dataclass."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(options_type, args=["--help"], prog=prog, description=description, config=_TYRO_CONFIG)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def load_options(options_type: type[T], arguments: Sequence[str]) -> T:
+    """Build ``options_type``, a frozen dataclass of dataclasses, from command-line words and the file they name.
+
+    The file may set what nested dataclasses hold; the outermost fields (--config itself) belong to the command
+    line. Every mistake raises UserError with one sentence.
+    """
+    flags = flags_of(options_type)
+    given = list(settings_from_arguments(arguments, flags))
+    file = next((setting.value for setting in reversed(given) if setting.flag.name == CONFIG_FLAG), None)
+    from_file = [] if file is None else list(_settings_from_file(Path(file), flags))
+    # A later setting replaces an earlier one: an option repeated after a script's own arrays wins.
+    settings = {setting.flag.name: setting for setting in [*from_file, *given]}
+    return _build(options_type, list(settings.values()))
+
+
+def write_resolved(config: RunConfig, path: Path) -> None:
+    """Write every option with its value as YAML that ``--config`` reads, atomically."""
+    write_atomically(path, _RESOLVED_HEADER + yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def read_resolved(path: Path) -> RunConfig:
+    """The inverse of ``write_resolved``; UserError when the file is missing or was edited into something else."""
+    return _build(RunConfig, list(_settings_from_file(path, flags_of(RunConfig))))
+
+
+def _build(options_type: type[T], settings: Sequence[Setting]) -> T:
+    options = _parsed(options_type, settings)
+    if options is not None:
+        return options
+    for setting in settings:
+        if _parsed(options_type, [setting]) is None:
+            raise UserError(f"{setting.where} {setting.value}: the value must be {setting.flag.expected}.")
+    raise AssertionError("tyro refused options that it accepts one by one")
+
+
+def _parsed(options_type: type[T], settings: Sequence[Setting]) -> T | None:
+    """The options, or None where tyro refuses a value; its own report would be a box of many lines."""
+    words = [setting.argument for setting in settings]
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return tyro.cli(options_type, args=words, config=_TYRO_CONFIG)
+        except SystemExit:
+            return None
+
+
+def _settings_from_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Setting]:
+    """The settings of a YAML file: options by name, flat or under the name of their group."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path} is not a text file in UTF-8.") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_line_of(error)} is not valid YAML.") from None
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: the file must hold `option: value` lines.")
+    seen: dict[str, str] = {}
+    for setting in _settings_of_mapping(root, path, flags):
+        if setting.flag.name in seen:
+            raise UserError(f"{setting.where} is set twice; the other is {seen[setting.flag.name]}.")
+        seen[setting.flag.name] = setting.where
+        yield setting
+
+
+def _settings_of_mapping(node: yaml.MappingNode, path: Path, flags: Mapping[str, Flag]) -> Iterator[Setting]:
+    groups = {flag.group for flag in flags.values()} - {None}
+    for key, value in node.value:
+        where = f"{path}:{key.start_mark.line + 1}: {key.value}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{path}:{key.start_mark.line + 1}: a key must be the name of an option or of a group.")
+        if key.value in groups and isinstance(value, yaml.MappingNode):
+            yield from _settings_of_mapping(value, path, flags)
+            continue
+        flag = flags.get(key.value.replace("_", "-"))
+        if flag is None or flag.group is None:
+            file_flags = {name: flag for name, flag in flags.items() if flag.group is not None}
+            raise unknown_option(where, key.value.replace("_", "-"), file_flags)
+        if not isinstance(value, yaml.ScalarNode):
+            raise UserError(f"{where} holds a list or a mapping; the value must be {flag.expected}.")
+        # null leaves an option unset, as in a resolved config.
+        if value.tag != _YAML_NULL:
+            yield Setting(flag=flag, value=_yaml_value(flag, value, where), where=where)
+
+
+def _yaml_value(flag: Flag, node: yaml.ScalarNode, where: str) -> str:
+    """The value as written; YAML's own reading of it is used for switches only (yes, on, true)."""
+    text: str = node.value
+    if not flag.is_switch:
+        return text
+    if node.tag != _YAML_BOOL:
+        raise UserError(f"{where} {text}: the value must be {flag.expected}.")
+    return str(yaml.SafeLoader.bool_values[text.lower()])
+
+
+def _line_of(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f":{mark.line + 1}"
