@@ -1,0 +1,64 @@
+"""Writes a complete Hugging Face folder: weights, config.json, generation_config.json and the tokenizer."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hft_megatron.config.model_shape import ModelShape, load_hf_config
+from hft_megatron.conversion.save import Announce, ExportRules, save_weights
+from hft_megatron.data.tokenizers import Tokenizer
+from hft_megatron.model.llama import LlamaModel
+from hft_megatron.parallel.groups import Placement
+
+
+def export_folder(
+    folder: str,
+    chunks: Sequence[LlamaModel],
+    shape: ModelShape,
+    placement: Placement,
+    rules: ExportRules,
+    tokenizer: Tokenizer,
+    announce: Announce,
+) -> None:
+    """Exports to ``folder``, which appears complete or not at all; every rank must call it.
+
+    The source's config and generation config are kept, with the data type and the pad, begin and end tokens brought in
+    line with what was trained.
+    """
+    target = Path(folder)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    if placement.rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+    dtype = save_weights(unfinished, chunks, shape, placement, rules, announce)
+    if placement.rank == 0:
+        _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
+        tokenizer.export(str(unfinished))
+        os.replace(unfinished, target)
+        announce(f"exported the model to {target} in Hugging Face's format ({str(dtype).removeprefix('torch.')})")
+    dist.barrier()
+
+
+def _write_configs(
+    folder: Path, shape: ModelShape, source: str | None, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    config = load_hf_config(source) if source is not None else shape.to_hf_config()
+    # Both spellings: transformers 4 reads torch_dtype, 5 reads dtype.
+    dtype_name = str(dtype).removeprefix("torch.")
+    config |= {"torch_dtype": dtype_name, "dtype": dtype_name}
+    generation: dict[str, Any] = {}
+    if source is not None and (Path(source) / "generation_config.json").exists():
+        generation = json.loads((Path(source) / "generation_config.json").read_text(encoding="utf-8"))
+    for file, content in (("config.json", config), ("generation_config.json", generation)):
+        # A list of end tokens (Llama 3) says more than the tokenizer's one: it stays.
+        kept = {key: content[key] for key in tokens if isinstance(content.get(key), list)}
+        content |= tokens | kept
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,156 @@
+"""The parts of a LLaMA layer that megatron-core lacks: category-wise attention and MLP, RMSNorm, fused-free attention."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hft_megatron.model.shared_input_linear import SharedInputColumnParallel
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm in fp32, rounded to the input's dtype before the weight, as in Hugging Face's LlamaRMSNorm.
+
+    megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism. There each rank normalises its part of the
+    sequence, so the weight's gradient is a partial sum: ``weight.sequence_parallel`` has megatron-core all-reduce it.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., h) -> (..., h)."""
+        normed = F.rms_norm(hidden_states.float(), (hidden_states.size(-1),), eps=self.eps)
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+class TorchAttention(MegatronModule):
+    """Causal attention by torch's scaled dot product (flash kernels on GPU): no score matrix is materialised.
+
+    forward: query (s, b, heads / tp, d), key and value (s, b, groups / tp, d) -> (s, b, heads / tp x d).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        assert attn_mask_type is AttnMaskType.causal and config.context_parallel_size == 1
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is None, "sequences are padded on the right, not packed"
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        # Padding stands on the right, where a causal mask already hides it from every real token.
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+class CategorySelfAttention(Attention):
+    """megatron-core's attention with q, k and v as parameters of their own, in Hugging Face's row order."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type="self",
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+        self.linear_qkv = SharedInputColumnParallel(
+            config,
+            input_size=config.hidden_size,
+            rows={
+                "q_proj": self.query_projection_size,
+                "k_proj": self.kv_projection_size,
+                "v_proj": self.kv_projection_size,
+            },
+            init_method=config.init_method,
+            tp_group=self.pg_collection.tp,
+        )
+        # Read by the base class's forward pass; LLaMA norms neither queries nor keys.
+        self.q_layernorm = self.k_layernorm = None
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(s, b, h) -> query (s, b, heads / tp, d), key and value (s, b, groups / tp, d)."""
+        q, k, v = self.linear_qkv(hidden_states)
+        head = self.hidden_size_per_attention_head
+        split = lambda t: t.view(*t.shape[:2], -1, head)  # noqa: E731
+        return split(q), split(k), split(v)
+
+
+class LlamaMLP(MegatronModule):
+    """SwiGLU feed-forward block, ``down(silu(gate(x)) * up(x))``, with gate and up as parameters of their own."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.linear_fc1 = SharedInputColumnParallel(
+            config,
+            input_size=config.hidden_size,
+            rows={"gate_proj": config.ffn_hidden_size, "up_proj": config.ffn_hidden_size},
+            init_method=config.init_method,
+            tp_group=tp_group,
+        )
+        self.linear_fc2 = RowParallelLinear(
+            config.ffn_hidden_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_group=tp_group,
+        )
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+        """(s, b, h) -> (s, b, h) and no bias."""
+        gate, up = self.linear_fc1(hidden_states)
+        output, _ = self.linear_fc2(F.silu(gate) * up)
+        return output, None

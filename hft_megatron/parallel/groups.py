@@ -1,0 +1,97 @@
+"""Starts the process groups of a run and says where this rank stands in them."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hft_megatron.config.derived import virtual_pipeline_size
+from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.parallel import cpu_backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where this rank stands. ``virtual_stages`` is 1 without the interleaved schedule."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    virtual_stages: int
+    groups: ProcessGroupCollection
+
+    @property
+    def coordinates(self) -> str:
+        return f"TP {self.tensor_rank}, PP {self.pipeline_rank}, DP {self.data_rank}"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(torch.cuda.current_device())
+
+    @property
+    def is_last_rank(self) -> bool:
+        """The rank that prints and records losses, as in Megatron: it stands on the last pipeline stage."""
+        return self.rank == self.world_size - 1
+
+
+def start_backend(parallel: ParallelConfig) -> None:
+    """Joins the default process group from torchrun's environment; on a machine without CUDA turns the CPU backend on."""
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        cpu_backend.activate()
+    if not dist.is_initialized():
+        dist.init_process_group(
+            parallel.distributed_backend or ("nccl" if has_cuda else "gloo"),
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+        )
+
+
+def start_groups(parallel: ParallelConfig, num_layers: int, seed: int) -> Placement:
+    """Builds megatron-core's groups for this layout and seeds its random states; the default group must exist."""
+    virtual = virtual_pipeline_size(parallel, num_layers)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        # gloo twins of the data-parallel groups serve memory-lean gathers, which this trainer does not use.
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    return Placement(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        virtual_stages=virtual or 1,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def stop_groups() -> None:
+    """Destroys megatron-core's groups and the default group, so that the process can end without warnings."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def host_name() -> str:
+    """This machine's name, for messages that point at a rank."""
+    return socket.gethostname()

@@ -1,0 +1,50 @@
+"""The model gives Hugging Face's logits at every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.models import LAYOUTS, VARIANTS, build_from_folder, forward_logits, make_llama
+
+WORLD_SIZE = {"tp1": 1, "tp2_pp2": 4}
+
+
+def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import LlamaForCausalLM
+
+    with torch.no_grad():
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+
+
+def run_logits(folder: str, layout: str) -> list[float]:
+    """Largest difference from the reference, for every micro-batch that this rank saw."""
+    chunks, shape, _ = build_from_folder(folder, LAYOUTS[layout])
+    reference = load_file(f"{folder}/reference.st")
+    results = []
+    for logits in forward_logits(chunks, reference["tokens"]):
+        assert (logits[..., shape.vocab_size :] == float("-inf")).all()
+        results.append((logits[..., : shape.vocab_size] - reference["logits"]).abs().max().item())
+    return results
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for variant in VARIANTS:
+        folder = make_llama(tmp_path_factory.mktemp("llama") / variant, variant)
+        tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(1))
+        save_file({"tokens": tokens, "logits": reference_logits(folder, tokens)}, folder / "reference.st")
+        made[variant] = folder
+    return made
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dp2"])
+def test_logits_equal_transformers_for_every_variant(ranks, folders, layout):
+    pool = ranks(WORLD_SIZE.get(layout, 2))
+    for variant, folder in folders.items():
+        per_rank = pool.run(run_logits, folder=str(folder), layout=layout)
+        differences = [difference for rank in per_rank for difference in rank]
+        assert differences, f"{variant}: no rank saw logits"
+        assert max(differences) <= 1e-4, f"{variant}: {per_rank}"
