@@ -1,0 +1,100 @@
+import io
+import re
+from datetime import datetime
+
+import pytest
+
+from hft_megatron.tracking.console import ConsoleTracker, iteration_line, validation_line
+
+METRICS = {
+    "consumed samples": 320,
+    "elapsed time per iteration (ms)": 812.34,
+    "learning rate": 1e-5,
+    "global batch size": 32,
+    "lm loss": 1.234567,
+    "grad norm": 1.2344,
+    "round": 2,
+    "trainable params": 3500,
+    "frozen params": 3200,
+    "plan digest": "5d292724e909",
+    "bytes reduced": 123,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def log_two(output: io.StringIO, progress: io.StringIO) -> None:
+    console = ConsoleTracker(train_iters=100, start_iteration=8, output=output, progress=progress)
+    console.log(10, METRICS)
+    console.log(10, {"lm loss validation": 1.2})
+    console.close()
+
+
+def test_the_iteration_line_is_megatrons_to_the_character() -> None:
+    line = iteration_line(10, 100, METRICS, now=datetime(2026, 8, 22, 10, 0, 0, 123456))
+    assert line == (
+        " [2026-08-22 10:00:00.123456] iteration       10/     100 | consumed samples:          320 |"
+        " elapsed time per iteration (ms): 812.3 | learning rate: 1.000000E-05 | global batch size:    32 |"
+        " lm loss: 1.234567E+00 | grad norm: 1.234 | round: 2 | trainable params: 3500 | frozen params: 3200 |"
+        " plan digest: 5d292724e909 |"
+    )
+
+
+def test_megatrons_other_fields_stand_where_megatron_puts_them() -> None:
+    metrics = {"grad norm": 1.234, "number of skipped iterations": 0, "loss scale": 1.0, "num zeros": 0, "lm loss": 2.0}
+    line = iteration_line(1, 1, metrics, now=datetime(2026, 1, 1))
+    assert line.endswith(
+        "| lm loss: 2.000000E+00 | loss scale: 1.0 | grad norm: 1.234 | num zeros: 0 |"
+        " number of skipped iterations:   0 |"
+    )
+
+
+def test_the_validation_line_is_megatrons_to_the_character() -> None:
+    assert validation_line(100, 1.2) == (
+        " validation loss at iteration 100 | lm loss value: 1.200000E+00 | lm loss PPL: 3.320117E+00 | "
+    )
+
+
+def test_the_perplexity_of_a_diverged_loss_is_bounded_as_in_megatron() -> None:
+    assert "lm loss PPL: 4.851652E+08" in validation_line(1, 1000.0)
+
+
+def test_nobody_watching_gives_plain_lines_only() -> None:
+    output, progress = io.StringIO(), io.StringIO()
+    log_two(output, progress)
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 4
+    assert re.match(r" \[[-0-9]{10} [:.0-9]{15}\] iteration       10/     100 \| consumed samples:", lines[0])
+    assert lines[1] == lines[3] == "-" * len(lines[2])
+    assert lines[2].startswith(" validation loss at iteration 10 |")
+    assert progress.getvalue() == ""
+
+
+def test_a_person_at_a_terminal_gets_a_bar_and_the_validation_above_it() -> None:
+    output, progress = Terminal(), Terminal()
+    log_two(output, progress)
+    assert "10/100" in progress.getvalue()
+    assert "] iteration" not in output.getvalue()
+    assert "validation loss at iteration 10" in output.getvalue()
+
+
+def test_output_kept_in_a_file_has_the_lines_although_a_person_watches_the_bar() -> None:
+    output, progress = io.StringIO(), Terminal()
+    log_two(output, progress)
+    assert "10/100" in progress.getvalue()
+    assert "] iteration       10/" in output.getvalue()
+
+
+def test_the_bar_of_a_resumed_run_starts_where_the_run_resumed() -> None:
+    progress = Terminal()
+    ConsoleTracker(train_iters=100, start_iteration=40, output=Terminal(), progress=progress).close()
+    assert "40/100" in progress.getvalue()
+
+
+@pytest.mark.parametrize("missing", ["lm loss", "grad norm", "round"])
+def test_a_field_that_was_not_measured_is_not_on_the_line(missing: str) -> None:
+    metrics = {name: value for name, value in METRICS.items() if name != missing}
+    assert f" {missing}:" not in iteration_line(1, 1, metrics, now=datetime(2026, 1, 1))
