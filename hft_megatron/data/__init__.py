@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, records, examples with their loss masks, order and batches."""

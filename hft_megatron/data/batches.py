@@ -1,0 +1,114 @@
+"""Cuts the stream of samples into steps, and each step's global batch into one rank's micro-batches.
+
+Every step's loss is the sum of the token losses under ``loss_mask`` divided by the mask's sum over the *global* batch.
+That quotient doesn't change with the number of ranks, the micro-batch size or the padding, which a mean of the
+micro-batches' means would: those have different numbers of trained tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import lcm
+
+import numpy as np
+import torch
+
+from hft_megatron.data.order import SampleOrder
+from hft_megatron.data.sft import SftDataset
+
+PADDING_MULTIPLE = 64
+"""Lengths are rounded up to this: few distinct shapes, and fast ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """One rank's part of one optimizer step."""
+
+    seq_length: int
+    """Padded length, the same on every rank and in every micro-batch of the step."""
+    micro_batches: list[dict[str, torch.Tensor]]
+    """``tokens`` and ``labels`` int64, ``loss_mask`` float32, each of shape (micro-batch size, seq_length)."""
+    trained_tokens: int
+    """Predicted tokens of the whole global batch: the sum of ``loss_mask`` over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batches:
+    """What training and validation share: how a list of examples becomes a rank's tensors."""
+
+    dataset: SftDataset
+    pad_id: int
+    micro_batch_size: int
+    """Sequences of one forward pass on one rank."""
+    global_batch_size: int
+    """Sequences of one step over all ranks."""
+    data_parallel_rank: int
+    data_parallel_size: int
+    length_multiple: int
+    """Sequence parallelism needs lengths that the tensor-parallel size divides."""
+
+    def __post_init__(self) -> None:
+        assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0
+        assert 0 <= self.data_parallel_rank < self.data_parallel_size
+
+    def _assemble(self, indices: Sequence[int]) -> StepBatch:
+        """The rank's rows of a global batch; rows that ``indices`` doesn't fill are padding and wholly masked.
+
+        Micro-batch k of rank r of D holds rows ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch.
+        """
+        length = self._padded_length(indices)
+        size, ranks = self.micro_batch_size, self.data_parallel_size
+        starts = range(self.data_parallel_rank * size, self.global_batch_size, size * ranks)
+        return StepBatch(
+            seq_length=length,
+            micro_batches=[self._micro_batch(indices[start : start + size], length) for start in starts],
+            trained_tokens=sum(int(self.dataset.example(index)[1][1:].sum()) for index in indices),
+        )
+
+    def _padded_length(self, indices: Sequence[int]) -> int:
+        longest = max(self.dataset.num_positions(index) for index in indices)
+        limit = _round_up(self.dataset.seq_length, self.length_multiple)
+        return min(_round_up(longest, lcm(PADDING_MULTIPLE, self.length_multiple)), limit)
+
+    def _micro_batch(self, indices: Sequence[int], length: int) -> dict[str, torch.Tensor]:
+        shape = (self.micro_batch_size, length)
+        tokens = np.full(shape, self.pad_id, dtype=np.int64)
+        labels = np.full(shape, self.pad_id, dtype=np.int64)
+        loss_mask = np.zeros(shape, dtype=np.float32)
+        for row, index in enumerate(indices):
+            ids, trained = self.dataset.example(index)
+            positions = len(ids) - 1
+            tokens[row, :positions] = ids[:-1]
+            labels[row, :positions] = ids[1:]
+            loss_mask[row, :positions] = trained[1:]
+        arrays = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftBatches(_Batches):
+    """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
+
+    order: SampleOrder
+
+    def step(self, consumed_samples: int) -> StepBatch:
+        """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
+        stop = consumed_samples + self.global_batch_size
+        return self._assemble([self.order.sample_index(position) for position in range(consumed_samples, stop)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationBatches(_Batches):
+    """Validation: the file in its own order, each example exactly once; every rank gets the same number of steps."""
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.global_batch_size)
+
+    def steps(self, limit: int | None = None) -> Iterator[StepBatch]:
+        """All steps, or the first ``limit``. The last is filled up with wholly masked rows."""
+        for number in range(len(self) if limit is None else min(limit, len(self))):
+            start = number * self.global_batch_size
+            yield self._assemble(range(start, min(start + self.global_batch_size, len(self.dataset))))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,165 @@
+"""What every tokenizer offers the rest of the project, whichever file format it came from.
+
+A text is handed over as pieces, because where a text is cut decides its tokens: special tokens come from the template
+and never from a user's text, and a trained span is cut from its prompt exactly where generation would start.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hft_megatron.errors import UserError
+
+
+class Place(Enum):
+    """Where a piece of text stands, which decides whether the tokenizer may put its word-start mark before it."""
+
+    START = "start"
+    """The first text of a sequence."""
+    AFTER_SPECIAL = "after special"
+    """Right behind a special token; tokenizers differ here, so each states its own rule."""
+    INSIDE = "inside"
+    """Continues the text before it: the word-start mark would be a space nobody wrote."""
+    SPECIAL = "special"
+    """The text is the name of one special token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of text that is tokenized on its own and trained as a whole or not at all."""
+
+    text: str
+    place: Place
+    trained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialToken:
+    """A control token that only a template may produce."""
+
+    content: str
+    id: int
+    strips_left: bool = False
+    """White space before it in a rendered template belongs to it (Hugging Face's ``lstrip``)."""
+    strips_right: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """What is fixed once a tokenizer is loaded."""
+
+    source: str
+    """File or folder it came from, for error messages."""
+    identity: str
+    """sha256 of everything that decides the ids of a text."""
+    vocab_size: int
+    """Largest id plus one, added tokens included."""
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    special_tokens: tuple[SpecialToken, ...]
+    chat_template: str
+    """The tokenizer's own jinja template, or PLAIN_TEMPLATE when it brings none."""
+    template_variables: Mapping[str, str] = field(default_factory=dict)
+    """``bos_token``, ``eos_token`` and so on, as templates name them."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Special tokens that stand in a text are ordinary characters of it."""
+
+    def __init__(self, facts: TokenizerFacts) -> None:
+        self.facts = facts
+        self.vocab_size = facts.vocab_size
+        self.bos_id = facts.bos_id
+        self.eos_id = facts.eos_id
+        self.pad_id = facts.pad_id
+        self._special_ids = {token.content: token.id for token in facts.special_tokens}
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
+        """Ids of each text, without beginning or end token.
+
+        ``continues`` leaves out the word-start mark that SentencePiece-like tokenizers put before a text.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; special tokens are left out."""
+
+    @abstractmethod
+    def export(self, directory: Path) -> None:
+        """Write files from which transformers' ``AutoTokenizer`` loads an equal tokenizer.
+
+        The exported one has a pad token and the chat template in use, so the model can be asked as it was trained.
+        """
+
+    @property
+    @abstractmethod
+    def continues_after_special(self) -> bool:
+        """Whether text behind a special token is encoded without the word-start mark."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without beginning or end token."""
+        return self.encode_batch([text], continues=False)[0]
+
+    def encode_pieces(self, examples: Sequence[Sequence[Piece]]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """Ids and trained mask of each example, both of shape (tokens,).
+
+        Pieces are encoded in two batches and each distinct one only once: templates repeat the same few.
+        """
+        wanted: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        for pieces in examples:
+            for piece in pieces:
+                if piece.place is not Place.SPECIAL:
+                    texts = wanted[self._continues(piece.place)]
+                    texts.setdefault(piece.text, len(texts))
+        encoded = {key: self.encode_batch(list(texts), continues=key) for key, texts in wanted.items()}
+
+        def ids_of(piece: Piece) -> list[int]:
+            if piece.place is Place.SPECIAL:
+                return [self._special_ids[piece.text]]
+            continues = self._continues(piece.place)
+            return encoded[continues][wanted[continues][piece.text]]
+
+        results = []
+        for pieces in examples:
+            parts = [(ids_of(piece), piece.trained) for piece in pieces]
+            ids = np.array([token for part, _ in parts for token in part], dtype=np.int32)
+            mask = np.repeat(
+                np.array([trained for _, trained in parts], dtype=np.bool_),
+                np.array([len(part) for part, _ in parts], dtype=np.int64),
+            )
+            results.append((ids, mask))
+        return results
+
+    def _continues(self, place: Place) -> bool:
+        return place is Place.INSIDE or (place is Place.AFTER_SPECIAL and self.continues_after_special)
+
+    def special(self, token_id: int, *, trained: bool) -> Piece:
+        """The special token with this id as a piece."""
+        content = next(token.content for token in self.facts.special_tokens if token.id == token_id)
+        return Piece(text=content, place=Place.SPECIAL, trained=trained)
+
+
+def choose_pad_id(pad_id: int | None, unk_id: int | None, eos_id: int) -> int:
+    """The padding token: the tokenizer's own, else its unknown token, else its end token.
+
+    Padding is masked by position and not by id, so the end token is trained even when padding shares its id.
+    """
+    if pad_id is not None:
+        return pad_id
+    return unk_id if unk_id is not None else eos_id
+
+
+def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UserError when the tokenizer can produce an id that the model has no embedding row for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"--tokenizer-model {tokenizer.facts.source} has ids up to {tokenizer.vocab_size - 1}, but the model's "
+            f"vocabulary has {vocab_size} rows; use the tokenizer that belongs to the model."
+        )

@@ -1,0 +1,47 @@
+"""Finds out which kind of tokenizer a path holds and loads it."""
+
+from pathlib import Path
+
+from hft_megatron.data.huggingface_tokenizer import load_huggingface_tokenizer
+from hft_megatron.data.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import UserError
+
+HUGGING_FACE = "HuggingFaceTokenizer"
+SENTENCEPIECE = "SentencePieceTokenizer"
+MODEL_FILE = "tokenizer.model"
+HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def load_tokenizer(tokenizer_type: str | None, path: str | Path) -> Tokenizer:
+    """Load the tokenizer at ``path``: a Hugging Face folder, or a SentencePiece ``.model`` file (or its folder).
+
+    Without a type, a folder with tokenizer.json or tokenizer_config.json is Hugging Face's, anything else
+    SentencePiece's. Raises UserError for a path that is missing, unreadable or of another kind.
+    """
+    path = Path(path)
+    if tokenizer_type not in (None, HUGGING_FACE, SENTENCEPIECE):
+        raise UserError(f"--tokenizer-type {tokenizer_type} is not known; use {HUGGING_FACE} or {SENTENCEPIECE}.")
+    if not path.exists():
+        raise UserError(f"--tokenizer-model {path} does not exist; name a Hugging Face folder or a .model file.")
+    kind = tokenizer_type or _find_kind(path)
+    if kind == HUGGING_FACE:
+        if not path.is_dir():
+            raise UserError(f"--tokenizer-model {path} is a file, but {HUGGING_FACE} needs the folder that holds it.")
+        return load_huggingface_tokenizer(path)
+    file = path / MODEL_FILE if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"--tokenizer-model {path} has no {MODEL_FILE}, which {SENTENCEPIECE} needs.")
+    return load_sentencepiece_tokenizer(file)
+
+
+def _find_kind(path: Path) -> str:
+    if not path.is_dir():
+        return SENTENCEPIECE
+    if any((path / name).exists() for name in HUGGING_FACE_FILES):
+        return HUGGING_FACE
+    if (path / MODEL_FILE).exists():
+        return SENTENCEPIECE
+    raise UserError(
+        f"--tokenizer-model {path} holds no tokenizer: it needs tokenizer.json (Hugging Face) or {MODEL_FILE}."
+    )
