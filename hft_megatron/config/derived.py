@@ -50,10 +50,10 @@ def sequence_length(training: TrainingConfig, shape: ModelShape) -> int:
 
 
 def warmup_iters(optimizer: OptimizerConfig, train_iters: int) -> int:
-    """Iterations of linear warm-up, from either form of the option."""
+    """Iterations of linear warm-up, from either form of the option; a fraction is rounded to the nearest iteration."""
     if optimizer.lr_warmup_fraction is None:
         return optimizer.lr_warmup_iters
-    return int(optimizer.lr_warmup_fraction * train_iters)
+    return round(optimizer.lr_warmup_fraction * train_iters)
 
 
 def hft_seed(config: RunConfig) -> int:

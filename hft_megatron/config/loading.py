@@ -70,7 +70,8 @@ def _build(options_type: type[T], settings: Sequence[Setting]) -> T:
         return options
     for setting in settings:
         if _parsed(options_type, [setting]) is None:
-            raise UserError(f"{setting.where} {setting.value}: the value must be {setting.flag.expected}.")
+            shown = setting.value or "''"
+            raise UserError(f"{setting.where} {shown}: the value must be {setting.flag.expected}.")
     raise AssertionError("tyro refused options that it accepts one by one")
 
 

@@ -64,8 +64,8 @@ def heads_fit_the_model(config: RunConfig, shape: ModelShape, world_size: int) -
         raise UserError(f"--num-attention-heads {heads} does not divide the model's hidden size {shape.hidden_size}.")
     if shape.kv_channels % 2:
         raise UserError(
-            f"--kv-channels {shape.kv_channels} (a model folder's head_dim) is odd, and rotary embeddings rotate pairs of channels; "
-            f"the nearest size that fits is {shape.kv_channels + 1}."
+            f"--kv-channels {shape.kv_channels} (a model folder's head_dim) is odd, and rotary embeddings "
+            f"rotate pairs of channels; the nearest size that fits is {shape.kv_channels + 1}."
         )
 
 

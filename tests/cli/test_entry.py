@@ -1,0 +1,194 @@
+"""Exit codes, the status file, help, and who speaks. Run: pytest tests/cli/test_entry.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hft_megatron import errors
+from hft_megatron.cli import boundary, main
+from tests.cli.conftest import LAUNCH_VARIABLES, SHAPE, Training
+
+
+@pytest.fixture
+def options(model_folder: Path, tmp_path: Path) -> list[str]:
+    """A good command whose save folder exists."""
+    (tmp_path / "run").mkdir()
+    data = ["--load-hf", str(model_folder), "--train-data-path", "data.jsonl"]
+    return ["sft", *data, "--save", str(tmp_path / "run")]
+
+
+def status(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "run" / "status.json").read_text())
+
+
+def raising(error: BaseException) -> Any:
+    def outcome() -> None:
+        raise error
+
+    return outcome
+
+
+def test_a_process_that_nobody_launched_becomes_a_run_of_one_rank(options: list[str], training: Training) -> None:
+    assert main(options) == errors.EXIT_OK
+    [(name, config, shape)] = training.calls
+    assert name == "run"
+    assert shape == SHAPE
+    assert config.data.train_data_path == "data.jsonl"
+    assert {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_a_launched_process_keeps_its_environment(
+    options: list[str], training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = dict(zip(LAUNCH_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert main(options) == errors.EXIT_OK
+    assert {name: os.environ[name] for name in LAUNCH_VARIABLES} == launched
+
+
+def test_half_of_a_launch_environment_is_a_mistake(
+    options: list[str],
+    training: Training,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(options) == errors.EXIT_USAGE
+    assert "RANK is missing from the environment" in capsys.readouterr().err
+    assert training.calls == []
+
+
+def test_check_says_ok_and_trains_nothing(
+    options: list[str],
+    training: Training,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main([*options, "--check", "--tensor-model-parallel-size", "2"]) == errors.EXIT_OK
+    assert [name for name, *_ in training.calls] == ["check"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"OK: a LLaMA of {SHAPE.parameter_count():,} parameters on TP 2 x PP 1 x DP 2, global batch size 2"
+    ]
+    assert not (tmp_path / "run" / "status.json").exists()
+
+
+def test_a_mistake_in_the_data_is_found_by_check(
+    options: list[str], training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.outcome = raising(errors.UserError("data.jsonl:3: the line is not JSON."))
+    assert main([*options, "--check"]) == errors.EXIT_USAGE
+    assert capsys.readouterr().err == "hft-megatron: error: data.jsonl:3: the line is not JSON.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "state", "message"),
+    [
+        (None, errors.EXIT_OK, "finished", ""),
+        (errors.UserError("Wrong."), errors.EXIT_USAGE, "usage", "Wrong."),
+        (errors.StoppedBySignal("Saved."), errors.EXIT_STOPPED, "stopped", "Saved."),
+        (RuntimeError("broken"), errors.EXIT_FAILURE, "failed", "RuntimeError: broken"),
+        (KeyboardInterrupt(), errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard"),
+    ],
+)
+def test_every_outcome_has_its_exit_code_and_status(
+    error: BaseException | None,
+    code: int,
+    state: str,
+    message: str,
+    options: list[str],
+    training: Training,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if error is not None:
+        training.outcome = raising(error)
+    assert main(options) == code
+    assert status(tmp_path) == {"exit_code": code, "state": state, "message": message}
+    assert ("Traceback" in capsys.readouterr().err) == (code == errors.EXIT_FAILURE)
+
+
+def test_a_mistake_creates_no_save_folder(
+    options: list[str], training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").rmdir()
+    assert main([*options, "--hft-ratio", "2"]) == errors.EXIT_USAGE
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_status_of_a_mistake_is_written_where_the_folder_exists(
+    options: list[str], training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "--hft-ratio", "2"]) == errors.EXIT_USAGE
+    assert status(tmp_path)["exit_code"] == errors.EXIT_USAGE
+
+
+def test_another_rank_speaks_only_when_rank_0_has_nothing_to_say(
+    options: list[str],
+    training: Training,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in zip(LAUNCH_VARIABLES, ("1", "2", "1", "2", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        waits.append(seconds)
+
+    monkeypatch.setattr(boundary.time, "sleep", sleep)
+    before = signal.getsignal(signal.SIGTERM)
+    training.outcome = raising(errors.UserError("This node has no such file."))
+    try:
+        assert main(options) == errors.EXIT_USAGE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert waits == [boundary.OTHER_RANKS_WAIT_S]
+    err = capsys.readouterr().err
+    assert err.startswith("hft-megatron: rank 1 on ")
+    assert err.endswith(": error: This node has no such file.\n")
+
+
+def test_two_ranks_with_the_same_mistake_say_it_once(model_folder: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "hft_megatron", "sft", "--load-hf", str(model_folder), "--hft-ratio", "2"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == 1  # torchrun's own, for any failure
+    assert ended.stderr.count("--hft-ratio 2.0 must be between 0 and 1") == 1
+
+
+def test_help_lists_commands_and_options_within_two_seconds_of_work_and_without_torch() -> None:
+    code = (
+        "import sys, time; from hft_megatron.cli import main; code = main(sys.argv[1:]); "
+        "assert time.process_time() < 2.0, time.process_time(); "
+        "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules); sys.exit(code)"
+    )
+    for words, shown in ((["--help"], "sft "), ([], "sft "), (["sft", "--help"], "--tensor-model-parallel-size INT")):
+        command = [sys.executable, "-c", code, *words]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == errors.EXIT_OK, ended.stderr
+        assert shown in ended.stdout
+        assert "Traceback" not in ended.stderr
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stf"]) == errors.EXIT_USAGE
+    assert capsys.readouterr().err == "hft-megatron: error: 'stf' is not a command; the nearest is hft-megatron sft.\n"

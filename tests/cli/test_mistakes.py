@@ -1,0 +1,246 @@
+"""Every mistake a user can make with options: one sentence, exit code 2, nothing started.
+
+Run: pytest tests/cli/test_mistakes.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hft_megatron.cli import main
+from hft_megatron.errors import EXIT_OK, EXIT_USAGE
+from tests.cli.conftest import Training
+
+GOOD = "--load-hf MODEL --train-data-path data.jsonl"
+FROM_FLAGS = (
+    "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 128 "
+    "--tokenizer-model tok --train-data-path data.jsonl"
+)
+
+GOOD_COMMANDS = [
+    (1, GOOD),
+    (1, f"{FROM_FLAGS} --vocab-size 300"),
+    (1, FROM_FLAGS),
+    (8, f"{GOOD} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
+    (4, f"{GOOD} --tensor-model-parallel-size 4 --overlap-grad-reduce --overlap-param-gather"),
+    (2, f"{GOOD} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 --global-batch-size 2"),
+    (1, f"{GOOD} --recompute-granularity full --recompute-method uniform --recompute-num-layers 4"),
+    (1, f"{GOOD} --recompute-granularity full --recompute-method block --recompute-num-layers 3"),
+    (1, f"{GOOD} --recompute-granularity selective"),
+    (1, f"{GOOD} --hft-ratio 0"),
+    (1, f"{GOOD} --hft-ratio 1 --lr-warmup-fraction 0.03 --seq-length 128"),
+    (1, f"{GOOD} --eval-interval 5 --eval-iters 2 --valid-data-path valid.jsonl --save RUN --save-interval 10"),
+    (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
+]
+
+MISTAKES = [
+    # the layout
+    (3, f"{GOOD} --tensor-model-parallel-size 3", "--tensor-model-parallel-size 3", "8 attention heads", "fits is 2"),
+    (8, f"{GOOD} --tensor-model-parallel-size 8", "--tensor-model-parallel-size 8", "4 query groups", "fits is 4"),
+    (
+        4,
+        f"{FROM_FLAGS} --ffn-hidden-size 90 --tensor-model-parallel-size 4",
+        "--tensor-model-parallel-size 4",
+        "90 feed-forward channels",
+        "size that fits is 2",
+    ),
+    (3, f"{GOOD} --pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3", "8 layers", "fits is 2"),
+    (
+        2,
+        f"{GOOD} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
+        "--num-layers-per-virtual-pipeline-stage 3",
+        "4 layers of a pipeline stage",
+        "number that fits is 2",
+    ),
+    (1, f"{GOOD} --num-layers-per-virtual-pipeline-stage 2", "needs --pipeline-model-parallel-size of at least 2"),
+    (
+        2,
+        f"{GOOD} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4",
+        "--num-layers-per-virtual-pipeline-stage 4",
+        "nothing interleaves",
+    ),
+    (6, f"{GOOD} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", "world size 6", "start 4 ranks"),
+    (1, f"{GOOD} --tensor-model-parallel-size 2", "world size 1", "start 2 ranks"),
+    (1, f"{GOOD} --sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size"),
+    (1, f"{GOOD} --overlap-param-gather", "--overlap-param-gather needs --overlap-grad-reduce"),
+    # not built yet
+    (2, f"{GOOD} --context-parallel-size 2", "--context-parallel-size 2 is not built yet"),
+    (2, f"{GOOD} --expert-model-parallel-size 2", "--expert-model-parallel-size 2 is not built yet"),
+    (1, f"{GOOD} --fp8-format hybrid", "--fp8-format hybrid is not built yet"),
+    (1, f"{GOOD} --use-megatron-fsdp", "--use-megatron-fsdp is not built yet"),
+    # the batch
+    (
+        2,
+        f"{GOOD} --micro-batch-size 2 --global-batch-size 6",
+        "--global-batch-size 6",
+        "--micro-batch-size 2 x data-parallel size 2 = 4",
+    ),
+    (
+        2,
+        f"{GOOD} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 --global-batch-size 3",
+        "--global-batch-size 3 makes 3 micro-batches",
+        "--pipeline-model-parallel-size 2",
+    ),
+    (1, f"{GOOD} --seq-length 129", "--seq-length 129", "128 positions"),
+    # recomputation
+    (1, f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
+    (1, f"{GOOD} --recompute-granularity full --recompute-method block", "needs --recompute-num-layers"),
+    (1, f"{GOOD} --recompute-method block", "--recompute-method block needs --recompute-granularity full"),
+    (
+        1,
+        f"{GOOD} --recompute-granularity selective --recompute-num-layers 1",
+        "--recompute-num-layers 1 needs --recompute-granularity full",
+    ),
+    (
+        1,
+        f"{GOOD} --recompute-granularity full --recompute-method uniform --recompute-num-layers 3",
+        "--recompute-num-layers 3 does not divide the 8 layers",
+    ),
+    (
+        1,
+        f"{GOOD} --recompute-granularity full --recompute-method block --recompute-num-layers 9",
+        "--recompute-num-layers 9 is more than the 8 layers",
+    ),
+    # numbers
+    (1, f"{GOOD} --hft-ratio 1.5", "--hft-ratio 1.5 must be between 0 and 1"),
+    (1, f"{GOOD} --hft-ratio -0.1", "--hft-ratio -0.1 must be between 0 and 1"),
+    (1, f"{GOOD} --hft-ratio nan", "--hft-ratio nan must be between 0 and 1"),
+    (1, f"{GOOD} --micro-batch-size 0", "--micro-batch-size 0: must be at least 1"),
+    (1, f"{GOOD} --global-batch-size -8", "--global-batch-size -8: must be at least 1"),
+    (1, f"{GOOD} --tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: must be at least 1"),
+    (1, f"{GOOD} --train-iters -1", "--train-iters -1: must be a number of at least 0"),
+    (1, f"{GOOD} --lr -1e-5", "--lr -1e-05: must be a number of at least 0"),
+    (1, f"{GOOD} --lr nan", "--lr nan: must be a number"),
+    (1, f"{GOOD} --weight-decay inf", "--weight-decay inf: must be a number"),
+    (1, f"{GOOD} --adam-eps 0", "--adam-eps 0.0: must be a number above 0"),
+    (1, f"{GOOD} --adam-beta2 1", "--adam-beta2 1.0: must be at least 0 and below 1"),
+    (1, f"{GOOD} --min-lr 1", "--min-lr 1.0 is above --lr"),
+    (1, f"{GOOD} --lr-warmup-iters 5 --lr-warmup-fraction 0.1", "--lr-warmup-fraction 0.1 and --lr-warmup-iters 5"),
+    (1, f"{GOOD} --lr-warmup-fraction 1", "--lr-warmup-fraction 1.0 must be at least 0 and below 1"),
+    (1, f"{GOOD} --lr-warmup-iters 100", "--lr-warmup-iters 100 must be below --train-iters 100"),
+    (1, f"{GOOD} --save-interval 0", "--save-interval 0: must be at least 1"),
+    # the model
+    (1, "--train-data-path data.jsonl", "No model is given", "--load-hf"),
+    (1, f"{GOOD} --num-layers 2", "--num-layers 2 cannot be given with --load-hf"),
+    (1, "--load-hf absent --train-data-path data.jsonl", "--load-hf absent: there is no such folder"),
+    (1, "--load-hf . --train-data-path data.jsonl", "--load-hf .: there is no config.json"),
+    (1, "--num-layers 2 --train-data-path data.jsonl", "--hidden-size is missing"),
+    (1, f"{FROM_FLAGS} --num-layers 0", "--num-layers 0: a size must be at least 1"),
+    (1, f"{FROM_FLAGS} --num-query-groups 3", "--num-query-groups 3", "8 attention heads"),
+    (1, f"{FROM_FLAGS} --hidden-size 63", "--num-attention-heads 8 does not divide the model's hidden size 63"),
+    (1, f"{FROM_FLAGS} --kv-channels 7", "--kv-channels 7", "is odd"),
+    # data, tokenizer and folders
+    (1, "--load-hf MODEL", "--train-data-path is missing"),
+    (1, FROM_FLAGS.replace("--tokenizer-model tok", ""), "--tokenizer-model is missing"),
+    (1, FROM_FLAGS.replace("--tokenizer-model tok", "--train-iters 0"), "--tokenizer-model is missing"),
+    (1, f"{GOOD} --eval-interval 5", "--eval-interval 5 needs --valid-data-path"),
+    (1, f"{GOOD} --eval-iters 5", "--eval-iters 5 needs --valid-data-path"),
+    (1, f"{GOOD} --save-interval 5", "--save-interval 5 needs --save"),
+    (1, f"{GOOD} --save-dtype float32", "--save-dtype float32 needs --save-hf"),
+    (1, f"{GOOD} --wandb-exp-name x", "--wandb-exp-name x needs --wandb-project"),
+    (1, f"{GOOD} --save-hf MODEL", "--save-hf MODEL is not empty"),
+    (1, f"{GOOD} --save-hf MODEL/config.json", "--save-hf MODEL/config.json is a file"),
+    (1, f"{GOOD} --save MODEL/config.json", "--save MODEL/config.json is a file"),
+    # names and values
+    (1, f"{GOOD} --trian-iters 5", "--trian-iters is not an option; the nearest is --train-iters"),
+    (1, f"{GOOD} --lr abc", "--lr abc: the value must be a number"),
+    (1, f"{GOOD} --group-query-attention", "--group-query-attention: ", "always used here; remove"),
+]  # fmt: skip
+
+
+def words(options: str, model_folder: Path) -> list[str]:
+    base = model_folder.parent
+    places = {"MODEL": str(model_folder), "RUN": str(base / "run"), "OUT": str(base / "out")}
+    for name, place in places.items():
+        options = options.replace(name, place)
+    return ["sft", *options.split()]
+
+
+@pytest.mark.parametrize(("world_size", "options"), GOOD_COMMANDS)
+def test_options_that_fit_are_handed_to_training(
+    world_size: int, options: str, model_folder: Path, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    assert main([*words(options, model_folder), "--check"]) == EXIT_OK
+    assert [name for name, *_ in training.calls] == ["check"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "said"), [(world, options, said) for world, options, *said in MISTAKES]
+)
+@pytest.mark.parametrize("check", [True, False], ids=["check", "train"])
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    world_size: int,
+    options: str,
+    said: list[str],
+    check: bool,
+    model_folder: Path,
+    training: Training,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    code = main(words(options, model_folder) + ["--check"] * check)
+    out, err = capsys.readouterr()
+    assert code == EXIT_USAGE
+    assert out == ""
+    assert err.startswith("hft-megatron: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith(".\n")
+    for part in said:
+        assert part.replace("MODEL", str(model_folder)) in err
+    assert training.calls == []
+
+
+def test_a_model_that_is_not_llama_is_named(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    assert main(words(GOOD, model_folder)) == EXIT_USAGE
+    assert "model_type is 'qwen2'" in capsys.readouterr().err
+
+
+def test_a_folder_with_checkpoints_is_not_written_over_unless_it_is_resumed(
+    model_folder: Path, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "latest_checkpointed_iteration.txt").write_text("100")
+    save = [*words(GOOD, model_folder), "--save", str(run)]
+    assert main(save) == EXIT_USAGE
+    assert f"add --load {run} to go on with it" in capsys.readouterr().err
+    assert main([*save, "--load", f"{run}/"]) == EXIT_OK
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "x")])
+def test_a_broken_launch_environment_is_named(
+    name: str,
+    value: str,
+    model_folder: Path,
+    training: Training,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(words(GOOD, model_folder)) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert f"{name}={value}" in err or "missing from the environment" in err
+
+
+def test_a_real_process_reports_a_mistake_without_importing_torch(model_folder: Path) -> None:
+    code = (
+        "import sys; from hft_megatron.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *words(f"{GOOD} --hft-ratio 2", model_folder)]
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert ended.returncode == EXIT_USAGE
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines() == [
+        "hft-megatron: error: --hft-ratio 2.0 must be between 0 and 1; "
+        "0.5 trains half of the matrices, 1 is full fine-tuning."
+    ]

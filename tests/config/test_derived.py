@@ -1,0 +1,74 @@
+"""Numbers that follow from the options. Run: pytest tests/config/test_derived.py"""
+
+import pytest
+
+from hft_megatron.config import derived
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+
+SHAPE = ModelShape(
+    num_layers=8,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=301,
+    max_position_embeddings=128,
+)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "divisible_by", "rows"), [(1, 1, 301), (2, 1, 302), (4, 1, 304), (2, 128, 512), (7, 43, 301)]
+)
+def test_the_vocabulary_is_padded_to_the_next_multiple(tensor: int, divisible_by: int, rows: int) -> None:
+    assert derived.padded_vocab_size(SHAPE, tensor, divisible_by) == rows
+
+
+def test_batches_follow_from_the_layout() -> None:
+    config = RunConfig(
+        parallel=ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        training=TrainingConfig(micro_batch_size=3),
+    )
+    assert derived.data_parallel_size(config.parallel, world_size=8) == 2
+    assert derived.global_batch_size(config, world_size=8) == 6
+    assert derived.num_microbatches(config, world_size=8) == 1
+    larger = RunConfig(parallel=config.parallel, training=TrainingConfig(micro_batch_size=3, global_batch_size=24))
+    assert derived.num_microbatches(larger, world_size=8) == 4
+
+
+def test_virtual_stages_count_the_chunks_of_one_rank() -> None:
+    plain = ParallelConfig(pipeline_model_parallel_size=2)
+    assert derived.virtual_pipeline_size(plain, 8) is None
+    assert derived.layers_per_chunk(plain, 8) == 4
+    interleaved = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
+    assert derived.virtual_pipeline_size(interleaved, 8) == 4
+    assert derived.layers_per_chunk(interleaved, 8) == 1
+
+
+def test_warm_up_has_two_forms() -> None:
+    assert derived.warmup_iters(OptimizerConfig(lr_warmup_iters=7), train_iters=100) == 7
+    assert derived.warmup_iters(OptimizerConfig(lr_warmup_fraction=0.03), train_iters=100) == 3
+
+
+def test_resolving_fills_in_what_the_options_leave_open() -> None:
+    resolved = derived.resolve(RunConfig(training=TrainingConfig(seed=9)), SHAPE, world_size=4)
+    assert resolved.training == TrainingConfig(seed=9, global_batch_size=4, seq_length=128)
+    assert resolved.hft.hft_seed == 9
+
+
+def test_a_resumed_run_keeps_its_batch_size_and_dtype_at_another_layout() -> None:
+    saved = RunConfig(
+        training=TrainingConfig(global_batch_size=4, seq_length=100, bf16=True), hft=HFTConfig(hft_seed=3)
+    )
+    resolved = derived.resolve(RunConfig(), SHAPE, world_size=1, saved=saved)
+    assert resolved.training == saved.training
+    assert resolved.hft == saved.hft
+
+
+def test_what_a_resuming_command_says_wins_over_what_the_run_had() -> None:
+    saved = RunConfig(training=TrainingConfig(global_batch_size=4, bf16=True), hft=HFTConfig(hft_seed=3))
+    new = RunConfig(training=TrainingConfig(global_batch_size=8, bf16=False, train_iters=7), hft=HFTConfig(hft_seed=5))
+    resolved = derived.resolve(new, SHAPE, world_size=1, saved=saved)
+    assert (resolved.training.global_batch_size, resolved.training.bf16, resolved.training.train_iters) == (8, False, 7)
+    assert resolved.hft.hft_seed == 5

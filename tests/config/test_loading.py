@@ -1,0 +1,189 @@
+"""Options from files and words. Run: pytest tests/config/test_loading.py"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from hft_megatron.config.loading import help_text, load_options, read_resolved, write_resolved
+from hft_megatron.config.schema import (
+    CheckpointConfig,
+    HFTConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """As a command declares them."""
+
+    config: str | None = None
+    check: bool = False
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def load(*words: str) -> RunConfig:
+    return load_options(Options, words).run
+
+
+def test_without_words_every_option_has_its_default() -> None:
+    assert load_options(Options, []) == Options()
+
+
+def test_dashes_underscores_and_equals_signs_mean_the_same() -> None:
+    for words in (
+        ("--train-iters", "7"),
+        ("--train_iters", "7"),
+        ("--train-iters=7",),
+        ("--train_iters=7",),
+    ):
+        assert load(*words).training.train_iters == 7
+
+
+def test_switches_turn_on_and_off_and_three_state_ones_stay_unset() -> None:
+    assert load("--sequence-parallel").parallel.sequence_parallel
+    assert not load("--sequence-parallel", "--no-sequence-parallel").parallel.sequence_parallel
+    assert load().training.bf16 is None
+    assert load("--bf16").training.bf16 is True
+    assert load("--no_bf16").training.bf16 is False
+
+
+def test_the_last_of_a_repeated_option_wins() -> None:
+    assert load("--lr", "1", "--seed", "5", "--lr", "2").optimizer.lr == 2.0
+
+
+def test_values_that_look_like_options_or_numbers_are_kept_as_written() -> None:
+    assert load("--save=--x").checkpoint.save == "--x"
+    assert load("--save", "").checkpoint.save == ""
+    assert load("--wandb-exp-name", "007").logging.wandb_exp_name == "007"
+    assert load("--lr", "-1").optimizer.lr == -1.0
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "lr: 1e-3\n"  # YAML itself reads this as text
+        "train_iters: 5\n"
+        "parallel:\n  tensor-model-parallel-size: 2\n  sequence_parallel: yes\n"
+        "overlap-grad-reduce: false\n"
+        "wandb-exp-name: 007\n"
+        "global_batch_size: null\n"
+    )
+    config = load("--train-iters", "9", "--config", str(file))
+    assert config == RunConfig(
+        parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        training=TrainingConfig(train_iters=9),
+        optimizer=OptimizerConfig(lr=1e-3),
+        logging=LoggingConfig(wandb_exp_name="007"),
+    )
+    assert not load("--config", str(file), "--no-sequence-parallel").parallel.sequence_parallel
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing yet\n")
+    assert load("--config", str(tmp_path / "run.yaml")) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lr abc", "--lr abc: the value must be a number."),
+        ("--lr=", "--lr '': the value must be a number."),
+        ("--train-iters 1.5", "--train-iters 1.5: the value must be a whole number."),
+        ("--train_iters x", "--train_iters x: the value must be a whole number."),
+        (
+            "--lr-decay-style step",
+            "--lr-decay-style step: the value must be one of constant, linear, cosine.",
+        ),
+        ("--lr", "--lr needs a value: a number."),
+        ("--lr --seed 1", "--lr needs a value: a number."),
+        ("--bf16=true", "--bf16=true: a switch takes no value; write --bf16 or --no-bf16."),
+        ("--bf16 true", "The word 'true' belongs to no option: options start with -- and take at most one value."),
+        ("run.yaml", "The word 'run.yaml' belongs to no option: options start with -- and take at most one value."),
+        ("-lr 1", "The word '-lr' belongs to no option: options start with -- and take at most one value."),
+        (
+            "--tensor-model-paralel-size 2",
+            "--tensor-model-paralel-size is not an option; the nearest is --tensor-model-parallel-size.",
+        ),
+        (
+            "--no-overlap_grad_reducee",
+            "--no-overlap_grad_reducee is not an option; the nearest is --no-overlap-grad-reduce.",
+        ),
+        ("--no-lr", "--no-lr is not an option; the nearest is --min-lr."),
+        ("--zzzzzzzzzzz", "--zzzzzzzzzzz is not an option; --help lists all of them."),
+        (
+            "--use-distributed-optimizer",
+            "--use-distributed-optimizer: the distributed optimizer is always used here; remove this option.",
+        ),
+        ("--normalization LayerNorm", "--normalization: RMSNorm is always used here; remove this option."),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        load(*words.split())
+    assert str(error.value) == said
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: 1\nlrr: 2\n", "run.yaml:2: lrr is not an option; the nearest is --lr."),
+        ("lr: abc\n", "run.yaml:1: lr abc: the value must be a number."),
+        ("parallel:\n  sequence-parallel: 2\n", "run.yaml:2: sequence-parallel 2: the value must be true or false."),
+        ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number."),
+        ("lr: 1\nseed: 2\noptimizer:\n  lr: 3\n", "run.yaml:4: lr is set twice; the other is {0}run.yaml:1: lr."),
+        ("- lr\n", "run.yaml: the file must hold `option: value` lines."),
+        ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML."),
+        ("? [lr]\n: 1\n", "run.yaml:1: a key must be the name of an option or of a group."),
+        ("check: true\n", "run.yaml:1: check is not an option; --help lists all of them."),
+        ("config: other.yaml\n", "run.yaml:1: config is not an option; --help lists all of them."),
+        ("swiglu: true\n", "run.yaml:1: swiglu: SwiGLU is always used here; remove this option."),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file_and_the_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load("--config", str(tmp_path / "run.yaml"))
+    assert str(error.value) == f"{tmp_path}/{said.format(f'{tmp_path}/')}"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        load("--config", str(tmp_path / "absent.yaml"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file in UTF-8"):
+        load("--config", str(tmp_path / "binary.yaml"))
+
+
+def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = RunConfig(
+        parallel=ParallelConfig(sequence_parallel=True),
+        training=TrainingConfig(bf16=False, global_batch_size=8),
+        optimizer=OptimizerConfig(lr=1.2345678901234567e-05, adam_eps=1e-8),
+        hft=HFTConfig(hft_ratio=1 / 3),
+        checkpoint=CheckpointConfig(save="null", load="a: b # c", save_hf="007"),
+        logging=LoggingConfig(wandb_project="true", wandb_exp_name="größer"),
+    )
+    path = tmp_path / "resolved_config.yaml"
+    write_resolved(config, path)
+    assert read_resolved(path) == config
+    assert load("--config", str(path)) == config
+    write_resolved(replace(config, hft=HFTConfig()), path)
+    assert read_resolved(path).hft == HFTConfig()
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_help_shows_every_option_in_groups() -> None:
+    text = help_text(Options, prog="hft-megatron sft", description="Fine-tune.")
+    for shown in ("--tensor-model-parallel-size INT", "--bf16, --no-bf16", "--hft-ratio FLOAT", "(default: 1e-05)"):
+        assert shown in text
+    for group in ("parallel", "model", "training", "optimizer", "data", "hft", "checkpoint", "logging"):
+        assert f"{group} options" in text

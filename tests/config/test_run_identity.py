@@ -1,0 +1,74 @@
+"""When a save folder holds another run. Run: pytest tests/config/test_run_identity.py"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
+from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
+from hft_megatron.config.schema import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.errors import UserError
+
+SHAPE = ModelShape(
+    num_layers=8,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=301,
+    max_position_embeddings=128,
+    rope_scaling=Llama3RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    ),
+)
+CONFIG = RunConfig(training=TrainingConfig(global_batch_size=8), data=DataConfig(train_data_path="/data/train.jsonl"))
+
+
+def identity(config: RunConfig = CONFIG, world_size: int = 4) -> RunIdentity:
+    return run_identity(config, SHAPE, world_size, method="sft", data_digest="0" * 64)
+
+
+def test_an_identity_survives_json() -> None:
+    assert RunIdentity.from_dict(json.loads(json.dumps(identity().to_dict()))) == identity()
+
+
+def test_another_layout_length_or_place_of_the_data_is_the_same_run() -> None:
+    moved = replace(
+        CONFIG,
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        training=replace(CONFIG.training, train_iters=7, micro_batch_size=2),
+        data=DataConfig(train_data_path="/elsewhere/train.jsonl"),
+    )
+    check_same_run(identity(), identity(moved, world_size=2), "runs/a")
+
+
+def test_a_command_that_trains_nothing_does_not_differ_in_its_data() -> None:
+    check_same_run(identity(), replace(identity(), data_digest=None, data_path=None), "runs/a")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "dpo"}, "its method is sft, and this command's is dpo"),
+        ({"shape": replace(SHAPE, num_layers=4)}, "its model's num layers is 8, and this command's is 4"),
+        ({"shape": replace(SHAPE, rope_scaling=None)}, "its model's rope scaling is Llama3RopeScaling"),
+        (
+            {"data_digest": "1" * 64, "data_path": "/data/other.jsonl"},
+            "its training data is /data/train.jsonl (digest 000000000000), "
+            "and this command's is /data/other.jsonl (digest 111111111111)",
+        ),
+        ({"seq_length": 64}, "its --seq-length is 128, and this command's is 64"),
+        ({"global_batch_size": 16}, "its --global-batch-size is 8, and this command's is 16"),
+        ({"seed": 1}, "its --seed is 1234, and this command's is 1"),
+        ({"hft_ratio": 1.0}, "its --hft-ratio is 0.5, and this command's is 1.0"),
+        ({"hft_seed": 1}, "its --hft-seed is 1234, and this command's is 1"),
+    ],
+)
+def test_another_run_in_the_folder_is_named_with_both_values(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_same_run(identity(), replace(identity(), **change), "runs/a")
+    assert str(error.value).startswith("--save runs/a holds another run: ")
+    assert said in str(error.value)
