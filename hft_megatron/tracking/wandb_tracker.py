@@ -14,7 +14,7 @@ class WandbTracker:
     def __init__(self, *, project: str, name: str | None, folder: str | None, config: Mapping[str, Any]) -> None:
         """Start a run of ``project``; its files go to ``folder``/wandb (./wandb when None).
 
-        Raises ``UserError`` when wandb refuses, which without a login it does online.
+        Raises ``UserError`` when wandb refuses, which online it does without a login or a connection.
         """
         import wandb  # starts threads on import: only when asked for
 
@@ -24,7 +24,7 @@ class WandbTracker:
         settings = wandb.Settings(console="off", disable_git=True, save_code=False)
         try:
             self._run = wandb.init(project=project, name=name, dir=folder, config=dict(config), settings=settings)
-        except wandb.errors.UsageError as error:
+        except wandb.errors.Error as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
                 f"--wandb-project {project}: wandb does not start ({reason}): "

@@ -88,8 +88,6 @@ def test_a_tampered_seed_is_named_although_the_same_units_train(ranks: RankPools
 
 def test_a_plan_of_another_model_is_named_by_the_unit_of_another_size(ranks: RankPools) -> None:
     message = str(check(ranks, 2, rank=1, tampering="model")[0])
-    first = "model.layers.0.self_attn"  # the draw differs with neither, so the first wider unit is the difference
-    assert first not in message
     assert "differs first in the size of model.layers.0.mlp.gate_proj" in message
 
 

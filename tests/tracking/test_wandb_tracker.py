@@ -87,12 +87,16 @@ def test_an_offline_run_holds_the_options_and_the_metrics_under_megatrons_keys(
     assert not [path for path in files if path.suffix in (".patch", ".py") or path.name == "output.log"]
 
 
+@pytest.mark.parametrize("kind", ["UsageError", "CommError", "AuthenticationError"])
 def test_a_refused_start_is_one_sentence_that_names_the_option_and_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def refuse(**_: Any) -> None:
-        raise wandb.errors.UsageError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+        raise getattr(wandb.errors, kind)("no API key\nor no network.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=r"--wandb-project halves: wandb does not start \(api_key .*WANDB_MODE=offline"):
+    with pytest.raises(
+        UserError,
+        match=r"--wandb-project halves: wandb does not start \(no API key or no network\).*WANDB_MODE=offline",
+    ):
         WandbTracker(project="halves", name=None, folder=str(tmp_path), config={})
