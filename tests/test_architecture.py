@@ -117,12 +117,19 @@ def test_megatron_training_is_never_imported(name: str) -> None:
         assert top != "megatron" or rest.partition(".")[0] in ("", "core"), f"{name} imports {imported}"
 
 
-def test_exceptions_of_every_kind_are_caught_only_at_the_edge_of_the_process() -> None:
-    broad = []
+CATCH_EVERYTHING = {
+    "cli.boundary": "the edge of the process",
+    "data.huggingface_tokenizer": "the tokenizers library raises plain Exception for a broken file",
+}
+"""The modules that may, and why."""
+
+
+def test_exceptions_of_every_kind_are_caught_only_where_a_reason_is_given() -> None:
+    broad = set()
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 caught = node.type
                 if caught is None or (isinstance(caught, ast.Name) and caught.id == "Exception"):
-                    broad.append(name)
-    assert broad == ["cli.boundary"]
+                    broad.add(name)
+    assert broad == CATCH_EVERYTHING.keys()
