@@ -41,13 +41,13 @@ def run(options: SftOptions, status: StatusFolder) -> None:
         # Imported here and below because they import torch and transformers, which the checks above must not wait for.
         from hft_megatron.training.checks import check_sft_inputs
 
-        check_sft_inputs(config, shape)
+        check_sft_inputs(config, shape, world_size)
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
     from hft_megatron.training.assembly import run_sft
 
-    run_sft(config, shape)
+    run_sft(config, shape, world_size)
 
 
 def _shape_before_the_tokenizer(config: RunConfig) -> ModelShape:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 RESOLVED_CONFIG_FILE = "resolved_config.yaml"
 """Every option of the run with its value, readable by ``--config``."""
+RUN_IDENTITY_FILE = "run_identity.json"
+"""What makes the run this one and not another: a command that differs in it is refused."""
 STATUS_FILE = "status.json"
 """How the last command that was pointed at the folder ended."""
 CHECKPOINT_TRACKER_FILE = "latest_checkpointed_iteration.txt"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.conversion.save import Announce, ExportRules, save_weights
-from hft_megatron.data.tokenizers import Tokenizer
+from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
 
@@ -23,7 +23,7 @@ def export_folder(
     shape: ModelShape,
     placement: Placement,
     rules: ExportRules,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     announce: Announce,
 ) -> None:
     """Exports to ``folder``, which appears complete or not at all; every rank must call it.
@@ -40,16 +40,23 @@ def export_folder(
     dtype = save_weights(unfinished, chunks, shape, placement, rules, announce)
     if placement.rank == 0:
         _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
-        tokenizer.export(str(unfinished))
+        if tokenizer is not None:
+            tokenizer.export(unfinished)
         os.replace(unfinished, target)
         announce(f"exported the model to {target} in Hugging Face's format ({str(dtype).removeprefix('torch.')})")
     dist.barrier()
 
 
 def _write_configs(
-    folder: Path, shape: ModelShape, source: str | None, tokenizer: Tokenizer, dtype: torch.dtype
+    folder: Path, shape: ModelShape, source: str | None, tokenizer: Tokenizer | None, dtype: torch.dtype
 ) -> None:
-    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    tokens = {}
+    if tokenizer is not None:
+        tokens = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
     config = load_hf_config(source) if source is not None else shape.to_hf_config()
     # Both spellings: transformers 4 reads torch_dtype, 5 reads dtype.
     dtype_name = str(dtype).removeprefix("torch.")

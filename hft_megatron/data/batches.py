@@ -32,11 +32,9 @@ class StepBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batches:
-    """What training and validation share: how a list of examples becomes a rank's tensors."""
+class BatchShare:
+    """Which rows of a global batch a rank takes."""
 
-    dataset: SftDataset
-    pad_id: int
     micro_batch_size: int
     """Sequences of one forward pass on one rank."""
     global_batch_size: int
@@ -50,14 +48,23 @@ class _Batches:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0
         assert 0 <= self.data_parallel_rank < self.data_parallel_size
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Batches:
+    """What training and validation have in common: how a list of examples becomes a rank's tensors."""
+
+    dataset: SftDataset
+    pad_id: int
+    share: BatchShare
+
     def _assemble(self, indices: Sequence[int]) -> StepBatch:
         """The rank's rows of a global batch; rows that ``indices`` doesn't fill are padding and wholly masked.
 
         Micro-batch k of rank r of D holds rows ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch.
         """
         length = self._padded_length(indices)
-        size, ranks = self.micro_batch_size, self.data_parallel_size
-        starts = range(self.data_parallel_rank * size, self.global_batch_size, size * ranks)
+        size, ranks = self.share.micro_batch_size, self.share.data_parallel_size
+        starts = range(self.share.data_parallel_rank * size, self.share.global_batch_size, size * ranks)
         return StepBatch(
             seq_length=length,
             micro_batches=[self._micro_batch(indices[start : start + size], length) for start in starts],
@@ -66,11 +73,11 @@ class _Batches:
 
     def _padded_length(self, indices: Sequence[int]) -> int:
         longest = max(self.dataset.num_positions(index) for index in indices)
-        limit = _round_up(self.dataset.seq_length, self.length_multiple)
-        return min(_round_up(longest, lcm(PADDING_MULTIPLE, self.length_multiple)), limit)
+        limit = _round_up(self.dataset.seq_length, self.share.length_multiple)
+        return min(_round_up(longest, lcm(PADDING_MULTIPLE, self.share.length_multiple)), limit)
 
     def _micro_batch(self, indices: Sequence[int], length: int) -> dict[str, torch.Tensor]:
-        shape = (self.micro_batch_size, length)
+        shape = (self.share.micro_batch_size, length)
         tokens = np.full(shape, self.pad_id, dtype=np.int64)
         labels = np.full(shape, self.pad_id, dtype=np.int64)
         loss_mask = np.zeros(shape, dtype=np.float32)
@@ -92,7 +99,7 @@ class SftBatches(_Batches):
 
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
-        stop = consumed_samples + self.global_batch_size
+        stop = consumed_samples + self.share.global_batch_size
         return self._assemble([self.order.sample_index(position) for position in range(consumed_samples, stop)])
 
 
@@ -101,13 +108,13 @@ class ValidationBatches(_Batches):
     """Validation: the file in its own order, each example exactly once; every rank gets the same number of steps."""
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.global_batch_size)
+        return -(-len(self.dataset) // self.share.global_batch_size)
 
     def steps(self, limit: int | None = None) -> Iterator[StepBatch]:
         """All steps, or the first ``limit``. The last is filled up with wholly masked rows."""
         for number in range(len(self) if limit is None else min(limit, len(self))):
-            start = number * self.global_batch_size
-            yield self._assemble(range(start, min(start + self.global_batch_size, len(self.dataset))))
+            start = number * self.share.global_batch_size
+            yield self._assemble(range(start, min(start + self.share.global_batch_size, len(self.dataset))))
 
 
 def _round_up(value: int, multiple: int) -> int:

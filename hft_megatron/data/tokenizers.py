@@ -35,6 +35,12 @@ def load_tokenizer(tokenizer_type: str | None, path: str | Path) -> Tokenizer:
     return load_sentencepiece_tokenizer(file)
 
 
+def holds_tokenizer(path: str | Path) -> bool:
+    """Whether ``path`` is a tokenizer file or a folder with one."""
+    path = Path(path)
+    return path.is_file() or any((path / name).exists() for name in (*HUGGING_FACE_FILES, MODEL_FILE))
+
+
 def _find_kind(path: Path) -> str:
     if not path.is_dir():
         return SENTENCEPIECE

@@ -1,0 +1,78 @@
+"""Writes and reads ``SAVE/iter_0000100/`` through megatron-core's dist_checkpointing; the tracker file is written last."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from hft_megatron.checkpoint.position import ITERATION_FOLDER, TrainState
+from hft_megatron.checkpoint.random_state import set_random_state, sharded_random_state
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
+from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.parallel.groups import Placement
+
+PLAN_FILE = "plan.json"
+UNFINISHED_SUFFIX = ".unfinished"
+
+_METADATA = {
+    # Plans differ from layer to layer: layers stacked into one global tensor would have holes, and the save would die.
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+
+
+def save_checkpoint(folder: str, wrapped: WrappedModel, state: TrainState, placement: Placement) -> Path:
+    """Saves model, optimizer, plan, position and random states; every rank must call it. Returns the new folder.
+
+    Written under a temporary name and renamed when complete, then the tracker is replaced atomically: a run killed at
+    any moment resumes from the newest complete checkpoint.
+    """
+    path = Path(folder) / ITERATION_FOLDER.format(state.iteration)
+    unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
+    if placement.rank == 0:
+        # A run killed while saving left it, or (the last one) this iteration was saved already and nothing changed.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+    with wrapped.gathered_parameters():
+        dist_checkpointing.save(_sharded_state(wrapped, placement, is_loading=False), str(unfinished))
+    if placement.rank == 0:
+        state.write(unfinished)
+        (unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+        write_atomically(Path(folder) / CHECKPOINT_TRACKER_FILE, f"{state.iteration}\n")
+    dist.barrier()
+    return path
+
+
+def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> TrainState:
+    """Fills model, optimizer and random states from ``path``; every rank must call it."""
+    state = TrainState.read(path)
+    same_layout = (state.tensor_model_parallel_size, state.pipeline_model_parallel_size) == (
+        placement.tensor_size,
+        placement.pipeline_size,
+    )
+    description = _sharded_state(wrapped, placement, is_loading=True)
+    if not same_layout:
+        # Random states belong to ranks; nothing in this model draws after the start, so new ones change nothing.
+        del description["random_state"]
+    loaded: dict[str, Any] = dist_checkpointing.load(description, str(path))
+    for name, chunk in _named_chunks(wrapped):
+        chunk.load_state_dict(loaded[name], strict=True)
+    wrapped.optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        set_random_state({name: row.squeeze(0) for name, row in loaded["random_state"].items()})
+    return state
+
+
+def _named_chunks(wrapped: WrappedModel) -> list[tuple[str, Any]]:
+    return [(f"model{index}", chunk) for index, chunk in enumerate(wrapped.modules)]
+
+
+def _sharded_state(wrapped: WrappedModel, placement: Placement, *, is_loading: bool) -> dict[str, Any]:
+    chunks = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _named_chunks(wrapped)}
+    optimizer = wrapped.optimizer.sharded_state_dict(chunks, is_loading, metadata=dict(_METADATA))
+    return {**chunks, "optimizer": optimizer, "random_state": sharded_random_state(placement)}

@@ -1,0 +1,197 @@
+"""Assembles a run in the order of a job: inputs, ranks, model, plan, optimizer, checkpoint, loop, export."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.checkpoint.store import load_checkpoint
+from hft_megatron.config.derived import global_batch_size
+from hft_megatron.config.loading import write_resolved
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, write_atomically
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.conversion.export import export_folder
+from hft_megatron.conversion.load import load_weights
+from hft_megatron.conversion.save import Announce, ExportRules
+from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
+from hft_megatron.data.order import SampleOrder
+from hft_megatron.errors import StoppedBySignal
+from hft_megatron.hft.agreement import check_agreement
+from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.model.initialization import initialize_weights
+from hft_megatron.model.llama import LlamaModel, build_model, transformer_engine_is_used
+from hft_megatron.optimizer.schedule import LearningRate
+from hft_megatron.optimizer.wrapping import WrappedModel, adam_in_use, wrap
+from hft_megatron.parallel import cpu_backend
+from hft_megatron.parallel.determinism import make_deterministic
+from hft_megatron.parallel.groups import Placement, start_backend, start_groups, stop_groups
+from hft_megatron.tracking.build import build_tracker
+from hft_megatron.training.hooks import build_hooks
+from hft_megatron.training.inputs import Inputs, read_inputs
+from hft_megatron.training.loop import train
+from hft_megatron.training.run import Run
+
+
+def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    """Fine-tunes (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
+
+    Raises UserError for a user's mistake before a model is built, StoppedBySignal after a signal and its checkpoint.
+    """
+    inputs = read_inputs(options, shape, world_size)
+    if inputs.config.training.deterministic_mode:
+        make_deterministic()
+    start_backend(inputs.config.parallel)
+    config = _with_dtype(inputs.config)
+    placement = start_groups(config.parallel, inputs.shape.num_layers, config.training.seed)
+    announce = _announcer(placement)
+    _announce_start(config, inputs, placement, announce)
+    plan = _agreed_plan(config, inputs, placement, announce)
+    chunks = _model_with_weights(config, inputs, placement)
+    try:
+        if config.training.train_iters == 0:
+            _export(config, inputs, placement, chunks, frozenset(), announce)
+        else:
+            wrapped = wrap(chunks, plan, config.parallel, config.optimizer, bf16=config.training.bf16 is True)
+            _train(config, inputs, placement, wrapped, announce)
+            with wrapped.gathered_parameters():
+                _export(config, inputs, placement, chunks, plan.training, announce)
+    except StoppedBySignal:
+        stop_groups()
+        raise
+    # After any other failure peers may be waiting in a collective, and waiting for them here would hide the error.
+    stop_groups()
+
+
+def _with_dtype(config: RunConfig) -> RunConfig:
+    """Settles bf16 where nothing said otherwise: only if every rank's processor is fast at it."""
+    if config.training.bf16 is not None:
+        return config
+    fast = torch.cuda.is_available() or cpu_backend.cpu_has_fast_bf16()
+    answers: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(answers, fast)
+    return replace(config, training=replace(config.training, bf16=all(answers)))
+
+
+def _announcer(placement: Placement) -> Announce:
+    def announce(line: str) -> None:
+        if placement.rank == 0:
+            print(line, flush=True)
+
+    return announce
+
+
+def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, announce: Announce) -> None:
+    for line in inputs.describe():
+        announce(f"> {line}")
+    engine = "transformer-engine" if transformer_engine_is_used() else "torch"
+    announce(
+        f"> TP {placement.tensor_size} x PP {placement.pipeline_size} x DP {placement.data_size} on "
+        f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
+        f"attention and norms by {engine}, Adam by {adam_in_use()}"
+    )
+
+
+def _agreed_plan(config: RunConfig, inputs: Inputs, placement: Placement, announce: Announce) -> Plan:
+    """This round's plan, the same on every rank, and its account in the log."""
+    plan = make_plan(inputs.shape, config.hft, default_seed=config.training.seed)
+    check_agreement(plan, coordinates=placement.coordinates)
+    if config.training.train_iters > 0:
+        announce(plan.describe())
+    return plan
+
+
+def _model_with_weights(config: RunConfig, inputs: Inputs, placement: Placement) -> list[LlamaModel]:
+    chunks = build_model(
+        inputs.shape,
+        config.parallel,
+        config.training,
+        placement=placement,
+        dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        vocab_multiple=config.model.make_vocab_size_divisible_by,
+    )
+    if config.model.load_hf is not None:
+        load_weights(config.model.load_hf, chunks, inputs.shape, placement)
+    else:
+        initialize_weights(chunks, inputs.shape, seed=config.training.seed, placement=placement)
+    return chunks
+
+
+def _train(config: RunConfig, inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> None:
+    state = TrainState(
+        tensor_model_parallel_size=placement.tensor_size, pipeline_model_parallel_size=placement.pipeline_size
+    )
+    if inputs.checkpoint is not None:
+        loaded = load_checkpoint(inputs.checkpoint, wrapped, placement)
+        state = replace(state, iteration=loaded.iteration, consumed_samples=loaded.consumed_samples, round=loaded.round)
+        announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {state.iteration}")
+    _write_run_files(config, inputs, placement)
+    assert inputs.train is not None
+    share = BatchShare(
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=global_batch_size(config, placement.world_size),
+        data_parallel_rank=placement.data_rank,
+        data_parallel_size=placement.data_size,
+        length_multiple=placement.tensor_size,
+    )
+    tracker = build_tracker(
+        config.logging,
+        save=config.checkpoint.save,
+        train_iters=config.training.train_iters,
+        start_iteration=state.iteration,
+        resolved_config=asdict(config),
+        is_writer=placement.is_last_rank,
+    )
+    run = Run(
+        config=config,
+        placement=placement,
+        wrapped=wrapped,
+        batches=SftBatches(
+            dataset=inputs.train,
+            pad_id=inputs.pad_id,
+            share=share,
+            order=SampleOrder(num_examples=len(inputs.train), seed=config.training.seed),
+        ),
+        validation=None
+        if inputs.valid is None
+        else ValidationBatches(dataset=inputs.valid, pad_id=inputs.pad_id, share=share),
+        learning_rate=LearningRate(wrapped.optimizer, config.optimizer, config.training.train_iters, state.iteration),
+        tracker=tracker,
+        announce=announce,
+        state=state,
+    )
+    try:
+        train(run, build_hooks(run, loaded_iteration=None if inputs.checkpoint is None else state.iteration))
+    finally:
+        tracker.close()
+
+
+def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement) -> None:
+    if config.checkpoint.save is None or placement.rank != 0:
+        return
+    folder = Path(config.checkpoint.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+    write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
+
+
+def _export(
+    config: RunConfig,
+    inputs: Inputs,
+    placement: Placement,
+    chunks: Sequence[LlamaModel],
+    trained: frozenset[str],
+    announce: Announce,
+) -> None:
+    folder = config.checkpoint.save_hf
+    if folder is None:
+        return
+    asked = config.checkpoint.save_dtype
+    rules = ExportRules(
+        source=config.model.load_hf, trained=trained, save_dtype=None if asked is None else getattr(torch, asked)
+    )
+    export_folder(folder, chunks, inputs.shape, placement, rules, inputs.tokenizer, announce)

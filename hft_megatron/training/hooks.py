@@ -1,0 +1,172 @@
+"""What happens around steps: log lines, validation, checkpoints, and stopping on a signal."""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from hft_megatron.checkpoint.store import save_checkpoint
+from hft_megatron.errors import StoppedBySignal
+from hft_megatron.tracking import tracker as names
+from hft_megatron.training.run import Run
+from hft_megatron.training.step import StepResult, validation_loss
+
+
+class Hook(Protocol):
+    """Runs on every rank after each optimizer step."""
+
+    def after_step(self, run: Run, result: StepResult) -> None: ...
+
+    def at_end(self, run: Run) -> None: ...
+
+
+@dataclass
+class LogSteps:
+    """Records one line every --log-interval steps; times are means over those steps."""
+
+    interval: int
+    _pending: list[StepResult] = field(default_factory=list)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        self._pending.append(result)
+        last = run.state.iteration == run.config.training.train_iters
+        if run.state.iteration % self.interval == 0 or last:
+            run.tracker.log(run.state.iteration, self._record(run, result))
+            self._pending.clear()
+
+    def _record(self, run: Run, result: StepResult) -> dict[str, float | int | str]:
+        count = len(self._pending)
+        forward_backward = sum(step.forward_backward_ms for step in self._pending) / count
+        optimizer = sum(step.optimizer_ms for step in self._pending) / count
+        plan, shards = run.wrapped.plan, run.wrapped.shards
+        record: dict[str, float | int | str] = {
+            names.CONSUMED_SAMPLES: run.state.consumed_samples,
+            names.ITERATION_TIME: forward_backward + optimizer,
+            names.LEARNING_RATE: run.learning_rate.last,
+            names.GLOBAL_BATCH_SIZE: run.batches.share.global_batch_size,
+            names.GRAD_NORM: result.grad_norm,
+            names.ROUND: run.state.round,
+            names.TRAINABLE_PARAMETERS: plan.trainable_parameters,
+            names.FROZEN_PARAMETERS: plan.frozen_parameters,
+            names.PLAN_DIGEST: plan.short_digest,
+            "forward-backward time (ms)": forward_backward,
+            "optimizer time (ms)": optimizer,
+            "reduce-scatter bytes": shards.reduce_scatter_bytes,
+            "all-gather bytes": shards.all_gather_bytes,
+            "gradient buffer bytes": shards.gradient_bytes,
+            "optimizer bytes": shards.state_bytes,
+        }
+        if result.loss is not None:
+            record[names.LOSS] = result.loss
+        return record
+
+    def at_end(self, run: Run) -> None:
+        pass
+
+
+@dataclass
+class Validate:
+    """Records the validation loss every --eval-interval steps and at the end."""
+
+    interval: int | None
+    _last: int = -1
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if self.interval is not None and run.state.iteration % self.interval == 0:
+            self._validate(run)
+
+    def at_end(self, run: Run) -> None:
+        if self._last != run.state.iteration:
+            self._validate(run)
+
+    def _validate(self, run: Run) -> None:
+        loss = validation_loss(run)
+        if loss is not None:
+            run.tracker.log(run.state.iteration, {names.VALIDATION_LOSS: loss})
+        self._last = run.state.iteration
+
+
+@dataclass
+class SaveCheckpoints:
+    """Saves every --save-interval steps and at the end."""
+
+    folder: str
+    interval: int | None
+    last: int
+    """Iteration of the newest checkpoint in the folder, -1 for none."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if self.interval is not None and run.state.iteration % self.interval == 0:
+            self.save(run)
+
+    def at_end(self, run: Run) -> None:
+        self.save(run)
+
+    def save(self, run: Run) -> None:
+        if self.last == run.state.iteration:
+            return
+        run.announce(f"saving checkpoint at iteration {run.state.iteration:7d} to {self.folder} in torch_dist format")
+        save_checkpoint(self.folder, run.wrapped, run.state, run.placement)
+        sizes = f"[ t {run.placement.tensor_size}, p {run.placement.pipeline_size} ]"
+        run.announce(
+            f"  successfully saved checkpoint from iteration {run.state.iteration:7d} to {self.folder} {sizes}"
+        )
+        self.last = run.state.iteration
+
+
+class StopOnSignal:
+    """SIGTERM, SIGINT or SIGUSR1: finish the step, save, and end; a second signal ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, saver: SaveCheckpoints | None) -> None:
+        self._saver = saver
+        self._received = 0
+        for number in self.SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received = number
+        for again in self.SIGNALS:
+            signal.signal(again, signal.SIG_DFL)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        # Signals reach ranks at different steps: all stop at the first step where any has one.
+        flag = torch.tensor([self._received], device=run.placement.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        number = int(flag.item())
+        if number == 0 or run.state.iteration == run.config.training.train_iters:
+            return
+        name = signal.Signals(number).name
+        if self._saver is None:
+            raise StoppedBySignal(
+                f"{name} stopped the run at iteration {run.state.iteration}; without --save it is lost"
+            )
+        self._saver.save(run)
+        raise StoppedBySignal(
+            f"{name} stopped the run at iteration {run.state.iteration}; start it again with --load {self._saver.folder}"
+        )
+
+    def at_end(self, run: Run) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
+    """The hooks that the options ask for, in the order they run."""
+    config = run.config
+    hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
+    if run.validation is not None:
+        hooks.append(Validate(config.logging.eval_interval))
+    saver = None
+    if config.checkpoint.save is not None:
+        own = config.checkpoint.save == config.checkpoint.load and loaded_iteration is not None
+        saver = SaveCheckpoints(
+            config.checkpoint.save, config.checkpoint.save_interval, last=loaded_iteration if own else -1
+        )
+        hooks.append(saver)
+    hooks.append(StopOnSignal(saver))
+    return hooks

@@ -1,0 +1,105 @@
+"""Everything a run reads before a model is built: tokenizer, data, and the run it goes on with. Users' mistakes end here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from hft_megatron.checkpoint.position import newest_checkpoint
+from hft_megatron.config import derived
+from hft_megatron.config.loading import read_resolved
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
+from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.data.sft import SftDataset, load_sft_dataset
+from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
+from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
+from hft_megatron.tracking.build import check_tracking_packages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What was read, the same on every rank."""
+
+    config: RunConfig
+    """Resolved, except that ``bf16`` may still be unset: the machine decides it."""
+    shape: ModelShape
+    tokenizer: Tokenizer | None
+    """None only where a model without tokenizer files is converted."""
+    train: SftDataset | None
+    valid: SftDataset | None
+    identity: RunIdentity
+    checkpoint: Path | None
+    """What the run goes on from."""
+
+    @property
+    def pad_id(self) -> int:
+        assert self.tokenizer is not None, "a run that trains has a tokenizer"
+        return self.tokenizer.pad_id
+
+    def describe(self) -> list[str]:
+        """Lines for the log: what is trained on, and where from."""
+        lines = [dataset.summary() for dataset in (self.train, self.valid) if dataset is not None]
+        folder = self.config.checkpoint.load
+        if folder is not None and self.checkpoint is None:
+            lines.append(f"--load {folder} holds no checkpoint yet: starting from the beginning")
+        return lines
+
+
+def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -> Inputs:
+    """Reads tokenizer, data and the saved run. Raises UserError for a user's mistake in any of them.
+
+    ``shape`` is None when the vocabulary's size is the tokenizer's.
+    """
+    check_tracking_packages(options.logging)
+    tokenizer = _read_tokenizer(options)
+    if shape is None:
+        assert tokenizer is not None
+        shape = shape_of(options.model, vocab_size=tokenizer.vocab_size)
+        assert shape is not None
+    if tokenizer is not None:
+        check_tokenizer_fits(tokenizer, shape.vocab_size)
+    checkpoint = newest_checkpoint(options.checkpoint.load) if options.checkpoint.load is not None else None
+    saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE) if checkpoint is not None else None
+    config = derived.resolve(options, shape, world_size, saved)
+    validate(config, shape, world_size)
+    train = _read_data(config, config.data.train_data_path, shape, tokenizer)
+    valid = _read_data(config, config.data.valid_data_path, shape, tokenizer)
+    digest = train.digest if train is not None else None
+    identity = run_identity(config, shape, world_size, method="sft", data_digest=digest)
+    for folder in {config.checkpoint.save, config.checkpoint.load} - {None}:
+        assert folder is not None
+        _check_folder(folder, identity)
+    return Inputs(
+        config=config,
+        shape=shape,
+        tokenizer=tokenizer,
+        train=train,
+        valid=valid,
+        identity=identity,
+        checkpoint=checkpoint,
+    )
+
+
+def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
+    path = derived.tokenizer_path(options)
+    converts_only = options.training.train_iters == 0 and options.data.tokenizer_model is None
+    if converts_only and not holds_tokenizer(path):
+        return None
+    return load_tokenizer(options.data.tokenizer_type, path)
+
+
+def _read_data(
+    config: RunConfig, path: str | None, shape: ModelShape, tokenizer: Tokenizer | None
+) -> SftDataset | None:
+    if path is None or config.training.train_iters == 0:
+        return None
+    assert tokenizer is not None
+    return load_sft_dataset(path, tokenizer, derived.sequence_length(config.training, shape), config.data.long_examples)
+
+
+def _check_folder(folder: str, identity: RunIdentity) -> None:
+    file = Path(folder) / RUN_IDENTITY_FILE
+    if file.exists():
+        check_same_run(RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8"))), identity, folder)

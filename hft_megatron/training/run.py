@@ -1,0 +1,36 @@
+"""One run as a value: what the loop and its hooks work on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.data.batches import SftBatches, ValidationBatches
+from hft_megatron.optimizer.schedule import LearningRate
+from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.parallel.groups import Placement
+from hft_megatron.tracking.tracker import Tracker
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A wrapped model, its data and where it stands. Only ``state`` changes."""
+
+    config: RunConfig
+    placement: Placement
+    wrapped: WrappedModel
+    batches: SftBatches
+    validation: ValidationBatches | None
+    learning_rate: LearningRate
+    tracker: Tracker
+    announce: Callable[[str], None]
+    """Prints one line on rank 0."""
+    state: TrainState
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        self.state = replace(
+            self.state,
+            iteration=self.state.iteration + 1,
+            consumed_samples=self.state.consumed_samples + self.batches.share.global_batch_size,
+        )

@@ -1,0 +1,88 @@
+"""One optimizer step and one validation, through megatron-core's pipeline schedules."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from hft_megatron.data.batches import StepBatch
+from hft_megatron.objectives import sft
+from hft_megatron.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured."""
+
+    loss: float | None
+    """Mean per trained token of the global batch, in nats; None off the last pipeline stage."""
+    grad_norm: float
+    """Before clipping, over training parameters."""
+    forward_backward_ms: float
+    """Schedule, gradient reduction and, without overlap, its wait."""
+    optimizer_ms: float
+    """Update and, without overlap, the parameter all-gather."""
+
+
+def train_step(run: Run, batch: StepBatch) -> StepResult:
+    """Accumulates the micro-batches' gradients, reduces them and updates what the plan trains."""
+    start = _now()
+    run.wrapped.zero_gradients()
+    reports = _run_schedule(run, batch, forward_only=False)
+    reduced = _now()
+    updated, grad_norm, _ = run.wrapped.optimizer.step()
+    assert updated, "without loss scaling every step updates"
+    end = _now()
+    return StepResult(
+        loss=_mean_loss(run, reports),
+        grad_norm=float(grad_norm),
+        forward_backward_ms=(reduced - start) * 1e3,
+        optimizer_ms=(end - reduced) * 1e3,
+    )
+
+
+def validation_loss(run: Run) -> float | None:
+    """Mean loss per trained token over the validation file (or --eval-iters of it); None off the last stage."""
+    assert run.validation is not None
+    reports: list[dict[str, Tensor]] = []
+    with run.wrapped.gathered_parameters(), torch.no_grad():
+        for chunk in run.wrapped.chunks:
+            chunk.eval()
+        for batch in run.validation.steps(run.config.logging.eval_iters):
+            reports += _run_schedule(run, batch, forward_only=True)
+        for chunk in run.wrapped.chunks:
+            chunk.train()
+    return _mean_loss(run, reports)
+
+
+def _run_schedule(run: Run, batch: StepBatch, *, forward_only: bool) -> list[dict[str, Tensor]]:
+    """One pass of the pipeline; the reports of this rank's micro-batches, empty off the last stage."""
+    chunks = list(run.wrapped.chunks)
+    # Each virtual chunk walks over the same micro-batches on its own.
+    iterators: list[Iterator[Any]] = [iter(batch.micro_batches) for _ in chunks]
+    reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=sft.forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=len(batch.micro_batches),
+        seq_length=batch.seq_length,
+        micro_batch_size=run.batches.share.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return reports
+
+
+def _mean_loss(run: Run, reports: list[dict[str, Tensor]]) -> float | None:
+    placement = run.placement
+    if placement.pipeline_rank < placement.pipeline_size - 1:
+        return None
+    return sft.mean_loss(reports, placement.groups.dp, placement.device)
+
+
+def _now() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
