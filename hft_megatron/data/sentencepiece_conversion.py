@@ -75,7 +75,7 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps.append(normalizers.Strip(left=True, right=True))
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))  # not Strip, which takes line ends too
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE_MARK))

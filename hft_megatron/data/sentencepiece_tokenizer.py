@@ -66,6 +66,8 @@ def load_sentencepiece_tokenizer(file: Path) -> SentencePieceTokenizer:
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
     content = file.read_bytes()
+    if not content:  # an empty file is a valid, empty message
+        raise UserError(f"--tokenizer-model {file} is empty; name a tokenizer.model.")
     try:
         proto: Any = model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
         processor = SentencePieceProcessor(model_proto=content)

@@ -1,0 +1,147 @@
+"""The trained spans of a rendered conversation are the assistant's texts and their end tokens, or there is an error."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
+from hft_megatron.data.tokenizers import load_tokenizer
+from tests.support.tokenizers import make_byte_level, train_sentencepiece
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
+    "{{ '\\n' }}{% endfor %}"
+)
+TRIMMING = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "hi <|im_end|> there"},
+    {"role": "assistant", "content": "\n Héllo 🙂 <|im_start|>\n"},
+    {"role": "user", "content": "more"},
+    {"role": "user", "content": ""},
+    {"role": "assistant", "content": ""},
+    {"role": "assistant", "content": "end"},
+]
+
+
+def load(folder: Path, template: str | None) -> tuple[Tokenizer, ChatTemplate]:
+    tokenizer = load_tokenizer(None, make_byte_level(folder, chat_template=template))
+    return tokenizer, ChatTemplate(tokenizer.facts)
+
+
+def trained_texts(pieces: list[Piece]) -> list[str]:
+    """The text of every trained span that an end token closes."""
+    spans, text = [], ""
+    for piece in pieces:
+        if piece.trained and piece.place is Place.SPECIAL:
+            assert piece.text in ("<|im_end|>", "</s>")
+            spans.append(text)
+            text = ""
+        elif piece.trained:
+            text += piece.text
+    assert text == ""
+    return spans
+
+
+@pytest.mark.parametrize("template", [None, CHATML, MARKED], ids=["built in", "found", "marked"])
+def test_every_assistant_text_is_trained_exactly_with_its_end_token(tmp_path: Path, template: str | None) -> None:
+    tokenizer, chat = load(tmp_path, template)
+    pieces = chat.pieces(CONVERSATION)
+    expected = [message["content"] for message in CONVERSATION if message["role"] == "assistant"]
+    assert trained_texts(pieces) == expected
+    ((ids, mask),) = tokenizer.encode_pieces([pieces])
+    end = tokenizer.eos_id
+    assert tokenizer.decode([int(token) for token in ids[mask] if token != end]) == "".join(expected)
+    assert int((ids[mask] == end).sum()) == len(expected)
+    special = {token.id for token in tokenizer.facts.special_tokens}
+    assert "hi <|im_end|> there" in tokenizer.decode([int(token) for token in ids if token not in special])
+
+
+@pytest.mark.parametrize("template", [None, CHATML, MARKED], ids=["built in", "found", "marked"])
+def test_the_prompt_has_the_ids_transformers_gives_it(tmp_path: Path, template: str | None) -> None:
+    tokenizer, chat = load(tmp_path / "in", template)
+    tokenizer.export(tmp_path / "out")
+    messages = [{"role": "user", "content": "What is 2+2?\n"}, {"role": "assistant", "content": "4"}]
+    ((ids, mask),) = tokenizer.encode_pieces([chat.pieces(messages)])
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.apply_chat_template(messages, return_dict=False) == ids.tolist()
+    if template is MARKED:
+        assistant = loaded.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert assistant["assistant_masks"] == mask.astype(int).tolist()
+    else:
+        prompt = loaded.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+        assert prompt == ids[: int(mask.argmax())].tolist()
+
+
+def test_an_exported_sentencepiece_tokenizer_renders_the_prompt_as_it_was_trained(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(None, train_sentencepiece(tmp_path / "in"))
+    tokenizer.export(tmp_path / "out")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Once"}]
+    ((ids, mask),) = tokenizer.encode_pieces([ChatTemplate(tokenizer.facts).pieces([*messages, *messages])])
+    first = int(mask.argmax())
+    assert (
+        loaded.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False) == ids[:first].tolist()
+    )
+    whole = loaded.apply_chat_template([*messages, *messages], return_dict=True, return_assistant_tokens_mask=True)
+    assert whole["input_ids"] == ids.tolist()
+    assert whole["assistant_masks"] == mask.astype(int).tolist()
+
+
+def test_white_space_that_the_template_puts_around_the_text_is_part_of_the_span(tmp_path: Path) -> None:
+    _, chat = load(tmp_path, TRIMMING)
+    pieces = chat.pieces([{"role": "user", "content": " a "}, {"role": "assistant", "content": " b \n"}])
+    assert [(piece.text, piece.trained) for piece in pieces] == [
+        ("[INST] a [/INST]", False),
+        (" b ", True),
+        ("<|im_end|>", True),
+    ]
+
+
+def test_the_end_token_is_trained_even_when_the_marked_span_leaves_it_out(tmp_path: Path) -> None:
+    template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    _, chat = load(tmp_path, template)
+    assert trained_texts(chat.pieces(CONVERSATION))[-1] == "end"
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (CHATML.replace("m['content'] + '<", "'<think></think>' + m['content'] + '<"), "doesn't render message 3"),
+        (CHATML.replace("{% for", "{{ messages | length }}{% for"), "doesn't render message 3"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), "doesn't render message 3"),
+        (CHATML.replace("<|im_end|>\\n", "\\n\\n"), "puts no special token right behind"),
+        ("{{ raise_exception('no system turn') }}", "refuses the messages: no system turn"),
+        ("{% for m in messages %}", "not valid jinja"),
+        ("{{ messages[0].absent.more }}", "refuses the messages"),
+        ("{% generation %}x<|im_end|>{% endgeneration %}", "marks 1 trained spans, not one per assistant turn"),
+    ],
+)
+def test_a_span_that_cannot_be_found_exactly_is_an_error(tmp_path: Path, template: str, sentence: str) -> None:
+    _, chat = load(tmp_path, template)
+    with pytest.raises(ChatError, match=sentence):
+        chat.pieces(CONVERSATION)
+
+
+def test_a_noncharacter_in_a_text_is_refused(tmp_path: Path) -> None:
+    _, chat = load(tmp_path, None)
+    messages: list[dict[str, Any]] = [{"role": "assistant", "content": "a\ufdd0b"}]
+    with pytest.raises(ChatError, match="U\\+FDD0"):
+        chat.pieces(messages)
+
+
+def test_a_template_that_prints_the_date_renders_the_same_every_day(tmp_path: Path) -> None:
+    _, chat = load(tmp_path, "{{ strftime_now('%d %b %Y') }}" + CHATML)
+    pieces = chat.pieces([{"role": "assistant", "content": "x"}])
+    assert pieces[0].text == "26 Jul 2024"

@@ -1,0 +1,221 @@
+"""Examples hold exactly the tokens they should, trained where they should, and every record is accounted for."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hft_megatron.data.records import Completion
+from hft_megatron.data.sft import SftDataset, completion_pieces, load_sft_dataset
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.errors import UserError
+from tests.support.tokenizers import make_byte_level, train_sentencepiece
+
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{{ '### ' + m['role'] + ':\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return load_tokenizer(None, train_sentencepiece(tmp_path / "tokenizer"))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def trained_text(dataset: SftDataset, tokenizer: Tokenizer, index: int) -> str:
+    """What the trained tokens add to the text of the tokens before them; the last one must be the end token."""
+    ids, mask = dataset.example(index)
+    first = int(mask.argmax())
+    assert mask[first:].all()
+    assert ids[-1] == tokenizer.eos_id
+    prompt = tokenizer.decode(ids[:first].tolist())
+    whole = tokenizer.decode(ids[:-1].tolist())
+    assert whole.startswith(prompt)
+    return whole[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_real_prompt_and_completion_rows_train_exactly_the_completion(
+    shared_data: Path, tmp_path: Path, kind: str
+) -> None:
+    lines = (shared_data / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+    rows = [json.loads(line) for line in lines]
+    endings = ["\n", "", " ", "\nAnswer:", "\n\n"]
+    pairs = [
+        {"prompt": row["question"] + endings[number % 5], "completion": row["answer"]}
+        for number, row in enumerate(rows)
+    ]
+    tokenizer = load_tokenizer(kind, shared_data / "tokenizers/llama2")
+    dataset = load_sft_dataset(write_rows(tmp_path / "gsm8k.jsonl", pairs), tokenizer, 2048, "error")
+    assert len(dataset) == 300
+    for index, pair in enumerate(pairs):
+        assert trained_text(dataset, tokenizer, index) == pair["completion"]
+        ids, mask = dataset.example(index)
+        assert ids[0] == tokenizer.bos_id
+        # What generation will be given is exactly what stands before the trained span.
+        assert ids[1 : int(mask.argmax())].tolist() == tokenizer.encode(pair["prompt"])
+
+
+@pytest.mark.parametrize("template", [None, MARKED], ids=["built in", "marked"])
+def test_real_conversations_train_exactly_the_assistants_text(
+    shared_data: Path, tmp_path: Path, template: str | None
+) -> None:
+    lines = (shared_data / "preference/ultrafeedback_train.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+    rows = [{"messages": json.loads(line)["chosen"]} for line in lines]
+    folder = tmp_path / "tokenizer"
+    load_tokenizer("SentencePieceTokenizer", shared_data / "tokenizers/llama2").export(folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(None, folder)
+    dataset = load_sft_dataset(write_rows(tmp_path / "chosen.jsonl", rows), tokenizer, 4096, "error")
+    assert len(dataset) == 300
+    for index, row in enumerate(rows):
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert trained_text(dataset, tokenizer, index) == row["messages"][-1]["content"]
+
+
+def test_the_seam_gives_the_tokens_of_generation(tokenizer: Tokenizer) -> None:
+    pieces = completion_pieces(Completion(line=1, prompt="Answer:", completion="17"), tokenizer)
+    ((ids, mask),) = tokenizer.encode_pieces([pieces])
+    prompt = [tokenizer.bos_id, *tokenizer.encode("Answer:")]
+    digits = tokenizer.encode_batch(["1", "7"], continues=True)
+    assert ids.tolist() == [*prompt, *digits[0], *digits[1], tokenizer.eos_id]
+    assert mask.tolist() == [False] * len(prompt) + [True] * 3
+
+
+def test_without_a_prompt_the_completion_starts_the_text(tokenizer: Tokenizer) -> None:
+    pieces = completion_pieces(Completion(line=1, prompt="", completion="Once upon"), tokenizer)
+    ((ids, mask),) = tokenizer.encode_pieces([pieces])
+    assert ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("Once upon"), tokenizer.eos_id]
+    assert mask.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_the_literal_name_of_a_special_token_in_a_prompt_is_text(tokenizer: Tokenizer) -> None:
+    pieces = completion_pieces(Completion(line=1, prompt="<s> x </s>", completion="<s>"), tokenizer)
+    ((ids, _),) = tokenizer.encode_pieces([pieces])
+    assert [int(token) for token in ids if token in (tokenizer.bos_id, tokenizer.eos_id)] == [
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+    ]
+
+
+def long_rows(tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], int]:
+    """An example that just fits the returned sequence length, one with one position more, one with a long prompt."""
+    rows = [
+        {"prompt": "Q", "completion": "1234"},
+        {"prompt": "Q", "completion": "12345"},
+        {"prompt": "7" * 40, "completion": "1"},
+    ]
+    pieces = completion_pieces(Completion(line=1, prompt="Q", completion="1234"), tokenizer)
+    return rows, len(tokenizer.encode_pieces([pieces])[0][0]) - 1
+
+
+def test_the_length_limit_is_on_positions_and_long_examples_follow_the_option(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    rows, seq_length = long_rows(tokenizer)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=rf"rows.jsonl:2: the example has {seq_length + 1} positions, but --seq-length"):
+        load_sft_dataset(path, tokenizer, seq_length, "error")
+
+    dropped = load_sft_dataset(path, tokenizer, seq_length, "drop")
+    assert (len(dropped), dropped.counts.dropped, dropped.counts.truncated) == (1, 2, 0)
+    assert dropped.num_positions(0) == seq_length
+
+    truncated = load_sft_dataset(path, tokenizer, seq_length, "truncate")
+    assert (len(truncated), truncated.counts.dropped, truncated.counts.truncated) == (2, 1, 1)
+    assert truncated.num_positions(1) == seq_length
+    assert "1 truncated and 1 dropped" in truncated.summary()
+    assert truncated.counts.trained_tokens == 5 + 5
+
+
+def test_data_without_examples_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(UserError, match="holds no example to train on: it is empty"):
+        load_sft_dataset(path, tokenizer, 8, "error")
+    write_rows(path, [{"prompt": "7" * 40, "completion": "1"}])
+    with pytest.raises(UserError, match="all 1 were longer than --seq-length 8"):
+        load_sft_dataset(path, tokenizer, 8, "truncate")
+
+
+def test_an_example_with_nothing_to_predict_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(None, train_sentencepiece(tmp_path / "tokenizer", bos_id=-1))
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "", "completion": ""}])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the example has no token to predict"):
+        load_sft_dataset(path, tokenizer, 8, "error")
+
+
+def test_a_conversation_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:
+    folder = make_byte_level(tmp_path / "hf", chat_template="{{ raise_exception('roles must alternate') }}")
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the chat template refuses the messages: roles must alternate"):
+        load_sft_dataset(path, load_tokenizer(None, folder), 8, "error")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level", "marked"])
+def test_any_text_is_trained_exactly_or_refused_by_line(tmp_path: Path, kind: str) -> None:
+    if kind == "sentencepiece":
+        tokenizer = load_tokenizer(None, train_sentencepiece(tmp_path / "tokenizer"))
+    else:
+        folder = make_byte_level(tmp_path / "tokenizer", chat_template=MARKED if kind == "marked" else None)
+        tokenizer = load_tokenizer(None, folder)
+    parts = ["<s>", "</s>", "<|im_end|>", "<|assistant|>", " ", "\n", "\t", "\r\n", "a", "Once", "7", "é", "🧑‍🚀"]
+    parts += ["\x00", "{{ x }}", "{% generation %}", "\u2028", "\ufeff", "\ufdd1", "日本", "\\", '"']
+    rng = random.Random(0)
+    path, refused = tmp_path / "rows.jsonl", 0
+    for _ in range(300):
+        user, assistant = ("".join(rng.choices(parts, k=rng.randint(0, 6))) for _ in range(2))
+        row = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+        write_rows(path, [row])
+        if "\ufdd1" in user + assistant:
+            with pytest.raises(UserError, match=r"rows.jsonl:1: the text contains a Unicode noncharacter"):
+                load_sft_dataset(path, tokenizer, 512, "error")
+            refused += 1
+        else:
+            dataset = load_sft_dataset(path, tokenizer, 512, "error")
+            assert trained_text(dataset, tokenizer, 0) == assistant
+    assert 0 < refused < 150
+
+
+def test_many_records_come_out_in_file_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": "n", "completion": str(number)} for number in range(2500)]
+    dataset = load_sft_dataset(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, 64, "error")
+    assert [trained_text(dataset, tokenizer, index) for index in range(0, 2500, 7)] == [
+        str(number) for number in range(0, 2500, 7)
+    ]
+    assert dataset.tokens.dtype == np.int32
+    assert dataset.trained.dtype == np.bool_
+
+
+def test_the_digest_changes_with_everything_that_changes_examples(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    other_path = write_rows(tmp_path / "other.jsonl", rows * 2)
+    other_tokenizer = load_tokenizer(None, train_sentencepiece(tmp_path / "other", vocab_size=350))
+    tokenizer.export(tmp_path / "templated")
+    (tmp_path / "templated/chat_template.jinja").write_text(MARKED)
+    tokenizer.export(tmp_path / "exported")
+    digests = [
+        load_sft_dataset(path, tokenizer, 64, "error").digest,
+        load_sft_dataset(other_path, tokenizer, 64, "error").digest,
+        load_sft_dataset(path, other_tokenizer, 64, "error").digest,
+        load_sft_dataset(path, load_tokenizer(None, tmp_path / "exported"), 64, "error").digest,
+        load_sft_dataset(path, load_tokenizer(None, tmp_path / "templated"), 64, "error").digest,
+        load_sft_dataset(path, tokenizer, 65, "error").digest,
+        load_sft_dataset(path, tokenizer, 64, "drop").digest,
+    ]
+    assert len(set(digests)) == len(digests)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(path.read_bytes())
+    assert load_sft_dataset(moved, tokenizer, 64, "error").digest == digests[0]
