@@ -49,11 +49,11 @@ class Training:
         self.calls: list[tuple[str, RunConfig, ModelShape | None]] = []
         self.outcome: Callable[[], None] = lambda: None
 
-    def run_sft(self, config: RunConfig, shape: ModelShape | None) -> None:
+    def run_sft(self, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
         self.calls.append(("run", config, shape))
         self.outcome()
 
-    def check_sft_inputs(self, config: RunConfig, shape: ModelShape | None) -> None:
+    def check_sft_inputs(self, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
         self.calls.append(("check", config, shape))
         self.outcome()
 
