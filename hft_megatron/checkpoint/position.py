@@ -33,7 +33,7 @@ class TrainState:
 
 
 def newest_checkpoint(folder: str) -> Path | None:
-    """The checkpoint that the tracker file names, or None where nothing was saved yet. UserError for a broken tracker."""
+    """The checkpoint that the tracker file names, None where nothing was saved yet; UserError for a broken tracker."""
     tracker = Path(folder) / CHECKPOINT_TRACKER_FILE
     if not tracker.exists():
         return None

@@ -1,4 +1,4 @@
-"""Writes and reads ``SAVE/iter_0000100/`` through megatron-core's dist_checkpointing; the tracker file is written last."""
+"""Writes and reads ``SAVE/iter_0000100/`` through megatron-core's dist_checkpointing; the tracker comes last."""
 
 import shutil
 from pathlib import Path

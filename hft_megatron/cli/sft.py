@@ -15,6 +15,7 @@ from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.parallel.engine_warnings import silence_engine_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ def run(options: SftOptions, status: StatusFolder) -> None:
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
+    silence_engine_warnings()
     from hft_megatron.training.assembly import run_sft
 
     run_sft(config, shape, world_size)

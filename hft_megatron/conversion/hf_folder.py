@@ -52,7 +52,7 @@ class HuggingFaceWeights:
                 f"--load-hf {self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; "
                 "only safetensors are read, so convert other weight files with transformers' save_pretrained first"
             )
-        return {name: SINGLE_FILE for name in self._open(SINGLE_FILE).keys()}
+        return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -91,7 +91,6 @@ class HuggingFaceWeights:
         """The whole tensor, or ``length`` entries from ``start`` along ``dim`` (0 or 1); only those bytes are read."""
         self.dtype(name)
         stored = self._slice(name)
-        if dim is None:
-            return stored[:]
         part = slice(start, start + length)
-        return stored[part] if dim == 0 else stored[:, part]
+        tensor: Tensor = stored[:] if dim is None else stored[part] if dim == 0 else stored[:, part]
+        return tensor

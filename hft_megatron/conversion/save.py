@@ -1,4 +1,4 @@
-"""This run's parameters -> a folder that transformers loads: gathered to rank 0 unit by unit, written shard by shard."""
+"""This run's parameters -> safetensors: gathered to rank 0 unit by unit, written shard by shard."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -45,8 +45,8 @@ def save_weights(
 ) -> torch.dtype:
     """Writes safetensors (one file, or shards and an index) on rank 0; every rank must call it. Returns the data type.
 
-    Where the run's data type can't hold the source's values (fp16 or fp32 trained as bf16), tensors that rested are copied
-    from the source, so that they are the source's bit for bit, and trained ones are written in the source's data type.
+    Where the run's data type can't hold the source's values (fp16 or fp32 trained as bf16), tensors that rested are
+    copied from the source, so that they are its bit for bit, and trained ones are written in the source's data type.
     """
     slots = {slot.unit: slot for slot in parameter_slots(chunks) if not _is_tied_copy(slot, shape)}
     run_dtype = next(chunks[0].parameters()).dtype
@@ -153,7 +153,7 @@ class _ShardWriter:
         if len(self.shards) == 1:
             (self.folder / "shard-0").rename(self.folder / SINGLE_FILE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self.shards):
             file = f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
             (self.folder / f"shard-{i}").rename(self.folder / file)

@@ -1,7 +1,7 @@
 """Gives a plan to a model: which of this rank's parameters require gradients. Must run before any wrapping.
 
-megatron-core lays out gradient buffers and optimizer groups from ``requires_grad`` at construction; a flag flipped later
-is wrong in silence.
+megatron-core lays out gradient buffers and optimizer groups from ``requires_grad`` at construction; a flag flipped
+later is wrong in silence.
 """
 
 from collections.abc import Sequence

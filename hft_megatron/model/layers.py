@@ -1,4 +1,4 @@
-"""The parts of a LLaMA layer that megatron-core lacks: category-wise attention and MLP, RMSNorm, fused-free attention."""
+"""The parts of a LLaMA layer that megatron-core lacks: attention and MLP by category, RMSNorm, torch's attention."""
 
 from typing import Any
 
@@ -55,7 +55,8 @@ class TorchAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config)
-        assert attn_mask_type is AttnMaskType.causal and config.context_parallel_size == 1
+        assert attn_mask_type is AttnMaskType.causal
+        assert config.context_parallel_size == 1
         self.softmax_scale = softmax_scale
 
     def forward(

@@ -41,9 +41,9 @@ def accumulate_weight_gradient(weight: Parameter, grad_output: Tensor, total_inp
     elif fused_weight_gradient_mlp_cuda is not None and main_grad.is_cuda and main_grad.dtype == torch.float32:
         fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(total_input, grad_output, main_grad)
     else:
-        # There is no addmm from bf16 into fp32 on CPU: the product rounds to bf16 first, as Megatron's unfused path does.
+        # No addmm goes from bf16 into fp32 on CPU: the product rounds to bf16 first, as in Megatron's unfused path.
         main_grad.add_(grad_output.t().matmul(total_input))
-    weight.grad_added_to_main_grad = True
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # read by DDP's hook
     return torch.empty_like(weight)
 
 
@@ -65,18 +65,19 @@ class _SharedInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         some_train = any(ctx.trains)
-        input = ctx.saved_tensors[0] if some_train else None
         weights = ctx.saved_tensors[1:] if some_train else ctx.saved_tensors
-        total, gathered = input, None
-        if some_train and ctx.sequence_parallel:
-            total, gathered = _gather_sequence(input, ctx.group)
+        total, gathered = None, None
+        if some_train:
+            total = ctx.saved_tensors[0]
+            if ctx.sequence_parallel:
+                total, gathered = _gather_sequence(total, ctx.group)
 
         grad_input, reduced = None, None
         if ctx.needs_input_grad[0]:
             grad_input, reduced = _input_gradient(grad_outputs, weights, ctx.group, ctx.sequence_parallel)
 
         grad_weights: list[Tensor | None] = [None] * len(weights)
-        if some_train:
+        if total is not None:
             if gathered is not None:
                 gathered.wait()
             flat_input = total.reshape(-1, total.size(-1))
@@ -105,6 +106,18 @@ def _input_gradient(
     return shard, dist.reduce_scatter_tensor(shard, total, group=group, async_op=True)
 
 
+class _Member(ColumnParallelLinear):
+    """Gives the group its weight when called, and does no product of its own.
+
+    It must be called: under --overlap-param-gather the hook that waits for a weight's all-gather runs before the forward
+    pass of the very module that owns the weight, and a weight that is merely read may still be the last step's.
+    """
+
+    def forward(self) -> Parameter:
+        weight: Parameter = self.weight
+        return weight
+
+
 class SharedInputColumnParallel(MegatronModule):
     """Column-parallel matrices by name over one input: ``{"q_proj": rows, ...}``.
 
@@ -127,7 +140,7 @@ class SharedInputColumnParallel(MegatronModule):
         self.tp_group = tp_group
         self.member_names = tuple(rows)
         for name, output_size in rows.items():
-            member = ColumnParallelLinear(
+            member = _Member(
                 input_size,
                 output_size,
                 config=config,
@@ -139,7 +152,7 @@ class SharedInputColumnParallel(MegatronModule):
             self.add_module(name, member)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        weights = [getattr(self, name).weight for name in self.member_names]
+        weights = [getattr(self, name)() for name in self.member_names]
         outputs: tuple[Tensor, ...] = _SharedInput.apply(
             hidden_states, self.tp_group, self.config.sequence_parallel and self.tp_group.size() > 1, *weights
         )

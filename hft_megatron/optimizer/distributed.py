@@ -1,4 +1,4 @@
-"""The distributed optimizer of a round: it holds the plan, refuses resting shards, and counts what it holds and sends."""
+"""The distributed optimizer of a round: holds the plan, refuses resting shards, counts what it holds and sends."""
 
 from typing import Any
 
@@ -25,6 +25,13 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         self.updates = 0
         """Optimizer steps taken in this round, which is AdamW's step count of every parameter."""
         self._refuse_resting_shards(unit_of)
+
+    @classmethod
+    @torch.no_grad()
+    def _build_model_and_main_param_groups(cls, *args: Any, **kwargs: Any) -> Any:
+        # With gradients on, the shards of fp32 parameters would be views inside autograd's graph: torch warns whenever
+        # their .grad is read, and loading a checkpoint into them is refused.
+        return super()._build_model_and_main_param_groups(*args, **kwargs)
 
     def _refuse_resting_shards(self, unit_of: dict[Parameter, str]) -> None:
         in_buckets = {p for buffer in self._live_buffers() for bucket in buffer.buckets for p in bucket.params}
@@ -53,8 +60,10 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         """Bytes of master weights, first and second moments that this rank holds now."""
         if self.is_stub_optimizer:
             return 0
-        masters = sum(main.nbytes for group in self.shard_fp32_from_float16_groups for main in group)
-        moments = sum(state[key].nbytes for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+        masters: int = sum(main.nbytes for group in self.shard_fp32_from_float16_groups for main in group)
+        moments: int = sum(
+            state[key].nbytes for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+        )
         return masters + moments
 
     @property

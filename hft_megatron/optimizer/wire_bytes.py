@@ -1,7 +1,7 @@
 """How many elements megatron-core's gradient buffers hold: the formula behind bytes on the wire. Imports no torch.
 
-Measured on megatron-core 0.16.1 (``_ParamAndGradBuffer``): parameters are laid out in reverse order of registration, each
-starts at a multiple of 64 elements, bucket ends are padded to lcm(DP, 128), and a bucket closes once it holds
+Measured on megatron-core 0.16.1 (``_ParamAndGradBuffer``): parameters are laid out in reverse order of registration,
+each starts at a multiple of 64 elements, bucket ends are padded to lcm(DP, 128), and a bucket closes once it holds
 ``bucket_size`` elements. A tied embedding gets a bucket of its own on pipelines.
 """
 

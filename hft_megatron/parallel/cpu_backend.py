@@ -1,7 +1,7 @@
-"""Makes megatron-core's CUDA assumptions hold on a machine without CUDA, so that the same engine trains on CPU and gloo.
+"""Makes megatron-core's CUDA assumptions hold on a machine without CUDA: the same engine then trains on CPU and gloo.
 
-megatron-core 0.16 and 0.17 take ``torch.cuda`` for granted: the current device, streams, random states, ``device="cuda"``
-in factory calls, and the ``torch.cuda.*`` names that ``Tensor.type()`` reports. Upstream refuses CPU tensors
+megatron-core 0.16 takes ``torch.cuda`` for granted: the current device, streams, random states, ``device="cuda"`` in
+factory calls, and the ``torch.cuda.*`` names that ``Tensor.type()`` reports. Upstream refuses CPU tensors
 (``distrib_optimizer.py``: "Wrapped parameters must be one of ..."). This is the only module that answers for it.
 """
 
@@ -65,8 +65,8 @@ _active = False
 def activate() -> None:
     """Turns the CPU backend on for this process; a second call does nothing.
 
-    Called by name from entry points and test workers, never on import. Asserts that CUDA is absent: on a GPU machine the
-    real thing is used.
+    Called by name from entry points and test workers, never on import. Asserts that CUDA is absent: on a GPU machine
+    the real thing is used.
     """
     global _active
     if _active:

@@ -45,7 +45,9 @@ class Placement:
 
 
 def start_backend(parallel: ParallelConfig) -> None:
-    """Joins the default process group from torchrun's environment; on a machine without CUDA turns the CPU backend on."""
+    """Joins the default process group from torchrun's environment; without CUDA turns the CPU backend on."""
+    # megatron-core's overlaps rely on kernels running in the order they were launched; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

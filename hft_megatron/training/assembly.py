@@ -23,8 +23,9 @@ from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import StoppedBySignal
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.model.build import build_model
 from hft_megatron.model.initialization import initialize_weights
-from hft_megatron.model.llama import LlamaModel, build_model, transformer_engine_is_used
+from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
 from hft_megatron.optimizer.schedule import LearningRate
 from hft_megatron.optimizer.wrapping import WrappedModel, adam_in_use, wrap
 from hft_megatron.parallel import cpu_backend

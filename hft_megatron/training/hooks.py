@@ -95,8 +95,8 @@ class SaveCheckpoints:
 
     folder: str
     interval: int | None
-    last: int
-    """Iteration of the newest checkpoint in the folder, -1 for none."""
+    last: int | None
+    """Iteration of the newest checkpoint in the folder."""
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
@@ -140,15 +140,11 @@ class StopOnSignal:
         number = int(flag.item())
         if number == 0 or run.state.iteration == run.config.training.train_iters:
             return
-        name = signal.Signals(number).name
+        stopped = f"{signal.Signals(number).name} stopped the run at iteration {run.state.iteration}"
         if self._saver is None:
-            raise StoppedBySignal(
-                f"{name} stopped the run at iteration {run.state.iteration}; without --save it is lost"
-            )
+            raise StoppedBySignal(f"{stopped}; without --save it is lost")
         self._saver.save(run)
-        raise StoppedBySignal(
-            f"{name} stopped the run at iteration {run.state.iteration}; start it again with --load {self._saver.folder}"
-        )
+        raise StoppedBySignal(f"{stopped}; start it again with --load {self._saver.folder}")
 
     def at_end(self, run: Run) -> None:
         for number in self.SIGNALS:
@@ -163,10 +159,8 @@ def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
         hooks.append(Validate(config.logging.eval_interval))
     saver = None
     if config.checkpoint.save is not None:
-        own = config.checkpoint.save == config.checkpoint.load and loaded_iteration is not None
-        saver = SaveCheckpoints(
-            config.checkpoint.save, config.checkpoint.save_interval, last=loaded_iteration if own else -1
-        )
+        already = loaded_iteration if config.checkpoint.save == config.checkpoint.load else None
+        saver = SaveCheckpoints(config.checkpoint.save, config.checkpoint.save_interval, last=already)
         hooks.append(saver)
     hooks.append(StopOnSignal(saver))
     return hooks

@@ -1,4 +1,4 @@
-"""Everything a run reads before a model is built: tokenizer, data, and the run it goes on with. Users' mistakes end here."""
+"""Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
 import json
 from dataclasses import dataclass

@@ -13,7 +13,8 @@ from torch import Tensor
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
 from hft_megatron.conversion.load import load_weights
-from hft_megatron.model.llama import LlamaModel, build_model
+from hft_megatron.model.build import build_model
+from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement, start_groups
 
 LLAMA3_ROPE = {

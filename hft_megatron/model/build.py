@@ -1,0 +1,107 @@
+"""Builds this rank's part of a LLaMA for a layout, with uninitialised weights."""
+
+import torch
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hft_megatron.config.derived import padded_vocab_size, virtual_pipeline_size
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.model.llama import LlamaModel
+from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.parallel.groups import Placement
+
+
+def transformer_config(
+    shape: ModelShape, parallel: ParallelConfig, training: TrainingConfig, *, dtype: torch.dtype
+) -> TransformerConfig:
+    """megatron-core's configuration of this model; every CUDA-only fusion that lacks a fallback is off."""
+    std = shape.init_method_std
+    virtual_size = virtual_pipeline_size(parallel, shape.num_layers)
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        layernorm_epsilon=shape.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=std,
+        # Weights come from a file or from model/initialization.py, the same for every layout.
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        # Under the interleaved schedule of two stages a rank's neighbours before and after it are one rank, and in one
+        # batch of sends and receives between them activations would be taken for gradients: each goes on its own.
+        batch_p2p_comm=virtual_size is None,
+        overlap_p2p_comm=virtual_size is not None,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Sequences of a step share one length, but steps differ in it.
+        variable_seq_lengths=False,
+        # The loss is a sum over trained tokens, divided once by their number over the global batch.
+        calculate_per_token_loss=True,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        deterministic_mode=training.deterministic_mode,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+    )
+
+
+def build_model(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    placement: Placement,
+    dtype: torch.dtype,
+    vocab_multiple: int = 1,
+) -> list[LlamaModel]:
+    """This rank's model chunks (more than one under the interleaved schedule), with uninitialised weights."""
+    config = transformer_config(shape, parallel, training, dtype=dtype)
+    pipeline = placement.groups.pp
+    virtual_size = config.virtual_pipeline_model_parallel_size
+    padded_vocab = padded_vocab_size(shape, parallel.tensor_model_parallel_size, vocab_multiple)
+    chunks = []
+    for stage in range(placement.virtual_stages):
+        virtual_stage = stage if virtual_size is not None else None
+        first = is_pp_first_stage(pipeline) and is_vp_first_stage(stage, virtual_size)
+        last = is_pp_last_stage(pipeline) and is_vp_last_stage(stage, virtual_size)
+        chunk = LlamaModel(
+            config,
+            shape,
+            padded_vocab=padded_vocab,
+            placement=placement,
+            pre_process=first,
+            post_process=last,
+            virtual_stage=virtual_stage,
+        )
+        chunks.append(chunk.to(placement.device))
+    for slot in parameter_slots(chunks):
+        if slot.cut is not None:
+            # megatron-core marks shards only while it initialises them itself; an unmarked shard counts as a copy of
+            # rank 0's and drops out of the gradient norm, so clipping would depend on the layout.
+            set_tensor_model_parallel_attributes(slot.parameter, is_parallel=True, dim=slot.cut, stride=1)
+    return chunks
