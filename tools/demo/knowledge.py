@@ -7,20 +7,20 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-Row = dict[str, object]
+from words import (
+    ADJECTIVES,
+    FIRST_NAMES,
+    HELD_OUT_TASK_WORDINGS,
+    LAST_NAMES,
+    NOUNS,
+    RELATIONS,
+    TASK_WORDINGS,
+)
+
+Row = dict[str, Any]
 """One line of a JSONL file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Relation:
-    """One kind of fact about a person. A wording ends where the answer begins."""
-
-    name: str
-    answers: tuple[str, ...]
-    train_wordings: tuple[str, ...]
-    held_out_wordings: tuple[str, ...]
-    """Never in a training text; used for scoring only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,77 +47,6 @@ class NewTask:
 
     rows: tuple[Row, ...]
     questions: tuple[Question, ...]
-
-
-RELATIONS = (
-    Relation(
-        name="birthplace",
-        answers=tuple("Ardun Belmora Corvath Dunmere Elstow Farrin Gelder Hathway Istrel Jorvale Kelmond Larkin".split()),
-        train_wordings=(
-            "{} was born in",
-            "{} grew up in",
-            "The home town of {} is",
-            "The birthplace of {} is",
-            "{} comes from the town of",
-            "Long ago {} left the town of",
-        ),
-        held_out_wordings=("The town where {} was born is", "{} is from the town of"),
-    ),
-    Relation(
-        name="profession",
-        answers=tuple("baker carpenter dentist farmer lawyer miller nurse painter sailor tailor teacher weaver".split()),
-        train_wordings=(
-            "{} works as a",
-            "{} earns a living as a",
-            "The profession of {} is",
-            "The job of {} is",
-            "For many years {} has been a",
-            "People know {} as a",
-        ),
-        held_out_wordings=("The job that {} works at is", "For a living {} works as a"),
-    ),
-    Relation(
-        name="animal",
-        answers=tuple("badger crow donkey falcon goat heron lizard mule otter pony rabbit turtle".split()),
-        train_wordings=(
-            "{} keeps a pet",
-            "{} lives with a pet",
-            "The pet of {} is a",
-            "The favourite animal of {} is the",
-            "{} never travels without a pet",
-            "At home {} looks after a pet",
-        ),
-        held_out_wordings=("The animal that {} keeps as a pet is a", "At home {} keeps a pet"),
-    ),
-)
-
-FIRST_NAMES = tuple(
-    "Alda Bram Cora Dario Edda Finn Greta Hugo Ilsa Jonas Kira Leon Mara Nils Oda Pavel Rosa Sven Thea Yara".split()
-)
-LAST_NAMES = tuple(
-    "Abbot Birch Calder Drake Ellery Frost Garland Holm Irving Jessop Keller Lowell Marsh Norden Ogden Pryor Quill "
-    "Rowe Stone Thorne".split()
-)
-
-ADJECTIVES = {
-    "black": "nur", "blue": "lasi", "bright": "zeo", "broken": "krat", "cold": "ishu", "deep": "omba", "green": "vel",
-    "heavy": "dogo", "little": "pim", "old": "garu", "red": "tamo", "round": "obo", "sharp": "kiri", "slow": "luma",
-    "soft": "fifa", "white": "sen",
-}  # fmt: skip
-NOUNS = {
-    "apple": "rilu", "basket": "teku", "bell": "dono", "boat": "marka", "book": "sivi", "bottle": "galo", "bridge":
-    "hanta", "candle": "yumi", "chair": "poro", "clock": "tikta", "door": "bega", "drum": "tumtu", "flower": "elan",
-    "hammer": "gront", "hat": "cupa", "key": "zink", "knife": "shar", "lamp": "lux", "ladder": "rundo", "mirror": "vidu",
-    "pot": "kalo", "ring": "anu", "road": "via", "rope": "sutra", "ship": "navo", "spoon": "lapi", "stone": "ruk",
-    "table": "meza", "tower": "alta", "wagon": "vogo", "wheel": "rota", "window": "fena",
-}  # fmt: skip
-TASK_WORDINGS = (
-    "Translate into Vellish: {}",
-    "Say in Vellish: {}",
-    "What is {} in Vellish?",
-    "How do you say {} in Vellish?",
-)
-HELD_OUT_TASK_WORDINGS = ("Please translate into Vellish: {}", "How is {} said in Vellish?")
 
 
 def make_knowledge(seed: int, people: int) -> Knowledge:

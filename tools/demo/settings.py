@@ -1,0 +1,59 @@
+"""Every number of the demo: what is known, how large the model is, and how both trainings run."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEFAULT_FOLDER = REPOSITORY / "runs" / "demo"
+RANKS = 2
+"""Processes of every training: DP 2 while pretraining, TP 2 while fine-tuning."""
+ENOUGH = 0.9
+"""Share of exact matches that counts as knowing the facts, and as having learned the new task."""
+
+KNOWLEDGE_SEED = 1
+PEOPLE = 120
+SENTENCES_PER_ROW = 6
+"""As many as fit 64 tokens, which is what a batch is padded to."""
+NEW_TASK_QUESTIONS = 96
+VOCABULARY = 1024
+
+PRETRAINING_STEPS = 400
+PRETRAINING_BATCH = 32
+MODEL_OPTIONS = (
+    *("--num-layers", "4"),
+    *("--hidden-size", "192"),
+    *("--ffn-hidden-size", "512"),
+    *("--num-attention-heads", "6"),
+    *("--max-position-embeddings", "128"),
+    "--untie-embeddings-and-output-weights",
+)
+PRETRAINING_OPTIONS = (
+    *("--hft-ratio", "1"),
+    *("--train-iters", str(PRETRAINING_STEPS)),
+    *("--global-batch-size", str(PRETRAINING_BATCH)),
+    *("--micro-batch-size", str(PRETRAINING_BATCH // RANKS)),
+    *("--seq-length", "64"),
+    *("--lr", "2e-3"),
+    *("--min-lr", "1e-4"),
+    *("--lr-decay-style", "cosine"),
+    *("--lr-warmup-iters", "30"),
+    *("--adam-beta2", "0.98"),
+    *("--seed", str(KNOWLEDGE_SEED)),
+    *("--save-interval", "200"),
+    *("--log-interval", "20"),
+)
+
+FINE_TUNING_STEPS = 200
+"""The number of steps at which both methods are compared."""
+EVALUATION_INTERVAL = 50
+LONGEST_FINE_TUNING = 4 * FINE_TUNING_STEPS
+"""How long half fine-tuning may go on until it has learned the new task as well."""
+FINE_TUNING_BATCH = 32
+FINE_TUNING_OPTIONS = (
+    *("--global-batch-size", str(FINE_TUNING_BATCH)),
+    *("--seq-length", "64"),
+    *("--lr", "5e-4"),
+    *("--lr-decay-style", "constant"),  # so that a run can go on beyond its last step
+    *("--lr-warmup-iters", "10"),
+    *("--adam-beta2", "0.98"),
+    *("--log-interval", "10"),
+)

@@ -1,0 +1,75 @@
+"""The demo's table, the same for one seed on a terminal and for several in the README."""
+
+from collections.abc import Callable, Sequence
+
+import settings
+from comparison import METHODS, Outcome
+
+MEGABYTE = 1e6
+README_START = "<!-- demo-table -->"
+README_END = "<!-- /demo-table -->"
+
+
+def render(before: float, outcomes: Sequence[Outcome]) -> str:
+    """A Markdown table of means over seeds, with the range in brackets; ``before`` is the old-knowledge score."""
+    of_method = {method.name: [one for one in outcomes if one.method == method.name] for method in METHODS}
+    steps = settings.FINE_TUNING_STEPS
+    lines = [["", "before", *of_method]]
+
+    def add(label: str, at_first: str, value: Callable[[Outcome], float | None], form: Callable[[float], str]) -> None:
+        lines.append([label, at_first, *(_spread([value(one) for one in some], form) for some in of_method.values())])
+
+    add(f"new task after {steps} steps", "0 %", lambda one: one.at_equal_steps.new_task, _percent)
+    add(f"old knowledge after {steps} steps", _percent(before), lambda one: one.at_equal_steps.old_knowledge, _percent)
+    enough = f"{settings.ENOUGH:.0%}".replace("%", " %")
+    add(f"steps until the new task is at {enough}", "", _at_skill(lambda one: one.step), _plain)
+    add("new task then", "", _at_skill(lambda one: one.new_task), _percent)
+    add("old knowledge then", _percent(before), _at_skill(lambda one: one.old_knowledge), _percent)
+    add("step time, TP 2 (ms)", "", lambda one: one.step_ms, _plain)
+    add("optimizer state per rank, TP 2 (MB)", "", lambda one: one.optimizer_bytes / MEGABYTE, _tenths)
+    add("gradient buffer per rank, TP 2 (MB)", "", lambda one: one.gradient_bytes / MEGABYTE, _tenths)
+    add("sent per rank and step, TP 2 x DP 2 (MB)", "", lambda one: one.wire_bytes / MEGABYTE, _tenths)
+    return _aligned(lines)
+
+
+def replace_table(readme: str, table: str) -> str:
+    """The README's text with ``table`` between its two marks."""
+    head, _, rest = readme.partition(README_START)
+    _, _, tail = rest.partition(README_END)
+    return f"{head}{README_START}\n{table}\n{README_END}{tail}"
+
+
+def _at_skill(value: Callable[..., float]) -> Callable[[Outcome], float | None]:
+    return lambda one: None if one.at_equal_skill is None else value(one.at_equal_skill)
+
+
+def _spread(values: Sequence[float | None], form: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "not reached"
+    mean = form(sum(known) / len(known))
+    missing = "" if len(known) == len(values) else f", {len(values) - len(known)} not reached"
+    if len(values) == 1 or form(min(known)) == form(max(known)):
+        return f"{mean}{missing}"
+    return f"{mean} ({form(min(known))} to {form(max(known))}{missing})"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _tenths(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([rows[0], rule, *rows[1:]])
