@@ -27,7 +27,7 @@ WORKER = Path(__file__).with_name("worker.py")
 START_TIMEOUT = 180.0
 # Once one rank has failed, the others either answer at once or wait for it in a collective for ever.
 GRACE_AFTER_FAILURE = 3.0
-STACK_DUMP_TIME = 1.0
+STACK_DUMP_TIMEOUT = 10.0
 
 Target = str | Callable[..., Any]
 
@@ -206,9 +206,11 @@ class RankPool:
             assert process is not None
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGUSR1)
-        if numbers:
-            time.sleep(STACK_DUMP_TIME)
-        return {number: (self._folder / f"s.stacks-{number}").read_text() for number in numbers}
+        files = {number: self._folder / f"s.stacks-{number}" for number in numbers}
+        deadline = time.monotonic() + STACK_DUMP_TIMEOUT
+        while time.monotonic() < deadline and not all(_is_complete(file) for file in files.values()):
+            time.sleep(0.1)
+        return {number: file.read_text() for number, file in files.items()}
 
 
 class RankPools:
@@ -232,6 +234,11 @@ def _name_of(target: Target) -> str:
     source = Path(inspect.getfile(target)).resolve().relative_to(REPOSITORY)
     assert "." not in target.__qualname__, f"{target.__qualname__} must be a module-level function"
     return f"{'.'.join(source.with_suffix('').parts)}:{target.__qualname__}"
+
+
+def _is_complete(stacks: Path) -> bool:
+    # faulthandler writes the main thread last and the outermost call at the end.
+    return 'worker.py", line' in stacks.read_text().rsplit("Current thread", 1)[-1]
 
 
 def _tail(text: str, lines: int = 40) -> str:

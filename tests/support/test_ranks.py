@@ -16,9 +16,15 @@ def run_rank_and_sum(offset: int) -> dict[str, int]:
     return {"rank": dist.get_rank(), "sum": int(total), "pid": os.getpid()}
 
 
-def run_fail_before_collective(failing: list[int]) -> None:
-    if dist.get_rank() in failing:
-        raise ValueError(f"no luck on rank {dist.get_rank()}")
+def run_fail_differently() -> torch.Tensor:
+    if dist.get_rank() == 0:
+        raise ValueError("no luck on rank 0")
+    return torch.ones(1)
+
+
+def run_fail_before_collective() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("no luck on rank 1")
     dist.barrier()
 
 
@@ -39,9 +45,9 @@ def run_make_group() -> int:
     return len(dist.distributed_c10d._world.pg_map)
 
 
-def run_return(kind: str) -> object:
+def run_print_and_return() -> float:
     print("printed by a rank")
-    return {"tensor": torch.ones(1), "float": 0.1 + 0.2}[kind]
+    return 0.1 + 0.2
 
 
 def test_every_rank_runs_the_body_and_returns_its_value(ranks: RankPools) -> None:
@@ -61,7 +67,7 @@ def test_process_groups_of_a_case_are_gone_in_the_next_one(ranks: RankPools) -> 
 
 
 def test_floats_keep_every_digit_and_output_is_shown(ranks: RankPools, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ranks(2).run(run_return, kind="float") == [0.1 + 0.2] * 2
+    assert ranks(2).run(run_print_and_return) == [0.1 + 0.2] * 2
     assert "printed by a rank" in capsys.readouterr().out
 
 
@@ -73,26 +79,25 @@ def doomed() -> Iterator[RankPool]:
     pool.close()
 
 
-def test_every_failing_rank_is_shown(doomed: RankPool) -> None:
+def test_every_failing_rank_is_shown_and_a_value_that_is_not_json_is_a_failure(doomed: RankPool) -> None:
     with pytest.raises(RanksFailed) as failure:
-        doomed.run(run_fail_before_collective, failing=[0, 1])
-    assert "no luck on rank 0" in str(failure.value)
-    assert "no luck on rank 1" in str(failure.value)
+        doomed.run(run_fail_differently)
+    assert "no luck on rank 0" in failure.value.tracebacks[0]
+    assert "not JSON serializable" in failure.value.tracebacks[1]
+    assert all(text in str(failure.value) for text in failure.value.tracebacks.values())
 
 
 def test_a_rank_stuck_behind_a_failed_one_is_cut_and_the_next_run_works(doomed: RankPool) -> None:
-    start = time.monotonic()
     with pytest.raises(RanksFailed) as failure:
-        doomed.run(run_fail_before_collective, failing=[1])
-    assert time.monotonic() - start < 60
+        doomed.run(run_fail_before_collective)
     assert list(failure.value.tracebacks) == [1]
     assert "run_fail_before_collective" in failure.value.stacks[0]
     assert [value["sum"] for value in doomed.run(run_rank_and_sum, offset=0)] == [1, 1]
 
 
 def test_a_hang_is_cut_at_the_time_out_with_the_stack_of_every_rank(doomed: RankPool) -> None:
-    with pytest.raises(RanksFailed, match=r"did not finish in 2 s on ranks .0, 1. of 2") as failure:
-        doomed.run(run_hang, timeout=2)
+    with pytest.raises(RanksFailed, match=r"did not finish in 8 s on ranks .0, 1. of 2") as failure:
+        doomed.run(run_hang, timeout=8)
     assert sorted(failure.value.stacks) == [0, 1]
     assert all("run_hang" in stack for stack in failure.value.stacks.values())
 
@@ -101,8 +106,3 @@ def test_a_rank_that_dies_is_reported_with_its_last_output(doomed: RankPool) -> 
     with pytest.raises(RanksFailed, match="famous last words") as failure:
         doomed.run(run_die)
     assert 0 in failure.value.tracebacks
-
-
-def test_a_value_that_is_not_json_is_a_failure_of_the_case(doomed: RankPool) -> None:
-    with pytest.raises(RanksFailed, match="not JSON serializable"):
-        doomed.run(run_return, kind="tensor")
