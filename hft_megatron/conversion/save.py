@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,27 +51,31 @@ def save_weights(
     """
     slots = {slot.unit: slot for slot in parameter_slots(chunks) if not _is_tied_copy(slot, shape)}
     run_dtype = next(chunks[0].parameters()).dtype
-    writer = _ShardWriter(folder) if placement.rank == 0 else None
     written_dtype = rules.save_dtype or run_dtype
     copied = 0
-    for unit, whole in _gather_units(slots, shape, placement):
-        if writer is None or whole is None:
-            continue
-        if rules.source is not None:
-            with HuggingFaceWeights(rules.source) as weights:
-                stored = weights.dtype(f"{unit}.weight")
+    with ExitStack() as stack:
+        source, writer = None, None
+        if placement.rank == 0:
+            writer = _ShardWriter(folder)
+            source = stack.enter_context(HuggingFaceWeights(rules.source)) if rules.source is not None else None
+        for unit, whole in _gather_units(slots, shape, placement):
+            if writer is None or whole is None:
+                continue
+            name = f"{unit}.weight"
+            if source is not None:
+                stored = source.dtype(name)
                 written_dtype = rules.save_dtype or stored
                 if unit not in rules.trained and torch.promote_types(run_dtype, stored) != run_dtype:
-                    whole = weights.read(f"{unit}.weight")
+                    whole = source.read(name)
                     copied += 1
-        writer.add(f"{unit}.weight", whole.to(written_dtype))
-    if writer is not None:
-        writer.close()
-        if copied:
-            announce(
-                f"export: {run_dtype} can't hold the source's values, so {copied} resting tensors are copied from "
-                f"{rules.source} and trained ones are written as {written_dtype}"
-            )
+            writer.add(name, whole.to(written_dtype))
+        if writer is not None:
+            writer.close()
+    if copied:
+        announce(
+            f"export: {run_dtype} can't hold the source's values, so {copied} resting tensors are copied from "
+            f"{rules.source} and trained ones are written as {written_dtype}"
+        )
     return written_dtype
 
 
