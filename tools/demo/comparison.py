@@ -6,7 +6,6 @@ Both are measured at the same number of steps, and at the first evaluation where
 import json
 import os
 import statistics
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,8 +156,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged training steps of a run, in order; validations are left out."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [record for record in records if "lm loss" in record]
-
-
-def outcomes_of(values: Iterable[dict[str, Any]]) -> Sequence[Outcome]:
-    """Outcomes as ``to_dict`` wrote them."""
-    return [Outcome.from_dict(one) for one in values]
