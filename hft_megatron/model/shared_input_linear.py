@@ -109,8 +109,8 @@ def _input_gradient(
 class _Member(ColumnParallelLinear):
     """Gives the group its weight when called, and does no product of its own.
 
-    It must be called: under --overlap-param-gather the hook that waits for a weight's all-gather runs before the forward
-    pass of the very module that owns the weight, and a weight that is merely read may still be the last step's.
+    It must be called: under --overlap-param-gather the hook that waits for a weight's all-gather runs before the
+    forward pass of the very module that owns the weight, and a weight that is merely read may be the last step's.
     """
 
     def forward(self) -> Parameter:

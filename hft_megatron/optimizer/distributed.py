@@ -1,5 +1,7 @@
 """The distributed optimizer of a round: holds the plan, refuses resting shards, counts what it holds and sends."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +108,16 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         else:
             group["step"] = self.updates  # Apex and transformer-engine keep it by group
 
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        """Master weights and moments of whole buffers, gathered over data-parallel ranks, padding included.
+
+        megatron-core 0.16 leaves the padding at bucket ends out here, and then cuts parameters out at positions that
+        count it: with more than one bucket, moments would go into checkpoints shifted and cut off.
+        """
+        with _counting_padding(self._live_buffers()):
+            state: dict[Any, Any] | None = super().get_parameter_state_dp_zero(*args, **kwargs)
+        return state
+
     def sharded_state_dict(
         self,
         model_sharded_state_dict: ShardedStateDict,
@@ -127,3 +139,17 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         self.updates = state_dict["updates"]
         if not self.is_stub_optimizer:
             self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+
+
+@contextlib.contextmanager
+def _counting_padding(buffers: Sequence[Any]) -> Iterator[None]:
+    """Within it buffers and buckets call their padded sizes unpadded."""
+    holders = [*buffers, *(bucket for buffer in buffers for bucket in buffer.buckets)]
+    unpadded = [holder.numel_unpadded for holder in holders]
+    for holder in holders:
+        holder.numel_unpadded = holder.grad_data.numel()
+    try:
+        yield
+    finally:
+        for holder, size in zip(holders, unpadded, strict=True):
+            holder.numel_unpadded = size

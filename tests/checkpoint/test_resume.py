@@ -1,0 +1,81 @@
+"""A run that stops and goes on is the run that never stopped. Run: pytest tests/checkpoint/test_resume.py"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hft_megatron.config.model_shape import ModelShape, load_hf_config
+from hft_megatron.hft.plan import Plan
+from tests.support.ranks import RankPools
+from tests.support.runs import make_inputs, run_sft_words, words_for
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "20000"]
+VPP = [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]
+
+CASES: dict[str, tuple[int, str, list[str]]] = {
+    "tp1 accumulating": (1, "gqa", []),
+    "tp1 bf16": (1, "gqa", ["--bf16"]),
+    "tp1 tied": (1, "tied", []),
+    "tp1 full": (1, "gqa", ["--hft-ratio", "1"]),
+    "dp2": (2, "gqa", ["--micro-batch-size", "2"]),
+    "dp2 bf16": (2, "gqa", ["--bf16"]),
+    "dp2 overlap": (2, "gqa", OVERLAP),
+    "dp2 overlap bf16 tied": (2, "tied", [*OVERLAP, "--bf16"]),
+    "tp2 sp": (2, "gqa", [*TP2, "--sequence-parallel"]),
+    "pp2": (2, "gqa", PP2),
+    "pp2 tied bf16": (2, "tied", [*PP2, "--bf16"]),
+    "pp2 vpp": (2, "gqa", VPP),
+    "tp2 pp2": (4, "gqa", [*TP2, *PP2]),
+    "tp2 pp2 bf16 tied": (4, "tied", [*TP2, *PP2, "--bf16"]),
+    "dp2 pp2 overlap": (4, "tied", [*PP2, *OVERLAP]),
+}
+"""World size, model and options. 6 steps of 4 sequences, stopped after the third."""
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {variant: make_inputs(tmp_path_factory.mktemp(variant), variant) for variant in ("gqa", "tied")}
+
+
+def losses(values: list[dict[str, Any]]) -> list[float]:
+    return [step["loss"] for step in values[-1]["steps"]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_equals_uninterrupted_to_the_last_bit(
+    case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    world_size, variant, options = CASES[case]
+    pool, words = ranks(world_size), words_for(inputs[variant], *options)
+    whole = pool.run(run_sft_words, words=words)
+    saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
+    # The last rank alone gets the signal: all must stop at the same step.
+    first = pool.run(run_sft_words, words=saved, kill_at=3, kill_rank=world_size - 1)
+    second = pool.run(run_sft_words, words=saved)
+
+    assert [rank["stopped"] is None for rank in first] == [False] * world_size
+    assert [step["iteration"] for step in second[0]["steps"]] == [4, 5, 6]
+    for rank in range(world_size):
+        assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
+        different = {
+            name for name in whole[rank]["state"] if whole[rank]["state"][name] != second[rank]["state"].get(name)
+        }
+        assert not different, f"rank {rank}"
+        assert whole[rank]["state"].keys() == second[rank]["state"].keys()
+        assert whole[rank]["state"]["updates"] == "6"
+    assert all(isinstance(loss, float) for loss in losses(whole))
+
+
+def test_the_plans_of_these_cases_differ_per_layer(ranks: RankPools, inputs: dict[str, Path], tmp_path: Path) -> None:
+    model = inputs["gqa"] / "model"
+    words = words_for(inputs["gqa"], "--train-iters", 1, "--save", tmp_path, "--lr-warmup-iters", 0)
+    ranks(1).run(run_sft_words, words=words)
+    shape = ModelShape.from_hf_config(load_hf_config(str(model)), "model")
+    plan = Plan.from_json((tmp_path / "iter_0000001" / "plan.json").read_text(), shape=shape, source="plan.json")
+    trained = [
+        frozenset(name.split(".", 3)[3] for name in plan.training if f".layers.{layer}." in name) for layer in range(4)
+    ]
+    assert len(set(trained)) == 4
