@@ -1,0 +1,216 @@
+"""What rests costs nothing and stays as it is: bits, buckets, bytes on the wire and bytes of state."""
+
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+
+from hft_megatron.model.parameters import ParameterSlot, parameter_slots
+from hft_megatron.optimizer import wrapping
+from hft_megatron.optimizer.wire_bytes import TrainedShard, buffer_elements
+from hft_megatron.training.run import Run
+from tests.support.models import LAYOUTS, make_llama
+from tests.support.toy_training import TINY, local_weights, make_run, take_steps
+
+STEPS = 3
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+SMALL_BUCKETS = {"ddp_bucket_size": 3000}
+DECAY_ALONE_SHOWS = {"lr": 0.05, "lr_warmup_iters": 0, "weight_decay": 0.1}
+"""Rows of tokens that never come have no gradient: their decay must be more than bf16 rounds away."""
+
+Case = tuple[int, str, float, dict[str, Any], bool]
+CASES: dict[str, Case] = {
+    "tp1": (1, "gqa", 0.5, {}, False),
+    "dp2": (2, "gqa", 0.5, {}, False),
+    "dp2 full": (2, "gqa", 1.0, {}, False),
+    "dp2 bf16": (2, "gqa", 0.5, {}, True),
+    "dp2 overlap": (2, "gqa", 0.5, OVERLAP, False),
+    "dp2 overlap small buckets": (2, "gqa", 0.5, OVERLAP | SMALL_BUCKETS, False),
+    "dp2 overlap small buckets bf16": (2, "tied", 0.5, OVERLAP | SMALL_BUCKETS, True),
+    "dp2 overlap small buckets full": (2, "odd_vocab", 1.0, OVERLAP | SMALL_BUCKETS, False),
+    "tp2 sp": (2, "odd_vocab", 0.5, LAYOUTS["tp2_sp"], False),
+    "pp2 dp2": (4, "gqa", 0.5, LAYOUTS["pp2"], False),
+    "pp2 dp2 overlap tied": (4, "tied", 0.5, LAYOUTS["pp2"] | OVERLAP | SMALL_BUCKETS, False),
+    "pp2 dp2 interleaved overlap": (4, "gqa", 0.5, LAYOUTS["pp2_vpp"] | OVERLAP | SMALL_BUCKETS, False),
+    "tp2 dp2": (4, "odd_vocab", 0.5, LAYOUTS["tp2_sp"], True),
+}
+"""Ranks, model variant, ratio, parallel options, bf16."""
+
+
+@contextmanager
+def counted_bytes(counts: dict[str, int]):
+    """Adds up what megatron-core gives to both collectives on data-parallel groups of more than one rank."""
+    reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func
+    all_gather = param_and_grad_buffer.dist_all_gather_func
+
+    def count(name: str, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        counts[name] += tensor.nbytes if group.size() > 1 else 0
+
+    def counting_reduce_scatter(output, input, *, group, **kwargs):
+        count("reduce_scatter", input, group)
+        return reduce_scatter(output, input, group=group, **kwargs)
+
+    def counting_all_gather(output, input, *, group, **kwargs):
+        count("all_gather", output, group)
+        return all_gather(output, input, group=group, **kwargs)
+
+    with (
+        patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", counting_reduce_scatter),
+        patch.object(param_and_grad_buffer, "dist_all_gather_func", counting_all_gather),
+    ):
+        yield
+
+
+def formula_elements(run: Run) -> int:
+    """Elements of this rank's gradient buffers by the formula, from the plan and the layout alone."""
+    parallel, tied = run.config.parallel, run.wrapped.modules[0].shape.tie_embeddings
+    total = 0
+    for chunk, module in enumerate(run.wrapped.modules):
+        shards = [
+            TrainedShard(
+                elements=slot.parameter.numel(),
+                own_bucket=slot.is_vocab and tied and run.placement.pipeline_size > 1,
+            )
+            for slot in parameter_slots([module])
+            if run.wrapped.plan.trains(slot.unit)
+        ]
+        bucketed = parallel.overlap_grad_reduce and run.placement.pipeline_rank == 0 and chunk == 0
+        size = (parallel.ddp_bucket_size or 40_000_000) if bucketed else None
+        total += buffer_elements(shards, data_parallel_size=run.placement.data_size, bucket_size=size)
+    return total
+
+
+def leftovers(slot: ParameterSlot, run: Run) -> list[str]:
+    """Whatever a resting weight still costs."""
+    weight, shards = slot.parameter, run.wrapped.shards
+    names = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad")
+    found = [name for name in names if hasattr(weight, name)]
+    found += ["requires_grad"] if weight.requires_grad else []
+    found += ["grad"] if weight.grad is not None else []
+    found += ["a range in the optimizer"] if weight in shards.model_param_group_index_map else []
+    buckets = [bucket for buffer in shards.buffers for bucket in buffer.buckets]
+    found += ["a bucket"] if any(weight in bucket.params for bucket in buckets) else []
+    memory = weight.untyped_storage().data_ptr()
+    buffers = [tensor for buffer in shards.buffers for tensor in (buffer.param_data, buffer.grad_data)]
+    found += ["a place in a buffer"] if any(memory == b.untyped_storage().data_ptr() for b in buffers) else []
+    return found
+
+
+def run_audit(folder: str, ratio: float, layout: dict, bf16: bool) -> dict[str, Any]:
+    training = {"micro_batch_size": 2, "bf16": bf16}
+    run = make_run(folder, layout, ratio=ratio, training=training, optimizer=DECAY_ALONE_SHOWS)
+    plan, shards, slots = run.wrapped.plan, run.wrapped.shards, list(parameter_slots(run.wrapped.modules))
+    before = {(slot.unit, slot.local_name): slot.parameter.detach().clone() for slot in slots}
+    wire = []
+    for _ in range(STEPS):
+        wire.append({"reduce_scatter": 0, "all_gather": 0})
+        with counted_bytes(wire[-1]):
+            take_steps(run, 1)
+    after = local_weights(run)
+    same = {key: torch.equal(before[key], after[key]) for key in before}
+    resting = [slot for slot in slots if not plan.trains(slot.unit)]
+    trained = [slot for slot in slots if plan.trains(slot.unit)]
+    state_bytes = torch.tensor(shards.state_bytes)
+    dist.all_reduce(state_bytes, group=run.placement.groups.dp)
+    return {
+        "resting": len(resting),
+        "changed while resting": [slot.hf_name for slot in resting if not same[slot.unit, slot.local_name]],
+        "unchanged while training": [slot.hf_name for slot in trained if same[slot.unit, slot.local_name]],
+        "leftovers": {slot.hf_name: found for slot in resting if (found := leftovers(slot, run))},
+        "kept gradients": [slot.hf_name for slot in trained if slot.parameter.grad is not None],
+        "wire": wire,
+        "elements": formula_elements(run),
+        "data_size": run.placement.data_size,
+        "reported": [shards.reduce_scatter_bytes, shards.all_gather_bytes, shards.gradient_bytes],
+        "state bytes": shards.state_bytes,
+        "state bytes of all replicas": int(state_bytes),
+        "training parameters": sum(slot.parameter.numel() for slot in trained),
+    }
+
+
+@pytest.fixture(scope="module")
+def audits(ranks, tmp_path_factory):
+    """``audits(case)``: every rank's audit after ``STEPS`` steps with weight decay 0.1; each case runs once."""
+    root, done = tmp_path_factory.mktemp("audit"), {}
+
+    def audit(case: str) -> list[dict[str, Any]]:
+        if case not in done:
+            world_size, variant, ratio, layout, bf16 = CASES[case]
+            folder = root / variant
+            if not folder.exists():
+                make_llama(folder, variant, **TINY)
+            done[case] = ranks(world_size).run(run_audit, folder=str(folder), ratio=ratio, layout=layout, bf16=bf16)
+        return done[case]
+
+    return audit
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resting_shards_are_bit_identical_and_every_training_shard_changed_on_every_rank(audits, case):
+    ratio = CASES[case][2]
+    for audit in audits(case):
+        assert (audit["resting"] > 0) == (ratio < 1)
+        assert not audit["changed while resting"]
+        assert not audit["unchanged while training"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resting_weight_has_no_gradient_no_bucket_no_master_and_no_optimizer_state(audits, case):
+    for audit in audits(case):
+        assert audit["leftovers"] == {}
+        assert audit["kept gradients"] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_on_the_wire_equal_the_formula_and_the_metrics_in_every_step(audits, case):
+    weight_bytes = 2 if CASES[case][4] else 4
+    for audit in audits(case):
+        elements = audit["elements"]
+        sent = elements if audit["data_size"] > 1 else 0
+        assert audit["wire"] == [{"reduce_scatter": 4 * sent, "all_gather": weight_bytes * sent}] * STEPS
+        assert audit["reported"] == [4 * sent, weight_bytes * sent, 4 * elements]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_optimizer_state_is_8_or_12_bytes_per_training_parameter_over_the_data_parallel_ranks(audits, case):
+    per_parameter = 12 if CASES[case][4] else 8
+    for audit in audits(case):
+        assert audit["state bytes of all replicas"] == per_parameter * audit["training parameters"]
+        assert audit["state bytes"] <= per_parameter * audit["elements"] / audit["data_size"]
+
+
+def test_the_half_plan_sends_about_half_of_what_the_full_plan_sends_outside_the_embeddings(audits):
+    half, full = audits("dp2")[0], audits("dp2 full")[0]
+    vocabulary = 2 * 96 * TINY["hidden_size"]
+    share = (half["elements"] - vocabulary) / (full["elements"] - vocabulary)
+    assert 0.4 < share < 0.6
+
+
+def run_with_flags_that_differ_from_the_plan(folder: str, rests: bool) -> str:
+    """The refusal when one unit's flag says the opposite of the plan (``rests``: the unit rests by the plan)."""
+
+    def apply_wrongly(slots, plan):
+        original(slots, plan)
+        wrong = next(slot for slot in slots if plan.trains(slot.unit) != rests)
+        wrong.parameter.requires_grad = rests
+
+    original = wrapping.apply_plan
+    with patch.object(wrapping, "apply_plan", apply_wrongly):
+        try:
+            make_run(folder, {})
+        except AssertionError as refusal:
+            return str(refusal)
+    return "no refusal"
+
+
+@pytest.mark.parametrize(
+    ("rests", "refusal"), [(True, "resting units in gradient buckets"), (False, "training units in no gradient bucket")]
+)
+def test_the_optimizer_refuses_buckets_that_do_not_match_the_plan(ranks, tmp_path, rests, refusal):
+    folder = str(make_llama(tmp_path / "model", **TINY))
+    for answer in ranks(1).run(run_with_flags_that_differ_from_the_plan, folder=folder, rests=rests):
+        assert answer.startswith(refusal)

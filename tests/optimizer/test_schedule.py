@@ -1,0 +1,44 @@
+"""Learning rates against numbers worked out by hand."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hft_megatron.config.schema import OptimizerConfig
+from hft_megatron.optimizer.schedule import LearningRate
+
+
+def rates(options: dict[str, Any], train_iters: int, iteration: int = 0) -> tuple[list[float], list[float]]:
+    """The rate each update from ``iteration`` on would use, and what is reported as the newest one after it."""
+    group = {"params": [], "lr": 0.0, "weight_decay": 0.0, "wd_mult": 1.0, "lr_mult": 1.0, "default_config": True}
+    settings = OptimizerConfig(**{"lr": 1.0, "min_lr": 0.2, "lr_decay_style": "constant"} | options)
+    rate = LearningRate(SimpleNamespace(param_groups=[group]), settings, train_iters, iteration)
+    used, reported = [], []
+    for _ in range(iteration, train_iters):
+        used.append(group["lr"])
+        rate.advance()
+        reported.append(rate.last)
+    return used, reported
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1.0, 1.0, 1.0, 1.0]),
+        ({"lr_decay_style": "linear"}, [1.0, 0.8, 0.6, 0.4]),
+        ({"lr_decay_style": "cosine"}, [1.0, 0.8828427, 0.6, 0.3171573]),
+        ({"lr_decay_style": "linear", "lr_warmup_iters": 2}, [0.0, 0.5, 1.0, 0.6]),
+        ({"lr_warmup_fraction": 0.5}, [0.0, 0.5, 1.0, 1.0]),
+    ],
+)
+def test_rates_equal_megatrons_rule_by_hand(options, expected):
+    used, reported = rates(options, train_iters=4)
+    assert used == pytest.approx(expected, abs=1e-6)
+    assert reported == used
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+def test_a_resumed_schedule_goes_on_where_it_stood(style):
+    options = {"lr_decay_style": style, "lr_warmup_iters": 2}
+    assert rates(options, train_iters=9, iteration=4)[0] == rates(options, train_iters=9)[0][4:]

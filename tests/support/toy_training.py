@@ -1,0 +1,129 @@
+"""Short runs of the real engine without files of data, on a task that a tiny LLaMA learns in twenty steps."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
+from hft_megatron.data.order import SampleOrder
+from hft_megatron.data.sft import SftCounts, SftDataset
+from hft_megatron.hft.plan import make_plan
+from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.optimizer.schedule import LearningRate
+from hft_megatron.optimizer.wrapping import wrap
+from hft_megatron.tracking.tracker import CompositeTracker
+from hft_megatron.training.run import Run
+from hft_megatron.training.step import train_step
+from tests.support.models import build_from_folder
+
+STEPS = 20
+GLOBAL_BATCH = 8
+SEED = 7
+PAD = 0
+LONGEST = 96
+OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=4, weight_decay=0.1, clip_grad=1.7)
+"""Fast enough to learn much in ``STEPS``; some steps are clipped and some are not."""
+TINY = {"hidden_size": 32, "intermediate_size": 56}
+"""Sizes for ``make_llama`` under which twenty steps take about a second."""
+
+
+def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
+    """Examples of very different lengths where each token names the next one; the first third is not trained.
+
+    Most steps are padded to 64 tokens and some to 96, so that step lengths differ.
+    """
+    rng = np.random.default_rng(seed)
+    successor = 3 + np.random.default_rng(0).permutation(24)  # one task, whatever the seed of the examples
+    tokens, trained, offsets = [], [], [0]
+    for number in range(examples):
+        length = LONGEST + 1 if number % 16 == 0 else int(rng.integers(6, 60))
+        example = [int(rng.integers(3, 27))]
+        while len(example) < length:
+            example.append(int(successor[example[-1] - 3]))
+        tokens += example
+        trained += [position >= length // 3 for position in range(length)]
+        offsets.append(len(tokens))
+    return SftDataset(
+        source="toy",
+        tokens=np.array(tokens, dtype=np.int32),
+        trained=np.array(trained, dtype=np.bool_),
+        offsets=np.array(offsets, dtype=np.int64),
+        seq_length=LONGEST,
+        counts=SftCounts(read=examples, truncated=0, dropped=0, trained_tokens=sum(trained)),
+        digest="toy",
+    )
+
+
+def toy_batches(share: BatchShare) -> SftBatches:
+    dataset = toy_dataset()
+    order = SampleOrder(num_examples=len(dataset), seed=SEED)
+    return SftBatches(dataset=dataset, pad_id=PAD, share=share, order=order)
+
+
+def make_run(
+    folder: str,
+    layout: dict[str, Any],
+    *,
+    ratio: float = 0.5,
+    training: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+) -> Run:
+    """This rank's run over the toy data from a Hugging Face folder.
+
+    ``layout``, ``training`` and ``optimizer`` hold fields of ParallelConfig, TrainingConfig and OptimizerConfig.
+    """
+    options: dict[str, Any] = {"global_batch_size": GLOBAL_BATCH, "train_iters": STEPS, "bf16": False}
+    config = RunConfig(
+        parallel=ParallelConfig(**layout),
+        training=TrainingConfig(**options | (training or {})),
+        optimizer=replace(OPTIMIZER, **(optimizer or {})),
+        hft=HFTConfig(hft_ratio=ratio),
+    )
+    bf16 = config.training.bf16 is True
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    chunks, shape, placement = build_from_folder(folder, layout, dtype, config.training)
+    plan = make_plan(shape, config.hft, default_seed=SEED)
+    wrapped = wrap(chunks, plan, config.parallel, config.optimizer, bf16=bf16)
+    assert config.training.global_batch_size is not None
+    share = BatchShare(
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
+        data_parallel_rank=placement.data_rank,
+        data_parallel_size=placement.data_size,
+        length_multiple=placement.tensor_size,
+    )
+    return Run(
+        config=config,
+        placement=placement,
+        wrapped=wrapped,
+        batches=toy_batches(share),
+        validation=ValidationBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
+        learning_rate=LearningRate(wrapped.optimizer, config.optimizer, config.training.train_iters, iteration=0),
+        tracker=CompositeTracker(),
+        announce=lambda line: None,
+        state=TrainState(),
+    )
+
+
+def take_steps(run: Run, steps: int) -> list[tuple[float | None, float]]:
+    """(loss, gradient norm) of each step; the loss is None off the last pipeline stage."""
+    results = []
+    for _ in range(steps):
+        result = train_step(run, run.batches.step(run.state.consumed_samples))
+        run.learning_rate.advance()
+        run.advance()
+        results.append((result.loss, result.grad_norm))
+    return results
+
+
+def local_weights(run: Run) -> dict[tuple[str, str], torch.Tensor]:
+    """Copies of this rank's parameters by unit and local name, newest values (a tied unit has two on one rank)."""
+    with run.wrapped.gathered_parameters():
+        return {
+            (slot.unit, slot.local_name): slot.parameter.detach().clone()
+            for slot in parameter_slots(run.wrapped.modules)
+        }
