@@ -1,0 +1,224 @@
+"""What the shell half of the example decides, with a stand-in for Python that notes what it is asked to run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.ranks import REPOSITORY
+
+SCRIPT = REPOSITORY / "examples" / "finetune_llama_hft.sh"
+
+STAND_IN = """#!{python}
+import json, os, sys
+words = sys.argv[1:]
+with open(os.environ["STAND_IN_LOG"], "a") as log:
+    log.write(json.dumps({{"words": words, "environment": dict(os.environ)}}) + "\\n")
+if words[0] == "-c":
+    os.execv("{python}", ["{python}", *words])
+if "--check" in words:
+    sys.exit(int(os.environ.get("STAND_IN_CHECK", "0")))
+if "torch.distributed.run" in words:
+    exec(os.environ.get("STAND_IN_TORCHRUN", ""))
+"""
+
+WRITE_STATUS = """
+with open(os.path.join(words[words.index("--save") + 1], "status.json"), "w") as status:
+    json.dump({{"exit_code": {code}, "state": "", "message": "said by the run"}}, status)
+sys.exit({torchrun})
+"""
+
+WAIT_FOR_SIGNAL = """
+import signal, time
+received = []
+def receive(number, frame):
+    received.append(signal.Signals(number).name)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(number, receive)
+save = words[words.index("--save") + 1]
+open(os.path.join(save, "ready"), "w").close()
+while not received:
+    time.sleep(0.01)
+time.sleep(0.3)  # a second signal would come now
+with open(os.path.join(save, "status.json"), "w") as status:
+    json.dump({"exit_code": 3, "state": "stopped", "message": " ".join(received)}, status)
+sys.exit(1)
+"""
+
+
+@dataclass
+class Script:
+    """The example script with a stand-in for Python, in a folder where nothing is."""
+
+    folder: Path
+
+    @property
+    def save(self) -> Path:
+        return self.folder / "save"
+
+    def environment(self, settings: Mapping[str, str]) -> dict[str, str]:
+        stand_in = self.folder / "python"
+        stand_in.write_text(STAND_IN.format(python=sys.executable))
+        stand_in.chmod(0o755)
+        given = {"MODEL": "m", "DATA": "d", "SAVE": str(self.save), "GPUS_PER_NODE": "2"}
+        given |= {"PYTHON": str(stand_in), "STAND_IN_LOG": str(self.folder / "log"), "PATH": os.environ["PATH"]}
+        return {name: value for name, value in {**given, **settings}.items() if value != ""}
+
+    def run(self, *words: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+        """Run the script under bash; a setting of "" is left out of the environment."""
+        command = ["bash", str(SCRIPT), *words]
+        environment = self.environment(settings)
+        return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60)
+
+    def calls(self) -> list[dict[str, Any]]:
+        """What Python was asked to run, in order, without questions about the environment."""
+        log = self.folder / "log"
+        calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [call for call in calls if call["words"][0] != "-c"]
+
+    def started(self) -> dict[str, Any]:
+        """The call that starts the ranks: the last one."""
+        call = self.calls()[-1]
+        assert call["words"][:2] == ["-m", "torch.distributed.run"]
+        return call
+
+
+def value_of(option: str, call: dict[str, Any]) -> str:
+    """The value that wins: the last one."""
+    words: list[str] = call["words"]
+    return words[len(words) - words[::-1].index(option)]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(folder=tmp_path)
+
+
+def test_the_file_is_valid_in_both_languages_and_executable() -> None:
+    compile(SCRIPT.read_text(), str(SCRIPT), "exec")
+    assert "\\" not in SCRIPT.read_text(), "Python would take it for an escape in the string that holds the shell half"
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    assert os.access(SCRIPT, os.X_OK)
+
+
+def test_the_check_comes_first_and_for_all_ranks(script: Script) -> None:
+    assert script.run(NNODES="2", GPUS_PER_NODE="4", MASTER_ADDR="node-a").returncode == 0
+    check, start = script.calls()
+    assert check["words"][:4] == ["-m", "hft_megatron", "sft", "--check"]
+    assert check["environment"]["WORLD_SIZE"] == "8"
+    assert start["words"][-len(check["words"]) + 4 :] == check["words"][4:]
+
+
+def test_a_failing_check_starts_nothing_and_leaves_no_folder(script: Script) -> None:
+    assert script.run(STAND_IN_CHECK="2").returncode == 2
+    assert len(script.calls()) == 1
+    assert not script.save.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"DATA": ""}, "MODEL=m is given without DATA"),
+        ({"MODEL": ""}, "DATA=d is given without MODEL"),
+        ({"NNODES": "2", "SAVE": ""}, "SAVE is not set on 2 nodes"),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set on 2 nodes"),
+        ({"GPUS_PER_NODE": "two"}, "GPUS_PER_NODE=two must be a whole number above 0"),
+        ({"NNODES": "0"}, "NNODES=0 must be a whole number above 0"),
+        ({"NODE_RANK": "first"}, "NODE_RANK=first must be a whole number"),
+        ({"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python does not run a Python that has torch"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(script: Script, settings: dict[str, str], sentence: str) -> None:
+    result = script.run(**settings)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"hft-megatron: error: {sentence}")
+    assert result.stderr.count("\n") == 1
+    assert not any("torch.distributed.run" in call["words"] for call in script.calls())
+
+
+def test_options_after_the_name_win_and_the_save_folder_is_also_the_one_to_load(script: Script) -> None:
+    other = script.folder / "other"
+    assert script.run("--lr", "1e-3", "--train_iters=7", "--save", str(other)).returncode == 0
+    call = script.started()
+    assert value_of("--lr", call) == "1e-3"
+    assert value_of("--save", call) == value_of("--load", call) == str(other)
+    assert value_of("--save-hf", call) == f"{other}/hf_iter_7"
+    assert not script.save.exists()
+
+
+def test_sizes_come_from_the_environment_and_tensor_parallel_from_the_number_of_ranks(script: Script) -> None:
+    for ranks, expected in (("1", "1"), ("2", "2"), ("8", "2")):
+        script.run(GPUS_PER_NODE=ranks)
+        assert value_of("--tensor-model-parallel-size", script.started()) == expected
+    script.run(GPUS_PER_NODE="8", TP="4", PP="2")
+    assert value_of("--tensor-model-parallel-size", script.started()) == "4"
+    assert value_of("--pipeline-model-parallel-size", script.started()) == "2"
+
+
+def test_a_node_is_started_with_its_place_and_leaves_the_status_to_node_0(script: Script) -> None:
+    script.save.mkdir()
+    (script.save / "status.json").write_text(json.dumps({"exit_code": 3, "message": ""}))
+    result = script.run(
+        NNODES="2", NODE_RANK="1", MASTER_ADDR="node-a", MASTER_PORT="1234", STAND_IN_TORCHRUN="sys.exit(1)"
+    )
+    call = script.started()
+    place = {"--nnodes": "2", "--node-rank": "1", "--master-addr": "node-a", "--master-port": "1234"}
+    assert {option: value_of(option, call) for option in place} == place
+    assert result.returncode == 1
+    assert (script.save / "status.json").exists()
+
+
+def test_a_restart_keeps_the_export_of_the_same_iterations(script: Script) -> None:
+    (script.save / "hf_iter_5").mkdir(parents=True)
+    script.run("--train-iters", "5")
+    assert "--save-hf" not in script.started()["words"]
+    script.run("--train-iters", "6")
+    assert value_of("--save-hf", script.started()) == f"{script.save}/hf_iter_6"
+
+
+@pytest.mark.parametrize(("code", "torchrun"), [(2, 1), (3, 1), (1, 1), (0, 0)])
+def test_the_status_file_decides_the_exit_code(script: Script, code: int, torchrun: int) -> None:
+    result = script.run(STAND_IN_TORCHRUN=WRITE_STATUS.format(code=code, torchrun=torchrun))
+    assert result.returncode == code
+    assert ("said by the run" in result.stderr) == (code != 0)
+
+
+def test_a_failure_after_a_finished_status_is_a_failure(script: Script) -> None:
+    assert script.run(STAND_IN_TORCHRUN=WRITE_STATUS.format(code=0, torchrun=1)).returncode == 1
+
+
+def test_an_old_status_says_nothing_about_this_run(script: Script) -> None:
+    script.save.mkdir()
+    (script.save / "status.json").write_text(json.dumps({"exit_code": 3, "message": "old"}))
+    result = script.run(STAND_IN_TORCHRUN="sys.exit(1)")
+    assert result.returncode == 1
+    assert "old" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGUSR1", "SIGUSR1"), ("SIGHUP", "SIGTERM")],
+)
+def test_a_signal_reaches_the_ranks_once_even_from_a_terminal(script: Script, sent: str, received: str) -> None:
+    environment = script.environment({"STAND_IN_TORCHRUN": WAIT_FOR_SIGNAL})
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT)], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (script.save / "ready").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    # A terminal signals the whole foreground group; a scheduler mostly the first process.
+    os.killpg(process.pid, getattr(signal, sent))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert f"hft-megatron: {received}\n" in errors
