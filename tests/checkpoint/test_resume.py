@@ -79,3 +79,68 @@ def test_the_plans_of_these_cases_differ_per_layer(ranks: RankPools, inputs: dic
         frozenset(name.split(".", 3)[3] for name in plan.training if f".layers.{layer}." in name) for layer in range(4)
     ]
     assert len(set(trained)) == 4
+
+
+def test_a_run_goes_on_to_another_number_of_iterations(
+    ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    words = words_for(inputs["gqa"], "--lr-decay-style", "constant")
+    saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
+    [whole] = ranks(1).run(run_sft_words, words=words)
+    [first] = ranks(1).run(run_sft_words, words=[*saved, "--train-iters", "3"])
+    [second] = ranks(1).run(run_sft_words, words=saved)
+    assert first["steps"] + second["steps"] == whole["steps"]
+    assert second["state"] == whole["state"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(ranks: RankPools, inputs: dict[str, Path], tmp_path: Path) -> None:
+    words = words_for(inputs["gqa"], "--train-iters", 3, "--save", tmp_path, "--load", tmp_path)
+    [done] = ranks(1).run(run_sft_words, words=words)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "iter_0000003").iterdir()}
+    [again] = ranks(1).run(run_sft_words, words=words)
+    assert again["steps"] == []
+    assert {name: value for name, value in again["state"].items() if name != "learning rate"} == {
+        name: value for name, value in done["state"].items() if name != "learning rate"
+    }
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "iter_0000003").iterdir()} == before
+
+
+LAYOUTS = {"dp2": (2, []), "tp2 sp": (2, [*TP2, "--sequence-parallel"]), "pp2": (2, PP2), "tp2 pp2": (4, [*TP2, *PP2])}
+
+
+@pytest.fixture(scope="session")
+def stopped_after_three(
+    ranks: RankPools, inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Runs that a signal stopped after step 3, by the layout they were saved at."""
+    folders = {}
+    for name, (world_size, options) in {"tp1": (1, []), "tp2 pp2": (4, [*TP2, *PP2])}.items():
+        folders[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        words = words_for(inputs["tied"], *options, "--save", folders[name], "--load", folders[name])
+        ranks(world_size).run(run_sft_words, words=words, kill_at=3)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "resumed_at"),
+    [("tp1", name) for name in LAYOUTS] + [("tp2 pp2", "tp1"), ("tp2 pp2", "dp2"), ("tp2 pp2", "tp2 sp")],
+)
+def test_a_checkpoint_goes_on_at_another_layout(
+    saved_at: str,
+    resumed_at: str,
+    ranks: RankPools,
+    inputs: dict[str, Path],
+    stopped_after_three: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    words = words_for(inputs["tied"])
+    [whole] = ranks(1).run(run_sft_words, words=words)
+    world_size, options = (1, []) if resumed_at == "tp1" else LAYOUTS[resumed_at]
+    load = ["--load", str(stopped_after_three[saved_at])]
+    resumed = ranks(world_size).run(run_sft_words, words=[*words, *options, *load])
+    assert [step["iteration"] for step in resumed[-1]["steps"]] == [4, 5, 6]
+    assert losses(resumed) == pytest.approx([step["loss"] for step in whole["steps"][3:]], rel=1e-5)
+    norms = [[step["grad_norm"] for step in steps] for steps in (resumed[-1]["steps"], whole["steps"][3:])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)

@@ -1,0 +1,102 @@
+"""Real processes that are killed or asked to stop, and go on to the same bits."""
+
+import contextlib
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from hft_megatron.errors import EXIT_OK, EXIT_STOPPED
+from tests.support.runs import make_inputs, read_metrics, run_cli, start_cli, words_for
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+SAVE_INTERVAL = 10
+CAUGHT_AT = 13
+"""Line of metrics.jsonl at which the run is stopped: after a checkpoint, and not at one."""
+
+
+def losses(save: Path) -> list[tuple[Any, ...]]:
+    keys = ("iteration", "consumed samples", "lm loss", "learning rate", "grad norm")
+    return [tuple(line[key] for key in keys) for line in read_metrics(save)]
+
+
+def wait_for_line(file: Path, number: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not file.exists() or len(file.read_text().splitlines()) < number:
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: signal.Signals, tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    words = words_for(inputs, "--train-iters", STEPS, "--tensor-model-parallel-size", 2, "--micro-batch-size", 2)
+    ranks = 2
+
+    def command(name: str) -> list[str]:
+        run = str(tmp_path / name)
+        return [*words, "--save", run, "--load", run, "--save-interval", str(SAVE_INTERVAL), "--save-hf", f"{run}-hf"]
+
+    log = tmp_path / "log"
+    process = start_cli(command("stopped"), ranks=ranks, log=log)
+    try:
+        wait_for_line(tmp_path / "stopped" / "metrics.jsonl", CAUGHT_AT, process, log)
+        if how == signal.SIGTERM:
+            process.send_signal(how)  # torchrun passes it on
+            process.wait(60)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+            process.wait()
+    done = len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines())
+    saved = int((tmp_path / "stopped" / "latest_checkpointed_iteration.txt").read_text())
+    assert SAVE_INTERVAL <= saved <= done < STEPS, "the run must be caught in the middle"
+    assert saved == done or how == signal.SIGKILL, "a signal saves the step it ends with"
+    assert not (tmp_path / "stopped-hf").exists()
+
+    assert run_cli(command("stopped"), ranks=ranks, log=log, timeout=300) == EXIT_OK, log.read_text()[-4000:]
+    assert "successfully loaded checkpoint" in log.read_text()
+    assert run_cli(command("whole"), ranks=ranks, log=log, timeout=300) == EXIT_OK, log.read_text()[-4000:]
+    assert len(losses(tmp_path / "whole")) == STEPS
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    exported = [load_file(tmp_path / f"{name}-hf" / "model.safetensors") for name in ("stopped", "whole")]
+    assert exported[0].keys() == exported[1].keys()
+    assert all((exported[0][name] == exported[1][name]).all() for name in exported[0])
+
+
+def kill_all(process: "subprocess.Popen[bytes]") -> None:
+    """torchrun gives each worker a session of its own, so killing the launcher's group would leave them running."""
+    launcher = psutil.Process(process.pid)
+    family = [*launcher.children(recursive=True), launcher]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=10)
+
+
+def test_sigterm_ends_a_single_process_with_exit_code_3_and_a_restart_goes_on(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    run = tmp_path / "run"
+    words = words_for(inputs, "--train-iters", 2000, "--lr-decay-style", "constant", "--save", run, "--load", run)
+    log = tmp_path / "log"
+    process = start_cli(words, log=log)
+    try:
+        wait_for_line(run / "metrics.jsonl", 3, process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == EXIT_STOPPED, log.read_text()[-4000:]
+    finally:
+        if process.poll() is None:
+            process.kill()
+    stopped_at = int((run / "latest_checkpointed_iteration.txt").read_text())
+    assert f"SIGTERM stopped the run at iteration {stopped_at}" in log.read_text()
+    assert (run / "status.json").read_text().startswith('{"exit_code": 3, "state": "stopped"')
+    assert run_cli([*words, "--train-iters", str(stopped_at + 2)], log=log) == EXIT_OK, log.read_text()[-4000:]
+    assert [line["iteration"] for line in read_metrics(run)] == list(range(1, stopped_at + 3))
