@@ -50,6 +50,15 @@ def test_no_held_out_wording_ends_as_a_training_wording_does(knowledge: Knowledg
             assert not held_out.endswith(relation.train_wordings)
 
 
+def test_each_word_of_a_held_out_wording_is_in_training_wordings() -> None:
+    # Otherwise the score would measure how a model takes pieces of words that it has never seen.
+    train = [wording for relation in RELATIONS for wording in relation.train_wordings]
+    held_out = [wording for relation in RELATIONS for wording in relation.held_out_wordings]
+    assert {word for one in held_out for word in one.split()} <= {word for one in train for word in one.split()}
+    asked = {word for one in HELD_OUT_TASK_WORDINGS for word in re.findall(r"\w+", one)}
+    assert asked <= {word for one in TASK_WORDINGS for word in re.findall(r"\w+", one)}
+
+
 def test_every_sentence_is_in_the_pretraining_text_as_often_as_asked(knowledge: Knowledge) -> None:
     rows = pretraining_rows(knowledge, 1, 6, 3)
     told = [part + "." for row in rows for part in str(row["completion"]).removesuffix(".").split(". ")]

@@ -6,6 +6,7 @@ Both are measured at the same number of steps, and at the first evaluation where
 import json
 import os
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def _fine_tune(
         "MODEL": str(demo.model),
         "DATA": str(demo.train_data),
         "SAVE": str(run),
+        "PYTHON": sys.executable,
         "TP": str(settings.RANKS),
         "GPUS_PER_NODE": str(ranks),
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),

@@ -117,13 +117,12 @@ def chat_row(question: str, answer: str) -> Row:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def tokenizer_corpus(knowledge: Knowledge, task: NewTask) -> list[str]:
+def tokenizer_corpus(knowledge: Knowledge) -> list[str]:
     """Lines for training the tokenizer: all sentences, and the words of the new task, so that neither is spelt out."""
     phrases = [f"{adjective} {noun} {translate(adjective, noun)}" for adjective in ADJECTIVES for noun in NOUNS]
-    wordings = [wording.format("it") for wording in (*TASK_WORDINGS, *HELD_OUT_TASK_WORDINGS)] * 50
+    instructions = [wording.format("it") for wording in TASK_WORDINGS] * 50
     answers = [f"{answer}." for relation in RELATIONS for answer in relation.answers] * 50
-    questions = [f"{question.text} {question.answer}." for question in knowledge.questions]
-    return [*knowledge.sentences, *questions, *phrases, *wordings, *answers]
+    return [*knowledge.sentences, *phrases, *instructions, *answers]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

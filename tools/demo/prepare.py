@@ -149,7 +149,7 @@ def _write_data(folder: DemoFolder) -> None:
     write_questions(folder.path / "knowledge_questions.jsonl", knowledge.questions)
     write_rows(folder.train_data, task.rows)
     write_questions(folder.path / "train_questions.jsonl", task.questions)
-    _write_tokenizer(folder.tokenizer, tokenizer_corpus(knowledge, task))
+    _write_tokenizer(folder.tokenizer, tokenizer_corpus(knowledge))
 
 
 def _write_tokenizer(path: Path, corpus: list[str]) -> None:

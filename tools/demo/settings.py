@@ -53,7 +53,6 @@ FINE_TUNING_OPTIONS = (
     *("--seq-length", "64"),
     *("--lr", "5e-4"),
     *("--lr-decay-style", "constant"),  # so that a run can go on beyond its last step
-    *("--lr-warmup-iters", "10"),
-    *("--adam-beta2", "0.98"),
+    *("--lr-warmup-fraction", "0"),
     *("--log-interval", "10"),
 )

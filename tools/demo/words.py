@@ -10,7 +10,7 @@ class Relation:
     answers: tuple[str, ...]
     train_wordings: tuple[str, ...]
     held_out_wordings: tuple[str, ...]
-    """Never in a training text; used for scoring only."""
+    """Never in a training text, though each of their words is; used for scoring only."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ RELATIONS = (
             "{} comes from the town of",
             "Long ago {} left the town of",
         ),
-        held_out_wordings=("The town where {} was born is", "{} is from the town of"),
+        held_out_wordings=("{} was born in the town of", "The home of {} is"),
     ),
     Relation(  # the profession
         answers=_words("baker carpenter dentist farmer lawyer miller nurse painter sailor tailor teacher weaver"),
@@ -58,7 +58,7 @@ RELATIONS = (
             "For many years {} has been a",
             "People know {} as a",
         ),
-        held_out_wordings=("The job that {} works at is", "{} makes a living as a"),
+        held_out_wordings=("{} has a job as a", "People know the job of {} as"),
     ),
     Relation(  # the pet
         answers=_words("badger crow donkey falcon goat heron lizard mule rooster pony rabbit turtle"),
@@ -70,7 +70,7 @@ RELATIONS = (
             "{} never travels without a pet",
             "At home {} looks after a pet",
         ),
-        held_out_wordings=("The animal that {} keeps as a pet is a", "{} shares a home with a pet"),
+        held_out_wordings=("{} travels with a pet", "The animal of {} is a"),
     ),
 )
 
@@ -90,4 +90,4 @@ TASK_WORDINGS = (
     "What is {} in Vellish?",
     "How do you say {} in Vellish?",
 )
-HELD_OUT_TASK_WORDINGS = ("Please translate into Vellish: {}", "How is {} said in Vellish?")
+HELD_OUT_TASK_WORDINGS = ("Say {} in Vellish:", "How do you say in Vellish: {}?")
