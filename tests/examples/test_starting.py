@@ -1,0 +1,138 @@
+"""The ways to start the example that the README promises, with real ranks on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import REPOSITORY
+from tests.support.runs import make_inputs, read_metrics
+
+SHORT = ("--train-iters", "2", "--global-batch-size", "8", "--micro-batch-size", "2", "--seq-length", "96")
+
+PREPARE = """
+import argparse, os
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("--output", type=Path)
+output = parser.parse_args().output
+output.mkdir(parents=True, exist_ok=True)
+for name, link in (("model", "model"), ("data.jsonl", "train.jsonl")):
+    try:
+        (output / link).symlink_to({inputs!r} + "/" + name)
+    except FileExistsError:
+        pass
+print("the demo's model and data are here")
+"""
+
+
+@dataclass
+class Clone:
+    """A clone of the repository whose demo is a tiny model that takes no time to make."""
+
+    root: Path
+    inputs: Path
+
+    def start(self, *command: str, **settings: str) -> "subprocess.Popen[str]":
+        """Start a command as a person would with .venv active, in the clone's folder."""
+        removed = ("RANK", "WORLD_SIZE", "PYTHON", "PYTHONPATH", "OMP_NUM_THREADS")
+        environment = {name: value for name, value in os.environ.items() if name not in removed}
+        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= settings
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.root, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, *command: str, **settings: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
+        with self.start(*command, **settings) as process:
+            try:
+                output, errors = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                raise
+        return process.returncode, output, errors
+
+    def runs(self) -> set[Path]:
+        return set((self.root / "runs").glob("finetune-*"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    folder = tmp_path_factory.mktemp("example")
+    inputs = make_inputs(folder / "inputs")
+    root = folder / "clone"
+    (root / "examples").mkdir(parents=True)
+    (root / "hft_megatron").symlink_to(REPOSITORY / "hft_megatron")
+    script = root / "examples" / "finetune_llama_hft.sh"
+    script.write_text((REPOSITORY / "examples" / script.name).read_text())
+    script.chmod(0o755)
+    (root / "tools" / "demo").mkdir(parents=True)
+    (root / "tools" / "demo" / "prepare.py").write_text(PREPARE.format(inputs=str(inputs)))
+    return Clone(root=root, inputs=inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "layout"),
+    [
+        ("torchrun examples/finetune_llama_hft.sh", "TP 1 x PP 1 x DP 1"),
+        ("torchrun --nproc-per-node 4 examples/finetune_llama_hft.sh --train-iters 50", "TP 2 x PP 1 x DP 2"),
+        ("bash examples/finetune_llama_hft.sh", "TP 2 x PP 1 x DP 1"),
+        ("torchrun --no-python examples/finetune_llama_hft.sh", "TP 1 x PP 1 x DP 1"),
+    ],
+)
+def test_every_way_to_start_trains_the_demo_model_in_one_new_folder(clone: Clone, command: str, layout: str) -> None:
+    before = clone.runs()
+    code, output, errors = clone.run(*command.split(), *SHORT)
+    assert code == 0, errors
+    assert output.count("the demo's model and data are here") == 1
+    assert f"> {layout} on cpu" in output
+    (run,) = clone.runs() - before
+    assert [record["iteration"] for record in read_metrics(run) if "lm loss" in record] == [2]
+    assert (run / "hf_iter_2" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "named"),
+    [
+        ({"TP": "3", "GPUS_PER_NODE": "3"}, (), "--tensor-model-parallel-size 3"),
+        ({}, ("--hft-ratio", "1.5"), "--hft-ratio 1.5"),
+        ({}, ("--trian-iters", "5"), "--train-iters"),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_sentence_under_bash(
+    clone: Clone, settings: dict[str, str], words: tuple[str, ...], named: str
+) -> None:
+    given = {"MODEL": str(clone.inputs / "model"), "DATA": str(clone.inputs / "data.jsonl"), "GPUS_PER_NODE": "2"}
+    code, _, errors = clone.run("bash", "examples/finetune_llama_hft.sh", *SHORT, *words, **{**given, **settings})
+    assert code == 2
+    assert errors.startswith("hft-megatron: error: ")
+    assert errors.count("\n") == 1
+    assert named in errors
+
+
+@pytest.mark.slow
+def test_a_stopped_run_reports_3_and_the_same_command_goes_on_with_it(clone: Clone, tmp_path: Path) -> None:
+    given = {"MODEL": str(clone.inputs / "model"), "DATA": str(clone.inputs / "data.jsonl"), "GPUS_PER_NODE": "2"}
+    words = ("bash", "examples/finetune_llama_hft.sh", *SHORT, "--log-interval", "1", "--train-iters")
+    process = clone.start(*words, "100000", SAVE=str(tmp_path), **given)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 3, errors
+    stopped_at = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"
+
+    code, _, errors = clone.run(*words, str(stopped_at + 1), SAVE=str(tmp_path), **given)
+    assert code == 0, errors
+    assert [record["iteration"] for record in read_metrics(tmp_path)] == list(range(1, stopped_at + 2))
