@@ -1,11 +1,13 @@
 """Writes and reads ``SAVE/iter_0000100/`` through megatron-core's dist_checkpointing; the tracker comes last."""
 
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from hft_megatron.checkpoint.position import ITERATION_FOLDER, TrainState
 from hft_megatron.checkpoint.random_state import set_random_state, sharded_random_state
@@ -36,6 +38,7 @@ def save_checkpoint(folder: str, wrapped: WrappedModel, state: TrainState, place
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
+    _write_without_manager()
     with wrapped.gathered_parameters():
         dist_checkpointing.save(_sharded_state(wrapped, placement, is_loading=False), str(unfinished))
     if placement.rank == 0:
@@ -66,6 +69,15 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> 
     if same_layout:
         set_random_state({name: row.squeeze(0) for name, row in loaded["random_state"].items()})
     return state
+
+
+def _write_without_manager() -> None:
+    """Has writers report through a queue of this process, which is all that saving synchronously needs.
+
+    By default megatron-core keeps a manager process for it. torchrun sends a signal to a rank's whole process group: it
+    would kill the manager, and with it the checkpoint that the signal asks for.
+    """
+    filesystem_async._results_queue = queue.Queue()
 
 
 def _named_chunks(wrapped: WrappedModel) -> list[tuple[str, Any]]:
