@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hft_megatron", "hft_megatron.*"]),
     install_requires=[
-        "torch>=2.6,<3",
+        "torch>=2.9,<3",  # the first whose torchrun forwards SIGUSR1 (--signals-to-handle)
         "megatron-core>=0.16,<1",
         "numpy>=1.26",
         "transformers>=4.51,<6",
