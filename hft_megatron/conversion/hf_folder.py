@@ -41,16 +41,16 @@ class HuggingFaceWeights:
         index = self.folder / INDEX_FILE
         if index.exists():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
+                weight_map = dict[str, str](json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"--load-hf {self.folder}: {INDEX_FILE} can't be read ({error}); copy the model folder again"
+                    f"--load-hf {self.folder}: {INDEX_FILE} can't be read ({error}); copy the model folder again."
                 ) from error
             return weight_map
         if not (self.folder / SINGLE_FILE).exists():
             raise UserError(
                 f"--load-hf {self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; "
-                "only safetensors are read, so convert other weight files with transformers' save_pretrained first"
+                "only safetensors are read, so convert other weight files with transformers' save_pretrained first."
             )
         return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
 
@@ -60,13 +60,13 @@ class HuggingFaceWeights:
                 self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"--load-hf {self.folder}: {file} can't be read ({error}); copy the model folder again"
+                    f"--load-hf {self.folder}: {file} can't be read ({error}); copy the model folder again."
                 ) from error
         return self._files[file]
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
-            raise UserError(f"--load-hf {self.folder}: the tensor {name} is missing, but config.json asks for it")
+            raise UserError(f"--load-hf {self.folder}: the tensor {name} is missing, but config.json asks for it.")
         return self._open(self._file_of[name]).get_slice(name)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -75,7 +75,7 @@ class HuggingFaceWeights:
         if stored not in _DTYPES:
             raise UserError(
                 f"--load-hf {self.folder}: {name} is stored as {stored}, but only F32, F16 and BF16 are read; "
-                "dequantise the model first"
+                "dequantise the model first."
             )
         return _DTYPES[stored]
 
@@ -84,7 +84,7 @@ class HuggingFaceWeights:
         stored = tuple(self._slice(name).get_shape())
         if stored != shape:
             raise UserError(
-                f"--load-hf {self.folder}: {name} has shape {list(stored)}, but config.json asks for {list(shape)}"
+                f"--load-hf {self.folder}: {name} has shape {list(stored)}, but config.json asks for {list(shape)}."
             )
 
     def read(self, name: str, *, dim: int | None = None, start: int = 0, length: int = 0) -> Tensor:

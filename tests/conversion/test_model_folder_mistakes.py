@@ -1,0 +1,116 @@
+"""A model folder that can't be read is one sentence that names it. Run: pytest tests/conversion"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.errors import UserError
+from tests.support.models import build_from_folder, make_llama
+from tests.support.ranks import RankPools
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def remove_a_tensor(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, folder / WEIGHTS)
+
+
+def reshape_a_tensor(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(16, 64)
+    save_file(weights, folder / WEIGHTS)
+
+
+def quantise_a_tensor(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].to(torch.int8)
+    save_file(weights, folder / WEIGHTS)
+
+
+def cut_the_file(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])
+
+
+def empty_the_file(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def keep_only_a_pickle(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def name_a_missing_shard(folder: Path) -> None:
+    names = load_file(folder / WEIGHTS)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00002-of-00002.safetensors")}))
+
+
+def break_the_index(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": ')
+
+
+def leave_out_the_weight_map(folder: Path) -> None:
+    (folder / INDEX).write_text("{}")
+
+
+def make_the_index_a_list(folder: Path) -> None:
+    (folder / INDEX).write_text("[]")
+
+
+MISTAKES: list[tuple[Callable[[Path], None], list[str]]] = [
+    (remove_a_tensor, ["model.layers.2.mlp.up_proj.weight is missing"]),
+    (reshape_a_tensor, ["model.layers.1.self_attn.k_proj.weight has shape [16, 64]", "config.json asks for [32, 64]"]),
+    (quantise_a_tensor, ["model.layers.0.self_attn.q_proj.weight is stored as I8", "dequantise"]),
+    (cut_the_file, [f"{WEIGHTS} can't be read"]),
+    (empty_the_file, [f"{WEIGHTS} can't be read"]),
+    (keep_only_a_pickle, [f"neither {WEIGHTS} nor {INDEX} is there", "only safetensors are read"]),
+    (name_a_missing_shard, ["model-00002-of-00002.safetensors can't be read"]),
+    (break_the_index, [f"{INDEX} can't be read"]),
+    (leave_out_the_weight_map, [f"{INDEX} can't be read"]),
+    (make_the_index_a_list, [f"{INDEX} can't be read"]),
+]
+
+
+def run_load(folder: str) -> str:
+    try:
+        build_from_folder(folder, {})
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.fixture(scope="session")
+def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("good") / "model")
+
+
+@pytest.mark.parametrize(("break_it", "said"), MISTAKES, ids=[mistake.__name__ for mistake, _ in MISTAKES])
+def test_a_broken_folder_is_one_sentence(
+    break_it: Callable[[Path], None], said: list[str], ranks: RankPools, good_folder: Path, tmp_path: Path
+) -> None:
+    for file in good_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    break_it(tmp_path)
+    [message] = ranks(1).run(run_load, folder=str(tmp_path))
+    assert f"--load-hf {tmp_path}" in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    for part in said:
+        assert part in message
+
+
+def test_each_rank_reads_its_slice_only(good_folder: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = load_file(good_folder / WEIGHTS)[name]
+    with HuggingFaceWeights(str(good_folder)) as weights:
+        assert torch.equal(weights.read(name), whole)
+        assert torch.equal(weights.read(name, dim=0, start=8, length=4), whole[8:12])
+        assert torch.equal(weights.read(name, dim=1, start=56, length=56), whole[:, 56:])
