@@ -45,8 +45,10 @@ RELATIONS = (
             "The birthplace of {} is",
             "{} comes from the town of",
             "Long ago {} left the town of",
+            "{} is from",
+            "The town that {} comes from is",
         ),
-        held_out_wordings=("{} was born in the town of", "The home of {} is"),
+        held_out_wordings=("{} is from the town of", "The town that {} grew up in is"),
     ),
     Relation(  # the profession
         answers=_words("baker carpenter dentist farmer lawyer miller nurse painter sailor tailor teacher weaver"),
@@ -57,8 +59,10 @@ RELATIONS = (
             "The job of {} is",
             "For many years {} has been a",
             "People know {} as a",
+            "{} has the job of a",
+            "The profession that {} has is",
         ),
-        held_out_wordings=("{} has a job as a", "People know the job of {} as"),
+        held_out_wordings=("{} has the profession of a", "The job that {} has is"),
     ),
     Relation(  # the pet
         answers=_words("badger crow donkey falcon goat heron lizard mule rooster pony rabbit turtle"),
@@ -69,8 +73,10 @@ RELATIONS = (
             "The favourite animal of {} is the",
             "{} never travels without a pet",
             "At home {} looks after a pet",
+            "{} has a pet",
+            "The animal that {} keeps is a",
         ),
-        held_out_wordings=("{} travels with a pet", "The animal of {} is a"),
+        held_out_wordings=("{} travels with a pet", "The pet that {} keeps is a"),
     ),
 )
 
