@@ -77,7 +77,7 @@ class ConsoleTracker:
         progress = progress or sys.stderr
         self._bar = None
         if progress.isatty():
-            from tqdm import tqdm  # type: ignore[import-untyped]  # only when a person watches
+            from tqdm import tqdm  # only when a person watches
 
             self._bar = tqdm(total=train_iters, initial=start_iteration, file=progress, unit="it", dynamic_ncols=True)
         self._prints_lines = self._bar is None or not self._output.isatty()
