@@ -20,10 +20,10 @@ from hft_megatron.config.run_folder import STATUS_FILE, write_atomically
 
 PROG = "hft-megatron"
 
-OTHER_RANKS_WAIT_S = 5.0
+OTHER_RANKS_WAIT_S = 30.0
 """How long a rank other than 0 keeps quiet about a user's mistake. Rank 0 has the same mistake nearly always: it
-says so, and torchrun ends the others meanwhile. A rank that is still there has a mistake of its own, such as a file
-that only its node lacks."""
+says so, and torchrun ends the others meanwhile; imports alone can keep it back for many seconds on a busy machine. A
+rank that is still there has a mistake of its own, such as a file that only its node lacks."""
 
 
 class StatusFolder:

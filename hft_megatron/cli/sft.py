@@ -15,7 +15,6 @@ from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
-from hft_megatron.parallel.engine_warnings import silence_engine_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +37,17 @@ def run(options: SftOptions, status: StatusFolder) -> None:
     world_size = launch.world_size()
     shape = shape_of(config.model)
     validate(config, shape or _shape_before_the_tokenizer(config), world_size)
+    # Imported here and below, because the checks above must not wait for torch and transformers.
+    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+
+    silence_engine_warnings()
     if options.check:
-        # Imported here and below because they import torch and transformers, which the checks above must not wait for.
         from hft_megatron.training.checks import check_sft_inputs
 
         check_sft_inputs(config, shape, world_size)
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
-    silence_engine_warnings()
     from hft_megatron.training.assembly import run_sft
 
     run_sft(config, shape, world_size)

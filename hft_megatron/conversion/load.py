@@ -6,9 +6,22 @@ import torch
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots, whole_shape
 from hft_megatron.parallel.groups import Placement
+
+
+def check_weights(folder: str, shape: ModelShape) -> None:
+    """Raises UserError unless ``folder`` holds every tensor of the model in a shape and data type that can be loaded.
+
+    Reads the files' headers only, so that a mistake is found before a model is built.
+    """
+    with HuggingFaceWeights(folder) as weights:
+        for unit in units_of(shape):
+            name = f"{unit.name}.weight"
+            weights.check_shape(name, whole_shape(unit.name, shape))
+            weights.dtype(name)
 
 
 def load_weights(folder: str, chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement) -> None:

@@ -93,7 +93,9 @@ def load_huggingface_tokenizer(folder: Path) -> HuggingFaceTokenizer:
         loaded: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the Rust reader raises plain Exception for a broken tokenizer.json
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--tokenizer-model {folder} can't be read by transformers: {reason}") from error
+        raise UserError(
+            f"--tokenizer-model {folder} can't be read by transformers ({reason}); name a complete tokenizer folder."
+        ) from error
     if not getattr(loaded, "is_fast", False):
         raise UserError(f"--tokenizer-model {folder} has no fast tokenizer; convert it to a tokenizer.json first.")
     rust_json: str = loaded.backend_tokenizer.to_str()

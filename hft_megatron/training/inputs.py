@@ -12,6 +12,7 @@ from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FI
 from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.conversion.load import check_weights
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
@@ -71,6 +72,8 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     for folder in {config.checkpoint.save, config.checkpoint.load} - {None}:
         assert folder is not None
         _check_folder(folder, identity)
+    if config.model.load_hf is not None:
+        check_weights(config.model.load_hf, shape)
     return Inputs(
         config=config,
         shape=shape,

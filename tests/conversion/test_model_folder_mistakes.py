@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import check_weights
 from hft_megatron.errors import UserError
 from tests.support.models import build_from_folder, make_llama
 from tests.support.ranks import RankPools
@@ -87,6 +89,12 @@ def run_load(folder: str) -> str:
     return "no error"
 
 
+def message_of_check(folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        check_weights(str(folder), ModelShape.from_hf_config(load_hf_config(str(folder)), "config.json"))
+    return str(error.value)
+
+
 @pytest.fixture(scope="session")
 def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("good") / "model")
@@ -100,11 +108,18 @@ def test_a_broken_folder_is_one_sentence(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     break_it(tmp_path)
     [message] = ranks(1).run(run_load, folder=str(tmp_path))
+    assert message_of_check(tmp_path) == message, "found before a model is built, and by the loader itself"
     assert f"--load-hf {tmp_path}" in message
     assert "\n" not in message
     assert message.endswith(".")
     for part in said:
         assert part in message
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied"])
+def test_a_good_folder_passes_the_check(variant: str, tmp_path: Path) -> None:
+    make_llama(tmp_path, variant)
+    check_weights(str(tmp_path), ModelShape.from_hf_config(load_hf_config(str(tmp_path)), "config.json"))
 
 
 def test_each_rank_reads_its_slice_only(good_folder: Path) -> None:
