@@ -4,16 +4,20 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hft_megatron.model.layers import LlamaMLP
 from hft_megatron.model.parameters import local_slice, parameter_slots
 from hft_megatron.parallel.determinism import make_deterministic
-from hft_megatron.training.step import validation_loss
+from hft_megatron.training.loop import train
+from hft_megatron.training.run import Run
+from hft_megatron.training.step import StepResult, validation_loss
 from tests.support.models import LAYOUTS, make_llama
-from tests.support.plain_training import plain_training, toy_plan
+from tests.support.plain_training import learning_rate, plain_training, toy_plan
 from tests.support.toy_training import OPTIMIZER, STEPS, TINY, local_weights, make_run, take_steps
 
 TOLERANCE = 1e-5
@@ -52,17 +56,39 @@ CASES: dict[str, Case] = {
 """Ranks, model variant, ratio, parallel options, training options."""
 
 
+class Recorder:
+    """Keeps what the loop shows its hooks."""
+
+    def __init__(self) -> None:
+        self.results: list[StepResult] = []
+        self.rates: list[float] = []
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        self.results.append(result)
+        self.rates.append(run.learning_rate.last)
+        assert run.state.iteration == len(self.results)
+
+    def at_end(self, run: Run) -> None:
+        assert run.state.iteration == STEPS
+
+
 def run_training(folder: str, reference: str, ratio: float, layout: dict, training: dict) -> dict[str, Any]:
     """Losses and norms of this rank, and each parameter's largest distance from the reference, by Hugging Face name."""
     run = make_run(folder, layout, ratio=ratio, training=training)
-    results = take_steps(run, STEPS)
+    recorder = Recorder()
+    train(run, [recorder])
     weights, expected = local_weights(run), load_file(reference)
     distances: dict[str, float] = {}
     for slot in parameter_slots(run.wrapped.modules):
         whole = local_slice(expected[slot.hf_name], slot, run.placement)
         difference = (weights[slot.unit, slot.local_name] - whole).abs().max().item()
         distances[slot.hf_name] = max(difference, distances.get(slot.hf_name, 0.0))
-    return {"losses": [loss for loss, _ in results], "norms": [norm for _, norm in results], "distances": distances}
+    return {
+        "losses": [result.loss for result in recorder.results],
+        "norms": [result.grad_norm for result in recorder.results],
+        "rates": recorder.rates,
+        "distances": distances,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -102,9 +128,25 @@ def test_losses_norms_and_weights_equal_a_plain_pytorch_loop_at_every_layout(ran
         assert seen == pytest.approx(losses, rel=TOLERANCE)
     for value in values:
         assert value["norms"] == pytest.approx(norms, rel=TOLERANCE)
-        far = {name: distance for name, distance in value["distances"].items() if distance > 1e-3}
+        assert value["rates"] == pytest.approx([learning_rate(step) for step in range(STEPS)])
+        far = {name: distance for name, distance in value["distances"].items() if distance > 5e-5}
         assert not far
     assert {name for value in values for name in value["distances"]} == {*load_file(weights)}
+
+
+def run_counting_forward_passes(folder: str, training: dict) -> int:
+    """How often one step calls a feed-forward block."""
+    with patch.object(LlamaMLP, "forward", autospec=True, side_effect=LlamaMLP.forward) as forward:
+        take_steps(make_run(folder, {}, training={"micro_batch_size": 8, **training}), 1)
+    return forward.call_count
+
+
+def test_full_recompute_runs_every_layer_twice(ranks, folders):
+    plain, recomputed = (
+        ranks(1).run(run_counting_forward_passes, folder=folders("gqa"), training=options)
+        for options in ({}, RECOMPUTE)
+    )
+    assert (plain, recomputed) == ([4], [8])
 
 
 def run_validating(folder: str, layout: dict, validate: bool) -> list[Any]:
