@@ -1,0 +1,169 @@
+"""What --save-hf writes: transformers loads it whole, and what rested is the source's. Run: pytest tests/conversion"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hft_megatron.config.model_shape import ModelShape, load_hf_config
+from hft_megatron.config.schema import HFTConfig
+from hft_megatron.errors import EXIT_OK
+from hft_megatron.hft.plan import make_plan
+from tests.support.models import make_llama
+from tests.support.ranks import RankPools
+from tests.support.runs import VOCAB_SIZE, make_inputs, run_cli, run_sft_words, words_for
+from tests.support.tokenizers import make_byte_level
+
+SEED = 1234
+TP2 = ["--tensor-model-parallel-size", "2"]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def fp16_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("fp16"), "tied", torch.float16)
+
+
+@pytest.fixture(scope="session")
+def fp16_run(
+    fp16_inputs: Path, ranks: RankPools, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder exported by two TP ranks that trained an fp16 model in bf16, and what rank 0 reported."""
+    folder = tmp_path_factory.mktemp("fp16_out") / "out"
+    words = words_for(fp16_inputs, "--train-iters", 3, "--bf16", *TP2, "--save-hf", folder)
+    return folder, ranks(2).run(run_sft_words, words=words)[0]
+
+
+def test_after_training_what_rested_is_the_source_and_what_trained_is_in_its_dtype(
+    fp16_run: tuple[Path, dict[str, Any]], fp16_inputs: Path
+) -> None:
+    folder, report = fp16_run
+    source = fp16_inputs / "model"
+    shape = ModelShape.from_hf_config(load_hf_config(str(source)), "config.json")
+    plan = make_plan(shape, HFTConfig(), default_seed=SEED)
+    before, after = weights(source), weights(folder)
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float16}
+    for unit in plan.units:
+        name = f"{unit.name}.weight"
+        assert torch.equal(before[name], after[name]) != plan.trains(unit.name), name
+    said = [line for line in report["said"] if line.startswith("export:")]
+    resting = len(plan.units) - len(plan.training)
+    assert len(said) == 1
+    assert f"{resting} resting tensors are copied from {source}" in said[0]
+
+
+def test_the_exported_folder_is_complete_for_transformers(
+    fp16_run: tuple[Path, dict[str, Any]], fp16_inputs: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = fp16_run
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    original = AutoTokenizer.from_pretrained(fp16_inputs / "model")
+    assert tokenizer("Say 1! bridge").input_ids == original("Say 1! bridge").input_ids
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token_id is not None
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say 1"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert "Say 1" in tokenizer.decode(prompt["input_ids"][0])
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.dtype == torch.float16
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    with torch.no_grad():
+        made = model.float().generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert made.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_the_logits_of_the_export_are_those_of_the_run(
+    ranks: RankPools, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The exported fp32 model, trained on once more without updates, starts at the loss where the run ended."""
+    inputs = make_inputs(tmp_path)
+    constant = ["--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--global-batch-size", "24"]
+    words = words_for(inputs, *constant, "--train-iters", 3, "--save-hf", tmp_path / "out")
+    [first] = ranks(1).run(run_sft_words, words=words)
+    again = words_for(inputs, *constant, "--train-iters", 1, "--load-hf", tmp_path / "out", "--lr", 0)
+    longer = words_for(inputs, *constant, "--train-iters", 4)
+    [restarted] = ranks(1).run(run_sft_words, words=again)
+    [whole] = ranks(1).run(run_sft_words, words=longer)
+    assert whole["steps"][:3] == first["steps"]
+    # One step sees all 24 examples, in another order.
+    assert restarted["steps"][0]["loss"] == pytest.approx(whole["steps"][3]["loss"], rel=1e-5)
+    assert restarted["steps"][0]["loss"] < first["steps"][0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("save_dtype", [None, "bfloat16", "float32"])
+def test_converting_without_training_keeps_every_bit_unless_asked(
+    save_dtype: str | None, ranks: RankPools, fp16_inputs: Path, tmp_path: Path
+) -> None:
+    source = fp16_inputs / "model"
+    asked = [] if save_dtype is None else ["--save-dtype", save_dtype]
+    words = ["--train-iters", "0", "--load-hf", str(source), "--save-hf", str(tmp_path / "out"), "--bf16", *asked]
+    ranks(1).run(run_sft_words, words=words)
+    dtype = torch.float16 if save_dtype is None else getattr(torch, save_dtype)
+    before, after = weights(source), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == dtype
+        assert torch.equal(after[name], tensor.to(dtype)), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == str(dtype).removeprefix("torch.")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_failed_export_leaves_no_folder_that_looks_complete(
+    ranks: RankPools, fp16_inputs: Path, tmp_path: Path
+) -> None:
+    words = ["--train-iters", "0", "--load-hf", str(fp16_inputs / "model"), "--save-hf", str(tmp_path / "out")]
+    assert ranks(1).run(run_and_fail_before_tokenizer, words=words) == [True]
+    assert not (tmp_path / "out").exists()
+    ranks(1).run(run_sft_words, words=words)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+class ExportDied(Exception):
+    pass
+
+
+def run_and_fail_before_tokenizer(words: list[str]) -> bool:
+    from unittest.mock import patch
+
+    from hft_megatron.data.huggingface_tokenizer import HuggingFaceTokenizer
+
+    with patch.object(HuggingFaceTokenizer, "export", side_effect=ExportDied):
+        try:
+            run_sft_words(words)
+        except ExportDied:
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_one_command_on_one_process_converts_a_folder(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "model", vocab_size=VOCAB_SIZE)
+    make_byte_level(source)
+    words = ["--train-iters", "0", "--load-hf", str(source), "--save-hf", str(tmp_path / "out"), "--no-bf16"]
+    log = tmp_path / "log"
+    assert run_cli(words, log=log) == EXIT_OK, log.read_text()
+    before, after = weights(source), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert re.search(r"^exported the model to .*/out in Hugging Face's format \(float32\)$", log.read_text(), re.M)
+    assert "Warning" not in log.read_text()

@@ -1,0 +1,70 @@
+"""metrics.jsonl of a real run has what dashboards and later runs read. Run: pytest tests/tracking"""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import RankPools
+from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for, write_data
+
+KEYS = {
+    "iteration",
+    "consumed samples",
+    "lm loss",
+    "learning rate",
+    "grad norm",
+    "elapsed time per iteration (ms)",
+    "round",
+    "plan digest",
+    "trainable params",
+    "frozen params",
+    "global batch size",
+    "forward-backward time (ms)",
+    "optimizer time (ms)",
+    "reduce-scatter bytes",
+    "all-gather bytes",
+    "gradient buffer bytes",
+    "optimizer bytes",
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [["--micro-batch-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--tensor-model-parallel-size", "2"]],
+    ids=["dp2", "pp2", "tp2"],
+)
+def test_every_iteration_is_one_line_with_every_key(layout: list[str], ranks: RankPools, tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    write_data(tmp_path / "valid.jsonl", 5)
+    validation = ["--valid-data-path", tmp_path / "valid.jsonl", "--eval-interval", 2]
+    words = words_for(inputs, "--train-iters", 3, "--save", tmp_path / "run", *validation, *layout)
+    reports = ranks(2).run(run_sft_words, words=words)
+    lines = read_metrics(tmp_path / "run")
+    trained = [line for line in lines if "lm loss" in line]
+    validated = [line for line in lines if "lm loss validation" in line]
+
+    assert [line["iteration"] for line in trained] == [1, 2, 3]
+    assert [line["iteration"] for line in validated] == [2, 3]
+    assert all(set(line) == KEYS for line in trained)
+    assert all(set(line) == {"iteration", "lm loss validation"} for line in validated)
+    assert all(math.isfinite(line["lm loss validation"]) for line in validated)
+    for line, step in zip(trained, reports[-1]["steps"], strict=True):
+        # To the last digit: a resumed run is compared with these.
+        assert line["lm loss"] == step["loss"]
+        assert line["grad norm"] == step["grad_norm"]
+        assert line["learning rate"] == step["lr"]
+        assert line["consumed samples"] == step["consumed"] == 4 * step["iteration"]
+    [digest] = {line["plan digest"] for line in trained}
+    assert any(line.startswith(f"plan {digest}:") for line in reports[0]["said"])
+    assert trained[0]["trainable params"] + trained[0]["frozen params"] == 178_624
+    shares = (trained[0]["reduce-scatter bytes"] > 0, trained[0]["all-gather bytes"] > 0)
+    assert shares == ((True, True) if "--micro-batch-size" in layout else (False, False))
+
+
+def test_log_interval_leaves_lines_out_and_keeps_the_last(ranks: RankPools, tmp_path: Path) -> None:
+    words = words_for(make_inputs(tmp_path), "--train-iters", 5, "--log-interval", 2, "--save", tmp_path / "run")
+    [report] = ranks(1).run(run_sft_words, words=words)
+    lines = read_metrics(tmp_path / "run")
+    assert [line["iteration"] for line in lines] == [2, 4, 5]
+    assert [line["lm loss"] for line in lines] == [report["steps"][i]["loss"] for i in (1, 3, 4)]
