@@ -23,6 +23,8 @@ class TrainState:
     """HFT round, from 0."""
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    device: str = "cpu"
+    """Kind of device whose random states are in the checkpoint."""
 
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

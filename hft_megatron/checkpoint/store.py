@@ -11,7 +11,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from hft_megatron.checkpoint.position import ITERATION_FOLDER, TrainState
 from hft_megatron.checkpoint.random_state import set_random_state, sharded_random_state
+from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
+from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 
@@ -51,16 +54,30 @@ def save_checkpoint(folder: str, wrapped: WrappedModel, state: TrainState, place
     return path
 
 
+def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
+    """Raises UserError unless the checkpoint was trained with ``plan``: its moments belong to those units alone."""
+    file = path / PLAN_FILE
+    saved = Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file))
+    difference = saved.first_difference(plan)
+    if difference is not None:
+        raise UserError(
+            f"--load {path.parent}: the checkpoint's plan {saved.short_digest} and this command's plan "
+            f"{plan.short_digest} differ first in {difference}; go on with the options and version it was saved with."
+        )
+
+
 def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> TrainState:
     """Fills model, optimizer and random states from ``path``; every rank must call it."""
     state = TrainState.read(path)
-    same_layout = (state.tensor_model_parallel_size, state.pipeline_model_parallel_size) == (
+    same_layout = (state.tensor_model_parallel_size, state.pipeline_model_parallel_size, state.device) == (
         placement.tensor_size,
         placement.pipeline_size,
+        placement.device.type,
     )
     description = _sharded_state(wrapped, placement, is_loading=True)
     if not same_layout:
-        # Random states belong to ranks; nothing in this model draws after the start, so new ones change nothing.
+        # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start, so new
+        # ones change nothing.
         del description["random_state"]
     loaded: dict[str, Any] = dist_checkpointing.load(description, str(path))
     for name, chunk in _named_chunks(wrapped):

@@ -27,6 +27,8 @@ class RunIdentity:
     seed: int
     hft_ratio: float
     hft_seed: int
+    weights_digest: str | None = None
+    """Of the Hugging Face folder's weights; None for a run that started from random ones."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file beside the checkpoints."""
@@ -42,7 +44,13 @@ class RunIdentity:
 
 
 def run_identity(
-    config: RunConfig, shape: ModelShape, world_size: int, *, method: str, data_digest: str | None
+    config: RunConfig,
+    shape: ModelShape,
+    world_size: int,
+    *,
+    method: str,
+    data_digest: str | None,
+    weights_digest: str | None = None,
 ) -> RunIdentity:
     """The identity of the run that these (resolved) options describe."""
     return RunIdentity(
@@ -55,15 +63,16 @@ def run_identity(
         seed=config.training.seed,
         hft_ratio=config.hft.hft_ratio,
         hft_seed=derived.hft_seed(config),
+        weights_digest=weights_digest,
     )
 
 
-def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str) -> None:
+def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:
     """Raise UserError, with both values of the first difference, when ``folder`` holds another run than ``new``."""
     for name, old_value, new_value in _differences(saved, new):
         raise UserError(
-            f"--save {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; "
-            f"choose another --save folder."
+            f"{option} {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; "
+            f"choose another {option} folder."
         )
 
 
@@ -77,6 +86,9 @@ def _differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object
     # A command that trains nothing (--train-iters 0) reads no data, so it cannot differ in it.
     if None not in digests and digests[0] != digests[1]:
         values.append(("training data", _data(saved), _data(new)))
+    weights = saved.weights_digest, new.weights_digest
+    if weights[0] != weights[1]:
+        values.append(("model's weights (--load-hf)", *(digest and f"digest {digest[:12]}" for digest in weights)))
     for name in ("seq_length", "global_batch_size", "seed", "hft_ratio", "hft_seed"):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     return [entry for entry in values if entry[1] != entry[2]]

@@ -1,5 +1,6 @@
 """Hugging Face folder -> this rank's parameters, each rank reading only its own slices."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -8,20 +9,24 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
-from hft_megatron.model.parameters import ParameterSlot, parameter_slots, whole_shape
+from hft_megatron.model.parameters import ParameterSlot, local_range, parameter_slots, whole_shape
 from hft_megatron.parallel.groups import Placement
 
 
-def check_weights(folder: str, shape: ModelShape) -> None:
+def check_weights(folder: str, shape: ModelShape) -> str:
     """Raises UserError unless ``folder`` holds every tensor of the model in a shape and data type that can be loaded.
 
-    Reads the files' headers only, so that a mistake is found before a model is built.
+    Returns a sha256 over the first entries of every tensor, which tells models of one shape apart. Reads the files'
+    headers and those entries only, so that a mistake is found before a model is built.
     """
+    digest = hashlib.sha256()
     with HuggingFaceWeights(folder) as weights:
         for unit in units_of(shape):
             name = f"{unit.name}.weight"
             weights.check_shape(name, whole_shape(unit.name, shape))
-            weights.dtype(name)
+            first = weights.read(name, dim=0, start=0, length=1)
+            digest.update(f"{name} {first.dtype}".encode() + first.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(folder: str, chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement) -> None:
@@ -37,17 +42,11 @@ def load_weights(folder: str, chunks: Sequence[LlamaModel], shape: ModelShape, p
 
 
 def _fill(slot: ParameterSlot, weights: HuggingFaceWeights, shape: ModelShape, placement: Placement) -> None:
-    parameter = slot.parameter
     if slot.cut is None:
-        parameter.copy_(weights.read(slot.hf_name))
+        slot.parameter.copy_(weights.read(slot.hf_name))
         return
-    whole = whole_shape(slot.unit, shape)[slot.cut]
-    size = parameter.size(slot.cut)
-    start = min(placement.tensor_rank * size, whole)
-    real = min(size, whole - start)
+    start, real = local_range(slot, whole_shape(slot.unit, shape)[slot.cut], placement)
+    slot.parameter.zero_()
     if real > 0:
         part = weights.read(slot.hf_name, dim=slot.cut, start=start, length=real)
-        parameter.narrow(slot.cut, 0, real).copy_(part)
-    if real < size:
-        assert slot.is_vocab, "only the vocabulary is padded"
-        parameter.narrow(slot.cut, real, size - real).zero_()
+        slot.parameter.narrow(slot.cut, 0, real).copy_(part)

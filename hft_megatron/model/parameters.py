@@ -86,18 +86,28 @@ def whole_shape(unit: str, shape: ModelShape) -> tuple[int, ...]:
         "up_proj": (ffn, hidden),
         "down_proj": (hidden, ffn),
     }
-    return shapes.get(unit.rsplit(".", 1)[-1], (hidden,))
+    module = unit.rsplit(".", 1)[-1]
+    if module in shapes:
+        return shapes[module]
+    assert unit == "model.norm" or module.endswith("layernorm"), f"{unit} is not a unit of a LLaMA"
+    return (hidden,)
+
+
+def local_range(slot: ParameterSlot, whole: int, placement: Placement) -> tuple[int, int]:
+    """(start, length) of this tensor rank's part of ``whole`` entries; what lies beyond pads the vocabulary."""
+    assert slot.cut is not None
+    size = slot.parameter.size(slot.cut)
+    start = min(placement.tensor_rank * size, whole)
+    real = min(size, whole - start)
+    assert real == size or slot.is_vocab, "only the vocabulary is padded"
+    return start, real
 
 
 def local_slice(whole: torch.Tensor, slot: ParameterSlot, placement: Placement) -> torch.Tensor:
     """This tensor rank's part of a whole Hugging Face tensor; rows that pad the vocabulary come back zero."""
     if slot.cut is None:
         return whole
-    size = slot.parameter.size(slot.cut)
-    start = placement.tensor_rank * size
-    real = max(0, min(size, whole.size(slot.cut) - start))
-    part = whole.narrow(slot.cut, min(start, whole.size(slot.cut)), real)
-    if real < size:
-        assert slot.is_vocab, "only the vocabulary is padded"
-        part = torch.cat([part, part.new_zeros((size - real, *part.shape[1:]))])
-    return part
+    start, real = local_range(slot, whole.size(slot.cut), placement)
+    part = whole.narrow(slot.cut, start, real)
+    missing = slot.parameter.size(slot.cut) - real
+    return torch.cat([part, part.new_zeros((missing, *part.shape[1:]))]) if missing else part

@@ -138,7 +138,8 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         """Takes a state that ``sharded_state_dict`` described and dist_checkpointing filled."""
         self.updates = state_dict["updates"]
         if not self.is_stub_optimizer:
-            self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+            # Absent on a rank that owns nothing to train: dist_checkpointing drops empty dictionaries.
+            self.load_parameter_state_from_fully_reshardable(state_dict.get("param_state", {}))
 
 
 @contextlib.contextmanager

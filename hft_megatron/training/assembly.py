@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.checkpoint.store import load_checkpoint
+from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint
 from hft_megatron.config.derived import global_batch_size
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
@@ -20,7 +20,7 @@ from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
 from hft_megatron.data.order import SampleOrder
-from hft_megatron.errors import StoppedBySignal
+from hft_megatron.errors import StoppedBySignal, UserError
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.model.build import build_model
@@ -32,8 +32,9 @@ from hft_megatron.parallel import cpu_backend
 from hft_megatron.parallel.determinism import make_deterministic
 from hft_megatron.parallel.groups import Placement, start_backend, start_groups, stop_groups
 from hft_megatron.tracking.build import build_tracker
+from hft_megatron.tracking.tracker import CompositeTracker, Tracker
 from hft_megatron.training.hooks import build_hooks
-from hft_megatron.training.inputs import Inputs, read_inputs
+from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
 from hft_megatron.training.loop import train
 from hft_megatron.training.run import Run
 
@@ -51,14 +52,19 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     placement = start_groups(config.parallel, inputs.shape.num_layers, config.training.seed)
     announce = _announcer(placement)
     _announce_start(config, inputs, placement, announce)
+    check_inputs_agree(inputs, placement)
     plan = _agreed_plan(config, inputs, placement, announce)
+    trains = config.training.train_iters > 0
+    tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
     try:
-        if config.training.train_iters == 0:
+        if tracker is None and inputs.checkpoint is None:
             _export(config, inputs, placement, chunks, frozenset(), announce)
         else:
             wrapped = wrap(chunks, plan, config.parallel, config.optimizer, bf16=config.training.bf16 is True)
-            _train(config, inputs, placement, wrapped, announce)
+            state = _starting_state(inputs, placement, wrapped, announce)
+            if tracker is not None:
+                _train(config, inputs, placement, wrapped, tracker, state, announce)
             with wrapped.gathered_parameters():
                 _export(config, inputs, placement, chunks, plan.training, announce)
     except StoppedBySignal:
@@ -98,8 +104,10 @@ def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, ann
 
 
 def _agreed_plan(config: RunConfig, inputs: Inputs, placement: Placement, announce: Announce) -> Plan:
-    """This round's plan, the same on every rank, and its account in the log."""
+    """This round's plan, the same on every rank and as the checkpoint has it, and its account in the log."""
     plan = make_plan(inputs.shape, config.hft, default_seed=config.training.seed)
+    if inputs.checkpoint is not None:
+        check_saved_plan(inputs.checkpoint, plan, inputs.shape)
     check_agreement(plan, coordinates=placement.coordinates)
     if config.training.train_iters > 0:
         announce(plan.describe())
@@ -122,14 +130,53 @@ def _model_with_weights(config: RunConfig, inputs: Inputs, placement: Placement)
     return chunks
 
 
-def _train(config: RunConfig, inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> None:
+def _tracker_on_last_rank(config: RunConfig, inputs: Inputs, placement: Placement) -> Tracker:
+    """The run's tracker, before a model is built; what one rank is refused (a dashboard, a file) all ranks raise."""
+    start = TrainState.read(inputs.checkpoint).iteration if inputs.checkpoint is not None else 0
+    tracker: Tracker = CompositeTracker()
+    mistake = None
+    try:
+        tracker = build_tracker(
+            config.logging,
+            save=config.checkpoint.save,
+            train_iters=config.training.train_iters,
+            start_iteration=start,
+            resolved_config=asdict(config),
+            is_writer=placement.is_last_rank,
+        )
+    except UserError as error:
+        mistake = str(error)
+    mistakes: list[str | None] = [None] * placement.world_size
+    dist.all_gather_object(mistakes, mistake)
+    for found in mistakes:
+        if found is not None:
+            raise UserError(found)
+    return tracker
+
+
+def _starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:
+    """The beginning, or what the checkpoint holds, loaded into the model."""
     state = TrainState(
-        tensor_model_parallel_size=placement.tensor_size, pipeline_model_parallel_size=placement.pipeline_size
+        tensor_model_parallel_size=placement.tensor_size,
+        pipeline_model_parallel_size=placement.pipeline_size,
+        device=placement.device.type,
     )
-    if inputs.checkpoint is not None:
-        loaded = load_checkpoint(inputs.checkpoint, wrapped, placement)
-        state = replace(state, iteration=loaded.iteration, consumed_samples=loaded.consumed_samples, round=loaded.round)
-        announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {state.iteration}")
+    if inputs.checkpoint is None:
+        return state
+    loaded = load_checkpoint(inputs.checkpoint, wrapped, placement)
+    announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {loaded.iteration}")
+    return replace(state, iteration=loaded.iteration, consumed_samples=loaded.consumed_samples, round=loaded.round)
+
+
+def _train(
+    config: RunConfig,
+    inputs: Inputs,
+    placement: Placement,
+    wrapped: WrappedModel,
+    tracker: Tracker,
+    state: TrainState,
+    announce: Announce,
+) -> None:
     _write_run_files(config, inputs, placement)
     assert inputs.train is not None
     share = BatchShare(
@@ -138,14 +185,6 @@ def _train(config: RunConfig, inputs: Inputs, placement: Placement, wrapped: Wra
         data_parallel_rank=placement.data_rank,
         data_parallel_size=placement.data_size,
         length_multiple=placement.tensor_size,
-    )
-    tracker = build_tracker(
-        config.logging,
-        save=config.checkpoint.save,
-        train_iters=config.training.train_iters,
-        start_iteration=state.iteration,
-        resolved_config=asdict(config),
-        is_writer=placement.is_last_rank,
     )
     run = Run(
         config=config,

@@ -1,8 +1,10 @@
 """Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch.distributed as dist
 
 from hft_megatron.checkpoint.position import newest_checkpoint
 from hft_megatron.config import derived
@@ -16,6 +18,8 @@ from hft_megatron.conversion.load import check_weights
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
+from hft_megatron.errors import UserError
+from hft_megatron.parallel.groups import Placement, host_name
 from hft_megatron.tracking.build import check_tracking_packages
 
 
@@ -68,12 +72,17 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     train = _read_data(config, config.data.train_data_path, shape, tokenizer)
     valid = _read_data(config, config.data.valid_data_path, shape, tokenizer)
     digest = train.digest if train is not None else None
-    identity = run_identity(config, shape, world_size, method="sft", data_digest=digest)
-    for folder in {config.checkpoint.save, config.checkpoint.load} - {None}:
-        assert folder is not None
-        _check_folder(folder, identity)
-    if config.model.load_hf is not None:
-        check_weights(config.model.load_hf, shape)
+    weights_digest = None if config.model.load_hf is None else check_weights(config.model.load_hf, shape)
+    identity = run_identity(config, shape, world_size, method="sft", data_digest=digest, weights_digest=weights_digest)
+    for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
+        if folder is not None:
+            _check_folder(option, folder, identity)
+    if saved is not None and config.training.bf16 != saved.training.bf16:
+        asked, held = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
+        raise UserError(
+            f"{asked} contradicts --load {config.checkpoint.load}, which was trained with {held}: "
+            f"its masters and moments have that precision; leave {asked} out."
+        )
     return Inputs(
         config=config,
         shape=shape,
@@ -102,7 +111,33 @@ def _read_data(
     return load_sft_dataset(path, tokenizer, derived.sequence_length(config.training, shape), config.data.long_examples)
 
 
-def _check_folder(folder: str, identity: RunIdentity) -> None:
+def _check_folder(option: str, folder: str, identity: RunIdentity) -> None:
     file = Path(folder) / RUN_IDENTITY_FILE
-    if file.exists():
-        check_same_run(RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8"))), identity, folder)
+    if not file.exists():
+        return
+    try:
+        saved = RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{option} {folder}: {RUN_IDENTITY_FILE} can't be read ({error}); choose another folder."
+        ) from error
+    check_same_run(saved, identity, folder, option=option)
+
+
+def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
+    """Raises the same UserError on every rank when one of them read another checkpoint, model, data or option.
+
+    Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
+    """
+    options = json.dumps(asdict(inputs.config), sort_keys=True)
+    checkpoint = None if inputs.checkpoint is None else inputs.checkpoint.name
+    mine = {"newest checkpoint": checkpoint, "inputs": inputs.identity, "options": options}
+    everyone: list[tuple[str, dict[str, object]]] = [("", {})] * placement.world_size
+    dist.all_gather_object(everyone, (f"{host_name()} ({placement.coordinates})", mine))
+    for rank, (where, theirs) in enumerate(everyone):
+        for name, value in everyone[0][1].items():
+            if theirs[name] != value:
+                raise UserError(
+                    f"rank {rank} on {where} found other {name} than rank 0: every rank must see the same --save, "
+                    f"--load, model and data folders and get the same options; use storage that all hosts share."
+                )
