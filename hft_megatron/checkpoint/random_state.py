@@ -1,4 +1,4 @@
-"""Random states as checkpoint tensors: one row per tensor and pipeline rank, so that nothing is pickled."""
+"""Random states as checkpoint tensors: one row per tensor and pipeline rank, so that they need no pickle."""
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor

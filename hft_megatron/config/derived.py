@@ -19,12 +19,6 @@ def global_batch_size(config: RunConfig, world_size: int) -> int:
     return config.training.micro_batch_size * data_parallel_size(config.parallel, world_size)
 
 
-def num_microbatches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches that one data-parallel rank accumulates for one optimizer step."""
-    samples_at_once = config.training.micro_batch_size * data_parallel_size(config.parallel, world_size)
-    return global_batch_size(config, world_size) // samples_at_once
-
-
 def virtual_pipeline_size(parallel: ParallelConfig, num_layers: int) -> int | None:
     """Model chunks of one pipeline rank under the interleaved schedule; None is the plain 1F1B schedule."""
     if parallel.num_layers_per_virtual_pipeline_stage is None:

@@ -87,7 +87,7 @@ ALWAYS_ON = {
     "attention-dropout": "zero dropout",
     "hidden-dropout": "zero dropout",
     "accumulate-allreduce-grads-in-fp32": "gradient accumulation in fp32",
-    "no-gradient-accumulation-fusion": "the choice of gradient accumulation fusion by what is installed",
+    "no-gradient-accumulation-fusion": "fusion of weight gradients where Apex is installed, and no fusion elsewhere",
     "ckpt-format": "the torch_dist checkpoint format",
     "use-dist-ckpt": "the torch_dist checkpoint format",
     "dist-ckpt-optim-fully-reshardable": "a fully reshardable optimizer checkpoint",

@@ -4,11 +4,12 @@ Every rule takes (options, shape, world size) and raises UserError with one sent
 They look at folders but read no data: the data's own mistakes are found by the part that reads it.
 """
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
 from hft_megatron.config.schema import ModelConfig, RunConfig
 from hft_megatron.errors import UserError
 
@@ -52,11 +53,15 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape, world_size: int
         raise UserError(f"--save {checkpoint.save} is a file, not a folder; choose another folder.")
     if checkpoint.save_hf is not None:
         target = Path(checkpoint.save_hf)
+        if target.resolve() == Path.cwd():
+            raise UserError(
+                "--save-hf . is the folder you are in; name a new folder, which appears when it is complete."
+            )
         if not _can_be_folder(checkpoint.save_hf):
             raise UserError(f"--save-hf {checkpoint.save_hf} is a file, not a folder; choose another folder.")
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"--save-hf {checkpoint.save_hf} is not empty; choose a new folder, or empty this one.")
-    if checkpoint.save is None or _same_folder(checkpoint.save, checkpoint.load):
+    if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load):
         return
     if (Path(checkpoint.save) / CHECKPOINT_TRACKER_FILE).exists():
         raise UserError(
@@ -78,9 +83,15 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
             raise UserError(f"{option} {value} needs {needed}; add it or leave {option} out.")
 
 
+def outputs_can_be_written(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """A folder that can't be made or written is found now and not after the training."""
+    for option, path in (("--save", config.checkpoint.save), ("--save-hf", config.checkpoint.save_hf)):
+        if path is None:
+            continue
+        nearest = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"{option} {path} can't be written: {nearest} is not a folder this user may write to.")
+
+
 def _can_be_folder(path: str) -> bool:
     return Path(path).is_dir() or not Path(path).exists()
-
-
-def _same_folder(one: str, other: str | None) -> bool:
-    return other is not None and Path(one).resolve() == Path(other).resolve()

@@ -101,6 +101,10 @@ def overlaps_fit_together(config: RunConfig, shape: ModelShape, world_size: int)
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out.")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("--overlap-param-gather needs --overlap-grad-reduce; add it.")
+    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
+        raise UserError(
+            f"--ddp-bucket-size {parallel.ddp_bucket_size} needs --overlap-grad-reduce: without it there is one bucket."
+        )
 
 
 def recompute_options_fit_together(config: RunConfig, shape: ModelShape, world_size: int) -> None:

@@ -13,6 +13,11 @@ CHECKPOINT_TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """The iteration of the newest complete checkpoint; Megatron's name. Written last."""
 
 
+def same_folder(one: str, other: str | None) -> bool:
+    """Whether two options name one folder, however they spell it."""
+    return other is not None and Path(one).resolve() == Path(other).resolve()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that a reader, or a crash at any moment, sees the old contents or the new, never a part.
 

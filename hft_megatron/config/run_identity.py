@@ -44,13 +44,7 @@ class RunIdentity:
 
 
 def run_identity(
-    config: RunConfig,
-    shape: ModelShape,
-    world_size: int,
-    *,
-    method: str,
-    data_digest: str | None,
-    weights_digest: str | None = None,
+    config: RunConfig, shape: ModelShape, world_size: int, *, method: str, data_digest: str | None
 ) -> RunIdentity:
     """The identity of the run that these (resolved) options describe."""
     return RunIdentity(
@@ -63,7 +57,6 @@ def run_identity(
         seed=config.training.seed,
         hft_ratio=config.hft.hft_ratio,
         hft_seed=derived.hft_seed(config),
-        weights_digest=weights_digest,
     )
 
 

@@ -129,15 +129,16 @@ class CheckpointConfig:
     """What is written and read back."""
 
     save: str | None = None
-    """Folder of the run: checkpoints, metrics.jsonl, the resolved config, the plan."""
+    """Folder of the run: checkpoints with their plans, metrics.jsonl, the resolved config."""
     load: str | None = None
-    """Folder of a run to resume; a folder without a checkpoint starts fresh, which one line says."""
+    """Folder of a run to resume; without a checkpoint in it the run starts fresh, which one line says. Load only
+    folders you trust: torch reads a checkpoint's index with pickle."""
     save_interval: int | None = None
     """Iterations between checkpoints; the last iteration is always saved when --save is given."""
     save_hf: str | None = None
     """Folder to export to in Hugging Face's format at the end."""
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Data type of trained tensors in the export; the source folder's (or the run's) when unset."""
+    """Data type of all tensors in the export; each tensor's own in the source folder (or the run's) when unset."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,10 +87,11 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
         )
     if fraction is not None and not 0 <= fraction < 1:
         raise UserError(f"--lr-warmup-fraction {fraction} must be at least 0 and below 1.")
-    if iterations and optimizer.lr_warmup_iters >= iterations:
+    warmup = derived.warmup_iters(optimizer, iterations)
+    if iterations and warmup >= iterations:
+        given = f"--lr-warmup-iters {warmup}" if fraction is None else f"--lr-warmup-fraction {fraction} ({warmup})"
         raise UserError(
-            f"--lr-warmup-iters {optimizer.lr_warmup_iters} must be below --train-iters {iterations}, "
-            f"or the full learning rate is never reached."
+            f"{given} must be below --train-iters {iterations}, or the full learning rate is never reached."
         )
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")

@@ -28,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     input_rules.validation_has_data,
     input_rules.outputs_have_a_place,
     input_rules.nothing_is_overwritten,
+    input_rules.outputs_can_be_written,
 )
 """In this order, so that the numbers a rule divides by have been checked by an earlier one."""
 

@@ -74,9 +74,12 @@ class TorchAttention(MegatronModule):
         assert packed_seq_params is None, "sequences are padded on the right, not packed"
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         # Padding stands on the right, where a causal mask already hides it from every real token.
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
-        )
+        grouped = q.size(1) != k.size(1)
+        if grouped and q.is_cuda and q.dtype == torch.float32:
+            # There only the flash and the math kernel know groups, flash refuses fp32, and math materialises scores.
+            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+            grouped = False
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 

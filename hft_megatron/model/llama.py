@@ -1,8 +1,7 @@
 """LLaMA on megatron-core's ``GPTModel``, through a layer spec that keeps one parameter per category matrix."""
 
-import importlib.util
-
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import RowParallelLinear
@@ -20,16 +19,20 @@ from hft_megatron.model.rope import scaled_inverse_frequencies
 from hft_megatron.parallel.groups import Placement
 
 
-def transformer_engine_is_used() -> bool:
-    """Whether transformer-engine's attention and norms replace torch's: they need CUDA and the package."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def transformer_engine_is_used(*, bf16: bool) -> bool:
+    """Whether transformer-engine's attention and norms replace torch's: they need CUDA, bf16 and the package.
+
+    megatron-core's own finding counts, because a package that is there but can't be imported is no use. In fp32
+    transformer-engine has no attention that leaves the score matrix out.
+    """
+    return torch.cuda.is_available() and bf16 and bool(HAVE_TE)
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(*, bf16: bool) -> ModuleSpec:
     """One LLaMA layer. With transformer-engine its attention and norms are used, else torch's."""
     norm: type = RMSNorm
     attention: type = TorchAttention
-    if transformer_engine_is_used():
+    if transformer_engine_is_used(bf16=bf16):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
         norm, attention = TENorm, TEDotProductAttention
@@ -69,7 +72,7 @@ class LlamaModel(GPTModel):
         post_process: bool,
         virtual_stage: int | None,
     ) -> None:
-        spec = layer_spec()
+        spec = layer_spec(bf16=config.bf16)
         layers = get_num_layers_to_build(config, virtual_stage, placement.pipeline_rank)
         assert spec.submodules is not None
         super().__init__(

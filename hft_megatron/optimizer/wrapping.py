@@ -139,9 +139,8 @@ def _connect_schedules(config: Any, wrapped: Sequence[DistributedDataParallel], 
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     ddp_config = wrapped[0].ddp_config
+    # param_sync_func stays unset: each chunk's own hooks start the next gather, bucket by bucket.
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
     if ddp_config.overlap_grad_reduce:
         config.no_sync_func = one_or_all([chunk.no_sync for chunk in wrapped])
         config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in wrapped])
-    if ddp_config.overlap_param_gather:
-        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in wrapped])

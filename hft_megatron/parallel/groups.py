@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hft_megatron.config.derived import virtual_pipeline_size
 from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.errors import UserError
 from hft_megatron.parallel import cpu_backend
 
 
@@ -49,8 +50,18 @@ def start_backend(parallel: ParallelConfig) -> None:
     # megatron-core's overlaps rely on kernels running in the order they were launched; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     has_cuda = torch.cuda.is_available()
+    if parallel.distributed_backend == "nccl" and not has_cuda:
+        raise UserError(
+            "--distributed-backend nccl needs a CUDA device, and torch finds none; use gloo or leave it out."
+        )
     if has_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= devices:
+            raise UserError(
+                f"torchrun's --nproc-per-node starts local rank {local_rank}, but here are {devices} CUDA devices; "
+                f"start at most {devices} ranks on it."
+            )
+        torch.cuda.set_device(local_rank)
     else:
         cpu_backend.activate()
     if not dist.is_initialized():

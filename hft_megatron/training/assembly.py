@@ -95,7 +95,7 @@ def _announcer(placement: Placement) -> Announce:
 def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, announce: Announce) -> None:
     for line in inputs.describe():
         announce(f"> {line}")
-    engine = "transformer-engine" if transformer_engine_is_used() else "torch"
+    engine = "transformer-engine" if transformer_engine_is_used(bf16=config.training.bf16 is True) else "torch"
     announce(
         f"> TP {placement.tensor_size} x PP {placement.pipeline_size} x DP {placement.data_size} on "
         f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "

@@ -3,12 +3,14 @@
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from hft_megatron.checkpoint.store import save_checkpoint
+from hft_megatron.config.run_folder import same_folder
 from hft_megatron.errors import StoppedBySignal
 from hft_megatron.tracking import tracker as names
 from hft_megatron.training.run import Run
@@ -25,7 +27,7 @@ class Hook(Protocol):
 
 @dataclass
 class LogSteps:
-    """Records one line every --log-interval steps; times are means over those steps."""
+    """Records one line every --log-interval steps; loss and times are means over those steps, as in Megatron."""
 
     interval: int
     _pending: list[StepResult] = field(default_factory=list)
@@ -38,13 +40,11 @@ class LogSteps:
             self._pending.clear()
 
     def _record(self, run: Run, result: StepResult) -> dict[str, float | int | str]:
-        count = len(self._pending)
-        forward_backward = sum(step.forward_backward_ms for step in self._pending) / count
-        optimizer = sum(step.optimizer_ms for step in self._pending) / count
+        steps = self._pending
         plan, shards = run.wrapped.plan, run.wrapped.shards
         record: dict[str, float | int | str] = {
             names.CONSUMED_SAMPLES: run.state.consumed_samples,
-            names.ITERATION_TIME: forward_backward + optimizer,
+            names.ITERATION_TIME: mean(step.total_ms for step in steps),
             names.LEARNING_RATE: run.learning_rate.last,
             names.GLOBAL_BATCH_SIZE: run.batches.share.global_batch_size,
             names.GRAD_NORM: result.grad_norm,
@@ -52,15 +52,16 @@ class LogSteps:
             names.TRAINABLE_PARAMETERS: plan.trainable_parameters,
             names.FROZEN_PARAMETERS: plan.frozen_parameters,
             names.PLAN_DIGEST: plan.short_digest,
-            "forward-backward time (ms)": forward_backward,
-            "optimizer time (ms)": optimizer,
+            "forward-backward time (ms)": mean(step.forward_backward_ms for step in steps),
+            "optimizer time (ms)": mean(step.optimizer_ms for step in steps),
             "reduce-scatter bytes": shards.reduce_scatter_bytes,
             "all-gather bytes": shards.all_gather_bytes,
             "gradient buffer bytes": shards.gradient_bytes,
             "optimizer bytes": shards.state_bytes,
         }
-        if result.loss is not None:
-            record[names.LOSS] = result.loss
+        losses = [step.loss for step in steps if step.loss is not None]
+        if losses:
+            record[names.LOSS] = mean(losses)
         return record
 
     def at_end(self, run: Run) -> None:
@@ -159,7 +160,7 @@ def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
         hooks.append(Validate(config.logging.eval_interval))
     saver = None
     if config.checkpoint.save is not None:
-        already = loaded_iteration if config.checkpoint.save == config.checkpoint.load else None
+        already = loaded_iteration if same_folder(config.checkpoint.save, config.checkpoint.load) else None
         saver = SaveCheckpoints(config.checkpoint.save, config.checkpoint.save_interval, last=already)
         hooks.append(saver)
     hooks.append(StopOnSignal(saver))

@@ -1,7 +1,7 @@
 """Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -72,11 +72,14 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     train = _read_data(config, config.data.train_data_path, shape, tokenizer)
     valid = _read_data(config, config.data.valid_data_path, shape, tokenizer)
     digest = train.digest if train is not None else None
-    weights_digest = None if config.model.load_hf is None else check_weights(config.model.load_hf, shape)
-    identity = run_identity(config, shape, world_size, method="sft", data_digest=digest, weights_digest=weights_digest)
-    for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
-        if folder is not None:
-            _check_folder(option, folder, identity)
+    identity = run_identity(config, shape, world_size, method="sft", data_digest=digest)
+    held = _held_runs(config)
+    for option, folder, held_run in held:
+        check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
+    if config.model.load_hf is not None:
+        identity = replace(identity, weights_digest=check_weights(config.model.load_hf, shape))
+    for option, folder, held_run in held:
+        check_same_run(held_run, identity, folder, option=option)
     if saved is not None and config.training.bf16 != saved.training.bf16:
         asked, held = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
         raise UserError(
@@ -111,17 +114,20 @@ def _read_data(
     return load_sft_dataset(path, tokenizer, derived.sequence_length(config.training, shape), config.data.long_examples)
 
 
-def _check_folder(option: str, folder: str, identity: RunIdentity) -> None:
-    file = Path(folder) / RUN_IDENTITY_FILE
-    if not file.exists():
-        return
-    try:
-        saved = RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{option} {folder}: {RUN_IDENTITY_FILE} can't be read ({error}); choose another folder."
-        ) from error
-    check_same_run(saved, identity, folder, option=option)
+def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:
+    """(option, folder, identity) of the runs that --save and --load already hold."""
+    held = []
+    for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
+        file = Path(folder or ".") / RUN_IDENTITY_FILE
+        if folder is None or not file.exists():
+            continue
+        try:
+            held.append((option, folder, RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{option} {folder}: {file.name} can't be read ({error}); choose another folder."
+            ) from error
+    return held
 
 
 def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:

@@ -10,8 +10,7 @@ from hft_megatron.training.step import train_step
 def train(run: Run, hooks: Sequence[Hook]) -> None:
     """Steps until --train-iters; every rank calls it."""
     while run.state.iteration < run.config.training.train_iters:
-        batch = run.batches.step(run.state.consumed_samples)
-        result = train_step(run, batch)
+        result = train_step(run)
         run.learning_rate.advance()
         run.advance()
         for hook in hooks:

@@ -22,14 +22,18 @@ class StepResult:
     """Mean per trained token of the global batch, in nats; None off the last pipeline stage."""
     grad_norm: float
     """Before clipping, over training parameters."""
+    total_ms: float
+    """The whole step, with the assembly of its batch and the sum of the loss over ranks."""
     forward_backward_ms: float
     """Schedule, gradient reduction and, without overlap, its wait."""
     optimizer_ms: float
     """Update and, without overlap, the parameter all-gather."""
 
 
-def train_step(run: Run, batch: StepBatch) -> StepResult:
-    """Accumulates the micro-batches' gradients, reduces them and updates what the plan trains."""
+def train_step(run: Run) -> StepResult:
+    """Takes the next global batch, accumulates its gradients, reduces them and updates what the plan trains."""
+    begin = _now()
+    batch = run.batches.step(run.state.consumed_samples)
     start = _now()
     run.wrapped.zero_gradients()
     reports = _run_schedule(run, batch, forward_only=False)
@@ -37,9 +41,11 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     updated, grad_norm, _ = run.wrapped.optimizer.step()
     assert updated, "without loss scaling every step updates"
     end = _now()
+    loss = _mean_loss(run, reports)
     return StepResult(
-        loss=_mean_loss(run, reports),
+        loss=loss,
         grad_norm=float(grad_norm),
+        total_ms=(_now() - begin) * 1e3,
         forward_backward_ms=(reduced - start) * 1e3,
         optimizer_ms=(end - reduced) * 1e3,
     )

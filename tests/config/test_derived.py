@@ -32,9 +32,8 @@ def test_batches_follow_from_the_layout() -> None:
     )
     assert derived.data_parallel_size(config.parallel, world_size=8) == 2
     assert derived.global_batch_size(config, world_size=8) == 6
-    assert derived.num_microbatches(config, world_size=8) == 1
     larger = RunConfig(parallel=config.parallel, training=TrainingConfig(micro_batch_size=3, global_batch_size=24))
-    assert derived.num_microbatches(larger, world_size=8) == 4
+    assert derived.global_batch_size(larger, world_size=8) == 24
 
 
 def test_virtual_stages_count_the_chunks_of_one_rank() -> None:

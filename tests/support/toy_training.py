@@ -113,7 +113,7 @@ def take_steps(run: Run, steps: int) -> list[tuple[float | None, float]]:
     """(loss, gradient norm) of each step; the loss is None off the last pipeline stage."""
     results = []
     for _ in range(steps):
-        result = train_step(run, run.batches.step(run.state.consumed_samples))
+        result = train_step(run)
         run.learning_rate.advance()
         run.advance()
         results.append((result.loss, result.grad_norm))
