@@ -22,6 +22,8 @@ from tests.support.tokenizers import make_byte_level
 
 GOOD = {"prompt": "What is 2 + 2?", "completion": "It is 4."}
 LONG = {"prompt": "What is 2 + 2?", "completion": "It is 4. " * 100}
+WEIGHTS = "d1gest of the weights"
+"""What looking at the weights would give."""
 CONFIG = {**SHAPE.to_hf_config(), "vocab_size": 340}
 
 
@@ -119,7 +121,7 @@ def test_all_examples_too_long_is_a_mistake(
 
 @pytest.fixture
 def no_weights_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hft_megatron.training.inputs.check_weights", lambda folder, shape: None)
+    monkeypatch.setattr("hft_megatron.training.inputs.check_weights", lambda folder, shape: WEIGHTS)
 
 
 @pytest.mark.usefixtures("no_weights_needed")
@@ -208,7 +210,7 @@ def saved_run(command: list[str], tmp_path: Path) -> Path:
     folder.mkdir()
     options = load_options(SftOptions, command[1:]).run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "check_weights", lambda folder, shape: None)
+        patch.setattr(inputs, "check_weights", lambda folder, shape: WEIGHTS)
         read = inputs.read_inputs(options, shape_of(options.model), world_size=1)
     write_resolved(read.config, folder / RESOLVED_CONFIG_FILE)
     (folder / RUN_IDENTITY_FILE).write_text(json.dumps(read.identity.to_dict()))
@@ -249,6 +251,14 @@ def test_another_model_is_another_run(command: list[str], saved_run: Path, model
     set_config(num_hidden_layers=4)(model)
     message = mistake_of([*command, "--save", str(saved_run), "--load", str(saved_run)], capsys)
     assert "holds another run: its model's num layers is 8, and this command's is 4" in message
+
+
+def test_a_model_with_other_weights_is_another_run(
+    command: list[str], saved_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hft_megatron.training.inputs.check_weights", lambda folder, shape: "another digest")
+    message = mistake_of([*command, "--save", str(saved_run), "--load", str(saved_run)], capsys)
+    assert "holds another run: its model's weights (--load-hf)" in message
 
 
 @pytest.mark.usefixtures("no_weights_needed")
