@@ -81,7 +81,8 @@ def _differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object
         values.append(("training data", _data(saved), _data(new)))
     weights = saved.weights_digest, new.weights_digest
     if weights[0] != weights[1]:
-        values.append(("model's weights (--load-hf)", *(digest and f"digest {digest[:12]}" for digest in weights)))
+        shown = [digest and f"digest {digest[:12]}" for digest in weights]
+        values.append(("model's weights (--load-hf)", shown[0], shown[1]))
     for name in ("seq_length", "global_batch_size", "seed", "hft_ratio", "hft_seed"):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     return [entry for entry in values if entry[1] != entry[2]]

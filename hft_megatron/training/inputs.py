@@ -73,17 +73,17 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     valid = _read_data(config, config.data.valid_data_path, shape, tokenizer)
     digest = train.digest if train is not None else None
     identity = run_identity(config, shape, world_size, method="sft", data_digest=digest)
-    held = _held_runs(config)
-    for option, folder, held_run in held:
+    held_runs = _held_runs(config)
+    for option, folder, held_run in held_runs:
         check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
     if config.model.load_hf is not None:
         identity = replace(identity, weights_digest=check_weights(config.model.load_hf, shape))
-    for option, folder, held_run in held:
+    for option, folder, held_run in held_runs:
         check_same_run(held_run, identity, folder, option=option)
     if saved is not None and config.training.bf16 != saved.training.bf16:
-        asked, held = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
+        asked, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
         raise UserError(
-            f"{asked} contradicts --load {config.checkpoint.load}, which was trained with {held}: "
+            f"{asked} contradicts --load {config.checkpoint.load}, which was trained with {kept}: "
             f"its masters and moments have that precision; leave {asked} out."
         )
     return Inputs(
@@ -116,18 +116,18 @@ def _read_data(
 
 def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:
     """(option, folder, identity) of the runs that --save and --load already hold."""
-    held = []
+    runs: list[tuple[str, str, RunIdentity]] = []
     for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
         file = Path(folder or ".") / RUN_IDENTITY_FILE
         if folder is None or not file.exists():
             continue
         try:
-            held.append((option, folder, RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))))
+            runs.append((option, folder, RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{option} {folder}: {file.name} can't be read ({error}); choose another folder."
             ) from error
-    return held
+    return runs
 
 
 def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
