@@ -21,6 +21,7 @@ def outcome(method: str, seed: int, scores: Sequence[tuple[int, float, float]]) 
     )
 
 
+BEFORE = Evaluation(step=0, new_task=0.01, old_knowledge=0.97, model="model")
 LAST = settings.FINE_TUNING_STEPS
 HALF = outcome("HFT", 1, [(50, 0.1, 0.9), (LAST, 0.75, 0.8), (LAST + 50, 0.95, 0.7)])
 FULL = outcome("full", 1, [(50, 0.92, 0.4), (LAST, 1.0, 0.2)])
@@ -35,8 +36,8 @@ def test_equal_steps_and_equal_skill_are_different_evaluations() -> None:
 
 
 def test_one_seed_shows_plain_values() -> None:
-    rows = _rows(render(0.97, [HALF, FULL]))
-    assert rows[f"new task after {LAST} steps"] == ["0 %", "75.0 %", "100.0 %"]
+    rows = _rows(render(BEFORE, [HALF, FULL]))
+    assert rows[f"new task after {LAST} steps"] == ["1.0 %", "75.0 %", "100.0 %"]
     assert rows[f"old knowledge after {LAST} steps"] == ["97.0 %", "80.0 %", "20.0 %"]
     assert rows["steps until the new task is at 90 %"] == ["", str(LAST + 50), "50"]
     assert rows["old knowledge then"] == ["97.0 %", "70.0 %", "40.0 %"]
@@ -45,13 +46,13 @@ def test_one_seed_shows_plain_values() -> None:
 
 def test_several_seeds_show_the_mean_and_the_range() -> None:
     other = outcome("HFT", 2, [(LAST, 0.85, 0.6)])
-    rows = _rows(render(0.97, [HALF, other, FULL]))
+    rows = _rows(render(BEFORE, [HALF, other, FULL]))
     assert rows[f"new task after {LAST} steps"][1] == "80.0 % (75.0 % to 85.0 %)"
     assert rows["old knowledge then"][1] == "70.0 %, 1 not reached"
 
 
 def test_a_skill_that_no_seed_reached_is_said() -> None:
-    rows = _rows(render(0.97, [outcome("HFT", 1, [(LAST, 0.2, 0.9)]), FULL]))
+    rows = _rows(render(BEFORE, [outcome("HFT", 1, [(LAST, 0.2, 0.9)]), FULL]))
     assert rows["old knowledge then"][1] == "not reached"
 
 

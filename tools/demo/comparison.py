@@ -90,7 +90,7 @@ def _run_method(demo: DemoFolder, folder: Path, method: Method, seed: int) -> Ou
     for step in range(settings.EVALUATION_INTERVAL, method.longest + 1, settings.EVALUATION_INTERVAL):
         model = folder / f"model_{step:04d}"
         _fine_tune(demo, method, seed, step, run, folder, export=model)
-        evaluations.append(_evaluate(model, step))
+        evaluations.append(evaluate(model, step))
         one = evaluations[-1]
         print(
             f"  {method.name} after {step} steps: new task {one.new_task:.1%}, old knowledge {one.old_knowledge:.1%}",
@@ -142,7 +142,9 @@ def _fine_tune(
     run_logged(command, environment=cpu_environment(additions), folder=folder, log=folder / "training.log")
 
 
-def _evaluate(model: Path, step: int) -> Evaluation:
+def evaluate(model: Path, step: int) -> Evaluation:
+    """Score an exported folder on both kinds of questions; ``step`` is how long it was fine-tuned."""
+    # Imported here because transformers takes seconds, and a mistake in the options should not wait for it.
     from scoring import ExportedModel, score_chat, score_statements
 
     exported = ExportedModel.load(model)

@@ -2,7 +2,8 @@
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 LAST_LINES = 15
@@ -49,3 +50,15 @@ def run_logged(
     if process.returncode != 0:
         end = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-LAST_LINES:])
         raise DemoError(f"{command[0]} ended with exit code {process.returncode}; the end of {log}:\n{end}")
+
+
+def exit_code_of(program: Callable[[], object]) -> int:
+    """Run one of the demo's programs: 0, 1 after a DemoError, which is told without a trace, 130 after Ctrl-C."""
+    try:
+        program()
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -29,7 +29,7 @@ from knowledge import (
     write_questions,
     write_rows,
 )
-from launching import DemoError, cpu_environment, run_logged
+from launching import DemoError, cpu_environment, exit_code_of, run_logged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,6 @@ class DemoFolder:
     def mark(self) -> Path:
         """Written last: with it, everything else is there."""
         return self.path / "complete.json"
-
-    def score(self) -> float:
-        """Share of the facts that the model recalled when it was made."""
-        return float(json.loads(self.mark.read_text(encoding="utf-8"))["recalled facts"])
 
 
 def old_knowledge() -> Knowledge:
@@ -215,12 +211,8 @@ def main() -> int:
     """Prepare the folder that the command line names."""
     parser = argparse.ArgumentParser(description="Make the demo's model and data, unless they are there.")
     parser.add_argument("--output", type=Path, default=settings.DEFAULT_FOLDER, help="folder (default: runs/demo)")
-    try:
-        prepare(parser.parse_args().output.resolve())
-    except DemoError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
-    return 0
+    output = parser.parse_args().output.resolve()
+    return exit_code_of(lambda: prepare(output))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from knowledge import Question
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 MAX_NEW_TOKENS = 12
 """No answer is longer than half of this, so an answer that runs on is seen to."""
@@ -39,6 +40,7 @@ class ExportedModel:
     @classmethod
     def load(cls, folder: Path) -> "ExportedModel":
         """Load the folder in fp32. Raises OSError when it is missing or is no model."""
+        disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return cls(model=model.eval(), tokenizer=tokenizer)

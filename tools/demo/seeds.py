@@ -10,13 +10,14 @@ import os
 import platform
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import settings
-from comparison import Outcome, compare
-from launching import DemoError
+from comparison import Evaluation, Outcome, compare, evaluate
+from launching import exit_code_of
 from prepare import prepare
 from table import render, replace_table
 
@@ -29,6 +30,7 @@ def measure() -> dict[str, Any]:
     """Everything that the result file holds. Raises DemoError when a training fails."""
     prepared = prepare(settings.DEFAULT_FOLDER)
     output = settings.REPOSITORY / "runs" / f"demo-seeds-{time.strftime('%Y%m%d-%H%M%S')}"
+    before = evaluate(prepared.model, 0)
     outcomes: list[Outcome] = []
     for seed in SEEDS:
         print(f"seed {seed}, into {output}", flush=True)
@@ -45,14 +47,14 @@ def measure() -> dict[str, Any]:
         "new-task questions": settings.NEW_TASK_QUESTIONS,
         "pretraining steps": settings.PRETRAINING_STEPS,
         "fine-tuning options": list(settings.FINE_TUNING_OPTIONS),
-        "old knowledge before": prepared.score(),
+        "before": asdict(before),
         "outcomes": [one.to_dict() for one in outcomes],
     }
 
 
 def table_of(results: dict[str, Any]) -> str:
     """The README's table of a result file's contents."""
-    return render(results["old knowledge before"], [Outcome.from_dict(one) for one in results["outcomes"]])
+    return render(Evaluation(**results["before"]), [Outcome.from_dict(one) for one in results["outcomes"]])
 
 
 def processor_name() -> str:
@@ -63,22 +65,27 @@ def processor_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def write_results() -> None:
+    """Measure, and write the result file. Raises DemoError when a training fails."""
+    results = measure()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def write_table() -> None:
+    """Put the table of the result file into the README."""
+    table = table_of(json.loads(RESULTS.read_text(encoding="utf-8")))
+    README.write_text(replace_table(README.read_text(encoding="utf-8"), table), encoding="utf-8")
+    print(table)
+
+
 def main() -> int:
     """Measure unless only the table is asked for, then rewrite the README's table."""
     parser = argparse.ArgumentParser(description="Measure the demo over three seeds and put the table into the README.")
     parser.add_argument("--render", action="store_true", help="only rewrite the table, from the committed results")
-    if not parser.parse_args().render:
-        try:
-            results = measure()
-        except DemoError as error:
-            print(f"demo: {error}", file=sys.stderr)
-            return 1
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    table = table_of(json.loads(RESULTS.read_text(encoding="utf-8")))
-    README.write_text(replace_table(README.read_text(encoding="utf-8"), table), encoding="utf-8")
-    print(table)
-    return 0
+    if parser.parse_args().render:
+        return exit_code_of(write_table)
+    return exit_code_of(write_results) or exit_code_of(write_table)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ PRETRAINING_OPTIONS = (
     *("--log-interval", "20"),
 )
 
-FINE_TUNING_STEPS = 200
+FINE_TUNING_STEPS = 150
 """The number of steps at which both methods are compared."""
 EVALUATION_INTERVAL = 50
 LONGEST_FINE_TUNING = 4 * FINE_TUNING_STEPS

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 
 import settings
-from comparison import METHODS, Outcome
+from comparison import METHODS, Evaluation, Outcome
 
 MEGABYTE = 1e6
 README_START = "<!-- demo-table -->"
 README_END = "<!-- /demo-table -->"
 
 
-def render(before: float, outcomes: Sequence[Outcome]) -> str:
-    """A Markdown table of means over seeds, with the range in brackets; ``before`` is the old-knowledge score."""
+def render(before: Evaluation, outcomes: Sequence[Outcome]) -> str:
+    """A Markdown table of means over seeds, with the range in brackets; ``before`` is the pretrained model."""
     of_method = {method.name: [one for one in outcomes if one.method == method.name] for method in METHODS}
     steps = settings.FINE_TUNING_STEPS
     lines = [["", "before", *of_method]]
@@ -19,12 +19,13 @@ def render(before: float, outcomes: Sequence[Outcome]) -> str:
     def add(label: str, at_first: str, value: Callable[[Outcome], float | None], form: Callable[[float], str]) -> None:
         lines.append([label, at_first, *(_spread([value(one) for one in some], form) for some in of_method.values())])
 
-    add(f"new task after {steps} steps", "0 %", lambda one: one.at_equal_steps.new_task, _percent)
-    add(f"old knowledge after {steps} steps", _percent(before), lambda one: one.at_equal_steps.old_knowledge, _percent)
+    new, old = _percent(before.new_task), _percent(before.old_knowledge)
+    add(f"new task after {steps} steps", new, lambda one: one.at_equal_steps.new_task, _percent)
+    add(f"old knowledge after {steps} steps", old, lambda one: one.at_equal_steps.old_knowledge, _percent)
     enough = f"{settings.ENOUGH:.0%}".replace("%", " %")
     add(f"steps until the new task is at {enough}", "", _at_skill(lambda one: one.step), _plain)
-    add("new task then", "", _at_skill(lambda one: one.new_task), _percent)
-    add("old knowledge then", _percent(before), _at_skill(lambda one: one.old_knowledge), _percent)
+    add("new task then", new, _at_skill(lambda one: one.new_task), _percent)
+    add("old knowledge then", old, _at_skill(lambda one: one.old_knowledge), _percent)
     add("step time, TP 2 (ms)", "", lambda one: one.step_ms, _plain)
     add("optimizer state per rank, TP 2 (MB)", "", lambda one: one.optimizer_bytes / MEGABYTE, _tenths)
     add("gradient buffer per rank, TP 2 (MB)", "", lambda one: one.gradient_bytes / MEGABYTE, _tenths)
