@@ -203,6 +203,12 @@ def test_an_old_status_says_nothing_about_this_run(script: Script) -> None:
     assert "old" not in result.stderr
 
 
+def hear_all_signals() -> None:
+    """In the child: bash can't trap what its parent ignored, as nohup and shells without job control do."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("sent", "received"),
     [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGUSR1", "SIGUSR1"), ("SIGHUP", "SIGTERM")],
@@ -210,7 +216,12 @@ def test_an_old_status_says_nothing_about_this_run(script: Script) -> None:
 def test_a_signal_reaches_the_ranks_once_even_from_a_terminal(script: Script, sent: str, received: str) -> None:
     environment = script.environment({"STAND_IN_TORCHRUN": WAIT_FOR_SIGNAL})
     process = subprocess.Popen(
-        ["bash", str(SCRIPT)], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ["bash", str(SCRIPT)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_all_signals,
     )
     deadline = time.monotonic() + 60
     while not (script.save / "ready").exists():
