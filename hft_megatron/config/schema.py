@@ -116,12 +116,44 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HFTConfig:
-    """Which weight matrices train in a round."""
+    """Which weight matrices train in a round, and what happens between rounds."""
 
     hft_ratio: float = 0.5
-    """Share of the matrices of every category that trains; 1 is full fine-tuning."""
+    """Share of the matrices that trains; 1 is full fine-tuning."""
+    hft_level: Literal["category", "layer", "model"] = "category"
+    """Draw the share within every category of a layer (the paper's best), as whole layers, or over the whole model."""
+    hft_selection: Literal["random", "spectrum", "lisa", "hift"] = "random"
+    """Random draws (the paper), the highest signal-to-noise ratio of singular values (Spectrum), embeddings and head
+    with a few random layers (LISA), or one group of layers after the other (HiFT)."""
+    hft_counting: Literal["matrices", "parameters"] = "matrices"
+    """What --hft-ratio is a share of; they differ under grouped-query attention."""
+    hft_pairing: Literal["independent", "complementary"] = "independent"
+    """Draw every layer on its own, or give layers 2i and 2i+1 complementary draws."""
+    hft_rotation: Literal["independent", "complementary", "fixed"] = "independent"
+    """Each round drawn anew (the paper), training what the last one rested, or like the first."""
     hft_seed: int | None = None
     """Seed of the draw; --seed when unset."""
+    hft_round_interval: str = "stage"
+    """When a new round begins: with a new stage (one plan for the whole run), every `epoch`, or every N iterations."""
+    hft_moments: Literal["reset", "carry"] = "reset"
+    """At a new round, start every unit's moments at zero, or carry those of units that go on training."""
+    hft_resting_moments: Literal["drop", "host"] = "drop"
+    """Under --hft-moments carry: forget the moments of a unit that rests, or keep them in host memory meanwhile."""
+    hft_lr_schedule: Literal["run", "round"] = "run"
+    """One warm-up and decay over the whole run, or one in every round."""
+    hft_freeze_embedding: bool = False
+    hft_freeze_head: bool = False
+    hft_train: str | None = None
+    """Units that train in every round: comma-separated patterns over Hugging Face names, such as
+    `model.layers.0.*,*.q_proj`; they win over the draw."""
+    hft_freeze: str | None = None
+    """Units that rest in every round: comma-separated patterns over Hugging Face names."""
+    hft_plan: str | None = None
+    """Plan file of `hft-megatron plan --save`, possibly edited, instead of a draw."""
+    hft_audit: bool = False
+    """Fingerprint every resting shard at the start of a round and verify it at the end."""
+    hft_audit_interval: int | None = None
+    """Verify every N iterations as well (needs --hft-audit)."""
 
 
 @dataclass(frozen=True, kw_only=True)
