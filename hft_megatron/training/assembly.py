@@ -22,7 +22,7 @@ from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import StoppedBySignal, UserError
 from hft_megatron.hft.agreement import check_agreement
-from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.hft.plan import Plan
 from hft_megatron.model.build import build_model
 from hft_megatron.model.initialization import initialize_weights
 from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
@@ -35,7 +35,7 @@ from hft_megatron.tracking.tracker import CompositeTracker, Tracker
 from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
 from hft_megatron.training.loop import learning_rate, train
-from hft_megatron.training.rounds import Rounds, rounds_of_run
+from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
 
 
@@ -53,7 +53,7 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     announce = _announcer(placement)
     _announce_start(config, inputs, placement, announce)
     check_inputs_agree(inputs, placement)
-    rounds = _rounds(config, inputs, placement)
+    rounds = inputs.rounds(world_size)
     start = TrainState() if inputs.checkpoint is None else TrainState.read(inputs.checkpoint)
     plan = _agreed_plan(config, inputs, rounds.plan(start.round), placement, announce)
     trains = config.training.train_iters > 0
@@ -110,17 +110,6 @@ def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, ann
         f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
         f"attention and norms by {engine}, Adam by {adam_in_use(steps_per_unit=config.hft.hft_moments == 'carry')}"
     )
-
-
-def _rounds(config: RunConfig, inputs: Inputs, placement: Placement) -> Rounds:
-    """The rounds of this run; the plans of a file are loaded, others are drawn when their round comes."""
-    schedule = round_schedule(config, inputs, placement.world_size)
-    scores = None
-
-    def draw(round: int) -> Plan:
-        return make_plan(inputs.shape, config.hft, default_seed=config.training.seed, round=round, scores=scores)
-
-    return rounds_of_run(schedule, inputs.plans, draw)
 
 
 def _agreed_plan(config: RunConfig, inputs: Inputs, plan: Plan, placement: Placement, announce: Announce) -> Plan:
