@@ -34,7 +34,7 @@ def by_category(plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("selection", [{"level": "layer"}, {"selection": "lisa"}], ids=str)
-def test_whole_layers_train_or_rest_and_their_total_is_exact(selection: dict[str, str]) -> None:
+def test_whole_layers_train_or_rest_and_their_total_is_exact(selection: dict[str, Any]) -> None:
     for (num_layers, ratio), seed in itertools.product(CASES, range(3)):
         plan = draw(num_layers, ratio=ratio, seed=seed, **selection)
         # Eighths are exact in binary, so this float arithmetic is exact too.
@@ -118,6 +118,11 @@ def test_the_last_block_of_hift_is_the_final_norm_with_the_head_that_is_not_tied
 
 
 def test_ratio_one_is_full_fine_tuning_under_every_rule() -> None:
-    everything = [{"level": "layer"}, {"level": "model"}, {"counting": "parameters"}, {"selection": "lisa"}]
+    everything: list[dict[str, Any]] = [
+        {"level": "layer"},
+        {"level": "model"},
+        {"counting": "parameters"},
+        {"selection": "lisa"},
+    ]
     for options in [*everything, {"level": "model", "counting": "parameters"}, {"selection": "hift"}]:
         assert draw(3, ratio=1.0, **options).frozen_parameters == 0

@@ -79,7 +79,7 @@ def test_an_odd_last_layer_is_reported() -> None:
     ],
     ids=str,
 )
-def test_two_complementary_rounds_train_every_unit_of_the_layers_once(options: dict[str, str]) -> None:
+def test_two_complementary_rounds_train_every_unit_of_the_layers_once(options: dict[str, Any]) -> None:
     for num_layers in LAYERS:
         rounds = [draw(num_layers, round=round, rotation="complementary", **options) for round in range(4)]
         layers = {unit.name for unit in rounds[0].units if unit.layer is not None}
