@@ -23,8 +23,10 @@ _HFT_OPTIONS = (
     "hft_train",
     "hft_freeze",
     "hft_round_interval",
+    "hft_moments",
+    "hft_resting_moments",
 )
-"""Options that, with ratio, seed and plan file, fix which units train in which iteration."""
+"""Options that, with ratio, seed and plan file, fix which units train in which iteration, and with what moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class RunIdentity:
     hft_train: str | None = None
     hft_freeze: str | None = None
     hft_round_interval: str = "stage"
+    hft_moments: str = "reset"
+    hft_resting_moments: str = "drop"
     hft_plan: str | None = None
     """For the message only, like ``data_path``."""
     hft_plan_digest: str | None = None

@@ -13,7 +13,7 @@ from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint
 from hft_megatron.config.derived import global_batch_size
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, write_atomically
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
@@ -37,6 +37,7 @@ from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
 from hft_megatron.training.loop import learning_rate, train
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
+from hft_megatron.training.spectrum import scores_of_run
 
 
 def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
@@ -53,7 +54,8 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     announce = _announcer(placement)
     _announce_start(config, inputs, placement, announce)
     check_inputs_agree(inputs, placement)
-    rounds = inputs.rounds(world_size)
+    scores = scores_of_run(inputs, placement)
+    rounds = inputs.rounds(world_size, scores)
     start = TrainState() if inputs.checkpoint is None else TrainState.read(inputs.checkpoint)
     plan = _agreed_plan(config, inputs, rounds.plan(start.round), placement, announce)
     trains = config.training.train_iters > 0
@@ -73,6 +75,7 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
             )
             state = _starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
+                _write_run_files(config, inputs, placement, scores)
                 wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
             with wrapped.gathered_parameters():
                 _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
@@ -187,7 +190,6 @@ def _train(
     announce: Announce,
 ) -> tuple[WrappedModel, TrainState]:
     """Trains to the end; returns what the last round left."""
-    _write_run_files(config, inputs, placement)
     assert inputs.train is not None
     share = BatchShare(
         micro_batch_size=config.training.micro_batch_size,
@@ -222,12 +224,14 @@ def _train(
     return run.wrapped, run.state
 
 
-def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement) -> None:
+def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:
     if config.checkpoint.save is None or placement.rank != 0:
         return
     folder = Path(config.checkpoint.save)
     folder.mkdir(parents=True, exist_ok=True)
     write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+    if scores is not None:
+        write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
     write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
 
 

@@ -79,6 +79,7 @@ def test_resume_equals_uninterrupted_to_the_last_bit(
 
 
 ROUNDS = ["--hft-round-interval", "2"]
+HIFT = ["--hft-selection", "hift", "--hft-ratio", "0.3"]
 HOST = ["--hft-moments", "carry", "--hft-resting-moments", "host"]
 ROUND_CASES: dict[str, tuple[int, str, list[str], int, set[int]]] = {
     "at a switch, fresh moments": (1, "gqa", ROUNDS, 4, {2}),
@@ -91,6 +92,14 @@ ROUND_CASES: dict[str, tuple[int, str, list[str], int, set[int]]] = {
     ),
     "within a round, resting moments kept": (4, "tied", [*ROUNDS, *HOST, *TP2, *PP2, "--bf16"], 3, {2, 4, 6}),
     "at a switch, resting moments kept": (2, "gqa", [*ROUNDS, *HOST, *OVERLAP], 4, {2, 4, 6}),
+    "groups in turn, so that one stage rests": (2, "gqa", [*ROUNDS, *HIFT, *PP2], 3, {2}),
+    "scores computed once": (
+        2,
+        "gqa",
+        [*ROUNDS, "--hft-selection", "spectrum", "--hft-rotation", "complementary"],
+        3,
+        {2},
+    ),
     "a rate of its own in every round": (1, "gqa", ["--hft-round-interval", "4", "--hft-lr-schedule", "round"], 3, {2}),
 }
 """World size, model, options, the iteration to stop after, and the step counts that units have in the end."""
