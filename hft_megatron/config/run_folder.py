@@ -9,6 +9,8 @@ RUN_IDENTITY_FILE = "run_identity.json"
 """What makes the run this one and not another: a command that differs in it is refused."""
 STATUS_FILE = "status.json"
 """How the last command that was pointed at the folder ended."""
+BILL_FILE = "bill.json"
+"""What the steps of the last command cost every rank, measured, next to full fine-tuning by formula."""
 CHECKPOINT_TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """The iteration of the newest complete checkpoint; Megatron's name. Written last."""
 

@@ -19,6 +19,7 @@ from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
+from hft_megatron.optimizer.traffic import Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class WrappedModel:
     optimizer: MegatronOptimizer
     """What the loop steps; megatron-core's chain around ``shards``."""
     shards: HFTDistributedOptimizer
+    traffic: Traffic
+    """What the run has sent and where its time goes; the next round's wrapper goes on with it."""
 
     @property
     def modules(self) -> tuple[LlamaModel, ...]:
@@ -56,9 +59,19 @@ class WrappedModel:
 
 
 def wrap(
-    chunks: Sequence[LlamaModel], plan: Plan, parallel: ParallelConfig, options: OptimizerConfig, *, bf16: bool
+    chunks: Sequence[LlamaModel],
+    plan: Plan,
+    parallel: ParallelConfig,
+    options: OptimizerConfig,
+    *,
+    bf16: bool,
+    traffic: Traffic | None = None,
 ) -> WrappedModel:
-    """Applies the plan, then builds gradient buffers and optimizer state for its training units only."""
+    """Applies the plan, then builds gradient buffers and optimizer state for its training units only.
+
+    ``traffic`` is the last round's, whose counts go on; None for the first round of a run.
+    """
+    traffic = traffic or Traffic()
     slots = list(parameter_slots(chunks))
     apply_plan(slots, plan)
     ddp_config = DistributedDataParallelConfig(
@@ -70,11 +83,12 @@ def wrap(
         check_for_nan_in_grad=True,
     )
     config = chunks[0].config
-    wrapped = tuple(
-        # Later virtual chunks reduce off the critical path: one bucket each, as Megatron does.
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    )
+    with traffic.lending_bucket_groups():
+        wrapped = tuple(
+            # Later virtual chunks reduce off the critical path: one bucket each, as Megatron does.
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        )
     with _building_hft_optimizers(plan, slots):
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -96,7 +110,8 @@ def wrap(
         )
     shards = _only_hft_optimizer(optimizer)
     _connect_schedules(config, wrapped, optimizer)
-    return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards)
+    config.timers = traffic.clock.megatron_timers
+    return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards, traffic=traffic)
 
 
 @contextlib.contextmanager
