@@ -18,7 +18,8 @@ ALL_GATHER_WAIT = "all-gather wait"
 OPTIMIZER = "optimizer"
 SECTIONS = (FORWARD, BACKWARD, REDUCE_SCATTER_WAIT, ALL_GATHER_WAIT, OPTIMIZER)
 OTHER = "other"
-"""What no section covers: assembling the batch, clearing gradients, pipeline waits, the loss over ranks."""
+"""What no section covers: assembling the batch, clearing, checking and scaling gradients, pipeline waits, the loss over
+ranks. With overlapped reduction gradients are checked and scaled within the backward pass, and are its time."""
 
 _MEGATRON_NAMES: Mapping[str, str] = {"forward-compute": FORWARD, "backward-compute": BACKWARD}
 """megatron-core's timers of one micro-batch on one model chunk, as its schedules call them."""

@@ -83,3 +83,33 @@ def test_a_section_that_is_still_open_at_the_end_of_a_step_is_a_mistake(now):
     clock.enter(FORWARD)
     with pytest.raises(AssertionError, match="still open"):
         clock.end()
+
+
+def test_on_cuda_sections_are_the_streams_times_and_the_device_is_waited_for_twice(now, monkeypatch):
+    stream, waits = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.moment = stream[0]
+
+        def elapsed_time(self, later):
+            assert len(waits) == 2, "events are read once the device is idle"
+            return later.moment - self.moment
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(now[0]))
+    clock = StepClock()
+    clock.begin()
+    with clock.section(FORWARD):
+        stream[0] += 3.0
+        with clock.section(ALL_GATHER_WAIT):
+            stream[0] += 5.0
+    stream[0] += 7.0
+    now[0] += 1
+    times = clock.end()
+    assert times.sections == dict.fromkeys(SECTIONS, 0.0) | {FORWARD: 3.0, ALL_GATHER_WAIT: 5.0}
+    assert (times.total, times.other) == (1_000.0, 992.0)
