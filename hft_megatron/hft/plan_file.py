@@ -38,8 +38,9 @@ def load_plans(path: str, shape: ModelShape) -> tuple[Plan, ...]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         raise UserError(
-            f"--hft-plan {path} can't be read ({error}); give a file of `hft-megatron plan --save`."
+            f"--hft-plan {path} can't be read ({reason}); give a file of `hft-megatron plan --save`."
         ) from None
     record = read_record(text, source=path)
     plans = (Plan.from_record(record, index, shape=shape, source=path) for index in range(len(record.rounds)))

@@ -20,15 +20,16 @@ class Span:
 
 
 def span_of_round(hft: HFTConfig, rounds: RoundSchedule, round: int, *, cycle: int) -> Span:
-    """The schedule that a round follows: the run's, or (--hft-lr-schedule round) one of its own.
+    """The schedule that a round follows: the run's, or (--hft-lr-schedule round) one of its own, as long as the first
+    round: a last round that is cut short is the beginning of one.
 
     HiFT moves along the run's schedule only when all its ``cycle`` groups have trained once (arXiv 2401.15207).
     """
-    start, stop = rounds.bounds(round)
     if hft.hft_lr_schedule == "round":
-        return Span(length=stop - start, position=lambda iteration: iteration - start)
+        first, (start, _) = rounds.bounds(rounds.first_round), rounds.bounds(round)
+        return Span(length=first[1] - first[0], position=lambda iteration: iteration - start)
     if hft.hft_selection == "hift":
-        cycle_start, _ = rounds.bounds(round - round % cycle)
+        cycle_start, _ = rounds.bounds(round - (round - rounds.first_round) % cycle)
         return Span(length=rounds.train_iters, position=lambda iteration: cycle_start)
     return Span(length=rounds.train_iters, position=lambda iteration: iteration)
 
@@ -39,9 +40,7 @@ class LearningRate:
     Holds nothing that a checkpoint would need: the value follows from the position in the schedule alone.
     """
 
-    def __init__(
-        self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int
-    ) -> None:
+    def __init__(self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int) -> None:
         """``iteration`` counts the run's finished iterations; ``span`` says where in the schedule each stands."""
         self._optimizer = optimizer
         self._span = span

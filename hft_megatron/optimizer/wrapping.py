@@ -1,4 +1,4 @@
-"""Wraps a model for one round, over what the plan trains and nothing else: DDP buffers and the optimizer; and unwraps it.
+"""Wraps a model for one round (gradient buffers and optimizer, over what the plan trains alone) and unwraps it.
 
 The only module that knows how megatron-core builds its optimizer.
 """

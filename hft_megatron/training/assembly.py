@@ -13,7 +13,7 @@ from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint
 from hft_megatron.config.derived import global_batch_size
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, write_atomically
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
@@ -22,7 +22,7 @@ from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import StoppedBySignal, UserError
 from hft_megatron.hft.agreement import check_agreement
-from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.hft.plan import Plan
 from hft_megatron.model.build import build_model
 from hft_megatron.model.initialization import initialize_weights
 from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
@@ -35,8 +35,9 @@ from hft_megatron.tracking.tracker import CompositeTracker, Tracker
 from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
 from hft_megatron.training.loop import learning_rate, train
-from hft_megatron.training.rounds import Rounds, rounds_of_run
+from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
+from hft_megatron.training.spectrum import scores_of_run
 
 
 def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
@@ -53,7 +54,8 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     announce = _announcer(placement)
     _announce_start(config, inputs, placement, announce)
     check_inputs_agree(inputs, placement)
-    rounds = _rounds(config, inputs, placement)
+    scores = scores_of_run(inputs, placement)
+    rounds = inputs.rounds(world_size, scores)
     start = TrainState() if inputs.checkpoint is None else TrainState.read(inputs.checkpoint)
     plan = _agreed_plan(config, inputs, rounds.plan(start.round), placement, announce)
     trains = config.training.train_iters > 0
@@ -73,6 +75,7 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
             )
             state = _starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
+                _write_run_files(config, inputs, placement, scores)
                 wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
             with wrapped.gathered_parameters():
                 _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
@@ -110,17 +113,6 @@ def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, ann
         f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
         f"attention and norms by {engine}, Adam by {adam_in_use(steps_per_unit=config.hft.hft_moments == 'carry')}"
     )
-
-
-def _rounds(config: RunConfig, inputs: Inputs, placement: Placement) -> Rounds:
-    """The rounds of this run; the plans of a file are loaded, others are drawn when their round comes."""
-    schedule = round_schedule(config, inputs, placement.world_size)
-    scores = None
-
-    def draw(round: int) -> Plan:
-        return make_plan(inputs.shape, config.hft, default_seed=config.training.seed, round=round, scores=scores)
-
-    return rounds_of_run(schedule, inputs.plans, draw)
 
 
 def _agreed_plan(config: RunConfig, inputs: Inputs, plan: Plan, placement: Placement, announce: Announce) -> Plan:
@@ -198,7 +190,6 @@ def _train(
     announce: Announce,
 ) -> tuple[WrappedModel, TrainState]:
     """Trains to the end; returns what the last round left."""
-    _write_run_files(config, inputs, placement)
     assert inputs.train is not None
     share = BatchShare(
         micro_batch_size=config.training.micro_batch_size,
@@ -233,12 +224,14 @@ def _train(
     return run.wrapped, run.state
 
 
-def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement) -> None:
+def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:
     if config.checkpoint.save is None or placement.rank != 0:
         return
     folder = Path(config.checkpoint.save)
     folder.mkdir(parents=True, exist_ok=True)
     write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+    if scores is not None:
+        write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
     write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
 
 

@@ -9,6 +9,7 @@ import torch
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.hft.agreement import check_agreement
+from hft_megatron.hft.hift_rule import hift_groups
 from hft_megatron.optimizer.rounds import switch_round
 from hft_megatron.optimizer.schedule import LearningRate, span_of_round
 from hft_megatron.optimizer.wrapping import WrappedModel
@@ -71,5 +72,7 @@ def begin_round(run: Run, round: int) -> None:
 
 def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, state: TrainState) -> LearningRate:
     """The learning rate of the round that ``state`` is in, from there on."""
-    span = span_of_round(config.hft, rounds.schedule, state.round, cycle=1)
+    plan = wrapped.plan
+    cycle = hift_groups(plan.units, plan.policy.exact_ratio) if plan.policy.selection == "hift" else 1
+    span = span_of_round(config.hft, rounds.schedule, state.round, cycle=cycle)
     return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration)
