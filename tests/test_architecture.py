@@ -29,10 +29,11 @@ ROWS: tuple[frozenset[str], ...] = (
 PURE = (
     "config",
     "errors",
-    "hft.units",
     "hft.plan",
     "hft.plan_file",
     "hft.rounds",
+    "hft.units",
+    "model.parameter_names",
     "optimizer.rank_costs",
 )
 """Modules, or parts, whose imports must not lead to torch or megatron."""

@@ -34,7 +34,7 @@ def report_text(report: PlanReport) -> str:
         *_grids(report),
     ]
     for plan, costs in zip(report.plans, report.by_round, strict=True):
-        lines += ["", f"round {plan.round}, one rank and step, and as a share of full fine-tuning:"]
+        lines += ["", f"round {plan.round}, per rank and step, and as a share of full fine-tuning:"]
         lines += _table(report, costs)
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """What rests costs nothing and stays as it is: bits, buckets, bytes on the wire and bytes of state."""
 
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
 
@@ -11,10 +12,12 @@ from megatron.core.distributed import param_and_grad_buffer
 
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer import wrapping
+from hft_megatron.optimizer.formula_bytes import formula_bytes
 from hft_megatron.optimizer.wire_bytes import TrainedShard, buffer_elements
 from hft_megatron.training.run import Run
+from hft_megatron.training.step import train_step
 from tests.support.models import LAYOUTS, make_llama
-from tests.support.toy_training import local_weights, make_run, take_steps
+from tests.support.toy_training import local_weights, make_run
 
 STEPS = 3
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -39,6 +42,8 @@ CASES: dict[str, Case] = {
     "pp2 dp2 overlap tied": (4, "tied", 0.5, LAYOUTS["pp2"] | OVERLAP | SMALL_BUCKETS, False),
     "pp2 dp2 interleaved overlap": (4, "gqa", 0.5, LAYOUTS["pp2_vpp"] | OVERLAP | SMALL_BUCKETS, False),
     "tp2 dp2": (4, "gqa", 0.5, LAYOUTS["tp2_sp"], True),
+    "tp2 dp2 overlap": (4, "gqa", 0.5, LAYOUTS["tp2_sp"] | OVERLAP | SMALL_BUCKETS, False),
+    "tp2 dp2 overlap full": (4, "gqa", 1.0, LAYOUTS["tp2_sp"] | OVERLAP | SMALL_BUCKETS, False),
 }
 """Ranks, model variant, ratio, parallel options, bf16."""
 
@@ -113,16 +118,18 @@ def run_audit(folder: str, ratio: float, layout: dict, bf16: bool) -> dict[str, 
     run = make_run(folder, layout, ratio=ratio, training=training, optimizer=DECAY_ALONE_SHOWS)
     plan, shards, slots = run.wrapped.plan, run.wrapped.shards, list(parameter_slots(run.wrapped.modules))
     before = {(slot.unit, slot.local_name): slot.parameter.detach().clone() for slot in slots}
-    wire = []
+    wire, results = [], []
     for _ in range(STEPS):
         wire.append({"reduce_scatter": 0, "all_gather": 0})
         with counted_bytes(wire[-1]):
-            take_steps(run, 1)
+            results.append(train_step(run))
+        run.learning_rate.advance()
+        run.advance()
     after = local_weights(run)
     same = {key: torch.equal(before[key], after[key]) for key in before}
     resting = [slot for slot in slots if not plan.trains(slot.unit)]
     trained = [slot for slot in slots if plan.trains(slot.unit)]
-    state_bytes = torch.tensor(shards.state_bytes)
+    state_bytes = torch.tensor(shards.master_bytes + shards.moment_bytes)
     dist.all_reduce(state_bytes, group=run.placement.groups.dp)
     return {
         "resting": len(resting),
@@ -134,8 +141,11 @@ def run_audit(folder: str, ratio: float, layout: dict, bf16: bool) -> dict[str, 
         "wire": wire,
         "elements": formula_elements(run),
         "data_size": run.placement.data_size,
-        "reported": [shards.reduce_scatter_bytes, shards.all_gather_bytes, shards.gradient_bytes],
-        "state bytes": shards.state_bytes,
+        "reported": [[result.reduce_scatter_bytes, result.all_gather_bytes] for result in results],
+        "gradient bytes": shards.gradient_bytes,
+        "formula": asdict(formula_bytes(run.wrapped, run.placement, plan.trains)),
+        "times": [result.times.sections | {"other": result.times.other} for result in results],
+        "state bytes": shards.master_bytes + shards.moment_bytes,
         "state bytes of all replicas": int(state_bytes),
         "training parameters": sum(slot.parameter.numel() for slot in trained),
     }
@@ -187,7 +197,29 @@ def test_bytes_on_the_wire_equal_the_formula_and_the_metrics_in_every_step(audit
         elements = audit["elements"]
         sent = elements if audit["data_size"] > 1 else 0
         assert audit["wire"] == [{"reduce_scatter": 4 * sent, "all_gather": weight_bytes * sent}] * STEPS
-        assert audit["reported"] == [4 * sent, weight_bytes * sent, 4 * elements]
+        assert audit["reported"] == [[4 * sent, weight_bytes * sent]] * STEPS
+        assert audit["gradient bytes"] == 4 * elements
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_formula_of_the_bill_is_what_was_measured_when_it_is_asked_for_the_same_units(audits, case):
+    per_rank = audits(case)
+    for audit in per_rank:
+        formula, size = audit["formula"], audit["data_size"]
+        assert [[formula["reduced"], formula["gathered"]]] * STEPS == audit["reported"]
+        assert formula["gradients"] == audit["gradient bytes"]
+        state = audit["state bytes of all replicas"]
+        assert state - 2 * size < (formula["masters"] + formula["moments"]) * size <= state
+        assert (formula["masters"] > 0) == CASES[case][4]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_times_of_a_step_are_disjoint_and_waits_are_those_of_data_parallel_ranks(audits, case):
+    for audit in audits(case):
+        for times in audit["times"]:
+            assert all(times[name] > 0 for name in ("forward", "backward", "optimizer", "other"))
+            assert (times["reduce-scatter wait"] > 0) == (audit["data_size"] > 1)
+            assert (times["all-gather wait"] > 0) == (audit["data_size"] > 1)
 
 
 @pytest.mark.parametrize("case", CASES)
