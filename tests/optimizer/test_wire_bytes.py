@@ -2,7 +2,7 @@
 
 import pytest
 
-from hft_megatron.optimizer.wire_bytes import TrainedShard, buffer_elements
+from hft_megatron.optimizer.wire_bytes import TrainedShard, buffer_elements, default_bucket_size, lay_out
 
 
 def shards(*elements: int) -> list[TrainedShard]:
@@ -47,3 +47,19 @@ def test_a_tied_embedding_on_pipelines_has_a_bucket_of_its_own():
     assert buffer_elements([tied, *shards(64)], data_parallel_size=2, bucket_size=None) == 256
     assert buffer_elements([*shards(64), tied], data_parallel_size=2, bucket_size=None) == 256
     assert buffer_elements([*shards(64), tied, *shards(64)], data_parallel_size=2, bucket_size=None) == 384
+
+
+def test_data_parallel_ranks_own_equal_parts_of_every_bucket_and_padding_counts_for_nobody():
+    # From the end: 100 from 0, 30 from 128 on, padded from 158 to 256: each rank owns 128 elements, padding included.
+    [bucket] = lay_out(shards(30, 100), data_parallel_size=2, bucket_size=None)
+    assert (bucket.start, bucket.end, bucket.parameters) == (0, 256, ((0, 100), (128, 158)))
+    assert bucket.owned_elements(2) == [100, 30]
+    assert bucket.owned_elements(4) == [64, 36, 30, 0]
+    # A second bucket is cut anew: its positions count from the start of the buffer.
+    first, second = lay_out(shards(200, 100), data_parallel_size=2, bucket_size=100)
+    assert (first.start, first.end, second.start, second.end) == (0, 128, 128, 384)
+    assert (first.owned_elements(2), second.owned_elements(2)) == ([64, 36], [128, 72])
+
+
+def test_megatron_cores_bucket_grows_with_the_data_parallel_ranks_beyond_40():
+    assert [default_bucket_size(ranks) for ranks in (1, 40, 64)] == [40_000_000, 40_000_000, 64_000_000]
