@@ -12,7 +12,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -96,24 +96,25 @@ def write_data(folder: Path) -> None:
         )
 
 
-def run_once(folder: Path, workload: Workload, overlap: str, ratio: str, steps: int) -> dict[str, Any]:
-    """The bill of one run. Raises DemoError when it fails."""
+def run_once(folder: Path, workload: Workload, options: Sequence[str], steps: int) -> tuple[Any, list[dict[str, Any]]]:
+    """bill.json and the lines of metrics.jsonl of one run. Raises DemoError when it fails."""
     save = folder / "run"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
-        *("-m", "hft_megatron", "sft", *workload.model, *OVERLAPS[overlap]),
-        *("--hft-ratio", ratio, "--train-iters", str(steps), "--lr", "1e-4", "--lr-decay-style", "constant"),
+        *("-m", "hft_megatron", "sft", *workload.model, *options),
+        *("--train-iters", str(steps), "--lr", "1e-4", "--lr-decay-style", "constant"),
         *("--seq-length", str(workload.sequence), "--long-examples", "truncate"),
         *("--micro-batch-size", str(workload.sequences_per_rank)),
         *("--train-data-path", str(folder / "train.jsonl"), "--tokenizer-model", str(folder / "tokenizer.model")),
-        *("--save", str(save), "--log-interval", str(steps)),
+        *("--save", str(save)),
     ]
     threads = str(max(1, (os.cpu_count() or 1) // RANKS))
-    environment = cpu_environment({"OMP_NUM_THREADS": threads, "PYTHONPATH": str(settings.REPOSITORY)})
-    run_logged(command, environment=environment, folder=settings.REPOSITORY, log=folder / "runs.log")
-    bill: dict[str, Any] = json.loads((save / "bill.json").read_text(encoding="utf-8"))
+    variables = cpu_environment({"OMP_NUM_THREADS": threads, "PYTHONPATH": str(settings.REPOSITORY)})
+    run_logged(command, environment=variables, folder=settings.REPOSITORY, log=folder / "runs.log")
+    bill = json.loads((save / "bill.json").read_text(encoding="utf-8"))
+    metrics = [json.loads(line) for line in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     shutil.rmtree(save)  # its checkpoint would fill the disk, and the next run has other weights
-    return bill
+    return bill, metrics
 
 
 def measure(workloads: Iterable[Workload], overlaps: Iterable[str], pairs: int, steps: int) -> dict[str, Any]:
@@ -130,7 +131,8 @@ def measure(workloads: Iterable[Workload], overlaps: Iterable[str], pairs: int, 
                 for pair in range(pairs):
                     # The other one first in every second pair: what drifts, drifts for both.
                     for method in tuple(METHODS) if pair % 2 == 0 else tuple(reversed(METHODS)):
-                        bills[method].append(run_once(folder, workload, overlap, METHODS[method], steps))
+                        words = (*OVERLAPS[overlap], "--hft-ratio", METHODS[method])
+                        bills[method].append(run_once(folder, workload, words, steps)[0])
                 configurations.append(
                     {
                         "model": workload.name,
@@ -144,13 +146,18 @@ def measure(workloads: Iterable[Workload], overlaps: Iterable[str], pairs: int, 
         "command": "python tools/bench/bill.py",
         "pairs": pairs,
         "steps": steps,
-        "environment": {
-            "cores": os.cpu_count(),
-            "processor": processor_name(),
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "megatron-core")},
-        },
+        "environment": environment(),
         "configurations": configurations,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cores": os.cpu_count(),
+        "processor": processor_name(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "megatron-core")},
     }
 
 
