@@ -85,15 +85,5 @@ def lay_out(shards: Sequence[TrainedShard], *, data_parallel_size: int, bucket_s
     return tuple(buckets)
 
 
-def buffer_elements(shards: Sequence[TrainedShard], *, data_parallel_size: int, bucket_size: int | None) -> int:
-    """Elements of one model chunk's buffer, padding included; ``bucket_size`` as in ``lay_out``.
-
-    Bytes given to reduce-scatter per step are 4 times this (fp32 gradients), bytes of all-gather the parameter's width
-    times this.
-    """
-    buckets = lay_out(shards, data_parallel_size=data_parallel_size, bucket_size=bucket_size)
-    return buckets[-1].end if buckets else 0
-
-
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

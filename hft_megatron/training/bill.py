@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hft_megatron.config.run_folder import BILL_FILE, write_atomically
-from hft_megatron.optimizer.formula_bytes import RankBytes, formula_bytes
+from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.parallel.step_clock import OTHER, SECTIONS
 from hft_megatron.training.bill_table import render_bill
 from hft_megatron.training.hook import Hook
@@ -21,7 +21,9 @@ WARM_UP_STEPS = 2
 """Left out of the times: moments are made in the first step, and its reductions do not overlap yet."""
 STEP = "step"
 SUMS = ("reduced", "gathered")
-"""Bytes that the bill adds up over the steps; the others are the largest held after any step."""
+"""Bytes that the bill adds up over the steps."""
+HELD = ("gradients", "masters", "moments")
+"""Of these the bill has the most that was held after any step."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Bill(Hook):
 
     folder: str | None
     """The --save folder; without one the table is only printed."""
-    _bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.name for one in fields(RankBytes)), 0))
+    _bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*SUMS, *HELD), 0))
     _times: "dict[str, array[float]]" = field(
         default_factory=lambda: {name: array("d") for name in (STEP, *SECTIONS, OTHER)}
     )
@@ -64,9 +66,7 @@ class Bill(Hook):
 
     def _account(self, run: Run, steps: int) -> dict[str, Any]:
         placement = run.placement
-        full = asdict(formula_bytes(run.wrapped, placement, lambda unit: True))
-        for name in SUMS:
-            full[name] *= steps
+        full = _full_bytes(run, steps)
         return {
             "rank": placement.rank,
             "tensor_rank": placement.tensor_rank,
@@ -75,6 +75,29 @@ class Bill(Hook):
             "bytes": {name: {"measured": self._bytes[name], "full": full[name]} for name in self._bytes},
             "milliseconds": {name: median(values[_warm_up(steps) :]) for name, values in self._times.items()},
         }
+
+
+def _full_bytes(run: Run, steps: int) -> dict[str, int]:
+    """What this rank would have sent in all ``steps`` and held if every unit trained, by formula."""
+    config, placement = run.config, run.placement
+    bf16 = config.training.bf16 is True
+    model = CostModel(
+        shape=run.wrapped.modules[0].shape,
+        parallel=config.parallel,
+        world_size=placement.world_size,
+        bf16=bf16,
+        vocab_multiple=config.model.make_vocab_size_divisible_by,
+    )
+    costs = model.stage_costs(lambda unit: True, placement.pipeline_rank)[placement.data_rank]
+    # One fp32 master to two fp32 moments; an fp32 weight is its own master.
+    masters = costs.optimizer_bytes // 3 if bf16 else 0
+    return {
+        "reduced": costs.reduce_scatter_bytes * steps,
+        "gathered": costs.all_gather_bytes * steps,
+        "gradients": costs.gradient_bytes,
+        "masters": masters,
+        "moments": costs.optimizer_bytes - masters,
+    }
 
 
 def _warm_up(steps: int) -> int:

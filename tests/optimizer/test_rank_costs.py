@@ -1,13 +1,9 @@
 """The costs of a plan by formula are those of the live optimizer, to the byte, on every rank of all layouts."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, replace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
-from megatron.core.distributed import param_and_grad_buffer
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig
@@ -16,6 +12,7 @@ from hft_megatron.optimizer.rank_costs import CostModel, RankCosts
 from hft_megatron.training.run import Run
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.toy_training import make_run, take_steps
+from tests.support.wire import sent_bytes
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 SMALL_BUCKETS = {"ddp_bucket_size": 2000}
@@ -37,28 +34,6 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], bool]] = {
     "tp2 dp2": (4, "gqa", LAYOUTS["tp2_sp"] | OVERLAP | SMALL_BUCKETS, {"hft_level": "layer"}, False),
 }
 """Ranks, model variant, parallel options, options of the method, bf16."""
-
-
-@contextmanager
-def sent_bytes() -> Iterator[dict[str, int]]:
-    """Adds up what megatron-core gives to both collectives on data-parallel groups of more than one rank."""
-    counts = {"reduce_scatter": 0, "all_gather": 0}
-    reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func
-    all_gather = param_and_grad_buffer.dist_all_gather_func
-
-    def counting_reduce_scatter(output, input, *, group, **kwargs):
-        counts["reduce_scatter"] += input.nbytes if group.size() > 1 else 0
-        return reduce_scatter(output, input, group=group, **kwargs)
-
-    def counting_all_gather(output, input, *, group, **kwargs):
-        counts["all_gather"] += output.nbytes if group.size() > 1 else 0
-        return all_gather(output, input, group=group, **kwargs)
-
-    with (
-        patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", counting_reduce_scatter),
-        patch.object(param_and_grad_buffer, "dist_all_gather_func", counting_all_gather),
-    ):
-        yield counts
 
 
 def live_costs(run: Run) -> RankCosts:

@@ -1,6 +1,6 @@
 """Bytes are counted through borrowed functions, over rounds, and who else uses megatron-core keeps its own.
 
-How many bytes there should be is checked in test_distributed.py, at every layout.
+How many bytes there should be is checked in test_rank_costs.py, at every layout.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from megatron.core.distributed import param_and_grad_buffer
 
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.model.build import build_model
-from hft_megatron.optimizer.formula_bytes import formula_bytes
+from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import train_step, validation_loss
@@ -33,8 +33,10 @@ def sent(run: Run) -> list[int]:
 
 
 def expected(run: Run) -> list[int]:
-    formula = formula_bytes(run.wrapped, run.placement, run.wrapped.plan.trains)
-    return [formula.reduced, formula.gathered]
+    shape = run.wrapped.modules[0].shape
+    model = CostModel(shape=shape, parallel=run.config.parallel, world_size=run.placement.world_size, bf16=False)
+    costs = model.stage_costs(run.wrapped.plan.trains, 0)[run.placement.data_rank]
+    return [costs.reduce_scatter_bytes, costs.all_gather_bytes]
 
 
 def run_rounds(folder: str) -> dict[str, Any]:
