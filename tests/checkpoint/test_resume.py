@@ -1,12 +1,15 @@
 """A run that stops and goes on is the run that never stopped. Run: pytest tests/checkpoint/test_resume.py"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.hft.plan import Plan
+from hft_megatron.training import assembly
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 
@@ -91,6 +94,52 @@ def test_a_run_goes_on_to_another_number_of_iterations(
     [second] = ranks(1).run(run_sft_words, words=saved)
     assert first["steps"] + second["steps"] == whole["steps"]
     assert second["state"] == whole["state"]
+
+
+PP4 = ["--pipeline-model-parallel-size", "4", "--lr-decay-style", "constant", "--hft-ratio", "0"]
+
+
+def run_with_everything_resting_below(words: list[str], last_resting_layer: int) -> dict[str, Any]:
+    """``run_sft_words``, with the embedding and all layers up to one at rest, whatever the draw says."""
+    original = assembly.make_plan
+
+    def make_plan(*args: Any, **kwargs: Any) -> Plan:
+        plan = original(*args, **kwargs)
+        rests = {u.name for u in plan.units if u.category == "embedding"}
+        rests |= {u.name for u in plan.units if u.layer is not None and u.layer <= last_resting_layer}
+        return replace(plan, training=plan.training - rests)
+
+    with patch.object(assembly, "make_plan", make_plan):
+        return run_sft_words(words)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "last_resting_layer"),
+    [
+        pytest.param(4, PP4, -1, id="three of four stages"),
+        pytest.param(2, [*PP2, "--lr-decay-style", "constant"], 1, id="the first stage of two"),
+    ],
+)
+def test_a_pipeline_stage_with_nothing_to_train_saves_and_resumes(
+    world_size: int,
+    options: list[str],
+    last_resting_layer: int,
+    ranks: RankPools,
+    inputs: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    pool, words = ranks(world_size), words_for(inputs["gqa"], *options, "--train-iters", 4, "--lr-warmup-iters", 0)
+    arguments = {"last_resting_layer": last_resting_layer}
+    whole = pool.run(run_with_everything_resting_below, words=words, **arguments)
+    saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
+    first = pool.run(run_with_everything_resting_below, words=[*saved, "--train-iters", "2"], **arguments)
+    second = pool.run(run_with_everything_resting_below, words=saved, **arguments)
+    idle = [rank for rank in range(world_size) if not any("exp_avg" in name for name in whole[rank]["state"])]
+    assert idle == list(range(world_size - 1))
+    for rank in range(world_size):
+        assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
+        assert second[rank]["state"] == whole[rank]["state"]
+    assert losses(whole)[-1] < losses(whole)[0]
 
 
 def test_a_finished_run_has_nothing_left_to_do(ranks: RankPools, inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Short runs of the real engine without files of data, on a task that a tiny LLaMA learns in twenty steps."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,11 +70,13 @@ def make_run(
     layout: dict[str, Any],
     *,
     ratio: float = 0.5,
+    training_units: Sequence[str] | None = None,
     training: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
 ) -> Run:
     """This rank's run over the toy data from a Hugging Face folder.
 
+    ``training_units`` names what trains instead of the draw at ``ratio``.
     ``layout``, ``training`` and ``optimizer`` hold fields of ParallelConfig, TrainingConfig and OptimizerConfig.
     """
     options: dict[str, Any] = {"global_batch_size": GLOBAL_BATCH, "train_iters": STEPS, "bf16": False}
@@ -87,6 +90,8 @@ def make_run(
     dtype = torch.bfloat16 if bf16 else torch.float32
     chunks, shape, placement = build_from_folder(folder, layout, dtype, config.training)
     plan = make_plan(shape, config.hft, default_seed=SEED)
+    if training_units is not None:
+        plan = replace(plan, training=frozenset(training_units))
     wrapped = wrap(chunks, plan, config.parallel, config.optimizer, bf16=bf16)
     assert config.training.global_batch_size is not None
     share = BatchShare(
