@@ -2,7 +2,7 @@
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
-"""An internal failure: a traceback says where."""
+"""The run failed: one sentence or a traceback says where."""
 EXIT_USAGE = 2
 """A user's mistake: one sentence on standard error says what and how to fix it."""
 EXIT_STOPPED = 3
@@ -23,4 +23,11 @@ class StoppedBySignal(Exception):
     """A signal asked the run to stop, and with --save the checkpoint is written; ends with ``EXIT_STOPPED``.
 
     The message is one sentence: the signal, the iteration and the folder that a restart goes on from.
+    """
+
+
+class RunFailed(Exception):
+    """A run cannot be trusted to go on, for a reason that no traceback explains; ends with ``EXIT_FAILURE``.
+
+    The message is one sentence, the same on every rank: what was found, and where.
     """

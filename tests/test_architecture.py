@@ -26,7 +26,7 @@ ROWS: tuple[frozenset[str], ...] = (
 )
 """From the top down."""
 
-PURE = ("config", "errors", "hft.units", "hft.selection", "hft.plan")
+PURE = ("config", "errors", "hft.units", "hft.plan_file", "hft.rounds")
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 HEAVY = ("torch", "megatron", "transformer_engine", "apex")
 

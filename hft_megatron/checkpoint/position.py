@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
@@ -10,6 +10,8 @@ from hft_megatron.errors import UserError
 
 FILE_NAME = "train_state.json"
 ITERATION_FOLDER = "iter_{:07d}"
+FORMAT = 2
+"""Version of the checkpoint's own files; another one could be read wrongly in silence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +27,24 @@ class TrainState:
     pipeline_model_parallel_size: int = 1
     device: str = "cpu"
     """Kind of device whose random states are in the checkpoint."""
+    unit_steps: dict[str, int] = field(default_factory=dict)
+    """Updates that each unit's moments in the checkpoint have seen. Under --hft-moments carry units differ in them."""
 
     def write(self, folder: Path) -> None:
-        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        record = {"format": FORMAT, **asdict(self)}
+        (folder / FILE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> "TrainState":
-        return TrainState(**json.loads((folder / FILE_NAME).read_text(encoding="utf-8")))
+        """The inverse of ``write``; UserError for a checkpoint of another version."""
+        record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        version = record.pop("format", 1)
+        if version != FORMAT:
+            raise UserError(
+                f"--load {folder.parent}: {folder.name} has checkpoint format {version}, and this version reads "
+                f"{FORMAT}; go on with the version of hft_megatron that saved it."
+            )
+        return TrainState(**record)
 
 
 def newest_checkpoint(folder: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import queue
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from hft_megatron.checkpoint.position import ITERATION_FOLDER, TrainState
 from hft_megatron.checkpoint.random_state import set_random_state, sharded_random_state
+from hft_megatron.checkpoint.resting_state import flattened, sharded_resting_state
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
 from hft_megatron.errors import UserError
@@ -45,7 +47,7 @@ def save_checkpoint(folder: str, wrapped: WrappedModel, state: TrainState, place
     with wrapped.gathered_parameters():
         dist_checkpointing.save(_sharded_state(wrapped, placement, is_loading=False), str(unfinished))
     if placement.rank == 0:
-        state.write(unfinished)
+        replace(state, unit_steps=wrapped.unit_steps).write(unfinished)
         (unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
@@ -74,6 +76,9 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> 
         placement.pipeline_size,
         placement.device.type,
     )
+    training = wrapped.plan.training
+    wrapped.shards.start_steps = {unit: n for unit, n in state.unit_steps.items() if unit in training}
+    wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
     description = _sharded_state(wrapped, placement, is_loading=True)
     if not same_layout:
         # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start, so new
@@ -82,7 +87,9 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> 
     loaded: dict[str, Any] = dist_checkpointing.load(description, str(path))
     for name, chunk in _named_chunks(wrapped):
         chunk.load_state_dict(loaded[name], strict=True)
-    wrapped.optimizer.load_state_dict(loaded["optimizer"])
+    # Absent on a rank that owns nothing to train: dist_checkpointing drops empty dictionaries.
+    wrapped.optimizer.load_state_dict(loaded.get("optimizer", {}))
+    wrapped.resting.tensors = flattened(loaded.get("resting", {}))
     if same_layout:
         set_random_state({name: row.squeeze(0) for name, row in loaded["random_state"].items()})
     return state
@@ -104,4 +111,9 @@ def _named_chunks(wrapped: WrappedModel) -> list[tuple[str, Any]]:
 def _sharded_state(wrapped: WrappedModel, placement: Placement, *, is_loading: bool) -> dict[str, Any]:
     chunks = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _named_chunks(wrapped)}
     optimizer = wrapped.optimizer.sharded_state_dict(chunks, is_loading, metadata=dict(_METADATA))
-    return {**chunks, "optimizer": optimizer, "random_state": sharded_random_state(placement)}
+    return {
+        **chunks,
+        "optimizer": optimizer,
+        "resting": sharded_resting_state(wrapped, chunks, placement),
+        "random_state": sharded_random_state(placement),
+    }

@@ -58,6 +58,8 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
         return _say_mistake(str(error), status)
     except errors.StoppedBySignal as stop:
         return _end(errors.EXIT_STOPPED, "stopped", str(stop), status)
+    except errors.RunFailed as failure:
+        return _end(errors.EXIT_FAILURE, "failed", f"error: {failure}", status)
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
     except Exception as error:

@@ -55,6 +55,11 @@ def hft_seed(config: RunConfig) -> int:
     return config.training.seed if config.hft.hft_seed is None else config.hft.hft_seed
 
 
+def patterns(listed: str | None) -> tuple[str, ...]:
+    """The patterns of --hft-train or --hft-freeze, without the blanks around them; none when the option is unset."""
+    return () if listed is None else tuple(pattern.strip() for pattern in listed.split(","))
+
+
 def tokenizer_path(config: RunConfig) -> str:
     """Where the tokenizer is read from: --tokenizer-model, or the --load-hf folder."""
     path = config.data.tokenizer_model or config.model.load_hf

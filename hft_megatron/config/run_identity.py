@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.errors import UserError
+
+_HFT_OPTIONS = (
+    "hft_level",
+    "hft_selection",
+    "hft_counting",
+    "hft_pairing",
+    "hft_rotation",
+    "hft_freeze_embedding",
+    "hft_freeze_head",
+    "hft_train",
+    "hft_freeze",
+    "hft_round_interval",
+    "hft_moments",
+    "hft_resting_moments",
+)
+"""Options that, with ratio, seed and plan file, fix which units train in which iteration, and with what moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +47,23 @@ class RunIdentity:
     hft_seed: int
     weights_digest: str | None = None
     """Of the Hugging Face folder's weights; None for a run that started from random ones."""
+    # These have the values that runs had before the options existed.
+    hft_level: str = "category"
+    hft_selection: str = "random"
+    hft_counting: str = "matrices"
+    hft_pairing: str = "independent"
+    hft_rotation: str = "independent"
+    hft_freeze_embedding: bool = False
+    hft_freeze_head: bool = False
+    hft_train: str | None = None
+    hft_freeze: str | None = None
+    hft_round_interval: str = "stage"
+    hft_moments: str = "reset"
+    hft_resting_moments: str = "drop"
+    hft_plan: str | None = None
+    """For the message only, like ``data_path``."""
+    hft_plan_digest: str | None = None
+    """Of the plan file; None when plans are drawn."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file beside the checkpoints."""
@@ -57,6 +92,9 @@ def run_identity(
         seed=config.training.seed,
         hft_ratio=config.hft.hft_ratio,
         hft_seed=derived.hft_seed(config),
+        **{name: getattr(config.hft, name) for name in _HFT_OPTIONS},
+        hft_plan=config.hft.hft_plan,
+        hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
     )
 
 
@@ -83,7 +121,9 @@ def _differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object
     if weights[0] != weights[1]:
         shown = [digest and f"digest {digest[:12]}" for digest in weights]
         values.append(("model's weights (--load-hf)", shown[0], shown[1]))
-    for name in ("seq_length", "global_batch_size", "seed", "hft_ratio", "hft_seed"):
+    if saved.hft_plan_digest != new.hft_plan_digest:
+        values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
+    for name in ("seq_length", "global_batch_size", "seed", "hft_ratio", "hft_seed", *_HFT_OPTIONS):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     return [entry for entry in values if entry[1] != entry[2]]
 
@@ -91,3 +131,13 @@ def _differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object
 def _data(identity: RunIdentity) -> str:
     assert identity.data_digest is not None
     return f"{identity.data_path} (digest {identity.data_digest[:12]})"
+
+
+def _plan_file(identity: RunIdentity) -> str | None:
+    digest = identity.hft_plan_digest
+    return None if digest is None else f"{identity.hft_plan} (digest {digest[:12]})"
+
+
+def _file_digest(path: str) -> str:
+    """SHA-256 (hex) of a file that the rules of the options have found readable."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -123,14 +123,18 @@ class HFTConfig:
     hft_level: Literal["category", "layer", "model"] = "category"
     """Draw the share within every category of a layer (the paper's best), as whole layers, or over the whole model."""
     hft_selection: Literal["random", "spectrum", "lisa", "hift"] = "random"
-    """Random draws (the paper), the highest signal-to-noise ratio of singular values (Spectrum), embeddings and head
-    with a few random layers (LISA), or one group of layers after the other (HiFT)."""
+    """Random draws (the paper), the highest signal-to-noise ratio of singular values (Spectrum; computed once, so only
+    complementary rotation changes it), embeddings and head with --hft-ratio of the layers, drawn anew in every round
+    (LISA), or one group of layers, --hft-ratio of the model, after the other (HiFT)."""
     hft_counting: Literal["matrices", "parameters"] = "matrices"
-    """What --hft-ratio is a share of; they differ under grouped-query attention."""
+    """What --hft-ratio is a share of; they differ under grouped-query attention. By parameters, every layer trains the
+    share of each category that is closest to the ratio."""
     hft_pairing: Literal["independent", "complementary"] = "independent"
-    """Draw every layer on its own, or give layers 2i and 2i+1 complementary draws."""
+    """Draw every layer on its own, or give layers 2i and 2i+1 complementary draws, so that every two layers train
+    exactly half of their parameters (needs --hft-ratio 0.5; an odd last layer is drawn alone)."""
     hft_rotation: Literal["independent", "complementary", "fixed"] = "independent"
-    """Each round drawn anew (the paper), training what the last one rested, or like the first."""
+    """Each round drawn anew (the paper), training what the last one rested (needs --hft-ratio 0.5), or like the first.
+    Embedding, final norm and head train in every round unless frozen."""
     hft_seed: int | None = None
     """Seed of the draw; --seed when unset."""
     hft_round_interval: str = "stage"
@@ -142,7 +146,9 @@ class HFTConfig:
     hft_lr_schedule: Literal["run", "round"] = "run"
     """One warm-up and decay over the whole run, or one in every round."""
     hft_freeze_embedding: bool = False
+    """Rest the embedding in every round; with tied embeddings only together with --hft-freeze-head."""
     hft_freeze_head: bool = False
+    """Rest the head in every round."""
     hft_train: str | None = None
     """Units that train in every round: comma-separated patterns over Hugging Face names, such as
     `model.layers.0.*,*.q_proj`; they win over the draw."""

@@ -1,4 +1,4 @@
-"""Rules about sizes, the schedule, the method and the optimizer's numbers.
+"""Rules about sizes, the schedule and the optimizer's numbers.
 
 Every rule takes (options, shape, world size) and raises UserError with one sentence; ``validation`` runs them.
 """
@@ -20,6 +20,7 @@ _AT_LEAST_ONE = {
     ),
     "model": ("make_vocab_size_divisible_by",),
     "training": ("micro_batch_size", "global_batch_size", "seq_length", "recompute_num_layers"),
+    "hft": ("hft_audit_interval",),
     "checkpoint": ("save_interval",),
     "logging": ("log_interval", "eval_interval", "eval_iters"),
 }
@@ -95,15 +96,6 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
         )
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")
-
-
-def ratio_is_a_share(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """From nothing (embeddings and the final norm still train) to full fine-tuning."""
-    ratio = config.hft.hft_ratio
-    if not 0 <= ratio <= 1:
-        raise UserError(
-            f"--hft-ratio {ratio} must be between 0 and 1; 0.5 trains half of the matrices, 1 is full fine-tuning."
-        )
 
 
 def _given(config: RunConfig, names_by_group: dict[str, tuple[str, ...]]) -> list[tuple[str, Any]]:

@@ -5,7 +5,7 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import input_rules, layout_rules, training_rules
+from hft_megatron.config import input_rules, layout_rules, method_rules, training_rules
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.schema import ModelConfig, RunConfig
 
@@ -23,7 +23,7 @@ RULES: tuple[Rule, ...] = (
     layout_rules.recompute_options_fit_together,
     training_rules.sequence_fits_the_model,
     training_rules.schedule_fits_the_run,
-    training_rules.ratio_is_a_share,
+    *method_rules.METHOD_RULES,
     input_rules.inputs_are_given,
     input_rules.validation_has_data,
     input_rules.outputs_have_a_place,

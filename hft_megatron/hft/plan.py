@@ -5,7 +5,7 @@ Trainability flags, gradient buckets, optimizer state, checkpoints and log lines
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import HFTConfig
 from hft_megatron.errors import UserError
-from hft_megatron.hft.plan_record import FIX, FORMAT, read_record
-from hft_megatron.hft.selection import RULES, Draw, exact_ratio
+from hft_megatron.hft.plan_record import FIX, PlanRecord, read_record, write_record
+from hft_megatron.hft.policy import Policy
+from hft_megatron.hft.selection import training_units
 from hft_megatron.hft.units import CATEGORIES, Category, Unit, units_of
 
 SHORT_DIGEST_LENGTH = 12
@@ -45,11 +46,9 @@ class CategoryCount:
 class Plan:
     """Which units train in one round. Equal for every TP x PP x DP layout of the same model, options and round."""
 
-    ratio: float
-    seed: int
+    policy: Policy
+    """How it was drawn; a person may have edited what trains since."""
     round: int
-    selection: str
-    """Name of the rule that drew it, a key of ``selection.RULES``."""
     units: tuple[Unit, ...]
     """All units of the model in canonical order."""
     training: frozenset[str]
@@ -76,7 +75,8 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of everything the plan says: two plans are equal exactly when their digests are."""
-        return _sha256({**self._header(), "training": [unit.name for unit in self.units if self.trains(unit.name)]})
+        training = [unit.name for unit in self.units if self.trains(unit.name)]
+        return _sha256({**self._options(), "shape_fingerprint": self.shape_fingerprint, "training": training})
 
     @property
     def short_digest(self) -> str:
@@ -113,10 +113,12 @@ class Plan:
     def describe(self) -> str:
         """The plan in words for the log: one line for the whole, then one line per category."""
         lines = [
-            f"plan {self.short_digest}: round {self.round}, ratio {self.ratio}, selection {self.selection}, "
-            f"seed {self.seed}, trainable params {self.trainable_parameters:,}, "
-            f"frozen params {self.frozen_parameters:,}"
+            f"plan {self.short_digest}: round {self.round}, {self.policy.describe()}, "
+            f"trainable params {self.trainable_parameters:,}, frozen params {self.frozen_parameters:,}"
         ]
+        num_layers = 1 + max(unit.layer for unit in self.units if unit.layer is not None)
+        if self.policy.pairing == "complementary" and num_layers % 2:
+            lines.append(f"  layer {num_layers - 1} has no partner and was drawn alone")
         for count in self.counts():
             lines.append(
                 f"  {count.category:<12} {count.training_units} of {count.units} units train "
@@ -133,8 +135,8 @@ class Plan:
                 return mine.name
         if len(self.units) != len(other.units):
             return max(self.units, other.units, key=len)[min(len(self.units), len(other.units))].name
-        other_header = other._header()
-        return next((key for key, value in self._header().items() if value != other_header[key]), None)
+        theirs_by_name = other._options()
+        return next((name for name, value in self._options().items() if value != theirs_by_name[name]), None)
 
     def check_fits(self, shape: ModelShape, *, source: str) -> None:
         """Raise ``UserError`` naming ``source`` and the first unit where the plan is not one of this model."""
@@ -154,61 +156,47 @@ class Plan:
         if misplaced is not None:
             raise UserError(f"{refusal} {misplaced} is not at its place in the order; {FIX}")
 
-    def _header(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "shape_fingerprint": self.shape_fingerprint,
-            "ratio": self.ratio,
-            "seed": self.seed,
-            "round": self.round,
-            "selection": self.selection,
-        }
+    def _options(self) -> dict[str, Any]:
+        return {**self.policy.to_dict(), "round": self.round}
 
     def to_json(self) -> str:
-        """The canonical JSON text: one line per unit, so that a person can read it, edit ``trains`` and diff it."""
-        return "\n".join(self._json_lines()) + "\n"
-
-    def _json_lines(self) -> Iterator[str]:
-        yield "{"
-        for key, value in self._header().items():
-            yield f"  {json.dumps(key)}: {json.dumps(value)},"
-        yield '  "units": ['
-        for position, unit in enumerate(self.units):
-            row = {
-                "name": unit.name,
-                "layer": unit.layer,
-                "category": unit.category,
-                "parameters": unit.parameters,
-                "trains": self.trains(unit.name),
-            }
-            yield f"    {json.dumps(row)}{',' if position + 1 < len(self.units) else ''}"
-        yield "  ]"
-        yield "}"
+        """The canonical JSON text of this one plan, as it lies in a checkpoint; ``plan_file`` writes several."""
+        return write_record(
+            PlanRecord(
+                shape_fingerprint=self.shape_fingerprint,
+                policy=self.policy,
+                rounds=(self.round,),
+                units=self.units,
+                training=(self.training,),
+            )
+        )
 
     @classmethod
     def from_json(cls, text: str, *, shape: ModelShape, source: str) -> "Plan":
         """Read what ``to_json`` wrote, possibly with ``trains`` edited by a person.
 
-        ``source`` is the file or option, for messages. Raises ``UserError`` when the text is not a plan, when it does
+        ``source`` is the file or option, for messages. Raises ``UserError`` when the text is not one plan, when it does
         not fit the model (naming the first unit that does not), or when nothing in it trains.
         """
         record = read_record(text, source=source)
-        exact_ratio(record["ratio"])
-        if record["selection"] not in RULES:
-            raise UserError(f"{source} has selection {record['selection']!r}, known are {', '.join(RULES)}; {FIX}")
+        if len(record.rounds) != 1:
+            raise UserError(f"{source} has the plans of {len(record.rounds)} rounds, and one is wanted here; {FIX}")
+        return cls.from_record(record, 0, shape=shape, source=source)
+
+    @classmethod
+    def from_record(cls, record: PlanRecord, index: int, *, shape: ModelShape, source: str) -> "Plan":
+        """The plan at ``index`` of a file's rounds, with ``from_json``'s errors."""
         plan = cls(
-            ratio=float(record["ratio"]),
-            seed=record["seed"],
-            round=record["round"],
-            selection=record["selection"],
-            units=tuple(Unit(**{k: v for k, v in row.items() if k != "trains"}) for row in record["units"]),
-            training=frozenset(row["name"] for row in record["units"] if row["trains"]),
+            policy=record.policy, round=record.rounds[index], units=record.units, training=record.training[index]
         )
         plan.check_fits(shape, source=source)
-        if plan.shape_fingerprint != record["shape_fingerprint"]:
+        if plan.shape_fingerprint != record.shape_fingerprint:
             raise UserError(f"{source} has an edited shape_fingerprint, only `trains` may be edited; {FIX}")
         if not plan.training:
-            raise UserError(f"{source} rests every unit, so nothing would train; set `trains` to true for some.")
+            raise UserError(
+                f"{source} rests every unit in round {plan.round}, so nothing would train; "
+                "set `trains` to true for some."
+            )
         return plan
 
 
@@ -221,21 +209,22 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_plan(shape: ModelShape, config: HFTConfig, *, default_seed: int, round: int = 0) -> Plan:
+def make_plan(
+    shape: ModelShape,
+    config: HFTConfig,
+    *,
+    default_seed: int,
+    round: int = 0,
+    scores: Mapping[str, float] | None = None,
+) -> Plan:
     """Draw the plan of one round.
 
-    ``default_seed`` (the run's ``--seed``) is used when ``--hft-seed`` is unset. Raises ``UserError`` for a ratio
-    outside [0, 1].
+    ``default_seed`` (the run's ``--seed``) is used when ``--hft-seed`` is unset. ``scores`` (signal-to-noise ratio by
+    unit name, of every attention and feed-forward matrix) are needed by ``--hft-selection spectrum`` alone. Raises
+    ``UserError`` for patterns that don't fit the model, or when nothing would train.
     """
-    rule = RULES["category"]
-    seed = default_seed if config.hft_seed is None else config.hft_seed
+    policy = Policy.from_config(config, default_seed=default_seed)
+    assert policy.selection != "spectrum" or scores is not None, "spectrum ranks by scores"
     units = units_of(shape)
-    draw = Draw(seed=seed, round=round)
-    return Plan(
-        ratio=float(config.hft_ratio),  # 1 and 1.0 must give one digest
-        seed=seed,
-        round=round,
-        selection=rule.name,
-        units=units,
-        training=rule.training_set(units, ratio=exact_ratio(config.hft_ratio), draw=draw),
-    )
+    training = training_units(units, policy=policy, round=round, scores=scores or {})
+    return Plan(policy=policy, round=round, units=units, training=training)

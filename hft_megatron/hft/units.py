@@ -14,6 +14,8 @@ Category = Literal["attention", "feed_forward", "norm", "embedding", "final_norm
 CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm", "embedding", "final_norm", "lm_head")
 LAYER_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm")
 """The categories inside the transformer layers, which the method halves (PAPER 1.1, rules 3 to 6)."""
+MATRIX_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward")
+"""Those of them whose units are matrices."""
 
 EMBEDDING_NAME = "model.embed_tokens"
 FINAL_NORM_NAME = "model.norm"

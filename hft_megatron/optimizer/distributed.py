@@ -16,16 +16,19 @@ from hft_megatron.hft.plan import Plan
 class HFTDistributedOptimizer(DistributedOptimizer):
     """megatron-core's ``DistributedOptimizer`` for one plan, with checkpoints that torch's AdamW can resume from.
 
-    Its state is written by parameter in the model's own space, without regard to buckets or data-parallel shards, and
-    with one step count that each parameter gets a tensor of its own from: megatron-core shares one tensor, which AdamW
-    then advances once per parameter.
+    Its state is written by parameter in the model's own space, without regard to buckets or data-parallel shards.
+    Every unit has a step count of its own, because moments that were carried over from earlier rounds are older than
+    those of units that rested: under an old count the first update of a fresh unit would be about 3 times too large.
     """
 
     def __init__(self, *args: Any, plan: Plan, unit_of: dict[Parameter, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plan = plan
         self.updates = 0
-        """Optimizer steps taken in this round, which is AdamW's step count of every parameter."""
+        """Optimizer steps taken since the wrapping, or since a checkpoint was loaded into it."""
+        self.start_steps: dict[str, int] = {}
+        """Updates that a unit's moments had seen before those; 0 for units that are not in it."""
+        self._unit_of = unit_of
         self._refuse_resting_shards(unit_of)
 
     @classmethod
@@ -49,6 +52,10 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         successful: bool = super().step_with_ready_grads()
         self.updates += successful
         return successful
+
+    def steps_of(self, unit: str) -> int:
+        """AdamW's step count of a training unit; the same on every rank, whether it holds the unit or not."""
+        return self.start_steps.get(unit, 0) + self.updates
 
     # --- what it holds and sends, measured on the live buffers and state
 
@@ -78,12 +85,38 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         """Bytes that one step's all-gather over data-parallel ranks fills on this rank; 0 without such ranks."""
         return sum(b.param_data.nbytes for b in self._live_buffers() if b.data_parallel_world_size > 1)
 
-    # --- checkpoints
+    # --- state of whole parameters, for the next round and for checkpoints
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What a parameter's state consists of; an fp32 parameter is its own master."""
+        return ("exp_avg", "exp_avg_sq", "param") if self.config.bf16 else ("exp_avg", "exp_avg_sq")
 
     def _main_param(self, model_param: Parameter) -> tuple[dict[str, Any], Tensor]:
         group_index, order = self.model_param_group_index_map[model_param]
         group = self.optimizer.param_groups[group_index]
         return group, group["params"][order]
+
+    def take_shard(self, model_param: Parameter) -> tuple[int, dict[str, Tensor]] | None:
+        """Moves this rank's shard of a parameter's state out of the optimizer, which cannot step after that.
+
+        Returns where the shard starts in the flat parameter and (elements,) fp32 tensors by ``state_names``; None where
+        this rank holds none of it.
+        """
+        if model_param not in self.model_param_gbuf_map:
+            return None
+        start: int = self._get_model_param_range_map(model_param)["param"].start
+        _, main = self._main_param(model_param)
+        state = self.optimizer.state.pop(main)
+        return start, {name: main if name == "param" else state[name] for name in self.state_names}
+
+    def set_shard(self, model_param: Parameter, wholes: dict[str, Tensor]) -> None:
+        """Copies this rank's shard out of a parameter's whole state: flat fp32 tensors by ``state_names``."""
+        if model_param not in self.model_param_gbuf_map:
+            return
+        held = self._get_model_param_range_map(model_param)["param"]
+        shards = {name: whole[held.start : held.end] for name, whole in wholes.items()}
+        self._set_main_param_and_optimizer_states(model_param, shards)
 
     def _get_main_param_and_optimizer_states(self, model_param: Parameter) -> dict[str, Tensor]:
         _, main = self._main_param(model_param)
@@ -94,19 +127,21 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
     def _set_main_param_and_optimizer_states(self, model_param: Parameter, tensors: dict[str, Tensor]) -> None:
         group, main = self._main_param(model_param)
+        steps = self.steps_of(self._unit_of[model_param])
         state = self.optimizer.state[main]
         with torch.no_grad():
             for key, value in tensors.items():
                 if key == "param":
                     main.copy_(value)
-                elif self.updates > 0:
+                elif steps > 0:
                     state[key] = value.to(main.device, copy=True)
-        if self.updates == 0:
+        if steps == 0:
             return
         if isinstance(self.optimizer, torch.optim.AdamW):
-            state["step"] = torch.tensor(float(self.updates))
+            # A tensor of its own: megatron-core shares one, which AdamW then advances once per parameter.
+            state["step"] = torch.tensor(float(steps))
         else:
-            group["step"] = self.updates  # Apex and transformer-engine keep it by group
+            group["step"] = steps  # Apex and transformer-engine keep it by group
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
         """Master weights and moments of whole buffers, gathered over data-parallel ranks, padding included.
@@ -125,18 +160,18 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         sharding_type: str | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """The round's state in canonical form: ``updates`` and, per parameter, moments and (for bf16) the master."""
+        """The round's state in canonical form: per parameter its moments and (for bf16) its master."""
         if self.is_stub_optimizer:
-            return {"updates": self.updates}
+            return {}
         tensors = self.sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
         if not self.config.bf16:
             for per_param in tensors.values():
                 del per_param["param"]  # an fp32 parameter is its own master: the model's state holds it already
-        return {"updates": self.updates, "param_state": tensors}
+        return {"param_state": tensors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state that ``sharded_state_dict`` described and dist_checkpointing filled."""
-        self.updates = state_dict["updates"]
+        """Takes a state that ``sharded_state_dict`` described and dist_checkpointing filled, ``start_steps`` old."""
+        self.updates = 0
         if not self.is_stub_optimizer:
             # Absent on a rank that owns nothing to train: dist_checkpointing drops empty dictionaries.
             self.load_parameter_state_from_fully_reshardable(state_dict.get("param_state", {}))

@@ -1,36 +1,64 @@
 """The learning rate as a function of the iteration, through megatron-core's scheduler."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from hft_megatron.config.derived import warmup_iters
-from hft_megatron.config.schema import OptimizerConfig
+from hft_megatron.config.schema import HFTConfig, OptimizerConfig
+from hft_megatron.hft.rounds import RoundSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One pass of the schedule: its length, and where in it the run stands after some iterations."""
+
+    length: int
+    position: Callable[[int], int]
+
+
+def span_of_round(hft: HFTConfig, rounds: RoundSchedule, round: int, *, cycle: int) -> Span:
+    """The schedule that a round follows: the run's, or (--hft-lr-schedule round) one of its own, as long as the first
+    round: a last round that is cut short is the beginning of one.
+
+    HiFT moves along the run's schedule only when all its ``cycle`` groups have trained once (arXiv 2401.15207).
+    """
+    if hft.hft_lr_schedule == "round":
+        first, (start, _) = rounds.bounds(rounds.first_round), rounds.bounds(round)
+        return Span(length=first[1] - first[0], position=lambda iteration: iteration - start)
+    if hft.hft_selection == "hift":
+        cycle_start, _ = rounds.bounds(round - (round - rounds.first_round) % cycle)
+        return Span(length=rounds.train_iters, position=lambda iteration: cycle_start)
+    return Span(length=rounds.train_iters, position=lambda iteration: iteration)
 
 
 class LearningRate:
-    """Warm-up, then constant, linear or cosine decay to --min-lr at --train-iters.
+    """Warm-up, then constant, linear or cosine decay to --min-lr at the end of the schedule.
 
-    Holds nothing that a checkpoint would need: the value follows from the iteration alone.
+    Holds nothing that a checkpoint would need: the value follows from the position in the schedule alone.
     """
 
-    def __init__(
-        self, optimizer: MegatronOptimizer, options: OptimizerConfig, train_iters: int, iteration: int
-    ) -> None:
+    def __init__(self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int) -> None:
+        """``iteration`` counts the run's finished iterations; ``span`` says where in the schedule each stands."""
         self._optimizer = optimizer
+        self._span = span
+        self._iteration = iteration
         self._scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
             max_lr=options.lr,
             min_lr=options.min_lr,
-            lr_warmup_steps=warmup_iters(options, train_iters),
-            lr_decay_steps=max(train_iters, 1),
+            lr_warmup_steps=warmup_iters(options, span.length),
+            lr_decay_steps=max(span.length, 1),
             lr_decay_style=options.lr_decay_style,
             start_wd=options.weight_decay,
             end_wd=options.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
-        self._scheduler.step(increment=iteration)
+        self._scheduler.step(increment=span.position(iteration))
         self.last = self._current()
         """The rate of the newest update, or of the coming one before the first."""
 
@@ -42,4 +70,5 @@ class LearningRate:
     def advance(self) -> None:
         """Moves on by one iteration; call after each update."""
         self.last = self._current()
-        self._scheduler.step(increment=1)
+        self._iteration += 1
+        self._scheduler.step(increment=self._span.position(self._iteration) - self._scheduler.num_steps)

@@ -1,11 +1,11 @@
-"""Wraps a model for one round: DDP buffers and the optimizer, over what the plan trains and nothing else.
+"""Wraps a model for one round (gradient buffers and optimizer, over what the plan trains alone) and unwraps it.
 
 The only module that knows how megatron-core builds its optimizer.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -18,6 +18,7 @@ from hft_megatron.hft.application import apply_plan
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
+from hft_megatron.optimizer.carried import CarriedState
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
 
 
@@ -30,6 +31,14 @@ class WrappedModel:
     optimizer: MegatronOptimizer
     """What the loop steps; megatron-core's chain around ``shards``."""
     shards: HFTDistributedOptimizer
+    resting: CarriedState = field(default_factory=CarriedState)
+    """State of units that rest in this round; empty unless --hft-resting-moments host."""
+
+    @property
+    def unit_steps(self) -> dict[str, int]:
+        """Updates that the moments of every unit have seen, where there are any; the same on every rank."""
+        training = {unit: self.shards.steps_of(unit) for unit in self.plan.training}
+        return {unit: steps for unit, steps in (training | self.resting.steps).items() if steps > 0}
 
     @property
     def modules(self) -> tuple[LlamaModel, ...]:
@@ -56,9 +65,19 @@ class WrappedModel:
 
 
 def wrap(
-    chunks: Sequence[LlamaModel], plan: Plan, parallel: ParallelConfig, options: OptimizerConfig, *, bf16: bool
+    chunks: Sequence[LlamaModel],
+    plan: Plan,
+    parallel: ParallelConfig,
+    options: OptimizerConfig,
+    *,
+    bf16: bool,
+    steps_per_unit: bool = False,
 ) -> WrappedModel:
-    """Applies the plan, then builds gradient buffers and optimizer state for its training units only."""
+    """Applies the plan, then builds gradient buffers and optimizer state for its training units only.
+
+    With ``steps_per_unit`` (for carried moments) torch's AdamW is used even where a fused one is installed: those of
+    Apex and transformer-engine count steps by parameter group.
+    """
     slots = list(parameter_slots(chunks))
     apply_plan(slots, plan)
     ddp_config = DistributedDataParallelConfig(
@@ -75,7 +94,7 @@ def wrap(
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     )
-    with _building_hft_optimizers(plan, slots):
+    with _building_hft_optimizers(plan, slots, torch_adam=steps_per_unit):
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -100,19 +119,21 @@ def wrap(
 
 
 @contextlib.contextmanager
-def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot]) -> Iterator[None]:
-    """``get_megatron_optimizer`` names its class outright and has no hook for another: lend it ours meanwhile."""
+def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot], *, torch_adam: bool) -> Iterator[None]:
+    """``get_megatron_optimizer`` names its classes outright and has no hook for others: lend it ours meanwhile."""
     unit_of = {slot.parameter: slot.unit for slot in slots}
 
     def build(*args: Any, **kwargs: Any) -> HFTDistributedOptimizer:
         return HFTDistributedOptimizer(*args, plan=plan, unit_of=unit_of, **kwargs)
 
-    original = megatron_optimizer.DistributedOptimizer
-    megatron_optimizer.DistributedOptimizer = build
+    use_torch = megatron_optimizer.USING_PYTORCH_OPTIMIZER or torch_adam
+    lent = {"DistributedOptimizer": build, "USING_PYTORCH_OPTIMIZER": use_torch}
+    own = {name: getattr(megatron_optimizer, name) for name in lent}
     try:
+        vars(megatron_optimizer).update(lent)
         yield
     finally:
-        megatron_optimizer.DistributedOptimizer = original
+        vars(megatron_optimizer).update(own)
 
 
 def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer:
@@ -124,8 +145,38 @@ def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer
     return only
 
 
-def adam_in_use() -> str:
-    """Which Adam megatron-core found at import: transformer-engine's, Apex's or torch's."""
+def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
+    """Gives the parameters memory of their own again and takes off everything that belongs to the round.
+
+    ``wrapped`` is of no use after that: its parts are emptied, so that buffers and state are free whoever still refers
+    to them. The trained values are there twice meanwhile.
+    """
+    chunks, config = wrapped.modules, wrapped.modules[0].config
+    for chunk in wrapped.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        # The gradient accumulators hold the hooks of the round: under the next one they would swallow its gradients.
+        chunk.grad_accs.clear()
+    for slot in parameter_slots(chunks):
+        parameter = slot.parameter
+        parameter.grad = None
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+        # A stale main_grad keeps the whole gradient buffer alive, and a tied embedding would be reduced through it.
+        for name in ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+    for name in ("no_sync_func", "grad_sync_func", "param_sync_func", "grad_scale_func", "finalize_model_grads_func"):
+        setattr(config, name, None)
+    for part in (*wrapped.chunks, wrapped.optimizer, wrapped.shards):
+        vars(part).clear()
+    return chunks
+
+
+def adam_in_use(*, steps_per_unit: bool = False) -> str:
+    """Whose Adam ``wrap`` takes: what megatron-core found at import (transformer-engine's, Apex's) or torch's."""
+    if steps_per_unit:
+        return "torch"
     module = megatron_optimizer.Adam.__module__
     return "transformer-engine" if module.startswith("transformer_engine") else module.split(".")[0]
 

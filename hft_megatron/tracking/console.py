@@ -15,6 +15,7 @@ from hft_megatron.tracking.tracker import (
     LOSS,
     PLAN_DIGEST,
     ROUND,
+    ROUND_SWITCH_TIME,
     TRAINABLE_PARAMETERS,
     VALIDATION_LOSS,
     Metrics,
@@ -37,6 +38,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     (TRAINABLE_PARAMETERS, "d"),
     (FROZEN_PARAMETERS, "d"),
     (PLAN_DIGEST, "s"),
+    (ROUND_SWITCH_TIME, ".1f"),
 )
 """The log line's fields in Megatron's order and Megatron's formats, then ours; people grep and parse these lines."""
 

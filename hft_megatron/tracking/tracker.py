@@ -21,6 +21,7 @@ ROUND = "round"
 TRAINABLE_PARAMETERS = "trainable params"
 FROZEN_PARAMETERS = "frozen params"
 PLAN_DIGEST = "plan digest"
+ROUND_SWITCH_TIME = "round switch time (ms)"
 
 
 class Tracker(Protocol):

@@ -13,7 +13,7 @@ from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint
 from hft_megatron.config.derived import global_batch_size
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, write_atomically
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
@@ -22,11 +22,10 @@ from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import StoppedBySignal, UserError
 from hft_megatron.hft.agreement import check_agreement
-from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.hft.plan import Plan
 from hft_megatron.model.build import build_model
 from hft_megatron.model.initialization import initialize_weights
 from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
-from hft_megatron.optimizer.schedule import LearningRate
 from hft_megatron.optimizer.wrapping import WrappedModel, adam_in_use, wrap
 from hft_megatron.parallel import cpu_backend
 from hft_megatron.parallel.determinism import make_deterministic
@@ -35,8 +34,10 @@ from hft_megatron.tracking.build import build_tracker
 from hft_megatron.tracking.tracker import CompositeTracker, Tracker
 from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
-from hft_megatron.training.loop import train
+from hft_megatron.training.loop import learning_rate, train
+from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
+from hft_megatron.training.spectrum import scores_of_run
 
 
 def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
@@ -53,7 +54,10 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     announce = _announcer(placement)
     _announce_start(config, inputs, placement, announce)
     check_inputs_agree(inputs, placement)
-    plan = _agreed_plan(config, inputs, placement, announce)
+    scores = scores_of_run(inputs, placement)
+    rounds = inputs.rounds(world_size, scores)
+    start = TrainState() if inputs.checkpoint is None else TrainState.read(inputs.checkpoint)
+    plan = _agreed_plan(config, inputs, rounds.plan(start.round), placement, announce)
     trains = config.training.train_iters > 0
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
@@ -61,12 +65,20 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
         if tracker is None and inputs.checkpoint is None:
             _export(config, inputs, placement, chunks, frozenset(), announce)
         else:
-            wrapped = wrap(chunks, plan, config.parallel, config.optimizer, bf16=config.training.bf16 is True)
+            wrapped = wrap(
+                chunks,
+                plan,
+                config.parallel,
+                config.optimizer,
+                bf16=config.training.bf16 is True,
+                steps_per_unit=config.hft.hft_moments == "carry",
+            )
             state = _starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
-                _train(config, inputs, placement, wrapped, tracker, state, announce)
+                _write_run_files(config, inputs, placement, scores)
+                wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
             with wrapped.gathered_parameters():
-                _export(config, inputs, placement, chunks, plan.training, announce)
+                _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
     except StoppedBySignal:
         stop_groups()
         raise
@@ -99,13 +111,12 @@ def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, ann
     announce(
         f"> TP {placement.tensor_size} x PP {placement.pipeline_size} x DP {placement.data_size} on "
         f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
-        f"attention and norms by {engine}, Adam by {adam_in_use()}"
+        f"attention and norms by {engine}, Adam by {adam_in_use(steps_per_unit=config.hft.hft_moments == 'carry')}"
     )
 
 
-def _agreed_plan(config: RunConfig, inputs: Inputs, placement: Placement, announce: Announce) -> Plan:
-    """This round's plan, the same on every rank and as the checkpoint has it, and its account in the log."""
-    plan = make_plan(inputs.shape, config.hft, default_seed=config.training.seed)
+def _agreed_plan(config: RunConfig, inputs: Inputs, plan: Plan, placement: Placement, announce: Announce) -> Plan:
+    """The plan to start with, the same on every rank and as the checkpoint has it, and its account in the log."""
     if inputs.checkpoint is not None:
         check_saved_plan(inputs.checkpoint, plan, inputs.shape)
     check_agreement(plan, coordinates=placement.coordinates)
@@ -173,11 +184,12 @@ def _train(
     inputs: Inputs,
     placement: Placement,
     wrapped: WrappedModel,
+    rounds: Rounds,
     tracker: Tracker,
     state: TrainState,
     announce: Announce,
-) -> None:
-    _write_run_files(config, inputs, placement)
+) -> tuple[WrappedModel, TrainState]:
+    """Trains to the end; returns what the last round left."""
     assert inputs.train is not None
     share = BatchShare(
         micro_batch_size=config.training.micro_batch_size,
@@ -189,6 +201,7 @@ def _train(
     run = Run(
         config=config,
         placement=placement,
+        rounds=rounds,
         wrapped=wrapped,
         batches=SftBatches(
             dataset=inputs.train,
@@ -199,7 +212,7 @@ def _train(
         validation=None
         if inputs.valid is None
         else ValidationBatches(dataset=inputs.valid, pad_id=inputs.pad_id, share=share),
-        learning_rate=LearningRate(wrapped.optimizer, config.optimizer, config.training.train_iters, state.iteration),
+        learning_rate=learning_rate(wrapped, rounds, config, state),
         tracker=tracker,
         announce=announce,
         state=state,
@@ -208,14 +221,17 @@ def _train(
         train(run, build_hooks(run, loaded_iteration=None if inputs.checkpoint is None else state.iteration))
     finally:
         tracker.close()
+    return run.wrapped, run.state
 
 
-def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement) -> None:
+def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:
     if config.checkpoint.save is None or placement.rank != 0:
         return
     folder = Path(config.checkpoint.save)
     folder.mkdir(parents=True, exist_ok=True)
     write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+    if scores is not None:
+        write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
     write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
 
 

@@ -4,7 +4,6 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,25 +11,39 @@ import torch.distributed as dist
 from hft_megatron.checkpoint.store import save_checkpoint
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.errors import StoppedBySignal
+from hft_megatron.hft.audit import Audit
+from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.tracking import tracker as names
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult, validation_loss
 
 
-class Hook(Protocol):
-    """Runs on every rank after each optimizer step."""
+class Hook:
+    """Runs on every rank, at the points that it overrides."""
 
-    def after_step(self, run: Run, result: StepResult) -> None: ...
+    def at_round_start(self, run: Run) -> None:
+        """Before the first step, and after every switch to another round."""
 
-    def at_end(self, run: Run) -> None: ...
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """After every optimizer step."""
+
+    def at_round_end(self, run: Run) -> None:
+        """Before every switch to another round, and after the last step."""
+
+    def at_end(self, run: Run) -> None:
+        """After the last step."""
 
 
 @dataclass
-class LogSteps:
+class LogSteps(Hook):
     """Records one line every --log-interval steps; loss and times are means over those steps, as in Megatron."""
 
     interval: int
     _pending: list[StepResult] = field(default_factory=list)
+    _switch_ms: float | None = None
+
+    def at_round_start(self, run: Run) -> None:
+        self._switch_ms = run.switch_ms
 
     def after_step(self, run: Run, result: StepResult) -> None:
         self._pending.append(result)
@@ -62,14 +75,36 @@ class LogSteps:
         losses = [step.loss for step in steps if step.loss is not None]
         if losses:
             record[names.LOSS] = mean(losses)
+        if self._switch_ms is not None:
+            record[names.ROUND_SWITCH_TIME], self._switch_ms = self._switch_ms, None
         return record
-
-    def at_end(self, run: Run) -> None:
-        pass
 
 
 @dataclass
-class Validate:
+class AuditRounds(Hook):
+    """Verifies that resting shards keep their bits: at the end of every round, and every ``interval`` steps."""
+
+    interval: int | None
+    _audit: Audit | None = None
+
+    def at_round_start(self, run: Run) -> None:
+        self._audit = Audit(list(parameter_slots(run.wrapped.modules)), run.wrapped.plan)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if self.interval is not None and run.state.iteration % self.interval == 0:
+            self._verify(run)
+
+    def at_round_end(self, run: Run) -> None:
+        self._verify(run)
+        run.announce(f"audit of round {run.state.round}: every resting shard has the bits it had at its start")
+
+    def _verify(self, run: Run) -> None:
+        assert self._audit is not None
+        self._audit.verify(coordinates=run.placement.coordinates)
+
+
+@dataclass
+class Validate(Hook):
     """Records the validation loss every --eval-interval steps and at the end."""
 
     interval: int | None
@@ -91,7 +126,7 @@ class Validate:
 
 
 @dataclass
-class SaveCheckpoints:
+class SaveCheckpoints(Hook):
     """Saves every --save-interval steps and at the end."""
 
     folder: str
@@ -118,7 +153,7 @@ class SaveCheckpoints:
         self.last = run.state.iteration
 
 
-class StopOnSignal:
+class StopOnSignal(Hook):
     """SIGTERM, SIGINT or SIGUSR1: finish the step, save, and end; a second signal ends at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -156,6 +191,8 @@ def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
     """The hooks that the options ask for, in the order they run."""
     config = run.config
     hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
+    if config.hft.hft_audit:
+        hooks.append(AuditRounds(config.hft.hft_audit_interval))
     if run.validation is not None:
         hooks.append(Validate(config.logging.eval_interval))
     saver = None

@@ -1,6 +1,7 @@
 """Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,12 @@ from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
+from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
+from hft_megatron.hft.units import units_of
 from hft_megatron.parallel.groups import Placement, host_name
 from hft_megatron.tracking.build import check_tracking_packages
+from hft_megatron.training.rounds import Rounds, rounds_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +42,24 @@ class Inputs:
     identity: RunIdentity
     checkpoint: Path | None
     """What the run goes on from."""
+    plans: tuple[Plan, ...] = ()
+    """Of --hft-plan, one per round; empty where plans are drawn."""
 
     @property
     def pad_id(self) -> int:
         assert self.tokenizer is not None, "a run that trains has a tokenizer"
         return self.tokenizer.pad_id
+
+    def rounds(self, world_size: int, scores: Mapping[str, float] | None = None) -> Rounds:
+        """The rounds of this run; ``scores`` are those of --hft-selection spectrum."""
+        return rounds_of_run(
+            self.config,
+            self.shape,
+            world_size,
+            samples_per_epoch=0 if self.train is None else len(self.train),
+            loaded=self.plans,
+            scores=scores,
+        )
 
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
@@ -86,7 +104,7 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
             f"{asked} contradicts --load {config.checkpoint.load}, which was trained with {kept}: "
             f"its masters and moments have that precision; leave {asked} out."
         )
-    return Inputs(
+    inputs = Inputs(
         config=config,
         shape=shape,
         tokenizer=tokenizer,
@@ -94,7 +112,19 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         valid=valid,
         identity=identity,
         checkpoint=checkpoint,
+        plans=() if config.hft.hft_plan is None else load_plans(config.hft.hft_plan, shape),
     )
+    _check_rounds(inputs, world_size)
+    return inputs
+
+
+def _check_rounds(inputs: Inputs, world_size: int) -> None:
+    """Draws the first plan, so that whatever is wrong with the method's options is found before ranks start."""
+    # Of spectrum's scores it is enough here that there are some.
+    rounds = inputs.rounds(world_size, scores=dict.fromkeys((unit.name for unit in units_of(inputs.shape)), 0.0))
+    if inputs.config.hft.hft_plan is not None:
+        check_enough_rounds(inputs.plans, rounds.schedule.rounds, inputs.config.hft.hft_plan)
+    rounds.plan(0)
 
 
 def _read_tokenizer(options: RunConfig) -> Tokenizer | None:

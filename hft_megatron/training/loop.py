@@ -1,19 +1,78 @@
-"""The training loop. Everything beyond stepping is a hook."""
+"""The training loop: steps, and a switch where a new round begins. Everything beyond that is a hook."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
+
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.hft.agreement import check_agreement
+from hft_megatron.hft.hift_rule import hift_groups
+from hft_megatron.optimizer.rounds import switch_round
+from hft_megatron.optimizer.schedule import LearningRate, span_of_round
+from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.training.hooks import Hook
+from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
-from hft_megatron.training.step import train_step
+from hft_megatron.training.step import StepResult, train_step
 
 
 def train(run: Run, hooks: Sequence[Hook]) -> None:
     """Steps until --train-iters; every rank calls it."""
+    for hook in hooks:
+        hook.at_round_start(run)
     while run.state.iteration < run.config.training.train_iters:
-        result = train_step(run)
-        run.learning_rate.advance()
-        run.advance()
+        result = next_step(run, hooks)
         for hook in hooks:
             hook.after_step(run, result)
     for hook in hooks:
+        hook.at_round_end(run)
+    for hook in hooks:
         hook.at_end(run)
+
+
+def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
+    """One optimizer step, in a new round where one begins with it."""
+    round = run.rounds.schedule.round_of(run.state.iteration)
+    if round != run.state.round:
+        for hook in hooks:
+            hook.at_round_end(run)
+        begin_round(run, round)
+        for hook in hooks:
+            hook.at_round_start(run)
+    result = train_step(run)
+    run.learning_rate.advance()
+    run.advance()
+    return result
+
+
+def begin_round(run: Run, round: int) -> None:
+    """Switches the run to another round's plan, which all ranks must hold alike; every rank calls it."""
+    config = run.config
+    plan = run.rounds.plan(round)
+    check_agreement(plan, coordinates=run.placement.coordinates)
+    start = time.perf_counter()
+    run.wrapped = switch_round(
+        run.wrapped,
+        plan,
+        config.parallel,
+        config.optimizer,
+        config.hft,
+        bf16=config.training.bf16 is True,
+        group=run.placement.groups.dp,
+    )
+    run.state = replace(run.state, round=round)
+    run.learning_rate = learning_rate(run.wrapped, run.rounds, config, run.state)
+    torch.cuda.synchronize()
+    run.switch_ms = (time.perf_counter() - start) * 1e3
+    run.announce(plan.describe())
+
+
+def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, state: TrainState) -> LearningRate:
+    """The learning rate of the round that ``state`` is in, from there on."""
+    plan = wrapped.plan
+    cycle = hift_groups(plan.units, plan.policy.exact_ratio) if plan.policy.selection == "hift" else 1
+    span = span_of_round(config.hft, rounds.schedule, state.round, cycle=cycle)
+    return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration)

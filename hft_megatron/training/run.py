@@ -10,14 +10,17 @@ from hft_megatron.optimizer.schedule import LearningRate
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.tracking.tracker import Tracker
+from hft_megatron.training.rounds import Rounds
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A wrapped model, its data and where it stands. Only ``state`` changes."""
+    """A wrapped model, its data and where it stands. With every step ``state`` changes, with every round the rest of
+    what belongs to its plan: ``wrapped`` and ``learning_rate``."""
 
     config: RunConfig
     placement: Placement
+    rounds: Rounds
     wrapped: WrappedModel
     batches: SftBatches
     validation: ValidationBatches | None
@@ -26,6 +29,8 @@ class Run:
     announce: Callable[[str], None]
     """Prints one line on rank 0."""
     state: TrainState
+    switch_ms: float | None = None
+    """How long the switch to this round took; None in the round that the run started in."""
 
     def advance(self) -> None:
         """One optimizer step is done."""

@@ -1,15 +1,13 @@
 """A run that stops and goes on is the run that never stopped. Run: pytest tests/checkpoint/test_resume.py"""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.hft.plan import Plan
-from hft_megatron.training import assembly
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 
@@ -47,20 +45,19 @@ def losses(values: list[dict[str, Any]]) -> list[float]:
     return [step["loss"] for step in values[-1]["steps"]]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_resume_equals_uninterrupted_to_the_last_bit(
-    case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
-) -> None:
-    world_size, variant, options = CASES[case]
-    pool, words = ranks(world_size), words_for(inputs[variant], *options)
+def run_whole_and_in_two(
+    ranks: RankPools, world_size: int, words: list[str], folder: Path, *, kill_at: int
+) -> list[dict[str, Any]]:
+    """What each rank returned of a run that never stopped, which one stopped after ``kill_at`` must equal."""
+    pool = ranks(world_size)
     whole = pool.run(run_sft_words, words=words)
-    saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
+    saved = [*words, "--save", str(folder), "--load", str(folder)]
     # The last rank alone gets the signal: all must stop at the same step.
-    first = pool.run(run_sft_words, words=saved, kill_at=3, kill_rank=world_size - 1)
+    first = pool.run(run_sft_words, words=saved, kill_at=kill_at, kill_rank=world_size - 1)
     second = pool.run(run_sft_words, words=saved)
 
     assert [rank["stopped"] is None for rank in first] == [False] * world_size
-    assert [step["iteration"] for step in second[0]["steps"]] == [4, 5, 6]
+    assert [step["iteration"] for step in second[0]["steps"]] == list(range(kill_at + 1, 7))
     for rank in range(world_size):
         assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
         different = {
@@ -68,8 +65,54 @@ def test_resume_equals_uninterrupted_to_the_last_bit(
         }
         assert not different, f"rank {rank}"
         assert whole[rank]["state"].keys() == second[rank]["state"].keys()
-        assert whole[rank]["state"]["updates"] == "6"
     assert all(isinstance(loss, float) for loss in losses(whole))
+    return whole
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_equals_uninterrupted_to_the_last_bit(
+    case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    world_size, variant, options = CASES[case]
+    whole = run_whole_and_in_two(ranks, world_size, words_for(inputs[variant], *options), tmp_path, kill_at=3)
+    assert set(json.loads(whole[0]["state"]["unit steps"]).values()) == {6}
+
+
+ROUNDS = ["--hft-round-interval", "2"]
+HIFT = ["--hft-selection", "hift", "--hft-ratio", "0.3"]
+HOST = ["--hft-moments", "carry", "--hft-resting-moments", "host"]
+ROUND_CASES: dict[str, tuple[int, str, list[str], int, set[int]]] = {
+    "at a switch, fresh moments": (1, "gqa", ROUNDS, 4, {2}),
+    "within a round, carried moments": (
+        2,
+        "tied",
+        [*ROUNDS, *OVERLAP, "--bf16", "--hft-moments", "carry"],
+        3,
+        {2, 4, 6},
+    ),
+    "within a round, resting moments kept": (4, "tied", [*ROUNDS, *HOST, *TP2, *PP2, "--bf16"], 3, {2, 4, 6}),
+    "at a switch, resting moments kept": (2, "gqa", [*ROUNDS, *HOST, *OVERLAP], 4, {2, 4, 6}),
+    "groups in turn, so that one stage rests": (2, "gqa", [*ROUNDS, *HIFT, *PP2], 3, {2}),
+    "scores computed once": (
+        2,
+        "gqa",
+        [*ROUNDS, "--hft-selection", "spectrum", "--hft-rotation", "complementary"],
+        3,
+        {2},
+    ),
+    "a rate of its own in every round": (1, "gqa", ["--hft-round-interval", "4", "--hft-lr-schedule", "round"], 3, {2}),
+}
+"""World size, model, options, the iteration to stop after, and the step counts that units have in the end."""
+
+
+@pytest.mark.parametrize("case", ROUND_CASES)
+def test_resume_equals_uninterrupted_across_rounds(
+    case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    world_size, variant, options, kill_at, steps = ROUND_CASES[case]
+    words = words_for(inputs[variant], *options)
+    whole = run_whole_and_in_two(ranks, world_size, words, tmp_path, kill_at=kill_at)
+    assert set(json.loads(whole[0]["state"]["unit steps"]).values()) == steps
 
 
 def test_the_plans_of_these_cases_differ_per_layer(ranks: RankPools, inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -96,46 +139,28 @@ def test_a_run_goes_on_to_another_number_of_iterations(
     assert second["state"] == whole["state"]
 
 
-PP4 = ["--pipeline-model-parallel-size", "4", "--lr-decay-style", "constant", "--hft-ratio", "0"]
+PP4 = ["--pipeline-model-parallel-size", "4", "--lr-decay-style", "constant"]
+BELOW = ["--hft-freeze-embedding", "--hft-freeze", "model.layers.0.*,model.layers.1.*"]
+IDLE = {
+    "all stages but the last": (4, [*PP4, "--hft-freeze-embedding", "--hft-ratio", "0"], [0, 1, 2]),
+    "the stages between embedding and head": (4, [*PP4, "--hft-ratio", "0"], [1, 2]),
+    "the first stage": (2, [*PP2, "--lr-decay-style", "constant", *BELOW], [0]),
+}
+"""World size, options and the ranks that own nothing to train."""
 
 
-def run_with_everything_resting_below(words: list[str], last_resting_layer: int) -> dict[str, Any]:
-    """``run_sft_words``, with the embedding and all layers up to one at rest, whatever the draw says."""
-    original = assembly.make_plan
-
-    def make_plan(*args: Any, **kwargs: Any) -> Plan:
-        plan = original(*args, **kwargs)
-        rests = {u.name for u in plan.units if u.category == "embedding"}
-        rests |= {u.name for u in plan.units if u.layer is not None and u.layer <= last_resting_layer}
-        return replace(plan, training=plan.training - rests)
-
-    with patch.object(assembly, "make_plan", make_plan):
-        return run_sft_words(words)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "options", "last_resting_layer"),
-    [
-        pytest.param(4, PP4, -1, id="three of four stages"),
-        pytest.param(2, [*PP2, "--lr-decay-style", "constant"], 1, id="the first stage of two"),
-    ],
-)
+@pytest.mark.parametrize("case", IDLE)
 def test_a_pipeline_stage_with_nothing_to_train_saves_and_resumes(
-    world_size: int,
-    options: list[str],
-    last_resting_layer: int,
-    ranks: RankPools,
-    inputs: dict[str, Path],
-    tmp_path: Path,
+    case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
+    world_size, options, expected = IDLE[case]
     pool, words = ranks(world_size), words_for(inputs["gqa"], *options, "--train-iters", 4, "--lr-warmup-iters", 0)
-    arguments = {"last_resting_layer": last_resting_layer}
-    whole = pool.run(run_with_everything_resting_below, words=words, **arguments)
     saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
-    first = pool.run(run_with_everything_resting_below, words=[*saved, "--train-iters", "2"], **arguments)
-    second = pool.run(run_with_everything_resting_below, words=saved, **arguments)
+    whole = pool.run(run_sft_words, words=words)
+    first = pool.run(run_sft_words, words=[*saved, "--train-iters", "2"])
+    second = pool.run(run_sft_words, words=saved)
     idle = [rank for rank in range(world_size) if not any("exp_avg" in name for name in whole[rank]["state"])]
-    assert idle == list(range(world_size - 1))
+    assert idle == expected
     for rank in range(world_size):
         assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
         assert second[rank]["state"] == whole[rank]["state"]

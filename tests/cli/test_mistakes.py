@@ -109,6 +109,11 @@ MISTAKES = [
     (1, f"{GOOD} --hft-ratio 1.5", "--hft-ratio 1.5 must be between 0 and 1"),
     (1, f"{GOOD} --hft-ratio -0.1", "--hft-ratio -0.1 must be between 0 and 1"),
     (1, f"{GOOD} --hft-ratio nan", "--hft-ratio nan must be between 0 and 1"),
+    # the method
+    (1, f"{GOOD} --hft-selection lisa --hft-level layer", "--hft-level layer has no meaning with --hft-selection lisa"),
+    (1, f"{GOOD} --hft-round-interval 0", "--hft-round-interval 0 must be stage, epoch or"),
+    (1, f"{GOOD} --hft-plan absent.json", "--hft-plan absent.json is not a readable file"),
+    # more numbers
     (1, f"{GOOD} --micro-batch-size 0", "--micro-batch-size 0: must be at least 1"),
     (1, f"{GOOD} --global-batch-size -8", "--global-batch-size -8: must be at least 1"),
     (1, f"{GOOD} --tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: must be at least 1"),

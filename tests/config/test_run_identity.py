@@ -1,14 +1,16 @@
 """When a save folder holds another run. Run: pytest tests/config/test_run_identity.py"""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hft_megatron.config.method_rules import CHOICE_OF_UNITS
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
 from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
-from hft_megatron.config.schema import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.schema import DataConfig, HFTConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.errors import UserError
 
 SHAPE = ModelShape(
@@ -49,6 +51,42 @@ def test_a_command_that_trains_nothing_does_not_differ_in_its_data() -> None:
     check_same_run(identity(), replace(identity(), data_digest=None, data_path=None), "runs/a")
 
 
+def test_every_option_that_fixes_the_plans_is_part_of_the_identity() -> None:
+    names = {field.name for field in fields(RunIdentity)}
+    assert names >= {*CHOICE_OF_UNITS, "hft_round_interval", "hft_plan_digest"}
+    changed = HFTConfig(hft_level="layer", hft_rotation="fixed", hft_train="*.q_proj", hft_round_interval="epoch")
+    saved = identity(replace(CONFIG, hft=changed)).to_dict()
+    assert {
+        name: saved[name] for name in saved if name.startswith("hft_") and saved[name] != identity().to_dict()[name]
+    } == {
+        "hft_level": "layer",
+        "hft_rotation": "fixed",
+        "hft_train": "*.q_proj",
+        "hft_round_interval": "epoch",
+    }
+
+
+def test_a_file_from_before_an_option_existed_means_its_default() -> None:
+    saved = identity().to_dict()
+    old = {
+        name: value for name, value in saved.items() if not name.startswith("hft_") or name in ("hft_ratio", "hft_seed")
+    }
+    assert len(old) < len(saved)
+    assert RunIdentity.from_dict(old) == identity()
+
+
+def test_a_plan_file_is_the_same_one_when_its_content_is(tmp_path: Path) -> None:
+    identities = []
+    for name, text in (("a.json", "{}"), ("b.json", "{}"), ("c.json", "{ }")):
+        (tmp_path / name).write_text(text)
+        identities.append(identity(replace(CONFIG, hft=HFTConfig(hft_plan=str(tmp_path / name)))))
+    check_same_run(identities[0], identities[1], "runs/a")
+    with pytest.raises(
+        UserError, match=r"its --hft-plan is .*/a\.json \(digest .*this command's is .*/c\.json \(digest"
+    ):
+        check_same_run(identities[0], identities[2], "runs/a")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -65,6 +103,20 @@ def test_a_command_that_trains_nothing_does_not_differ_in_its_data() -> None:
         ({"seed": 1}, "its --seed is 1234, and this command's is 1"),
         ({"hft_ratio": 1.0}, "its --hft-ratio is 0.5, and this command's is 1.0"),
         ({"hft_seed": 1}, "its --hft-seed is 1234, and this command's is 1"),
+        ({"hft_level": "layer"}, "its --hft-level is category, and this command's is layer"),
+        ({"hft_selection": "lisa"}, "its --hft-selection is random, and this command's is lisa"),
+        ({"hft_counting": "parameters"}, "its --hft-counting is matrices, and this command's is parameters"),
+        ({"hft_pairing": "complementary"}, "its --hft-pairing is independent, and this command's is complementary"),
+        ({"hft_rotation": "fixed"}, "its --hft-rotation is independent, and this command's is fixed"),
+        ({"hft_freeze_embedding": True}, "its --hft-freeze-embedding is False, and this command's is True"),
+        ({"hft_freeze_head": True}, "its --hft-freeze-head is False, and this command's is True"),
+        ({"hft_train": "*.q_proj"}, "its --hft-train is None, and this command's is *.q_proj"),
+        ({"hft_freeze": "*.q_proj"}, "its --hft-freeze is None, and this command's is *.q_proj"),
+        ({"hft_round_interval": "5"}, "its --hft-round-interval is stage, and this command's is 5"),
+        (
+            {"hft_plan": "a.json", "hft_plan_digest": "1" * 64},
+            "its --hft-plan is None, and this command's is a.json (digest 111111111111)",
+        ),
     ],
 )
 def test_another_run_in_the_folder_is_named_with_both_values(change: dict[str, Any], said: str) -> None:

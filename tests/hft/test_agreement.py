@@ -29,7 +29,7 @@ def tampered(plan: Plan, tampering: str) -> Plan:
     if tampering == "unit":
         return replace(plan, training=plan.training ^ {UNIT})
     if tampering == "seed":
-        return replace(plan, seed=plan.seed + 1)
+        return replace(plan, policy=replace(plan.policy, seed=plan.policy.seed + 1))
     assert tampering == "model"
     return make_plan(replace(SHAPE, ffn_hidden_size=17), HFTConfig(), default_seed=0)
 

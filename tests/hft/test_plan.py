@@ -36,7 +36,7 @@ GOLDEN_TRAINING = [
     "model.layers.1.self_attn.o_proj",
     "model.norm",
 ]
-GOLDEN_DIGEST = "5d292724e90979657a537b217216a8a8714ab82b05c0a4459bedae2ff19b2481"
+GOLDEN_DIGEST = "471498e9484742be9f94dddcd9f6bd1a881786c23c39e0cc87e1d36f9b421273"
 
 
 def flip(plan: Plan, name: str) -> Plan:
@@ -108,7 +108,7 @@ def test_the_first_difference_of_two_is_the_first_in_canonical_order() -> None:
 
 def test_equal_plans_have_no_difference_and_equal_sets_differ_in_the_option() -> None:
     assert PLAN.first_difference(replace(PLAN)) is None
-    assert PLAN.first_difference(replace(PLAN, seed=99)) == "seed"
+    assert PLAN.first_difference(replace(PLAN, policy=replace(PLAN.policy, seed=99))) == "seed"
     assert PLAN.first_difference(replace(PLAN, round=4)) == "round"
 
 
@@ -143,17 +143,30 @@ def edit(**fields: Any) -> Callable[[dict[str, Any]], object]:
     return lambda record: record.update(fields)
 
 
+def edit_policy(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda record: record["policy"].update(fields)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edit(format=2), "plan format 2, this version reads 1"),
-        (edit(ratio=1.5), r"--hft-ratio 1\.5 is not between 0 and 1"),
-        (edit(ratio="half"), "ratio 'half', which is of the wrong type"),
-        (edit(seed=True), "seed True, which is of the wrong type"),
-        (edit(selection="lottery"), "selection 'lottery', known are category"),
+        (edit(format=1), "plan format 1, this version reads 2"),
+        (edit(policy=1), "policy 1, which is of the wrong type"),
+        (edit(policy={}), "a policy with exactly the fields ratio, level, selection"),
+        (edit_policy(ratio=1.5), r"the policy ratio 1\.5, which no plan has"),
+        (edit_policy(ratio=float("nan")), "the policy ratio nan, which no plan has"),
+        (edit_policy(ratio="half"), "the policy ratio 'half', which no plan has"),
+        (edit_policy(seed=True), "the policy seed True, which no plan has"),
+        (edit_policy(selection="lottery"), "the policy selection 'lottery', which no plan has"),
+        (edit_policy(level=["category"]), r"the policy level \['category'\], which no plan has"),
+        (edit_policy(freeze_head=0), "the policy freeze_head 0, which no plan has"),
+        (edit_policy(train="*"), r"the policy train '\*', which no plan has"),
+        (edit(rounds=[]), r"rounds \[\], which must be a list of round numbers"),
+        (edit(rounds=[True]), r"rounds \[True\], which must be"),
+        (edit(rounds=[0, 1]), r"`trains` true for model.embed_tokens; it must be a list of 2"),
         (edit(shape_fingerprint="0"), "edited shape_fingerprint"),
         (edit(colour="red"), "look at colour"),
-        (lambda record: record.pop("round"), "look at round"),
+        (lambda record: record.pop("rounds"), "look at rounds"),
         (lambda record: record["units"][3].update(trains="yes"), r"units\[3\] has trains 'yes'"),
         (lambda record: record["units"][3].update(category="mlp"), "v_proj is mlp of layer 0"),
         (lambda record: record["units"].append(record["units"][5]), "lists model.layers.0.mlp.gate_proj twice"),

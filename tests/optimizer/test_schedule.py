@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import OptimizerConfig
-from hft_megatron.optimizer.schedule import LearningRate
+from hft_megatron.config.schema import HFTConfig, OptimizerConfig
+from hft_megatron.hft.rounds import RoundSchedule
+from hft_megatron.optimizer.schedule import LearningRate, Span, span_of_round
 
 
 def rates(options: dict[str, Any], train_iters: int, iteration: int = 0) -> tuple[list[float], list[float]]:
     """The rate each update from ``iteration`` on would use, and what is reported as the newest one after it."""
     group = {"params": [], "lr": 0.0, "weight_decay": 0.0, "wd_mult": 1.0, "lr_mult": 1.0, "default_config": True}
     settings = OptimizerConfig(**{"lr": 1.0, "min_lr": 0.2, "lr_decay_style": "constant"} | options)
-    rate = LearningRate(SimpleNamespace(param_groups=[group]), settings, train_iters, iteration)
+    span = Span(length=train_iters, position=lambda iteration: iteration)
+    rate = LearningRate(SimpleNamespace(param_groups=[group]), settings, span, iteration)
     used, reported = [], []
     for _ in range(iteration, train_iters):
         used.append(group["lr"])
@@ -42,3 +44,27 @@ def test_rates_equal_megatrons_rule_by_hand(options, expected):
 def test_a_resumed_schedule_goes_on_where_it_stood(style):
     options = {"lr_decay_style": style, "lr_warmup_iters": 2}
     assert rates(options, train_iters=9, iteration=4)[0] == rates(options, train_iters=9)[0][4:]
+
+
+def positions(hft: HFTConfig, interval: str, *, train_iters: int = 7, cycle: int = 1) -> list[tuple[int, int]]:
+    """(position, length) in the schedule of every iteration of a run."""
+    rounds = RoundSchedule(interval=interval, train_iters=train_iters, samples_per_epoch=1, global_batch_size=1)
+    spans = [span_of_round(hft, rounds, round, cycle=cycle) for round in range(rounds.rounds)]
+    return [
+        (spans[rounds.round_of(iteration)].position(iteration), spans[rounds.round_of(iteration)].length)
+        for iteration in range(train_iters)
+    ]
+
+
+def test_one_schedule_over_the_run_does_not_see_rounds():
+    assert positions(HFTConfig(), "3") == [(iteration, 7) for iteration in range(7)]
+
+
+def test_a_schedule_per_round_starts_anew_with_each_and_a_last_short_round_is_cut_off():
+    expected = [(0, 3), (1, 3), (2, 3), (0, 3), (1, 3), (2, 3), (0, 3)]
+    assert positions(HFTConfig(hft_lr_schedule="round"), "3") == expected
+
+
+def test_hifts_rate_moves_only_after_every_group_has_trained():
+    hift = HFTConfig(hft_selection="hift")
+    assert positions(hift, "1", cycle=3) == [(0, 7)] * 3 + [(3, 7)] * 3 + [(6, 7)]

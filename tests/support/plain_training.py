@@ -14,9 +14,9 @@ from hft_megatron.hft.plan import Plan, make_plan
 from tests.support.toy_training import GLOBAL_BATCH, OPTIMIZER, SEED, STEPS, toy_batches
 
 
-def toy_plan(folder: str, ratio: float) -> Plan:
+def toy_plan(folder: str, hft: HFTConfig) -> Plan:
     shape = ModelShape.from_hf_config(load_hf_config(folder), folder)
-    return make_plan(shape, HFTConfig(hft_ratio=ratio), default_seed=SEED)
+    return make_plan(shape, hft, default_seed=SEED)
 
 
 def learning_rate(update: int, options: OptimizerConfig = OPTIMIZER) -> float:

@@ -75,6 +75,12 @@ class Recorder:
         if run.state.iteration == self.kill_at and run.placement.rank == self.kill_rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def at_round_start(self, run: Any) -> None:
+        self.run = run
+
+    def at_round_end(self, run: Any) -> None:
+        self.run = run
+
     def at_end(self, run: Any) -> None:
         self.run = run
 
@@ -154,7 +160,9 @@ def state_of(run: Any) -> State:
                 found[f"{name}.master"] = _hash(parameter)
                 for key, value in optimizer.optimizer.state[parameter].items():
                     found[f"{name}.{key}"] = _hash(value) if value.dim() else str(float(value))
-    found["updates"] = str(optimizer.updates)
+    for unit, tensors in run.wrapped.resting.tensors.items():
+        found |= {f"resting.{unit}.{name}": _hash(tensor) for name, tensor in tensors.items()}
+    found["unit steps"] = json.dumps(run.wrapped.unit_steps, sort_keys=True)
     found["learning rate"] = repr(run.learning_rate.last)
     return found
 

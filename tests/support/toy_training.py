@@ -1,6 +1,5 @@
 """Short runs of the real engine without files of data, on a task that a tiny LLaMA learns in twenty steps."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,13 @@ from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.data.sft import SftCounts, SftDataset
 from hft_megatron.hft.plan import make_plan
+from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.optimizer.schedule import LearningRate
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.tracking.tracker import CompositeTracker
+from hft_megatron.training.loop import learning_rate, next_step
+from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
-from hft_megatron.training.step import train_step
 from tests.support.models import build_from_folder
 
 STEPS = 20
@@ -70,29 +70,34 @@ def make_run(
     layout: dict[str, Any],
     *,
     ratio: float = 0.5,
-    training_units: Sequence[str] | None = None,
     training: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
+    hft: dict[str, Any] | None = None,
 ) -> Run:
     """This rank's run over the toy data from a Hugging Face folder.
 
-    ``training_units`` names what trains instead of the draw at ``ratio``.
-    ``layout``, ``training`` and ``optimizer`` hold fields of ParallelConfig, TrainingConfig and OptimizerConfig.
+    ``layout``, ``training``, ``optimizer`` and ``hft`` hold fields of ParallelConfig, TrainingConfig, OptimizerConfig
+    and HFTConfig.
     """
     options: dict[str, Any] = {"global_batch_size": GLOBAL_BATCH, "train_iters": STEPS, "bf16": False}
     config = RunConfig(
         parallel=ParallelConfig(**layout),
         training=TrainingConfig(**options | (training or {})),
         optimizer=replace(OPTIMIZER, **(optimizer or {})),
-        hft=HFTConfig(hft_ratio=ratio),
+        hft=HFTConfig(hft_ratio=ratio, **(hft or {})),
     )
     bf16 = config.training.bf16 is True
     dtype = torch.bfloat16 if bf16 else torch.float32
     chunks, shape, placement = build_from_folder(folder, layout, dtype, config.training)
-    plan = make_plan(shape, config.hft, default_seed=SEED)
-    if training_units is not None:
-        plan = replace(plan, training=frozenset(training_units))
-    wrapped = wrap(chunks, plan, config.parallel, config.optimizer, bf16=bf16)
+    schedule = RoundSchedule(
+        interval=config.hft.hft_round_interval,
+        train_iters=config.training.train_iters,
+        samples_per_epoch=len(toy_dataset()),
+        global_batch_size=GLOBAL_BATCH,
+    )
+    rounds = Rounds(schedule, lambda round: make_plan(shape, config.hft, default_seed=SEED, round=round))
+    carries = config.hft.hft_moments == "carry"
+    wrapped = wrap(chunks, rounds.plan(0), config.parallel, config.optimizer, bf16=bf16, steps_per_unit=carries)
     assert config.training.global_batch_size is not None
     share = BatchShare(
         micro_batch_size=config.training.micro_batch_size,
@@ -104,10 +109,11 @@ def make_run(
     return Run(
         config=config,
         placement=placement,
+        rounds=rounds,
         wrapped=wrapped,
         batches=toy_batches(share),
         validation=ValidationBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
-        learning_rate=LearningRate(wrapped.optimizer, config.optimizer, config.training.train_iters, iteration=0),
+        learning_rate=learning_rate(wrapped, rounds, config, TrainState()),
         tracker=CompositeTracker(),
         announce=lambda line: None,
         state=TrainState(),
@@ -115,12 +121,10 @@ def make_run(
 
 
 def take_steps(run: Run, steps: int) -> list[tuple[float | None, float]]:
-    """(loss, gradient norm) of each step; the loss is None off the last pipeline stage."""
+    """(loss, gradient norm) of each step, with new rounds in between; the loss is None off the last stage."""
     results = []
     for _ in range(steps):
-        result = train_step(run)
-        run.learning_rate.advance()
-        run.advance()
+        result = next_step(run)
         results.append((result.loss, result.grad_norm))
     return results
 

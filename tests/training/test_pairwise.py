@@ -1,6 +1,5 @@
 """Every pair of what a run can combine, once at least: what rests keeps its bits, what trains equals plain PyTorch."""
 
-import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hft_megatron.hft.plan import Plan
+from hft_megatron.config.schema import HFTConfig
 from hft_megatron.model.parameters import local_slice, parameter_slots
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.plain_training import plain_training, toy_plan
@@ -65,6 +64,19 @@ class Case:
             "adam_eps": 1e-3 if self.bf16 else OPTIMIZER.adam_eps,
         }
 
+    @property
+    def hft(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"hft_level": self.level}
+        if self.rests != "drawn":
+            options |= {"hft_freeze_embedding": True, "hft_freeze_head": self.tied}
+            layers, other = (0, 1), ()
+            if self.rests == "stage" and self.layout == "pp2_vpp":
+                layers = (0, 2)
+            if self.rests == "stage" and self.tied:  # a tied embedding rests on both stages: here the last one
+                layers, other = (1, 3), ("model.norm",)
+            options["hft_freeze"] = ",".join((*(f"model.layers.{layer}.*" for layer in layers), *other))
+        return options
+
 
 # A covering array from a greedy search over random completions: 16 rows, the least for 5 layouts x 3 levels is 15.
 CASES = [
@@ -103,49 +115,17 @@ def test_the_table_holds_every_possible_pair_of_values() -> None:
     assert all(case.is_possible for case in CASES)
 
 
-def drawn(plan: Plan, level: str) -> frozenset[str]:
-    """Half of the model at a level. ``plan`` is the draw at level category, which is the product's own."""
-    outside = {unit.name for unit in plan.units if unit.layer is None}
-    if level == "category":
-        return plan.training
-    if level == "layer":
-        return frozenset(outside | {unit.name for unit in plan.units if unit.layer in (1, 2)})
-    inside = sorted({unit.name for unit in plan.units} - outside)
-    return frozenset(outside | set(random.Random(3).sample(inside, len(inside) // 2)))
-
-
-def resting_whole(case: Case) -> tuple[str, ...]:
-    """Prefixes of the units that rest besides the draw."""
-    if case.rests == "bottom":
-        return ("model.embed_tokens", "model.layers.0.", "model.layers.1.")
-    if case.rests == "drawn":
-        return ()
-    if case.tied:  # a tied embedding stands on both stages and rests on both
-        return ("model.embed_tokens", "model.norm", "model.layers.1.", "model.layers.3.")
-    layers = (0, 2) if case.layout == "pp2_vpp" else (0, 1)
-    return ("model.embed_tokens", *(f"model.layers.{layer}." for layer in layers))
-
-
-def plan_of(case: Case, folder: str) -> Plan:
-    plan = toy_plan(folder, 0.5)
-    rests = resting_whole(case)
-    units = drawn(plan, case.level)
-    return replace(plan, training=frozenset(name for name in units if not (rests and name.startswith(rests))))
-
-
-def run_case(
-    folder: str, reference: str, layout: dict, training: dict, optimizer: dict, units: list[str]
-) -> dict[str, Any]:
+def run_case(folder: str, reference: str, layout: dict, training: dict, optimizer: dict, hft: dict) -> dict[str, Any]:
     """What ``STEPS`` steps did on this rank: losses, norms, and each weight's distance from the reference relative to
     the reference's own change (for what rests: whether its bits stayed)."""
-    run = make_run(folder, layout, training_units=units, training=training, optimizer=optimizer)
+    run = make_run(folder, layout, training=training, optimizer=optimizer, hft=hft)
     before = local_weights(run)
     results = take_steps(run, STEPS)
     after, expected = local_weights(run), load_file(reference)
     distances, moved = {}, []
     for slot in parameter_slots(run.wrapped.modules):
         key = (slot.unit, slot.local_name)
-        if slot.unit not in units:
+        if not run.wrapped.plan.trains(slot.unit):
             moved += [] if torch.equal(before[key], after[key]) else [slot.hf_name]
             continue
         whole = local_slice(expected[slot.hf_name], slot, run.placement).float()
@@ -175,7 +155,7 @@ def folders(tmp_path_factory):
 )
 def test_what_rests_keeps_its_bits_and_what_trains_equals_plain_pytorch(case: Case, ranks, folders, tmp_path: Path):
     folder = folders(case.tied)
-    plan = plan_of(case, folder)
+    plan = toy_plan(folder, HFTConfig(**case.hft))
     options = replace(OPTIMIZER, **case.optimizer)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     losses, norms, weights = plain_training(
@@ -191,7 +171,7 @@ def test_what_rests_keeps_its_bits_and_what_trains_equals_plain_pytorch(case: Ca
         layout=LAYOUTS[case.layout] | (OVERLAP if case.overlap else {}),
         training=training,
         optimizer=case.optimizer,
-        units=sorted(plan.training),
+        hft=case.hft,
     )
     loss_tolerance, norm_tolerance = (3e-3, 0.1) if case.bf16 else (1e-5, 1e-5)
     assert any(answer["distances"] for answer in answers)

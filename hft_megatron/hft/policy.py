@@ -1,0 +1,107 @@
+"""How units are chosen: the options that fix a plan, as one value that plans and checkpoints record."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from typing import Any, Literal, get_args, get_type_hints
+
+from hft_megatron.config.derived import patterns
+from hft_megatron.config.schema import HFTConfig
+from hft_megatron.errors import UserError
+from hft_megatron.hft.draw import exact_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What ``HFTConfig`` says about the choice of units; its fields have the meaning of the options of their names."""
+
+    ratio: float
+    level: Literal["category", "layer", "model"] = "category"
+    selection: Literal["random", "spectrum", "lisa", "hift"] = "random"
+    counting: Literal["matrices", "parameters"] = "matrices"
+    pairing: Literal["independent", "complementary"] = "independent"
+    rotation: Literal["independent", "complementary", "fixed"] = "independent"
+    seed: int
+    freeze_embedding: bool = False
+    freeze_head: bool = False
+    train: tuple[str, ...] = ()
+    """Patterns of the units that train in every round."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the units that rest in every round."""
+
+    @classmethod
+    def from_config(cls, config: HFTConfig, *, default_seed: int) -> "Policy":
+        """The policy of options that the config's rules accept.
+
+        ``default_seed`` (the run's ``--seed``) is used when ``--hft-seed`` is unset.
+        """
+        return cls(
+            ratio=float(config.hft_ratio),  # 1 and 1.0 must give one digest
+            level=config.hft_level,
+            selection=config.hft_selection,
+            counting=config.hft_counting,
+            pairing=config.hft_pairing,
+            rotation=config.hft_rotation,
+            seed=default_seed if config.hft_seed is None else config.hft_seed,
+            freeze_embedding=config.hft_freeze_embedding,
+            freeze_head=config.hft_freeze_head,
+            train=patterns(config.hft_train),
+            freeze=patterns(config.hft_freeze),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Any, *, source: str) -> "Policy":
+        """The inverse of ``to_dict``. Raises ``UserError`` naming ``source`` and the field that no plan can have."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or values.keys() != set(names):
+            raise UserError(f"{source} must have a policy with exactly the fields {', '.join(names)}; draw a new plan.")
+        for name in names:
+            if not _is_possible(name, values[name]):
+                raise UserError(f"{source} has the policy {name} {values[name]!r}, which no plan has; draw a new plan.")
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("train", "freeze")}})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "train": list(self.train), "freeze": list(self.freeze)}
+
+    @property
+    def exact_ratio(self) -> Fraction:
+        """The ratio as written in decimal."""
+        return exact_ratio(self.ratio)
+
+    @property
+    def rule(self) -> str:
+        """Name of the selection rule: the level for random draws, else the selection."""
+        return self.level if self.selection == "random" else self.selection
+
+    def describe(self) -> str:
+        """The policy in words for the log; counting, pairing, rotation and freezes only where not at their default."""
+        selection = f"random by {self.level}" if self.selection == "random" else self.selection
+        words = [f"ratio {self.ratio}", f"selection {selection}", f"seed {self.seed}"]
+        words += [
+            f"{name} {getattr(self, name)}"
+            for name in ("counting", "pairing", "rotation")
+            if getattr(self, name) != getattr(HFTConfig(), f"hft_{name}")
+        ]
+        words += [f"{what} frozen" for what in ("embedding", "head") if getattr(self, f"freeze_{what}")]
+        words += [f"{name} {','.join(getattr(self, name))}" for name in ("train", "freeze") if getattr(self, name)]
+        return ", ".join(words)
+
+
+_CHOICES = {
+    name: get_args(get_type_hints(HFTConfig)[f"hft_{name}"])
+    for name in ("level", "selection", "counting", "pairing", "rotation")
+}
+
+
+def _is_possible(name: str, value: Any) -> bool:
+    """Whether a field read from a file can have this value."""
+    if name in _CHOICES:
+        return value in _CHOICES[name]
+    if name == "ratio":
+        return type(value) in (int, float) and 0 <= value <= 1
+    if name == "seed":
+        return type(value) is int and value >= 0
+    if name in ("train", "freeze"):
+        return isinstance(value, list) and all(isinstance(pattern, str) for pattern in value)
+    return type(value) is bool
