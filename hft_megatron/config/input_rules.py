@@ -6,6 +6,7 @@ They look at folders but read no data: the data's own mistakes are found by the 
 
 import os
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from hft_megatron.config.model_shape import ModelShape
@@ -84,7 +85,13 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
 
 
 def outputs_can_be_written(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """A folder that can't be made or written is found now and not after the training."""
+    """What would fail only after the training is found now: a folder that can't be written, a package that is gone."""
+    if config.checkpoint.save is not None and find_spec("psutil") is None:
+        # megatron-core's writer process would die without it, and the trainer wait for it for ever.
+        raise UserError(
+            f"--save {config.checkpoint.save} needs the package psutil, which is not installed; "
+            "run `pip install psutil`, or leave --save out."
+        )
     for option, path in (("--save", config.checkpoint.save), ("--save-hf", config.checkpoint.save_hf)):
         if path is None:
             continue

@@ -92,6 +92,8 @@ class LlamaModel(GPTModel):
             vp_stage=virtual_stage,
         )
         self.shape = shape
+        if pre_process and config.recompute_granularity == "full":
+            self.embedding.register_forward_hook(self._let_recomputed_layers_train)
         if shape.rope_scaling is not None:
             # GPTModel passes on the factor alone and fixes low, high and original length.
             self.rotary_pos_emb.inv_freq = scaled_inverse_frequencies(self.rotary_pos_emb.inv_freq, shape.rope_scaling)
@@ -100,6 +102,20 @@ class LlamaModel(GPTModel):
             self.real_rows = max(0, min(rows, shape.vocab_size - placement.tensor_rank * rows))
             if self.real_rows < rows:
                 self.output_layer.register_forward_hook(self._hide_padded_rows)
+
+    def _let_recomputed_layers_train(self, module: torch.nn.Module, inputs: object, output: Tensor) -> None:
+        """Has the output of a resting embedding require a gradient where recomputed layers would not train without.
+
+        megatron-core's ``CheckpointFunction`` sees a layer's inputs and not its weights: when no input needs a gradient
+        neither does its output, and the weights inside never train, in silence. Elsewhere the flag stays off, so that
+        autograd computes no input gradient below the lowest weight that trains.
+        """
+        if not torch.is_grad_enabled() or output.requires_grad:
+            return
+        by_block = self.config.recompute_method == "block"
+        recomputed = list(self.decoder.layers)[: self.config.recompute_num_layers if by_block else None]
+        if any(weight.requires_grad for layer in recomputed for weight in layer.parameters()):
+            output.requires_grad_()
 
     def _hide_padded_rows(self, module: torch.nn.Module, inputs: object, output: tuple[Tensor, object]) -> None:
         logits, _ = output

@@ -45,6 +45,18 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         missing = sorted(unit for p, unit in unit_of.items() if self.plan.trains(unit) and p not in in_buckets)
         assert not missing, f"training units in no gradient bucket: {missing}"
 
+    def check_flags(self) -> None:
+        """Asserts that every parameter still has the ``requires_grad`` that the plan gave it before wrapping.
+
+        One flipped later would cost what it cost before and still decay (frozen), or never train (unfrozen), in silence
+        or in a bare assertion deep inside the reduction of gradients.
+        """
+        flipped = {unit for p, unit in self._unit_of.items() if p.requires_grad != (unit in self.plan.training)}
+        assert not flipped, (
+            f"requires_grad of {min(flipped)} was flipped after the model was wrapped for plan "
+            f"{self.plan.short_digest}: what trains changes at a switch of rounds only"
+        )
+
     def _live_buffers(self) -> list[Any]:
         return [] if self.is_stub_optimizer else list(self.buffers)
 

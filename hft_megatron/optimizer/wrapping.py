@@ -62,6 +62,8 @@ class WrappedModel:
                     chunk.enable_forward_pre_hook()
 
     def zero_gradients(self) -> None:
+        """Makes ready for a step. Asserts that what trains is still what the model was wrapped for."""
+        self.shards.check_flags()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

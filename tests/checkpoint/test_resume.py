@@ -139,6 +139,34 @@ def test_a_run_goes_on_to_another_number_of_iterations(
     assert second["state"] == whole["state"]
 
 
+PP4 = ["--pipeline-model-parallel-size", "4", "--lr-decay-style", "constant"]
+BELOW = ["--hft-freeze-embedding", "--hft-freeze", "model.layers.0.*,model.layers.1.*"]
+IDLE = {
+    "all stages but the last": (4, [*PP4, "--hft-freeze-embedding", "--hft-ratio", "0"], [0, 1, 2]),
+    "the stages between embedding and head": (4, [*PP4, "--hft-ratio", "0"], [1, 2]),
+    "the first stage": (2, [*PP2, "--lr-decay-style", "constant", *BELOW], [0]),
+}
+"""World size, options and the ranks that own nothing to train."""
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_a_pipeline_stage_with_nothing_to_train_saves_and_resumes(
+    case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    world_size, options, expected = IDLE[case]
+    pool, words = ranks(world_size), words_for(inputs["gqa"], *options, "--train-iters", 4, "--lr-warmup-iters", 0)
+    saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
+    whole = pool.run(run_sft_words, words=words)
+    first = pool.run(run_sft_words, words=[*saved, "--train-iters", "2"])
+    second = pool.run(run_sft_words, words=saved)
+    idle = [rank for rank in range(world_size) if not any("exp_avg" in name for name in whole[rank]["state"])]
+    assert idle == expected
+    for rank in range(world_size):
+        assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
+        assert second[rank]["state"] == whole[rank]["state"]
+    assert losses(whole)[-1] < losses(whole)[0]
+
+
 def test_a_finished_run_has_nothing_left_to_do(ranks: RankPools, inputs: dict[str, Path], tmp_path: Path) -> None:
     words = words_for(inputs["gqa"], "--train-iters", 3, "--save", tmp_path, "--load", tmp_path)
     [done] = ranks(1).run(run_sft_words, words=words)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hft_megatron.config.schema import HFTConfig
 from hft_megatron.model.layers import LlamaMLP
 from hft_megatron.model.parameters import local_slice, parameter_slots
 from hft_megatron.parallel.determinism import make_deterministic
@@ -105,7 +106,7 @@ def references(folders):
 
     def train(variant: str, ratio: float):
         folder = folders(variant)
-        losses, norms, weights = plain_training(folder, toy_plan(folder, ratio))
+        losses, norms, weights = plain_training(folder, toy_plan(folder, HFTConfig(hft_ratio=ratio)))
         path = Path(folder) / f"after-{ratio}.safetensors"
         save_file(weights, path)
         return losses, norms, str(path)
