@@ -31,8 +31,8 @@ class RoundSchedule:
         return self.first_round + iteration // int(self.interval)
 
     def bounds(self, round: int) -> tuple[int, int]:
-        """(start, stop): the round's iterations are start, start + 1, ..., stop - 1."""
-        assert 0 <= round - self.first_round < self.rounds, f"round {round} is not of this stage"
+        """(start, stop): the round's iterations are start, start + 1, ..., stop - 1; none of a round after the end."""
+        assert round >= self.first_round, f"round {round} is not of this stage"
         return self._start(round - self.first_round), self._start(round - self.first_round + 1)
 
     @property
