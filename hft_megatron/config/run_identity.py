@@ -100,15 +100,15 @@ def run_identity(
 
 def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:
     """Raise UserError, with both values of the first difference, when ``folder`` holds another run than ``new``."""
-    for name, old_value, new_value in _differences(saved, new):
+    for name, old_value, new_value in differences(saved, new):
         raise UserError(
             f"{option} {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; "
             f"choose another {option} folder."
         )
 
 
-def _differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
-    """(what, saved value, new value), in the words of the options."""
+def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
+    """(what, saved value, new value) of all that differs, in the words of the options."""
     values: list[tuple[str, object, object]] = [("method", saved.method, new.method)]
     for field in fields(ModelShape):
         name = f"model's {field.name.replace('_', ' ')}"

@@ -12,7 +12,7 @@ from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
-from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
+from hft_megatron.config.run_identity import RunIdentity, check_same_run, differences, run_identity
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
@@ -165,19 +165,49 @@ def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:
 
 
 def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
-    """Raises the same UserError on every rank when one of them read another checkpoint, model, data or option.
+    """Raises the same UserError on every rank when one of them read another checkpoint, plan, model, data or option.
 
     Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
     """
-    options = json.dumps(asdict(inputs.config), sort_keys=True)
-    checkpoint = None if inputs.checkpoint is None else inputs.checkpoint.name
-    mine = {"newest checkpoint": checkpoint, "inputs": inputs.identity, "options": options}
-    everyone: list[tuple[str, dict[str, object]]] = [("", {})] * placement.world_size
-    dist.all_gather_object(everyone, (f"{host_name()} ({placement.coordinates})", mine))
+    everyone: list[tuple[str, _Read]] = [("", _read_by(inputs))] * placement.world_size
+    dist.all_gather_object(everyone, (f"{host_name()} ({placement.coordinates})", _read_by(inputs)))
     for rank, (where, theirs) in enumerate(everyone):
-        for name, value in everyone[0][1].items():
-            if theirs[name] != value:
-                raise UserError(
-                    f"rank {rank} on {where} found other {name} than rank 0: every rank must see the same --save, "
-                    f"--load, model and data folders and get the same options; use storage that all hosts share."
-                )
+        difference = _first_difference(everyone[0][1], theirs)
+        if difference is not None:
+            raise UserError(
+                f"rank {rank} on {where} found other inputs than rank 0: {difference}; every rank must see the same "
+                f"--save, --load, model, plan and data and get the same options: use storage that all hosts share."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What one rank tells the others about what it read."""
+
+    options: dict[str, dict[str, object]]
+    checkpoint: str | None
+    identity: RunIdentity
+    plans: tuple[Plan, ...]
+
+
+def _read_by(inputs: Inputs) -> _Read:
+    checkpoint = None if inputs.checkpoint is None else inputs.checkpoint.name
+    return _Read(options=asdict(inputs.config), checkpoint=checkpoint, identity=inputs.identity, plans=inputs.plans)
+
+
+def _first_difference(mine: _Read, theirs: _Read) -> str | None:
+    """What is there, in words, instead of what is here."""
+    for group, options in mine.options.items():
+        for name, value in options.items():
+            other = theirs.options[group][name]
+            if other != value:
+                return f"--{name.replace('_', '-')} is {other} instead of {value}"
+    if theirs.checkpoint != mine.checkpoint:
+        return f"the newest checkpoint is {theirs.checkpoint} instead of {mine.checkpoint}"
+    for ours, plan in zip(mine.plans, theirs.plans, strict=False):
+        unit = ours.first_difference(plan)
+        if unit is not None:
+            return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
+    for what, here, there in differences(mine.identity, theirs.identity):
+        return f"the {what} is {there} instead of {here}"
+    return None
