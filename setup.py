@@ -31,6 +31,7 @@ setup(
         "tyro>=0.9",
         "pyyaml>=6",
         "tqdm>=4.66",
+        "pillow>=10.1",  # hft-megatron plan --png
         "psutil>=5.9",  # dist_checkpointing
         "wandb>=0.18",
     ],

@@ -26,7 +26,16 @@ ROWS: tuple[frozenset[str], ...] = (
 )
 """From the top down."""
 
-PURE = ("config", "errors", "hft.units", "hft.plan_file", "hft.rounds")
+PURE = (
+    "config",
+    "errors",
+    "hft.plan",
+    "hft.plan_file",
+    "hft.rounds",
+    "hft.units",
+    "model.parameter_names",
+    "optimizer.rank_costs",
+)
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 HEAVY = ("torch", "megatron", "transformer_engine", "apex")
 
@@ -70,6 +79,10 @@ def own_imports(path: Path, *, with_lazy: bool = True) -> set[str]:
     return below & MODULES.keys()
 
 
+def is_pure(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{pure}.") for pure in PURE)
+
+
 def row_of(part: str) -> int:
     rows = [number for number, row in enumerate(ROWS) if part in row]
     assert len(rows) == 1, f"{part} belongs to no row of the design: add it"
@@ -89,7 +102,7 @@ def test_a_module_imports_only_its_own_part_and_rows_below(name: str) -> None:
         assert other == part or row_of(other) > row_of(part), f"{name} must not import {imported}"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if any(f"{name}.".startswith(f"{p}.") for p in PURE)])
+@pytest.mark.parametrize("name", [name for name in MODULES if is_pure(name)])
 def test_pure_modules_never_reach_torch_or_megatron(name: str) -> None:
     reached, todo = set(), [name]
     while todo:
@@ -106,7 +119,8 @@ def test_pure_modules_never_reach_torch_or_megatron(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if name.partition(".")[0] in ("cli", "__main__")])
 def test_the_command_line_reaches_torch_only_inside_functions(name: str) -> None:
     for imported in own_imports(MODULES[name], with_lazy=False):
-        assert imported.partition(".")[0] in ("cli", "config", "errors", "__init__"), f"{name} imports {imported}"
+        allowed = is_pure(imported) or imported.partition(".")[0] in ("cli", "__init__")
+        assert allowed, f"{name} imports {imported}"
     assert not [imported for imported in imports(MODULES[name]) if imported.partition(".")[0] in HEAVY]
 
 

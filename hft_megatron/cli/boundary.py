@@ -72,6 +72,15 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
     return errors.EXIT_OK
 
 
+def show(text: str) -> None:
+    """Print what a command was asked for."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # `| head` has seen enough; without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _end(exit_code: int, state: str, message: str, status: StatusFolder) -> int:
     if _is_first_rank():
         print(f"{PROG}: {message}", file=sys.stderr)

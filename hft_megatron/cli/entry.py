@@ -4,14 +4,13 @@ Run: ``hft-megatron sft --help``. Nothing heavy is imported before a command's o
 """
 
 import difflib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.cli import sft
-from hft_megatron.cli.boundary import PROG, StatusFolder, run_command
+from hft_megatron.cli import plan, sft
+from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
 
@@ -33,6 +32,11 @@ COMMANDS = {
     "sft": Command(
         summary="fine-tune a LLaMA on instructions, half of its matrices at a time", options=sft.SftOptions, run=sft.run
     ),
+    "plan": Command(
+        summary="show what trains in which round, and what it costs on every rank; needs no GPU and no weights",
+        options=plan.PlanOptions,
+        run=plan.run,
+    ),
 }
 
 
@@ -42,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def dispatch(status: StatusFolder) -> None:
         if not arguments or arguments[0] in HELP_WORDS:
-            _show(_overview())
+            show(_overview())
             return
         name, *words = arguments
         if name not in COMMANDS:
             raise UserError(_unknown_command(name))
         command = COMMANDS[name]
         if any(word in HELP_WORDS for word in words):
-            _show(help_text(command.options, prog=f"{PROG} {name}", description=f"{command.summary}."))
+            show(help_text(command.options, prog=f"{PROG} {name}", description=f"{command.summary}."))
             return
         command.run(load_options(command.options, words), status)
 
@@ -65,11 +69,3 @@ def _overview() -> str:
 def _unknown_command(name: str) -> str:
     nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
     return f"{name!r} is not a command; the nearest is {PROG} {nearest[0]}."
-
-
-def _show(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # `| head` has seen enough; without this, Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -42,13 +42,18 @@ def help_text(options_type: type, *, prog: str, description: str) -> str:
 def load_options(options_type: type[T], arguments: Sequence[str]) -> T:
     """Build ``options_type``, a frozen dataclass of dataclasses, from command-line words and the file they name.
 
-    The file may set what nested dataclasses hold; the outermost fields (--config itself) belong to the command
-    line. Every mistake raises UserError with one sentence.
+    The file may set any option of a run, so that one file serves every command: what nested dataclasses of
+    ``options_type`` hold is taken, other options of a run are passed over. The outermost fields (--config itself)
+    belong to the command line. Every mistake raises UserError with one sentence.
     """
     flags = flags_of(options_type)
     given = list(settings_from_arguments(arguments, flags))
     file = next((setting.value for setting in reversed(given) if setting.flag.name == CONFIG_FLAG), None)
-    from_file = [] if file is None else list(_settings_from_file(Path(file), flags))
+    from_file = []
+    if file is not None:
+        taken = {name for name, flag in flags.items() if flag.group is not None}
+        every = _settings_from_file(Path(file), flags_of(RunConfig) | {name: flags[name] for name in taken})
+        from_file = [setting for setting in every if setting.flag.name in taken]
     # A later setting replaces an earlier one: an option repeated after a script's own arrays wins.
     settings = {setting.flag.name: setting for setting in [*from_file, *given]}
     return _build(options_type, list(settings.values()))

@@ -11,6 +11,8 @@ SPECTRUM_FILE = "spectrum.json"
 """The scores of --hft-selection spectrum, which a resumed run takes over: its own could differ in the last bits."""
 STATUS_FILE = "status.json"
 """How the last command that was pointed at the folder ended."""
+BILL_FILE = "bill.json"
+"""What the steps of the last command cost every rank, measured, next to full fine-tuning by formula."""
 CHECKPOINT_TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """The iteration of the newest complete checkpoint; Megatron's name. Written last."""
 

@@ -33,12 +33,31 @@ RULES: tuple[Rule, ...] = (
 """In this order, so that the numbers a rule divides by have been checked by an earlier one."""
 
 
+PLAN_RULES: tuple[Rule, ...] = (
+    layout_rules.only_what_is_built,
+    training_rules.sizes_are_positive,
+    training_rules.heads_fit_the_model,
+    layout_rules.tensor_parallel_divides_the_model,
+    layout_rules.pipeline_divides_the_layers,
+    layout_rules.ranks_factor_into_the_layout,
+    layout_rules.overlaps_fit_together,
+    *method_rules.METHOD_RULES,
+)
+"""Those of ``RULES``, in the same order, that don't need data, a tokenizer, a batch or a place for outputs."""
+
+
 def validate(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Raise UserError for the first rule that the options break; ``world_size`` counts ranks over all nodes.
 
     No rule reads ``shape.vocab_size``, which a run with random weights knows only after reading its tokenizer.
     """
     for rule in RULES:
+        rule(config, shape, world_size)
+
+
+def validate_plan(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Raise UserError for the first rule that a plan and its layout break."""
+    for rule in PLAN_RULES:
         rule(config, shape, world_size)
 
 

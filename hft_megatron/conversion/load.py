@@ -9,7 +9,8 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
-from hft_megatron.model.parameters import ParameterSlot, local_range, parameter_slots, whole_shape
+from hft_megatron.model.parameter_names import whole_shape
+from hft_megatron.model.parameters import ParameterSlot, local_range, parameter_slots
 from hft_megatron.parallel.groups import Placement
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import INDEX_FILE, SINGLE_FILE, HuggingFaceWeights
 from hft_megatron.model.llama import LlamaModel
-from hft_megatron.model.parameters import ParameterSlot, parameter_slots, whole_shape
+from hft_megatron.model.parameter_names import whole_shape
+from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.parallel.groups import Placement
 
 MAX_SHARD_BYTES = 5_000_000_000

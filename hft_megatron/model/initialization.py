@@ -8,7 +8,8 @@ import torch
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.model.llama import LlamaModel
-from hft_megatron.model.parameters import ParameterSlot, local_slice, parameter_slots, whole_shape
+from hft_megatron.model.parameter_names import whole_shape
+from hft_megatron.model.parameters import ParameterSlot, local_slice, parameter_slots
 from hft_megatron.parallel.groups import Placement
 
 

@@ -1,50 +1,20 @@
-"""The one table between megatron-core's parameter names and Hugging Face's, and how each is cut over tensor ranks."""
+"""The parameters of a live model with their names from ``parameter_names``, and how each is cut over tensor ranks."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.model.llama import LlamaModel
+from hft_megatron.model.parameter_names import ParameterName, name_of
 from hft_megatron.parallel.groups import Placement
-
-_LAYER_PARAMETERS: dict[str, tuple[str, int | None]] = {
-    "input_layernorm": ("input_layernorm", None),
-    "self_attention.linear_qkv.q_proj": ("self_attn.q_proj", 0),
-    "self_attention.linear_qkv.k_proj": ("self_attn.k_proj", 0),
-    "self_attention.linear_qkv.v_proj": ("self_attn.v_proj", 0),
-    "self_attention.linear_proj": ("self_attn.o_proj", 1),
-    "pre_mlp_layernorm": ("post_attention_layernorm", None),
-    "mlp.linear_fc1.gate_proj": ("mlp.gate_proj", 0),
-    "mlp.linear_fc1.up_proj": ("mlp.up_proj", 0),
-    "mlp.linear_fc2": ("mlp.down_proj", 1),
-}
-"""megatron-core module of a layer -> (Hugging Face module, dimension cut over tensor ranks)."""
-
-_OUTER_PARAMETERS: dict[str, tuple[str, int | None]] = {
-    "embedding.word_embeddings": ("model.embed_tokens", 0),
-    "decoder.final_layernorm": ("model.norm", None),
-    "output_layer": ("lm_head", 0),
-}
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParameterSlot:
+class ParameterSlot(ParameterName):
     """One local parameter and what it is a part of."""
 
     parameter: torch.nn.Parameter
-    local_name: str
-    """megatron-core's name in this chunk, without the ``module.`` of a wrapper."""
-    unit: str
-    """Hugging Face module name, which is also the name of the HFT unit (tied: the embedding's on both stages)."""
-    cut: int | None
-    """Dimension cut over tensor ranks, None when every rank holds the whole."""
-    is_vocab: bool
-    """Whether dimension 0 is the vocabulary, padded beyond Hugging Face's rows."""
 
     @property
     def hf_name(self) -> str:
@@ -52,45 +22,13 @@ class ParameterSlot:
 
 
 def parameter_slots(chunks: Sequence[LlamaModel]) -> Iterator[ParameterSlot]:
-    """Every parameter of this rank, in the chunks' order. Asserts that the table knows each of them."""
+    """Every parameter of this rank, in the chunks' order. A parameter that the table does not know is a KeyError."""
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            module = name.removesuffix(".weight")
-            match = _LAYER.fullmatch(module)
-            if match:
-                # The index counts within the chunk; a layer knows its place in the whole model (from 1).
-                layer = chunk.decoder.layers[int(match[1])].layer_number - 1
-                hf_module, cut = _LAYER_PARAMETERS[match[2]]
-                unit = f"model.layers.{layer}.{hf_module}"
-            else:
-                unit, cut = _OUTER_PARAMETERS[module]
-            is_vocab = unit in ("model.embed_tokens", "lm_head")
-            if unit == "lm_head" and chunk.shape.tie_embeddings:
-                unit = "model.embed_tokens"
-            yield ParameterSlot(parameter=parameter, local_name=name, unit=unit, cut=cut, is_vocab=is_vocab)
-
-
-def whole_shape(unit: str, shape: ModelShape) -> tuple[int, ...]:
-    """Shape of a unit's weight in Hugging Face's format: (out, in), or (hidden,) for norms."""
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    queries = shape.num_attention_heads * shape.kv_channels
-    keys = shape.num_query_groups * shape.kv_channels
-    shapes = {
-        "embed_tokens": (shape.vocab_size, hidden),
-        "lm_head": (shape.vocab_size, hidden),
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }
-    module = unit.rsplit(".", 1)[-1]
-    if module in shapes:
-        return shapes[module]
-    assert unit == "model.norm" or module.endswith("layernorm"), f"{unit} is not a unit of a LLaMA"
-    return (hidden,)
+        # A layer knows its place in the whole model (from 1), its index only that in the chunk.
+        first_layer = chunk.decoder.layers[0].layer_number - 1
+        for local_name, parameter in chunk.named_parameters():
+            name = name_of(local_name, first_layer=first_layer, tie_embeddings=chunk.shape.tie_embeddings)
+            yield ParameterSlot(parameter=parameter, **vars(name))
 
 
 def local_range(slot: ParameterSlot, whole: int, placement: Placement) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The distributed optimizer of a round: holds the plan, refuses resting shards, counts what it holds and sends."""
+"""The distributed optimizer of a round: holds the plan, refuses resting shards, counts what it holds."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -69,7 +69,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         """AdamW's step count of a training unit; the same on every rank, whether it holds the unit or not."""
         return self.start_steps.get(unit, 0) + self.updates
 
-    # --- what it holds and sends, measured on the live buffers and state
+    # --- what it holds, measured on the live buffers and state
 
     @property
     def gradient_bytes(self) -> int:
@@ -77,25 +77,18 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         return sum(buffer.grad_data.nbytes for buffer in self._live_buffers())
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of master weights, first and second moments that this rank holds now."""
+    def master_bytes(self) -> int:
+        """Bytes of fp32 master weights that this rank holds; 0 in fp32, where a parameter is its own master."""
         if self.is_stub_optimizer:
             return 0
-        masters: int = sum(main.nbytes for group in self.shard_fp32_from_float16_groups for main in group)
-        moments: int = sum(
-            state[key].nbytes for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
-        )
-        return masters + moments
+        return sum(main.nbytes for group in self.shard_fp32_from_float16_groups for main in group)
 
     @property
-    def reduce_scatter_bytes(self) -> int:
-        """Bytes that this rank passes to reduce-scatter over data-parallel ranks in one step; 0 without such ranks."""
-        return sum(b.grad_data.nbytes for b in self._live_buffers() if b.data_parallel_world_size > 1)
-
-    @property
-    def all_gather_bytes(self) -> int:
-        """Bytes that one step's all-gather over data-parallel ranks fills on this rank; 0 without such ranks."""
-        return sum(b.param_data.nbytes for b in self._live_buffers() if b.data_parallel_world_size > 1)
+    def moment_bytes(self) -> int:
+        """Bytes of first and second moments that this rank holds now; 0 before the first update."""
+        if self.is_stub_optimizer:
+            return 0
+        return sum(state[key].nbytes for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
 
     # --- state of whole parameters, for the next round and for checkpoints
 

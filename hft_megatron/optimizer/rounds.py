@@ -35,7 +35,7 @@ def switch_round(
         resting = wrapped.resting
         carried = CarriedState(steps=resting.steps | fresh.steps, tensors=resting.tensors | fresh.tensors)
     chunks = unwrap(wrapped)
-    new = wrap(chunks, plan, parallel, options, bf16=bf16, steps_per_unit=carries)
+    new = wrap(chunks, plan, parallel, options, bf16=bf16, steps_per_unit=carries, traffic=wrapped.traffic)
     give_state(new.shards, slots, carried, group)
     new.resting.steps, new.resting.tensors = carried.steps, carried.tensors
     return new

@@ -20,6 +20,7 @@ from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer.carried import CarriedState
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
+from hft_megatron.optimizer.traffic import Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class WrappedModel:
     optimizer: MegatronOptimizer
     """What the loop steps; megatron-core's chain around ``shards``."""
     shards: HFTDistributedOptimizer
+    traffic: Traffic
+    """What the run has sent and where its time goes; the next round's wrapper goes on with it."""
     resting: CarriedState = field(default_factory=CarriedState)
     """State of units that rest in this round; empty unless --hft-resting-moments host."""
 
@@ -74,12 +77,15 @@ def wrap(
     *,
     bf16: bool,
     steps_per_unit: bool = False,
+    traffic: Traffic | None = None,
 ) -> WrappedModel:
     """Applies the plan, then builds gradient buffers and optimizer state for its training units only.
 
     With ``steps_per_unit`` (for carried moments) torch's AdamW is used even where a fused one is installed: those of
-    Apex and transformer-engine count steps by parameter group.
+    Apex and transformer-engine count steps by parameter group. ``traffic`` is the last round's, whose counts go on;
+    None for the first round of a run.
     """
+    traffic = traffic or Traffic()
     slots = list(parameter_slots(chunks))
     apply_plan(slots, plan)
     ddp_config = DistributedDataParallelConfig(
@@ -91,11 +97,12 @@ def wrap(
         check_for_nan_in_grad=True,
     )
     config = chunks[0].config
-    wrapped = tuple(
-        # Later virtual chunks reduce off the critical path: one bucket each, as Megatron does.
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    )
+    with traffic.lending_bucket_groups():
+        wrapped = tuple(
+            # Later virtual chunks reduce off the critical path: one bucket each, as Megatron does.
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        )
     with _building_hft_optimizers(plan, slots, torch_adam=steps_per_unit):
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -117,7 +124,8 @@ def wrap(
         )
     shards = _only_hft_optimizer(optimizer)
     _connect_schedules(config, wrapped, optimizer)
-    return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards)
+    config.timers = traffic.clock.megatron_timers
+    return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards, traffic=traffic)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,17 @@ TRAINABLE_PARAMETERS = "trainable params"
 FROZEN_PARAMETERS = "frozen params"
 PLAN_DIGEST = "plan digest"
 ROUND_SWITCH_TIME = "round switch time (ms)"
+FORWARD_TIME = "forward time (ms)"
+BACKWARD_TIME = "backward time (ms)"
+REDUCE_SCATTER_WAIT = "reduce-scatter wait (ms)"
+ALL_GATHER_WAIT = "all-gather wait (ms)"
+OPTIMIZER_TIME = "optimizer time (ms)"
+REDUCE_SCATTER_BYTES = "reduce-scatter bytes"
+ALL_GATHER_BYTES = "all-gather bytes"
+GRADIENT_BYTES = "gradient buffer bytes"
+MASTER_BYTES = "master weight bytes"
+MOMENT_BYTES = "moment bytes"
+OPTIMIZER_BYTES = "optimizer bytes"
 
 
 class Tracker(Protocol):

@@ -13,30 +13,28 @@ from hft_megatron.config.run_folder import same_folder
 from hft_megatron.errors import StoppedBySignal
 from hft_megatron.hft.audit import Audit
 from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.parallel import step_clock
 from hft_megatron.tracking import tracker as names
+from hft_megatron.training.bill import Bill
+from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult, validation_loss
 
-
-class Hook:
-    """Runs on every rank, at the points that it overrides."""
-
-    def at_round_start(self, run: Run) -> None:
-        """Before the first step, and after every switch to another round."""
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        """After every optimizer step."""
-
-    def at_round_end(self, run: Run) -> None:
-        """Before every switch to another round, and after the last step."""
-
-    def at_end(self, run: Run) -> None:
-        """After the last step."""
+SECTION_METRICS = {
+    step_clock.FORWARD: names.FORWARD_TIME,
+    step_clock.BACKWARD: names.BACKWARD_TIME,
+    step_clock.REDUCE_SCATTER_WAIT: names.REDUCE_SCATTER_WAIT,
+    step_clock.ALL_GATHER_WAIT: names.ALL_GATHER_WAIT,
+    step_clock.OPTIMIZER: names.OPTIMIZER_TIME,
+}
 
 
 @dataclass
 class LogSteps(Hook):
-    """Records one line every --log-interval steps; loss and times are means over those steps, as in Megatron."""
+    """Records one line every --log-interval steps.
+
+    Loss, times and bytes sent are means over those steps, as in Megatron; all but the loss are the last rank's.
+    """
 
     interval: int
     _pending: list[StepResult] = field(default_factory=list)
@@ -57,7 +55,7 @@ class LogSteps(Hook):
         plan, shards = run.wrapped.plan, run.wrapped.shards
         record: dict[str, float | int | str] = {
             names.CONSUMED_SAMPLES: run.state.consumed_samples,
-            names.ITERATION_TIME: mean(step.total_ms for step in steps),
+            names.ITERATION_TIME: mean(step.times.total for step in steps),
             names.LEARNING_RATE: run.learning_rate.last,
             names.GLOBAL_BATCH_SIZE: run.batches.share.global_batch_size,
             names.GRAD_NORM: result.grad_norm,
@@ -65,13 +63,15 @@ class LogSteps(Hook):
             names.TRAINABLE_PARAMETERS: plan.trainable_parameters,
             names.FROZEN_PARAMETERS: plan.frozen_parameters,
             names.PLAN_DIGEST: plan.short_digest,
-            "forward-backward time (ms)": mean(step.forward_backward_ms for step in steps),
-            "optimizer time (ms)": mean(step.optimizer_ms for step in steps),
-            "reduce-scatter bytes": shards.reduce_scatter_bytes,
-            "all-gather bytes": shards.all_gather_bytes,
-            "gradient buffer bytes": shards.gradient_bytes,
-            "optimizer bytes": shards.state_bytes,
+            names.REDUCE_SCATTER_BYTES: mean(step.reduce_scatter_bytes for step in steps),
+            names.ALL_GATHER_BYTES: mean(step.all_gather_bytes for step in steps),
+            names.GRADIENT_BYTES: shards.gradient_bytes,
+            names.MASTER_BYTES: shards.master_bytes,
+            names.MOMENT_BYTES: shards.moment_bytes,
+            names.OPTIMIZER_BYTES: shards.master_bytes + shards.moment_bytes,
         }
+        for section, name in SECTION_METRICS.items():
+            record[name] = mean(step.times.sections[section] for step in steps)
         losses = [step.loss for step in steps if step.loss is not None]
         if losses:
             record[names.LOSS] = mean(losses)
@@ -200,5 +200,6 @@ def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
         already = loaded_iteration if same_folder(config.checkpoint.save, config.checkpoint.load) else None
         saver = SaveCheckpoints(config.checkpoint.save, config.checkpoint.save_interval, last=already)
         hooks.append(saver)
+    hooks.append(Bill(config.checkpoint.save))
     hooks.append(StopOnSignal(saver))
     return hooks

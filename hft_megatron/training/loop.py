@@ -13,7 +13,7 @@ from hft_megatron.hft.hift_rule import hift_groups
 from hft_megatron.optimizer.rounds import switch_round
 from hft_megatron.optimizer.schedule import LearningRate, span_of_round
 from hft_megatron.optimizer.wrapping import WrappedModel
-from hft_megatron.training.hooks import Hook
+from hft_megatron.training.hook import Hook
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult, train_step

@@ -1,6 +1,5 @@
 """One optimizer step and one validation, through megatron-core's pipeline schedules."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,43 +10,48 @@ from torch import Tensor
 
 from hft_megatron.data.batches import StepBatch
 from hft_megatron.objectives import sft
+from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes
 from hft_megatron.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step measured."""
+    """What one step measured on this rank."""
 
     loss: float | None
     """Mean per trained token of the global batch, in nats; None off the last pipeline stage."""
     grad_norm: float
     """Before clipping, over training parameters."""
-    total_ms: float
-    """The whole step, with the assembly of its batch and the sum of the loss over ranks."""
-    forward_backward_ms: float
-    """Schedule, gradient reduction and, without overlap, its wait."""
-    optimizer_ms: float
-    """Update and, without overlap, the parameter all-gather."""
+    times: StepTimes
+    """The whole step, with the assembly of its batch and the sum of the loss over ranks, and where it went."""
+    reduce_scatter_bytes: int
+    """Passed to reduce-scatter over data-parallel ranks since the step before ended."""
+    all_gather_bytes: int
+    """Filled by all-gather over data-parallel ranks since the step before ended.
+
+    A gather that a validation or a checkpoint forces between two steps counts for the second, which then needs none.
+    """
 
 
 def train_step(run: Run) -> StepResult:
     """Takes the next global batch, accumulates its gradients, reduces them and updates what the plan trains."""
-    begin = _now()
+    traffic = run.wrapped.traffic
+    traffic.clock.begin()
     batch = run.batches.step(run.state.consumed_samples)
-    start = _now()
     run.wrapped.zero_gradients()
     reports = _run_schedule(run, batch, forward_only=False)
-    reduced = _now()
-    updated, grad_norm, _ = run.wrapped.optimizer.step()
+    with traffic.clock.section(OPTIMIZER):
+        updated, grad_norm, _ = run.wrapped.optimizer.step()
     assert updated, "without loss scaling every step updates"
-    end = _now()
     loss = _mean_loss(run, reports)
+    times = traffic.clock.end()
+    reduce_scatter_bytes, all_gather_bytes = traffic.take_bytes()
     return StepResult(
         loss=loss,
         grad_norm=float(grad_norm),
-        total_ms=(_now() - begin) * 1e3,
-        forward_backward_ms=(reduced - start) * 1e3,
-        optimizer_ms=(end - reduced) * 1e3,
+        times=times,
+        reduce_scatter_bytes=reduce_scatter_bytes,
+        all_gather_bytes=all_gather_bytes,
     )
 
 
@@ -87,8 +91,3 @@ def _mean_loss(run: Run, reports: list[dict[str, Tensor]]) -> float | None:
     if placement.pipeline_rank < placement.pipeline_size - 1:
         return None
     return sft.mean_loss(reports, placement.groups.dp, placement.device)
-
-
-def _now() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,20 +1,19 @@
 """What rests costs nothing and stays as it is: bits, buckets, bytes on the wire and bytes of state."""
 
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import param_and_grad_buffer
 
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer import wrapping
-from hft_megatron.optimizer.wire_bytes import TrainedShard, buffer_elements
 from hft_megatron.training.run import Run
+from hft_megatron.training.step import train_step
 from tests.support.models import LAYOUTS, make_llama
-from tests.support.toy_training import local_weights, make_run, take_steps
+from tests.support.toy_training import local_weights, make_run
+from tests.support.wire import sent_bytes
 
 STEPS = 3
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -39,51 +38,10 @@ CASES: dict[str, Case] = {
     "pp2 dp2 overlap tied": (4, "tied", 0.5, LAYOUTS["pp2"] | OVERLAP | SMALL_BUCKETS, False),
     "pp2 dp2 interleaved overlap": (4, "gqa", 0.5, LAYOUTS["pp2_vpp"] | OVERLAP | SMALL_BUCKETS, False),
     "tp2 dp2": (4, "gqa", 0.5, LAYOUTS["tp2_sp"], True),
+    "tp2 dp2 overlap": (4, "gqa", 0.5, LAYOUTS["tp2_sp"] | OVERLAP | SMALL_BUCKETS, False),
+    "tp2 dp2 overlap full": (4, "gqa", 1.0, LAYOUTS["tp2_sp"] | OVERLAP | SMALL_BUCKETS, False),
 }
 """Ranks, model variant, ratio, parallel options, bf16."""
-
-
-@contextmanager
-def counted_bytes(counts: dict[str, int]):
-    """Adds up what megatron-core gives to both collectives on data-parallel groups of more than one rank."""
-    reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func
-    all_gather = param_and_grad_buffer.dist_all_gather_func
-
-    def count(name: str, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
-        counts[name] += tensor.nbytes if group.size() > 1 else 0
-
-    def counting_reduce_scatter(output, input, *, group, **kwargs):
-        count("reduce_scatter", input, group)
-        return reduce_scatter(output, input, group=group, **kwargs)
-
-    def counting_all_gather(output, input, *, group, **kwargs):
-        count("all_gather", output, group)
-        return all_gather(output, input, group=group, **kwargs)
-
-    with (
-        patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", counting_reduce_scatter),
-        patch.object(param_and_grad_buffer, "dist_all_gather_func", counting_all_gather),
-    ):
-        yield
-
-
-def formula_elements(run: Run) -> int:
-    """Elements of this rank's gradient buffers by the formula, from the plan and the layout alone."""
-    parallel, tied = run.config.parallel, run.wrapped.modules[0].shape.tie_embeddings
-    total = 0
-    for chunk, module in enumerate(run.wrapped.modules):
-        shards = [
-            TrainedShard(
-                elements=slot.parameter.numel(),
-                own_bucket=slot.is_vocab and tied and run.placement.pipeline_size > 1,
-            )
-            for slot in parameter_slots([module])
-            if run.wrapped.plan.trains(slot.unit)
-        ]
-        bucketed = parallel.overlap_grad_reduce and run.placement.pipeline_rank == 0 and chunk == 0
-        size = (parallel.ddp_bucket_size or 40_000_000) if bucketed else None
-        total += buffer_elements(shards, data_parallel_size=run.placement.data_size, bucket_size=size)
-    return total
 
 
 def leftovers(slot: ParameterSlot, run: Run) -> list[str]:
@@ -113,16 +71,18 @@ def run_audit(folder: str, ratio: float, layout: dict, bf16: bool) -> dict[str, 
     run = make_run(folder, layout, ratio=ratio, training=training, optimizer=DECAY_ALONE_SHOWS)
     plan, shards, slots = run.wrapped.plan, run.wrapped.shards, list(parameter_slots(run.wrapped.modules))
     before = {(slot.unit, slot.local_name): slot.parameter.detach().clone() for slot in slots}
-    wire = []
+    wire, results = [], []
     for _ in range(STEPS):
-        wire.append({"reduce_scatter": 0, "all_gather": 0})
-        with counted_bytes(wire[-1]):
-            take_steps(run, 1)
+        with sent_bytes() as counts:
+            results.append(train_step(run))
+        wire.append([counts["reduce_scatter"], counts["all_gather"]])
+        run.learning_rate.advance()
+        run.advance()
     after = local_weights(run)
     same = {key: torch.equal(before[key], after[key]) for key in before}
     resting = [slot for slot in slots if not plan.trains(slot.unit)]
     trained = [slot for slot in slots if plan.trains(slot.unit)]
-    state_bytes = torch.tensor(shards.state_bytes)
+    state_bytes = torch.tensor(shards.master_bytes + shards.moment_bytes)
     dist.all_reduce(state_bytes, group=run.placement.groups.dp)
     return {
         "resting": len(resting),
@@ -132,10 +92,11 @@ def run_audit(folder: str, ratio: float, layout: dict, bf16: bool) -> dict[str, 
         "kept gradients": [slot.hf_name for slot in trained if slot.parameter.grad is not None],
         "padding": {slot.hf_name: padded_rows(slot, run).abs().sum(1).tolist() for slot in slots if slot.is_vocab},
         "wire": wire,
-        "elements": formula_elements(run),
         "data_size": run.placement.data_size,
-        "reported": [shards.reduce_scatter_bytes, shards.all_gather_bytes, shards.gradient_bytes],
-        "state bytes": shards.state_bytes,
+        "reported": [[result.reduce_scatter_bytes, result.all_gather_bytes] for result in results],
+        "gradient bytes": shards.gradient_bytes,
+        "times": [result.times.sections | {"other": result.times.other} for result in results],
+        "state bytes": shards.master_bytes + shards.moment_bytes,
         "state bytes of all replicas": int(state_bytes),
         "training parameters": sum(slot.parameter.numel() for slot in trained),
     }
@@ -181,13 +142,20 @@ def test_rows_that_pad_the_vocabulary_stay_zero(audits):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bytes_on_the_wire_equal_the_formula_and_the_metrics_in_every_step(audits, case):
-    weight_bytes = 2 if CASES[case][4] else 4
+def test_the_metrics_are_the_bytes_on_the_wire_in_every_step(audits, case):
+    """How many there must be, test_rank_costs.py checks by formula."""
     for audit in audits(case):
-        elements = audit["elements"]
-        sent = elements if audit["data_size"] > 1 else 0
-        assert audit["wire"] == [{"reduce_scatter": 4 * sent, "all_gather": weight_bytes * sent}] * STEPS
-        assert audit["reported"] == [4 * sent, weight_bytes * sent, 4 * elements]
+        assert audit["reported"] == audit["wire"]
+        assert (audit["wire"][0][0] > 0) == (audit["data_size"] > 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_times_of_a_step_are_disjoint_and_waits_are_those_of_data_parallel_ranks(audits, case):
+    for audit in audits(case):
+        for times in audit["times"]:
+            assert all(times[name] > 0 for name in ("forward", "backward", "optimizer", "other"))
+            assert (times["reduce-scatter wait"] > 0) == (audit["data_size"] > 1)
+            assert (times["all-gather wait"] > 0) == (audit["data_size"] > 1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,13 +163,13 @@ def test_optimizer_state_is_8_or_12_bytes_per_training_parameter_over_the_data_p
     per_parameter = 12 if CASES[case][4] else 8
     for audit in audits(case):
         assert audit["state bytes of all replicas"] == per_parameter * audit["training parameters"]
-        assert audit["state bytes"] <= per_parameter * audit["elements"] / audit["data_size"]
+        assert audit["state bytes"] <= per_parameter * audit["gradient bytes"] / 4 / audit["data_size"]
 
 
 def test_the_half_plan_sends_about_half_of_what_the_full_plan_sends_outside_the_embeddings(audits):
     half, full = audits("dp2")[0], audits("dp2 full")[0]
     vocabulary = 2 * UNEVEN["vocab_size"] * UNEVEN["hidden_size"]
-    share = (half["elements"] - vocabulary) / (full["elements"] - vocabulary)
+    share = (half["gradient bytes"] / 4 - vocabulary) / (full["gradient bytes"] / 4 - vocabulary)
     assert 0.4 < share < 0.6
 
 

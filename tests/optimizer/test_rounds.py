@@ -133,7 +133,7 @@ def run_many_switches(folder: str) -> dict[str, Any]:
         take_steps(run, 1)
     after.append(living_bytes())
     assert run.state.round == 50
-    state = run.wrapped.shards.state_bytes + run.wrapped.shards.gradient_bytes
+    state = run.wrapped.shards.moment_bytes + run.wrapped.shards.gradient_bytes
     return {"after": after, "between": between, "state": state}
 
 

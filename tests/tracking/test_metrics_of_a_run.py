@@ -21,11 +21,16 @@ KEYS = {
     "trainable params",
     "frozen params",
     "global batch size",
-    "forward-backward time (ms)",
+    "forward time (ms)",
+    "backward time (ms)",
+    "reduce-scatter wait (ms)",
+    "all-gather wait (ms)",
     "optimizer time (ms)",
     "reduce-scatter bytes",
     "all-gather bytes",
     "gradient buffer bytes",
+    "master weight bytes",
+    "moment bytes",
     "optimizer bytes",
 }
 

@@ -14,7 +14,7 @@ from hft_megatron.config.schema import HFTConfig
 from hft_megatron.model.layers import LlamaMLP
 from hft_megatron.model.parameters import local_slice, parameter_slots
 from hft_megatron.parallel.determinism import make_deterministic
-from hft_megatron.training.hooks import Hook
+from hft_megatron.training.hook import Hook
 from hft_megatron.training.loop import train
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult, validation_loss

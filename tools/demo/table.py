@@ -30,7 +30,7 @@ def render(before: Evaluation, outcomes: Sequence[Outcome]) -> str:
     add("optimizer state per rank, TP 2 (MB)", "", lambda one: one.optimizer_bytes / MEGABYTE, _tenths)
     add("gradient buffer per rank, TP 2 (MB)", "", lambda one: one.gradient_bytes / MEGABYTE, _tenths)
     add("sent per rank and step, TP 2 x DP 2 (MB)", "", lambda one: one.wire_bytes / MEGABYTE, _tenths)
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def replace_table(readme: str, table: str) -> str:
@@ -67,7 +67,8 @@ def _tenths(value: float) -> str:
     return f"{value:.1f}"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of ``lines``, the first of which is its head."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines

@@ -1,0 +1,125 @@
+"""``hft-megatron plan``: which units train in which round, and what every rank of a layout would hold and send.
+
+Run: ``hft-megatron plan --load-hf MODEL --tensor-model-parallel-size 8 --world-size 64 --rounds 2``. It needs a
+config.json but no weights, no GPU, no ranks and no torch.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.cli.plan_json import report_json
+from hft_megatron.cli.plan_report import make_report
+from hft_megatron.cli.plan_text import report_text
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.config.schema import HFTConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.validation import shape_of, validate_plan
+from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.hft.plan_file import check_enough_rounds, load_plans, plans_to_json
+from hft_megatron.optimizer.rank_costs import CostModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTrainingConfig:
+    """What a plan depends on of a run's training options."""
+
+    bf16: bool = True
+    """Costs with bf16 weights and fp32 masters, or with fp32 weights (--no-bf16)."""
+    seed: int = 1234
+    """Seed of the draw when --hft-seed is unset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What to plan for, and where to put it."""
+
+    config: str | None = None
+    """YAML file of a run, of which only the options below are read; the command line wins."""
+    world_size: int | None = None
+    """Ranks of the run; those of one replica (TP x PP) when unset."""
+    rounds: int | None = None
+    """Rounds to plan; all of --hft-plan's when that is given, else 1."""
+    json: bool = False
+    """Print JSON, with every rank, instead of text."""
+    save: str | None = None
+    """File for the plans, which --hft-plan reads. A plan that somebody has edited is never written over."""
+    png: str | None = None
+    """File for a picture of the grid."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: PlanTrainingConfig = field(default_factory=PlanTrainingConfig)
+    hft: HFTConfig = field(default_factory=HFTConfig)
+
+    @property
+    def as_run(self) -> RunConfig:
+        """The run that is planned for, as far as a plan knows it."""
+        training = TrainingConfig(bf16=self.training.bf16, seed=self.training.seed)
+        return RunConfig(parallel=self.parallel, model=self.model, training=training, hft=self.hft)
+
+
+def run(options: PlanOptions, status: StatusFolder) -> None:
+    """Print the plans and their costs, and write the files that are asked for. Raises UserError for every mistake."""
+    shape, world_size = _checked(options)
+    model = CostModel(
+        shape=shape,
+        parallel=options.parallel,
+        world_size=world_size,
+        bf16=options.training.bf16,
+        vocab_multiple=options.model.make_vocab_size_divisible_by,
+    )
+    report = make_report(_plans(options, shape), model)
+    if options.save is not None:
+        _save(options.save, plans_to_json(report.plans))
+    if options.png is not None:
+        # Imported here, because only this needs Pillow.
+        from hft_megatron.cli.plan_picture import draw_picture
+
+        try:
+            draw_picture(report, Path(options.png))
+        except OSError as error:
+            raise UserError(f"--png {options.png} can't be written: {error.strerror}.") from None
+    show(report_json(report) if options.json else report_text(report))
+
+
+def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
+    """Shape and world size of options that make a plan."""
+    for flag, count in (("--world-size", options.world_size), ("--rounds", options.rounds)):
+        if count is not None and count < 1:
+            raise UserError(f"{flag} {count}: must be at least 1.")
+    shape = shape_of(options.model)
+    if shape is None:
+        raise UserError("--vocab-size is missing: a plan reads no tokenizer; give it, or a model folder by --load-hf.")
+    replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
+    world_size = replica if options.world_size is None else options.world_size
+    validate_plan(options.as_run, shape, world_size)
+    return shape, world_size
+
+
+def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:
+    path = options.hft.hft_plan
+    if path is not None:
+        loaded = load_plans(path, shape)
+        if options.rounds is not None:
+            check_enough_rounds(loaded, options.rounds, path)
+        return loaded[: options.rounds]
+    if options.hft.hft_selection == "spectrum":
+        raise UserError(
+            "--hft-selection spectrum ranks a model's weights, which `hft-megatron plan` doesn't read; run "
+            "`hft-megatron sft` with it and give the plan.json of one of its checkpoints by --hft-plan."
+        )
+    return tuple(
+        make_plan(shape, options.hft, default_seed=options.training.seed, round=round)
+        for round in range(options.rounds or 1)
+    )
+
+
+def _save(file: str, text: str) -> None:
+    path = Path(file)
+    try:
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            raise UserError(f"--save {file} holds something else already; choose another name, or remove it.")
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"--save {file} can't be written: {error.strerror}.") from None

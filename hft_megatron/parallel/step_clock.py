@@ -1,0 +1,129 @@
+"""Where the time of a step goes: each moment belongs to one section, so that the sections add up to at most the step.
+
+On CUDA the times are the stream's, from events that are read once the step is over; elsewhere the host's.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FORWARD = "forward"
+BACKWARD = "backward"
+REDUCE_SCATTER_WAIT = "reduce-scatter wait"
+ALL_GATHER_WAIT = "all-gather wait"
+OPTIMIZER = "optimizer"
+SECTIONS = (FORWARD, BACKWARD, REDUCE_SCATTER_WAIT, ALL_GATHER_WAIT, OPTIMIZER)
+OTHER = "other"
+"""What no section covers: assembling the batch, clearing, checking and scaling gradients, pipeline waits, the loss over
+ranks. With overlapped reduction gradients are checked and scaled within the backward pass, and are its time."""
+
+_MEGATRON_NAMES: Mapping[str, str] = {"forward-compute": FORWARD, "backward-compute": BACKWARD}
+"""megatron-core's timers of one micro-batch on one model chunk, as its schedules call them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Milliseconds of one step on this rank."""
+
+    total: float
+    """By the host's clock, from an idle device to an idle device."""
+    sections: Mapping[str, float]
+    """One entry for each of ``SECTIONS``."""
+
+    @property
+    def other(self) -> float:
+        """What no section covers."""
+        return self.total - sum(self.sections.values())
+
+
+class StepClock:
+    """Times sections between ``begin`` and ``end``; outside of them, as in a validation, it does nothing.
+
+    An inner section pauses the outer one: a wait for gathered parameters within the forward pass is the wait's time
+    and not the forward pass's. Recording synchronises nothing; ``begin`` and ``end`` wait for the device, once each.
+    """
+
+    def __init__(self) -> None:
+        self._on_stream = torch.cuda.is_available()
+        self._marks: list[tuple[str, Any]] = []
+        """From each moment on, the section that time belongs to."""
+        self._open: list[str] = []
+        self._begun: float | None = None
+
+    def begin(self) -> None:
+        """Starts a step. An earlier one that an exception cut short is forgotten."""
+        self._wait_for_device()
+        self._marks, self._open = [], []
+        self._begun = time.perf_counter()
+        self._mark(OTHER)
+
+    def end(self) -> StepTimes:
+        """Ends the step and returns its times in milliseconds."""
+        assert self._begun is not None, "a step ends that never began"
+        assert not self._open, f"sections still open: {self._open}"
+        self._mark(OTHER)
+        self._wait_for_device()
+        total = (time.perf_counter() - self._begun) * 1e3
+        sections = dict.fromkeys((*SECTIONS, OTHER), 0.0)
+        for (section, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
+            sections[section] += start.elapsed_time(stop) if self._on_stream else (stop - start) * 1e3
+        del sections[OTHER]  # it follows from the total, which holds the host's part as well
+        self._marks, self._begun = [], None
+        return StepTimes(total=total, sections=sections)
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Time within it belongs to ``name``, one of ``SECTIONS``."""
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self, name: str) -> None:
+        """Opens a section; ``leave`` closes it. For callers that cannot hold a ``with`` open."""
+        if self._begun is not None:
+            self._open.append(name)
+            self._mark(name)
+
+    def leave(self) -> None:
+        """Closes the innermost section."""
+        if self._begun is not None:
+            self._open.pop()
+            self._mark(self._open[-1] if self._open else OTHER)
+
+    def _wait_for_device(self) -> None:
+        if self._on_stream:
+            torch.cuda.synchronize()
+
+    def _mark(self, section: str) -> None:
+        # The current stream, also in autograd's own thread, is the one that computes and that a wait holds up.
+        moment: Any = time.perf_counter()
+        if self._on_stream:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self._marks.append((section, moment))
+
+    def megatron_timers(self, name: str, log_level: int | None = None) -> "_MegatronTimer":
+        """What megatron-core's ``config.timers`` is called as; timers of other things than micro-batches do nothing."""
+        return _MegatronTimer(self, _MEGATRON_NAMES.get(name))
+
+
+class _MegatronTimer:
+    """One timer in megatron-core's interface; never a barrier, which would be a part of what is measured."""
+
+    def __init__(self, clock: StepClock, section: str | None) -> None:
+        self._clock = clock
+        self._section = section
+
+    def start(self, barrier: bool = False) -> None:
+        if self._section is not None:
+            self._clock.enter(self._section)
+
+    def stop(self, barrier: bool = False) -> None:
+        if self._section is not None:
+            self._clock.leave()

@@ -1,0 +1,132 @@
+"""The bill of a run: what every rank sent, held and waited for, measured, next to full fine-tuning by formula."""
+
+import json
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+
+from hft_megatron.config.run_folder import BILL_FILE, write_atomically
+from hft_megatron.optimizer.rank_costs import CostModel
+from hft_megatron.parallel.step_clock import OTHER, SECTIONS
+from hft_megatron.training.bill_table import render_bill
+from hft_megatron.training.hook import Hook
+from hft_megatron.training.run import Run
+from hft_megatron.training.step import StepResult
+
+WARM_UP_STEPS = 2
+"""Left out of the times: moments are made in the first step, and its reductions do not overlap yet."""
+STEP = "step"
+SUMS = ("reduced", "gathered")
+"""Bytes that the bill adds up over the steps."""
+HELD = ("gradients", "masters", "moments")
+"""Of these the bill has the most that was held after any step."""
+
+
+@dataclass
+class Bill(Hook):
+    """Keeps account of the steps that this process takes; at the end prints a table and writes bill.json.
+
+    Ranks' accounts are gathered once, at the end. A run that a signal stops writes none: the run that goes on with it
+    writes one of its own steps.
+    """
+
+    folder: str | None
+    """The --save folder; without one the table is only printed."""
+    _bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*SUMS, *HELD), 0))
+    _times: "dict[str, array[float]]" = field(
+        default_factory=lambda: {name: array("d") for name in (STEP, *SECTIONS, OTHER)}
+    )
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        shards = run.wrapped.shards
+        self._bytes["reduced"] += result.reduce_scatter_bytes
+        self._bytes["gathered"] += result.all_gather_bytes
+        held = {"gradients": shards.gradient_bytes, "masters": shards.master_bytes, "moments": shards.moment_bytes}
+        for name, size in held.items():
+            self._bytes[name] = max(self._bytes[name], size)
+        for name, milliseconds in {STEP: result.times.total, OTHER: result.times.other}.items():
+            self._times[name].append(milliseconds)
+        for name, milliseconds in result.times.sections.items():
+            self._times[name].append(milliseconds)
+
+    def at_end(self, run: Run) -> None:
+        steps = len(self._times[STEP])
+        if steps == 0:  # a finished run that was started again
+            return
+        accounts: list[Any] = [None] * run.placement.world_size
+        dist.all_gather_object(accounts, self._account(run, steps))
+        bill = _bill_of(run, accounts, steps=steps, timed_steps=steps - _warm_up(steps))
+        run.announce(render_bill(bill))
+        if self.folder is not None and run.placement.rank == 0:
+            write_atomically(Path(self.folder) / BILL_FILE, json.dumps(bill, indent=2) + "\n")
+
+    def _account(self, run: Run, steps: int) -> dict[str, Any]:
+        placement = run.placement
+        full = _full_bytes(run, steps)
+        return {
+            "rank": placement.rank,
+            "tensor_rank": placement.tensor_rank,
+            "pipeline_rank": placement.pipeline_rank,
+            "data_rank": placement.data_rank,
+            "bytes": {name: {"measured": self._bytes[name], "full": full[name]} for name in self._bytes},
+            "milliseconds": {name: median(values[_warm_up(steps) :]) for name, values in self._times.items()},
+        }
+
+
+def _full_bytes(run: Run, steps: int) -> dict[str, int]:
+    """What this rank would have sent in all ``steps`` and held if every unit trained, by formula."""
+    config, placement = run.config, run.placement
+    bf16 = config.training.bf16 is True
+    model = CostModel(
+        shape=run.wrapped.modules[0].shape,
+        parallel=config.parallel,
+        world_size=placement.world_size,
+        bf16=bf16,
+        vocab_multiple=config.model.make_vocab_size_divisible_by,
+    )
+    costs = model.stage_costs(lambda unit: True, placement.pipeline_rank)[placement.data_rank]
+    # One fp32 master to two fp32 moments; an fp32 weight is its own master.
+    masters = costs.optimizer_bytes // 3 if bf16 else 0
+    return {
+        "reduced": costs.reduce_scatter_bytes * steps,
+        "gathered": costs.all_gather_bytes * steps,
+        "gradients": costs.gradient_bytes,
+        "masters": masters,
+        "moments": costs.optimizer_bytes - masters,
+    }
+
+
+def _warm_up(steps: int) -> int:
+    """How many first steps the times leave out; the last step is always timed."""
+    return min(WARM_UP_STEPS, steps - 1)
+
+
+def _bill_of(run: Run, accounts: list[dict[str, Any]], *, steps: int, timed_steps: int) -> dict[str, Any]:
+    """What bill.json holds. Bytes reduced and gathered are those of all ``steps``; times are medians of one step."""
+    config, placement, plan = run.config, run.placement, run.wrapped.plan
+    totals = {
+        name: {kind: sum(one["bytes"][name][kind] for one in accounts) for kind in ("measured", "full")}
+        for name in accounts[0]["bytes"]
+    }
+    return {
+        "first_iteration": run.state.iteration - steps + 1,
+        "last_iteration": run.state.iteration,
+        "steps": steps,
+        "timed_steps": timed_steps,
+        "plan_digest": plan.digest,
+        "trainable_parameters": plan.trainable_parameters,
+        "frozen_parameters": plan.frozen_parameters,
+        "tensor_model_parallel_size": placement.tensor_size,
+        "pipeline_model_parallel_size": placement.pipeline_size,
+        "data_parallel_size": placement.data_size,
+        "overlap_grad_reduce": config.parallel.overlap_grad_reduce,
+        "overlap_param_gather": config.parallel.overlap_param_gather,
+        "device": placement.device.type,
+        "bf16": config.training.bf16 is True,
+        "total_bytes": totals,
+        "ranks": accounts,
+    }

@@ -1,0 +1,68 @@
+"""How a bill looks on a terminal."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAIT
+
+_BYTE_ROWS = (
+    ("reduced", "reduced per step"),
+    ("gathered", "gathered per step"),
+    ("gradients", "held as gradients"),
+    ("masters", "held as masters"),
+    ("moments", "held as moments"),
+)
+_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def render_bill(bill: Mapping[str, Any]) -> str:
+    """The table of a bill.json's contents: bytes of the largest rank and of all ranks, milliseconds over ranks."""
+    layout = " x ".join(
+        f"{short} {bill[size]}"
+        for short, size in (
+            ("TP", "tensor_model_parallel_size"),
+            ("PP", "pipeline_model_parallel_size"),
+            ("DP", "data_parallel_size"),
+        )
+    )
+    iterations = f"iterations {bill['first_iteration']} to {bill['last_iteration']}"
+    title = f"> the bill of {iterations}, measured on {layout}; what full fine-tuning would cost is by formula"
+    return "\n".join([title, *_aligned(_byte_rows(bill)), *_aligned(_time_rows(bill))])
+
+
+def _byte_rows(bill: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["bytes", "largest rank", "full", "all ranks", "full", "share"]]
+    for name, label in _BYTE_ROWS:
+        per = bill["steps"] if name in ("reduced", "gathered") else 1
+        of_rank = [rank["bytes"][name] for rank in bill["ranks"]]
+        total = bill["total_bytes"][name]
+        share = f"{total['measured'] / total['full']:.1%}" if total["full"] else "-"
+        largest = [max(one[kind] for one in of_rank) for kind in ("measured", "full")]
+        sizes = [_size(value / per) for value in (*largest, total["measured"], total["full"])]
+        rows.append([label, *sizes, share])
+    return rows
+
+
+def _time_rows(bill: Mapping[str, Any]) -> list[list[str]]:
+    overlapped = {
+        REDUCE_SCATTER_WAIT: bill["overlap_grad_reduce"],
+        ALL_GATHER_WAIT: bill["overlap_param_gather"],
+    }
+    rows = [[f"ms per step, median of {bill['timed_steps']}", "mean of ranks", "least", "most"]]
+    for name in bill["ranks"][0]["milliseconds"]:
+        values = [rank["milliseconds"][name] for rank in bill["ranks"]]
+        kind = {True: " (exposed)", False: " (all of it)"}[overlapped[name]] if name in overlapped else ""
+        rows.append([f"{name}{kind}", *(f"{value:.1f}" for value in (mean(values), min(values), max(values)))])
+    return rows
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left and padded alike in every table, the others to the right."""
+    return [f"    {row[0]:<32}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
+
+
+def _size(size: float) -> str:
+    """Bytes in decimal units."""
+    unit, power = next((pair for pair in _UNITS if size >= pair[1]), ("B", 1))
+    return f"{size / power:.{0 if power == 1 else 1}f} {unit}"

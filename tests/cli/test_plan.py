@@ -1,0 +1,266 @@
+"""``hft-megatron plan``: grid, costs, files and mistakes. Run: pytest tests/cli/test_plan.py"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hft_megatron import errors
+from hft_megatron.cli import main
+from hft_megatron.cli.plan_picture import RESTS, ROUND_COLOURS, strip, unit_boxes
+from hft_megatron.cli.plan_report import make_report
+from hft_megatron.cli.plan_text import report_text
+from hft_megatron.config.schema import HFTConfig, ParallelConfig
+from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.hft.plan_file import load_plans
+from hft_megatron.optimizer.rank_costs import CostModel
+from tests.cli.conftest import SHAPE
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+WITHOUT_TORCH = """
+import json, resource, sys
+from hft_megatron.cli import main
+code = main(sys.argv[1:])
+heavy = sorted({"torch", "megatron", "transformers", "PIL"} & sys.modules.keys())
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"code": code, "heavy": heavy, "seconds": used.ru_utime + used.ru_stime}), file=sys.stderr)
+"""
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def plan(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """What ``hft-megatron plan --load-hf MODEL`` with these words prints; it must end well."""
+
+    def run(*words: str) -> str:
+        assert main(["plan", "--load-hf", str(model_folder), *words]) == errors.EXIT_OK
+        return capsys.readouterr().out
+
+    return run
+
+
+def plans(rounds: int = 1, seed: int = 1234, **options: Any) -> list[Plan]:
+    return [make_plan(SHAPE, HFTConfig(**options), default_seed=seed, round=round) for round in range(rounds)]
+
+
+def grid_rows(text: str) -> dict[str, list[str]]:
+    """Cells after the label of every row of the grid, by label (``embedding``, ``3``)."""
+    lines = text.split("\n\n")[3].splitlines()[2:]
+    labels = {line[:16].removeprefix("PP").split()[-1]: line[16:].split() for line in lines}
+    return labels
+
+
+def test_70b_on_1024_ranks_takes_less_than_two_seconds_and_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    layout = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4", "--world-size", "1024"]
+    words = ["plan", "--load-hf", str(tmp_path), *layout, "--overlap-grad-reduce", "--rounds", "2", "--json"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True, check=True)
+    outcome = json.loads(done.stderr)
+    assert (outcome["code"], outcome["heavy"]) == (0, [])
+    assert outcome["seconds"] < 2  # of this process alone, however busy the machine is
+    report = json.loads(done.stdout)
+    for costs in [*report["rounds"], report["full_fine_tuning"]]:
+        assert [rank["rank"] for rank in costs["ranks"]] == list(range(1024))
+
+
+def test_the_grid_has_every_unit_at_its_place(plan: Run) -> None:
+    text = plan("--rounds", "2", "--pipeline-model-parallel-size", "2", "--hft-freeze-head", "--hft-train", "*.3.*")
+    drawn = plans(2, hft_freeze_head=True, hft_train="*.3.*")
+    rows = grid_rows(text)
+    assert rows["embedding"] == rows["norm"] == ["#", "#"]
+    assert rows["lm_head"] == [".", "."]
+    assert rows["3"] == ["####", "###", "##"] * 2
+    modules = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    modules += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]
+    for layer in range(SHAPE.num_layers):
+        marks = ["".join("#" if p.trains(f"model.layers.{layer}.{m}") else "." for m in modules) for p in drawn]
+        assert "".join(rows[str(layer)]) == "".join(marks)
+
+
+def test_layers_stand_beside_their_pipeline_stage_also_when_stages_interleave(plan: Run) -> None:
+    text = plan("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "2")
+    stages = [line.split()[1] for line in text.split("\n\n")[3].splitlines() if line.startswith("PP")]
+    assert stages == ["0", "0", "1", "1", "0", "0", "1", "1"]
+
+
+def test_rounds_that_fill_a_line_go_on_below(plan: Run) -> None:
+    text = plan("--rounds", "20")
+    headings = [line.split("round ")[1:] for line in text.splitlines() if line.strip().startswith("round 0  ")]
+    assert headings
+    assert max(len(line) for line in text.split("\n\n")[3].splitlines()) <= 100
+    shown = [int(n) for line in text.splitlines() if line.startswith("   ") for n in line.split("round ")[1:]]
+    assert shown == list(range(20))
+
+
+def test_text_has_realised_ratios_by_matrices_and_by_parameters(plan: Run) -> None:
+    seed = next(seed for seed in range(99) if plans(seed=seed)[0].counts()[0].parameter_ratio != 0.5)
+    attention = plans(seed=seed)[0].counts()[0]
+    assert attention.unit_ratio == 0.5  # the ratios differ under grouped-query attention
+    [line] = [line for line in plan("--seed", str(seed)).splitlines() if line.startswith("  attention")]
+    assert "16 of 32 units train (50.0%)" in line
+    assert f"({attention.parameter_ratio:.1%})" in line
+
+
+def test_json_has_digest_rounds_and_the_costs_of_every_rank_against_full_fine_tuning(plan: Run) -> None:
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    words = [word for name, size in layout.items() for word in (f"--{name.replace('_', '-')}", str(size))]
+    report = json.loads(plan(*words, "--world-size", "16", "--rounds", "3", "--no-bf16", "--json"))
+    drawn = plans(3)
+    assert report["digest"] == drawn[0].digest
+    assert [one["digest"] for one in report["rounds"]] == [one.digest for one in drawn]
+    model = CostModel(shape=SHAPE, parallel=ParallelConfig(**layout), world_size=16, bf16=False)
+    everything = [(one.trains, shown["ranks"]) for one, shown in zip(drawn, report["rounds"], strict=True)]
+    for trains, ranks in [*everything, (lambda unit: True, report["full_fine_tuning"]["ranks"])]:
+        places = [(rank.pop("rank"), rank.pop("tp"), rank.pop("dp"), rank.pop("pp")) for rank in ranks]
+        # megatron-core's order: tensor ranks are neighbours, stages are far apart.
+        assert places == [(n, n % 2, n // 2 % 4, n // 8) for n in range(16)]
+        assert ranks == [asdict(model.stage_costs(trains, n // 8)[n // 2 % 4]) for n in range(16)]
+
+
+def test_the_digest_is_the_same_for_every_layout(plan: Run) -> None:
+    layouts = [[], ["--tensor-model-parallel-size", "4"], ["--pipeline-model-parallel-size", "8", "--world-size", "32"]]
+    assert len({json.loads(plan(*layout, "--json"))["digest"] for layout in layouts}) == 1
+
+
+def table(text: str) -> list[list[str]]:
+    """Cells of the last table's rows, without its title and heading."""
+    return [re.split("  +", line.strip()) for line in text.split("\n\n")[-1].splitlines()[2:]]
+
+
+def test_the_table_shows_shares_of_full_fine_tuning(plan: Run) -> None:
+    model = CostModel(shape=SHAPE, parallel=ParallelConfig(), world_size=2, bf16=True)
+    [half, _] = model.stage_costs(plans()[0].trains, 0)
+    [full, _] = model.stage_costs(lambda unit: True, 0)
+    stage, numbers, *cells = table(plan("--world-size", "2"))[0]
+    shares = [f"({one / whole:.1%})" for one, whole in zip(astuple(half), astuple(full), strict=True)]
+    assert (stage, numbers) == ("PP 0", "0")  # rank 1 has the padding
+    assert [cell.split()[-1] for cell in cells] == shares
+    assert f"{half.trainable_parameters:,} {shares[0]}" == cells[0]
+    assert f"{half.gradient_bytes / 1e3:.2f} kB {shares[1]}" == cells[1]
+
+
+def test_the_table_groups_data_parallel_ranks_of_equal_costs_and_shows_the_largest_of_many_kinds(plan: Run) -> None:
+    rows = table(plan("--world-size", "512", "--hft-ratio", "1"))
+    assert [row[:2] for row in rows[:2]] == [["PP 0", "0-510"], ["PP 0", "511"]]
+    ragged = replace(SHAPE, hidden_size=40, ffn_hidden_size=88, vocab_size=301)  # no size is a multiple of 64
+    full = make_plan(ragged, HFTConfig(hft_ratio=1.0), default_seed=1)
+    report = make_report([full], CostModel(shape=ragged, parallel=ParallelConfig(), world_size=384, bf16=True))
+    kinds = {rank.optimizer_bytes for rank in report.full[0]}
+    assert len(kinds) > 4
+    [row, _] = table(report_text(report))
+    assert row[:2] == ["PP 0", "0-383, at most"]
+    assert row[4] == f"{max(kinds) / 1e3:.2f} kB (100.0%)"
+
+
+def test_saved_plans_are_what_hft_plan_reads_and_a_plan_drawn_from_them_is_the_same(plan: Run, tmp_path: Path) -> None:
+    file = str(tmp_path / "plan.json")
+    words = ["--rounds", "3", "--hft-rotation", "complementary", "--save", file]
+    printed = plan(*words)
+    assert list(load_plans(file, SHAPE)) == plans(3, hft_rotation="complementary")
+    assert plan("--hft-plan", file) == printed
+    assert plan(*words) == printed  # the same plan may be saved again
+    first = json.loads(plan("--hft-plan", file, "--rounds", "1", "--json"))
+    assert [one["round"] for one in first["rounds"]] == [0]
+
+
+def test_an_edited_plan_is_never_written_over(
+    plan: Run, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    plan("--save", str(file))
+    edited = file.read_text().replace('"trains": true', '"trains": false', 1)
+    file.write_text(edited)
+    assert main(["plan", "--load-hf", str(model_folder), "--save", str(file)]) == errors.EXIT_USAGE
+    assert f"--save {file} holds something else already" in capsys.readouterr().err
+    assert file.read_text() == edited
+
+
+def test_the_picture_colours_what_trains_in_a_round_and_greys_what_rests(plan: Run, tmp_path: Path) -> None:
+    file = tmp_path / "plan.png"
+    plan("--rounds", "3", "--hft-freeze-head", "--png", str(file))
+    drawn = plans(3, hft_freeze_head=True)
+    model = CostModel(shape=SHAPE, parallel=ParallelConfig(), world_size=1, bf16=True)
+    boxes = unit_boxes(make_report(drawn, model))
+    with Image.open(file) as image:
+        for unit, box in boxes.items():
+            for index, one in enumerate(drawn):
+                left, top, right, bottom = strip(box, index, 3)
+                expected = ROUND_COLOURS[index] if one.trains(unit) else RESTS
+                corners = [(left, top), (right - 1, bottom - 1)]
+                assert [image.getpixel(corner) for corner in corners] == [expected] * 2, (unit, index)
+    assert boxes["lm_head"][1] > boxes["model.norm"][1] > boxes["model.layers.7.mlp.up_proj"][1]
+
+
+def test_the_file_of_a_run_serves_a_plan_and_its_other_options_are_passed_over(plan: Run, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "lr: 1e-4\nsave: run\ntraining:\n  micro_batch_size: 4\n  seed: 7\n  bf16: false\nhft_ratio: 0.25\n"
+    )
+    report = json.loads(plan("--config", str(file), "--json"))
+    assert report["digest"] == plans(seed=7, hft_ratio=0.25)[0].digest
+    assert report["layout"]["bf16"] is False
+    assert not (tmp_path / "run").exists()
+
+
+SHAPE_FLAGS = "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 64"
+MISTAKES = [
+    ("--load-hf MODEL --world-size 0", "--world-size 0: must be at least 1"),
+    ("--load-hf MODEL --rounds 0", "--rounds 0: must be at least 1"),
+    ("--load-hf MODEL --world-size 6 --tensor-model-parallel-size 4", "world size 6; start 4 ranks"),
+    ("--load-hf MODEL --tensor-model-parallel-size 3", "--tensor-model-parallel-size 3 does not divide"),
+    ("--load-hf MODEL --pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3 does not divide"),
+    ("--load-hf MODEL --hft-ratio 2", "--hft-ratio 2.0 must be between 0 and 1"),
+    ("--load-hf MODEL --hft-train nothing", "--hft-train"),
+    ("--load-hf MODEL --hft-selection spectrum", "--hft-selection spectrum ranks a model's weights"),
+    ("--load-hf MODEL --hft-plan absent.json", "--hft-plan absent.json is not a readable file"),
+    ("--load-hf MODEL --save absent/plan.json", "--save absent/plan.json can't be written: No such file"),
+    ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png can't be written: No such file"),
+    ("--load-hf MODEL --lr 1", "--lr is not an option"),
+    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate is not an option"),
+    (SHAPE_FLAGS, "--vocab-size is missing: a plan reads no tokenizer"),
+    ("", "No model is given"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    words: str,
+    message: str,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.yaml").write_text("learning_rate: 1\n")
+    assert main(["plan", *words.replace("MODEL", str(model_folder)).split()]) == errors.EXIT_USAGE
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_more_rounds_than_the_plan_file_holds_are_refused(
+    plan: Run, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "plan.json")
+    plan("--rounds", "2", "--save", file)
+    words = ["plan", "--load-hf", str(model_folder), "--hft-plan", file, "--rounds", "3"]
+    assert main(words) == errors.EXIT_USAGE
+    assert f"--hft-plan {file} has 2 rounds" in capsys.readouterr().err

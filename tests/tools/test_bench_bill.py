@@ -1,0 +1,84 @@
+"""The benchmark's summary and table say what the runs' bills say, and the benchmark itself runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bill_summary import render, summarise
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def bill(milliseconds: list[float], reduced: int, steps: int = 4) -> dict[str, Any]:
+    """One entry of ``milliseconds`` per rank; everything but ``reduced`` is half of it, masters are none."""
+    held = {"measured": reduced // 2, "full": 0}
+    return {
+        "bf16": False,
+        "steps": steps,
+        "trainable_parameters": 30,
+        "frozen_parameters": 70,
+        "total_bytes": {
+            "reduced": {"measured": reduced * steps, "full": 0},
+            "gathered": {"measured": reduced * steps // 2, "full": 0},
+            "gradients": held,
+            "masters": {"measured": 0, "full": 0},
+            "moments": held,
+        },
+        "ranks": [{"milliseconds": {"step": one, "forward": one / 4}} for one in milliseconds],
+    }
+
+
+BILLS = {
+    "HFT": [bill([10.0, 20.0], 2_000_000), bill([30.0, 30.0], 2_000_000), bill([20.0, 20.0], 2_000_000)],
+    "full": [bill([30.0, 30.0], 4_000_000), bill([40.0, 40.0], 4_000_000), bill([50.0, 50.0], 4_000_000)],
+}
+
+
+def test_a_ratio_is_taken_within_each_pair_and_a_run_is_the_mean_of_its_ranks() -> None:
+    found = summarise(BILLS)
+    assert found["HFT"]["milliseconds"]["step"] == {"median": 20.0, "least": 15.0, "most": 30.0}
+    assert found["full"]["milliseconds"]["forward"] == {"median": 10.0, "least": 7.5, "most": 12.5}
+    # 15 / 30, 30 / 40, 20 / 50
+    assert found["milliseconds HFT / full"]["step"] == {"median": 0.5, "least": 0.4, "most": 0.75}
+    assert found["HFT"]["bytes"] == {
+        "reduced": 2e6,
+        "gathered": 1e6,
+        "gradients": 1_000_000,
+        "masters": 0,
+        "moments": 1_000_000,
+    }
+    assert (found["full"]["trained parameters"], found["full"]["parameters"]) == (30, 100)
+
+
+def test_runs_of_one_method_that_sent_different_bytes_are_no_result() -> None:
+    with pytest.raises(AssertionError, match="different bytes"):
+        summarise({**BILLS, "HFT": [*BILLS["HFT"][:2], bill([20.0, 20.0], 2_000_128)]})
+
+
+def test_the_table_has_a_column_per_configuration() -> None:
+    one = {"model": "demo", "overlap": "off", **summarise(BILLS)}
+    lines = render({"configurations": [one, {**one, "overlap": "on"}]}).splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    assert cells["HFT / full"] == ["demo, overlap off, fp32", "demo, overlap on, fp32"]
+    assert cells["step (ms)"] == ["20 / 40 = 0.50 (0.40 to 0.75)"] * 2
+    assert cells["reduce-scattered per step, all ranks (MB)"] == ["2.0 / 4.0 = 0.50"] * 2
+    assert cells["held as master weights, all ranks (MB)"] == ["none"] * 2
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_both_methods_on_ranks_and_writes_what_it_measured(tmp_path: Path) -> None:
+    output = tmp_path / "bill.json"
+    words = ["--model", "demo", "--overlap", "on", "--steps", "2", "--pairs", "1", "--output", str(output)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / "bench" / "bill.py"), *words], check=True, env=environment
+    )
+    results = json.loads(output.read_text())
+    [configuration] = results["configurations"]
+    assert configuration["HFT"]["trained parameters"] < configuration["full"]["trained parameters"]
+    assert 0 < configuration["HFT"]["bytes"]["reduced"] < configuration["full"]["bytes"]["reduced"]
+    assert configuration["full"]["trained parameters"] == configuration["full"]["parameters"]

@@ -1,0 +1,86 @@
+"""Measures what a switch of rounds costs next to a step, and commits it to results/rounds.json.
+
+Run: ``python tools/bench/rounds.py`` on a machine that does nothing else, or with ``--render`` to print the table only.
+The runs are those of ``bill.py``: the same models, data and ranks, with a new round every three steps.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bill import WORKLOADS, DemoError, Workload, environment, run_once, write_data
+
+RESULTS = Path(__file__).parent / "results" / "rounds.json"
+INTERVAL = 3
+STEP_TIME, SWITCH_TIME = "elapsed time per iteration (ms)", "round switch time (ms)"
+MOMENTS = {
+    "reset": (),
+    "carry": ("--hft-moments", "carry"),
+    "carry, resting ones on the host": ("--hft-moments", "carry", "--hft-resting-moments", "host"),
+}
+
+
+def measure_one(folder: Path, workload: Workload, moments: str, switches: int) -> dict[str, Any]:
+    """Medians of one run, in milliseconds; of the steps without the first of each round, which makes moments anew."""
+    words = ("--hft-round-interval", str(INTERVAL), *MOMENTS[moments])
+    _, metrics = run_once(folder, workload, words, INTERVAL * (switches + 1))
+    switched = [line[SWITCH_TIME] for line in metrics if SWITCH_TIME in line]
+    assert len(switched) == switches, "one switch per interval"
+    steps = [line[STEP_TIME] for line in metrics if STEP_TIME in line and (line["iteration"] - 1) % INTERVAL > 0]
+    return {
+        "model": workload.name,
+        "tokens per rank and step": workload.tokens,
+        "moments": moments,
+        "switch (ms)": {"median": median(switched), "lowest": min(switched), "highest": max(switched)},
+        "step (ms)": {"median": median(steps), "lowest": min(steps), "highest": max(steps)},
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """The result file as a Markdown table."""
+    lines = ["| model | moments | switch (ms) | step (ms) | switch / step |", "|---|---|---|---|---|"]
+    for one in results["configurations"]:
+        switch, step = one["switch (ms)"], one["step (ms)"]
+        spreads = [f"{t['median']:.0f} ({t['lowest']:.0f} to {t['highest']:.0f})" for t in (switch, step)]
+        ratio = switch["median"] / step["median"]
+        lines.append(f"| {one['model']} | {one['moments']} | {spreads[0]} | {spreads[1]} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure into the result file unless only the table is asked for, then print the table."""
+    parser = argparse.ArgumentParser(description="Measure what a switch of rounds costs.")
+    parser.add_argument("--render", action="store_true", help="only print the table, from the result file")
+    parser.add_argument("--switches", type=int, default=5, help="switches of a run (default: 5)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
+    options = parser.parse_args()
+    if not options.render:
+        configurations = []
+        with tempfile.TemporaryDirectory(prefix="rounds-") as name:
+            write_data(Path(name))
+            try:
+                for workload in WORKLOADS:
+                    for moments in MOMENTS:
+                        print(f"{workload.name}, moments: {moments}", flush=True)
+                        configurations.append(measure_one(Path(name), workload, moments, options.switches))
+            except DemoError as error:
+                print(f"bench: {error}", file=sys.stderr)
+                return 1
+        results = {
+            "command": "python tools/bench/rounds.py",
+            "switches": options.switches,
+            "environment": environment(),
+            "configurations": configurations,
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
