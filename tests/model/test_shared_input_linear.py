@@ -1,23 +1,20 @@
 """Matrices over one input against plain products in fp64: values, and the work and memory that resting saves."""
 
 import itertools
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hft_megatron.config.schema import ParallelConfig
-from hft_megatron.model import shared_input_linear
 from hft_megatron.model.shared_input_linear import SharedInputColumnParallel
 from hft_megatron.parallel.groups import Placement, start_groups
 from tests.support.models import LAYOUTS
+from tests.support.work_account import Account
 
 ROWS = {"q_proj": 12, "k_proj": 4, "v_proj": 8}
 SEQUENCE, BATCH, HIDDEN = 6, 2, 10
@@ -25,7 +22,6 @@ SUBSETS = [
     [name for name, flag in zip(ROWS, flags, strict=True) if flag] for flags in itertools.product([0, 1], repeat=3)
 ]
 WORLD_SIZE = {"tp1": 1, "tp2": 2, "tp2_sp": 2}
-PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
 
 
 @dataclass
@@ -82,46 +78,6 @@ def make_problem(placement: Placement, sequence_parallel: bool, training: list[s
     )
 
 
-@dataclass
-class Account(TorchDispatchMode):
-    """In order, the matrix products and collectives that ran, and the tensors kept for the backward pass."""
-
-    events: list[str] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in PRODUCTS:
-            self.events.append("product")
-        return func(*args, **(kwargs or {}))
-
-    @contextmanager
-    def watching(self):
-        def watch(name: str) -> Any:
-            original = getattr(shared_input_linear.dist, name)
-
-            def collective(*args: Any, **kwargs: Any) -> Any:
-                self.events.append(name)
-                return original(*args, **kwargs)
-
-            return patch.object(shared_input_linear.dist, name, collective)
-
-        def keep(tensor: Tensor) -> Tensor:
-            self.kept.append(tensor)
-            return tensor
-
-        names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with watch(names[0]), watch(names[1]), watch(names[2]), self, hooks:
-            yield self
-
-    def take(self) -> list[str]:
-        events, self.events = self.events, []
-        return events
-
-
 def distance(one: Tensor | None, other: Tensor) -> float:
     assert one is not None
     assert one.shape == other.shape
@@ -136,11 +92,10 @@ def run_subset(placement: Placement, sequence_parallel: bool, training: list[str
     with account.watching():
         outputs = problem.group(hidden)
         forward = account.take()
-        kept = {tensor.untyped_storage().data_ptr(): list(tensor.shape) for tensor in account.kept}
+        kept = account.kept_besides(*weights.values())
         if outputs[0].requires_grad:
             torch.autograd.backward(outputs, problem.local_upstream)
     backward = account.take()
-    members = {weight.untyped_storage().data_ptr() for weight in weights.values()}
     distances = [distance(*pair) for pair in zip(outputs, problem.outputs, strict=True)]
     distances += [distance(weights[name].grad, expected) for name, expected in problem.weight_gradients.items()]
     if input_trains:
@@ -150,7 +105,7 @@ def run_subset(placement: Placement, sequence_parallel: bool, training: list[str
         "has graph": outputs[0].requires_grad,
         "forward": forward,
         "backward": backward,
-        "kept besides weights": [shape for memory, shape in kept.items() if memory not in members],
+        "kept besides weights": kept,
         "resting gradients": [name for name in ROWS if name not in training and weights[name].grad is not None],
     }
 
@@ -203,16 +158,17 @@ def test_weight_gradients_of_resting_members_are_never_computed(accounts, layout
 
 
 @pytest.mark.parametrize("layout", WORLD_SIZE)
-def test_each_direction_gathers_once_at_most_and_input_gradients_are_reduced_once(accounts, layout):
-    sequence_parallel = layout == "tp2_sp"
+def test_each_direction_gathers_once_at_most_and_weight_gradients_hide_the_one_reduction(accounts, layout):
+    gather = ["all_gather_into_tensor"] if layout == "tp2_sp" else []
+    reduce = {"tp1": [], "tp2": ["all_reduce"], "tp2_sp": ["reduce_scatter_tensor"]}[layout]
+    gathered, reduced = ([f"{name} waited for" for name in names] for names in (gather, reduce))
     for training, input_trains, row in accounts(layout):
-        gather = ["all_gather_into_tensor"] * sequence_parallel
-        reduce = [] if layout == "tp1" else ["reduce_scatter_tensor" if sequence_parallel else "all_reduce"]
-        assert row["forward"] == gather + ["product"] * len(ROWS)
-        # The reduction starts before the weight gradients, which hide it.
-        assert row["backward"] == (
-            gather * bool(training) + (["product"] * len(ROWS) + reduce) * input_trains + ["product"] * len(training)
-        ), (training, input_trains)
+        assert row["forward"] == gather + gathered + ["product"] * len(ROWS)
+        expected = gather * bool(training)
+        expected += (["product"] * len(ROWS) + reduce) * input_trains
+        expected += (gathered + ["product"] * len(training)) * bool(training)
+        expected += reduced * input_trains
+        assert row["backward"] == expected, (training, input_trains)
 
 
 def run_main_grad(dtype: str) -> dict[str, Any]:
