@@ -7,7 +7,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer import rounds
+from hft_megatron.training.loop import begin_round
 from hft_megatron.training.run import Run
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.plain_rounds import plain_rounds
@@ -35,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def start(folder: str, layout: dict[str, Any], bf16: bool = False, **hft: Any) -> Run:
-    training = {"micro_batch_size": 2, "bf16": bf16}
+    training = {"micro_batch_size": 2, "bf16": bf16, "train_iters": 51}
     return make_run(folder, layout, training=training, optimizer={"lr_warmup_iters": 0}, hft=EVERY_TWO | hft)
 
 
@@ -56,17 +58,48 @@ def run_rounds(folder: str, layout: dict[str, Any], bf16: bool, **hft: Any) -> d
     return {"wrong": wrong, "losses": losses, "trained": trained, "round": run.state.round}
 
 
-@pytest.mark.parametrize("moments", ["reset", "carry"])
 @pytest.mark.parametrize("case", LAYOUT_CASES)
 def test_every_round_moves_what_its_plan_trains_and_nothing_else(
-    case: str, moments: str, ranks: RankPools, folders: dict[str, str]
+    case: str, ranks: RankPools, folders: dict[str, str]
 ) -> None:
     world_size, variant, layout, bf16 = LAYOUT_CASES[case]
+    moments = "carry" if bf16 else "reset"
     results = ranks(world_size).run(run_rounds, folder=folders[variant], layout=layout, bf16=bf16, hft_moments=moments)
     for result in results:
         assert result["wrong"] == []
         assert result["round"] == 2
         assert len({tuple(names) for names in result["trained"]}) == 3
+
+
+def run_masters_after_a_switch(folder: str, layout: dict[str, Any], moments: str) -> dict[str, int]:
+    """How many elements of this rank's masters are not their weights in bf16, and how many are finer than bf16."""
+    run = start(folder, layout, bf16=True, hft_moments=moments)
+    take_steps(run, 2)
+    begin_round(run, 1)
+    shards, found = run.wrapped.shards, {"elements": 0, "wrong": 0, "finer": 0}
+    for slot in parameter_slots(run.wrapped.modules):
+        if slot.parameter in shards.model_param_gbuf_map:
+            held = shards._get_model_param_range_map(slot.parameter)["param"]
+            weight = slot.parameter.detach().view(-1)[held.start : held.end]
+            _, master = shards._main_param(slot.parameter)
+            found["elements"] += master.numel()
+            found["wrong"] += int((master.bfloat16() != weight).sum())
+            found["finer"] += int((master != weight.float()).sum())
+    return found
+
+
+@pytest.mark.parametrize("moments", ["reset", "carry"])
+@pytest.mark.parametrize("case", ["dp2 bf16", "pp2 dp2 tied bf16"])
+def test_bf16_masters_stay_with_their_weights_and_carried_ones_keep_all_their_digits(
+    case: str, moments: str, ranks: RankPools, folders: dict[str, str]
+) -> None:
+    world_size, variant, layout, _ = LAYOUT_CASES[case]
+    for found in ranks(world_size).run(
+        run_masters_after_a_switch, folder=folders[variant], layout=layout, moments=moments
+    ):
+        assert found["wrong"] == 0
+        assert found["elements"] > 0
+        assert (found["finer"] > 0.1 * found["elements"]) == (moments == "carry")
 
 
 MOMENTS = {
@@ -137,6 +170,7 @@ def run_many_switches(folder: str) -> dict[str, Any]:
     return {"after": after, "between": between, "state": state}
 
 
+@pytest.mark.slow
 def test_fifty_switches_leave_memory_where_two_left_it(ranks: RankPools, folders: dict[str, str]) -> None:
     for result in ranks(2).run(run_many_switches, folder=folders["gqa"]):
         early, late = result["after"]
