@@ -10,6 +10,7 @@ from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.hft.plan import Plan
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
+from tests.support.tiers import quick
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
@@ -69,7 +70,7 @@ def run_whole_and_in_two(
     return whole
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, ["tp1 bf16", "dp2 overlap bf16 tied", "tp2 sp", "pp2 vpp", "tp2 pp2"]))
 def test_resume_equals_uninterrupted_to_the_last_bit(
     case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -105,7 +106,9 @@ ROUND_CASES: dict[str, tuple[int, str, list[str], int, set[int]]] = {
 """World size, model, options, the iteration to stop after, and the step counts that units have in the end."""
 
 
-@pytest.mark.parametrize("case", ROUND_CASES)
+@pytest.mark.parametrize(
+    "case", quick(ROUND_CASES, ["at a switch, fresh moments", "within a round, resting moments kept"])
+)
 def test_resume_equals_uninterrupted_across_rounds(
     case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
 ) -> None:

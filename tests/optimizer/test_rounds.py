@@ -14,6 +14,7 @@ from hft_megatron.training.run import Run
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.plain_rounds import plain_rounds
 from tests.support.ranks import RankPools
+from tests.support.tiers import quick
 from tests.support.toy_training import OPTIMIZER, TINY, local_weights, make_run, take_steps
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 2000}
@@ -58,7 +59,7 @@ def run_rounds(folder: str, layout: dict[str, Any], bf16: bool, **hft: Any) -> d
     return {"wrong": wrong, "losses": losses, "trained": trained, "round": run.state.round}
 
 
-@pytest.mark.parametrize("case", LAYOUT_CASES)
+@pytest.mark.parametrize("case", quick(LAYOUT_CASES, ["dp2 bf16", "pp2 vpp overlap dp2"]))
 def test_every_round_moves_what_its_plan_trains_and_nothing_else(
     case: str, ranks: RankPools, folders: dict[str, str]
 ) -> None:
@@ -127,7 +128,7 @@ def reference_losses(folders: dict[str, str]) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("keeps", MOMENTS)
-@pytest.mark.parametrize("layout", REFERENCE_LAYOUTS)
+@pytest.mark.parametrize("layout", quick(REFERENCE_LAYOUTS, ["dp2 overlap"]))
 def test_losses_over_four_rounds_equal_plain_pytorch(
     layout: str, keeps: str, ranks: RankPools, folders: dict[str, str], reference_losses: dict[str, list[float]]
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import param_and_grad_buffer
 
+from hft_megatron.config.schema import HFTConfig
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.model.build import build_model
 from hft_megatron.optimizer.rank_costs import CostModel
@@ -53,7 +54,12 @@ def run_rounds(folder: str) -> dict[str, Any]:
     chunks = build_model(shape, config.parallel, config.training, placement=run.placement, dtype=torch.float32)
     load_weights(folder, chunks, shape, run.placement)
     run.wrapped = wrap(
-        chunks, toy_plan(folder, 1.0), config.parallel, config.optimizer, bf16=False, traffic=run.wrapped.traffic
+        chunks,
+        toy_plan(folder, HFTConfig(hft_ratio=1.0)),
+        config.parallel,
+        config.optimizer,
+        bf16=False,
+        traffic=run.wrapped.traffic,
     )
     answers["steps"] += [sent(run), sent(run)]
     answers["expected"] += [expected(run)] * 2

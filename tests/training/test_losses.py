@@ -20,6 +20,7 @@ from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult, validation_loss
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.plain_training import learning_rate, plain_training, toy_plan
+from tests.support.tiers import quick
 from tests.support.toy_training import OPTIMIZER, STEPS, TINY, local_weights, make_run, take_steps
 
 TOLERANCE = 1e-5
@@ -53,6 +54,7 @@ CASES: dict[str, Case] = {
     "pp2 dp2 interleaved overlap": (4, "gqa", 0.5, LAYOUTS["pp2_vpp"] | OVERLAP, {"micro_batch_size": 1}),
 }
 """Ranks, model variant, ratio, parallel options, training options."""
+QUICK = ["tp1 full", "tp1 recompute", "tp2 odd vocabulary", "tp2 sp", "pp2 interleaved tied", "dp2", "tp2 dp2 overlap"]
 
 
 class Recorder(Hook):
@@ -111,7 +113,7 @@ def references(folders):
     return lru_cache(train)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_losses_norms_and_weights_equal_a_plain_pytorch_loop_at_every_layout(ranks, folders, references, case):
     world_size, variant, ratio, layout, training = CASES[case]
     losses, norms, weights = references(variant, ratio)
