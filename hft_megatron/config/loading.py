@@ -25,7 +25,9 @@ T = TypeVar("T")
 CONFIG_FLAG = "config"
 """The option that names a YAML file, in every command that has it."""
 
-_RESOLVED_HEADER = "# Every option of the run with the value it has; `--config` with this file repeats the run.\n"
+_RESOLVED_HEADER = (
+    "# Every option of the run with its value; `--config` with it and other output folders repeats the run.\n"
+)
 _TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
 _YAML_NULL = "tag:yaml.org,2002:null"
 _YAML_BOOL = "tag:yaml.org,2002:bool"

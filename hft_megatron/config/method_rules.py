@@ -122,16 +122,6 @@ def rounds_and_moments_fit_together(config: RunConfig, shape: ModelShape, world_
         raise UserError(
             f"--hft-round-interval {interval} must be stage, epoch or a whole number of iterations of at least 1."
         )
-    if hft.hft_selection == "hift" and interval == "stage":
-        raise UserError(
-            "--hft-selection hift takes one group of layers per round, and with --hft-round-interval stage only the "
-            "first one would ever train; give the iterations of a round, such as --hft-round-interval 50."
-        )
-    if hft.hft_selection == "hift" and hft.hft_lr_schedule == "round":
-        raise UserError(
-            "--hft-lr-schedule round has no meaning with --hft-selection hift, whose learning rate moves after a full "
-            "cycle of groups; leave --hft-lr-schedule out."
-        )
     if hft.hft_resting_moments == "host" and hft.hft_moments != "carry":
         raise UserError(
             "--hft-resting-moments host needs --hft-moments carry: after a reset no moments are left to keep; "

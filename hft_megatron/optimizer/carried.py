@@ -27,6 +27,11 @@ class CarriedState:
     tensor-parallel rank. Names are those of the optimizer's state: ``exp_avg``, ``exp_avg_sq`` and, for bf16,
     ``param``."""
 
+    @property
+    def bytes(self) -> int:
+        """Host memory of what this rank keeps."""
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
 
 def take_state(
     optimizer: HFTDistributedOptimizer, slots: Sequence[ParameterSlot], units: frozenset[str], group: dist.ProcessGroup

@@ -19,16 +19,17 @@ class Span:
     position: Callable[[int], int]
 
 
-def span_of_round(hft: HFTConfig, rounds: RoundSchedule, round: int, *, cycle: int) -> Span:
+def span_of_round(hft: HFTConfig, rounds: RoundSchedule, round: int, *, cycle: int | None) -> Span:
     """The schedule that a round follows: the run's, or (--hft-lr-schedule round) one of its own, as long as the first
     round: a last round that is cut short is the beginning of one.
 
-    HiFT moves along the run's schedule only when all its ``cycle`` groups have trained once (arXiv 2401.15207).
+    ``cycle`` is how many rounds HiFT's groups take, whose rate moves along the run's schedule only when all of them
+    have trained once (arXiv 2401.15207); None for other selections.
     """
     if hft.hft_lr_schedule == "round":
         first, (start, _) = rounds.bounds(rounds.first_round), rounds.bounds(round)
         return Span(length=first[1] - first[0], position=lambda iteration: iteration - start)
-    if hft.hft_selection == "hift":
+    if cycle is not None:
         cycle_start, _ = rounds.bounds(round - (round - rounds.first_round) % cycle)
         return Span(length=rounds.train_iters, position=lambda iteration: cycle_start)
     return Span(length=rounds.train_iters, position=lambda iteration: iteration)

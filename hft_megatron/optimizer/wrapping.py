@@ -159,7 +159,8 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
     """Gives the parameters memory of their own again and takes off everything that belongs to the round.
 
     ``wrapped`` is of no use after that: its parts are emptied, so that buffers and state are free whoever still refers
-    to them. The trained values are there twice meanwhile.
+    to them. The trained values are there twice meanwhile. Overlapped gathers are finished here, and the next wrapper's
+    first forward pass makes them once more: one all-gather of a round beyond those of its steps.
     """
     chunks, config = wrapped.modules, wrapped.modules[0].config
     for chunk in wrapped.chunks:

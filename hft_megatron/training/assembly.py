@@ -190,6 +190,10 @@ def _train(
     announce: Announce,
 ) -> tuple[WrappedModel, TrainState]:
     """Trains to the end; returns what the last round left."""
+    if state.iteration == config.training.train_iters:
+        announce(f"> the run has reached iteration {state.iteration} of {config.training.train_iters}: no step is left")
+    if config.checkpoint.save is None and config.checkpoint.save_hf is None:
+        announce("> neither --save nor --save-hf is given: nothing of this training will be kept")
     assert inputs.train is not None
     share = BatchShare(
         micro_batch_size=config.training.micro_batch_size,

@@ -22,8 +22,9 @@ WARM_UP_STEPS = 2
 STEP = "step"
 SUMS = ("reduced", "gathered")
 """Bytes that the bill adds up over the steps."""
-HELD = ("gradients", "masters", "moments")
-"""Of these the bill has the most that was held after any step."""
+HELD = ("gradients", "masters", "moments", "resting")
+"""Bytes held after a step, of which the bill has the most: of a rank over all rounds, and of all ranks in one round.
+``resting`` are states of resting units in host memory."""
 
 
 @dataclass
@@ -36,18 +37,30 @@ class Bill(Hook):
 
     folder: str | None
     """The --save folder; without one the table is only printed."""
-    _bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*SUMS, *HELD), 0))
+    _sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMS, 0))
+    _held: dict[int, dict[str, int]] = field(default_factory=dict)
+    """round -> what was held in it at most."""
+    _switch_ms: list[float] = field(default_factory=list)
     _times: "dict[str, array[float]]" = field(
         default_factory=lambda: {name: array("d") for name in (STEP, *SECTIONS, OTHER)}
     )
 
+    def at_round_start(self, run: Run) -> None:
+        if run.switch_ms is not None:
+            self._switch_ms.append(run.switch_ms)
+
     def after_step(self, run: Run, result: StepResult) -> None:
         shards = run.wrapped.shards
-        self._bytes["reduced"] += result.reduce_scatter_bytes
-        self._bytes["gathered"] += result.all_gather_bytes
-        held = {"gradients": shards.gradient_bytes, "masters": shards.master_bytes, "moments": shards.moment_bytes}
-        for name, size in held.items():
-            self._bytes[name] = max(self._bytes[name], size)
+        self._sent["reduced"] += result.reduce_scatter_bytes
+        self._sent["gathered"] += result.all_gather_bytes
+        held = {
+            "gradients": shards.gradient_bytes,
+            "masters": shards.master_bytes,
+            "moments": shards.moment_bytes,
+            "resting": run.wrapped.resting.bytes,
+        }
+        before = self._held.setdefault(run.state.round, dict.fromkeys(HELD, 0))
+        self._held[run.state.round] = {name: max(before[name], size) for name, size in held.items()}
         for name, milliseconds in {STEP: result.times.total, OTHER: result.times.other}.items():
             self._times[name].append(milliseconds)
         for name, milliseconds in result.times.sections.items():
@@ -60,6 +73,10 @@ class Bill(Hook):
         accounts: list[Any] = [None] * run.placement.world_size
         dist.all_gather_object(accounts, self._account(run, steps))
         bill = _bill_of(run, accounts, steps=steps, timed_steps=steps - _warm_up(steps))
+        bill["switches"] = {
+            "count": len(self._switch_ms),
+            "median_ms": median(self._switch_ms) if self._switch_ms else None,
+        }
         run.announce(render_bill(bill))
         if self.folder is not None and run.placement.rank == 0:
             write_atomically(Path(self.folder) / BILL_FILE, json.dumps(bill, indent=2) + "\n")
@@ -67,12 +84,14 @@ class Bill(Hook):
     def _account(self, run: Run, steps: int) -> dict[str, Any]:
         placement = run.placement
         full = _full_bytes(run, steps)
+        measured = self._sent | {name: max(held[name] for held in self._held.values()) for name in HELD}
         return {
             "rank": placement.rank,
             "tensor_rank": placement.tensor_rank,
             "pipeline_rank": placement.pipeline_rank,
             "data_rank": placement.data_rank,
-            "bytes": {name: {"measured": self._bytes[name], "full": full[name]} for name in self._bytes},
+            "bytes": {name: {"measured": measured[name], "full": full[name]} for name in measured},
+            "held_by_round": self._held,
             "milliseconds": {name: median(values[_warm_up(steps) :]) for name, values in self._times.items()},
         }
 
@@ -97,6 +116,7 @@ def _full_bytes(run: Run, steps: int) -> dict[str, int]:
         "gradients": costs.gradient_bytes,
         "masters": masters,
         "moments": costs.optimizer_bytes - masters,
+        "resting": 0,
     }
 
 
@@ -112,12 +132,17 @@ def _bill_of(run: Run, accounts: list[dict[str, Any]], *, steps: int, timed_step
         name: {kind: sum(one["bytes"][name][kind] for one in accounts) for kind in ("measured", "full")}
         for name in accounts[0]["bytes"]
     }
+    by_round = [one.pop("held_by_round") for one in accounts]
+    for name in HELD:
+        # Ranks hold their most in different rounds: what all hold together is the most of one round.
+        totals[name]["measured"] = max(sum(rounds[round][name] for rounds in by_round) for round in by_round[0])
     return {
         "first_iteration": run.state.iteration - steps + 1,
         "last_iteration": run.state.iteration,
         "steps": steps,
         "timed_steps": timed_steps,
-        "plan_digest": plan.digest,
+        "rounds": sorted(by_round[0]),
+        "last_plan_digest": plan.digest,
         "trainable_parameters": plan.trainable_parameters,
         "frozen_parameters": plan.frozen_parameters,
         "tensor_model_parallel_size": placement.tensor_size,

@@ -12,6 +12,7 @@ _BYTE_ROWS = (
     ("gradients", "held as gradients"),
     ("masters", "held as masters"),
     ("moments", "held as moments"),
+    ("resting", "kept on the host"),
 )
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -28,7 +29,11 @@ def render_bill(bill: Mapping[str, Any]) -> str:
     )
     iterations = f"iterations {bill['first_iteration']} to {bill['last_iteration']}"
     title = f"> the bill of {iterations}, measured on {layout}; what full fine-tuning would cost is by formula"
-    return "\n".join([title, *_aligned(_byte_rows(bill)), *_aligned(_time_rows(bill))])
+    lines = [title, *_aligned(_byte_rows(bill)), *_aligned(_time_rows(bill))]
+    switches = bill["switches"]
+    if switches["count"]:
+        lines += _aligned([[f"ms per switch, median of {switches['count']}", f"{switches['median_ms']:.1f}"]])
+    return "\n".join(lines)
 
 
 def _byte_rows(bill: Mapping[str, Any]) -> list[list[str]]:

@@ -92,13 +92,14 @@ class AuditRounds(Hook):
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
-            self._verify(run)
+            self.verify(run)
 
     def at_round_end(self, run: Run) -> None:
-        self._verify(run)
+        self.verify(run)
         run.announce(f"audit of round {run.state.round}: every resting shard has the bits it had at its start")
 
-    def _verify(self, run: Run) -> None:
+    def verify(self, run: Run) -> None:
+        """Raises RunFailed on every rank when a resting shard has changed."""
         assert self._audit is not None
         self._audit.verify(coordinates=run.placement.coordinates)
 
@@ -133,6 +134,8 @@ class SaveCheckpoints(Hook):
     interval: int | None
     last: int | None
     """Iteration of the newest checkpoint in the folder."""
+    audit: AuditRounds | None = None
+    """Asked before every save: the next run would take what a checkpoint holds for the truth."""
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
@@ -144,6 +147,8 @@ class SaveCheckpoints(Hook):
     def save(self, run: Run) -> None:
         if self.last == run.state.iteration:
             return
+        if self.audit is not None:
+            self.audit.verify(run)
         run.announce(f"saving checkpoint at iteration {run.state.iteration:7d} to {self.folder} in torch_dist format")
         save_checkpoint(self.folder, run.wrapped, run.state, run.placement)
         sizes = f"[ t {run.placement.tensor_size}, p {run.placement.pipeline_size} ]"
@@ -191,14 +196,15 @@ def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
     """The hooks that the options ask for, in the order they run."""
     config = run.config
     hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
-    if config.hft.hft_audit:
-        hooks.append(AuditRounds(config.hft.hft_audit_interval))
+    audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None
+    if audit is not None:
+        hooks.append(audit)
     if run.validation is not None:
         hooks.append(Validate(config.logging.eval_interval))
     saver = None
     if config.checkpoint.save is not None:
         already = loaded_iteration if same_folder(config.checkpoint.save, config.checkpoint.load) else None
-        saver = SaveCheckpoints(config.checkpoint.save, config.checkpoint.save_interval, last=already)
+        saver = SaveCheckpoints(config.checkpoint.save, config.checkpoint.save_interval, last=already, audit=audit)
         hooks.append(saver)
     hooks.append(Bill(config.checkpoint.save))
     hooks.append(StopOnSignal(saver))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.position import newest_checkpoint
+from hft_megatron.checkpoint.position import TrainState, newest_checkpoint
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
@@ -101,6 +101,7 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         identity = replace(identity, weights_digest=check_weights(config.model.load_hf, shape))
     for option, folder, held_run in held_runs:
         check_same_run(held_run, identity, folder, option=option)
+    _check_iterations(config, checkpoint)
     if saved is not None and config.training.bf16 != saved.training.bf16:
         asked, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
         raise UserError(
@@ -119,6 +120,19 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     )
     _check_rounds(inputs, world_size)
     return inputs
+
+
+def _check_iterations(config: RunConfig, checkpoint: Path | None) -> None:
+    """A run can't end before where it goes on; its export would have the name of an iteration that it is not of."""
+    asked = config.training.train_iters
+    if checkpoint is None or asked == 0:
+        return
+    reached = TrainState.read(checkpoint).iteration
+    if asked < reached:
+        raise UserError(
+            f"--train-iters {asked} is below iteration {reached} of the checkpoint in --load {config.checkpoint.load}; "
+            f"give at least {reached}, or another folder."
+        )
 
 
 def _check_rounds(inputs: Inputs, world_size: int) -> None:

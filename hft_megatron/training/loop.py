@@ -50,10 +50,9 @@ def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
 
 def begin_round(run: Run, round: int) -> None:
     """Switches the run to another round's plan, which all ranks must hold alike; every rank calls it."""
-    config = run.config
+    start, config = time.perf_counter(), run.config
     plan = run.rounds.plan(round)
     check_agreement(plan, coordinates=run.placement.coordinates)
-    start = time.perf_counter()
     run.wrapped = switch_round(
         run.wrapped,
         plan,
@@ -73,6 +72,7 @@ def begin_round(run: Run, round: int) -> None:
 def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, state: TrainState) -> LearningRate:
     """The learning rate of the round that ``state`` is in, from there on."""
     plan = wrapped.plan
-    cycle = hift_groups(plan.units, plan.policy.exact_ratio) if plan.policy.selection == "hift" else 1
+    # The plan's word and not the option's: a plan file may hold the rounds of HiFT too.
+    cycle = hift_groups(plan.units, plan.policy.exact_ratio) if plan.policy.selection == "hift" else None
     span = span_of_round(config.hft, rounds.schedule, state.round, cycle=cycle)
     return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration)

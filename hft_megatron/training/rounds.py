@@ -9,25 +9,34 @@ from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 
+_OF_SEVERAL_ROUNDS = {"hft_rotation": "independent", "hft_moments": "reset", "hft_lr_schedule": "run"}
+"""Options that say what happens from one round to the next, and what they are when nothing is asked for."""
+
 
 class Rounds:
-    """When each round begins, and its plan, which is drawn when it is first asked for."""
+    """When each round begins, and its plan, which is drawn when it is asked for."""
 
     def __init__(self, schedule: RoundSchedule, draw: Callable[[int], Plan]) -> None:
         """``draw`` makes the plan of a round, the same one whenever it is called."""
         self.schedule = schedule
         self._draw = draw
-        self._plans: dict[int, Plan] = {}
+        self._newest: tuple[int, Plan] | None = None
+        self._trained: set[str] = set()
+        self._rounds_counted = 0
 
     def plan(self, round: int) -> Plan:
-        """The plan of a round."""
-        if round not in self._plans:
-            self._plans[round] = self._draw(round)
-        return self._plans[round]
+        """The plan of a round. Only the newest is kept: at 70B a thousand of them would fill hundreds of megabytes."""
+        if self._newest is None or self._newest[0] != round:
+            self._newest = round, self._draw(round)
+        return self._newest[1]
 
     def trained_until(self, round: int) -> frozenset[str]:
-        """Units that some round up to and with this one trains."""
-        return frozenset[str]().union(*(self.plan(earlier).training for earlier in range(round + 1)))
+        """Units that some round up to and with this one trains; rounds asked for must not go back."""
+        assert round + 1 >= self._rounds_counted, "rounds only go on"
+        for earlier in range(self._rounds_counted, round + 1):
+            self._trained |= self.plan(earlier).training
+        self._rounds_counted = round + 1
+        return frozenset(self._trained)
 
 
 def rounds_of_run(
@@ -41,8 +50,7 @@ def rounds_of_run(
 ) -> Rounds:
     """The rounds of a run: with the plans ``loaded`` from a file, or drawn where there are none.
 
-    ``scores`` are those of ``--hft-selection spectrum``. Raises UserError when a round with a schedule of its own is
-    not longer than the warm-up.
+    ``scores`` are those of ``--hft-selection spectrum``. Raises UserError for options that don't fit these rounds.
     """
     schedule = RoundSchedule(
         interval=config.hft.hft_round_interval,
@@ -50,23 +58,58 @@ def rounds_of_run(
         samples_per_epoch=max(samples_per_epoch, 1),
         global_batch_size=derived.global_batch_size(config, world_size),
     )
-    _check_warmup(config, schedule)
 
     def draw(round: int) -> Plan:
         if loaded:
             return loaded[round]
         return make_plan(shape, config.hft, default_seed=config.training.seed, round=round, scores=scores)
 
-    return Rounds(schedule, draw)
+    rounds = Rounds(schedule, draw)
+    if config.training.train_iters > 0:
+        selection = rounds.plan(0).policy.selection
+        _check_warmup(config, schedule, selection)
+        _check_single_round(config, loaded, selection)
+    return rounds
 
 
-def _check_warmup(config: RunConfig, schedule: RoundSchedule) -> None:
-    if config.hft.hft_lr_schedule != "round" or config.training.train_iters == 0:
-        return
+def _check_warmup(config: RunConfig, schedule: RoundSchedule, selection: str) -> None:
+    """A rate that is zero throughout, or that never becomes what was asked for."""
     start, stop = schedule.bounds(0)
-    warmup = derived.warmup_iters(config.optimizer, stop - start)
-    if warmup >= stop - start:
+    per_round = config.hft.hft_lr_schedule == "round"
+    warmup = derived.warmup_iters(config.optimizer, stop - start if per_round else config.training.train_iters)
+    if selection == "hift" and warmup > 0:
+        raise UserError(
+            f"A warm-up of {warmup} iterations (--lr-warmup-iters, --lr-warmup-fraction) would keep HiFT's first cycle "
+            f"at a learning rate of 0, because the rate moves only after a full cycle of groups; leave it out."
+        )
+    if selection == "hift" and per_round:
+        raise UserError(
+            "--hft-lr-schedule round has no meaning for the rounds of HiFT, whose learning rate moves after a full "
+            "cycle of groups; leave --hft-lr-schedule out."
+        )
+    if per_round and warmup >= stop - start:
         raise UserError(
             f"--lr-warmup-iters {warmup} must be below the {stop - start} iterations of a round under "
             f"--hft-lr-schedule round, or the full learning rate is never reached."
+        )
+
+
+def _check_single_round(config: RunConfig, loaded: Sequence[Plan], selection: str) -> None:
+    """What speaks of several rounds would do nothing, in silence, in a run that has one."""
+    hft = config.hft
+    if hft.hft_round_interval != "stage":
+        return
+    given = [
+        f"--{name.replace('_', '-')} {getattr(hft, name)}"
+        for name, default in _OF_SEVERAL_ROUNDS.items()
+        if getattr(hft, name) != default
+    ]
+    if selection in ("lisa", "hift"):
+        given.append(f"--hft-selection {selection}")
+    if len(loaded) > 1:
+        given.append(f"--hft-plan {hft.hft_plan}, which has {len(loaded)} rounds,")
+    if given:
+        raise UserError(
+            f"{given[0]} is about several rounds, and with --hft-round-interval stage the run has one; give the "
+            "iterations of a round, such as --hft-round-interval 50, or leave the option out."
         )

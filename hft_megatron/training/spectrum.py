@@ -1,11 +1,16 @@
 """The scores of ``--hft-selection spectrum`` for a run: computed once, then kept beside its checkpoints."""
 
 import json
+from pathlib import Path
 
+import torch.distributed as dist
+
+from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import SPECTRUM_FILE
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.errors import UserError
 from hft_megatron.hft.spectrum import spectrum_scores
+from hft_megatron.hft.units import MATRIX_CATEGORIES, units_of
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.training.inputs import Inputs
 
@@ -19,12 +24,26 @@ def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | No
     if config.hft.hft_selection != "spectrum":
         return None
     if inputs.checkpoint is not None:
-        file = inputs.checkpoint.parent / SPECTRUM_FILE
-        try:
-            saved: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--load {file.parent}: {SPECTRUM_FILE} can't be read ({error}); copy it again.") from error
-        return saved
+        return _saved_scores(inputs.checkpoint.parent / SPECTRUM_FILE, inputs.shape)
     assert config.model.load_hf is not None, "the rules of the options ask for it"
     with HuggingFaceWeights(config.model.load_hf) as weights:
         return spectrum_scores(inputs.shape, weights.read, device=placement.device)
+
+
+def _saved_scores(file: Path, shape: ModelShape) -> dict[str, float]:
+    """The scores of the first run, read by rank 0 for all ranks: one that can't read them must not leave the others."""
+    answer: list[tuple[dict[str, float], str | None]] = [({}, None)]
+    if dist.get_rank() == 0:
+        try:
+            scores: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+            missing = {unit.name for unit in units_of(shape) if unit.category in MATRIX_CATEGORIES} - set(scores)
+            answer = [(scores, f"it has no score of {min(missing)}" if missing else None)]
+        except (OSError, ValueError, TypeError) as error:
+            answer = [({}, str(error))]
+    dist.broadcast_object_list(answer, src=0)
+    scores, mistake = answer[0]
+    if mistake is not None:
+        raise UserError(
+            f"--load {file.parent}: {SPECTRUM_FILE} can't be used ({mistake}); copy the run's folder again."
+        )
+    return scores

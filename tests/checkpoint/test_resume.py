@@ -67,6 +67,7 @@ def run_whole_and_in_two(
         assert not different, f"rank {rank}"
         assert whole[rank]["state"].keys() == second[rank]["state"].keys()
     assert all(isinstance(loss, float) for loss in losses(whole))
+    assert max(step["lr"] for step in whole[-1]["steps"]) > 0, "else nothing was trained"
     return whole
 
 
@@ -80,7 +81,7 @@ def test_resume_equals_uninterrupted_to_the_last_bit(
 
 
 ROUNDS = ["--hft-round-interval", "2"]
-HIFT = ["--hft-selection", "hift", "--hft-ratio", "0.3"]
+HIFT = ["--hft-selection", "hift", "--hft-ratio", "0.3", "--lr-warmup-iters", "0"]
 HOST = ["--hft-moments", "carry", "--hft-resting-moments", "host"]
 ROUND_CASES: dict[str, tuple[int, str, list[str], int, set[int]]] = {
     "at a switch, fresh moments": (1, "gqa", ROUNDS, 4, {2}),
@@ -221,3 +222,17 @@ def test_a_checkpoint_goes_on_at_another_layout(
     assert losses(resumed) == pytest.approx([step["loss"] for step in whole["steps"][3:]], rel=1e-5)
     norms = [[step["grad_norm"] for step in steps] for steps in (resumed[-1]["steps"], whole["steps"][3:])]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("resumed_at", quick(["pp2", "dp2"], ["pp2"]))
+def test_rounds_and_the_moments_of_resting_units_go_on_at_another_layout(
+    resumed_at: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    words = words_for(inputs["tied"], *ROUNDS, *HOST)
+    [whole] = ranks(1).run(run_sft_words, words=words)
+    ranks(2).run(run_sft_words, words=[*words, *TP2, "--save", str(tmp_path), "--load", str(tmp_path)], kill_at=3)
+    world_size, options = LAYOUTS[resumed_at]
+    resumed = ranks(world_size).run(run_sft_words, words=[*words, *options, "--load", str(tmp_path)])
+    assert [step["iteration"] for step in resumed[-1]["steps"]] == [4, 5, 6]
+    assert losses(resumed) == pytest.approx([step["loss"] for step in whole["steps"][3:]], rel=1e-5)
+    assert resumed[-1]["state"]["unit steps"] == whole["state"]["unit steps"]

@@ -167,3 +167,17 @@ def test_one_command_on_one_process_converts_a_folder(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert re.search(r"^exported the model to .*/out in Hugging Face's format \(float32\)$", log.read_text(), re.M)
     assert "Warning" not in log.read_text()
+
+
+def test_what_any_round_trained_is_exported_and_not_the_last_ones_alone(ranks: RankPools, tmp_path: Path) -> None:
+    """In bf16 a tensor that rests in the last round would else be copied from the fp32 source, its training lost."""
+    inputs = make_inputs(tmp_path / "inputs")
+    rounds = ["--hft-round-interval", 2, "--hft-rotation", "complementary", "--lr-warmup-iters", 0, "--train-iters", 4]
+    save = ["--save", tmp_path / "run", "--load", tmp_path / "run"]
+    ranks(1).run(run_sft_words, words=words_for(inputs, "--bf16", *rounds, *save, "--save-hf", tmp_path / "trained"))
+    source, trained = weights(inputs / "model"), weights(tmp_path / "trained")
+    assert [name for name, tensor in source.items() if torch.equal(tensor, trained[name])] == []
+    converted = words_for(inputs, "--bf16", *rounds, *save, "--train-iters", 0, "--save-hf", tmp_path / "converted")
+    ranks(1).run(run_sft_words, words=converted)
+    again = weights(tmp_path / "converted")
+    assert [name for name, tensor in trained.items() if not torch.equal(tensor, again[name])] == []

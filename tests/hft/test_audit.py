@@ -8,7 +8,7 @@ import torch
 from hft_megatron.errors import RunFailed
 from hft_megatron.hft.audit import fingerprint
 from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.training.hooks import AuditRounds
+from hft_megatron.training.hooks import AuditRounds, SaveCheckpoints
 from hft_megatron.training.loop import next_step, train
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.ranks import RankPools
@@ -87,6 +87,27 @@ def test_a_flipped_bit_in_a_resting_shard_is_named_on_every_rank(
     assert results[3]["unit"] in failure
     assert "rank 3 on " in failure
     assert "TP 1, PP 1" in failure
+
+
+def run_into_a_checkpoint(folder: str, save: str) -> str:
+    """The failure of saving after a bit flipped; the audit itself is not due yet."""
+    run = make_run(folder, {}, training={"train_iters": 4}, optimizer={"lr_warmup_iters": 0})
+    audit = AuditRounds(None)
+    saver = SaveCheckpoints(save, 2, last=None, audit=audit)
+    audit.at_round_start(run)
+    saver.after_step(run, next_step(run))
+    flip_a_bit(run, resting(run, 1))
+    with pytest.raises(RunFailed) as caught:
+        saver.after_step(run, next_step(run))
+    return str(caught.value)
+
+
+def test_a_checkpoint_with_a_changed_resting_shard_is_not_written(ranks: RankPools, tmp_path: Any) -> None:
+    """The run that went on with it would take its bits for the right ones."""
+    folder = str(make_llama(tmp_path / "model", "gqa", **TINY))
+    [said, _] = ranks(2).run(run_into_a_checkpoint, folder=folder, save=str(tmp_path / "run"))
+    assert "resting shard" in said
+    assert not list(tmp_path.glob("run/iter_*"))
 
 
 def run_audited(folder: str, layout: dict[str, Any]) -> int:

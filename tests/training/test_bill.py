@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.model_shape import ModelShape, load_hf_config
+from hft_megatron.config.schema import HFTConfig, ParallelConfig
+from hft_megatron.hft.plan import make_plan
+from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.training.bill_table import render_bill
 from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for, write_data
 
@@ -102,7 +106,7 @@ def test_a_finished_run_that_is_started_again_keeps_its_bill(runs, ranks):
 
 
 def account(measured: int, full: int, milliseconds: float) -> dict[str, Any]:
-    items = ("reduced", "gathered", "gradients", "masters", "moments")
+    items = ("reduced", "gathered", "gradients", "masters", "moments", "resting")
     return {
         "bytes": {item: {"measured": measured, "full": full} for item in items},
         "milliseconds": dict.fromkeys(("step", *PARTS), milliseconds),
@@ -122,11 +126,48 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
         "overlap_grad_reduce": True,
         "overlap_param_gather": False,
         "total_bytes": dict.fromkeys(("reduced", "gathered", "gradients", "moments"), total)
-        | {"masters": {"measured": 0, "full": 0}},
+        | {"masters": {"measured": 0, "full": 0}, "resting": {"measured": 40_000, "full": 0}},
+        "switches": {"count": 3, "median_ms": 12.34},
         "ranks": [account(2_000_000, 3_000_000, 10.0), account(1_000_000, 5_000_000, 20.0)],
     }
     rows = {line[4:36].strip(): line[36:].split() for line in render_bill(bill).splitlines()[1:]}
     assert rows["reduced per step"] == ["500.0", "kB", "1.2", "MB", "750.0", "kB", "2.0", "MB", "37.5%"]
     assert rows["held as moments"] == ["2.0", "MB", "5.0", "MB", "3.0", "MB", "8.0", "MB", "37.5%"]
     assert rows["held as masters"][-1] == "-"
+    assert rows["kept on the host"][-3:] == ["0", "B", "-"]
+    assert rows["ms per switch, median of 3"] == ["12.3"]
     assert rows["reduce-scatter wait (exposed)"] == rows["all-gather wait (all of it)"] == ["15.0", "10.0", "20.0"]
+
+
+def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_rested_on_the_host(ranks, tmp_path):
+    """On two stages HiFT's groups train in turn: each stage's most added up was never held together."""
+    inputs = make_inputs(tmp_path / "inputs")
+    options = [
+        "--pipeline-model-parallel-size",
+        2,
+        "--lr-warmup-iters",
+        0,
+        "--hft-round-interval",
+        2,
+        "--train-iters",
+        6,
+    ]
+    hift = ["--hft-selection", "hift", "--hft-ratio", 0.3, "--hft-moments", "carry", "--hft-resting-moments", "host"]
+    save = tmp_path / "run"
+    ranks(2).run(run_sft_words, words=words_for(inputs, *options, *hift, "--save", save))
+    bill = json.loads((save / "bill.json").read_text())
+    shape = ModelShape.from_hf_config(load_hf_config(str(inputs / "model")), "model")
+    model = CostModel(shape=shape, parallel=ParallelConfig(pipeline_model_parallel_size=2), world_size=2, bf16=False)
+    config = HFTConfig(hft_selection="hift", hft_ratio=0.3)
+    plans = [make_plan(shape, config, default_seed=1234, round=round) for round in range(3)]
+    held = [[model.stage_costs(plan.trains, stage)[0].gradient_bytes for stage in (0, 1)] for plan in plans]
+    assert bill["rounds"] == [0, 1, 2]
+    assert bill["total_bytes"]["gradients"]["measured"] == max(map(sum, held))
+    assert [rank["bytes"]["gradients"]["measured"] for rank in bill["ranks"]] == [
+        max(stage) for stage in zip(*held, strict=True)
+    ]
+    assert max(map(sum, held)) < sum(max(stage) for stage in zip(*held, strict=True))
+    earlier = {name for plan in plans[:2] for name in plan.training}
+    resting = sum(unit.parameters for unit in plans[0].units if unit.name in earlier - plans[2].training)
+    assert bill["total_bytes"]["resting"]["measured"] == 8 * resting > 0
+    assert bill["switches"]["count"] == 2
