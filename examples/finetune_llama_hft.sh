@@ -17,7 +17,8 @@
 #   GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as in Megatron, where bash starts the ranks
 #
 # Under bash: exit code 0 finished, 1 failed, 2 a mistake to correct, 3 stopped by a signal after saving (start it again
-# with the same SAVE). torchrun reports 1 whatever happened. One of several nodes other than 0 reports as torchrun does.
+# with the same SAVE), 130 stopped by Ctrl-C before training began. torchrun reports 1 whatever happened. One of several
+# nodes other than 0 reports as torchrun does.
 #
 # torchrun runs this file with Python, for which the shell half is one string: keep triple quotes and backslashes out.
 
