@@ -143,7 +143,7 @@ def measure(workloads: Iterable[Workload], overlaps: Iterable[str], pairs: int, 
                     }
                 )
     return {
-        "command": "python tools/bench/bill.py",
+        "command": f"python tools/bench/bill.py --pairs {pairs} --steps {steps}",
         "pairs": pairs,
         "steps": steps,
         "environment": environment(),

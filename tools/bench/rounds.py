@@ -71,7 +71,7 @@ def main() -> int:
                 print(f"bench: {error}", file=sys.stderr)
                 return 1
         results = {
-            "command": "python tools/bench/rounds.py",
+            "command": f"python tools/bench/rounds.py --switches {options.switches}",
             "switches": options.switches,
             "environment": environment(),
             "configurations": configurations,
