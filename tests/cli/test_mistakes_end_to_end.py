@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.cli import main
 from hft_megatron.config.loading import load_options, write_resolved
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
@@ -216,6 +217,7 @@ def saved_run(command: list[str], tmp_path: Path) -> Path:
     (folder / RUN_IDENTITY_FILE).write_text(json.dumps(read.identity.to_dict()))
     (folder / "latest_checkpointed_iteration.txt").write_text("2\n")
     (folder / "iter_0000002").mkdir()
+    TrainState(iteration=2).write(folder / "iter_0000002")
     return folder
 
 

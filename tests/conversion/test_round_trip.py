@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.support.models import LAYOUTS, VARIANTS, build_from_folder, make_llama
 from tests.support.ranks import RankPools
+from tests.support.tiers import quick
 
 WORLD_SIZE = {"tp1": 1, "tp2": 2, "pp2": 2, "pp2_vpp": 2, "dp2": 2, "tp2_pp2": 4}
 
@@ -70,7 +71,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("layout", WORLD_SIZE)
+@pytest.mark.parametrize("layout", quick(WORLD_SIZE, ["tp1", "pp2_vpp", "tp2_pp2"]))
 def test_every_bit_comes_back_at_every_layout(
     layout: str, ranks: RankPools, sources: dict[str, Path], tmp_path: Path
 ) -> None:

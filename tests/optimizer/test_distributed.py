@@ -12,6 +12,7 @@ from hft_megatron.optimizer import wrapping
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import train_step
 from tests.support.models import LAYOUTS, make_llama
+from tests.support.tiers import quick
 from tests.support.toy_training import local_weights, make_run
 from tests.support.wire import sent_bytes
 
@@ -42,6 +43,7 @@ CASES: dict[str, Case] = {
     "tp2 dp2 overlap full": (4, "gqa", 1.0, LAYOUTS["tp2_sp"] | OVERLAP | SMALL_BUCKETS, False),
 }
 """Ranks, model variant, ratio, parallel options, bf16."""
+QUICK = ["tp1", "dp2", "dp2 full", "dp2 overlap small buckets bf16", "tp2 sp", "pp2 dp2 interleaved overlap"]
 
 
 def leftovers(slot: ParameterSlot, run: Run) -> list[str]:
@@ -119,7 +121,7 @@ def audits(ranks, tmp_path_factory):
     return audit
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_resting_shards_are_bit_identical_and_every_training_shard_changed_on_every_rank(audits, case):
     ratio = CASES[case][2]
     for audit in audits(case):
@@ -128,7 +130,7 @@ def test_resting_shards_are_bit_identical_and_every_training_shard_changed_on_ev
         assert not audit["unchanged while training"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_a_resting_weight_has_no_gradient_no_bucket_no_master_and_no_optimizer_state(audits, case):
     for audit in audits(case):
         assert audit["leftovers"] == {}
@@ -141,7 +143,7 @@ def test_rows_that_pad_the_vocabulary_stay_zero(audits):
     assert second["padding"] == {"model.embed_tokens.weight": [0.0], "lm_head.weight": [0.0]}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_the_metrics_are_the_bytes_on_the_wire_in_every_step(audits, case):
     """How many there must be, test_rank_costs.py checks by formula."""
     for audit in audits(case):
@@ -149,7 +151,7 @@ def test_the_metrics_are_the_bytes_on_the_wire_in_every_step(audits, case):
         assert (audit["wire"][0][0] > 0) == (audit["data_size"] > 1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_times_of_a_step_are_disjoint_and_waits_are_those_of_data_parallel_ranks(audits, case):
     for audit in audits(case):
         for times in audit["times"]:
@@ -158,7 +160,7 @@ def test_times_of_a_step_are_disjoint_and_waits_are_those_of_data_parallel_ranks
             assert (times["all-gather wait"] > 0) == (audit["data_size"] > 1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_optimizer_state_is_8_or_12_bytes_per_training_parameter_over_the_data_parallel_ranks(audits, case):
     per_parameter = 12 if CASES[case][4] else 8
     for audit in audits(case):

@@ -11,6 +11,7 @@ from hft_megatron.model.parameter_names import chunk_parameters, chunk_places, l
 from hft_megatron.optimizer.rank_costs import CostModel, RankCosts
 from hft_megatron.training.run import Run
 from tests.support.models import LAYOUTS, make_llama
+from tests.support.tiers import quick
 from tests.support.toy_training import make_run, take_steps
 from tests.support.wire import sent_bytes
 
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], bool]] = {
     "tp2 dp2": (4, "gqa", LAYOUTS["tp2_sp"] | OVERLAP | SMALL_BUCKETS, {"hft_level": "layer"}, False),
 }
 """Ranks, model variant, parallel options, options of the method, bf16."""
+QUICK = ["dp2 bf16 in small buckets", "pp2 with a stage that rests", "pp2 dp2 tied, overlapped", "pp2 dp2 interleaved"]
 
 
 def live_costs(run: Run) -> RankCosts:
@@ -83,7 +85,7 @@ def folders(tmp_path_factory):
     return {variant: str(make_llama(root / variant, variant, **UNEVEN)) for variant in ("gqa", "tied")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_costs_by_formula_are_live_ones_to_the_byte_and_parameters_come_in_the_order_of_registration(
     ranks, folders, case
 ):

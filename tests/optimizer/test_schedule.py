@@ -46,7 +46,9 @@ def test_a_resumed_schedule_goes_on_where_it_stood(style):
     assert rates(options, train_iters=9, iteration=4)[0] == rates(options, train_iters=9)[0][4:]
 
 
-def positions(hft: HFTConfig, interval: str, *, train_iters: int = 7, cycle: int = 1) -> list[tuple[int, int]]:
+def positions(
+    hft: HFTConfig, interval: str, *, train_iters: int = 7, cycle: int | None = None
+) -> list[tuple[int, int]]:
     """(position, length) in the schedule of every iteration of a run."""
     rounds = RoundSchedule(interval=interval, train_iters=train_iters, samples_per_epoch=1, global_batch_size=1)
     spans = [span_of_round(hft, rounds, round, cycle=cycle) for round in range(rounds.rounds)]
