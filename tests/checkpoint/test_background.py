@@ -15,7 +15,7 @@ from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 
 TP2 = ["--tensor-model-parallel-size", "2"]
-SLOW_WRITER_S = 1.0
+SLOW_WRITER_S = 0.5
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def test_a_checkpoint_written_in_the_background_is_the_one_of_its_step(
 
 
 def test_the_log_says_for_how_long_training_stood_still(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
-    words = words_for(inputs, "--save", tmp_path, "--save-interval", 60, "--async-save", "--train-iters", 120)
+    words = words_for(inputs, "--save", tmp_path, "--save-interval", 20, "--async-save", "--train-iters", 40)
     [answer] = ranks(1).run(run_with_a_slow_writer, words=words)
     [first, _] = [line for line in answer["said"] if "successfully saved checkpoint" in line]
     total, stall = (float(word.replace(",", "")) for word in (first.split(" ms")[0].split()[-1], first.split()[-2]))
