@@ -30,6 +30,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a missing shard": ("__1_0.distcp", Path.unlink, "is missing"),
     "a flipped bit in the index": (".metadata", flip_a_bit, "is not what was saved (sha256"),
     "a flipped bit in the position": ("train_state.json", flip_a_bit, "is not what was saved (sha256"),
+    "a position cut short": ("train_state.json", cut, "were saved"),
     "a list of digests that is no JSON": ("digests.json", cut, "can't be read"),
 }
 """File, what happens to it, and what the sentence says."""
