@@ -1,7 +1,6 @@
 """Merged weights are the base's, the tuned model's or their average, to the bit. Run: pytest tests/conversion"""
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.parameter_names import whole_shape
 from tests.support.pairs import make_pair, read_weights, same_bits
+from tests.support.peak_memory import PeakMemory
 
 
 @pytest.fixture(scope="module")
@@ -229,35 +229,6 @@ def test_what_fails_half_way_leaves_no_folder(pairs: Callable[[str], Path], tmp_
     (tmp_path / "out").mkdir()  # an empty folder may be there
     reset(pairs("gqa"), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-
-
-class PeakMemory:
-    """The most anonymous memory above what the process had: what a merge holds, without pages of mapped files, which
-    the kernel drops when it needs room."""
-
-    def __enter__(self) -> "PeakMemory":
-        self._before = self._peak = _anonymous_bytes()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.001):
-            self._peak = max(self._peak, _anonymous_bytes())
-
-    @property
-    def bytes(self) -> int:
-        return self._peak - self._before
-
-
-def _anonymous_bytes() -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
