@@ -219,6 +219,19 @@ def test_sharded_folders_give_what_single_files_give(pairs: Callable[[str], Path
         assert single == sharded
 
 
+def test_what_a_folder_holds_twice_or_for_nothing_is_no_part_of_the_output(tmp_path: Path) -> None:
+    """Old exports have a copy of the tied embedding, and the rotary frequencies."""
+    pair = make_pair(tmp_path, "tied")
+    weights = read_weights(pair / "tuned")
+    more = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights | more, pair / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    average(pair, tmp_path / "out", 1.0)
+    merged = read_weights(tmp_path / "out")
+    assert merged.keys() == weights.keys()
+    assert all(same_bits(tensor, weights[name]) for name, tensor in merged.items())
+
+
 def test_what_fails_half_way_leaves_no_folder(pairs: Callable[[str], Path], tmp_path: Path) -> None:
     with (
         patch.object(merging.shutil, "copyfile", side_effect=OSError("disk full")),
