@@ -246,7 +246,7 @@ def test_what_fails_half_way_leaves_no_folder(pairs: Callable[[str], Path], tmp_
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_is_bounded_by_one_tensor_of_each_model(pairs: Callable[[str], Path], tmp_path: Path) -> None:
-    """Folders of 104 MB in bf16, with 12 matrices of 8 MB; in fp32 a pair of them has 2 x 17 MB, and the result 8."""
+    """Folders of 12 matrices of 8 MB in bf16. A pair is four times that in fp32, and the result once."""
     sizes = {"num_layers": 4, "hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 8}
     shape = ModelShape(
         **sizes, num_query_groups=1, kv_channels=16, vocab_size=64, max_position_embeddings=64, tie_embeddings=True
@@ -257,13 +257,17 @@ def test_memory_is_bounded_by_one_tensor_of_each_model(pairs: Callable[[str], Pa
     assert folder_bytes > 12 * largest
     reset(pairs("gqa"), tmp_path / "first")  # what is imported and allocated once must not count
     average(pairs("gqa"), tmp_path / "second", 0.5)
+    with PeakMemory() as of_a_tensor:
+        held = torch.ones(folder_bytes, dtype=torch.uint8)
+    del held
+    assert of_a_tensor.bytes > 0.9 * folder_bytes, "the watch sees what is held"
     with PeakMemory() as of_reset:
         reset(tmp_path, tmp_path / "reset")
     with PeakMemory() as of_average:
         average(tmp_path, tmp_path / "average", 0.5)
     assert of_reset.bytes < 2 * largest
-    assert 2 * largest < of_average.bytes, "the watch has missed the work"
-    assert of_average.bytes < 6 * largest
+    # Twice the pair, because malloc may keep the one before.
+    assert of_average.bytes < (2 * 4 + 1) * largest < folder_bytes
 
 
 def write_model(folder: Path, shape: ModelShape) -> int:

@@ -18,6 +18,7 @@ class PeakMemory:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._peak = max(self._peak, _anonymous_bytes())
 
     def _watch(self) -> None:
         while not self._ended.wait(0.001):
