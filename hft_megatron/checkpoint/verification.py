@@ -38,9 +38,7 @@ def sound_checkpoint(
         return good
     what = damaged[0][1]
     if good is None:
-        raise UserError(
-            f"--load {found.folder}: {what}, and no other checkpoint there is good; start from another folder."
-        )
+        raise UserError(f"--load {found.folder}: {what}, and no older checkpoint there is good; give another folder.")
     if not fallback:
         raise UserError(
             f"--load {found.folder}: {what}; the newest good checkpoint is {good.name}: add --load-fallback to go on "

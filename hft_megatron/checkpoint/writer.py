@@ -191,5 +191,5 @@ class CheckpointWriter:
         newest = find_checkpoints(str(self._folder)).newest
         left = "none is complete yet" if newest is None else f"{newest} is the newest complete one"
         return RunFailed(
-            f"the checkpoint of iteration {iteration} can't be written to {self._folder}: {reason}; {left}"
+            f"the checkpoint of iteration {iteration} can't be written to {self._folder}: {reason}; {left}."
         )
