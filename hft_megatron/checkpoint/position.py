@@ -10,6 +10,7 @@ from hft_megatron.errors import UserError
 
 FILE_NAME = "train_state.json"
 ITERATION_FOLDER = "iter_{:07d}"
+_NAME = re.compile(r"iter_(\d{7,})")
 FORMAT = 2
 """Version of the checkpoint's own files; another one could be read wrongly in silence."""
 
@@ -58,4 +59,21 @@ def newest_checkpoint(folder: str) -> Path | None:
     path = Path(folder) / ITERATION_FOLDER.format(int(text))
     if not path.is_dir():
         raise UserError(f"--load {folder}: {CHECKPOINT_TRACKER_FILE} names iteration {text}, but {path} is not there.")
+    return path
+
+
+def checkpoint_at(folder: str, iteration: int | None) -> Path:
+    """The checkpoint of an iteration, the newest for None; UserError naming those that are there for a missing one."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--load {folder}: there is no such folder; name the --save folder of a run.")
+    if iteration is None:
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise UserError(f"--load {folder} holds no checkpoint; name the --save folder of a run that saved one.")
+        return newest
+    path = Path(folder) / ITERATION_FOLDER.format(iteration)
+    if not path.is_dir():
+        numbers = sorted(int(match[1]) for each in Path(folder).iterdir() if (match := _NAME.fullmatch(each.name)))
+        there = ", ".join(str(number) for number in numbers) or "none"
+        raise UserError(f"--iteration {iteration}: --load {folder} has no such checkpoint; there are: {there}.")
     return path

@@ -1,0 +1,191 @@
+"""A checkpoint converted by one process is what the run's own export wrote. Run: pytest tests/training"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hft_megatron.errors import UserError
+from hft_megatron.training.convert import convert_checkpoint
+from tests.support.ranks import RankPools
+from tests.support.runs import VOCAB_SIZE, make_inputs, run_sft_words, words_for
+from tests.support.tiers import quick
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+ROUNDS = ["--hft-round-interval", "2", "--hft-rotation", "complementary"]
+SPECTRUM = ["--hft-selection", "spectrum", "--hft-round-interval", "epoch", "--hft-lr-schedule", "round"]
+
+CASES: dict[str, tuple[int, str, torch.dtype, list[str]]] = {
+    "tp2 of a padded vocabulary": (2, "gqa", torch.float32, [*TP2, "--no-bf16"]),
+    "tp2 bf16 from fp16": (2, "gqa", torch.float16, [*TP2, "--bf16"]),
+    "pp2 tied from bf16": (2, "tied", torch.bfloat16, [*PP2, "--bf16"]),
+    "pp2 vpp of a mistral": (
+        2,
+        "mistral",
+        torch.float32,
+        [*PP2, "--num-layers-per-virtual-pipeline-stage", "1", "--no-bf16"],
+    ),
+    "dp2 bf16, rounds": (2, "llama3_rope", torch.float32, ["--bf16", *ROUNDS]),
+    "dp2 bf16, carried moments": (
+        2,
+        "gqa",
+        torch.float32,
+        ["--bf16", *ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"],
+    ),
+    "spectrum over epochs": (
+        1,
+        "gqa",
+        torch.float32,
+        ["--bf16", *SPECTRUM, "--hft-rotation", "complementary", "--global-batch-size", "12"],
+    ),
+}
+"""World size, model, its data type and the run's options."""
+
+QUICK = ["tp2 of a padded vocabulary", "pp2 tied from bf16", "dp2 bf16, rounds"]
+
+
+def convert(load: Path, save_hf: Path, *, iteration: int | None = None, save_dtype: Any = None) -> list[str]:
+    """Converts in this process; what was announced."""
+    said: list[str] = []
+    convert_checkpoint(str(load), iteration, str(save_hf), save_dtype=save_dtype, check=False, announce=said.append)
+    return said
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def train(ranks: RankPools, folder: Path, case: str, *more: object) -> tuple[Path, Path]:
+    """(the run's folder, what it exported itself) after four steps."""
+    world_size, variant, dtype, options = CASES[case]
+    inputs = make_inputs(folder, variant, dtype)
+    words = words_for(inputs, "--train-iters", 4, "--lr-warmup-iters", 0, *options, *more)
+    ranks(world_size).run(
+        run_sft_words, words=[*words, "--save", str(folder / "run"), "--save-hf", str(folder / "own")]
+    )
+    return folder / "run", folder / "own"
+
+
+@pytest.mark.parametrize("case", quick(CASES, QUICK))
+def test_every_file_is_the_one_that_the_run_exported(case: str, ranks: RankPools, tmp_path: Path) -> None:
+    run, own = train(ranks, tmp_path, case)
+    convert(run, tmp_path / "out")
+    expected, found = files(own), files(tmp_path / "out")
+    assert len(expected) >= 5
+    assert found == expected
+
+
+@pytest.fixture(scope="session")
+def fp16_run(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bf16 run of an fp16 model, a checkpoint after every second step."""
+    folder = tmp_path_factory.mktemp("fp16")
+    train(ranks, folder, "tp2 bf16 from fp16", "--save-interval", 2)
+    return folder
+
+
+def test_an_earlier_checkpoint_and_another_data_type_can_be_asked_for(fp16_run: Path, tmp_path: Path) -> None:
+    convert(fp16_run / "run", tmp_path / "out", iteration=2, save_dtype=torch.float32)
+    own, found = (load_file(folder / "model.safetensors") for folder in (fp16_run / "own", tmp_path / "out"))
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    differ = {name for name in own if not torch.equal(own[name].float(), found[name])}
+    plan = json.loads((fp16_run / "run" / "iter_0000002" / "plan.json").read_text())
+    assert differ == {f"{unit['name']}.weight" for unit in plan["units"] if unit["trains"]}
+
+
+def test_without_the_source_the_weights_are_the_checkpoints_and_that_is_said(fp16_run: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, aside = fp16_run / "model", fp16_run / "aside"
+    source.rename(aside)
+    try:
+        said = convert(fp16_run / "run", tmp_path / "out")
+    finally:
+        aside.rename(source)
+    assert any(f"--load-hf {source} is not there" in line and "bfloat16" in line for line in said)
+    assert any("tokenizer is not there" in line for line in said)
+    own, found = (load_file(folder / "model.safetensors") for folder in (fp16_run / "own", tmp_path / "out"))
+    assert own.keys() == found.keys()
+    plan = json.loads((fp16_run / "run" / "iter_0000004" / "plan.json").read_text())
+    for unit in plan["units"]:
+        name = f"{unit['name']}.weight"
+        assert found[name].dtype == torch.bfloat16
+        # What trained was rounded to the source's fp16 in the run's export, what rested is the source's there.
+        same = (
+            torch.equal(found[name].half(), own[name])
+            if unit["trains"]
+            else torch.equal(found[name], own[name].bfloat16())
+        )
+        assert same, name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == VOCAB_SIZE
+
+
+def change_the_source(folder: Path) -> None:
+    path = folder / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    data[8 + length] ^= 1  # the first entry of the first tensor
+    path.write_bytes(bytes(data))
+
+
+def remove_a_shard_file(folder: Path) -> None:
+    next((folder / "run" / "iter_0000004").glob("__0_*.distcp")).unlink()
+
+
+def cut_the_index(folder: Path) -> None:
+    path = folder / "run" / "iter_0000004" / ".metadata"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def cut_the_shard_files(folder: Path) -> None:
+    for path in (folder / "run" / "iter_0000004").glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:3000])
+
+
+def take_another_models_index(folder: Path) -> None:
+    identity = json.loads((folder / "run" / "run_identity.json").read_text())
+    identity["shape"]["num_layers"] = 5
+    (folder / "run" / "run_identity.json").write_text(json.dumps(identity))
+    shutil.rmtree(folder / "model")
+
+
+def remove_the_identity(folder: Path) -> None:
+    (folder / "run" / "run_identity.json").unlink()
+
+
+def remove_the_tracker(folder: Path) -> None:
+    (folder / "run" / "latest_checkpointed_iteration.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (change_the_source, "holds other weights now"),
+        (remove_a_shard_file, "iter_0000004 can't be read"),
+        (cut_the_index, "iter_0000004 can't be read"),
+        (cut_the_shard_files, "iter_0000004 can't be read"),
+        (take_another_models_index, "has no decoder.layers.4."),
+        (remove_the_identity, "run_identity.json can't be read"),
+        (remove_the_tracker, "holds no checkpoint"),
+    ],
+)
+def test_a_run_that_cannot_be_converted_is_one_sentence(
+    break_it: Any, said: str, fp16_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fp16_run, tmp_path / "copy")
+    resolved = tmp_path / "copy" / "run" / "resolved_config.yaml"
+    resolved.write_text(resolved.read_text().replace(str(fp16_run), str(tmp_path / "copy")))
+    break_it(tmp_path / "copy")
+    with pytest.raises(UserError) as error:
+        convert(tmp_path / "copy" / "run", tmp_path / "out")
+    message = str(error.value)
+    assert said in message
+    assert str(tmp_path / "copy" / "run") in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert not (tmp_path / "out").exists()
