@@ -48,7 +48,8 @@ def write_weights(
 
     ``wholes`` gives (unit, whole tensor) in the order of ``units_of(shape)``. Where ``run_dtype`` can't hold the
     source's values (fp16 or fp32 trained as bf16), tensors that rested are copied from the source, so that they are
-    its bit for bit, and trained ones are written in the source's data type.
+    its bit for bit, and trained ones are written in the source's data type. What rested but is not the source's,
+    because the run took it from another run's checkpoint, is written like what was trained.
     """
     units = units_of(shape)
     copied = 0
@@ -61,8 +62,10 @@ def write_weights(
             value = whole
             if unit not in rules.trained and torch.promote_types(run_dtype, stored[unit]) != run_dtype:
                 assert source is not None, "without a source, tensors are stored in the run's data type"
-                value = source.read(f"{unit}.weight")
-                copied += 1
+                original = source.read(f"{unit}.weight")
+                if torch.equal(original.to(run_dtype), whole):
+                    value = original
+                    copied += 1
             writer.write(f"{unit}.weight", value.to(written[unit]))
         writer.close()
     parameters: Counter[torch.dtype] = Counter()

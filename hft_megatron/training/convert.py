@@ -1,6 +1,7 @@
 """Conversion without a run: a checkpoint to a Hugging Face folder in one process, and the check of logits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,14 +44,14 @@ def convert_checkpoint(
         f"> {run.checkpoint}: a LLaMA of {shape.parameter_count():,} parameters at iteration {run.state.iteration}"
     )
     if source is None:
-        announce(_without_source(run, tensors.dtype()))
+        announce(_without_source(run, tensors.dtype))
     rules = ExportRules(source=source, trained=run.trained(), save_dtype=save_dtype)
-    written = export_tensors(
-        save_hf, _wholes(tensors, shape), shape, tensors.dtype(), rules, _tokenizer(run, announce), announce
-    )
-    if check:
-        rounded_to = _coarsest_rounding(tensors.dtype(), written, has_source=source is not None)
-        _compare(save_hf, compare_logits(save_hf, shape, tensors.read, rounded_to=rounded_to), announce)
+    with _reader(tensors, source) as read:
+        wholes = ((unit.name, read(unit.name)) for unit in units_of(shape))
+        written = export_tensors(save_hf, wholes, shape, tensors.dtype, rules, _tokenizer(run, announce), announce)
+        if check:
+            rounded_to = _coarsest_rounding(tensors.dtype, written, has_source=source is not None)
+            _compare(save_hf, compare_logits(save_hf, shape, read, rounded_to=rounded_to), announce)
 
 
 def check_model_folder(load_hf: str, announce: Announce) -> None:
@@ -68,9 +69,22 @@ def check_model_folder(load_hf: str, announce: Announce) -> None:
     _compare(load_hf, difference, announce)
 
 
-def _wholes(tensors: CheckpointTensors, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    for unit in units_of(shape):
-        yield unit.name, tensors.read(unit.name)
+@contextmanager
+def _reader(tensors: CheckpointTensors, source: str | None) -> Iterator[Callable[[str], Tensor]]:
+    """Reads a unit's weight as the run has it: from its checkpoints, or rounded from the source where they leave it."""
+    if not tensors.left_out:
+        yield tensors.read
+        return
+    assert source is not None, "SavedRun.source refuses it"
+    left_out = frozenset(tensors.left_out)
+    with HuggingFaceWeights(source) as weights:
+
+        def read(unit: str) -> Tensor:
+            if unit in left_out:
+                return weights.read(f"{unit}.weight").to(tensors.dtype)
+            return tensors.read(unit)
+
+        yield read
 
 
 def _without_source(run: SavedRun, dtype: torch.dtype) -> str:

@@ -3,16 +3,18 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.position import TrainState, newest_checkpoint
+from hft_megatron.checkpoint.folders import Checkpoints, find_checkpoints
+from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
-from hft_megatron.config.run_identity import RunIdentity, check_same_run, differences, run_identity
+from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, differences, run_identity
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
@@ -43,10 +45,24 @@ class Inputs:
     train: SftDataset | None
     valid: SftDataset | None
     identity: RunIdentity
+    found: Checkpoints | None
+    """What the --load folder holds."""
+    finetune_has_begun: bool
+    """Whether --finetune was given and --save holds a checkpoint already, which the run goes on from."""
     checkpoint: Path | None
-    """What the run goes on from."""
+    """The newest one there, that the run goes on from, or takes its first weights from."""
     plans: tuple[Plan, ...] = ()
     """Of --hft-plan, one per round; empty where plans are drawn."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from its checkpoint; with --finetune it only takes its first weights from one."""
+        return self.checkpoint is not None and not self.config.checkpoint.finetune
+
+    @property
+    def position(self) -> TrainState:
+        """Where the run goes on."""
+        return TrainState.read(self.checkpoint) if self.checkpoint is not None and self.resumes else TrainState()
 
     @property
     def pad_id(self) -> int:
@@ -67,9 +83,12 @@ class Inputs:
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
         lines = [dataset.summary() for dataset in (self.train, self.valid) if dataset is not None]
-        folder = self.config.checkpoint.load
-        if folder is not None and self.checkpoint is None:
-            lines.append(f"--load {folder} holds no checkpoint yet: starting from the beginning")
+        if self.finetune_has_begun:
+            lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
+        if self.found is not None:
+            lines += self.found.notes()
+            if self.found.newest is None and self.found.missing is None:
+                lines.append(f"--load {self.found.folder} holds no checkpoint yet: starting from the beginning")
         return lines
 
 
@@ -86,22 +105,42 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         assert shape is not None
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, shape.vocab_size)
-    checkpoint = newest_checkpoint(options.checkpoint.load) if options.checkpoint.load is not None else None
-    saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE) if checkpoint is not None else None
+    begins_anew = options.checkpoint.finetune
+    options = _going_on(options)
+    found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
+    finetune = options.checkpoint.finetune
+    if finetune:
+        _check_weights_are_there(options, found)
+    checkpoint = None if found is None else found.newest
+    saved = None
+    if checkpoint is not None and not finetune:
+        saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
     config = derived.resolve(options, shape, world_size, saved)
     validate(config, shape, world_size)
     train = _read_data(config, config.data.train_data_path, shape, tokenizer)
     valid = _read_data(config, config.data.valid_data_path, shape, tokenizer)
     digest = train.digest if train is not None else None
-    identity = run_identity(config, shape, world_size, method="sft", data_digest=digest)
+    identity = run_identity(
+        config,
+        shape,
+        world_size,
+        method="sft",
+        data_digest=digest,
+        tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
+    )
     held_runs = _held_runs(config)
     for option, folder, held_run in held_runs:
-        check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
+        if finetune and option == "--load":
+            check_same_model(held_run, identity, folder)
+        else:
+            check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
     if config.model.load_hf is not None:
         identity = replace(identity, weights_digest=check_weights(config.model.load_hf, shape))
     for option, folder, held_run in held_runs:
-        check_same_run(held_run, identity, folder, option=option)
-    _check_iterations(config, checkpoint)
+        if not (finetune and option == "--load"):
+            check_same_run(held_run, identity, folder, option=option)
+    if not finetune:
+        _check_iterations(config, checkpoint)
     if saved is not None and config.training.bf16 != saved.training.bf16:
         asked, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
         raise UserError(
@@ -115,11 +154,30 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         train=train,
         valid=valid,
         identity=identity,
+        found=found,
+        finetune_has_begun=begins_anew and not finetune,
         checkpoint=checkpoint,
         plans=() if config.hft.hft_plan is None else load_plans(config.hft.hft_plan, shape),
     )
     _check_rounds(inputs, world_size)
     return inputs
+
+
+def _going_on(options: RunConfig) -> RunConfig:
+    """With --finetune, a run that has begun goes on: beginning it again would throw away what it has learned."""
+    checkpoint = options.checkpoint
+    if not checkpoint.finetune or checkpoint.save is None or find_checkpoints(checkpoint.save).newest is None:
+        return options
+    return replace(options, checkpoint=replace(checkpoint, load=checkpoint.save, finetune=False))
+
+
+def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> None:
+    """A new run without the weights it should start from would start from others, in silence."""
+    if found is None or (found.newest is None and found.missing is None):
+        raise UserError(
+            f"--finetune takes the weights of --load {options.checkpoint.load}, which holds no complete checkpoint; "
+            f"give the --save folder of another run."
+        )
 
 
 def _check_iterations(config: RunConfig, checkpoint: Path | None) -> None:
@@ -199,14 +257,15 @@ class _Read:
     """What one rank tells the others about what it read."""
 
     options: dict[str, dict[str, object]]
-    checkpoint: str | None
+    checkpoints: tuple[str, ...]
+    """Newest first."""
     identity: RunIdentity
     plans: tuple[Plan, ...]
 
 
 def _read_by(inputs: Inputs) -> _Read:
-    checkpoint = None if inputs.checkpoint is None else inputs.checkpoint.name
-    return _Read(options=asdict(inputs.config), checkpoint=checkpoint, identity=inputs.identity, plans=inputs.plans)
+    complete = () if inputs.found is None else tuple(path.name for path in inputs.found.complete)
+    return _Read(options=asdict(inputs.config), checkpoints=complete, identity=inputs.identity, plans=inputs.plans)
 
 
 def _first_difference(mine: _Read, theirs: _Read) -> str | None:
@@ -216,12 +275,13 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
             other = theirs.options[group][name]
             if other != value:
                 return f"--{name.replace('_', '-')} is {other} instead of {value}"
-    if theirs.checkpoint != mine.checkpoint:
-        return f"the newest checkpoint is {theirs.checkpoint} instead of {mine.checkpoint}"
+    for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
+        if here != there:
+            return f"the newest checkpoint is {there} instead of {here}"
     for ours, plan in zip(mine.plans, theirs.plans, strict=False):
         unit = ours.first_difference(plan)
         if unit is not None:
             return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
-    for what, here, there in differences(mine.identity, theirs.identity):
-        return f"the {what} is {there} instead of {here}"
+    for what, our_value, their_value in differences(mine.identity, theirs.identity):
+        return f"the {what} is {their_value} instead of {our_value}"
     return None

@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hft_megatron.checkpoint.position import TrainState, checkpoint_at
+from hft_megatron.checkpoint.digests import combined_digest, digest_of
+from hft_megatron.checkpoint.folders import checkpoint_at
+from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import PLAN_FILE, check_saved_plan
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
@@ -53,12 +55,23 @@ class SavedRun:
     def source(self) -> str | None:
         """The Hugging Face folder that the run started from; None where there was none or it is gone.
 
-        UserError when the folder holds other weights by now: what rested would be copied from a stranger.
+        UserError when the folder holds other weights by now, or when it is gone and the checkpoint lacks those that
+        rested (--save-trained-only).
         """
         folder = self.config.model.load_hf
+        on_source = not self.state.is_whole and self.state.base_iteration is None
         if folder is None or not Path(folder).is_dir():
+            if on_source:
+                raise UserError(
+                    f"--load {self.folder}: {self.checkpoint.name} holds only what its round trained, and --load-hf "
+                    f"{folder}, where the rest is, is not there; put it back, or choose another --iteration."
+                )
             return None
-        if check_weights(folder, self.identity.shape) != self.identity.weights_digest:
+        is_same = check_weights(folder, self.identity.shape) == self.identity.weights_digest
+        if is_same and on_source:
+            files = {path.name: digest_of(path) for path in Path(folder).glob("*.safetensors")}
+            is_same = combined_digest(files) == self.state.base_digest
+        if not is_same:
             raise UserError(
                 f"--load {self.folder}: its run started from --load-hf {folder}, which holds other weights now; put "
                 "the old ones back, or rename that folder to convert without it."

@@ -37,6 +37,13 @@ CASES: dict[str, tuple[int, str, torch.dtype, list[str]]] = {
         torch.float32,
         ["--bf16", *ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"],
     ),
+    "tp2 bf16, trained weights only": (2, "gqa", torch.float16, [*TP2, "--bf16", "--save-trained-only"]),
+    "dp2 bf16, trained weights of rounds only": (
+        2,
+        "tied",
+        torch.float32,
+        ["--bf16", *ROUNDS, "--save-trained-only", "--save-interval", "1"],
+    ),
     "spectrum over epochs": (
         1,
         "gqa",
@@ -137,41 +144,47 @@ def remove_a_shard_file(folder: Path) -> None:
     next((folder / "run" / "iter_0000004").glob("__0_*.distcp")).unlink()
 
 
-def cut_the_index(folder: Path) -> None:
+def change_the_index(folder: Path) -> None:
+    """What would be executed if it were opened."""
     path = folder / "run" / "iter_0000004" / ".metadata"
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(b"cos\nabort\n(tR." + path.read_bytes()[14:])
 
 
-def cut_the_shard_files(folder: Path) -> None:
+def flip_a_bit_of_every_shard_file(folder: Path) -> None:
     for path in (folder / "run" / "iter_0000004").glob("*.distcp"):
-        path.write_bytes(path.read_bytes()[:3000])
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
 
 
-def take_another_models_index(folder: Path) -> None:
-    identity = json.loads((folder / "run" / "run_identity.json").read_text())
-    identity["shape"]["num_layers"] = 5
-    (folder / "run" / "run_identity.json").write_text(json.dumps(identity))
-    shutil.rmtree(folder / "model")
+def break_the_digests(folder: Path) -> None:
+    (folder / "run" / "iter_0000004" / "digests.json").write_text("[")
+
+
+def remove_the_newest(folder: Path) -> None:
+    shutil.rmtree(folder / "run" / "iter_0000004")
 
 
 def remove_the_identity(folder: Path) -> None:
     (folder / "run" / "run_identity.json").unlink()
 
 
-def remove_the_tracker(folder: Path) -> None:
-    (folder / "run" / "latest_checkpointed_iteration.txt").unlink()
+def leave_no_digests(folder: Path) -> None:
+    for path in (folder / "run").glob("iter_*/digests.json"):
+        path.unlink()
 
 
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
         (change_the_source, "holds other weights now"),
-        (remove_a_shard_file, "iter_0000004 can't be read"),
-        (cut_the_index, "iter_0000004 can't be read"),
-        (cut_the_shard_files, "iter_0000004 can't be read"),
-        (take_another_models_index, "has no decoder.layers.4."),
+        (remove_a_shard_file, ".distcp is missing"),
+        (change_the_index, ".metadata is not what was saved"),
+        (flip_a_bit_of_every_shard_file, ".distcp is not what was saved"),
+        (break_the_digests, "iter_0000004/digests.json can't be read"),
+        (remove_the_newest, "choose one that is there with --iteration: 2."),
         (remove_the_identity, "run_identity.json can't be read"),
-        (remove_the_tracker, "holds no checkpoint"),
+        (leave_no_digests, "holds no complete checkpoint"),
     ],
 )
 def test_a_run_that_cannot_be_converted_is_one_sentence(
@@ -189,3 +202,15 @@ def test_a_run_that_cannot_be_converted_is_one_sentence(
     assert "\n" not in message
     assert message.endswith(".")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_left_out_of_a_checkpoint_must_be_where_it_was(ranks: RankPools, tmp_path: Path) -> None:
+    run, _ = train(ranks, tmp_path, "dp2 bf16, trained weights of rounds only")
+    for iteration in (1, 3, 4):
+        convert(run, tmp_path / f"out{iteration}", iteration=iteration)
+    shutil.rmtree(run / "iter_0000003")
+    with pytest.raises(UserError, match="iter_0000004 holds only what its round trained, and iter_0000003"):
+        convert(run, tmp_path / "out")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(UserError, match="iter_0000001 holds only what its round trained, and --load-hf"):
+        convert(run, tmp_path / "out", iteration=1)
