@@ -67,6 +67,7 @@ def write_weights(
                     value = original
                     copied += 1
             writer.write(f"{unit}.weight", value.to(written[unit]))
+            del whole, value  # or they would live while the next one is made
         writer.close()
     parameters: Counter[torch.dtype] = Counter()
     for each in units:
@@ -106,7 +107,9 @@ def gathered_weights(
                 dist.recv(whole, owner_of[unit])
         if placement.rank == 0:
             assert whole is not None
-            yield unit, whole.cpu()
+            here, whole = whole.cpu(), None
+            yield unit, here
+            del here
 
 
 def _is_tied_copy(slot: ParameterSlot, shape: ModelShape) -> bool:
@@ -119,10 +122,10 @@ def _gather_tensor_ranks(slot: ParameterSlot, shape: ModelShape, placement: Plac
     if slot.cut is None:
         return local if placement.tensor_rank == 0 else None
     if placement.tensor_size > 1:
-        parts = [torch.empty_like(local) for _ in range(placement.tensor_size)]
-        # all_gather, not gather: NCCL has the one on every version, and the extra copies live for one matrix only.
-        dist.all_gather(parts, local.contiguous(), group=placement.groups.tp)
+        # Not gather: NCCL has the one on every version, and the extra copies live for one matrix only.
+        parts = local.new_empty((placement.tensor_size * local.size(0), *local.shape[1:]))
+        dist.all_gather_into_tensor(parts, local.contiguous(), group=placement.groups.tp)
         if placement.tensor_rank != 0:
             return None
-        local = torch.cat(parts, dim=slot.cut)
+        local = parts if slot.cut == 0 else torch.cat(parts.chunk(placement.tensor_size), dim=slot.cut)
     return local.narrow(slot.cut, 0, whole_shape(slot.unit, shape)[slot.cut])
