@@ -56,18 +56,13 @@ class Checkpoints:
 def find_checkpoints(folder: str) -> Checkpoints:
     """What ``folder`` holds, nothing where it does not exist; UserError for a tracker that names no iteration."""
     root = Path(folder)
-    if not root.is_dir():
-        return Checkpoints(folder=root)
-    complete: list[Path] = []
-    unfinished: list[Path] = []
-    for path in sorted(root.glob("iter_*"), reverse=True):
-        if re.fullmatch(r"iter_\d{7,}", path.name) and (path / DIGESTS_FILE).exists():
-            complete.append(path)
-        elif not path.name.endswith(DAMAGED):
-            unfinished.append(path)
-    complete.sort(key=iteration_of, reverse=True)
+    complete = complete_checkpoints(folder)
+    others = [path for path in sorted(root.glob("iter_*")) if path not in complete]
     return Checkpoints(
-        folder=root, complete=tuple(complete), unfinished=tuple(unfinished), tracked=_tracked_iteration(root)
+        folder=root,
+        complete=tuple(complete),
+        unfinished=tuple(path for path in others if not path.name.endswith(DAMAGED)),
+        tracked=_tracked_iteration(root),
     )
 
 
@@ -94,6 +89,12 @@ def checkpoint_at(folder: str, iteration: int | None) -> Path:
     return found.complete[0]
 
 
+def complete_checkpoints(folder: str) -> list[Path]:
+    """The complete checkpoints in ``folder``, newest first."""
+    named = [path for path in Path(folder).glob("iter_*") if re.fullmatch(r"iter_\d{7,}", path.name)]
+    return sorted((path for path in named if (path / DIGESTS_FILE).exists()), key=iteration_of, reverse=True)
+
+
 def _tracked_iteration(folder: Path) -> int | None:
     tracker = folder / CHECKPOINT_TRACKER_FILE
     if not tracker.exists():
@@ -117,7 +118,7 @@ def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: in
     """
     if keep_last is None and retain_interval is None:
         return []
-    complete = find_checkpoints(folder).complete
+    complete = complete_checkpoints(folder)
     kept = set(complete[: keep_last or 1])
     if retain_interval is not None:
         kept |= {path for path in complete if iteration_of(path) % retain_interval == 0}

@@ -16,9 +16,9 @@ from hft_megatron.checkpoint.digests import sync_folder, write_digests
 from hft_megatron.checkpoint.folders import (
     ITERATION_FOLDER,
     UNFINISHED,
+    complete_checkpoints,
     delete_checkpoint,
     delete_superseded,
-    find_checkpoints,
 )
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
@@ -78,20 +78,17 @@ class CheckpointWriter:
         Returns None with --async-save: a fork of this process then writes, and ``finish`` says when it is done.
         """
         assert self._pending is None, "the save before is not finished"
-        begun = time.perf_counter()
-        state = replace(state, unit_steps=wrapped.unit_steps)
-        unfinished = self._begin(state, wrapped)
-        save = _Save(state=state, unfinished=unfinished, begun=begun)
+        save = self._begin(replace(state, unit_steps=wrapped.unit_steps), wrapped)
         with wrapped.gathered_parameters():
             described = sharded_state(wrapped, self._placement, left_out=left_out)
-            with self._failing(state.iteration):
-                request, report = request_save(described, unfinished, dict(METADATA))
+            with self._failing(save):
+                request, report = request_save(described, save.unfinished, dict(METADATA))
                 request.add_finalize_fn(lambda: self._complete(save, report))
                 if self._options.async_save:
                     self._calls.schedule_async_request(in_background(request))
                 else:
                     request.execute_sync()
-        save.stall_s = time.perf_counter() - begun
+        save.stall_s = time.perf_counter() - save.begun
         if self._options.async_save:
             self._pending = save
             return None
@@ -103,7 +100,7 @@ class CheckpointWriter:
         if save is None:
             return None
         begun = time.perf_counter()
-        with self._failing(save.state.iteration):
+        with self._failing(save):
             done = self._calls.maybe_finalize_async_calls(blocking=wait)
         save.stall_s += time.perf_counter() - begun
         if not done:
@@ -111,22 +108,22 @@ class CheckpointWriter:
         self._pending = None
         return self._saved(save)
 
-    def _begin(self, state: TrainState, wrapped: WrappedModel) -> Path:
-        """The folder to write into, whose name is new every time: a writer that outlived its run can't reach it."""
+    def _begin(self, state: TrainState, wrapped: WrappedModel) -> _Save:
+        """A folder to write into, whose name is new every time: a writer that outlived its run can't reach it."""
+        begun = time.perf_counter()
         name = [f"{ITERATION_FOLDER.format(state.iteration)}{UNFINISHED}-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(name, src=0)
-        unfinished = self._folder / name[0]
+        save = _Save(state=state, unfinished=self._folder / name[0], begun=begun)
 
         def begin() -> None:
-            for stale in find_checkpoints(str(self._folder)).unfinished:
-                if UNFINISHED in stale.name:
-                    shutil.rmtree(stale, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            state.write(unfinished)
-            (unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
+            for stale in self._folder.glob(f"iter_*{UNFINISHED}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            save.unfinished.mkdir(parents=True)
+            state.write(save.unfinished)
+            (save.unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
 
-        self._on_first_rank(state.iteration, begin)
-        return unfinished
+        self._on_first_rank(save, begin)
+        return save
 
     def _complete(self, save: _Save, report: WriterReport) -> None:
         """The files of all ranks are there: lists their digests, renames the folder and moves the tracker."""
@@ -148,7 +145,7 @@ class CheckpointWriter:
                 )
             )
 
-        self._on_first_rank(save.state.iteration, complete)
+        self._on_first_rank(save, complete)
 
     def _saved(self, save: _Save) -> SavedCheckpoint:
         return SavedCheckpoint(
@@ -159,37 +156,39 @@ class CheckpointWriter:
             deleted=save.deleted,
         )
 
-    def _on_first_rank(self, iteration: int, act: Callable[[], None]) -> None:
+    def _on_first_rank(self, save: _Save, act: Callable[[], None]) -> None:
         reason = None
         if self._placement.rank == 0:
             try:
                 act()
             except OSError as error:
                 reason = str(error)
-        self._raise_if_any(iteration, reason)
+        self._raise_if_any(save, reason)
 
     @contextlib.contextmanager
-    def _failing(self, iteration: int) -> Iterator[None]:
+    def _failing(self, save: _Save) -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
             # On every rank, but only rank 0 has the reasons.
             reasons = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
-            self._raise_if_any(iteration, "; ".join(reasons))
+            self._raise_if_any(save, "; ".join(reasons))
         except OSError as error:
             # Rank 0 alone, before the others have anything to write: torchrun ends them.
-            raise self._failure(iteration, str(error)) from error
+            raise self._failure(save, str(error)) from error
 
-    def _raise_if_any(self, iteration: int, reason: str | None) -> None:
+    def _raise_if_any(self, save: _Save, reason: str | None) -> None:
         """RunFailed on all ranks with rank 0's reason, if there is one."""
         reasons = [reason]
         dist.broadcast_object_list(reasons, src=0)
         if reasons[0] is not None:
-            raise self._failure(iteration, reasons[0])
+            raise self._failure(save, reasons[0])
 
-    def _failure(self, iteration: int, reason: str) -> RunFailed:
-        newest = find_checkpoints(str(self._folder)).newest
-        left = "none is complete yet" if newest is None else f"{newest} is the newest complete one"
+    def _failure(self, save: _Save, reason: str) -> RunFailed:
+        if self._placement.rank == 0:
+            shutil.rmtree(save.unfinished, ignore_errors=True)
+        complete = complete_checkpoints(str(self._folder))
+        left = f"{complete[0]} is the newest complete one" if complete else "none is complete yet"
         return RunFailed(
-            f"the checkpoint of iteration {iteration} can't be written to {self._folder}: {reason}; {left}"
+            f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reason}; {left}."
         )
