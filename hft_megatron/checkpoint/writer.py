@@ -36,6 +36,8 @@ class SavedCheckpoint:
 
     path: Path
     state: TrainState
+    tensor_bytes: int
+    """Size of the files that hold its tensors."""
     stall_s: float
     """Seconds for which training stood still."""
     total_s: float
@@ -51,6 +53,7 @@ class _Save:
     state: TrainState
     unfinished: Path
     begun: float
+    tensor_bytes: int = 0
     stall_s: float = 0.0
     deleted: tuple[Path, ...] = ()
 
@@ -129,6 +132,7 @@ class CheckpointWriter:
         """The files of all ranks are there: lists their digests, renames the folder and moves the tracker."""
         digests = [report.digests] * self._placement.world_size
         dist.all_gather_object(digests, report.digests)
+        save.tensor_bytes = sum(digest["bytes"] for one in digests for digest in one.values())
 
         def complete() -> None:
             write_digests(save.unfinished, {name: digest for one in digests for name, digest in one.items()})
@@ -151,6 +155,7 @@ class CheckpointWriter:
         return SavedCheckpoint(
             path=self._folder / ITERATION_FOLDER.format(save.state.iteration),
             state=save.state,
+            tensor_bytes=save.tensor_bytes,
             stall_s=save.stall_s,
             total_s=time.perf_counter() - save.begun,
             deleted=save.deleted,

@@ -81,7 +81,8 @@ class SaveCheckpoints(Hook):
         run.announce(
             f"  successfully saved checkpoint from iteration {state.iteration:7d} to {self.options.save} "
             f"[ t {state.tensor_model_parallel_size}, p {state.pipeline_model_parallel_size} ]: "
-            f"{saved.total_s * 1e3:,.0f} ms, training stood still for {saved.stall_s * 1e3:,.0f} ms"
+            f"{saved.tensor_bytes / 1e6:,.1f} MB in {saved.total_s * 1e3:,.0f} ms, "
+            f"training stood still for {saved.stall_s * 1e3:,.0f} ms"
         )
         for path in saved.deleted:
             run.announce(f"  deleted {path}")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_the_log_says_for_how_long_training_stood_still(ranks: RankPools, inputs
     words = words_for(inputs, "--save", tmp_path, "--save-interval", 20, "--async-save", "--train-iters", 40)
     [answer] = ranks(1).run(run_with_a_slow_writer, words=words)
     [first, _] = [line for line in answer["said"] if "successfully saved checkpoint" in line]
-    total, stall = (float(word.replace(",", "")) for word in (first.split(" ms")[0].split()[-1], first.split()[-2]))
+    total, stall = (float(number.replace(",", "")) for number in re.findall(r"([0-9,]+) ms", first))
     assert total > SLOW_WRITER_S * 1e3 > stall > 0
 
 
