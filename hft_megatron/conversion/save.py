@@ -29,7 +29,8 @@ class ExportRules:
     source: str | None
     """Hugging Face folder the run started from, if any."""
     trained: frozenset[str]
-    """Units that a step may have changed; all others still are what the source holds."""
+    """Units that a step of this run may have changed; others are what the source holds, or what another run made of it
+    (--finetune)."""
     save_dtype: torch.dtype | None
     """Asked for by --save-dtype; the source's own data type (or the run's) when None."""
 

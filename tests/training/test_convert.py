@@ -214,3 +214,26 @@ def test_what_was_left_out_of_a_checkpoint_must_be_where_it_was(ranks: RankPools
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(UserError, match="iter_0000001 holds only what its round trained, and --load-hf"):
         convert(run, tmp_path / "out", iteration=1)
+
+
+def test_a_run_on_another_runs_weights_is_exported_with_them_also_when_it_was_resumed(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    """What rests in it is the source's where the other run rested it too, and the other run's elsewhere."""
+    first, exported_first = train(ranks, tmp_path, "tp2 bf16 from fp16")
+    options = ["--bf16", *TP2, "--lr-warmup-iters", 0, "--load", first, "--finetune", "--save", tmp_path / "second"]
+    options += ["--hft-seed", 77, "--lr-decay-style", "constant"]
+    before, middle = (
+        load_file(tmp_path / "model" / "model.safetensors"),
+        load_file(exported_first / "model.safetensors"),
+    )
+    for iterations in (2, 3):
+        words = words_for(tmp_path, "--train-iters", iterations, *options, "--save-hf", tmp_path / f"own{iterations}")
+        ranks(2).run(run_sft_words, words=words)
+        convert(tmp_path / "second", tmp_path / f"out{iterations}")
+        assert files(tmp_path / f"out{iterations}") == files(tmp_path / f"own{iterations}")
+        after = load_file(tmp_path / f"own{iterations}" / "model.safetensors")
+        plan = json.loads((tmp_path / "second" / f"iter_000000{iterations}" / "plan.json").read_text())
+        resting = [f"{unit['name']}.weight" for unit in plan["units"] if not unit["trains"]]
+        assert all(torch.equal(after[name], middle[name]) for name in resting)
+        assert {torch.equal(after[name], before[name]) for name in resting} == {True, False}
