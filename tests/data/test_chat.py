@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
@@ -37,7 +38,7 @@ CONVERSATION = [
 
 def load(folder: Path, template: str | None) -> tuple[Tokenizer, ChatTemplate]:
     tokenizer = load_tokenizer(None, make_byte_level(folder, chat_template=template))
-    return tokenizer, ChatTemplate(tokenizer.facts)
+    return tokenizer, ChatTemplate(tokenizer.facts, LossRule())
 
 
 def trained_texts(pieces: list[Piece]) -> list[str]:
@@ -89,7 +90,7 @@ def test_an_exported_sentencepiece_tokenizer_renders_the_prompt_as_it_was_traine
     tokenizer.export(tmp_path / "out")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Once"}]
-    ((ids, mask),) = tokenizer.encode_pieces([ChatTemplate(tokenizer.facts).pieces([*messages, *messages])])
+    ((ids, mask),) = tokenizer.encode_pieces([ChatTemplate(tokenizer.facts, LossRule()).pieces([*messages, *messages])])
     first = int(mask.argmax())
     assert (
         loaded.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False) == ids[:first].tolist()
