@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
-from tests.support.data_files import load, write_rows
+from tests.support.data_files import load, trained_texts, write_rows
+from tests.support.tiers import quick
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>")
@@ -61,35 +61,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def load_with(folder: Path, template: str) -> Tokenizer:
     return load_tokenizer(None, folder, None if template == "own" else template)
-
-
-def trained_texts(dataset: SftDataset, tokenizer: Tokenizer, index: int, template: str) -> list[str]:
-    """What the tokens of each trained turn add to the text before them, Llama 2's two spaces taken off.
-
-    Asserts that nothing but whole turns is trained, each with the template's end token.
-    """
-    special = {token.id: token.content for token in tokenizer.facts.special_tokens}
-    ends = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
-    end = ends.get(template, special[tokenizer.eos_id])
-    ids, mask = (array.tolist() for array in dataset.example(index))
-    texts, start = [], None
-    for position, (token, trained) in enumerate(zip(ids, mask, strict=True)):
-        if not trained:
-            assert start is None
-            continue
-        start = position if start is None else start
-        if token in special:
-            assert special[token] == end
-            before, whole = tokenizer.decode(ids[:start]), tokenizer.decode(ids[:position])
-            assert whole.startswith(before)
-            text = whole[len(before) :]
-            if template == "llama2":
-                assert (text[:1], text[-1:]) == (" ", " ")
-                text = text[1:-1]
-            texts.append(text)
-            start = None
-    assert start is None
-    return texts
 
 
 Conversation = list[tuple[str, str]]
@@ -240,8 +211,8 @@ def real_rows(shared_data: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
-@pytest.mark.parametrize("template", ["plain", "tulu", "llama2"])
+@pytest.mark.parametrize("kind", quick(["HuggingFaceTokenizer", "SentencePieceTokenizer"], ["SentencePieceTokenizer"]))
+@pytest.mark.parametrize("template", quick(["plain", "tulu", "llama2"], ["llama2"]))
 def test_real_conversations_train_exactly_what_the_assistant_says(
     shared_data: Path, tmp_path: Path, template: str, kind: str
 ) -> None:
@@ -254,7 +225,9 @@ def test_real_conversations_train_exactly_what_the_assistant_says(
         assert trained_texts(dataset, tokenizer, index, template) == expected
 
 
-@pytest.mark.parametrize("task", ["C-STANCE", "FOMC", "Py150", "ScienceQA", "NumGLUE-cm", "20Minuten"])
+@pytest.mark.parametrize(
+    "task", quick(["C-STANCE", "FOMC", "Py150", "ScienceQA", "NumGLUE-cm", "20Minuten"], ["C-STANCE", "Py150"])
+)
 def test_real_trace_folders_train_exactly_the_answers(shared_data: Path, task: str) -> None:
     tokenizer = load_tokenizer(None, shared_data / "tokenizers/llama2")
     folder = shared_data / "trace/mini" / task

@@ -46,3 +46,32 @@ def trained_text(dataset: SftDataset, tokenizer: Tokenizer, index: int) -> str:
     whole = tokenizer.decode(ids[:-1].tolist())
     assert whole.startswith(prompt)
     return whole[len(prompt) :]
+
+
+def trained_texts(dataset: SftDataset, tokenizer: Tokenizer, index: int, template: str) -> list[str]:
+    """What the tokens of each trained turn add to the text before them, Llama 2's two spaces taken off.
+
+    Asserts that nothing but whole turns is trained, each with the template's end token.
+    """
+    special = {token.id: token.content for token in tokenizer.facts.special_tokens}
+    ends = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
+    end = ends.get(template, special[tokenizer.eos_id])
+    ids, mask = (array.tolist() for array in dataset.example(index))
+    texts, start = [], None
+    for position, (token, trained) in enumerate(zip(ids, mask, strict=True)):
+        if not trained:
+            assert start is None
+            continue
+        start = position if start is None else start
+        if token in special:
+            assert special[token] == end
+            before, whole = tokenizer.decode(ids[:start]), tokenizer.decode(ids[:position])
+            assert whole.startswith(before)
+            text = whole[len(before) :]
+            if template == "llama2":
+                assert (text[:1], text[-1:]) == (" ", " ")
+                text = text[1:-1]
+            texts.append(text)
+            start = None
+    assert start is None
+    return texts
