@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hft_megatron.config.schema import DataConfig
 from hft_megatron.errors import UserError
 
 
@@ -44,6 +45,17 @@ def data_sources(option: str, words: Sequence[str]) -> tuple[DataSource, ...]:
     if 0 < len(unweighted) < len(sources):
         raise UserError(f"{option}: {unweighted[0]} has no weight, but other paths do; give all of them one, or none.")
     return tuple(sources)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise UserError where the words of a data option name no mixture, or validation has weights."""
+    data_sources("--train-data-path", data.train_data_path)
+    for source in data_sources("--valid-data-path", data.valid_data_path):
+        if source.weight is not None:
+            raise UserError(
+                f"--valid-data-path {source.weight:g} {source.path}: validation sees every example exactly once and "
+                f"takes no weights; leave {source.weight:g} out."
+            )
 
 
 def _number(word: str) -> float | None:

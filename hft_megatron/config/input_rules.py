@@ -9,7 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from hft_megatron.config.data_sources import data_sources
+from hft_megatron.config.data_sources import check_sources
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
 from hft_megatron.config.schema import ModelConfig, RunConfig
@@ -41,13 +41,7 @@ def inputs_are_given(config: RunConfig, shape: ModelShape, world_size: int) -> N
 
 def data_sources_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Weights stand before paths, for all or none; validation, which sees every example once, has none."""
-    data_sources("--train-data-path", config.data.train_data_path)
-    for source in data_sources("--valid-data-path", config.data.valid_data_path):
-        if source.weight is not None:
-            raise UserError(
-                f"--valid-data-path {source.weight:g} {source.path}: validation sees every example exactly once and "
-                f"takes no weights; leave {source.weight:g} out."
-            )
+    check_sources(config.data)
 
 
 def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -> None:

@@ -6,6 +6,7 @@ and that number is what the sequence length limits.
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 
 LongExamples = Literal["error", "drop", "truncate"]
+NO_LIMIT = sys.maxsize
+"""A sequence length for looking at data without a model."""
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 
@@ -56,6 +59,7 @@ class SftCounts:
     truncated: int
     dropped: int
     """Too long, or nothing trained left after truncation."""
+    tokens: int
     trained_tokens: int
 
 
@@ -74,8 +78,9 @@ class SourcePart:
         """One line for the log, with everything that was shortened or left out."""
         counts = self.counts
         return (
-            f"{self.path}: {self.examples} examples of {counts.read} records ({', '.join(self.formats)}), "
-            f"{counts.trained_tokens} trained tokens, {counts.truncated} truncated and {counts.dropped} dropped"
+            f"{self.path} ({', '.join(self.formats)}): {self.examples} examples of {counts.read} records, "
+            f"{counts.trained_tokens} trained tokens of {counts.tokens}, {counts.truncated} truncated and "
+            f"{counts.dropped} dropped"
         )
 
 
@@ -119,7 +124,8 @@ class SftDataset:
             mixed = (
                 "" if share is None else f"; {share} samples of it in an epoch of {len(self)} (weight {part.weight:g})"
             )
-            lines.append(f"{part.summary()} (sequence length {self.seq_length}){mixed}")
+            limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
+            lines.append(f"{part.summary()}{limit}{mixed}")
         return lines
 
     def _shares(self) -> tuple[int, ...] | None:
@@ -176,6 +182,7 @@ def _load_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules)
         read=read,
         truncated=truncated,
         dropped=dropped,
+        tokens=sum(len(ids) for ids, _ in kept),
         trained_tokens=sum(int(mask[1:].sum()) for _, mask in kept),
     )
     known = tuple(sorted(formats))

@@ -219,7 +219,7 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
         for name, value in options.items():
             other = theirs.options[group][name]
             if other != value:
-                return f"--{name.replace('_', '-')} is {other} instead of {value}"
+                return f"--{name.replace('_', '-')} is {_as_written(other)} instead of {_as_written(value)}"
     if theirs.checkpoint != mine.checkpoint:
         return f"the newest checkpoint is {theirs.checkpoint} instead of {mine.checkpoint}"
     for ours, plan in zip(mine.plans, theirs.plans, strict=False):
@@ -229,3 +229,7 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
     for what, here, there in differences(mine.identity, theirs.identity):
         return f"the {what} is {there} instead of {here}"
     return None
+
+
+def _as_written(value: object) -> object:
+    return " ".join(value) if isinstance(value, tuple) else value

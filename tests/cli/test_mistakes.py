@@ -34,6 +34,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --hft-ratio 0"),
     (1, f"{GOOD} --hft-ratio 1 --lr-warmup-fraction 0.03 --seq-length 128"),
     (1, f"{GOOD} --eval-interval 5 --eval-iters 2 --valid-data-path valid.jsonl --save RUN --save-interval 10"),
+    (1, f"{GOOD} --train-data-path 0.3 a.jsonl 0.7 b.jsonl.gz --loss-on last --chat-template llama2"),
     (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
 ]
 
@@ -142,6 +143,11 @@ MISTAKES = [
     (1, "--load-hf MODEL", "--train-data-path is missing"),
     (1, FROM_FLAGS.replace("--tokenizer-model tok", ""), "--tokenizer-model is missing"),
     (1, FROM_FLAGS.replace("--tokenizer-model tok", "--train-iters 0"), "--tokenizer-model is missing"),
+    (1, f"{GOOD} --train-data-path 1 a.jsonl b.jsonl", "--train-data-path: b.jsonl has no weight, but other paths do"),
+    (1, f"{GOOD} --train-data-path 0 a.jsonl", "--train-data-path: the weight 0 must be a number above 0"),
+    (1, f"{GOOD} --valid-data-path 2 a.jsonl", "--valid-data-path 2 a.jsonl: validation sees every example exactly"),
+    (1, f"{GOOD} --loss-on users", "--loss-on users: the value must be one of assistant, all, last"),
+    (1, f"{GOOD} --data-format csv", "--data-format csv: the value must be one of messages, sharegpt, alpaca"),
     (1, f"{GOOD} --eval-interval 5", "--eval-interval 5 needs --valid-data-path"),
     (1, f"{GOOD} --eval-iters 5", "--eval-iters 5 needs --valid-data-path"),
     (1, f"{GOOD} --save-interval 5", "--save-interval 5 needs --save"),
