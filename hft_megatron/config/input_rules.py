@@ -34,7 +34,7 @@ def model_is_given_once(config: ModelConfig) -> None:
 def inputs_are_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Training needs text (--train-iters 0 only converts), and every model needs its tokenizer."""
     if config.training.train_iters and not config.data.train_data_path:
-        raise UserError("--train-data-path is missing: give a JSONL file, or --train-iters 0 to train nothing.")
+        raise UserError("--train-data-path is missing: give a data file, or --train-iters 0 to train nothing.")
     if config.data.tokenizer_model is None and config.model.load_hf is None:
         raise UserError("--tokenizer-model is missing: a model that is not read by --load-hf brings no tokenizer.")
 

@@ -136,6 +136,21 @@ class ChatTemplate:
         return pieces
 
 
+def end_token_ids(facts: TokenizerFacts) -> list[int]:
+    """What generation stops at: the end token, and the one that the template ends an answer with, where it is another.
+
+    A template that refuses a plain question and answer has trained none; only the end token is known then.
+    """
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    try:
+        pieces = ChatTemplate(facts, LossRule()).pieces([question, answer])
+    except ChatError:
+        return [facts.eos_id]
+    trained = {piece.text for piece in pieces if piece.trained and piece.place is Place.SPECIAL}
+    ends = [token.id for token in facts.special_tokens if token.content in trained]
+    return list(dict.fromkeys([facts.eos_id, *ends]))
+
+
 def _refuse_reserved(value: Any) -> None:
     """Raise ChatError for a text, at any depth, that holds one of the characters that mark spans."""
     if isinstance(value, Mapping):
