@@ -1,16 +1,13 @@
-"""Where a run stands, beyond its tensors, and which checkpoint is the newest. Imports no torch."""
+"""Where a run stands, beyond its tensors. Imports no torch."""
 
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
 from hft_megatron.errors import UserError
 
 FILE_NAME = "train_state.json"
-ITERATION_FOLDER = "iter_{:07d}"
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint's own files; another one could be read wrongly in silence."""
 
 
@@ -29,6 +26,16 @@ class TrainState:
     """Kind of device whose random states are in the checkpoint."""
     unit_steps: dict[str, int] = field(default_factory=dict)
     """Updates that each unit's moments in the checkpoint have seen. Under --hft-moments carry units differ in them."""
+    base_iteration: int | None = None
+    """Checkpoint of the same run that holds the weights which this one leaves out (--save-trained-only)."""
+    base_digest: str | None = None
+    """What the base must be: ``digests.identity_of`` that checkpoint, or of the weights of the --load-hf folder where
+    ``base_iteration`` is None. None for a checkpoint that is whole."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the checkpoint holds every weight."""
+        return self.base_digest is None
 
     def write(self, folder: Path) -> None:
         record = {"format": FORMAT, **asdict(self)}
@@ -45,17 +52,3 @@ class TrainState:
                 f"{FORMAT}; go on with the version of hft_megatron that saved it."
             )
         return TrainState(**record)
-
-
-def newest_checkpoint(folder: str) -> Path | None:
-    """The checkpoint that the tracker file names, None where nothing was saved yet; UserError for a broken tracker."""
-    tracker = Path(folder) / CHECKPOINT_TRACKER_FILE
-    if not tracker.exists():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not re.fullmatch(r"\d+", text):
-        raise UserError(f"--load {folder}: {CHECKPOINT_TRACKER_FILE} holds {text!r}, which is not an iteration number.")
-    path = Path(folder) / ITERATION_FOLDER.format(int(text))
-    if not path.is_dir():
-        raise UserError(f"--load {folder}: {CHECKPOINT_TRACKER_FILE} names iteration {text}, but {path} is not there.")
-    return path

@@ -1,59 +1,51 @@
-"""Writes and reads ``SAVE/iter_0000100/`` through megatron-core's dist_checkpointing; the tracker comes last."""
+"""What a checkpoint holds: the sharded state of a run, and the way back into a model and its optimizer.
 
-import queue
-import shutil
-from dataclasses import replace
+Tensors go through megatron-core's dist_checkpointing under their names in the whole model: any layout reads them.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing import ShardedTensor
 
-from hft_megatron.checkpoint.position import ITERATION_FOLDER, TrainState
+from hft_megatron.checkpoint.folders import ITERATION_FOLDER
+from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.random_state import set_random_state, sharded_random_state
 from hft_megatron.checkpoint.resting_state import flattened, sharded_resting_state
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
+from hft_megatron.model.llama import LlamaModel
+from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 
 PLAN_FILE = "plan.json"
-UNFINISHED_SUFFIX = ".unfinished"
 
-_METADATA = {
+METADATA = {
     # Plans differ from layer to layer: layers stacked into one global tensor would have holes, and the save would die.
     "non_homogeneous_layers": True,
     "distrib_optim_sharding_type": "fully_reshardable",
 }
+"""How megatron-core lays the state out; the same at save and load."""
 
 
-def save_checkpoint(folder: str, wrapped: WrappedModel, state: TrainState, placement: Placement) -> Path:
-    """Saves model, optimizer, plan, position and random states; every rank must call it. Returns the new folder.
-
-    Written under a temporary name and renamed when complete, then the tracker is replaced atomically: a run killed at
-    any moment resumes from the newest complete checkpoint.
-    """
-    path = Path(folder) / ITERATION_FOLDER.format(state.iteration)
-    unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
-    if placement.rank == 0:
-        # A run killed while saving left it, or (the last one) this iteration was saved already and nothing changed.
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    _write_without_manager()
-    with wrapped.gathered_parameters():
-        dist_checkpointing.save(_sharded_state(wrapped, placement, is_loading=False), str(unfinished))
-    if placement.rank == 0:
-        replace(state, unit_steps=wrapped.unit_steps).write(unfinished)
-        (unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        write_atomically(Path(folder) / CHECKPOINT_TRACKER_FILE, f"{state.iteration}\n")
-    dist.barrier()
-    return path
+def sharded_state(
+    wrapped: WrappedModel, placement: Placement, *, left_out: frozenset[str] = frozenset(), is_loading: bool = False
+) -> dict[str, Any]:
+    """Everything that a checkpoint holds, except the weights of the units in ``left_out``; collective when saving."""
+    described = _described(wrapped.modules)
+    state: dict[str, Any] = {
+        "optimizer": wrapped.optimizer.sharded_state_dict(described, is_loading, metadata=dict(METADATA)),
+        "resting": sharded_resting_state(wrapped, described, placement),
+        "random_state": sharded_random_state(placement),
+    }
+    for (name, tensors), chunk in zip(described.items(), wrapped.modules, strict=True):
+        resting = {slot.local_name for slot in parameter_slots([chunk]) if slot.unit in left_out}
+        state[name] = {local: tensor for local, tensor in tensors.items() if local not in resting}
+    return state
 
 
 def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
@@ -69,24 +61,28 @@ def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
 
 
 def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> TrainState:
-    """Fills model, optimizer and random states from ``path``; every rank must call it."""
+    """Fills model, optimizer and random states from ``path``; every rank must call it.
+
+    Of a checkpoint without all weights whose base is a Hugging Face folder, that folder must be in the model already.
+    """
     state = TrainState.read(path)
     same_layout = (state.tensor_model_parallel_size, state.pipeline_model_parallel_size, state.device) == (
         placement.tensor_size,
         placement.pipeline_size,
         placement.device.type,
     )
+    load_weights(path, wrapped.modules)
     training = wrapped.plan.training
     wrapped.shards.start_steps = {unit: n for unit, n in state.unit_steps.items() if unit in training}
     wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
-    description = _sharded_state(wrapped, placement, is_loading=True)
+    description = sharded_state(wrapped, placement, is_loading=True)
+    for name in _described(wrapped.modules):
+        del description[name]
     if not same_layout:
         # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start, so new
         # ones change nothing.
         del description["random_state"]
     loaded: dict[str, Any] = dist_checkpointing.load(description, str(path))
-    for name, chunk in _named_chunks(wrapped):
-        chunk.load_state_dict(loaded[name], strict=True)
     # Absent on a rank that owns nothing to train: dist_checkpointing drops empty dictionaries.
     wrapped.optimizer.load_state_dict(loaded.get("optimizer", {}))
     wrapped.resting.tensors = flattened(loaded.get("resting", {}))
@@ -95,25 +91,24 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> 
     return state
 
 
-def _write_without_manager() -> None:
-    """Has writers report through a queue of this process, which is all that saving synchronously needs.
-
-    By default megatron-core keeps a manager process for it. torchrun sends a signal to a rank's whole process group: it
-    would kill the manager, and with it the checkpoint that the signal asks for.
-    """
-    filesystem_async._results_queue = queue.Queue()
-
-
-def _named_chunks(wrapped: WrappedModel) -> list[tuple[str, Any]]:
-    return [(f"model{index}", chunk) for index, chunk in enumerate(wrapped.modules)]
-
-
-def _sharded_state(wrapped: WrappedModel, placement: Placement, *, is_loading: bool) -> dict[str, Any]:
-    chunks = {name: chunk.sharded_state_dict(metadata=dict(_METADATA)) for name, chunk in _named_chunks(wrapped)}
-    optimizer = wrapped.optimizer.sharded_state_dict(chunks, is_loading, metadata=dict(_METADATA))
-    return {
-        **chunks,
-        "optimizer": optimizer,
-        "resting": sharded_resting_state(wrapped, chunks, placement),
-        "random_state": sharded_random_state(placement),
+def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
+    """Fills the model from ``path`` and the checkpoint it is based on, if any; every rank must call it."""
+    state = TrainState.read(path)
+    if state.base_iteration is not None:
+        load_weights(path.with_name(ITERATION_FOLDER.format(state.base_iteration)), chunks)
+    held = dist_checkpointing.load_tensors_metadata(str(path)).keys()
+    wanted = {
+        name: {local: tensor for local, tensor in tensors.items() if tensor.key in held}
+        for name, tensors in _described(chunks).items()
     }
+    loaded = dist_checkpointing.load(wanted, str(path))
+    for chunk, (name, tensors) in zip(chunks, wanted.items(), strict=True):
+        answer = chunk.load_state_dict(loaded.get(name, {}), strict=False)
+        assert not answer.unexpected_keys
+        assert not state.is_whole or not answer.missing_keys, f"{path} lacks {answer.missing_keys}"
+        assert loaded.get(name, {}).keys() == tensors.keys()
+
+
+def _described(chunks: Sequence[LlamaModel]) -> Mapping[str, dict[str, ShardedTensor]]:
+    """Chunk -> local name -> description of the parameter."""
+    return {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}

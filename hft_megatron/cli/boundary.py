@@ -56,7 +56,7 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
         command(status)
     except errors.UserError as error:
         return _say_mistake(str(error), status)
-    except errors.StoppedBySignal as stop:
+    except errors.Stopped as stop:
         return _end(errors.EXIT_STOPPED, "stopped", str(stop), status)
     except errors.RunFailed as failure:
         return _end(errors.EXIT_FAILURE, "failed", f"error: {failure}", status)

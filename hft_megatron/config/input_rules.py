@@ -68,7 +68,7 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape, world_size: int
             raise UserError(f"--save-hf {checkpoint.save_hf} is a file, not a folder; choose another folder.")
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"--save-hf {checkpoint.save_hf} is not empty; choose a new folder, or empty this one.")
-    if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load):
+    if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load) or checkpoint.finetune:
         return
     if (Path(checkpoint.save) / CHECKPOINT_TRACKER_FILE).exists():
         raise UserError(
@@ -82,12 +82,39 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
     checkpoint, logging = config.checkpoint, config.logging
     needs = (
         ("--save-interval", checkpoint.save_interval, "--save", checkpoint.save),
+        ("--keep-last", checkpoint.keep_last, "--save", checkpoint.save),
+        ("--save-retain-interval", checkpoint.save_retain_interval, "--save", checkpoint.save),
+        ("--async-save", checkpoint.async_save, "--save", checkpoint.save),
+        ("--save-trained-only", checkpoint.save_trained_only, "--save", checkpoint.save),
+        ("--load-fallback", checkpoint.load_fallback, "--load", checkpoint.load),
+        ("--finetune", checkpoint.finetune, "--load", checkpoint.load),
         ("--save-dtype", checkpoint.save_dtype, "--save-hf", checkpoint.save_hf),
         ("--wandb-exp-name", logging.wandb_exp_name, "--wandb-project", logging.wandb_project),
     )
     for option, value, needed, needed_value in needs:
-        if value is not None and needed_value is None:
-            raise UserError(f"{option} {value} needs {needed}; add it or leave {option} out.")
+        if value not in (None, False) and needed_value is None:
+            given = option if value is True else f"{option} {value}"
+            raise UserError(f"{given} needs {needed}; add it or leave {option} out.")
+
+
+def kept_checkpoints_exist(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """A retain interval that no save falls on would keep nothing, in silence."""
+    retain, interval = config.checkpoint.save_retain_interval, config.checkpoint.save_interval
+    if retain is not None and interval is not None and retain % interval:
+        raise UserError(
+            f"--save-retain-interval {retain} must be a multiple of --save-interval {interval}, such as "
+            f"{max(1, round(retain / interval)) * interval}: only iterations that are saved can be kept."
+        )
+
+
+def a_new_run_has_its_own_folder(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """--finetune begins at iteration 0: in the old run's folder it would take the place of its checkpoints."""
+    checkpoint = config.checkpoint
+    if checkpoint.finetune and checkpoint.save is not None and same_folder(checkpoint.save, checkpoint.load):
+        raise UserError(
+            f"--finetune starts a new run, and --save {checkpoint.save} is the folder of the run it starts from; "
+            f"choose another --save folder, or leave --finetune out to go on with that run."
+        )
 
 
 def outputs_can_be_written(config: RunConfig, shape: ModelShape, world_size: int) -> None:

@@ -64,6 +64,10 @@ class RunIdentity:
     """For the message only, like ``data_path``."""
     hft_plan_digest: str | None = None
     """Of the plan file; None when plans are drawn."""
+    tokenizer_path: str | None = None
+    """For the message only."""
+    tokenizer_digest: str | None = None
+    """Of everything that decides the ids of a text; None where nothing was tokenized."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file beside the checkpoints."""
@@ -79,7 +83,13 @@ class RunIdentity:
 
 
 def run_identity(
-    config: RunConfig, shape: ModelShape, world_size: int, *, method: str, data_digest: str | None
+    config: RunConfig,
+    shape: ModelShape,
+    world_size: int,
+    *,
+    method: str,
+    data_digest: str | None,
+    tokenizer_digest: str | None = None,
 ) -> RunIdentity:
     """The identity of the run that these (resolved) options describe."""
     return RunIdentity(
@@ -95,24 +105,38 @@ def run_identity(
         **{name: getattr(config.hft, name) for name in _HFT_OPTIONS},
         hft_plan=config.hft.hft_plan,
         hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
+        tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
+        tokenizer_digest=tokenizer_digest,
     )
 
 
 def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:
     """Raise UserError, with both values of the first difference, when ``folder`` holds another run than ``new``."""
+    fix = f"choose another {option} folder"
+    if option == "--load":
+        fix += ", or add --finetune to start a new run from its weights"
     for name, old_value, new_value in differences(saved, new):
         raise UserError(
-            f"{option} {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; "
-            f"choose another {option} folder."
+            f"{option} {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; {fix}."
         )
+
+
+def check_same_model(saved: RunIdentity, new: RunIdentity, folder: str) -> None:
+    """Raise UserError, with both values of the first difference, when the weights in ``folder`` don't fit ``new``."""
+    for name, old_value, new_value in _sizes(saved, new):
+        if old_value != new_value:
+            raise UserError(
+                f"--finetune takes the weights of --load {folder}, whose {name} is {old_value}, and this command's is "
+                f"{new_value}; give the same model."
+            )
 
 
 def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
     """(what, saved value, new value) of all that differs, in the words of the options."""
     values: list[tuple[str, object, object]] = [("method", saved.method, new.method)]
-    for field in fields(ModelShape):
-        name = f"model's {field.name.replace('_', ' ')}"
-        values.append((name, getattr(saved.shape, field.name), getattr(new.shape, field.name)))
+    values += _sizes(saved, new)
+    if None not in (saved.tokenizer_digest, new.tokenizer_digest) and saved.tokenizer_digest != new.tokenizer_digest:
+        values.append(("tokenizer", _tokenizer(saved), _tokenizer(new)))
     digests = saved.data_digest, new.data_digest
     # A command that trains nothing (--train-iters 0) reads no data, so it cannot differ in it.
     if None not in digests and digests[0] != digests[1]:
@@ -126,6 +150,19 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     for name in ("seq_length", "global_batch_size", "seed", "hft_ratio", "hft_seed", *_HFT_OPTIONS):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     return [entry for entry in values if entry[1] != entry[2]]
+
+
+def _sizes(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
+    """(what, saved value, new value) of every size of the model."""
+    return [
+        (f"model's {field.name.replace('_', ' ')}", getattr(saved.shape, field.name), getattr(new.shape, field.name))
+        for field in fields(ModelShape)
+    ]
+
+
+def _tokenizer(identity: RunIdentity) -> str:
+    assert identity.tokenizer_digest is not None
+    return f"{identity.tokenizer_path} (digest {identity.tokenizer_digest[:12]})"
 
 
 def _data(identity: RunIdentity) -> str:

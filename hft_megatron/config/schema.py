@@ -66,6 +66,8 @@ class TrainingConfig:
     global_batch_size: int | None = None
     """Sequences of one optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
     train_iters: int = 100
+    exit_duration_in_mins: float | None = None
+    """Save and end (exit code 3, as after a signal) at the first iteration this long after the start."""
     seq_length: int | None = None
     """Longest training sequence in tokens; the model's limit when unset."""
     bf16: bool | None = None
@@ -187,10 +189,24 @@ class CheckpointConfig:
     save: str | None = None
     """Folder of the run: checkpoints with their plans, metrics.jsonl, the resolved config."""
     load: str | None = None
-    """Folder of a run to resume; without a checkpoint in it the run starts fresh, which one line says. Load only
-    folders you trust: torch reads a checkpoint's index with pickle."""
+    """Folder of a run to resume from its newest complete checkpoint; without one the run starts fresh, which one line
+    says. Load only folders you trust: torch reads a checkpoint's index with pickle."""
+    load_fallback: bool = False
+    """Where the newest checkpoint is damaged, go on from the newest good one instead of stopping."""
+    finetune: bool = False
+    """Take only the weights of --load and start a new run from them, with its own rounds, data and schedule. Where
+    --save holds a checkpoint of that run already, the run goes on from there."""
     save_interval: int | None = None
     """Iterations between checkpoints; the last iteration is always saved when --save is given."""
+    keep_last: int | None = None
+    """Delete all but this many of the newest checkpoints after each save; all are kept when unset."""
+    save_retain_interval: int | None = None
+    """Keep checkpoints at multiples of this many iterations and delete others, except the newest (or --keep-last)."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on."""
+    save_trained_only: bool = False
+    """Leave the weights that rest in the round out of checkpoints: those are in the --load-hf folder or, from the
+    second round on, in the round's first checkpoint, which is whole. Both are checked when such a one is loaded."""
     save_hf: str | None = None
     """Folder to export to in Hugging Face's format at the end."""
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None

@@ -21,7 +21,7 @@ _AT_LEAST_ONE = {
     "model": ("make_vocab_size_divisible_by",),
     "training": ("micro_batch_size", "global_batch_size", "seq_length", "recompute_num_layers"),
     "hft": ("hft_audit_interval",),
-    "checkpoint": ("save_interval",),
+    "checkpoint": ("save_interval", "keep_last", "save_retain_interval"),
     "logging": ("log_interval", "eval_interval", "eval_iters"),
 }
 _AT_LEAST_ZERO = {
@@ -31,6 +31,7 @@ _AT_LEAST_ZERO = {
 }
 _POSITIVE = {
     "model": ("norm_epsilon", "rotary_base", "init_method_std"),
+    "training": ("exit_duration_in_mins",),
     "optimizer": ("adam_eps",),
 }
 _INFINITE = float("inf")

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataConfig, DataFormat
+from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.examples import Example, read_examples
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.loss_rule import LossRule
@@ -39,16 +39,6 @@ class ExampleRules:
     loss: LossRule = field(default_factory=LossRule)
     data_format: DataFormat | None = None
     """That of all files; recognised file by file when None."""
-
-
-def example_rules(options: DataConfig, seq_length: int) -> ExampleRules:
-    """The rules that the options of a run ask for."""
-    return ExampleRules(
-        seq_length=seq_length,
-        long_examples=options.long_examples,
-        loss=LossRule(loss_on=options.loss_on, train_on_eos=options.train_on_eos),
-        data_format=options.data_format,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

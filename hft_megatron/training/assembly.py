@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint
+from hft_megatron.checkpoint.store import check_saved_plan
 from hft_megatron.config.derived import global_batch_size
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
@@ -19,7 +19,7 @@ from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
-from hft_megatron.errors import StoppedBySignal, UserError
+from hft_megatron.errors import Stopped, UserError
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.build import build_model
@@ -37,12 +37,14 @@ from hft_megatron.training.loop import learning_rate, train
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Run
 from hft_megatron.training.spectrum import scores_of_run
+from hft_megatron.training.start import fill_from_other_run, starting_base, starting_state, with_sound_checkpoint
 
 
 def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
     """Fine-tunes (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
 
-    Raises UserError for a user's mistake before a model is built, StoppedBySignal after a signal and its checkpoint.
+    Raises UserError for a user's mistake before a model is built, Stopped after a signal or a time limit and the
+    checkpoint.
     """
     inputs = read_inputs(options, shape, world_size)
     if inputs.config.training.deterministic_mode:
@@ -53,16 +55,19 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     announce = _announcer(placement)
     _announce_start(config, inputs, placement, announce)
     check_inputs_agree(inputs, placement)
+    inputs = with_sound_checkpoint(inputs, placement, announce)
     scores = scores_of_run(inputs, placement)
     rounds = inputs.rounds(world_size, scores)
-    start = TrainState() if inputs.checkpoint is None else TrainState.read(inputs.checkpoint)
-    plan = _agreed_plan(config, inputs, rounds.plan(start.round), placement, announce)
+    plan = _agreed_plan(config, inputs, rounds.plan(inputs.position.round), placement, announce)
     trains = config.training.train_iters > 0
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
+    fill_from_other_run(inputs, chunks, announce)
+    # What of the --load-hf folder's values a run has changed is not known where the weights came from another run.
+    changed = frozenset[str]() if inputs.checkpoint is None or inputs.resumes else frozenset(u.name for u in plan.units)
     try:
-        if tracker is None and inputs.checkpoint is None:
-            _export(config, inputs, placement, chunks, frozenset(), announce)
+        if tracker is None and not inputs.resumes:
+            _export(config, inputs, placement, chunks, changed, announce)
         else:
             wrapped = wrap(
                 chunks,
@@ -72,13 +77,14 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
                 bf16=config.training.bf16 is True,
                 steps_per_unit=config.hft.hft_moments == "carry",
             )
-            state = _starting_state(inputs, placement, wrapped, announce)
+            state = starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
                 _write_run_files(config, inputs, placement, scores)
                 wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
             with wrapped.gathered_parameters():
-                _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
-    except StoppedBySignal:
+                changed |= rounds.trained_until(state.round)
+                _export(config, inputs, placement, chunks, changed, announce)
+    except Stopped:
         stop_groups()
         raise
     # After any other failure peers may be waiting in a collective, and waiting for them here would hide the error.
@@ -116,7 +122,8 @@ def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, ann
 
 def _agreed_plan(config: RunConfig, inputs: Inputs, plan: Plan, placement: Placement, announce: Announce) -> Plan:
     """The plan to start with, the same on every rank and as the checkpoint has it, and its account in the log."""
-    if inputs.checkpoint is not None:
+    if inputs.resumes:
+        assert inputs.checkpoint is not None
         check_saved_plan(inputs.checkpoint, plan, inputs.shape)
     check_agreement(plan, coordinates=placement.coordinates)
     if config.training.train_iters > 0:
@@ -142,7 +149,6 @@ def _model_with_weights(config: RunConfig, inputs: Inputs, placement: Placement)
 
 def _tracker_on_last_rank(config: RunConfig, inputs: Inputs, placement: Placement) -> Tracker:
     """The run's tracker, before a model is built; what one rank is refused (a dashboard, a file) all ranks raise."""
-    start = TrainState.read(inputs.checkpoint).iteration if inputs.checkpoint is not None else 0
     tracker: Tracker = CompositeTracker()
     mistake = None
     try:
@@ -150,7 +156,7 @@ def _tracker_on_last_rank(config: RunConfig, inputs: Inputs, placement: Placemen
             config.logging,
             save=config.checkpoint.save,
             train_iters=config.training.train_iters,
-            start_iteration=start,
+            start_iteration=inputs.position.iteration,
             resolved_config=asdict(config),
             is_writer=placement.is_last_rank,
         )
@@ -162,20 +168,6 @@ def _tracker_on_last_rank(config: RunConfig, inputs: Inputs, placement: Placemen
         if found is not None:
             raise UserError(found)
     return tracker
-
-
-def _starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:
-    """The beginning, or what the checkpoint holds, loaded into the model."""
-    state = TrainState(
-        tensor_model_parallel_size=placement.tensor_size,
-        pipeline_model_parallel_size=placement.pipeline_size,
-        device=placement.device.type,
-    )
-    if inputs.checkpoint is None:
-        return state
-    loaded = load_checkpoint(inputs.checkpoint, wrapped, placement)
-    announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {loaded.iteration}")
-    return replace(state, iteration=loaded.iteration, consumed_samples=loaded.consumed_samples, round=loaded.round)
 
 
 def _train(
@@ -221,7 +213,8 @@ def _train(
         state=state,
     )
     try:
-        train(run, build_hooks(run, loaded_iteration=None if inputs.checkpoint is None else state.iteration))
+        loaded_iteration = state.iteration if inputs.resumes else None
+        train(run, build_hooks(run, loaded_iteration=loaded_iteration, base=starting_base(inputs, placement)))
     finally:
         tracker.close()
     return run.wrapped, run.state

@@ -1,23 +1,18 @@
-"""What happens around steps: log lines, validation, checkpoints, and stopping on a signal."""
+"""What happens around steps: log lines and validation here, and the list of all hooks of a run."""
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-import torch
-import torch.distributed as dist
-
-from hft_megatron.checkpoint.store import save_checkpoint
+from hft_megatron.checkpoint.writer import CheckpointWriter
 from hft_megatron.config.run_folder import same_folder
-from hft_megatron.errors import StoppedBySignal
-from hft_megatron.hft.audit import Audit
-from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.parallel import step_clock
 from hft_megatron.tracking import tracker as names
+from hft_megatron.training.audits import AuditRounds
 from hft_megatron.training.bill import Bill
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
+from hft_megatron.training.saving import Base, SaveCheckpoints, StopEarly
 from hft_megatron.training.step import StepResult, validation_loss
 
 SECTION_METRICS = {
@@ -81,30 +76,6 @@ class LogSteps(Hook):
 
 
 @dataclass
-class AuditRounds(Hook):
-    """Verifies that resting shards keep their bits: at the end of every round, and every ``interval`` steps."""
-
-    interval: int | None
-    _audit: Audit | None = None
-
-    def at_round_start(self, run: Run) -> None:
-        self._audit = Audit(list(parameter_slots(run.wrapped.modules)), run.wrapped.plan)
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        if self.interval is not None and run.state.iteration % self.interval == 0:
-            self.verify(run)
-
-    def at_round_end(self, run: Run) -> None:
-        self.verify(run)
-        run.announce(f"audit of round {run.state.round}: every resting shard has the bits it had at its start")
-
-    def verify(self, run: Run) -> None:
-        """Raises RunFailed on every rank when a resting shard has changed."""
-        assert self._audit is not None
-        self._audit.verify(coordinates=run.placement.coordinates)
-
-
-@dataclass
 class Validate(Hook):
     """Records the validation loss every --eval-interval steps and at the end."""
 
@@ -126,74 +97,11 @@ class Validate(Hook):
         self._last = run.state.iteration
 
 
-@dataclass
-class SaveCheckpoints(Hook):
-    """Saves every --save-interval steps and at the end."""
+def build_hooks(run: Run, *, loaded_iteration: int | None, base: Base | None) -> Sequence[Hook]:
+    """The hooks that the options ask for, in the order they run.
 
-    folder: str
-    interval: int | None
-    last: int | None
-    """Iteration of the newest checkpoint in the folder."""
-    audit: AuditRounds | None = None
-    """Asked before every save: the next run would take what a checkpoint holds for the truth."""
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        if self.interval is not None and run.state.iteration % self.interval == 0:
-            self.save(run)
-
-    def at_end(self, run: Run) -> None:
-        self.save(run)
-
-    def save(self, run: Run) -> None:
-        if self.last == run.state.iteration:
-            return
-        if self.audit is not None:
-            self.audit.verify(run)
-        run.announce(f"saving checkpoint at iteration {run.state.iteration:7d} to {self.folder} in torch_dist format")
-        save_checkpoint(self.folder, run.wrapped, run.state, run.placement)
-        sizes = f"[ t {run.placement.tensor_size}, p {run.placement.pipeline_size} ]"
-        run.announce(
-            f"  successfully saved checkpoint from iteration {run.state.iteration:7d} to {self.folder} {sizes}"
-        )
-        self.last = run.state.iteration
-
-
-class StopOnSignal(Hook):
-    """SIGTERM, SIGINT or SIGUSR1: finish the step, save, and end; a second signal ends at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self, saver: SaveCheckpoints | None) -> None:
-        self._saver = saver
-        self._received = 0
-        for number in self.SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self._received = number
-        for again in self.SIGNALS:
-            signal.signal(again, signal.SIG_DFL)
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        # Signals reach ranks at different steps: all stop at the first step where any has one.
-        flag = torch.tensor([self._received], device=run.placement.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        number = int(flag.item())
-        if number == 0 or run.state.iteration == run.config.training.train_iters:
-            return
-        stopped = f"{signal.Signals(number).name} stopped the run at iteration {run.state.iteration}"
-        if self._saver is None:
-            raise StoppedBySignal(f"{stopped}; without --save it is lost")
-        self._saver.save(run)
-        raise StoppedBySignal(f"{stopped}; start it again with --load {self._saver.folder}")
-
-    def at_end(self, run: Run) -> None:
-        for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
-    """The hooks that the options ask for, in the order they run."""
+    ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with.
+    """
     config = run.config
     hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
     audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None
@@ -204,8 +112,9 @@ def build_hooks(run: Run, *, loaded_iteration: int | None) -> Sequence[Hook]:
     saver = None
     if config.checkpoint.save is not None:
         already = loaded_iteration if same_folder(config.checkpoint.save, config.checkpoint.load) else None
-        saver = SaveCheckpoints(config.checkpoint.save, config.checkpoint.save_interval, last=already, audit=audit)
+        writer = CheckpointWriter(config.checkpoint, run.placement)
+        saver = SaveCheckpoints(config.checkpoint, writer, last=already, base=base, audit=audit)
         hooks.append(saver)
     hooks.append(Bill(config.checkpoint.save))
-    hooks.append(StopOnSignal(saver))
+    hooks.append(StopEarly(saver, config.training.exit_duration_in_mins))
     return hooks

@@ -1,23 +1,25 @@
 """Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.position import TrainState, newest_checkpoint
+from hft_megatron.checkpoint.folders import Checkpoints, find_checkpoints, iteration_of
+from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
-from hft_megatron.config.run_identity import RunIdentity, check_same_run, differences, run_identity
+from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, differences, run_identity
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, find_sources
-from hft_megatron.data.sft import SftDataset, example_rules, load_sft_dataset
+from hft_megatron.data.run_data import training_data, validation_data
+from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
@@ -44,10 +46,24 @@ class Inputs:
     train: SftDataset | None
     valid: SftDataset | None
     identity: RunIdentity
+    found: Checkpoints | None
+    """What the --load folder holds."""
+    finetune_has_begun: bool
+    """Whether --finetune was given and --save holds a checkpoint already, which the run goes on from."""
     checkpoint: Path | None
-    """What the run goes on from."""
+    """The newest one there, that the run goes on from, or takes its first weights from."""
     plans: tuple[Plan, ...] = ()
     """Of --hft-plan, one per round; empty where plans are drawn."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from its checkpoint; with --finetune it only takes its first weights from one."""
+        return self.checkpoint is not None and not self.config.checkpoint.finetune
+
+    @property
+    def position(self) -> TrainState:
+        """Where the run goes on."""
+        return TrainState.read(self.checkpoint) if self.checkpoint is not None and self.resumes else TrainState()
 
     @property
     def pad_id(self) -> int:
@@ -68,9 +84,12 @@ class Inputs:
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
         lines = [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
-        folder = self.config.checkpoint.load
-        if folder is not None and self.checkpoint is None:
-            lines.append(f"--load {folder} holds no checkpoint yet: starting from the beginning")
+        if self.finetune_has_begun:
+            lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
+        if self.found is not None:
+            lines += self.found.notes()
+            if self.found.newest is None and self.found.missing is None:
+                lines.append(f"--load {self.found.folder} holds no checkpoint yet: starting from the beginning")
         return lines
 
 
@@ -87,23 +106,46 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         assert shape is not None
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, shape.vocab_size)
-    checkpoint = newest_checkpoint(options.checkpoint.load) if options.checkpoint.load is not None else None
-    saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE) if checkpoint is not None else None
+    begins_anew = options.checkpoint.finetune
+    options = _going_on(options)
+    found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
+    finetune = options.checkpoint.finetune
+    if finetune:
+        _check_weights_are_there(options, found)
+    checkpoint = None if found is None else found.newest
+    saved = None
+    if checkpoint is not None and not finetune:
+        saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
     config = derived.resolve(options, shape, world_size, saved)
     validate(config, shape, world_size)
-    data = config.data
-    train = _read_data(config, find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT), shape, tokenizer)
-    valid = _read_data(config, find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT), shape, tokenizer)
+    train = valid = None
+    if config.training.train_iters > 0:
+        assert tokenizer is not None
+        seq_length = derived.sequence_length(config.training, shape)
+        train = training_data(config.data, tokenizer, seq_length)
+        valid = validation_data(config.data, tokenizer, seq_length)
     digest = train.digest if train is not None else None
-    identity = run_identity(config, shape, world_size, method="sft", data_digest=digest)
+    identity = run_identity(
+        config,
+        shape,
+        world_size,
+        method="sft",
+        data_digest=digest,
+        tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
+    )
     held_runs = _held_runs(config)
     for option, folder, held_run in held_runs:
-        check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
+        if finetune and option == "--load":
+            check_same_model(held_run, identity, folder)
+        else:
+            check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
     if config.model.load_hf is not None:
         identity = replace(identity, weights_digest=check_weights(config.model.load_hf, shape))
     for option, folder, held_run in held_runs:
-        check_same_run(held_run, identity, folder, option=option)
-    _check_iterations(config, checkpoint)
+        if not (finetune and option == "--load"):
+            check_same_run(held_run, identity, folder, option=option)
+    if not finetune:
+        _check_iterations(config, checkpoint)
     if saved is not None and config.training.bf16 != saved.training.bf16:
         asked, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
         raise UserError(
@@ -117,6 +159,8 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         train=train,
         valid=valid,
         identity=identity,
+        found=found,
+        finetune_has_begun=begins_anew and not finetune,
         checkpoint=checkpoint,
         plans=() if config.hft.hft_plan is None else load_plans(config.hft.hft_plan, shape),
     )
@@ -124,12 +168,29 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     return inputs
 
 
+def _going_on(options: RunConfig) -> RunConfig:
+    """With --finetune, a run that has begun goes on: beginning it again would throw away what it has learned."""
+    checkpoint = options.checkpoint
+    if not checkpoint.finetune or checkpoint.save is None or find_checkpoints(checkpoint.save).newest is None:
+        return options
+    return replace(options, checkpoint=replace(checkpoint, load=checkpoint.save, finetune=False))
+
+
+def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> None:
+    """A new run without the weights it should start from would start from others, in silence."""
+    if found is None or (found.newest is None and found.missing is None):
+        raise UserError(
+            f"--finetune takes the weights of --load {options.checkpoint.load}, which holds no complete checkpoint; "
+            f"give the --save folder of another run."
+        )
+
+
 def _check_iterations(config: RunConfig, checkpoint: Path | None) -> None:
     """A run can't end before where it goes on; its export would have the name of an iteration that it is not of."""
     asked = config.training.train_iters
     if checkpoint is None or asked == 0:
         return
-    reached = TrainState.read(checkpoint).iteration
+    reached = iteration_of(checkpoint)
     if asked < reached:
         raise UserError(
             f"--train-iters {asked} is below iteration {reached} of the checkpoint in --load {config.checkpoint.load}; "
@@ -153,17 +214,6 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
     if converts_only and not holds_tokenizer(path):
         return None
     return load_tokenizer(options.data.tokenizer_type, path, options.data.chat_template)
-
-
-def _read_data(
-    config: RunConfig, sources: Sequence[SourceFiles], shape: ModelShape, tokenizer: Tokenizer | None
-) -> SftDataset | None:
-    if not sources or config.training.train_iters == 0:
-        return None
-    assert tokenizer is not None
-    return load_sft_dataset(
-        sources, tokenizer, example_rules(config.data, derived.sequence_length(config.training, shape))
-    )
 
 
 def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:
@@ -203,14 +253,15 @@ class _Read:
     """What one rank tells the others about what it read."""
 
     options: dict[str, dict[str, object]]
-    checkpoint: str | None
+    checkpoints: tuple[str, ...]
+    """Newest first."""
     identity: RunIdentity
     plans: tuple[Plan, ...]
 
 
 def _read_by(inputs: Inputs) -> _Read:
-    checkpoint = None if inputs.checkpoint is None else inputs.checkpoint.name
-    return _Read(options=asdict(inputs.config), checkpoint=checkpoint, identity=inputs.identity, plans=inputs.plans)
+    complete = () if inputs.found is None else tuple(path.name for path in inputs.found.complete)
+    return _Read(options=asdict(inputs.config), checkpoints=complete, identity=inputs.identity, plans=inputs.plans)
 
 
 def _first_difference(mine: _Read, theirs: _Read) -> str | None:
@@ -220,14 +271,15 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
             other = theirs.options[group][name]
             if other != value:
                 return f"--{name.replace('_', '-')} is {_as_written(other)} instead of {_as_written(value)}"
-    if theirs.checkpoint != mine.checkpoint:
-        return f"the newest checkpoint is {theirs.checkpoint} instead of {mine.checkpoint}"
+    for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
+        if here != there:
+            return f"the newest checkpoint is {there} instead of {here}"
     for ours, plan in zip(mine.plans, theirs.plans, strict=False):
         unit = ours.first_difference(plan)
         if unit is not None:
             return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
-    for what, here, there in differences(mine.identity, theirs.identity):
-        return f"the {what} is {there} instead of {here}"
+    for what, our_value, their_value in differences(mine.identity, theirs.identity):
+        return f"the {what} is {their_value} instead of {our_value}"
     return None
 
 

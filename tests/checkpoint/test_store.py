@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 import pytest
 
-from hft_megatron.checkpoint.position import TrainState, newest_checkpoint
-from hft_megatron.errors import UserError
+from hft_megatron.checkpoint.folders import find_checkpoints
+from hft_megatron.checkpoint.position import TrainState
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 
@@ -19,10 +19,10 @@ class Died(Exception):
 
 def run_and_die_while_saving(words: list[str], where: str) -> dict[str, Any]:
     """Dies at the second save, at the function named ``where``; what the folder then holds is what a kill leaves."""
-    from hft_megatron.checkpoint import store
+    from hft_megatron.checkpoint import writer
 
     calls = 0
-    original = getattr(store, where)
+    original = getattr(writer, where)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -31,7 +31,7 @@ def run_and_die_while_saving(words: list[str], where: str) -> dict[str, Any]:
             raise Died
         return original(*args, **kwargs)
 
-    with patch.object(store, where, dying):
+    with patch.object(writer, where, dying):
         try:
             run_sft_words(words)
         except Died:
@@ -39,37 +39,27 @@ def run_and_die_while_saving(words: list[str], where: str) -> dict[str, Any]:
     return {"died": False}
 
 
-@pytest.mark.parametrize("where", ["_sharded_state", "write_atomically"])
-def test_a_run_that_dies_while_saving_goes_on_from_the_checkpoint_before(
-    where: str, ranks: RankPools, tmp_path: Path
+@pytest.mark.parametrize(("where", "left"), [("sharded_state", 2), ("write_digests", 2), ("write_atomically", 4)])
+def test_a_run_that_dies_while_saving_goes_on_from_the_newest_complete_checkpoint(
+    where: str, left: int, ranks: RankPools, tmp_path: Path
 ) -> None:
-    words = words_for(make_inputs(tmp_path), "--train-iters", 4)
+    words = words_for(make_inputs(tmp_path), "--train-iters", 5)
     save = tmp_path / "run"
     saved = [*words, "--save", str(save), "--load", str(save), "--save-interval", "2"]
     [whole] = ranks(1).run(run_sft_words, words=words)
     assert ranks(1).run(run_and_die_while_saving, words=saved, where=where) == [{"died": True}]
-    found = newest_checkpoint(str(save))
-    assert found is not None
-    assert found.name == "iter_0000002"
+    newest = find_checkpoints(str(save)).newest
+    assert newest is not None
+    assert newest.name == f"iter_{left:07d}"
     [resumed] = ranks(1).run(run_sft_words, words=saved)
-    assert resumed["steps"] == whole["steps"][2:]
+    skipped = [line for line in resumed["said"] if "is skipped: its save was not finished" in line]
+    behind = [line for line in resumed["said"] if "is newer than iteration 2" in line]
+    assert (len(skipped), len(behind)) == ((1, 0) if left == 2 else (0, 1))
+    assert resumed["steps"] == whole["steps"][left:]
     assert resumed["state"] == whole["state"]
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == "4\n"
-    assert not list(save.glob("*.unfinished"))
-    assert [json.loads(line)["iteration"] for line in (save / "metrics.jsonl").open()] == [1, 2, 3, 4]
-
-
-def test_a_folder_without_a_tracker_holds_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "iter_0000002").mkdir()
-    assert newest_checkpoint(str(tmp_path)) is None
-    assert newest_checkpoint(str(tmp_path / "absent")) is None
-
-
-@pytest.mark.parametrize(("text", "said"), [("two", "holds 'two'"), ("7", "names iteration 7"), ("", "holds ''")])
-def test_a_broken_tracker_is_named(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
-    with pytest.raises(UserError, match=said):
-        newest_checkpoint(str(tmp_path))
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "5\n"
+    assert not list(save.glob("*.unfinished*"))
+    assert [json.loads(line)["iteration"] for line in (save / "metrics.jsonl").open()] == [1, 2, 3, 4, 5]
 
 
 def test_the_position_reads_back_as_it_was_written(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_mistake_in_the_data_is_found_by_check(
     [
         (None, errors.EXIT_OK, "finished", ""),
         (errors.UserError("Wrong."), errors.EXIT_USAGE, "usage", "Wrong."),
-        (errors.StoppedBySignal("Saved."), errors.EXIT_STOPPED, "stopped", "Saved."),
+        (errors.Stopped("Saved."), errors.EXIT_STOPPED, "stopped", "Saved."),
         (RuntimeError("broken"), errors.EXIT_FAILURE, "failed", "RuntimeError: broken"),
         (KeyboardInterrupt(), errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard"),
     ],

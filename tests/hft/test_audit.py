@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from hft_megatron.checkpoint.writer import CheckpointWriter
+from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed
 from hft_megatron.hft.audit import fingerprint
 from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.training.hooks import AuditRounds, SaveCheckpoints
+from hft_megatron.training.audits import AuditRounds
 from hft_megatron.training.loop import next_step, train
+from hft_megatron.training.saving import SaveCheckpoints
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.ranks import RankPools
 from tests.support.toy_training import TINY, make_run
@@ -93,7 +96,8 @@ def run_into_a_checkpoint(folder: str, save: str) -> str:
     """The failure of saving after a bit flipped; the audit itself is not due yet."""
     run = make_run(folder, {}, training={"train_iters": 4}, optimizer={"lr_warmup_iters": 0})
     audit = AuditRounds(None)
-    saver = SaveCheckpoints(save, 2, last=None, audit=audit)
+    options = CheckpointConfig(save=save, save_interval=2)
+    saver = SaveCheckpoints(options, CheckpointWriter(options, run.placement), last=None, audit=audit)
     audit.at_round_start(run)
     saver.after_step(run, next_step(run))
     flip_a_bit(run, resting(run, 1))

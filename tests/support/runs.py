@@ -94,7 +94,7 @@ def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: i
     from hft_megatron.cli.sft import SftOptions
     from hft_megatron.config.loading import load_options
     from hft_megatron.config.validation import shape_of, validate
-    from hft_megatron.errors import StoppedBySignal
+    from hft_megatron.errors import Stopped
     from hft_megatron.training import assembly
 
     config = load_options(SftOptions, list(words)).run
@@ -107,7 +107,7 @@ def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: i
     with _inside_a_pool(recorder) as said:
         try:
             assembly.run_sft(config, shape, world_size)
-        except StoppedBySignal as stop:
+        except Stopped as stop:
             stopped = str(stop)
         state = {} if recorder.run is None else state_of(recorder.run)
     return {"steps": recorder.steps, "state": state, "stopped": stopped, "said": said}
@@ -116,7 +116,7 @@ def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: i
 @contextlib.contextmanager
 def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
     """What a run must not do to a rank that lives on: end the process group, keep signals."""
-    from hft_megatron.training import assembly, hooks
+    from hft_megatron.training import assembly, saving
 
     said: list[str] = []
     original_hooks, original_announcer = assembly.build_hooks, assembly._announcer
@@ -138,7 +138,7 @@ def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
         patch.object(assembly, "build_hooks", build_hooks),
         patch.object(assembly, "_announcer", announcer),
         # The pool's own handler of SIGUSR1 shows where a rank is stuck.
-        patch.object(hooks.StopOnSignal, "SIGNALS", (signal.SIGTERM,)),
+        patch.object(saving.StopEarly, "SIGNALS", (signal.SIGTERM,)),
     ):
         yield said
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint, save_checkpoint
+from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint
+from hft_megatron.checkpoint.writer import CheckpointWriter
 from hft_megatron.config.input_rules import outputs_can_be_written
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import CheckpointConfig, HFTConfig, RunConfig
@@ -118,7 +119,7 @@ def run_saving_first(folder: str, save: str) -> list[Any]:
     """Two steps after a checkpoint of the beginning."""
     run = start(folder)
     with patch.object(filesystem_async.mp, "get_context", fork_only(filesystem_async.mp.get_context)):
-        save_checkpoint(save, run.wrapped, run.state, run.placement)
+        CheckpointWriter(CheckpointConfig(save=save), run.placement).save(run.wrapped, run.state)
     return take_steps(run, 2)
 
 
@@ -145,7 +146,7 @@ def run_two_rounds(folder: str, save: str) -> dict[str, Any]:
     """Step counts by unit and in AdamW after a round of two steps and one step of the next; and they can be saved."""
     run = start(folder, hft_round_interval="2", hft_moments="carry")
     take_steps(run, 3)
-    save_checkpoint(save, run.wrapped, run.state, run.placement)
+    CheckpointWriter(CheckpointConfig(save=save), run.placement).save(run.wrapped, run.state)
     shards = run.wrapped.shards
     counted = {
         slot.unit: float(shards.optimizer.state[shards._main_param(slot.parameter)[1]]["step"])

@@ -1,0 +1,105 @@
+"""Which checkpoint a run goes on from: the newest complete one, if every byte of it is what was saved."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hft_megatron.checkpoint.digests import DIGESTS_FILE, damage_in, digest_of, identity_of, read_digests
+from hft_megatron.checkpoint.folders import DAMAGED, ITERATION_FOLDER, Checkpoints
+from hft_megatron.checkpoint.position import FILE_NAME as POSITION_FILE
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
+from hft_megatron.errors import UserError
+from hft_megatron.parallel.groups import Placement
+
+
+def sound_checkpoint(
+    found: Checkpoints, placement: Placement, *, fallback: bool, put_aside: bool, announce: Callable[[str], None]
+) -> Path | None:
+    """The newest checkpoint, with every file read and compared with its digest; None where there is none to go on from.
+
+    Collective; ranks share the reading. A damaged checkpoint is UserError on every rank, naming the file and the newest
+    good checkpoint, or with ``fallback`` (--load-fallback) that one is taken. ``put_aside`` renames the damaged ones,
+    so that the next start doesn't find them again.
+    """
+    damaged: list[tuple[Path, str]] = []
+    if found.missing is not None:
+        what = "not complete (or of an earlier version)" if found.missing.exists() else "not there"
+        damaged.append((found.missing, f"{found.missing} is {what}, but {CHECKPOINT_TRACKER_FILE} names it"))
+    good = None
+    for path in found.complete:
+        damage = damage_of(path, placement)
+        if damage is None:
+            good = path
+            break
+        damaged.append((path, damage))
+    if not damaged:
+        return good
+    what = damaged[0][1]
+    if good is None:
+        raise UserError(f"--load {found.folder}: {what}, and no older checkpoint there is good; give another folder.")
+    if not fallback:
+        raise UserError(
+            f"--load {found.folder}: {what}; the newest good checkpoint is {good.name}: add --load-fallback to go on "
+            f"from it."
+        )
+    for path, damage in damaged:
+        announce(f"> --load-fallback: {damage}; going on from {good.name}")
+        if put_aside and placement.rank == 0 and path.exists():
+            _put_aside(path)
+    if put_aside and placement.rank == 0:
+        write_atomically(found.folder / CHECKPOINT_TRACKER_FILE, f"{TrainState.read(good).iteration}\n")
+    dist.barrier()
+    return good
+
+
+def _put_aside(path: Path) -> None:
+    number = 0
+    while (aside := path.with_name(f"{path.name}{'' if number == 0 else f'.{number}'}{DAMAGED}")).exists():
+        number += 1
+    path.rename(aside)
+
+
+def damage_of(path: Path, placement: Placement) -> str | None:
+    """What is wrong with a complete checkpoint, or with the one it is based on; None when nothing is. Collective."""
+    found: list[str | None] = [None] * placement.world_size
+    dist.all_gather_object(found, _damage_found_here(path, placement))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _damage_found_here(path: Path, placement: Placement) -> str | None:
+    """What this rank finds in its share of the files."""
+    try:
+        digests = read_digests(path)
+        # Largest first, so that every rank gets about the same number of bytes.
+        files = sorted(digests, key=lambda name: (-digests[name]["bytes"], name))
+        own = digests[POSITION_FILE]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path / DIGESTS_FILE} can't be read ({error})"
+    damage = damage_in(path, digests, files[placement.rank :: placement.world_size])
+    if damage is not None or digest_of(path / POSITION_FILE) != own:
+        # Where the position is damaged, the rank that has it in its share says so.
+        return damage
+    state = TrainState.read(path)
+    if state.base_iteration is None:
+        return None
+    base = path.with_name(ITERATION_FOLDER.format(state.base_iteration))
+    if not (base / DIGESTS_FILE).exists():
+        return f"{path} holds only what its round trained, and its base {base} is not there"
+    found, saved = identity_of(base), str(state.base_digest)
+    if found != saved:
+        return f"{base} is not the base of {path.name} (sha256 {found[:12]} instead of {saved[:12]})"
+    return _damage_found_here(base, placement)
+
+
+def weights_digest(folder: str, placement: Placement) -> str:
+    """sha256 over every byte of the safetensors files in a Hugging Face folder. Collective; ranks share the reading."""
+    files = sorted(Path(folder).glob("*.safetensors"), key=lambda path: (-path.stat().st_size, path.name))
+    mine = {path.name: digest_of(path) for path in files[placement.rank :: placement.world_size]}
+    everyone = [mine] * placement.world_size
+    dist.all_gather_object(everyone, mine)
+    known = {name: digest for one in everyone for name, digest in one.items()}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

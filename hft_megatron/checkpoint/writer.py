@@ -1,0 +1,199 @@
+"""Saves the checkpoints of a run: under a temporary name, synced, renamed when complete, the tracker last."""
+
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hft_megatron.checkpoint.digests import sync_folder, write_digests
+from hft_megatron.checkpoint.folders import (
+    ITERATION_FOLDER,
+    UNFINISHED,
+    complete_checkpoints,
+    delete_checkpoint,
+    delete_superseded,
+)
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
+from hft_megatron.checkpoint.writing import WriterReport, in_background, request_save
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
+from hft_megatron.config.schema import CheckpointConfig
+from hft_megatron.errors import RunFailed
+from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.parallel.groups import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    """A complete checkpoint and what it took."""
+
+    path: Path
+    state: TrainState
+    tensor_bytes: int
+    """Size of the files that hold its tensors."""
+    stall_s: float
+    """Seconds for which training stood still."""
+    total_s: float
+    """Seconds from the beginning of the save until the checkpoint was complete."""
+    deleted: tuple[Path, ...]
+    """Checkpoints that it superseded."""
+
+
+@dataclass(kw_only=True)
+class _Save:
+    """A save that has begun."""
+
+    state: TrainState
+    unfinished: Path
+    begun: float
+    tensor_bytes: int = 0
+    stall_s: float = 0.0
+    deleted: tuple[Path, ...] = ()
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time into ``options.save``. Every rank calls every method.
+
+    A run killed at any moment leaves the checkpoint before, whole. Whatever can't be written is RunFailed on all ranks,
+    with the reason; the checkpoint before is then still the newest.
+    """
+
+    def __init__(self, options: CheckpointConfig, placement: Placement) -> None:
+        assert options.save is not None
+        self._folder = Path(options.save)
+        self._options = options
+        self._placement = placement
+        self._calls = AsyncCallsQueue()
+        self._pending: _Save | None = None
+
+    def save(
+        self, wrapped: WrappedModel, state: TrainState, *, left_out: frozenset[str] = frozenset()
+    ) -> SavedCheckpoint | None:
+        """Saves all but the weights of the units in ``left_out``, which ``state`` must name a base for.
+
+        Returns None with --async-save: a fork of this process then writes, and ``finish`` says when it is done.
+        """
+        assert self._pending is None, "the save before is not finished"
+        save = self._begin(replace(state, unit_steps=wrapped.unit_steps), wrapped)
+        with wrapped.gathered_parameters():
+            described = sharded_state(wrapped, self._placement, left_out=left_out)
+            with self._failing(save):
+                request, report = request_save(described, save.unfinished, dict(METADATA))
+                request.add_finalize_fn(lambda: self._complete(save, report))
+                if self._options.async_save:
+                    self._calls.schedule_async_request(in_background(request))
+                else:
+                    request.execute_sync()
+        save.stall_s = time.perf_counter() - save.begun
+        if self._options.async_save:
+            self._pending = save
+            return None
+        return self._saved(save)
+
+    def finish(self, *, wait: bool) -> SavedCheckpoint | None:
+        """The checkpoint that was being written in the background, if it is complete now; ``wait`` waits for that."""
+        save = self._pending
+        if save is None:
+            return None
+        begun = time.perf_counter()
+        with self._failing(save):
+            done = self._calls.maybe_finalize_async_calls(blocking=wait)
+        save.stall_s += time.perf_counter() - begun
+        if not done:
+            return None
+        self._pending = None
+        return self._saved(save)
+
+    def _begin(self, state: TrainState, wrapped: WrappedModel) -> _Save:
+        """A folder to write into, whose name is new every time: a writer that outlived its run can't reach it."""
+        begun = time.perf_counter()
+        name = [f"{ITERATION_FOLDER.format(state.iteration)}{UNFINISHED}-{secrets.token_hex(4)}"]
+        dist.broadcast_object_list(name, src=0)
+        save = _Save(state=state, unfinished=self._folder / name[0], begun=begun)
+
+        def begin() -> None:
+            for stale in self._folder.glob(f"iter_*{UNFINISHED}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            save.unfinished.mkdir(parents=True)
+            state.write(save.unfinished)
+            (save.unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
+
+        self._on_first_rank(save, begin)
+        return save
+
+    def _complete(self, save: _Save, report: WriterReport) -> None:
+        """The files of all ranks are there: lists their digests, renames the folder and moves the tracker."""
+        digests = [report.digests] * self._placement.world_size
+        dist.all_gather_object(digests, report.digests)
+        save.tensor_bytes = sum(digest["bytes"] for one in digests for digest in one.values())
+
+        def complete() -> None:
+            write_digests(save.unfinished, {name: digest for one in digests for name, digest in one.items()})
+            path = self._folder / ITERATION_FOLDER.format(save.state.iteration)
+            if path.exists():
+                delete_checkpoint(path)
+            save.unfinished.rename(path)
+            sync_folder(self._folder)
+            write_atomically(self._folder / CHECKPOINT_TRACKER_FILE, f"{save.state.iteration}\n")
+            options = self._options
+            save.deleted = tuple(
+                delete_superseded(
+                    str(self._folder), keep_last=options.keep_last, retain_interval=options.save_retain_interval
+                )
+            )
+
+        self._on_first_rank(save, complete)
+
+    def _saved(self, save: _Save) -> SavedCheckpoint:
+        return SavedCheckpoint(
+            path=self._folder / ITERATION_FOLDER.format(save.state.iteration),
+            state=save.state,
+            tensor_bytes=save.tensor_bytes,
+            stall_s=save.stall_s,
+            total_s=time.perf_counter() - save.begun,
+            deleted=save.deleted,
+        )
+
+    def _on_first_rank(self, save: _Save, act: Callable[[], None]) -> None:
+        reason = None
+        if self._placement.rank == 0:
+            try:
+                act()
+            except OSError as error:
+                reason = str(error)
+        self._raise_if_any(save, reason)
+
+    @contextlib.contextmanager
+    def _failing(self, save: _Save) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointException as error:
+            # On every rank, but only rank 0 has the reasons.
+            reasons = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+            self._raise_if_any(save, "; ".join(reasons))
+        except OSError as error:
+            # Rank 0 alone, before the others have anything to write: torchrun ends them.
+            raise self._failure(save, str(error)) from error
+
+    def _raise_if_any(self, save: _Save, reason: str | None) -> None:
+        """RunFailed on all ranks with rank 0's reason, if there is one."""
+        reasons = [reason]
+        dist.broadcast_object_list(reasons, src=0)
+        if reasons[0] is not None:
+            raise self._failure(save, reasons[0])
+
+    def _failure(self, save: _Save, reason: str) -> RunFailed:
+        if self._placement.rank == 0:
+            shutil.rmtree(save.unfinished, ignore_errors=True)
+        complete = complete_checkpoints(str(self._folder))
+        left = f"{complete[0]} is the newest complete one" if complete else "none is complete yet"
+        return RunFailed(
+            f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reason}; {left}."
+        )

@@ -1,0 +1,131 @@
+"""When checkpoints are saved, what they hold, and how a run ends before its last iteration."""
+
+import signal
+import time
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from hft_megatron.checkpoint.digests import identity_of
+from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from hft_megatron.config.schema import CheckpointConfig
+from hft_megatron.errors import Stopped
+from hft_megatron.training.audits import AuditRounds
+from hft_megatron.training.hook import Hook
+from hft_megatron.training.run import Run
+from hft_megatron.training.step import StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Where the weights are that rest in a round, so that checkpoints of that round can leave them out."""
+
+    round: int
+    iteration: int | None
+    """A whole checkpoint in the save folder; None is the --load-hf folder."""
+    digest: str
+
+
+@dataclass
+class SaveCheckpoints(Hook):
+    """Saves every --save-interval steps and at the end."""
+
+    options: CheckpointConfig
+    writer: CheckpointWriter
+    last: int | None
+    """Iteration of the newest checkpoint in the folder."""
+    base: Base | None = None
+    """Used under --save-trained-only; a new round makes its first checkpoint whole, which is its base."""
+    audit: AuditRounds | None = None
+    """Asked before every save: the next run would take what a checkpoint holds for the truth."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        interval = self.options.save_interval
+        if interval is not None and run.state.iteration % interval == 0:
+            self.save(run)
+        else:
+            self._report(run, self.writer.finish(wait=False))
+
+    def at_end(self, run: Run) -> None:
+        self.save_and_wait(run)
+
+    def save_and_wait(self, run: Run) -> None:
+        """Saves, and returns when the checkpoint is complete, however it is written."""
+        self.save(run)
+        self._report(run, self.writer.finish(wait=True))
+
+    def save(self, run: Run) -> None:
+        """Saves unless this iteration is saved already; a save before that is finished first."""
+        self._report(run, self.writer.finish(wait=True))
+        if self.last == run.state.iteration:
+            return
+        if self.audit is not None:
+            self.audit.verify(run)
+        run.announce(
+            f"saving checkpoint at iteration {run.state.iteration:7d} to {self.options.save} in torch_dist format"
+        )
+        state, left_out, base = run.state, frozenset[str](), self.base
+        if self.options.save_trained_only and base is not None and base.round == state.round:
+            state = replace(state, base_iteration=base.iteration, base_digest=base.digest)
+            left_out = frozenset(unit.name for unit in run.wrapped.plan.units) - run.wrapped.plan.training
+        saved = self.writer.save(run.wrapped, state, left_out=left_out)
+        self.last = run.state.iteration
+        self._report(run, saved)
+
+    def _report(self, run: Run, saved: SavedCheckpoint | None) -> None:
+        if saved is None:
+            return
+        state = saved.state
+        run.announce(
+            f"  successfully saved checkpoint from iteration {state.iteration:7d} to {self.options.save} "
+            f"[ t {state.tensor_model_parallel_size}, p {state.pipeline_model_parallel_size} ]: "
+            f"{saved.tensor_bytes / 1e6:,.1f} MB in {saved.total_s * 1e3:,.0f} ms, "
+            f"training stood still for {saved.stall_s * 1e3:,.0f} ms"
+        )
+        for path in saved.deleted:
+            run.announce(f"  deleted {path}")
+        if state.is_whole and self.options.save_trained_only:
+            self.base = Base(round=state.round, iteration=state.iteration, digest=identity_of(saved.path))
+
+
+class StopEarly(Hook):
+    """A signal or --exit-duration-in-mins: finish the step, save, and end; a second signal ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, saver: SaveCheckpoints | None, minutes: float | None) -> None:
+        self._saver = saver
+        self._minutes = minutes
+        self._received = 0
+        for number in self.SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received = number
+        for again in self.SIGNALS:
+            signal.signal(again, signal.SIG_DFL)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        # Signals and clocks reach ranks at different steps: all stop at the first step where any has a reason.
+        reasons = torch.tensor([self._received, int(self._time_is_up())], device=run.placement.device)
+        dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
+        number, late = (int(reason) for reason in reasons)
+        if not (number or late) or run.state.iteration == run.config.training.train_iters:
+            return
+        what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
+        stopped = f"{what} stopped the run at iteration {run.state.iteration}"
+        if self._saver is None:
+            raise Stopped(f"{stopped}; without --save it is lost")
+        self._saver.save_and_wait(run)
+        raise Stopped(f"{stopped}; start it again with --load {self._saver.options.save}")
+
+    def _time_is_up(self) -> bool:
+        if self._minutes is None:
+            return False
+        return time.time() - psutil.Process().create_time() >= self._minutes * 60
+
+    def at_end(self, run: Run) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)

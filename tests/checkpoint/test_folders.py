@@ -1,0 +1,90 @@
+"""Which checkpoints a folder holds, and which may go. Run: pytest tests/checkpoint/test_folders.py"""
+
+from pathlib import Path
+
+import pytest
+
+from hft_megatron.checkpoint.digests import DIGESTS_FILE
+from hft_megatron.checkpoint.folders import delete_superseded, find_checkpoints
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.errors import UserError
+
+
+def make_checkpoint(folder: Path, iteration: int, *, base: int | None = None, complete: bool = True) -> Path:
+    path = folder / f"iter_{iteration:07d}"
+    path.mkdir()
+    TrainState(iteration=iteration, base_iteration=base, base_digest=None if base is None else "x").write(path)
+    if complete:
+        (path / DIGESTS_FILE).write_text("{}")
+    (folder / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    return path
+
+
+def iterations(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in find_checkpoints(str(folder)).complete]
+
+
+def test_a_folder_that_is_empty_or_absent_holds_no_checkpoint(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        found = find_checkpoints(str(folder))
+        assert (found.newest, found.missing, found.notes()) == (None, None, [])
+
+
+def test_an_unfinished_save_is_skipped_and_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 2)
+    (tmp_path / "iter_0000004.unfinished-1f").mkdir()
+    (tmp_path / "iter_0000006").mkdir()
+    found = find_checkpoints(str(tmp_path))
+    assert found.newest == tmp_path / "iter_0000002"
+    said = "\n".join(found.notes())
+    assert "iter_0000004.unfinished-1f is skipped" in said
+    assert "iter_0000006 is skipped" in said
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_iteration_whatever_its_digits(tmp_path: Path) -> None:
+    for iteration in (9_999_999, 10_000_000, 5):
+        make_checkpoint(tmp_path, iteration)
+    assert iterations(tmp_path) == [10_000_000, 9_999_999, 5]
+
+
+def test_a_checkpoint_that_the_tracker_names_and_that_is_gone_is_missing(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 2)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
+    assert find_checkpoints(str(tmp_path)).missing == tmp_path / "iter_0000007"
+
+
+@pytest.mark.parametrize("text", ["two", "", "-3"])
+def test_a_broken_tracker_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(UserError, match=f"holds '{text}', which is not an iteration number"):
+        find_checkpoints(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "retain", "left"),
+    [
+        (None, None, [6, 5, 4, 3, 2, 1]),
+        (2, None, [6, 5]),
+        (9, None, [6, 5, 4, 3, 2, 1]),
+        (None, 2, [6, 4, 2]),
+        (None, 5, [6, 5]),
+        (2, 3, [6, 5, 3]),
+    ],
+)
+def test_superseded_checkpoints_are_deleted(
+    keep_last: int | None, retain: int | None, left: list[int], tmp_path: Path
+) -> None:
+    for iteration in range(1, 7):
+        make_checkpoint(tmp_path, iteration)
+    gone = delete_superseded(str(tmp_path), keep_last=keep_last, retain_interval=retain)
+    assert iterations(tmp_path) == left
+    assert sorted(int(path.name[5:]) for path in gone) == sorted({1, 2, 3, 4, 5, 6} - set(left))
+    assert not list(tmp_path.glob("*.unfinished*"))
+
+
+def test_the_base_of_a_kept_checkpoint_is_kept(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 2)
+    for iteration in (3, 4, 5):
+        make_checkpoint(tmp_path, iteration, base=2)
+    delete_superseded(str(tmp_path), keep_last=1, retain_interval=None)
+    assert iterations(tmp_path) == [5, 2]
