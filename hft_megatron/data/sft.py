@@ -101,7 +101,7 @@ class SftDataset:
 
     def order(self, seed: int) -> Order:
         """Which example comes when in training: each once in an epoch, or each source by its weight."""
-        shares = self._shares()
+        shares = self.epoch_shares()
         if shares is None:
             return SampleOrder(num_examples=len(self), seed=seed)
         sizes = tuple(part.examples for part in self.parts)
@@ -110,7 +110,7 @@ class SftDataset:
     def describe(self) -> list[str]:
         """Lines for the log: each source, what it has in an epoch where weights say so, and the whole."""
         lines = []
-        for part, share in zip(self.parts, self._shares() or (None,) * len(self.parts), strict=True):
+        for part, share in zip(self.parts, self.epoch_shares() or (None,) * len(self.parts), strict=True):
             mixed = (
                 "" if share is None else f"; {share} samples of it in an epoch of {len(self)} (weight {part.weight:g})"
             )
@@ -118,7 +118,8 @@ class SftDataset:
             lines.append(f"{part.summary()}{limit}{mixed}")
         return lines
 
-    def _shares(self) -> tuple[int, ...] | None:
+    def epoch_shares(self) -> tuple[int, ...] | None:
+        """Samples of each source in an epoch, None where sources have no weights."""
         weights = [part.weight for part in self.parts if part.weight is not None]
         return shares_of_epoch([part.examples for part in self.parts], weights) if weights else None
 
@@ -143,7 +144,7 @@ def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules
         seq_length=rules.seq_length,
         digest=_digest(sources, tokenizer, rules),
     )
-    for part, share in zip(parts, dataset._shares() or (1,) * len(parts), strict=True):
+    for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
         if share == 0:
             raise UserError(
                 f"the weight {part.weight:g} of {part.path} gives it no sample in an epoch of {len(dataset)}; raise "

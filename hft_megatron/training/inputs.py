@@ -212,6 +212,11 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
     path = derived.tokenizer_path(options)
     converts_only = options.training.train_iters == 0 and options.data.tokenizer_model is None
     if converts_only and not holds_tokenizer(path):
+        if options.data.chat_template is not None:
+            raise UserError(
+                f"--chat-template {options.data.chat_template} needs a tokenizer, but {path} has none; name one with "
+                f"--tokenizer-model, or leave the template out."
+            )
         return None
     return load_tokenizer(options.data.tokenizer_type, path, options.data.chat_template)
 

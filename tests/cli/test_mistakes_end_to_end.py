@@ -125,6 +125,30 @@ def test_a_compressed_file_that_is_cut_off_is_named(
     assert "valid.jsonl.gz:2: the compressed data is cut off or damaged" in message
 
 
+def test_a_chat_template_without_a_tokenizer_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    message = mistake_of(["sft", "--load-hf", str(model), "--train-iters", "0", "--chat-template", "tulu"], capsys)
+    assert f"--chat-template tulu needs a tokenizer, but {model} has none" in message
+
+
+@pytest.mark.usefixtures("no_weights_needed")
+def test_check_counts_every_source_of_a_mixture(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "trace" / "FOMC"
+    task.mkdir(parents=True)
+    (task / "train.json").write_text(json.dumps([{"prompt": "Stance: ", "answer": "A"}] * 3))
+    (tmp_path / "chat.jsonl.gz").write_bytes(gzip.compress(json.dumps(CHAT).encode()))
+    mixture = ["--train-data-path", "3", str(tmp_path / "*.gz"), "1", str(task)]
+    assert main([*command, *mixture, "--loss-on", "last", "--chat-template", "chatml", "--check"]) == EXIT_OK
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "*.gz (messages): 1 examples of 1 records" in first
+    assert first.endswith("(sequence length 128); 3 samples of it in an epoch of 4 (weight 3)")
+    assert "FOMC (trace): 3 examples of 3 records" in second
+    assert second.endswith("; 1 samples of it in an epoch of 4 (weight 1)")
+
+
 def test_all_examples_too_long_is_a_mistake(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
