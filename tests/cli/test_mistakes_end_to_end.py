@@ -204,7 +204,7 @@ MODEL_MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("no config", remove("config.json"), ["there is no config.json"]),
     ("broken config", write_config('{"model_type": '), ["config.json is not valid JSON"]),
     ("config of a list", write_config("[]"), ["config.json holds a list"]),
-    ("another family", set_config(model_type="mistral"), ["model_type is 'mistral'", "only 'llama' models"]),
+    ("another family", set_config(model_type="qwen2"), ["model_type is 'qwen2'", "only 'llama' and 'mistral' models"]),
     ("quantised", set_config(quantization_config={"bits": 4}), ["a quantized model is not supported"]),
     ("biases", set_config(attention_bias=True), ["attention_bias = True is not supported"]),
     ("smaller than the tokenizer", set_config(vocab_size=300), ["has ids up to 333", "vocabulary has 300 rows"]),
