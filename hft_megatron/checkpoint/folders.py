@@ -42,6 +42,10 @@ class Checkpoints:
             return None
         return self.folder / ITERATION_FOLDER.format(self.tracked)
 
+    def where_to_go_on(self) -> str:
+        """The end of a sentence about a run that failed."""
+        return "no checkpoint is complete yet" if self.newest is None else f"{self.newest} is the newest complete one"
+
     def notes(self) -> list[str]:
         """Lines for the log: what is not chosen although it looks like a checkpoint, and why."""
         lines = [f"{path} is skipped: its save was not finished" for path in self.unfinished]

@@ -22,7 +22,7 @@ from hft_megatron.checkpoint.folders import (
 )
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
-from hft_megatron.checkpoint.writing import WriterReport, in_background, request_save
+from hft_megatron.checkpoint.writing import WriterReport, in_background, reason_of, request_save
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
 from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed
@@ -49,6 +49,8 @@ class _Save:
     """A save that has begun."""
 
     state: TrainState
+    plan: str
+    """As JSON; a new round may begin before the save is complete."""
     unfinished: Path
     begun: float
     stall_s: float = 0.0
@@ -80,12 +82,13 @@ class CheckpointWriter:
         assert self._pending is None, "the save before is not finished"
         begun = time.perf_counter()
         state = replace(state, unit_steps=wrapped.unit_steps)
-        unfinished = self._begin(state, wrapped)
-        save = _Save(state=state, unfinished=unfinished, begun=begun)
+        save = _Save(state=state, plan=wrapped.plan.to_json(), unfinished=self._new_folder(state), begun=begun)
+        self._on_first_rank(save, lambda: self._begin(save))
         with wrapped.gathered_parameters():
             described = sharded_state(wrapped, self._placement, left_out=left_out)
-            with self._failing(state.iteration):
-                request, report = request_save(described, unfinished, dict(METADATA))
+            with self._failing(save):
+                request, report = request_save(described, save.unfinished, dict(METADATA))
+                self._on_first_rank(save, report.raise_failure)
                 request.add_finalize_fn(lambda: self._complete(save, report))
                 if self._options.async_save:
                     self._calls.schedule_async_request(in_background(request))
@@ -103,7 +106,7 @@ class CheckpointWriter:
         if save is None:
             return None
         begun = time.perf_counter()
-        with self._failing(save.state.iteration):
+        with self._failing(save):
             done = self._calls.maybe_finalize_async_calls(blocking=wait)
         save.stall_s += time.perf_counter() - begun
         if not done:
@@ -111,22 +114,18 @@ class CheckpointWriter:
         self._pending = None
         return self._saved(save)
 
-    def _begin(self, state: TrainState, wrapped: WrappedModel) -> Path:
+    def _new_folder(self, state: TrainState) -> Path:
         """The folder to write into, whose name is new every time: a writer that outlived its run can't reach it."""
         name = [f"{ITERATION_FOLDER.format(state.iteration)}{UNFINISHED}-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(name, src=0)
-        unfinished = self._folder / name[0]
+        return self._folder / name[0]
 
-        def begin() -> None:
-            for stale in find_checkpoints(str(self._folder)).unfinished:
-                if UNFINISHED in stale.name:
-                    shutil.rmtree(stale, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            state.write(unfinished)
-            (unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
-
-        self._on_first_rank(state.iteration, begin)
-        return unfinished
+    def _begin(self, save: _Save) -> None:
+        for stale in find_checkpoints(str(self._folder)).unfinished:
+            if UNFINISHED in stale.name:
+                shutil.rmtree(stale, ignore_errors=True)
+        # Empty until megatron-core writes into it, or it would warn that it overwrites a checkpoint.
+        save.unfinished.mkdir(parents=True)
 
     def _complete(self, save: _Save, report: WriterReport) -> None:
         """The files of all ranks are there: lists their digests, renames the folder and moves the tracker."""
@@ -134,6 +133,9 @@ class CheckpointWriter:
         dist.all_gather_object(digests, report.digests)
 
         def complete() -> None:
+            report.raise_failure()
+            save.state.write(save.unfinished)
+            (save.unfinished / PLAN_FILE).write_text(save.plan, encoding="utf-8")
             write_digests(save.unfinished, {name: digest for one in digests for name, digest in one.items()})
             path = self._folder / ITERATION_FOLDER.format(save.state.iteration)
             if path.exists():
@@ -148,7 +150,7 @@ class CheckpointWriter:
                 )
             )
 
-        self._on_first_rank(save.state.iteration, complete)
+        self._on_first_rank(save, complete)
 
     def _saved(self, save: _Save) -> SavedCheckpoint:
         return SavedCheckpoint(
@@ -159,37 +161,33 @@ class CheckpointWriter:
             deleted=save.deleted,
         )
 
-    def _on_first_rank(self, iteration: int, act: Callable[[], None]) -> None:
+    def _on_first_rank(self, save: _Save, act: Callable[[], None]) -> None:
         reason = None
         if self._placement.rank == 0:
             try:
                 act()
             except OSError as error:
                 reason = str(error)
-        self._raise_if_any(iteration, reason)
+        self._raise_if_any(save, reason)
 
     @contextlib.contextmanager
-    def _failing(self, iteration: int) -> Iterator[None]:
+    def _failing(self, save: _Save) -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
             # On every rank, but only rank 0 has the reasons.
-            reasons = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
-            self._raise_if_any(iteration, "; ".join(reasons))
-        except OSError as error:
-            # Rank 0 alone, before the others have anything to write: torchrun ends them.
-            raise self._failure(iteration, str(error)) from error
+            self._raise_if_any(save, reason_of(error.failures))
 
-    def _raise_if_any(self, iteration: int, reason: str | None) -> None:
-        """RunFailed on all ranks with rank 0's reason, if there is one."""
+    def _raise_if_any(self, save: _Save, reason: str | None) -> None:
+        """RunFailed on all ranks with rank 0's reason, if there is one; no rank may be writing any more."""
         reasons = [reason]
         dist.broadcast_object_list(reasons, src=0)
-        if reasons[0] is not None:
-            raise self._failure(iteration, reasons[0])
-
-    def _failure(self, iteration: int, reason: str) -> RunFailed:
-        newest = find_checkpoints(str(self._folder)).newest
-        left = "none is complete yet" if newest is None else f"{newest} is the newest complete one"
-        return RunFailed(
-            f"the checkpoint of iteration {iteration} can't be written to {self._folder}: {reason}; {left}"
+        if reasons[0] is None:
+            return
+        if self._placement.rank == 0:
+            # What is there is of no use, and on a full disk it leaves no room to say how the run ended.
+            shutil.rmtree(save.unfinished, ignore_errors=True)
+        raise RunFailed(
+            f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reasons[0]}; "
+            f"{find_checkpoints(str(self._folder)).where_to_go_on()}"
         )
