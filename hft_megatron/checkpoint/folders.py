@@ -42,10 +42,6 @@ class Checkpoints:
             return None
         return self.folder / ITERATION_FOLDER.format(self.tracked)
 
-    def where_to_go_on(self) -> str:
-        """The end of a sentence about a run that failed."""
-        return "no checkpoint is complete yet" if self.newest is None else f"{self.newest} is the newest complete one"
-
     def notes(self) -> list[str]:
         """Lines for the log: what is not chosen although it looks like a checkpoint, and why."""
         lines = [f"{path} is skipped: its save was not finished" for path in self.unfinished]
@@ -60,19 +56,26 @@ class Checkpoints:
 def find_checkpoints(folder: str) -> Checkpoints:
     """What ``folder`` holds, nothing where it does not exist; UserError for a tracker that names no iteration."""
     root = Path(folder)
-    if not root.is_dir():
-        return Checkpoints(folder=root)
-    complete: list[Path] = []
-    unfinished: list[Path] = []
-    for path in sorted(root.glob("iter_*"), reverse=True):
-        if re.fullmatch(r"iter_\d{7,}", path.name) and (path / DIGESTS_FILE).exists():
-            complete.append(path)
-        elif not path.name.endswith(DAMAGED):
-            unfinished.append(path)
-    complete.sort(key=iteration_of, reverse=True)
+    complete = complete_checkpoints(folder)
+    others = [path for path in sorted(root.glob("iter_*")) if path not in complete]
     return Checkpoints(
-        folder=root, complete=tuple(complete), unfinished=tuple(unfinished), tracked=_tracked_iteration(root)
+        folder=root,
+        complete=tuple(complete),
+        unfinished=tuple(path for path in others if not path.name.endswith(DAMAGED)),
+        tracked=_tracked_iteration(root),
     )
+
+
+def complete_checkpoints(folder: str) -> list[Path]:
+    """The complete checkpoints in ``folder``, newest first."""
+    named = [path for path in Path(folder).glob("iter_*") if re.fullmatch(r"iter_\d{7,}", path.name)]
+    return sorted((path for path in named if (path / DIGESTS_FILE).exists()), key=iteration_of, reverse=True)
+
+
+def newest_in_words(folder: str) -> str:
+    """The end of a sentence about a run that failed: where it can go on from."""
+    complete = complete_checkpoints(folder)
+    return f"{complete[0]} is the newest complete one" if complete else "none is complete yet"
 
 
 def _tracked_iteration(folder: Path) -> int | None:
@@ -98,7 +101,7 @@ def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: in
     """
     if keep_last is None and retain_interval is None:
         return []
-    complete = find_checkpoints(folder).complete
+    complete = complete_checkpoints(folder)
     kept = set(complete[: keep_last or 1])
     if retain_interval is not None:
         kept |= {path for path in complete if iteration_of(path) % retain_interval == 0}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.digests import DIGESTS_FILE, damage_in, digest_of, identity_of, read_digests
 from hft_megatron.checkpoint.folders import DAMAGED, ITERATION_FOLDER, Checkpoints
+from hft_megatron.checkpoint.position import FILE_NAME as POSITION_FILE
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
 from hft_megatron.errors import UserError
@@ -26,7 +27,8 @@ def sound_checkpoint(
     """
     damaged: list[tuple[Path, str]] = []
     if found.missing is not None:
-        damaged.append((found.missing, f"{found.missing} is not there, but {CHECKPOINT_TRACKER_FILE} names it"))
+        what = "not complete (or of an earlier version)" if found.missing.exists() else "not there"
+        damaged.append((found.missing, f"{found.missing} is {what}, but {CHECKPOINT_TRACKER_FILE} names it"))
     good = None
     for path in found.complete:
         damage = damage_of(path, placement)
@@ -38,9 +40,7 @@ def sound_checkpoint(
         return good
     what = damaged[0][1]
     if good is None:
-        raise UserError(
-            f"--load {found.folder}: {what}, and no other checkpoint there is good; start from another folder."
-        )
+        raise UserError(f"--load {found.folder}: {what}, and no older checkpoint there is good; give another folder.")
     if not fallback:
         raise UserError(
             f"--load {found.folder}: {what}; the newest good checkpoint is {good.name}: add --load-fallback to go on "
@@ -65,17 +65,23 @@ def _put_aside(path: Path) -> None:
 
 def damage_of(path: Path, placement: Placement) -> str | None:
     """What is wrong with a complete checkpoint, or with the one it is based on; None when nothing is. Collective."""
+    found: list[str | None] = [None] * placement.world_size
+    dist.all_gather_object(found, _damage_found_here(path, placement))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _damage_found_here(path: Path, placement: Placement) -> str | None:
+    """What this rank finds in its share of the files."""
     try:
         digests = read_digests(path)
-    except (OSError, ValueError) as error:
+        # Largest first, so that every rank gets about the same number of bytes.
+        files = sorted(digests, key=lambda name: (-digests[name]["bytes"], name))
+        own = digests[POSITION_FILE]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path / DIGESTS_FILE} can't be read ({error})"
-    # Largest first, so that every rank gets about the same number of bytes.
-    files = sorted(digests, key=lambda name: (-digests[name]["bytes"], name))
-    mine = damage_in(path, digests, files[placement.rank :: placement.world_size])
-    found: list[str | None] = [None] * placement.world_size
-    dist.all_gather_object(found, mine)
-    damage = next((each for each in found if each is not None), None)
-    if damage is not None:
+    damage = damage_in(path, digests, files[placement.rank :: placement.world_size])
+    if damage is not None or digest_of(path / POSITION_FILE) != own:
+        # Where the position is damaged, the rank that has it in its share says so.
         return damage
     state = TrainState.read(path)
     if state.base_iteration is None:
@@ -83,10 +89,10 @@ def damage_of(path: Path, placement: Placement) -> str | None:
     base = path.with_name(ITERATION_FOLDER.format(state.base_iteration))
     if not (base / DIGESTS_FILE).exists():
         return f"{path} holds only what its round trained, and its base {base} is not there"
-    found_base, saved_base = identity_of(base), str(state.base_digest)
-    if found_base != saved_base:
-        return f"{base} is not the base of {path.name} (sha256 {found_base[:12]} instead of {saved_base[:12]})"
-    return damage_of(base, placement)
+    found, saved = identity_of(base), str(state.base_digest)
+    if found != saved:
+        return f"{base} is not the base of {path.name} (sha256 {found[:12]} instead of {saved[:12]})"
+    return _damage_found_here(base, placement)
 
 
 def weights_digest(folder: str, placement: Placement) -> str:

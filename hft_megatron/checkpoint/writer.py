@@ -18,7 +18,7 @@ from hft_megatron.checkpoint.folders import (
     UNFINISHED,
     delete_checkpoint,
     delete_superseded,
-    find_checkpoints,
+    newest_in_words,
 )
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
@@ -36,6 +36,8 @@ class SavedCheckpoint:
 
     path: Path
     state: TrainState
+    tensor_bytes: int
+    """Size of the files that hold its tensors."""
     stall_s: float
     """Seconds for which training stood still."""
     total_s: float
@@ -49,10 +51,9 @@ class _Save:
     """A save that has begun."""
 
     state: TrainState
-    plan: str
-    """As JSON; a new round may begin before the save is complete."""
     unfinished: Path
     begun: float
+    tensor_bytes: int = 0
     stall_s: float = 0.0
     deleted: tuple[Path, ...] = ()
 
@@ -80,10 +81,7 @@ class CheckpointWriter:
         Returns None with --async-save: a fork of this process then writes, and ``finish`` says when it is done.
         """
         assert self._pending is None, "the save before is not finished"
-        begun = time.perf_counter()
-        state = replace(state, unit_steps=wrapped.unit_steps)
-        save = _Save(state=state, plan=wrapped.plan.to_json(), unfinished=self._new_folder(state), begun=begun)
-        self._on_first_rank(save, lambda: self._begin(save))
+        save = self._begin(replace(state, unit_steps=wrapped.unit_steps), wrapped)
         with wrapped.gathered_parameters():
             described = sharded_state(wrapped, self._placement, left_out=left_out)
             with self._failing(save):
@@ -94,7 +92,7 @@ class CheckpointWriter:
                     self._calls.schedule_async_request(in_background(request))
                 else:
                     request.execute_sync()
-        save.stall_s = time.perf_counter() - begun
+        save.stall_s = time.perf_counter() - save.begun
         if self._options.async_save:
             self._pending = save
             return None
@@ -114,28 +112,31 @@ class CheckpointWriter:
         self._pending = None
         return self._saved(save)
 
-    def _new_folder(self, state: TrainState) -> Path:
-        """The folder to write into, whose name is new every time: a writer that outlived its run can't reach it."""
+    def _begin(self, state: TrainState, wrapped: WrappedModel) -> _Save:
+        """A folder to write into, whose name is new every time: a writer that outlived its run can't reach it."""
+        begun = time.perf_counter()
         name = [f"{ITERATION_FOLDER.format(state.iteration)}{UNFINISHED}-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(name, src=0)
-        return self._folder / name[0]
+        save = _Save(state=state, unfinished=self._folder / name[0], begun=begun)
 
-    def _begin(self, save: _Save) -> None:
-        for stale in find_checkpoints(str(self._folder)).unfinished:
-            if UNFINISHED in stale.name:
+        def begin() -> None:
+            for stale in self._folder.glob(f"iter_*{UNFINISHED}*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        # Empty until megatron-core writes into it, or it would warn that it overwrites a checkpoint.
-        save.unfinished.mkdir(parents=True)
+            save.unfinished.mkdir(parents=True)
+            state.write(save.unfinished)
+            (save.unfinished / PLAN_FILE).write_text(wrapped.plan.to_json(), encoding="utf-8")
+
+        self._on_first_rank(save, begin)
+        return save
 
     def _complete(self, save: _Save, report: WriterReport) -> None:
         """The files of all ranks are there: lists their digests, renames the folder and moves the tracker."""
         digests = [report.digests] * self._placement.world_size
         dist.all_gather_object(digests, report.digests)
+        save.tensor_bytes = sum(digest["bytes"] for one in digests for digest in one.values())
 
         def complete() -> None:
             report.raise_failure()
-            save.state.write(save.unfinished)
-            (save.unfinished / PLAN_FILE).write_text(save.plan, encoding="utf-8")
             write_digests(save.unfinished, {name: digest for one in digests for name, digest in one.items()})
             path = self._folder / ITERATION_FOLDER.format(save.state.iteration)
             if path.exists():
@@ -156,6 +157,7 @@ class CheckpointWriter:
         return SavedCheckpoint(
             path=self._folder / ITERATION_FOLDER.format(save.state.iteration),
             state=save.state,
+            tensor_bytes=save.tensor_bytes,
             stall_s=save.stall_s,
             total_s=time.perf_counter() - save.begun,
             deleted=save.deleted,
@@ -189,5 +191,5 @@ class CheckpointWriter:
             shutil.rmtree(save.unfinished, ignore_errors=True)
         raise RunFailed(
             f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reasons[0]}; "
-            f"{find_checkpoints(str(self._folder)).where_to_go_on()}"
+            f"{newest_in_words(str(self._folder))}."
         )

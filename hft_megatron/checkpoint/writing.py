@@ -134,7 +134,7 @@ def reason_of(failures: Mapping[int, Any]) -> str:
     rank = min(failures)
     reason = str(failures[rank][0]).removeprefix("Worker failure: ")
     others = len(failures) - 1
-    return f"{reason} (rank {rank}{f' and {others} more' if others else ''})"
+    return f"rank {rank}: {reason}{f' (and {others} more)' if others else ''}"
 
 
 def _write(transforms: list[Any], rank: int, buckets: list[Any], report: WriterReport) -> None:

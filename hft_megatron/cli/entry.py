@@ -51,13 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, *words = arguments
         if name not in COMMANDS:
             raise UserError(_unknown_command(name))
-        command = COMMANDS[name]
-        if any(word in HELP_WORDS for word in words):
-            show(help_text(command.options, prog=f"{PROG} {name}", description=f"{command.summary}."))
-            return
-        command.run(load_options(command.options, words), status)
+        _perform(COMMANDS[name], words, status, prog=f"{PROG} {name}")
 
     return run_command(dispatch)
+
+
+def run_tool(prog: str, command: Command, argv: Sequence[str] | None = None) -> int:
+    """What ``main`` does, for a program outside the package that has one command; ``--help`` calls it ``prog``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda status: _perform(command, words, status, prog=prog))
+
+
+def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, prog: str) -> None:
+    if any(word in HELP_WORDS for word in words):
+        show(help_text(command.options, prog=prog, description=f"{command.summary}."))
+        return
+    command.run(load_options(command.options, words), status)
 
 
 def _overview() -> str:

@@ -1,7 +1,6 @@
 """The shape of a LLaMA model, from a Hugging Face ``config.json`` or from flags. Imports no torch.
 
-What the model code cannot represent is refused here by name, because a model that loads and computes
-something slightly different is the worst outcome.
+What the model code cannot represent is refused by name, here and in ``hf_refusals``.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.hf_refusals import refuse_other_models
 from hft_megatron.config.schema import ModelConfig
 from hft_megatron.errors import UserError
 
@@ -26,16 +26,6 @@ _HF_SIZES = {
     "vocab_size": "vocab_size",
 }
 """Keys that every config.json of a LLaMA has, and our names for them."""
-
-_HF_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "sliding_window": (None,),
-    "quantization_config": (None,),
-}
-"""Keys that change what the model computes, with the values that are built; the first is LLaMA's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,32 +63,29 @@ class ModelShape:
     def from_hf_config(config: Mapping[str, Any], source: str) -> ModelShape:
         """Read the contents of a ``config.json``; ``source`` is how errors call the file.
 
-        Values that are absent get the defaults of transformers' ``LlamaConfig``. Raises UserError naming the
-        key when the model is not a LLaMA or is one that this project cannot represent.
+        Values that are absent get the defaults of transformers' ``LlamaConfig`` or ``MistralConfig``. Raises UserError
+        naming the key when the model is not a LLaMA or is one that this project cannot represent.
         """
-        model_type = config.get("model_type")
-        if model_type != "llama":
-            raise UserError(f"{source}: model_type is {model_type!r}, and only 'llama' models can be trained.")
-        for key, allowed in _HF_ONLY_VALUES.items():
-            if config.get(key, allowed[0]) not in allowed:
-                shown = "a quantized model" if key == "quantization_config" else f"{key} = {config[key]!r}"
-                raise UserError(f"{source}: {shown} is not supported; only {key} = {allowed[0]!r} is.")
+        refuse_other_models(config, source)
         sizes = {ours: _positive_integer(config, key, source) for key, ours in _HF_SIZES.items()}
         heads = sizes["num_attention_heads"]
         if config.get("head_dim") is None and sizes["hidden_size"] % heads:
             raise UserError(
                 f"{source}: hidden_size {sizes['hidden_size']} is not a multiple of num_attention_heads {heads}."
             )
+        is_mistral = config["model_type"] == "mistral"
+        groups = 8 if is_mistral and "num_key_value_heads" not in config else heads
+        positions = 4096 * 32 if is_mistral else 2048
         rotary_base, scaling = _rope_from_hf(config, source)
         return ModelShape(
             **sizes,
-            num_query_groups=_positive_integer(config, "num_key_value_heads", source, default=heads),
+            num_query_groups=_positive_integer(config, "num_key_value_heads", source, default=groups),
             kv_channels=_positive_integer(config, "head_dim", source, default=sizes["hidden_size"] // heads),
-            max_position_embeddings=_positive_integer(config, "max_position_embeddings", source, default=2048),
+            max_position_embeddings=_positive_integer(config, "max_position_embeddings", source, default=positions),
             norm_epsilon=_positive_number(config, "rms_norm_eps", source, default=1e-6),
             rotary_base=rotary_base,
             rope_scaling=scaling,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=_switch(config, "tie_word_embeddings", source),
             init_method_std=_positive_number(config, "initializer_range", source, default=0.02),
         )
 
@@ -197,8 +184,11 @@ def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, Llama3
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise UserError(f"{source}: rope_scaling is {rope!r}, which is not a JSON object.")
+    nested = next((key for key, value in rope.items() if isinstance(value, Mapping)), None)
+    if nested is not None:
+        raise UserError(f"{source}: rope parameters of their own for {nested!r} are not supported; only one set is.")
     base = _positive_number(rope if "rope_theta" in rope else config, "rope_theta", source, default=10000.0)
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    partial = rope.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise UserError(f"{source}: partial_rotary_factor = {partial!r} is not supported; only 1.0 is.")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -218,6 +208,13 @@ def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, Llama3
             f"low_freq_factor {scaling.low_freq_factor}."
         )
     return base, scaling
+
+
+def _switch(config: Mapping[str, Any], key: str, source: str) -> bool:
+    value = config.get(key)
+    if value not in (True, False, None):
+        raise UserError(f"{source}: {key} is {value!r}, which is neither true nor false.")
+    return bool(value)
 
 
 def _positive_number(config: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:

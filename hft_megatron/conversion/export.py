@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.conversion.save import Announce, ExportRules, save_weights
+from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
@@ -26,25 +27,42 @@ def export_folder(
     tokenizer: Tokenizer | None,
     announce: Announce,
 ) -> None:
-    """Exports to ``folder``, which appears complete or not at all; every rank must call it.
+    """Exports this run's model to ``folder`` by ``export_tensors`` on rank 0; every rank must call it."""
+    run_dtype = next(chunks[0].parameters()).dtype
+    wholes = gathered_weights(chunks, shape, placement)
+    if placement.rank == 0:
+        export_tensors(folder, wholes, shape, run_dtype, rules, tokenizer, announce)
+    else:
+        for _ in wholes:
+            raise AssertionError("only rank 0 is given tensors")
+    dist.barrier()
 
-    The source's config and generation config are kept, with the data type and the pad, begin and end tokens brought in
-    line with what was trained.
+
+def export_tensors(
+    folder: str,
+    wholes: Iterable[tuple[str, Tensor]],
+    shape: ModelShape,
+    run_dtype: torch.dtype,
+    rules: ExportRules,
+    tokenizer: Tokenizer | None,
+    announce: Announce,
+) -> torch.dtype:
+    """Exports to ``folder``, which appears complete or not at all. Returns the data type that was written.
+
+    ``wholes`` and ``run_dtype`` are those of ``write_weights``. The source's config and generation config are kept,
+    with the data type and the pad, begin and end tokens brought in line with what was trained.
     """
     target = Path(folder)
     unfinished = target.with_name(f".{target.name}.unfinished")
-    if placement.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    dtype = save_weights(unfinished, chunks, shape, placement, rules, announce)
-    if placement.rank == 0:
-        _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
-        if tokenizer is not None:
-            tokenizer.export(unfinished)
-        os.replace(unfinished, target)
-        announce(f"exported the model to {target} in Hugging Face's format ({str(dtype).removeprefix('torch.')})")
-    dist.barrier()
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    dtype = write_weights(unfinished, wholes, shape, run_dtype, rules, announce)
+    _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
+    if tokenizer is not None:
+        tokenizer.export(unfinished)
+    os.replace(unfinished, target)
+    announce(f"exported the model to {target} in Hugging Face's format ({str(dtype).removeprefix('torch.')})")
+    return dtype
 
 
 def _write_configs(

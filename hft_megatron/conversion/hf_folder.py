@@ -14,6 +14,8 @@ from hft_megatron.errors import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+"""Endings of weight files that are pickles, which can run code when they are opened, or of other programs."""
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -48,8 +50,10 @@ class HuggingFaceWeights:
                 ) from error
             return weight_map
         if not (self.folder / SINGLE_FILE).exists():
+            others = sorted(path.name for path in self.folder.glob("*") if path.suffix in _OTHER_FORMATS)
+            found = f" (found: {others[0]}, which is never opened)" if others else ""
             raise UserError(
-                f"--load-hf {self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; "
+                f"--load-hf {self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}; "
                 "only safetensors are read, so convert other weight files with transformers' save_pretrained first."
             )
         return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
@@ -68,6 +72,10 @@ class HuggingFaceWeights:
         if name not in self._file_of:
             raise UserError(f"--load-hf {self.folder}: the tensor {name} is missing, but config.json asks for it.")
         return self._open(self._file_of[name]).get_slice(name)
+
+    def names(self) -> list[str]:
+        """Every tensor of the folder, sorted."""
+        return sorted(self._file_of)
 
     def dtype(self, name: str) -> torch.dtype:
         """Data type of a tensor as stored."""

@@ -7,15 +7,22 @@ import torch
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
-from hft_megatron.hft.units import units_of
+from hft_megatron.errors import UserError
+from hft_megatron.hft.units import EMBEDDING_NAME, LM_HEAD_NAME, units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
 from hft_megatron.model.parameters import ParameterSlot, local_range, parameter_slots
 from hft_megatron.parallel.groups import Placement
 
+_HARMLESS = ".rotary_emb.inv_freq"
+"""Old exports hold the rotary frequencies, which follow from config.json."""
+_QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", "weight_scale", "weight_packed", "quant_state", ".SCB")
+"""Parts of names in files of GPTQ, AWQ, compressed-tensors and bitsandbytes."""
+_ROWS_AT_ONCE = 4096
+
 
 def check_weights(folder: str, shape: ModelShape) -> str:
-    """Raises UserError unless ``folder`` holds every tensor of the model in a shape and data type that can be loaded.
+    """Raises UserError unless ``folder`` holds the model's tensors, and no others, in shapes and types that are read.
 
     Returns a sha256 over the first entries of every tensor, which tells models of one shape apart. Reads the files'
     headers and those entries only, so that a mistake is found before a model is built.
@@ -27,7 +34,37 @@ def check_weights(folder: str, shape: ModelShape) -> str:
             weights.check_shape(name, whole_shape(unit.name, shape))
             first = weights.read(name, dim=0, start=0, length=1)
             digest.update(f"{name} {first.dtype}".encode() + first.float().numpy().tobytes())
+        _check_no_others(weights, shape)
     return digest.hexdigest()
+
+
+def _check_no_others(weights: HuggingFaceWeights, shape: ModelShape) -> None:
+    """A tensor that nothing reads would be lost in silence, and the model would compute something else."""
+    expected = {f"{unit.name}.weight" for unit in units_of(shape)}
+    for name in weights.names():
+        if name in expected or name.endswith(_HARMLESS):
+            continue
+        if shape.tie_embeddings and name == f"{LM_HEAD_NAME}.weight":
+            _check_tied_head(weights, shape)
+            continue
+        reason = "this model has no biases" if name.endswith(".bias") else "config.json describes no such tensor"
+        if any(part in name for part in _QUANTISED):
+            reason = "quantised weights are not read; dequantise the model first"
+        raise UserError(f"--load-hf {weights.folder}: there is a tensor {name}, but {reason}.")
+
+
+def _check_tied_head(weights: HuggingFaceWeights, shape: ModelShape) -> None:
+    """Some exports hold the tied matrix twice, which is harmless while both are equal."""
+    head, embedding = f"{LM_HEAD_NAME}.weight", f"{EMBEDDING_NAME}.weight"
+    weights.check_shape(head, whole_shape(LM_HEAD_NAME, shape))
+    for start in range(0, shape.vocab_size, _ROWS_AT_ONCE):
+        rows = min(_ROWS_AT_ONCE, shape.vocab_size - start)
+        first, second = (weights.read(name, dim=0, start=start, length=rows) for name in (embedding, head))
+        if not torch.equal(first.float(), second.float()):
+            raise UserError(
+                f"--load-hf {weights.folder}: config.json ties the head to the embedding (tie_word_embeddings), but "
+                f"{head} and {embedding} differ; set tie_word_embeddings to false, or remove {head}."
+            )
 
 
 def load_weights(folder: str, chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement) -> None:

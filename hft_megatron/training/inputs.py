@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.folders import Checkpoints, find_checkpoints
+from hft_megatron.checkpoint.folders import Checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
@@ -185,7 +185,7 @@ def _check_iterations(config: RunConfig, checkpoint: Path | None) -> None:
     asked = config.training.train_iters
     if checkpoint is None or asked == 0:
         return
-    reached = TrainState.read(checkpoint).iteration
+    reached = iteration_of(checkpoint)
     if asked < reached:
         raise UserError(
             f"--train-iters {asked} is below iteration {reached} of the checkpoint in --load {config.checkpoint.load}; "

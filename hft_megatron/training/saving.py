@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hft_megatron.checkpoint.digests import identity_of
-from hft_megatron.checkpoint.folders import find_checkpoints
+from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed, Stopped
@@ -84,7 +84,8 @@ class SaveCheckpoints(Hook):
         run.announce(
             f"  successfully saved checkpoint from iteration {state.iteration:7d} to {self.options.save} "
             f"[ t {state.tensor_model_parallel_size}, p {state.pipeline_model_parallel_size} ]: "
-            f"{saved.total_s * 1e3:,.0f} ms, training stood still for {saved.stall_s * 1e3:,.0f} ms"
+            f"{saved.tensor_bytes / 1e6:,.1f} MB in {saved.total_s * 1e3:,.0f} ms, "
+            f"training stood still for {saved.stall_s * 1e3:,.0f} ms"
         )
         for path in saved.deleted:
             run.announce(f"  deleted {path}")
@@ -109,21 +110,21 @@ class StopEarly(Hook):
         for number in self.SIGNALS:
             signal.signal(number, self._receive)
         # A rank that waits in a collective runs no handler; the thread hears of signals all the same.
-        heard, hears = os.pipe()
-        os.set_blocking(hears, False)
-        signal.set_wakeup_fd(hears)
+        heard, self._hears = os.pipe()
+        os.set_blocking(self._hears, False)
+        signal.set_wakeup_fd(self._hears)
         threading.Thread(target=self._end_at_second_signal, args=(heard,), daemon=True).start()
 
     def _receive(self, number: int, frame: object) -> None:
         self._received = number
 
     def _end_at_second_signal(self, heard: int) -> None:
-        os.read(heard, 1)
-        first = time.monotonic()
-        while True:
-            (number,) = os.read(heard, 1)
+        first = None
+        while number := os.read(heard, 1):
+            first = time.monotonic() if first is None else first
             if time.monotonic() - first >= self.ONE_SIGNAL_S:
-                os._exit(128 + number)
+                os._exit(128 + number[0])
+        os.close(heard)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         # Signals and clocks reach ranks at different steps: all stop at the first step where any has a reason.
@@ -147,7 +148,7 @@ class StopEarly(Hook):
         dist.all_gather_object(failures, run.failure)
         failure = next(failure for failure in failures if failure is not None)
         if self._saver is not None:
-            failure += f"; of the checkpoints, {find_checkpoints(str(self._saver.options.save)).where_to_go_on()}"
+            failure += f"; of the checkpoints, {newest_in_words(str(self._saver.options.save))}."
         raise RunFailed(failure)
 
     def _time_is_up(self) -> bool:
@@ -157,5 +158,6 @@ class StopEarly(Hook):
 
     def at_end(self, run: Run) -> None:
         signal.set_wakeup_fd(-1)
+        os.close(self._hears)
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)

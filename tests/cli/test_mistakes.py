@@ -35,6 +35,10 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --hft-ratio 1 --lr-warmup-fraction 0.03 --seq-length 128"),
     (1, f"{GOOD} --eval-interval 5 --eval-iters 2 --valid-data-path valid.jsonl --save RUN --save-interval 10"),
     (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
+    (
+        1,
+        f"{GOOD} --save RUN --save-interval 5 --keep-last 2 --save-retain-interval 20 --async-save --save-trained-only",
+    ),
 ]
 
 MISTAKES = [
@@ -145,6 +149,20 @@ MISTAKES = [
     (1, f"{GOOD} --eval-interval 5", "--eval-interval 5 needs --valid-data-path"),
     (1, f"{GOOD} --eval-iters 5", "--eval-iters 5 needs --valid-data-path"),
     (1, f"{GOOD} --save-interval 5", "--save-interval 5 needs --save"),
+    (1, f"{GOOD} --keep-last 2", "--keep-last 2 needs --save"),
+    (1, f"{GOOD} --save-retain-interval 2", "--save-retain-interval 2 needs --save"),
+    (1, f"{GOOD} --async-save", "--async-save needs --save; add it or leave --async-save out"),
+    (1, f"{GOOD} --save-trained-only", "--save-trained-only needs --save"),
+    (1, f"{GOOD} --load-fallback", "--load-fallback needs --load"),
+    (1, f"{GOOD} --finetune", "--finetune needs --load"),
+    (1, f"{GOOD} --finetune --load RUN --save RUN", "--finetune starts a new run", "choose another --save folder"),
+    (1, f"{GOOD} --save RUN --keep-last 0", "--keep-last 0: must be at least 1"),
+    (
+        1,
+        f"{GOOD} --save RUN --save-interval 10 --save-retain-interval 25",
+        "--save-retain-interval 25 must be a multiple of --save-interval 10, such as 20",
+    ),
+    (1, f"{GOOD} --exit-duration-in-mins 0", "--exit-duration-in-mins 0.0: must be a number above 0"),
     (1, f"{GOOD} --save-dtype float32", "--save-dtype float32 needs --save-hf"),
     (1, f"{GOOD} --wandb-exp-name x", "--wandb-exp-name x needs --wandb-project"),
     (1, f"{GOOD} --save-hf MODEL", "--save-hf MODEL is not empty"),

@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.models import LAYOUTS, VARIANTS, build_from_folder, forward_logits, make_llama
+from tests.support.models import LAYOUTS, VARIANTS, build_from_folder, forward_logits, make_llama, make_llama1
 from tests.support.tiers import quick
 
 WORLD_SIZE = {"tp1": 1, "tp2_pp2": 4}
 
 
 def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
 
 
 def run_logits(folder: str, layout: str) -> list[float]:
@@ -33,8 +33,12 @@ def run_logits(folder: str, layout: str) -> list[float]:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
-    for variant in VARIANTS:
-        folder = make_llama(tmp_path_factory.mktemp("llama") / variant, variant)
+    for variant in (*VARIANTS, "llama1"):
+        folder = tmp_path_factory.mktemp("llama") / variant
+        if variant == "llama1":
+            make_llama1(folder)
+        else:
+            make_llama(folder, variant)
         tokens = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(1))
         save_file({"tokens": tokens, "logits": reference_logits(folder, tokens)}, folder / "reference.st")
         made[variant] = folder

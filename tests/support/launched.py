@@ -108,11 +108,10 @@ class Launched:
         """The lines that the command itself said on standard error."""
         return [line for line in self.text().splitlines() if line.startswith("hft-megatron: ")]
 
-    def worker_exit_code(self) -> int:
-        """That of the rank that torchrun saw fail first."""
-        found = re.search(r"Root Cause.*?exitcode\s+: (-?\d+)", self.text(), re.DOTALL)
-        assert found is not None, self.text()
-        return int(found[1])
+    def exit_codes(self) -> dict[int, int]:
+        """Of the ranks that torchrun saw fail; it says nothing of those that a signal to itself has ended."""
+        found = re.findall(r"^ +rank +: (\d+) .*\n +exitcode +: (-?\d+)", self.text(), re.MULTILINE)
+        return {int(rank): int(code) for rank, code in found}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Tiny LLaMA folders by transformers, and our model built from one at any layout. Shared by all multi-rank tests."""
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 24},
     "odd_vocab": {"vocab_size": 97},
     "llama3_rope": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}},
+    "mistral": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, "sliding_window": None},
 }
 """What differs from a 4-layer model with 4 heads in 2 groups and 96 tokens."""
 
@@ -47,8 +49,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def make_llama(folder: Path, variant: str = "gqa", dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Writes a random LLaMA as a Hugging Face folder (weights and config, no tokenizer)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Writes a random LLaMA (or Mistral) as a Hugging Face folder (weights and config, no tokenizer)."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
     settings: dict[str, Any] = {
@@ -63,12 +65,33 @@ def make_llama(folder: Path, variant: str = "gqa", dtype: torch.dtype = torch.fl
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    model = LlamaForCausalLM(LlamaConfig(**settings | VARIANTS[variant] | overrides)).to(dtype)
+    settings |= VARIANTS[variant] | overrides
+    if variant == "mistral":
+        model = MistralForCausalLM(MistralConfig(**settings)).to(dtype)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
     with torch.no_grad():  # norms of one would hide a norm that is not applied
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_llama1(folder: Path) -> Path:
+    """A folder as LLaMA 1 was published: a config.json of few keys, fp16, rotary frequencies among the tensors."""
+    from safetensors.torch import load_file, save_file
+
+    make_llama(folder, "mha", torch.float16, rms_norm_eps=1e-6)
+    config = json.loads((folder / "config.json").read_text())
+    later = ("num_key_value_heads", "head_dim", "rope_parameters", "attention_bias", "attention_dropout", "mlp_bias")
+    for key in (*later, "pretraining_tp", "dtype"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16", "max_sequence_length": 128}))
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

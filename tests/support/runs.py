@@ -214,3 +214,9 @@ def run_cli(words: Sequence[str], *, ranks: int | None = None, log: Path, timeou
 
 def read_metrics(save: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_in(save: Path) -> list[tuple[Any, ...]]:
+    """What two runs that are the same have alike in every line of metrics.jsonl."""
+    keys = ("iteration", "consumed samples", "lm loss", "learning rate", "grad norm")
+    return [tuple(line[key] for key in keys) for line in read_metrics(save)]

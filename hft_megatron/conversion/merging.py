@@ -1,0 +1,178 @@
+"""Half-Reset and the average of weights: two Hugging Face folders in, one out, tensor by tensor.
+
+No training, no ranks and no model: at most one tensor of each folder and their result are in memory.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hft_megatron.config.model_shape import HF_CONFIG_FILE
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import check_weights
+from hft_megatron.conversion.merge_inputs import MergeInputs, options_called
+from hft_megatron.conversion.save import Announce
+from hft_megatron.conversion.shard_writer import ShardWriter
+from hft_megatron.data.huggingface_tokenizer import CONFIG_FILE, COPIED_FILES, TEMPLATE_FILE
+from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
+from hft_megatron.hft.units import units_of
+from hft_megatron.model.parameter_names import whole_shape
+
+HALF_RESET_FILE = "half_reset.json"
+"""The plan of a Half-Reset, in the form that --hft-plan reads."""
+AVERAGE_FILE = "average.json"
+"""The coefficient of an average, and what it is of."""
+
+_KEPT_FILES = (HF_CONFIG_FILE, "generation_config.json", CONFIG_FILE, TEMPLATE_FILE, *COPIED_FILES)
+"""What the output takes over from the tuned model besides weights, where it is there."""
+
+Combine = Callable[[str, HuggingFaceWeights, HuggingFaceWeights], Tensor]
+"""Takes a tensor's name and the opened folders, tuned and base; returns a tensor of the shape that both have."""
+
+
+def half_reset(inputs: MergeInputs, plan: Plan, announce: Announce) -> None:
+    """Writes the tuned model with the weights that ``plan`` rests set back to the base's, bit for bit.
+
+    The pilot of arXiv 2404.18466 resets a random half of each layer's attention, feed-forward and norm weights, by the
+    rule that HFT freezes by. It does not say what becomes of embedding, final norm and head: here they follow the plan
+    as everything does, and a plan by HFT's rule trains them, so they keep the tuned value.
+
+    ``plan`` must be one of the inputs' shape. Raises UserError for folders that don't hold what their config.json asks
+    for, and for a value that the tuned model's data type can't hold.
+    """
+    trains = {f"{unit.name}.weight": plan.trains(unit.name) for unit in plan.units}
+
+    def pick(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Tensor:
+        return (tuned if trains[name] else base).read(name)
+
+    digests = _check_both(inputs)
+    metadata = {
+        "hft_merge": "half-reset",
+        "hft_plan": plan.digest,
+        "hft_policy": plan.policy.describe(),
+        **{f"hft_{name}": digest for name, digest in digests.items()},
+    }
+    _merge(inputs, pick, record=(HALF_RESET_FILE, plan.to_json()), metadata=metadata, announce=announce)
+    announce(
+        f"half-reset: {sum(trains.values())} of {len(trains)} tensors have the tuned model's values and the others the "
+        f"base's, by the plan in {inputs.output}/{HALF_RESET_FILE}"
+    )
+    announce(plan.describe())
+
+
+def average_weights(inputs: MergeInputs, coefficient: float, announce: Announce) -> None:
+    """Writes base + coefficient x (tuned - base) for every weight, computed in fp32 and rounded once.
+
+    ``coefficient`` lies between 0 (the base's values) and 1 (the tuned model's), which give them bit for bit; weights
+    that both models share keep their value at every coefficient. This is WiSE-FT's interpolation, arXiv 2109.01903.
+    Raises UserError as ``half_reset`` does.
+    """
+
+    def average(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Tensor:
+        if coefficient in (0, 1):
+            return (tuned if coefficient else base).read(name)
+        start = base.read(name).float()
+        # Of a copy, because what is read is a map of the file, and changes in it would be read the next time.
+        difference = tuned.read(name).to(torch.float32, copy=True).sub_(start)
+        return difference.mul_(coefficient).add_(start)
+
+    digests = _check_both(inputs)
+    metadata = {
+        "hft_merge": "average",
+        "hft_coefficient": str(coefficient),
+        **{f"hft_{name}": digest for name, digest in digests.items()},
+    }
+    record = {
+        "coefficient": coefficient,
+        "rule": "base + coefficient x (tuned - base)",
+        "tuned": {"folder": inputs.tuned, "digest": digests["tuned"]},
+        "base": {"folder": inputs.base, "digest": digests["base"]},
+    }
+    _merge(
+        inputs,
+        average,
+        record=(AVERAGE_FILE, json.dumps(record, indent=2) + "\n"),
+        metadata=metadata,
+        announce=announce,
+    )
+    count = len(units_of(inputs.shape))
+    announce(f"average: the {count} tensors of {inputs.output} are base + {coefficient} x (tuned - base)")
+
+
+def _check_both(inputs: MergeInputs) -> dict[str, str]:
+    """The digest of each folder by ``check_weights``, whose errors it has."""
+    digests = {}
+    for name, folder in (("tuned", inputs.tuned), ("base", inputs.base)):
+        with options_called({"--load-hf": f"--{name}"}):
+            digests[name] = check_weights(folder, inputs.shape)
+    return digests
+
+
+def _merge(
+    inputs: MergeInputs, combine: Combine, *, record: tuple[str, str], metadata: Mapping[str, str], announce: Announce
+) -> None:
+    """Writes the whole folder; ``record`` is a file of it, by name and text, and ``metadata`` goes into the headers."""
+    for note in inputs.notes:
+        announce(note)
+    shapes = {f"{unit.name}.weight": whole_shape(unit.name, inputs.shape) for unit in units_of(inputs.shape)}
+    with (
+        HuggingFaceWeights(inputs.tuned) as tuned,
+        HuggingFaceWeights(inputs.base) as base,
+        _appears_whole(Path(inputs.output).resolve()) as folder,
+    ):
+        dtypes = {name: tuned.dtype(name) for name in shapes}
+        _announce_dtypes(dtypes, {name: base.dtype(name) for name in shapes}, announce)
+        writer = ShardWriter(folder, [(name, dtypes[name], shapes[name]) for name in shapes], metadata=metadata)
+        for name, dtype in dtypes.items():
+            writer.write(name, _converted(name, combine(name, tuned, base), dtype))
+        writer.close()
+        for file in _KEPT_FILES:
+            if (Path(inputs.tuned) / file).exists():
+                shutil.copyfile(Path(inputs.tuned) / file, folder / file)
+        file, text = record
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def _announce_dtypes(tuned: Mapping[str, torch.dtype], base: Mapping[str, torch.dtype], announce: Announce) -> None:
+    differing = [name for name in tuned if tuned[name] != base[name]]
+    if differing:
+        first = differing[0]
+        announce(
+            f"{len(differing)} of {len(tuned)} tensors have another data type in --base ({first}: {base[first]}) than "
+            f"in --tuned ({tuned[first]}), which the output has; values are rounded to it"
+        )
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    smallest, largest = torch.aminmax(converted)  # isfinite would need two more tensors of the size
+    if not math.isfinite(smallest) or not math.isfinite(largest):
+        raise UserError(
+            f"{name} has numbers that are not finite in {dtype}, its data type in --tuned; store the tuned model in "
+            "the base's data type first."
+        )
+    return converted
+
+
+@contextmanager
+def _appears_whole(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` at the end and is removed after an error."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        os.replace(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -1,0 +1,115 @@
+"""--finetune: a new run from the weights of another. Run: pytest tests/checkpoint/test_finetune.py"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.checkpoint.test_verification import run_refused
+from tests.support.ranks import RankPools
+from tests.support.runs import make_inputs, run_sft_words, words_for, write_data
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(scope="session")
+def first_run(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps, with the exported model beside the run; its checkpoint leaves resting weights out."""
+    folder = tmp_path_factory.mktemp("first")
+    words = words_for(inputs, "--save", folder / "run", "--save-hf", folder / "model", "--save-trained-only")
+    ranks(2).run(run_sft_words, words=words)
+    return folder
+
+
+def new_run(inputs: Path, first: Path, *options: object) -> list[str]:
+    return words_for(inputs, "--hft-ratio", 0.25, "--hft-seed", 5, "--seed", 9, "--load", first / "run", *options)
+
+
+def test_a_new_run_starts_with_the_weights_alone_at_any_layout_and_ratio(
+    ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    """It is the run from the exported folder: other plan, seed and data, moments and schedule from the beginning."""
+    data = write_data(tmp_path / "other.jsonl", 31)
+    pp2 = ["--pipeline-model-parallel-size", "2", "--train-data-path", data]
+    from_folder = words_for(inputs, "--hft-ratio", 0.25, "--hft-seed", 5, "--seed", 9, *pp2)
+    from_folder += ["--load-hf", str(first_run / "model")]
+    asked = new_run(inputs, first_run, *pp2, "--finetune", "--save", tmp_path / "run")
+    whole = ranks(2).run(run_sft_words, words=from_folder)
+    found = ranks(2).run(run_sft_words, words=asked)
+    for rank in range(2):
+        assert found[rank]["steps"] == whole[rank]["steps"]
+        assert found[rank]["state"] == whole[rank]["state"]
+    assert "a new run starts from them" in "\n".join(found[0]["said"])
+
+
+def test_a_new_run_that_has_begun_goes_on_and_does_not_begin_again(
+    ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    words = new_run(inputs, first_run, "--finetune", "--save", tmp_path / "run")
+    whole = ranks(1).run(run_sft_words, words=new_run(inputs, first_run, "--finetune"))[0]
+    [first] = ranks(1).run(run_sft_words, words=words, kill_at=2)
+    [second] = ranks(1).run(run_sft_words, words=words)
+    assert first["steps"] + second["steps"] == whole["steps"]
+    assert second["state"] == whole["state"]
+    assert any("holds this run already: going on with it" in line for line in second["said"])
+
+
+def test_weights_of_another_run_are_exported_whole_even_where_the_source_has_finer_ones(
+    ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    """Resting tensors are the other run's and not those of the --load-hf folder, which that run had changed."""
+    words = new_run(inputs, first_run, "--finetune", "--train-iters", 0, "--save-hf", tmp_path / "out")
+    ranks(1).run(run_sft_words, words=[*words, "--bf16"])
+    out, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "out", first_run / "model"))
+    for name, tensor in expected.items():
+        assert torch.equal(out[name], tensor.to(torch.bfloat16).to(out[name].dtype)), name
+
+
+def test_what_contradicts_the_checkpoint_is_one_sentence_with_both_values(
+    ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    run = first_run / "run"
+
+    def refusal(*options: object) -> str:
+        [said] = ranks(1).run(run_refused, words=words_for(inputs, "--load", run, *options))
+        return str(said)
+
+    said = refusal("--hft-ratio", 0.25)
+    assert "its --hft-ratio is 0.5, and this command's is 0.25" in said
+    assert "or add --finetune to start a new run from its weights" in said
+    said = refusal("--train-data-path", write_data(tmp_path / "other.jsonl", 5))
+    assert f"its training data is {inputs / 'data.jsonl'} (digest " in said
+    other = make_inputs(tmp_path / "other", hidden_size=32)
+    said = refusal("--load-hf", other / "model", "--finetune", "--save", tmp_path / "new")
+    assert "whose model's hidden size is 64, and this command's is 32; give the same model." in said
+
+
+def test_another_tokenizer_is_refused_with_both_paths(
+    ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    from tests.support.tokenizers import make_byte_level
+
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    make_byte_level(other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    ids["!"], ids["#"] = ids["#"], ids["!"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    words = words_for(inputs, "--load", first_run / "run", "--tokenizer-model", other)
+    [said] = ranks(1).run(run_refused, words=words)
+    assert f"its tokenizer is {inputs / 'model'} (digest " in said
+    assert f"and this command's is {other} (digest " in said
+
+
+def test_without_a_checkpoint_to_take_weights_from_nothing_starts(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    words = words_for(inputs, "--load", tmp_path, "--finetune")
+    [said] = ranks(1).run(run_refused, words=words)
+    assert f"--finetune takes the weights of --load {tmp_path}, which holds no complete checkpoint" in said

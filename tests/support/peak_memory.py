@@ -1,0 +1,34 @@
+"""How much memory a piece of code holds at most, for tests of code that must not hold a whole model."""
+
+import threading
+from pathlib import Path
+
+
+class PeakMemory:
+    """The most anonymous memory above what the process had: what a merge holds, without pages of mapped files, which
+    the kernel drops when it needs room."""
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._peak = _anonymous_bytes()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._peak = max(self._peak, _anonymous_bytes())
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.001):
+            self._peak = max(self._peak, _anonymous_bytes())
+
+    @property
+    def bytes(self) -> int:
+        return self._peak - self._before
+
+
+def _anonymous_bytes() -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
