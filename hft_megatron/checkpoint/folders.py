@@ -95,6 +95,12 @@ def complete_checkpoints(folder: str) -> list[Path]:
     return sorted((path for path in named if (path / DIGESTS_FILE).exists()), key=iteration_of, reverse=True)
 
 
+def newest_in_words(folder: str) -> str:
+    """The end of a sentence about a run that failed: where it can go on from."""
+    complete = complete_checkpoints(folder)
+    return f"{complete[0]} is the newest complete one" if complete else "none is complete yet"
+
+
 def _tracked_iteration(folder: Path) -> int | None:
     tracker = folder / CHECKPOINT_TRACKER_FILE
     if not tracker.exists():

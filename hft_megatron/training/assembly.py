@@ -159,12 +159,16 @@ def _tracker_on_last_rank(config: RunConfig, inputs: Inputs, placement: Placemen
         )
     except UserError as error:
         mistake = str(error)
+    _raise_on_all(mistake, placement)
+    return tracker
+
+
+def _raise_on_all(mistake: str | None, placement: Placement) -> None:
     mistakes: list[str | None] = [None] * placement.world_size
     dist.all_gather_object(mistakes, mistake)
     for found in mistakes:
         if found is not None:
             raise UserError(found)
-    return tracker
 
 
 def _train(
@@ -218,14 +222,19 @@ def _train(
 
 
 def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:
-    if config.checkpoint.save is None or placement.rank != 0:
+    if config.checkpoint.save is None:
         return
-    folder = Path(config.checkpoint.save)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_resolved(config, folder / RESOLVED_CONFIG_FILE)
-    if scores is not None:
-        write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
-    write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
+    folder, mistake = Path(config.checkpoint.save), None
+    if placement.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+            if scores is not None:
+                write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
+            write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            mistake = f"--save {folder} can't be written: {error}; make room, or choose another folder."
+    _raise_on_all(mistake, placement)
 
 
 def _export(
