@@ -70,7 +70,8 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape, world_size: int
             raise UserError(f"--save-hf {checkpoint.save_hf} is not empty; choose a new folder, or empty this one.")
     if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load) or checkpoint.finetune:
         return
-    if (Path(checkpoint.save) / CHECKPOINT_TRACKER_FILE).exists():
+    saved = Path(checkpoint.save)
+    if (saved / CHECKPOINT_TRACKER_FILE).exists() or any(path.name[5:].isdecimal() for path in saved.glob("iter_*")):
         raise UserError(
             f"--save {checkpoint.save} already holds checkpoints of a run; add --load {checkpoint.save} to go on "
             f"with it, or choose another folder."
@@ -104,6 +105,15 @@ def kept_checkpoints_exist(config: RunConfig, shape: ModelShape, world_size: int
         raise UserError(
             f"--save-retain-interval {retain} must be a multiple of --save-interval {interval}, such as "
             f"{max(1, round(retain / interval)) * interval}: only iterations that are saved can be kept."
+        )
+
+
+def scores_are_of_the_first_weights(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Spectrum scores the --load-hf folder's weights, and --finetune starts from others."""
+    if config.checkpoint.finetune and config.hft.hft_selection == "spectrum":
+        raise UserError(
+            f"--hft-selection spectrum scores the weights of --load-hf, and --finetune starts from those of --load "
+            f"{config.checkpoint.load}; export that run with --save-hf and give the folder as --load-hf instead."
         )
 
 

@@ -64,6 +64,8 @@ class RunIdentity:
     """For the message only, like ``data_path``."""
     hft_plan_digest: str | None = None
     """Of the plan file; None when plans are drawn."""
+    finetuned_from: str | None = None
+    """Folder of the run whose weights --finetune took; None for other runs, and for a command that only goes on."""
     tokenizer_path: str | None = None
     """For the message only."""
     tokenizer_digest: str | None = None
@@ -137,6 +139,9 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     values += _sizes(saved, new)
     if None not in (saved.tokenizer_digest, new.tokenizer_digest) and saved.tokenizer_digest != new.tokenizer_digest:
         values.append(("tokenizer", _tokenizer(saved), _tokenizer(new)))
+    sources = saved.finetuned_from, new.finetuned_from
+    if None not in sources and sources[0] != sources[1]:
+        values.append(("--load of --finetune", *sources))
     digests = saved.data_digest, new.data_digest
     # A command that trains nothing (--train-iters 0) reads no data, so it cannot differ in it.
     if None not in digests and digests[0] != digests[1]:

@@ -30,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     input_rules.outputs_have_a_place,
     input_rules.kept_checkpoints_exist,
     input_rules.a_new_run_has_its_own_folder,
+    input_rules.scores_are_of_the_first_weights,
     input_rules.nothing_is_overwritten,
     input_rules.outputs_can_be_written,
 )
