@@ -19,7 +19,6 @@ from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
-from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import Stopped, UserError
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan
@@ -64,11 +63,9 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
     fill_from_other_run(inputs, chunks, announce)
-    # What of the --load-hf folder's values a run has changed is not known where the weights came from another run.
-    changed = frozenset[str]() if inputs.checkpoint is None or inputs.resumes else frozenset(u.name for u in plan.units)
     try:
         if tracker is None and not inputs.resumes:
-            _export(config, inputs, placement, chunks, changed, announce)
+            _export(config, inputs, placement, chunks, frozenset(), announce)
         else:
             wrapped = wrap(
                 chunks,
@@ -83,8 +80,7 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
                 _write_run_files(config, inputs, placement, scores)
                 wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
             with wrapped.gathered_parameters():
-                changed |= rounds.trained_until(state.round)
-                _export(config, inputs, placement, chunks, changed, announce)
+                _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
     except Stopped:
         stop_groups()
         raise
@@ -207,7 +203,7 @@ def _train(
             dataset=inputs.train,
             pad_id=inputs.pad_id,
             share=share,
-            order=SampleOrder(num_examples=len(inputs.train), seed=config.training.seed),
+            order=inputs.train.order(config.training.seed),
         ),
         validation=None
         if inputs.valid is None

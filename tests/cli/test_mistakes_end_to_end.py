@@ -4,6 +4,7 @@ Every folder here has a config.json and no weights, so a command that went furth
 Run: pytest tests/cli/test_mistakes_end_to_end.py
 """
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tests.support.runs import run_cli
 from tests.support.tokenizers import make_byte_level
 
 GOOD = {"prompt": "What is 2 + 2?", "completion": "It is 4."}
+CHAT = {"messages": [{"role": "assistant", "content": "Hello."}]}
 LONG = {"prompt": "What is 2 + 2?", "completion": "It is 4. " * 100}
 WEIGHTS = "d1gest of the weights"
 """What looking at the weights would give."""
@@ -67,10 +69,12 @@ def mistake_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ([GOOD, "{not json}"], ["data.jsonl:2: the line is not valid JSON"]),
-    ([GOOD, "", "[1, 2]"], ["data.jsonl:3: the line holds a list"]),
-    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "`messages`, or `prompt`"]),
+    ([GOOD, "", "[1, 2]"], ["data.jsonl:3: the record is a list"]),
+    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "in it since ", "data.jsonl:1; put"]),
+    ([{"question": "a"}], ["data.jsonl:1: the record has the keys `question`, which is no known format: `messages`"]),
+    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["data.jsonl:1: the record is a preference pair"]),
     (
-        [GOOD, GOOD, {"messages": [{"role": "user", "content": "Hello?"}]}],
+        [CHAT, CHAT, {"messages": [{"role": "user", "content": "Hello?"}]}],
         ["data.jsonl:3: the conversation has no assistant turn"],
     ),
     ([{"messages": []}], ["data.jsonl:1: `messages` is an empty list"]),
@@ -101,7 +105,7 @@ def test_data_that_is_not_there_is_named(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data.jsonl").unlink()
-    assert f"the data file {tmp_path / 'data.jsonl'} can't be read" in mistake_of(command, capsys)
+    assert f"--train-data-path {tmp_path / 'data.jsonl'}: there is no such file" in mistake_of(command, capsys)
 
 
 def test_a_mistake_in_the_validation_data_is_found_too(
@@ -109,7 +113,40 @@ def test_a_mistake_in_the_validation_data_is_found_too(
 ) -> None:
     (tmp_path / "valid.jsonl").write_text("{}\n")
     message = mistake_of([*command, "--valid-data-path", str(tmp_path / "valid.jsonl")], capsys)
-    assert "valid.jsonl:1: the record has the keys none" in message
+    assert "valid.jsonl:1: the record has no keys" in message
+
+
+def test_a_compressed_file_that_is_cut_off_is_named(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = gzip.compress((tmp_path / "data.jsonl").read_bytes())
+    (tmp_path / "valid.jsonl.gz").write_bytes(whole[:-5])
+    message = mistake_of([*command, "--valid-data-path", str(tmp_path / "*.gz")], capsys)
+    assert "valid.jsonl.gz:2: the compressed data is cut off or damaged" in message
+
+
+def test_a_chat_template_without_a_tokenizer_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    message = mistake_of(["sft", "--load-hf", str(model), "--train-iters", "0", "--chat-template", "tulu"], capsys)
+    assert f"--chat-template tulu needs a tokenizer, but {model} has none" in message
+
+
+@pytest.mark.usefixtures("no_weights_needed")
+def test_check_counts_every_source_of_a_mixture(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "trace" / "FOMC"
+    task.mkdir(parents=True)
+    (task / "train.json").write_text(json.dumps([{"prompt": "Stance: ", "answer": "A"}] * 3))
+    (tmp_path / "chat.jsonl.gz").write_bytes(gzip.compress(json.dumps(CHAT).encode()))
+    mixture = ["--train-data-path", "3", str(tmp_path / "*.gz"), "1", str(task)]
+    assert main([*command, *mixture, "--loss-on", "last", "--chat-template", "chatml", "--check"]) == EXIT_OK
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "*.gz (messages): 1 examples of 1 records" in first
+    assert first.endswith("(sequence length 128); 3 samples of it in an epoch of 4 (weight 3)")
+    assert "FOMC (trace): 3 examples of 3 records" in second
+    assert second.endswith("; 1 samples of it in an epoch of 4 (weight 1)")
 
 
 def test_all_examples_too_long_is_a_mistake(
@@ -167,7 +204,7 @@ MODEL_MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("no config", remove("config.json"), ["there is no config.json"]),
     ("broken config", write_config('{"model_type": '), ["config.json is not valid JSON"]),
     ("config of a list", write_config("[]"), ["config.json holds a list"]),
-    ("another family", set_config(model_type="mistral"), ["model_type is 'mistral'", "only 'llama' models"]),
+    ("another family", set_config(model_type="qwen2"), ["model_type is 'qwen2'", "only 'llama' and 'mistral' models"]),
     ("quantised", set_config(quantization_config={"bits": 4}), ["a quantized model is not supported"]),
     ("biases", set_config(attention_bias=True), ["attention_bias = True is not supported"]),
     ("smaller than the tokenizer", set_config(vocab_size=300), ["has ids up to 333", "vocabulary has 300 rows"]),
