@@ -52,7 +52,8 @@ def sound_checkpoint(
             f"from it."
         )
     for _, damage in damaged:
-        announce(f"> --load-fallback: {damage}; going on from {good.name}")
+        aside = f", and the damaged one gets a name that ends in {DAMAGED}" if put_aside else ""
+        announce(f"> --load-fallback: {damage}; going on from {good.name}{aside}")
     if put_aside:
         mistakes: list[str | None] = [None]
         if placement.rank == 0:

@@ -109,7 +109,11 @@ def test_what_contradicts_the_checkpoint_is_one_sentence_with_both_values(
 
     said = refusal("--hft-ratio", 0.25)
     assert "its --hft-ratio is 0.5, and this command's is 0.25" in said
-    assert "or add --finetune to start a new run from its weights" in said
+    assert said.endswith(f"--load {run} --finetune, with another --save, starts a new run from its weights.")
+    said = refusal("--seq-length", 80)
+    assert "its --seq-length is 96, and this command's is 80" in said
+    said = refusal("--load", run / "iter_0000006")
+    assert f"iter_0000006 is one checkpoint; give the folder of its run, {run}, whose newest one is loaded." in said
     said = refusal("--train-data-path", write_data(tmp_path / "other.jsonl", 5))
     assert f"its training data is {inputs / 'data.jsonl'} (digest " in said
     other = make_inputs(tmp_path / "other", hidden_size=32)
