@@ -112,6 +112,7 @@ def test_what_contradicts_the_checkpoint_is_one_sentence_with_both_values(
     assert said.endswith(f"--load {run} --finetune, with another --save, starts a new run from its weights.")
     said = refusal("--seq-length", 80)
     assert "its --seq-length is 96, and this command's is 80" in said
+    assert refusal("--load", inputs / "data.jsonl").endswith("data.jsonl is a file; give the --save folder of a run.")
     said = refusal("--load", run / "iter_0000006")
     assert f"iter_0000006 is one checkpoint; give the folder of its run, {run}, whose newest one is loaded." in said
     said = refusal("--train-data-path", write_data(tmp_path / "other.jsonl", 5))

@@ -159,7 +159,6 @@ MISTAKES = [
     (1, f"{GOOD} --save-retain-interval 2", "--save-retain-interval 2 needs --save"),
     (1, f"{GOOD} --async-save", "--async-save needs --save; add it or leave --async-save out"),
     (1, f"{GOOD} --save-trained-only", "--save-trained-only needs --save"),
-    (1, f"{GOOD} --load data.jsonl", "--load data.jsonl is a file"),
     (1, f"{GOOD} --load MODEL", "--load MODEL is a Hugging Face folder, which --load-hf takes"),
     (1, f"{GOOD} --load-fallback", "--load-fallback needs --load"),
     (1, f"{GOOD} --finetune", "--finetune needs --load"),
