@@ -9,6 +9,12 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hft_megatron/__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 
+FORMATS = [
+    "backports.zstd>=1.0; python_version < '3.14'",  # .zst files; Python has it itself from 3.14
+    "pyarrow>=15",  # Parquet files
+    "tiktoken>=0.7",  # Llama 3's own tokenizer.model, which transformers reads with it
+]
+
 setup(
     name="hft-megatron",
     version=VERSION.group(1),
@@ -38,7 +44,10 @@ setup(
     # Never `apex`: that name on PyPI is another project. NVIDIA's is used where it is found.
     extras_require={
         "cuda": ["transformer-engine[pytorch]>=2.0"],
+        "formats": FORMATS,
         "dev": [
+            *FORMATS,
+            "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8.3",
             "ruff>=0.9",

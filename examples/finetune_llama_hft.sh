@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 ''':'
-# Half fine-tunes a LLaMA (a Hugging Face folder) on conversations (a JSONL file) and exports it to a Hugging Face folder.
+# Half fine-tunes a LLaMA (a Hugging Face folder) on conversations (a data file) and exports it to a Hugging Face folder.
 # All of these work, on GPUs and on a machine without one:
 #
 #   bash examples/finetune_llama_hft.sh
@@ -89,7 +89,7 @@ DATA=$(last_value train-data-path "${DATA:-}" "$@")
 SAVE=$(last_value save "${SAVE:-}" "$@")
 
 if [[ -n $MODEL && -z $DATA ]]; then
-    mistake "MODEL=$MODEL is given without DATA; give the JSONL file as DATA, or neither to use the demo's."
+    mistake "MODEL=$MODEL is given without DATA; give the data file as DATA, or neither to use the demo's."
 elif [[ -z $MODEL && -n $DATA ]]; then
     mistake "DATA=$DATA is given without MODEL; give the Hugging Face folder as MODEL, or neither to use the demo's."
 elif [[ -z $SAVE && $NNODES != 1 ]]; then

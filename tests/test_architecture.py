@@ -28,6 +28,8 @@ ROWS: tuple[frozenset[str], ...] = (
 
 PURE = (
     "config",
+    "data.shown_examples",
+    "data.visible_tokens",
     "errors",
     "hft.plan",
     "hft.plan_file",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.cli import plan, sft
+from hft_megatron.cli import plan, sft, show_data
 from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
@@ -36,6 +36,11 @@ COMMANDS = {
         summary="show what trains in which round, and what it costs on every rank; needs no GPU and no weights",
         options=plan.PlanOptions,
         run=plan.run,
+    ),
+    "show-data": Command(
+        summary="show the first examples token by token, and which of them are trained; needs no GPU and no weights",
+        options=show_data.ShowDataOptions,
+        run=show_data.run,
     ),
 }
 

@@ -29,8 +29,15 @@ class Flag:
         return self.type is bool
 
     @property
+    def takes_several(self) -> bool:
+        """Written ``--name VALUE VALUE``: all words up to the next option are its value."""
+        return get_origin(self.type) is tuple
+
+    @property
     def expected(self) -> str:
         """What its value must be, in words for an error."""
+        if self.takes_several:
+            return "one or more words"
         if get_origin(self.type) is Literal:
             return "one of " + ", ".join(str(choice) for choice in get_args(self.type))
         return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.type]
@@ -41,17 +48,22 @@ class Setting:
     """One option set once, by a word of the command line or a line of a file."""
 
     flag: Flag
-    value: str
-    """As written; ``True`` or ``False`` for a switch."""
+    words: tuple[str, ...]
+    """As written; ``True`` or ``False`` for a switch. More than one only where the option takes several."""
     where: str
     """How an error calls it: ``--lr``, or ``run.yaml:3: lr``."""
 
     @property
-    def argument(self) -> str:
-        """One word for tyro, in the form that no value (empty, or with leading dashes) can be misread in."""
+    def value(self) -> str:
+        """The words as one."""
+        return " ".join(self.words)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Words for tyro, in the form that no value (empty, or with leading dashes) can be misread in."""
         if self.flag.is_switch:
-            return f"--{'' if self.value == 'True' else 'no-'}{self.flag.name}"
-        return f"--{self.flag.name}={self.value}"
+            return [f"--{'' if self.value == 'True' else 'no-'}{self.flag.name}"]
+        return [f"--{self.flag.name}={word}" for word in self.words]
 
 
 def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
@@ -120,7 +132,8 @@ def settings_from_arguments(arguments: Sequence[str], flags: Mapping[str, Flag])
         word = arguments[position]
         if not word.startswith("--") or word == "--":
             raise UserError(
-                f"The word {word!r} belongs to no option: options start with -- and take at most one value."
+                f"The word {word!r} belongs to no option: options start with -- and take at most one value"
+                f"{_except_for_those_with_several(flags)}."
             )
         written, has_value, value = word.partition("=")
         name = written[2:].replace("_", "-")
@@ -131,13 +144,22 @@ def settings_from_arguments(arguments: Sequence[str], flags: Mapping[str, Flag])
         if flag.is_switch:
             if has_value:
                 raise UserError(f"{word}: a switch takes no value; write --{flag.name} or --no-{flag.name}.")
-            yield Setting(flag=flag, value=str(positive == name), where=written)
+            yield Setting(flag=flag, words=(str(positive == name),), where=written)
             continue
-        if not has_value:
+        values = [value] if has_value else []
+        while not values or flag.takes_several:
             if position + 1 == len(arguments) or arguments[position + 1].startswith("--"):
-                raise UserError(f"{written} needs a value: {flag.expected}.")
-            value = arguments[next(words)]
-        yield Setting(flag=flag, value=value, where=written)
+                break
+            position = next(words)
+            values.append(arguments[position])
+        if not values:
+            raise UserError(f"{written} needs a value: {flag.expected}.")
+        yield Setting(flag=flag, words=tuple(values), where=written)
+
+
+def _except_for_those_with_several(flags: Mapping[str, Flag]) -> str:
+    names = [f"--{flag.name}" for flag in flags.values() if flag.takes_several]
+    return f", except for {' and '.join(names)}" if names else ""
 
 
 def _without_none(hint: Any) -> Any:

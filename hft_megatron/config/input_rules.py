@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+from hft_megatron.config.data_sources import check_sources
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
 from hft_megatron.config.schema import ModelConfig, RunConfig
@@ -32,17 +33,22 @@ def model_is_given_once(config: ModelConfig) -> None:
 
 def inputs_are_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Training needs text (--train-iters 0 only converts), and every model needs its tokenizer."""
-    if config.training.train_iters and config.data.train_data_path is None:
-        raise UserError("--train-data-path is missing: give a JSONL file, or --train-iters 0 to train nothing.")
+    if config.training.train_iters and not config.data.train_data_path:
+        raise UserError("--train-data-path is missing: give a data file, or --train-iters 0 to train nothing.")
     if config.data.tokenizer_model is None and config.model.load_hf is None:
         raise UserError("--tokenizer-model is missing: a model that is not read by --load-hf brings no tokenizer.")
+
+
+def data_sources_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Weights stand before paths, for all or none; validation, which sees every example once, has none."""
+    check_sources(config.data)
 
 
 def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Asking for validation without data to validate on is a forgotten option."""
     for name in ("eval_interval", "eval_iters"):
         value = getattr(config.logging, name)
-        if value is not None and config.data.valid_data_path is None:
+        if value is not None and not config.data.valid_data_path:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value} needs --valid-data-path; add it or leave {flag} out.")
 

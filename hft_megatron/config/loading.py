@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 import yaml
@@ -29,6 +29,8 @@ _RESOLVED_HEADER = (
     "# Every option of the run with its value; `--config` with it and other output folders repeats the run.\n"
 )
 _TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+_TYRO_WORDS = (*_TYRO_CONFIG, tyro.conf.UseAppendAction)
+"""For parsing: an option that takes several words comes as one ``--name=word`` per word."""
 _YAML_NULL = "tag:yaml.org,2002:null"
 _YAML_BOOL = "tag:yaml.org,2002:bool"
 
@@ -84,10 +86,10 @@ def _build(options_type: type[T], settings: Sequence[Setting]) -> T:
 
 def _parsed(options_type: type[T], settings: Sequence[Setting]) -> T | None:
     """The options, or None where tyro refuses a value; its own report would be a box of many lines."""
-    words = [setting.argument for setting in settings]
+    words = [argument for setting in settings for argument in setting.arguments]
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            return tyro.cli(options_type, args=words, config=_TYRO_CONFIG)
+            return tyro.cli(options_type, args=words, config=_TYRO_WORDS)
         except SystemExit:
             return None
 
@@ -129,11 +131,18 @@ def _settings_of_mapping(node: yaml.MappingNode, path: Path, flags: Mapping[str,
         if flag is None or flag.group is None:
             file_flags = {name: flag for name, flag in flags.items() if flag.group is not None}
             raise unknown_option(where, key.value.replace("_", "-"), file_flags)
-        if not isinstance(value, yaml.ScalarNode):
-            raise UserError(f"{where} holds a list or a mapping; the value must be {flag.expected}.")
         # null leaves an option unset, as in a resolved config.
         if value.tag != _YAML_NULL:
-            yield Setting(flag=flag, value=_yaml_value(flag, value, where), where=where)
+            yield Setting(flag=flag, words=_yaml_words(flag, value, where), where=where)
+
+
+def _yaml_words(flag: Flag, node: yaml.Node, where: str) -> tuple[str, ...]:
+    """The words of an option: one, or those of a list where the option takes several."""
+    listed = isinstance(node, yaml.SequenceNode) and flag.takes_several
+    words: list[Any] = node.value if listed else [node]
+    if not all(isinstance(word, yaml.ScalarNode) for word in words):
+        raise UserError(f"{where} holds a list or a mapping; the value must be {flag.expected}.")
+    return tuple(_yaml_value(flag, word, where) for word in words)
 
 
 def _yaml_value(flag: Flag, node: yaml.ScalarNode, where: str) -> str:

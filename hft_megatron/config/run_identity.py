@@ -95,7 +95,7 @@ def run_identity(
     return RunIdentity(
         method=method,
         shape=shape,
-        data_path=config.data.train_data_path,
+        data_path=" ".join(config.data.train_data_path) or None,
         data_digest=data_digest,
         seq_length=derived.sequence_length(config.training, shape),
         global_batch_size=derived.global_batch_size(config, world_size),

@@ -101,13 +101,31 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
 
+DataFormat = Literal[
+    "messages", "sharegpt", "alpaca", "preference", "prompt-completion", "trace", "input-output", "text"
+]
+"""In the order in which they are tried: a record that has the keys of two is of the first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on."""
 
-    train_data_path: str | None = None
-    """JSONL file with `messages`, or `prompt` and `completion`, per line."""
-    valid_data_path: str | None = None
+    train_data_path: tuple[str, ...] = ()
+    """Files, globs or TRACE task folders (.jsonl, .json, either with .gz or .zst, .parquet). A number before each is
+    its weight: the share of training samples drawn from it, as in Megatron. Without weights every example comes once
+    in an epoch."""
+    valid_data_path: tuple[str, ...] = ()
+    """Like --train-data-path, without weights; of a TRACE folder, eval.json."""
+    data_format: DataFormat | None = None
+    """Layout of the records; recognised by the keys of a file's first record when unset."""
+    chat_template: str | None = None
+    """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
+    unset."""
+    loss_on: Literal["assistant", "all", "last"] = "assistant"
+    """Train the assistant's turns (or the completion), everything, or the last assistant's turn only."""
+    train_on_eos: bool = True
+    """Train the token that ends each trained turn; without it a model does not learn to stop."""
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
     """Found from the files when unset."""
     tokenizer_model: str | None = None

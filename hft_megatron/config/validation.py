@@ -25,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     training_rules.schedule_fits_the_run,
     *method_rules.METHOD_RULES,
     input_rules.inputs_are_given,
+    input_rules.data_sources_are_clear,
     input_rules.validation_has_data,
     input_rules.outputs_have_a_place,
     input_rules.kept_checkpoints_exist,

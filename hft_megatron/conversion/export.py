@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
+from hft_megatron.data.chat import end_token_ids
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
@@ -72,7 +73,6 @@ def _write_configs(
     if tokenizer is not None:
         tokens = {
             "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         }
     config = load_hf_config(source) if source is not None else shape.to_hf_config()
@@ -83,7 +83,10 @@ def _write_configs(
     if source is not None and (Path(source) / "generation_config.json").exists():
         generation = json.loads((Path(source) / "generation_config.json").read_text(encoding="utf-8"))
     for file, content in (("config.json", config), ("generation_config.json", generation)):
-        # A list of end tokens (Llama 3) says more than the tokenizer's one: it stays.
-        kept = {key: content[key] for key in tokens if isinstance(content.get(key), list)}
-        content |= tokens | kept
+        # A list of end tokens (Llama 3) says more than the tokenizer's one: what is on it stays.
+        listed = content.get("eos_token_id")
+        content |= tokens
+        if tokenizer is not None:
+            ends = list(dict.fromkeys([*(listed if isinstance(listed, list) else []), *end_token_ids(tokenizer.facts)]))
+            content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from math import lcm
 import numpy as np
 import torch
 
-from hft_megatron.data.order import SampleOrder
+from hft_megatron.data.order import Order
 from hft_megatron.data.sft import SftDataset
 
 PADDING_MULTIPLE = 64
@@ -95,7 +95,7 @@ class _Batches:
 class SftBatches(_Batches):
     """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
 
-    order: SampleOrder
+    order: Order
 
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""

@@ -1,88 +1,78 @@
-"""Turns messages into pieces of text, the assistant's turns marked as trained.
+"""Turns messages into pieces of text, what the model has to produce for the assistant's turns marked as trained.
 
-A trained span is what the model has to produce for a turn: the assistant's text and the special token that ends it.
-Where the template doesn't mark the span itself (``{% generation %}``), it is found by rendering the conversation up to
-the turn and up to its end; a span that can't be found exactly is an error and never a guess.
+That is the assistant's text and the special token that ends it. Where the template doesn't mark it itself
+(``{% generation %}``), it is found by rendering the conversation up to the turn and up to its end; a span that can't
+be found exactly is an error and never a guess.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
+from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
+from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
 
-from hft_megatron.data.tokenizer import Piece, Place, SpecialToken, TokenizerFacts
-
-# Unicode keeps these three for programs' own use; no text may contain them. They survive a template's trim filter.
-SPAN_START, SPAN_END, ESCAPE = "\ufdd0", "\ufdd1", "\ufdd2"
 RESERVED = re.compile(f"[{SPAN_START}{SPAN_END}{ESCAPE}]")
-GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Templates that print the date get this one, Llama-3.1's default: today's would make other data of every day."""
 
 
 class ChatError(ValueError):
     """A conversation that can't be made an example; the message is a clause to follow ``file:line:``."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """Where one assistant's turn lies in the rendered text."""
+
+    start: int
+    text_end: int
+    """Behind the text, before the end token."""
+    end: int
+    """Behind the end token."""
+
+
 class ChatTemplate:
     """A jinja chat template and the special tokens it may use."""
 
-    def __init__(self, facts: TokenizerFacts) -> None:
-        self.text = facts.chat_template
-        self._variables = facts.template_variables
-        self._marks_spans = GENERATION_TAG.search(self.text) is not None
-        self._specials = {token.content: token for token in facts.special_tokens}
-        self._in_text = _pattern(facts.special_tokens, lambda token: re.escape(token.content))
-        self._in_template = _pattern(facts.special_tokens, _with_stripped_space)
+    def __init__(self, facts: TokenizerFacts, loss: LossRule) -> None:
+        self._renderer = Renderer(facts.chat_template, facts.template_variables)
+        self._tokens = SpecialTokens(facts.special_tokens)
+        self._loss = loss
 
     def pieces(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
         """The conversation as pieces. Raises ChatError when the template refuses it or a span isn't exact."""
-        escaped = [{key: self._escape(value) for key, value in message.items()} for message in messages]
-        if self._marks_spans:
-            rendered, spans = _cut_marks(self._render(escaped, add_generation_prompt=False))
-        else:
-            rendered = self._render(escaped, add_generation_prompt=False)
-            spans = [
-                self._find_span(escaped, turn, rendered)
-                for turn, message in enumerate(messages)
-                if message["role"] == "assistant"
-            ]
-        if len(spans) != sum(message["role"] == "assistant" for message in messages):
-            raise ChatError(f"the chat template marks {len(spans)} trained spans, not one per assistant turn")
-        return self._split(rendered, [self._with_end_token(rendered, span) for span in spans])
-
-    def _escape(self, value: Any) -> Any:
-        """Hide special tokens in a user's text, so that only the template's own are recognised later."""
-        if not isinstance(value, str):
-            return value
-        if RESERVED.search(value):
-            raise ChatError("the text contains a Unicode noncharacter between U+FDD0 and U+FDD2; remove it")
-        names = list(self._specials)
-        return self._in_text.sub(lambda found: f"{ESCAPE}{names.index(found[0])}{ESCAPE}", value)
-
-    def _unescape(self, text: str) -> str:
-        names = list(self._specials)
-        return re.sub(f"{ESCAPE}(\\d+){ESCAPE}", lambda found: names[int(found[1])], text)
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        for message in messages:
+            _refuse_reserved(message)
+        hidden = self._tokens.hide([dict(message) for message in messages])
         try:
-            return _compile(self.text).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise ChatError(f"the chat template refuses the messages: {error}") from error
+            rendered, turns = self._render(hidden)
+        except TemplateError as error:
+            raise ChatError(str(error)) from error
+        return self._split(rendered, self._trained(turns, len(rendered)))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[_Turn]]:
+        """The text and those of the assistant's turns that the loss rule asks for."""
+        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        rendered, spans = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
+        if self._renderer.marks_spans and len(spans) != len(answers):
+            raise ChatError(f"the chat template marks {len(spans)} trained spans, not one per assistant turn")
+        first = len(answers) - 1 if self._loss.loss_on == "last" else 0
+        turns = []
+        for number, turn in list(enumerate(answers))[first:]:
+            if self._renderer.marks_spans:
+                span = _checked_mark(rendered, spans[number], messages[turn], turn)
+            else:
+                span = self._find_span(messages, turn, rendered)
+            turns.append(self._with_end_token(rendered, span))
+        return rendered, turns
 
     def _find_span(self, messages: Sequence[Mapping[str, Any]], turn: int, rendered: str) -> tuple[int, int]:
         """Characters of ``rendered`` that the model produces in this turn, up to its end token."""
-        before = self._render(messages[:turn], add_generation_prompt=True)
-        after = self._render(messages[: turn + 1], add_generation_prompt=False)
+        before = self._renderer.render(messages[:turn], add_generation_prompt=True)
+        after = self._renderer.render(messages[: turn + 1], add_generation_prompt=False)
         exact = rendered.startswith(after) and after.startswith(before)
         content = str(messages[turn]["content"]).strip()
         body = rendered[len(before) : len(after)]
@@ -96,28 +86,38 @@ class ChatTemplate:
         assert gap is not None
         return len(before), len(before) + gap.end()
 
-    def _with_end_token(self, rendered: str, span: tuple[int, int]) -> tuple[int, int]:
-        """Extend the span over the special token right behind it, unless it ends with one already."""
+    def _with_end_token(self, rendered: str, span: tuple[int, int]) -> _Turn:
+        """The turn with the special token that ends the span, or that stands right behind it."""
         start, end = span
-        inside = [found.end() for found in self._in_template.finditer(rendered, start, end)]
-        if inside and inside[-1] == end:
-            return span
-        behind = self._in_template.match(rendered, end)
-        if behind is None:
-            raise ChatError(
-                "the chat template puts no special token right behind the assistant's text, so the end of a turn can't "
-                "be learned; end the turn with eos_token in the template"
-            )
-        return start, behind.end()
+        inside = list(self._tokens.pattern.finditer(rendered, start, end))
+        if inside and inside[-1].end() == end:
+            return _Turn(start=start, text_end=inside[-1].start(), end=end)
+        behind = self._tokens.pattern.match(rendered, end)
+        if behind is not None:
+            return _Turn(start=start, text_end=end, end=behind.end())
+        if not self._loss.train_on_eos:
+            return _Turn(start=start, text_end=end, end=end)
+        raise ChatError(
+            "the chat template puts no special token right behind the assistant's text, so the end of a turn can't be "
+            "learned; end the turn with eos_token in the template, or choose --no-train-on-eos"
+        )
+
+    def _trained(self, turns: Sequence[_Turn], length: int) -> list[tuple[int, int]]:
+        """(start, end) of what is trained, in order and apart from each other."""
+        if self._loss.loss_on != "all":
+            return [(turn.start, turn.end if self._loss.train_on_eos else turn.text_end) for turn in turns]
+        if self._loss.train_on_eos:
+            return [(0, length)]
+        edges = [0, *(edge for turn in turns for edge in (turn.text_end, turn.end)), length]
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
     def _split(self, rendered: str, spans: Sequence[tuple[int, int]]) -> list[Piece]:
         pieces: list[Piece] = []
         position = 0
-        for found in self._in_template.finditer(rendered):
+        for found in self._tokens.pattern.finditer(rendered):
             pieces.extend(self._plain(rendered, position, found.start(), spans, bool(pieces)))
-            token = self._specials.get(found[0]) or self._specials[found[0].strip()]
             trained = any(start < found.end() <= end for start, end in spans)
-            pieces.append(Piece(text=token.content, place=Place.SPECIAL, trained=trained))
+            pieces.append(Piece(text=self._tokens.found(found).content, place=Place.SPECIAL, trained=trained))
             position = found.end()
         pieces.extend(self._plain(rendered, position, len(rendered), spans, bool(pieces)))
         return pieces
@@ -132,67 +132,43 @@ class ChatTemplate:
             first = Place.AFTER_SPECIAL if after_special else Place.START
             place = first if left == begin else Place.INSIDE
             trained = any(start <= left and right <= stop for start, stop in spans)
-            pieces.append(Piece(text=self._unescape(rendered[left:right]), place=place, trained=trained))
+            pieces.append(Piece(text=self._tokens.show(rendered[left:right]), place=place, trained=trained))
         return pieces
 
 
-def _pattern(tokens: Sequence[SpecialToken], form: Callable[[SpecialToken], str]) -> re.Pattern[str]:
-    """Matches any of the tokens, a longer one before its own beginning."""
-    longest_first = sorted(tokens, key=lambda token: -len(token.content))
-    return re.compile("|".join(form(token) for token in longest_first))
+def end_token_ids(facts: TokenizerFacts) -> list[int]:
+    """What generation stops at: the end token, and the one that the template ends an answer with, where it is another.
 
-
-def _with_stripped_space(token: SpecialToken) -> str:
-    left = r"\s*" if token.strips_left else ""
-    right = r"\s*" if token.strips_right else ""
-    return left + re.escape(token.content) + right
-
-
-def _cut_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """Remove the marks that the generation tag left, and say where they stood."""
-    parts = re.split(f"([{SPAN_START}{SPAN_END}])", marked)
-    text, spans, start = "", [], 0
-    for part in parts:
-        if part == SPAN_START:
-            start = len(text)
-        elif part == SPAN_END:
-            spans.append((start, len(text)))
-        else:
-            text += part
-    return text, spans
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}...{% endgeneration %}``, which transformers defines as what the assistant produces."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return SPAN_START + caller() + SPAN_END
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    """Compile in a sandbox with the few names that transformers gives to chat templates."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+    A template that refuses a plain question and answer has trained none; only the end token is known then.
+    """
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ChatError(f"the chat template is not valid jinja: {error}") from error
+        pieces = ChatTemplate(facts, LossRule()).pieces([question, answer])
+    except ChatError:
+        return [facts.eos_id]
+    trained = {piece.text for piece in pieces if piece.trained and piece.place is Place.SPECIAL}
+    ends = [token.id for token in facts.special_tokens if token.content in trained]
+    return list(dict.fromkeys([facts.eos_id, *ends]))
+
+
+def _refuse_reserved(value: Any) -> None:
+    """Raise ChatError for a text, at any depth, that holds one of the characters that mark spans."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_reserved(key)
+            _refuse_reserved(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_reserved(inner)
+    elif isinstance(value, str) and RESERVED.search(value):
+        raise ChatError("the text contains a Unicode noncharacter between U+FDD0 and U+FDD2; remove it")
+
+
+def _checked_mark(rendered: str, span: tuple[int, int], message: Mapping[str, Any], turn: int) -> tuple[int, int]:
+    """``span``, if it holds the turn's text: a template may mark more, such as a chain of thought, but not less."""
+    if str(message["content"]).strip() not in rendered[slice(*span)]:
+        raise ChatError(
+            f"what the chat template marks with {{% generation %}} for message {turn + 1} doesn't hold the message's "
+            f"text; correct the template"
+        )
+    return span

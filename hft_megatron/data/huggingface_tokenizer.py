@@ -13,8 +13,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.plain_template import PLAIN_TEMPLATE
-from hft_megatron.data.tokenizer import SpecialToken, Tokenizer, TokenizerFacts, choose_pad_id
+from hft_megatron.data import templates
+from hft_megatron.data.special_tokens import SpecialToken
+from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id
 from hft_megatron.errors import UserError
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -85,8 +86,11 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
 
-def load_huggingface_tokenizer(folder: Path) -> HuggingFaceTokenizer:
-    """Load the folder's tokenizer. Raises UserError when it is unreadable, slow-only or has no end token."""
+def load_huggingface_tokenizer(folder: Path, chat_template: str | None) -> HuggingFaceTokenizer:
+    """Load the folder's tokenizer, with --chat-template in place of its own template where that is given.
+
+    Raises UserError when it is unreadable, slow-only or has no end token.
+    """
     from transformers import AutoTokenizer  # here, because it costs seconds that --help shouldn't
 
     try:
@@ -114,7 +118,9 @@ def load_huggingface_tokenizer(folder: Path) -> HuggingFaceTokenizer:
         eos_id=loaded.eos_token_id,
         pad_id=pad_id,
         special_tokens=special_tokens,
-        chat_template=_template(folder, loaded.chat_template),
+        chat_template=_own_template(folder, loaded.chat_template)
+        if chat_template is None
+        else templates.read_template(chat_template, special_tokens),
         template_variables={
             name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)
         },
@@ -142,16 +148,16 @@ def _special_tokens(rust_json: str) -> tuple[SpecialToken, ...]:
     )
 
 
-def _template(folder: Path, template: object) -> str:
-    """The chat template; a folder may hold several under names, of which transformers uses ``default``."""
+def _own_template(folder: Path, template: object) -> str:
+    """The folder's chat template; it may hold several under names, of which transformers uses ``default``."""
     if isinstance(template, dict):
         if "default" not in template:
             raise UserError(
                 f"--tokenizer-model {folder} has chat templates named {', '.join(sorted(template))} but no `default`; "
-                f"name the one to use `default`."
+                f"name the one to use `default`, or give it by --chat-template."
             )
         template = template["default"]
-    return PLAIN_TEMPLATE if template is None else str(template)
+    return templates.DEFAULT if template is None else str(template)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

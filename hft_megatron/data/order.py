@@ -5,7 +5,10 @@ numbers are promised to stay the same; ``Generator.permutation`` is not.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -13,8 +16,8 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOrder:
-    """Endless epochs over ``num_examples``, each in an order of its own and each example once in it."""
+class Order(ABC):
+    """Endless epochs over ``num_examples``, as many samples in each as there are examples."""
 
     num_examples: int
     seed: int
@@ -28,12 +31,70 @@ class SampleOrder:
 
     def sample_index(self, consumed: int) -> int:
         """The example that follows ``consumed`` samples."""
-        order = _permutation(self.num_examples, self.seed, self.epoch_of(consumed))
-        return int(order[consumed % self.num_examples])
+        return int(self._epoch(self.epoch_of(consumed))[consumed % self.num_examples])
+
+    @abstractmethod
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        """The examples of one epoch in their order, of shape (num_examples,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOrder(Order):
+    """Every epoch holds each example once, in an order of its own."""
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        return _permutation(self.num_examples, f"seed {self.seed}, epoch {epoch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOrder(Order):
+    """Every epoch holds a fixed number of samples of each source, mixed.
+
+    A source gives its examples in passes: each example once, in a new order in each pass, and an epoch goes on where
+    the last one stopped. So all examples of a source have been seen equally often at any time, give or take one.
+    """
+
+    sizes: tuple[int, ...]
+    """Examples of each source; they sum to ``num_examples`` and are numbered source after source."""
+    shares: tuple[int, ...]
+    """Samples of each source in one epoch; they sum to ``num_examples`` too."""
+
+    def __post_init__(self) -> None:
+        assert sum(self.sizes) == sum(self.shares) == self.num_examples > 0
+        assert min(self.sizes) > 0
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        return _mixture(self.sizes, self.shares, self.seed, epoch)
+
+
+def shares_of_epoch(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
+    """Samples of each source in an epoch of ``sum(sizes)``, in proportion to the weights (largest remainders)."""
+    total, whole = sum(sizes), sum(Fraction(weight) for weight in weights)
+    exact = [total * Fraction(weight) / whole for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda source: (shares[source] - exact[source], source))
+    for source in by_remainder[: total - sum(shares)]:
+        shares[source] += 1
+    return tuple(shares)
 
 
 @lru_cache(maxsize=4)  # the current epoch and the next, for training and one other data set
-def _permutation(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    key = hashlib.sha256(f"sample order, seed {seed}, epoch {epoch}".encode()).digest()
+def _permutation(num_examples: int, name: str) -> NDArray[np.int64]:
+    key = hashlib.sha256(f"sample order, {name}".encode()).digest()
     keys = np.random.PCG64(int.from_bytes(key, "big")).random_raw(num_examples)
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+@lru_cache(maxsize=4)
+def _mixture(sizes: tuple[int, ...], shares: tuple[int, ...], seed: int, epoch: int) -> NDArray[np.int64]:
+    parts, offset = [], 0
+    for source, (size, share) in enumerate(zip(sizes, shares, strict=True)):
+        start, stop = epoch * share, (epoch + 1) * share
+        passes = range(start // size, -(-stop // size))
+        stream = [_permutation(size, f"seed {seed}, source {source}, pass {number}") for number in passes]
+        skipped = passes.start * size
+        if stream:
+            parts.append(offset + np.concatenate(stream)[start - skipped : stop - skipped])
+        offset += size
+    samples = np.concatenate(parts)
+    return samples[_permutation(len(samples), f"seed {seed}, epoch {epoch}")]

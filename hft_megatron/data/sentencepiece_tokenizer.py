@@ -5,6 +5,7 @@ The sentencepiece library makes the ids; the export is a conversion that gives t
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from hft_megatron.data.plain_template import PLAIN_TEMPLATE
+from hft_megatron.data import templates
 from hft_megatron.data.sentencepiece_conversion import to_rust_tokenizer
-from hft_megatron.data.tokenizer import SpecialToken, Tokenizer, TokenizerFacts, choose_pad_id
+from hft_megatron.data.special_tokens import SpecialToken
+from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id
 from hft_megatron.errors import UserError
 
 
@@ -60,8 +62,11 @@ class SentencePieceTokenizer(Tokenizer):
         (directory / "chat_template.jinja").write_text(self.facts.chat_template, encoding="utf-8")
 
 
-def load_sentencepiece_tokenizer(file: Path) -> SentencePieceTokenizer:
-    """Load a ``.model`` file. Raises UserError when it isn't one, can't be exported or has no end token."""
+def load_sentencepiece_tokenizer(file: Path, chat_template: str | None) -> SentencePieceTokenizer:
+    """Load a ``.model`` file, which has no template of its own: --chat-template, or the project's default.
+
+    Raises UserError when it isn't one, can't be exported or has no end token.
+    """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
@@ -72,6 +77,11 @@ def load_sentencepiece_tokenizer(file: Path) -> SentencePieceTokenizer:
         proto: Any = model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
         processor = SentencePieceProcessor(model_proto=content)
     except (DecodeError, RuntimeError) as error:
+        if _is_tiktoken(content):
+            raise UserError(
+                f"--tokenizer-model {file} is a tiktoken file, which transformers reads from a folder: name the "
+                f"folder, with a tokenizer_config.json in it that lists the special tokens, and install tiktoken."
+            ) from error
         raise UserError(f"--tokenizer-model {file} is not a SentencePiece model; name a tokenizer.model.") from error
     _check_convertible(file, proto)
     eos_id = processor.eos_id()
@@ -81,6 +91,11 @@ def load_sentencepiece_tokenizer(file: Path) -> SentencePieceTokenizer:
     own_pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
     pad_id = choose_pad_id(own_pad_id, processor.unk_id(), eos_id)
     named = {"bos_token": bos_id, "eos_token": eos_id, "unk_token": processor.unk_id(), "pad_token": pad_id}
+    special_tokens = tuple(
+        SpecialToken(content=processor.id_to_piece(token), id=token)
+        for token in range(processor.get_piece_size())
+        if processor.is_control(token) or processor.is_unknown(token)
+    )
     facts = TokenizerFacts(
         source=str(file),
         identity=hashlib.sha256(content).hexdigest(),
@@ -88,15 +103,18 @@ def load_sentencepiece_tokenizer(file: Path) -> SentencePieceTokenizer:
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=pad_id,
-        special_tokens=tuple(
-            SpecialToken(content=processor.id_to_piece(token), id=token)
-            for token in range(processor.get_piece_size())
-            if processor.is_control(token) or processor.is_unknown(token)
-        ),
-        chat_template=PLAIN_TEMPLATE,
+        special_tokens=special_tokens,
+        chat_template=templates.DEFAULT
+        if chat_template is None
+        else templates.read_template(chat_template, special_tokens),
         template_variables={name: processor.id_to_piece(token) for name, token in named.items() if token is not None},
     )
     return SentencePieceTokenizer(facts, proto, file)
+
+
+def _is_tiktoken(content: bytes) -> bool:
+    """Whether the first line is a token in base64 and its rank, as in Llama 3's own ``tokenizer.model``."""
+    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content) is not None
 
 
 def _check_convertible(file: Path, proto: Any) -> None:

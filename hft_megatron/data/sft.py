@@ -1,56 +1,101 @@
-"""The examples of supervised fine-tuning: token ids and which of them are trained, for a whole data file.
+"""The examples of supervised fine-tuning: token ids and which of them are trained, for all sources of a run.
 
 The model sees ``tokens[:-1]`` of an example and predicts ``tokens[1:]``, so an example of L tokens has L-1 positions,
-and that number is what the sequence length limits. Trained are the assistant's texts (or the completion) and the token
-that ends each of them.
+and that number is what the sequence length limits.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.data.chat import ChatError, ChatTemplate
-from hft_megatron.data.records import Chat, Completion, Record, read_records
-from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
+from hft_megatron.config.schema import DataConfig, DataFormat
+from hft_megatron.data.examples import Example, read_examples
+from hft_megatron.data.files.sources import SourceFiles
+from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
+from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 
 LongExamples = Literal["error", "drop", "truncate"]
+NO_LIMIT = sys.maxsize
+"""A sequence length for looking at data without a model."""
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
-RECORDS_PER_BATCH = 1024
-"""Records tokenized in one call; bounds memory and lets the tokenizer use its threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleRules:
+    """What decides, next to the tokenizer and its template, which examples come of which records."""
+
+    seq_length: int
+    """Longest example, in positions."""
+    long_examples: LongExamples = "error"
+    loss: LossRule = field(default_factory=LossRule)
+    data_format: DataFormat | None = None
+    """That of all files; recognised file by file when None."""
+
+
+def example_rules(options: DataConfig, seq_length: int) -> ExampleRules:
+    """The rules that the options of a run ask for."""
+    return ExampleRules(
+        seq_length=seq_length,
+        long_examples=options.long_examples,
+        loss=LossRule(loss_on=options.loss_on, train_on_eos=options.train_on_eos),
+        data_format=options.data_format,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftCounts:
-    """What became of the records of a file."""
+    """What became of the records of a source."""
 
     read: int
     truncated: int
     dropped: int
     """Too long, or nothing trained left after truncation."""
+    tokens: int
     trained_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePart:
+    """The examples of one source: a range of the data set's."""
+
+    path: str
+    weight: float | None
+    formats: tuple[DataFormat, ...]
+    """Those of its files."""
+    examples: int
+    counts: SftCounts
+
+    def summary(self) -> str:
+        """One line for the log, with everything that was shortened or left out."""
+        counts = self.counts
+        return (
+            f"{self.path} ({', '.join(self.formats)}): {self.examples} examples of {counts.read} records, "
+            f"{counts.trained_tokens} trained tokens of {counts.tokens}, {counts.truncated} truncated and "
+            f"{counts.dropped} dropped"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SftDataset:
-    """All examples, end to end in two flat arrays."""
+    """All examples, source after source, end to end in two flat arrays."""
 
-    source: str
+    parts: tuple[SourcePart, ...]
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     """Example i is ``tokens[offsets[i]:offsets[i + 1]]``; shape (examples + 1,)."""
     seq_length: int
-    counts: SftCounts
     digest: str
-    """sha256 over the file, the template, the tokenizer and the length rule: equal digests mean equal examples."""
+    """sha256 over files, weights, template, tokenizer and rules: equal digests mean equal examples in equal order."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -64,101 +109,117 @@ class SftDataset:
         """Predicted positions of one example: its tokens less one."""
         return int(self.offsets[index + 1] - self.offsets[index]) - 1
 
-    def summary(self) -> str:
-        """One line for the log, with everything that was shortened or left out."""
-        counts = self.counts
-        return (
-            f"{self.source}: {len(self)} examples of {counts.read} records, {counts.trained_tokens} trained tokens of "
-            f"{len(self.tokens)}, {counts.truncated} truncated and {counts.dropped} dropped (sequence length "
-            f"{self.seq_length})"
-        )
+    def order(self, seed: int) -> Order:
+        """Which example comes when in training: each once in an epoch, or each source by its weight."""
+        shares = self._shares()
+        if shares is None:
+            return SampleOrder(num_examples=len(self), seed=seed)
+        sizes = tuple(part.examples for part in self.parts)
+        return MixtureOrder(num_examples=len(self), seed=seed, sizes=sizes, shares=shares)
+
+    def describe(self) -> list[str]:
+        """Lines for the log: each source, what it has in an epoch where weights say so, and the whole."""
+        lines = []
+        for part, share in zip(self.parts, self._shares() or (None,) * len(self.parts), strict=True):
+            mixed = (
+                "" if share is None else f"; {share} samples of it in an epoch of {len(self)} (weight {part.weight:g})"
+            )
+            limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
+            lines.append(f"{part.summary()}{limit}{mixed}")
+        return lines
+
+    def _shares(self) -> tuple[int, ...] | None:
+        weights = [part.weight for part in self.parts if part.weight is not None]
+        return shares_of_epoch([part.examples for part in self.parts], weights) if weights else None
 
 
-def load_sft_dataset(
-    path: str | Path, tokenizer: Tokenizer, seq_length: int, long_examples: LongExamples
-) -> SftDataset:
-    """Tokenize a JSONL file (see ``records``).
+def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> SftDataset:
+    """Read and tokenize all sources.
 
-    ``seq_length`` is in positions. Needs no model and no process group. Raises UserError naming file and line for a
-    record that is malformed, can't be rendered, or is too long under ``error``, and for a file without examples.
+    Needs no model and no process group. Raises UserError naming the place of a record that is malformed, can't be
+    rendered, or is too long under ``error``, and for a source without examples or with too small a weight.
     """
-    path = Path(path)
-    template = ChatTemplate(tokenizer.facts)
     kept: list[Encoded] = []
-    read = truncated = dropped = 0
-    for line, (ids, mask) in _encode_all(path, tokenizer, template):
-        read += 1
-        if len(ids) - 1 > seq_length:
-            if long_examples == "error":
-                raise UserError(
-                    f"{path}:{line}: the example has {len(ids) - 1} positions, but --seq-length is {seq_length}; raise "
-                    f"it or choose --long-examples drop or truncate."
-                )
-            ids, mask = ids[: seq_length + 1], mask[: seq_length + 1]
-            if long_examples == "drop" or not mask[1:].any():
-                dropped += 1
-                continue
-            truncated += 1
-        elif not mask[1:].any():
-            raise UserError(f"{path}:{line}: the example has no token to predict; give it a prompt or remove it.")
-        kept.append((ids, mask))
-    if not kept:
-        reason = f"all {dropped} were longer than --seq-length {seq_length}" if dropped else "it is empty"
-        raise UserError(f"the data file {path} holds no example to train on: {reason}.")
-    trained_tokens = sum(int(mask[1:].sum()) for _, mask in kept)
-    return SftDataset(
-        source=str(path),
+    parts = []
+    for source in sources:
+        examples, part = _load_source(source, tokenizer, rules)
+        kept += examples
+        parts.append(part)
+    dataset = SftDataset(
+        parts=tuple(parts),
         tokens=np.concatenate([ids for ids, _ in kept]),
         trained=np.concatenate([mask for _, mask in kept]),
         offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
-        seq_length=seq_length,
-        counts=SftCounts(read=read, truncated=truncated, dropped=dropped, trained_tokens=trained_tokens),
-        digest=_digest(path, tokenizer, seq_length, long_examples),
+        seq_length=rules.seq_length,
+        digest=_digest(sources, tokenizer, rules),
     )
+    for part, share in zip(parts, dataset._shares() or (1,) * len(parts), strict=True):
+        if share == 0:
+            raise UserError(
+                f"the weight {part.weight:g} of {part.path} gives it no sample in an epoch of {len(dataset)}; raise "
+                f"it, or leave the source out."
+            )
+    return dataset
 
 
-def _encode_all(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[tuple[int, Encoded]]:
-    for batch in _batched(read_records(path)):
-        pieces = [_pieces(path, record, tokenizer, template) for record in batch]
-        for record, encoded in zip(batch, tokenizer.encode_pieces(pieces), strict=True):
-            yield record.line, encoded
+def _load_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules) -> tuple[list[Encoded], SourcePart]:
+    kept: list[Encoded] = []
+    formats: set[DataFormat] = set()
+    read = truncated = dropped = 0
+    for example in read_examples(source, tokenizer, rules.loss, rules.data_format):
+        read += 1
+        formats.add(example.format)
+        fitting = _fitting(example, rules)
+        if fitting is None:
+            dropped += 1
+            continue
+        truncated += len(fitting[0]) < len(example.ids)
+        kept.append(fitting)
+    if not kept:
+        reason = f"all {dropped} were longer than --seq-length {rules.seq_length}" if dropped else "it is empty"
+        raise UserError(f"the data file {source.path} holds no example to train on: {reason}.")
+    counts = SftCounts(
+        read=read,
+        truncated=truncated,
+        dropped=dropped,
+        tokens=sum(len(ids) for ids, _ in kept),
+        trained_tokens=sum(int(mask[1:].sum()) for _, mask in kept),
+    )
+    known = tuple(sorted(formats))
+    return kept, SourcePart(path=source.path, weight=source.weight, formats=known, examples=len(kept), counts=counts)
 
 
-def _batched(records: Iterable[Record]) -> Iterator[Sequence[Record]]:
-    rest = iter(records)
-    while batch := list(islice(rest, RECORDS_PER_BATCH)):
-        yield batch
+def _fitting(example: Example, rules: ExampleRules) -> Encoded | None:
+    """The example, shortened where the rules say so; None where they say to drop it."""
+    ids, mask = example.ids, example.trained
+    if len(ids) - 1 <= rules.seq_length:
+        if not mask[1:].any():
+            raise UserError(f"{example.place}: the example has no token to predict; give it a prompt or remove it.")
+        return ids, mask
+    if rules.long_examples == "error":
+        raise UserError(
+            f"{example.place}: the example has {len(ids) - 1} positions, but --seq-length is {rules.seq_length}; raise "
+            f"it or choose --long-examples drop or truncate."
+        )
+    ids, mask = ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]
+    return None if rules.long_examples == "drop" or not mask[1:].any() else (ids, mask)
 
 
-def _pieces(path: Path, record: Record, tokenizer: Tokenizer, template: ChatTemplate) -> list[Piece]:
-    if isinstance(record, Chat):
-        try:
-            return template.pieces(record.messages)
-        except ChatError as error:
-            raise UserError(f"{path}:{record.line}: {error}.") from error
-    return completion_pieces(record, tokenizer)
+def _digest(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> str:
+    facts = tokenizer.facts
+    decisive = {
+        "sources": [
+            {"weight": source.weight, "files": [_file_digest(file) for file in source.files]} for source in sources
+        ],
+        "tokenizer": [facts.identity, facts.chat_template, dict(facts.template_variables)],
+        "rules": asdict(rules),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def completion_pieces(record: Completion, tokenizer: Tokenizer) -> list[Piece]:
-    """Beginning token, prompt, completion, end token.
-
-    The completion is tokenized on its own, as a continuation: at generation the prompt's tokens are fixed and the
-    model writes what follows, so a token that spans the seam could never be asked for. Tokenizing the two together,
-    or the completion with a word-start mark, trains a wrong number of tokens at the seam.
-    """
-    begin = [] if tokenizer.bos_id is None else [tokenizer.special(tokenizer.bos_id, trained=False)]
-    prompt = [Piece(text=record.prompt, place=Place.START, trained=False)] if record.prompt else []
-    place = Place.INSIDE if record.prompt else Place.START
-    completion = [Piece(text=record.completion, place=place, trained=True)] if record.completion else []
-    return [*begin, *prompt, *completion, tokenizer.special(tokenizer.eos_id, trained=True)]
-
-
-def _digest(path: Path, tokenizer: Tokenizer, seq_length: int, long_examples: str) -> str:
+def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    facts = tokenizer.facts
-    rule = [facts.identity, facts.chat_template, dict(facts.template_variables), seq_length, long_examples]
-    digest.update(json.dumps(rule, sort_keys=True).encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hft_megatron.data.special_tokens import SpecialToken
 from hft_megatron.errors import UserError
 
 
@@ -39,17 +40,6 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpecialToken:
-    """A control token that only a template may produce."""
-
-    content: str
-    id: int
-    strips_left: bool = False
-    """White space before it in a rendered template belongs to it (Hugging Face's ``lstrip``)."""
-    strips_right: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
     """What is fixed once a tokenizer is loaded."""
 
@@ -64,7 +54,7 @@ class TokenizerFacts:
     pad_id: int
     special_tokens: tuple[SpecialToken, ...]
     chat_template: str
-    """The tokenizer's own jinja template, or PLAIN_TEMPLATE when it brings none."""
+    """The tokenizer's own jinja template, or the one that --chat-template or the project put in its place."""
     template_variables: Mapping[str, str] = field(default_factory=dict)
     """``bos_token``, ``eos_token`` and so on, as templates name them."""
 

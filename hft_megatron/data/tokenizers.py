@@ -13,11 +13,12 @@ MODEL_FILE = "tokenizer.model"
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def load_tokenizer(tokenizer_type: str | None, path: str | Path) -> Tokenizer:
+def load_tokenizer(tokenizer_type: str | None, path: str | Path, chat_template: str | None = None) -> Tokenizer:
     """Load the tokenizer at ``path``: a Hugging Face folder, or a SentencePiece ``.model`` file (or its folder).
 
     Without a type, a folder with tokenizer.json or tokenizer_config.json is Hugging Face's, anything else
-    SentencePiece's. Raises UserError for a path that is missing, unreadable or of another kind.
+    SentencePiece's. ``chat_template`` is --chat-template, the tokenizer's own when None. Raises UserError for a
+    path that is missing, unreadable or of another kind.
     """
     path = Path(path)
     if tokenizer_type not in (None, HUGGING_FACE, SENTENCEPIECE):
@@ -28,11 +29,11 @@ def load_tokenizer(tokenizer_type: str | None, path: str | Path) -> Tokenizer:
     if kind == HUGGING_FACE:
         if not path.is_dir():
             raise UserError(f"--tokenizer-model {path} is a file, but {HUGGING_FACE} needs the folder that holds it.")
-        return load_huggingface_tokenizer(path)
+        return load_huggingface_tokenizer(path, chat_template)
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.exists():
         raise UserError(f"--tokenizer-model {path} has no {MODEL_FILE}, which {SENTENCEPIECE} needs.")
-    return load_sentencepiece_tokenizer(file)
+    return load_sentencepiece_tokenizer(file, chat_template)
 
 
 def holds_tokenizer(path: str | Path) -> bool:

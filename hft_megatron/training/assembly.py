@@ -19,7 +19,6 @@ from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
-from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import Stopped, UserError
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan
@@ -203,7 +202,7 @@ def _train(
             dataset=inputs.train,
             pad_id=inputs.pad_id,
             share=share,
-            order=SampleOrder(num_examples=len(inputs.train), seed=config.training.seed),
+            order=inputs.train.order(config.training.seed),
         ),
         validation=None
         if inputs.valid is None

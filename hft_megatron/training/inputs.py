@@ -1,7 +1,7 @@
 """Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +18,8 @@ from hft_megatron.config.run_identity import RunIdentity, check_same_model, chec
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.data.sft import SftDataset, load_sft_dataset
+from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, find_sources
+from hft_megatron.data.sft import SftDataset, example_rules, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
@@ -82,7 +83,7 @@ class Inputs:
 
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
-        lines = [dataset.summary() for dataset in (self.train, self.valid) if dataset is not None]
+        lines = [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
         if self.finetune_has_begun:
             lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
         if self.found is not None:
@@ -117,8 +118,9 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
     config = derived.resolve(options, shape, world_size, saved)
     validate(config, shape, world_size)
-    train = _read_data(config, config.data.train_data_path, shape, tokenizer)
-    valid = _read_data(config, config.data.valid_data_path, shape, tokenizer)
+    data = config.data
+    train = _read_data(config, find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT), shape, tokenizer)
+    valid = _read_data(config, find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT), shape, tokenizer)
     digest = train.digest if train is not None else None
     identity = run_identity(
         config,
@@ -208,16 +210,18 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
     converts_only = options.training.train_iters == 0 and options.data.tokenizer_model is None
     if converts_only and not holds_tokenizer(path):
         return None
-    return load_tokenizer(options.data.tokenizer_type, path)
+    return load_tokenizer(options.data.tokenizer_type, path, options.data.chat_template)
 
 
 def _read_data(
-    config: RunConfig, path: str | None, shape: ModelShape, tokenizer: Tokenizer | None
+    config: RunConfig, sources: Sequence[SourceFiles], shape: ModelShape, tokenizer: Tokenizer | None
 ) -> SftDataset | None:
-    if path is None or config.training.train_iters == 0:
+    if not sources or config.training.train_iters == 0:
         return None
     assert tokenizer is not None
-    return load_sft_dataset(path, tokenizer, derived.sequence_length(config.training, shape), config.data.long_examples)
+    return load_sft_dataset(
+        sources, tokenizer, example_rules(config.data, derived.sequence_length(config.training, shape))
+    )
 
 
 def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:
@@ -274,7 +278,7 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
         for name, value in options.items():
             other = theirs.options[group][name]
             if other != value:
-                return f"--{name.replace('_', '-')} is {other} instead of {value}"
+                return f"--{name.replace('_', '-')} is {_as_written(other)} instead of {_as_written(value)}"
     for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
         if here != there:
             return f"the newest checkpoint is {there} instead of {here}"
@@ -285,3 +289,7 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
     for what, our_value, their_value in differences(mine.identity, theirs.identity):
         return f"the {what} is {their_value} instead of {our_value}"
     return None
+
+
+def _as_written(value: object) -> object:
+    return " ".join(value) if isinstance(value, tuple) else value

@@ -39,7 +39,7 @@ def test_a_process_that_nobody_launched_becomes_a_run_of_one_rank(options: list[
     [(name, config, shape)] = training.calls
     assert name == "run"
     assert shape == SHAPE
-    assert config.data.train_data_path == "data.jsonl"
+    assert config.data.train_data_path == ("data.jsonl",)
     assert {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
         "RANK": "0",
         "WORLD_SIZE": "1",

@@ -4,6 +4,7 @@ Every folder here has a config.json and no weights, so a command that went furth
 Run: pytest tests/cli/test_mistakes_end_to_end.py
 """
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tests.support.runs import run_cli
 from tests.support.tokenizers import make_byte_level
 
 GOOD = {"prompt": "What is 2 + 2?", "completion": "It is 4."}
+CHAT = {"messages": [{"role": "assistant", "content": "Hello."}]}
 LONG = {"prompt": "What is 2 + 2?", "completion": "It is 4. " * 100}
 WEIGHTS = "d1gest of the weights"
 """What looking at the weights would give."""
@@ -67,10 +69,12 @@ def mistake_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ([GOOD, "{not json}"], ["data.jsonl:2: the line is not valid JSON"]),
-    ([GOOD, "", "[1, 2]"], ["data.jsonl:3: the line holds a list"]),
-    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "`messages`, or `prompt`"]),
+    ([GOOD, "", "[1, 2]"], ["data.jsonl:3: the record is a list"]),
+    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "in it since ", "data.jsonl:1; put"]),
+    ([{"question": "a"}], ["data.jsonl:1: the record has the keys `question`, which is no known format: `messages`"]),
+    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["data.jsonl:1: the record is a preference pair"]),
     (
-        [GOOD, GOOD, {"messages": [{"role": "user", "content": "Hello?"}]}],
+        [CHAT, CHAT, {"messages": [{"role": "user", "content": "Hello?"}]}],
         ["data.jsonl:3: the conversation has no assistant turn"],
     ),
     ([{"messages": []}], ["data.jsonl:1: `messages` is an empty list"]),
@@ -101,7 +105,7 @@ def test_data_that_is_not_there_is_named(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data.jsonl").unlink()
-    assert f"the data file {tmp_path / 'data.jsonl'} can't be read" in mistake_of(command, capsys)
+    assert f"--train-data-path {tmp_path / 'data.jsonl'}: there is no such file" in mistake_of(command, capsys)
 
 
 def test_a_mistake_in_the_validation_data_is_found_too(
@@ -109,7 +113,16 @@ def test_a_mistake_in_the_validation_data_is_found_too(
 ) -> None:
     (tmp_path / "valid.jsonl").write_text("{}\n")
     message = mistake_of([*command, "--valid-data-path", str(tmp_path / "valid.jsonl")], capsys)
-    assert "valid.jsonl:1: the record has the keys none" in message
+    assert "valid.jsonl:1: the record has no keys" in message
+
+
+def test_a_compressed_file_that_is_cut_off_is_named(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = gzip.compress((tmp_path / "data.jsonl").read_bytes())
+    (tmp_path / "valid.jsonl.gz").write_bytes(whole[:-5])
+    message = mistake_of([*command, "--valid-data-path", str(tmp_path / "*.gz")], capsys)
+    assert "valid.jsonl.gz:2: the compressed data is cut off or damaged" in message
 
 
 def test_all_examples_too_long_is_a_mistake(

@@ -8,6 +8,7 @@ import pytest
 from hft_megatron.config.loading import help_text, load_options, read_resolved, write_resolved
 from hft_megatron.config.schema import (
     CheckpointConfig,
+    DataConfig,
     HFTConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -16,6 +17,11 @@ from hft_megatron.config.schema import (
     TrainingConfig,
 )
 from hft_megatron.errors import UserError
+
+NO_OPTION = (
+    "belongs to no option: options start with -- and take at most one value, except for --train-data-path and "
+    "--valid-data-path."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,16 @@ def test_values_that_look_like_options_or_numbers_are_kept_as_written() -> None:
     assert load("--lr", "-1").optimizer.lr == -1.0
 
 
+def test_an_option_that_takes_several_words_takes_all_up_to_the_next(tmp_path: Path) -> None:
+    words = ("0.3", "a.jsonl", "0.7", "-b.jsonl")
+    assert load("--train-data-path", *words, "--lr", "1").data == DataConfig(train_data_path=words)
+    assert load("--train-data-path=--a").data.train_data_path == ("--a",)
+    assert load("--train-data-path", "a", "b", "--train-data-path", "c").data.train_data_path == ("c",)
+    (tmp_path / "run.yaml").write_text("train-data-path: [0.3, a.jsonl]\nvalid_data_path: v.jsonl\n")
+    data = load("--config", str(tmp_path / "run.yaml")).data
+    assert data == DataConfig(train_data_path=("0.3", "a.jsonl"), valid_data_path=("v.jsonl",))
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -103,9 +119,9 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("--lr", "--lr needs a value: a number."),
         ("--lr --seed 1", "--lr needs a value: a number."),
         ("--bf16=true", "--bf16=true: a switch takes no value; write --bf16 or --no-bf16."),
-        ("--bf16 true", "The word 'true' belongs to no option: options start with -- and take at most one value."),
-        ("run.yaml", "The word 'run.yaml' belongs to no option: options start with -- and take at most one value."),
-        ("-lr 1", "The word '-lr' belongs to no option: options start with -- and take at most one value."),
+        ("--bf16 true", f"The word 'true' {NO_OPTION}"),
+        ("run.yaml", f"The word 'run.yaml' {NO_OPTION}"),
+        ("-lr 1", f"The word '-lr' {NO_OPTION}"),
         (
             "--tensor-model-paralel-size 2",
             "--tensor-model-paralel-size is not an option; the nearest is --tensor-model-parallel-size.",
@@ -138,6 +154,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("lr: 1\nlrr: 2\n", "run.yaml:2: lrr is not an option; the nearest is --lr."),
         ("lr: abc\n", "run.yaml:1: lr abc: the value must be a number."),
         ("parallel:\n  sequence-parallel: 2\n", "run.yaml:2: sequence-parallel 2: the value must be true or false."),
+        (
+            "train-data-path: [a, [b]]\n",
+            "run.yaml:1: train-data-path holds a list or a mapping; the value must be one or more words.",
+        ),
         ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number."),
         ("lr: 1\nseed: 2\noptimizer:\n  lr: 3\n", "run.yaml:4: lr is set twice; the other is {0}run.yaml:1: lr."),
         ("- lr\n", "run.yaml: the file must hold `option: value` lines."),
@@ -168,6 +188,7 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
         parallel=ParallelConfig(sequence_parallel=True),
         training=TrainingConfig(bf16=False, global_batch_size=8),
         optimizer=OptimizerConfig(lr=1.2345678901234567e-05, adam_eps=1e-8),
+        data=DataConfig(train_data_path=("0.5", "a b.jsonl", "0.5", "null")),
         hft=HFTConfig(hft_ratio=1 / 3),
         checkpoint=CheckpointConfig(save="null", load="a: b # c", save_hf="007"),
         logging=LoggingConfig(wandb_project="true", wandb_exp_name="größer"),

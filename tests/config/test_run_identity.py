@@ -26,7 +26,9 @@ SHAPE = ModelShape(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
     ),
 )
-CONFIG = RunConfig(training=TrainingConfig(global_batch_size=8), data=DataConfig(train_data_path="/data/train.jsonl"))
+CONFIG = RunConfig(
+    training=TrainingConfig(global_batch_size=8), data=DataConfig(train_data_path=("/data/train.jsonl",))
+)
 
 
 def identity(config: RunConfig = CONFIG, world_size: int = 4) -> RunIdentity:
@@ -42,7 +44,7 @@ def test_another_layout_length_or_place_of_the_data_is_the_same_run() -> None:
         CONFIG,
         parallel=ParallelConfig(tensor_model_parallel_size=2),
         training=replace(CONFIG.training, train_iters=7, micro_batch_size=2),
-        data=DataConfig(train_data_path="/elsewhere/train.jsonl"),
+        data=DataConfig(train_data_path=("/elsewhere/train.jsonl",)),
     )
     check_same_run(identity(), identity(moved, world_size=2), "runs/a")
 

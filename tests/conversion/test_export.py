@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig
+from hft_megatron.data.templates import BUILT_IN
+from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import EXIT_OK
 from hft_megatron.hft.plan import make_plan
 from tests.support.models import make_llama
@@ -20,6 +22,8 @@ from tests.support.runs import VOCAB_SIZE, make_inputs, run_cli, run_sft_words, 
 from tests.support.tokenizers import make_byte_level
 
 SEED = 1234
+ENDS = ("<|im_end|>", "<|pad|>")
+"""The tokenizer's end token, and the one that a template of a test ends turns with."""
 TP2 = ["--tensor-model-parallel-size", "2"]
 
 
@@ -88,6 +92,18 @@ def test_the_exported_folder_is_complete_for_transformers(
     with torch.no_grad():
         made = model.float().generate(**prompt, max_new_tokens=3, do_sample=False)
     assert made.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_generation_stops_at_the_end_of_a_turn_too(ranks: RankPools, tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    template = tmp_path / "turns.jinja"
+    template.write_text(BUILT_IN["chatml"].replace("<|im_end|>", "<|pad|>"))
+    words = words_for(inputs, "--train-iters", 0, "--chat-template", template, "--save-hf", tmp_path / "out")
+    ranks(1).run(run_sft_words, words=words)
+    ids = {token.content: token.id for token in load_tokenizer(None, tmp_path / "out").facts.special_tokens}
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text())["eos_token_id"] == [ids[token] for token in ENDS]
+    assert (tmp_path / "out/chat_template.jinja").read_text() == template.read_text()
 
 
 def test_the_logits_of_the_export_are_those_of_the_run(

@@ -8,7 +8,7 @@ import torch
 
 from hft_megatron.data.batches import BatchShare, SftBatches, StepBatch, ValidationBatches
 from hft_megatron.data.order import SampleOrder
-from hft_megatron.data.sft import SftCounts, SftDataset
+from hft_megatron.data.sft import SftDataset
 
 PAD = 0
 GLOBAL_BATCH = 8
@@ -20,12 +20,11 @@ def make_dataset(lengths: list[int], seq_length: int) -> SftDataset:
     tokens = [1000 * number + np.arange(1, length + 1, dtype=np.int32) for number, length in enumerate(lengths)]
     trained = [np.arange(length) >= length // 2 for length in lengths]
     return SftDataset(
-        source="made up",
+        parts=(),
         tokens=np.concatenate(tokens).astype(np.int32),
         trained=np.concatenate(trained),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         seq_length=seq_length,
-        counts=SftCounts(read=len(lengths), truncated=0, dropped=0, trained_tokens=0),
         digest="",
     )
 

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
@@ -37,7 +38,7 @@ CONVERSATION = [
 
 def load(folder: Path, template: str | None) -> tuple[Tokenizer, ChatTemplate]:
     tokenizer = load_tokenizer(None, make_byte_level(folder, chat_template=template))
-    return tokenizer, ChatTemplate(tokenizer.facts)
+    return tokenizer, ChatTemplate(tokenizer.facts, LossRule())
 
 
 def trained_texts(pieces: list[Piece]) -> list[str]:
@@ -89,7 +90,7 @@ def test_an_exported_sentencepiece_tokenizer_renders_the_prompt_as_it_was_traine
     tokenizer.export(tmp_path / "out")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Once"}]
-    ((ids, mask),) = tokenizer.encode_pieces([ChatTemplate(tokenizer.facts).pieces([*messages, *messages])])
+    ((ids, mask),) = tokenizer.encode_pieces([ChatTemplate(tokenizer.facts, LossRule()).pieces([*messages, *messages])])
     first = int(mask.argmax())
     assert (
         loaded.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False) == ids[:first].tolist()
@@ -126,6 +127,15 @@ def test_the_end_token_is_trained_even_when_the_marked_span_leaves_it_out(tmp_pa
         ("{% for m in messages %}", "not valid jinja"),
         ("{{ messages[0].absent.more }}", "refuses the messages"),
         ("{% generation %}x<|im_end|>{% endgeneration %}", "marks 1 trained spans, not one per assistant turn"),
+        (
+            MARKED.replace("{% generation %}{{ m['content'] }}", "{{ m['content'] }}{% generation %}"),
+            "message 3 doesn't hold",
+        ),
+        (
+            MARKED.replace("{% generation %}{{ m['content'] }}", "{% generation %}{{ m['content'] | upper }}"),
+            "message 3 doesn't hold",
+        ),
+        ("{{ 1 // (messages | length - 7) }}", "refuses the messages: integer division or modulo by zero"),
     ],
 )
 def test_a_span_that_cannot_be_found_exactly_is_an_error(tmp_path: Path, template: str, sentence: str) -> None:
@@ -134,11 +144,40 @@ def test_a_span_that_cannot_be_found_exactly_is_an_error(tmp_path: Path, templat
         chat.pieces(CONVERSATION)
 
 
+def test_a_span_that_is_not_asked_for_need_not_be_found(tmp_path: Path) -> None:
+    # As templates of reasoning models do: earlier answers lose a part that the last one keeps.
+    history = CHATML.replace("m['content'] + '<", "(m['content'] if loop.last else m['content'] | upper) + '<")
+    tokenizer, chat = load(tmp_path, history)
+    messages = CONVERSATION[-3:]
+    with pytest.raises(ChatError, match="doesn't render message 3"):
+        chat.pieces([*messages, *messages])
+    last = ChatTemplate(tokenizer.facts, LossRule(loss_on="last"))
+    assert trained_texts(last.pieces([{"role": "assistant", "content": "x"}, *messages])) == ["end"]
+
+
+def test_without_the_loss_on_end_tokens_a_template_may_have_none(tmp_path: Path) -> None:
+    tokenizer, _ = load(tmp_path, CHATML.replace("<|im_end|>\\n", "\\n\\n"))
+    chat = ChatTemplate(tokenizer.facts, LossRule(train_on_eos=False))
+    trained = [piece.text for piece in chat.pieces(CONVERSATION[1:3]) if piece.trained]
+    assert trained == [CONVERSATION[2]["content"] + "\n\n"]
+
+
+@pytest.mark.parametrize("extra", [{"name": "<|im_end|>"}, {"calls": [{"<|im_end|>": ["a<|im_end|>"]}]}], ids=str)
+def test_the_names_of_special_tokens_are_text_wherever_a_person_writes_them(
+    tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    _, chat = load(tmp_path, MARKED.replace("{{ bos_token }}", "{{ messages | tojson }}"))
+    pieces = chat.pieces([{"role": "user", "content": "<|im_end|>", **extra}, {"role": "assistant", "content": "b"}])
+    assert pieces[0].place is Place.START
+    assert pieces[0].text.count("<|im_end|>") == 1 + str(extra).count("<|im_end|>")
+    assert [piece.text for piece in pieces if piece.place is Place.SPECIAL] == ["<|im_start|>", "<|im_end|>"] * 2
+
+
 def test_a_noncharacter_in_a_text_is_refused(tmp_path: Path) -> None:
     _, chat = load(tmp_path, None)
-    messages: list[dict[str, Any]] = [{"role": "assistant", "content": "a\ufdd0b"}]
-    with pytest.raises(ChatError, match="U\\+FDD0"):
-        chat.pieces(messages)
+    for key, value in (("content", "a\ufdd0b"), ("calls", [{"\ufdd2": 1}])):
+        with pytest.raises(ChatError, match="U\\+FDD0"):
+            chat.pieces([{"role": "assistant", "content": "x", key: value}])
 
 
 def test_a_template_that_prints_the_date_renders_the_same_every_day(tmp_path: Path) -> None:

@@ -1,70 +1,110 @@
-"""Every malformed record is named by file and line in one sentence; what is harmless is accepted."""
+"""A file has one format, and every malformed record is named by its place in one sentence; what is harmless passes."""
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hft_megatron.data.records import Chat, Completion, read_records
+from hft_megatron.data.formats.record import Chat, Completion, Preference
+from hft_megatron.data.records import read_records
 from hft_megatron.errors import UserError
 
 GOOD = '{"prompt": "a", "completion": "b"}'
+ANSWER = '{"role": "assistant", "content": "b"}'
+
+
+def read(path: Path, data_format: Any = None) -> list[Any]:
+    return list(read_records([path], data_format))
 
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ("{", "the line is not valid JSON"),
-        ('{"prompt": "a\x00", "completion": "b"}', "the line is not valid JSON"),
+        ('{"prompt": "a\x01", "completion": "b"}', "the line is not valid JSON"),
+        ('{"prompt": "a\x00", "completion": "b"}', "the line has a NUL byte"),
         ("[" * 100_000, "the line is not valid JSON"),
-        ("[1]", "the line holds a list"),
-        ("true", "the line holds a truth value"),
-        ("{}", "the record has the keys none, but it needs `messages`, or `prompt` and `completion`"),
-        ('{"question": "a", "answer": "b"}', "the record has the keys `question`, `answer`"),
-        ('{"prompt": "a"}', "the record has the keys `prompt`"),
+        ("1" * 5_000, "the line is not valid JSON"),
+        ("[1]", "the record is a list"),
+        ("true", "the record is a truth value"),
+        (
+            "{}",
+            "the record has no keys, but the format prompt-completion needs `prompt` and `completion`, and the file",
+        ),
+        ('{"a\\nb": 1}', "the record has the keys `a\\\\nb`"),
+        ('{"prompt": "a"}', "the record has the keys `prompt`, but"),
+        ('{"messages": []}', "the record has the keys `messages`, but the format prompt-completion needs"),
         ('{"prompt": 1, "completion": "b"}', "`prompt` is a number, but it must be text"),
         ('{"prompt": "a", "completion": null}', "`completion` is null"),
         ('{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
-        ('{"messages": {}}', "`messages` is an object"),
-        ('{"messages": []}', "`messages` is an empty list"),
-        ('{"messages": ["a"]}', "message 1 is text"),
-        ('{"messages": [{"content": "a"}]}', "message 1 has the role None"),
-        ('{"messages": [{"role": "gpt", "content": "a"}]}', "message 1 has the role 'gpt'"),
-        ('{"messages": [{"role": ["user"], "content": "a"}]}', "message 1 has the role \\['user'\\]"),
-        ('{"messages": [{"role": "user"}]}', "the `content` of message 1 is missing"),
-        ('{"messages": [{"role": "user", "content": []}]}', "the `content` of message 1 is an empty list"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "has no assistant turn"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path: Path, line: str, sentence: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n")
     with pytest.raises(UserError, match=sentence) as caught:
-        list(read_records(path))
+        read(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "known", "record"),
+    [
+        (f'{{"messages": [{ANSWER}]}}', "messages", Chat),
+        ('{"conversations": [{"from": "gpt", "value": "b"}]}', "sharegpt", Chat),
+        ('{"instruction": "a", "input": "", "output": "b"}', "alpaca", Chat),
+        ('{"instruction": "a", "output": "b", "text": "a b"}', "alpaca", Chat),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "preference", Preference),
+        (GOOD, "prompt-completion", Completion),
+        ('{"prompt": "a", "answer": "b"}', "trace", Completion),
+        ('{"input": "a", "output": "b"}', "input-output", Completion),
+        ('{"text": "b", "id": 1}', "text", Completion),
+        (f'{{"messages": [{ANSWER}], "prompt": "x", "chosen": 1, "rejected": 2}}', "messages", Chat),
+    ],
+)
+def test_a_format_is_known_by_its_keys_or_set(tmp_path: Path, row: str, known: Any, record: type) -> None:
     path = tmp_path / "train.jsonl"
-    path.write_bytes(b"\x1f\x8b\x08")
-    with pytest.raises(UserError, match=r"train.jsonl:1: byte 2 of the line is not UTF-8"):
-        list(read_records(path))
+    path.write_text(row)
+    for data_format in (None, known):
+        ((found, parsed),) = read(path, data_format)
+        assert found == known
+        assert type(parsed) is record
+        assert parsed.place == f"{path}:1"
 
 
-def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match="can't be read"):
-            list(read_records(path))
+def test_a_record_that_no_format_fits_names_all_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "a", "reply": "b"}')
+    with pytest.raises(
+        UserError, match=r"train.jsonl:1: the record has the keys `question`, `reply`, which is no"
+    ) as caught:
+        read(path)
+    for keys in ("`messages`", "`conversations`", "`instruction` and `output`", "`prompt` and `answer`", "`text`"):
+        assert keys in str(caught.value)
+
+
+def test_a_set_format_is_not_recognised_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(GOOD)
+    with pytest.raises(UserError, match="the format alpaca needs `instruction` and `output`; correct --data-format"):
+        read(path, "alpaca")
+
+
+def test_each_file_of_a_source_has_its_own_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}')
+    records = list(read_records([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], None))
+    assert [known for known, _ in records] == ["prompt-completion", "text"]
 
 
 def test_byte_order_mark_windows_line_ends_and_extra_keys_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    chat = '{"id": 7, "prompt": "x", "messages": [{"role": "assistant", "content": "b\\r\\n"}]}'
-    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n\r\n{chat}".encode())
-    assert list(read_records(path)) == [
-        Completion(line=1, prompt="a", completion="b"),
-        Chat(line=3, messages=({"role": "assistant", "content": "b\r\n"},)),
+    path.write_bytes(b"\xef\xbb\xbf" + f'{GOOD}\r\n\r\n{{"id": 7, "prompt": "b\\r\\n", "completion": ""}}'.encode())
+    assert [record for _, record in read(path)] == [
+        Completion(place=f"{path}:1", prompt="a", completion="b"),
+        Completion(place=f"{path}:3", prompt="b\r\n", completion=""),
     ]
 
 
@@ -80,7 +120,7 @@ def test_no_damaged_line_ends_in_another_error(tmp_path: Path) -> None:
             damaged[position : position + rng.randint(0, 3)] = bytes(rng.choices(b'{}[]":,0\\u\x00\xff e\n', k=2))
         path.write_bytes(damaged)
         try:
-            list(read_records(path))
+            read(path)
         except UserError:
             refused += 1
     assert refused > 250

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hft_megatron.data.records import Completion
-from hft_megatron.data.sft import SftDataset, completion_pieces, load_sft_dataset
+from hft_megatron.data.examples import completion_pieces
+from hft_megatron.data.formats.record import Completion
+from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
+from tests.support.data_files import load, trained_text, write_rows
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 MARKED = (
@@ -27,23 +29,6 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return load_tokenizer(None, train_sentencepiece(tmp_path / "tokenizer"))
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def trained_text(dataset: SftDataset, tokenizer: Tokenizer, index: int) -> str:
-    """What the trained tokens add to the text of the tokens before them; the last one must be the end token."""
-    ids, mask = dataset.example(index)
-    first = int(mask.argmax())
-    assert mask[first:].all()
-    assert ids[-1] == tokenizer.eos_id
-    prompt = tokenizer.decode(ids[:first].tolist())
-    whole = tokenizer.decode(ids[:-1].tolist())
-    assert whole.startswith(prompt)
-    return whole[len(prompt) :]
-
-
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
 def test_real_prompt_and_completion_rows_train_exactly_the_completion(
     shared_data: Path, tmp_path: Path, kind: str
@@ -56,7 +41,7 @@ def test_real_prompt_and_completion_rows_train_exactly_the_completion(
         for number, row in enumerate(rows)
     ]
     tokenizer = load_tokenizer(kind, shared_data / "tokenizers/llama2")
-    dataset = load_sft_dataset(write_rows(tmp_path / "gsm8k.jsonl", pairs), tokenizer, 2048, "error")
+    dataset = load(write_rows(tmp_path / "gsm8k.jsonl", pairs), tokenizer, 2048, "error")
     assert len(dataset) == 300
     for index, pair in enumerate(pairs):
         assert trained_text(dataset, tokenizer, index) == pair["completion"]
@@ -77,7 +62,7 @@ def test_real_conversations_train_exactly_the_assistants_text(
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     tokenizer = load_tokenizer(None, folder)
-    dataset = load_sft_dataset(write_rows(tmp_path / "chosen.jsonl", rows), tokenizer, 4096, "error")
+    dataset = load(write_rows(tmp_path / "chosen.jsonl", rows), tokenizer, 4096, "error")
     assert len(dataset) == 300
     for index, row in enumerate(rows):
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
@@ -85,7 +70,7 @@ def test_real_conversations_train_exactly_the_assistants_text(
 
 
 def test_the_seam_gives_the_tokens_of_generation(tokenizer: Tokenizer) -> None:
-    pieces = completion_pieces(Completion(line=1, prompt="Answer:", completion="17"), tokenizer)
+    pieces = completion_pieces(Completion(place="x:1", prompt="Answer:", completion="17"), tokenizer, LossRule())
     ((ids, mask),) = tokenizer.encode_pieces([pieces])
     prompt = [tokenizer.bos_id, *tokenizer.encode("Answer:")]
     digits = tokenizer.encode_batch(["1", "7"], continues=True)
@@ -94,14 +79,14 @@ def test_the_seam_gives_the_tokens_of_generation(tokenizer: Tokenizer) -> None:
 
 
 def test_without_a_prompt_the_completion_starts_the_text(tokenizer: Tokenizer) -> None:
-    pieces = completion_pieces(Completion(line=1, prompt="", completion="Once upon"), tokenizer)
+    pieces = completion_pieces(Completion(place="x:1", prompt="", completion="Once upon"), tokenizer, LossRule())
     ((ids, mask),) = tokenizer.encode_pieces([pieces])
     assert ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("Once upon"), tokenizer.eos_id]
     assert mask.tolist() == [False] + [True] * (len(ids) - 1)
 
 
 def test_the_literal_name_of_a_special_token_in_a_prompt_is_text(tokenizer: Tokenizer) -> None:
-    pieces = completion_pieces(Completion(line=1, prompt="<s> x </s>", completion="<s>"), tokenizer)
+    pieces = completion_pieces(Completion(place="x:1", prompt="<s> x </s>", completion="<s>"), tokenizer, LossRule())
     ((ids, _),) = tokenizer.encode_pieces([pieces])
     assert [int(token) for token in ids if token in (tokenizer.bos_id, tokenizer.eos_id)] == [
         tokenizer.bos_id,
@@ -116,7 +101,7 @@ def long_rows(tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], int]:
         {"prompt": "Q", "completion": "12345"},
         {"prompt": "7" * 40, "completion": "1"},
     ]
-    pieces = completion_pieces(Completion(line=1, prompt="Q", completion="1234"), tokenizer)
+    pieces = completion_pieces(Completion(place="x:1", prompt="Q", completion="1234"), tokenizer, LossRule())
     return rows, len(tokenizer.encode_pieces([pieces])[0][0]) - 1
 
 
@@ -126,41 +111,41 @@ def test_the_length_limit_is_on_positions_and_long_examples_follow_the_option(
     rows, seq_length = long_rows(tokenizer)
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match=rf"rows.jsonl:2: the example has {seq_length + 1} positions, but --seq-length"):
-        load_sft_dataset(path, tokenizer, seq_length, "error")
+        load(path, tokenizer, seq_length, "error")
 
-    dropped = load_sft_dataset(path, tokenizer, seq_length, "drop")
-    assert (len(dropped), dropped.counts.dropped, dropped.counts.truncated) == (1, 2, 0)
+    dropped = load(path, tokenizer, seq_length, "drop")
+    assert (len(dropped), dropped.parts[0].counts.dropped, dropped.parts[0].counts.truncated) == (1, 2, 0)
     assert dropped.num_positions(0) == seq_length
 
-    truncated = load_sft_dataset(path, tokenizer, seq_length, "truncate")
-    assert (len(truncated), truncated.counts.dropped, truncated.counts.truncated) == (2, 1, 1)
+    truncated = load(path, tokenizer, seq_length, "truncate")
+    assert (len(truncated), truncated.parts[0].counts.dropped, truncated.parts[0].counts.truncated) == (2, 1, 1)
     assert truncated.num_positions(1) == seq_length
-    assert "1 truncated and 1 dropped" in truncated.summary()
-    assert truncated.counts.trained_tokens == 5 + 5
+    assert "1 truncated and 1 dropped" in truncated.describe()[0]
+    assert truncated.parts[0].counts.trained_tokens == 5 + 5
 
 
 def test_data_without_examples_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n")
     with pytest.raises(UserError, match="holds no example to train on: it is empty"):
-        load_sft_dataset(path, tokenizer, 8, "error")
+        load(path, tokenizer, 8, "error")
     write_rows(path, [{"prompt": "7" * 40, "completion": "1"}])
     with pytest.raises(UserError, match="all 1 were longer than --seq-length 8"):
-        load_sft_dataset(path, tokenizer, 8, "truncate")
+        load(path, tokenizer, 8, "truncate")
 
 
 def test_an_example_with_nothing_to_predict_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(None, train_sentencepiece(tmp_path / "tokenizer", bos_id=-1))
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "", "completion": ""}])
     with pytest.raises(UserError, match=r"rows.jsonl:1: the example has no token to predict"):
-        load_sft_dataset(path, tokenizer, 8, "error")
+        load(path, tokenizer, 8, "error")
 
 
 def test_a_conversation_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:
     folder = make_byte_level(tmp_path / "hf", chat_template="{{ raise_exception('roles must alternate') }}")
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}])
     with pytest.raises(UserError, match=r"rows.jsonl:1: the chat template refuses the messages: roles must alternate"):
-        load_sft_dataset(path, load_tokenizer(None, folder), 8, "error")
+        load(path, load_tokenizer(None, folder), 8, "error")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte level", "marked"])
@@ -180,17 +165,17 @@ def test_any_text_is_trained_exactly_or_refused_by_line(tmp_path: Path, kind: st
         write_rows(path, [row])
         if "\ufdd1" in user + assistant:
             with pytest.raises(UserError, match=r"rows.jsonl:1: the text contains a Unicode noncharacter"):
-                load_sft_dataset(path, tokenizer, 512, "error")
+                load(path, tokenizer, 512, "error")
             refused += 1
         else:
-            dataset = load_sft_dataset(path, tokenizer, 512, "error")
+            dataset = load(path, tokenizer, 512, "error")
             assert trained_text(dataset, tokenizer, 0) == assistant
     assert 0 < refused < 150
 
 
 def test_many_records_come_out_in_file_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [{"prompt": "n", "completion": str(number)} for number in range(2500)]
-    dataset = load_sft_dataset(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, 64, "error")
+    dataset = load(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, 64, "error")
     assert [trained_text(dataset, tokenizer, index) for index in range(0, 2500, 7)] == [
         str(number) for number in range(0, 2500, 7)
     ]
@@ -207,15 +192,94 @@ def test_the_digest_changes_with_everything_that_changes_examples(tmp_path: Path
     (tmp_path / "templated/chat_template.jinja").write_text(MARKED)
     tokenizer.export(tmp_path / "exported")
     digests = [
-        load_sft_dataset(path, tokenizer, 64, "error").digest,
-        load_sft_dataset(other_path, tokenizer, 64, "error").digest,
-        load_sft_dataset(path, other_tokenizer, 64, "error").digest,
-        load_sft_dataset(path, load_tokenizer(None, tmp_path / "exported"), 64, "error").digest,
-        load_sft_dataset(path, load_tokenizer(None, tmp_path / "templated"), 64, "error").digest,
-        load_sft_dataset(path, tokenizer, 65, "error").digest,
-        load_sft_dataset(path, tokenizer, 64, "drop").digest,
+        load(path, tokenizer, 64, "error").digest,
+        load(other_path, tokenizer, 64, "error").digest,
+        load(path, other_tokenizer, 64, "error").digest,
+        load(path, load_tokenizer(None, tmp_path / "exported"), 64, "error").digest,
+        load(path, load_tokenizer(None, tmp_path / "templated"), 64, "error").digest,
+        load(path, tokenizer, 65, "error").digest,
+        load(path, tokenizer, 64, "drop").digest,
     ]
     assert len(set(digests)) == len(digests)
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(path.read_bytes())
-    assert load_sft_dataset(moved, tokenizer, 64, "error").digest == digests[0]
+    assert load(moved, tokenizer, 64, "error").digest == digests[0]
+
+
+def sources(tmp_path: Path) -> list[Path]:
+    """Four examples of "a" and eight of "b"."""
+    return [
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": str(number)} for number in range(count)])
+        for name, count in (("a", 4), ("b", 8))
+    ]
+
+
+def test_several_sources_without_weights_are_one_data_set(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    a, b = sources(tmp_path)
+    dataset = load([a, b], tokenizer)
+    assert [part.examples for part in dataset.parts] == [4, 8]
+    order = dataset.order(seed=3)
+    assert sorted(order.sample_index(consumed) for consumed in range(12)) == list(range(12))
+    single = load(
+        write_rows(tmp_path / "c.jsonl", [json.loads(line) for file in (a, b) for line in file.open()]), tokenizer
+    )
+    assert np.array_equal(dataset.tokens, single.tokens)
+    assert [order.sample_index(c) for c in range(30)] == [single.order(seed=3).sample_index(c) for c in range(30)]
+    assert len(dataset.describe()) == 2
+    assert "weight" not in "".join(dataset.describe())
+
+
+def test_weights_decide_how_many_samples_of_an_epoch_are_of_each_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    a, b = sources(tmp_path)
+    dataset = load([0.75, a, 0.25, b], tokenizer)
+    order = dataset.order(seed=3)
+    drawn = [order.sample_index(consumed) for consumed in range(12)]
+    assert sum(index < 4 for index in drawn) == 9
+    assert "9 samples of it in an epoch of 12 (weight 0.75)" in dataset.describe()[0]
+    with pytest.raises(
+        UserError, match=r"the weight 0.001 of .*b.jsonl gives it no sample in an epoch of 12; raise it"
+    ):
+        load([1, a, 0.001, b], tokenizer)
+
+
+def test_the_digest_is_of_bytes_weights_and_their_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    a, b = sources(tmp_path)
+    lists: list[list[object]] = [[a, b], [b, a], [a], [1, a, 1, b], [1, a, 2, b], [a, a]]
+    digests = [load(words, tokenizer).digest for words in lists]
+    assert len(set(digests)) == len(lists)
+    (tmp_path / "copy").mkdir()
+    for file in (a, b):
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    copies = [1, tmp_path / "copy/a.jsonl", 2.0, tmp_path / "copy/b.jsonl"]
+    assert load(copies, tokenizer).digest == digests[4]
+
+
+def test_the_loss_rule_is_part_of_the_digest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = sources(tmp_path)[0]
+    rules: list[dict[str, Any]] = [{}, {"loss_on": "all"}, {"loss_on": "last"}, {"train_on_eos": False}]
+    assert len({load(path, tokenizer, **rule).digest for rule in rules}) == 4
+
+
+def test_preference_pairs_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the record is a preference pair .* can't learn"):
+        load(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("rule", "trained"),
+    [
+        ({"loss_on": "all"}, [True, True, True, True]),
+        ({"loss_on": "all", "train_on_eos": False}, [True, True, True, False]),
+        ({}, [False, False, True, True]),
+        ({"loss_on": "last"}, [False, False, True, True]),
+        ({"train_on_eos": False}, [False, False, True, False]),
+    ],
+)
+def test_the_loss_rule_decides_what_of_a_completion_is_trained(
+    tokenizer: Tokenizer, rule: dict[str, Any], trained: list[bool]
+) -> None:
+    pieces = completion_pieces(Completion(place="x:1", prompt="7", completion="12"), tokenizer, LossRule(**rule))
+    assert [(piece.text, piece.trained) for piece in pieces] == list(
+        zip(["<s>", "7", "12", "</s>"], trained, strict=True)
+    )

@@ -1,6 +1,7 @@
 """Ids equal the libraries' own, special tokens in a text stay text, and an export loads as an equal tokenizer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 from hft_megatron.data.tokenizer import check_tokenizer_fits, choose_pad_id
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
+from tests.support.data_files import load, trained_texts, write_rows
 from tests.support.tokenizers import CORPUS, make_byte_level, train_sentencepiece
 
 TEXTS = [
@@ -156,3 +158,75 @@ def test_wrong_tokenizer_paths_are_named_in_one_sentence(tmp_path: Path) -> None
         with pytest.raises(UserError, match=sentence) as caught:
             load_tokenizer(kind, path)
         assert "\n" not in str(caught.value)
+
+
+ROUND_TRIPS = ["", " ", "\n\n\t x  \r\n", "é日本🧑‍🚀", "\x00\x7f\ufeff\u2028", "</s><|im_end|><unk><0x0A>", "a b" * 500]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "byte level"])
+def test_every_text_comes_back_byte_for_byte(tmp_path: Path, kind: str) -> None:
+    if kind == "byte level":
+        tokenizer = load_tokenizer(None, make_byte_level(tmp_path))
+    else:
+        options = {"model_type": "unigram", "vocab_size": 340} if kind == "unigram" else {}
+        tokenizer = load_tokenizer(None, train_sentencepiece(tmp_path, **options))
+    characters = "".join(map(chr, [*range(0x2580), *range(0xE000, 0xE100), *range(0x1F600, 0x1F650)]))
+    for text in (*ROUND_TRIPS, characters):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_real_texts_come_back_byte_for_byte(shared_data: Path) -> None:
+    for folder in ("tokenizers/llama2", "stories260K"):
+        for kind in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
+            tokenizer = load_tokenizer(kind, shared_data / folder)
+            for name in ("gsm8k/test.jsonl", "preference/hh_mixed_norm.jsonl", "trace/mini/C-STANCE/train.json"):
+                text = (shared_data / name).read_text(encoding="utf-8")[:20_000]
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+            for text in ROUND_TRIPS:
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def llama3_folder(shared_data: Path, folder: Path) -> Path:
+    """Llama 3's own tokenizer.model (tiktoken's ranks) with the names of its special tokens, as Meta numbers them."""
+    folder.mkdir()
+    shutil.copyfile(shared_data / "tokenizers/llama3/tokenizer_llama3.tiktoken", folder / "tokenizer.model")
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{number}|>" for number in range(4))]
+    names += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+    added = {
+        str(128_000 + number): {"content": name, "special": True, "normalized": False}
+        for number, name in enumerate(names)
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0], "eos_token": names[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}))
+    return folder
+
+
+@pytest.mark.slow  # building 280,000 merges takes transformers many seconds
+def test_llama_3s_own_file_is_loaded_by_transformers_with_tiktokens_ids(shared_data: Path, tmp_path: Path) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed: make install brings it")
+    from tiktoken.load import load_tiktoken_bpe
+
+    folder = llama3_folder(shared_data, tmp_path / "in")
+    tokenizer = load_tokenizer(None, folder, "llama3")
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    ranks = load_tiktoken_bpe(str(folder / "tokenizer.model"))
+    reference = tiktoken.Encoding("llama3", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    lines = (shared_data / "gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()[:100]
+    for text in [*TEXTS, *ROUND_TRIPS, *lines, "<|eot_id|>"]:
+        assert tokenizer.encode(text) == reference.encode(text, disallowed_special=())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    messages = [{"role": "user", "content": "hi <|eot_id|>"}, {"role": "assistant", "content": "\n\nHello"}]
+    dataset = load(write_rows(tmp_path / "rows.jsonl", [{"messages": messages}]), tokenizer)
+    assert trained_texts(dataset, tokenizer, 0, "llama3") == ["\n\nHello"]
+    assert dataset.example(0)[0][-1] == 128_009
+    tokenizer.export(tmp_path / "out")
+    exported = load_tokenizer(None, tmp_path / "out")
+    assert exported.encode("hi <|eot_id|>\n") == tokenizer.encode("hi <|eot_id|>\n")
+
+
+def test_a_bare_tiktoken_file_is_named(shared_data: Path) -> None:
+    with pytest.raises(UserError, match="is a tiktoken file, which transformers reads from a folder: name the folder"):
+        load_tokenizer(None, shared_data / "tokenizers/llama3/tokenizer_llama3.tiktoken")

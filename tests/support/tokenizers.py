@@ -1,6 +1,7 @@
 """Small tokenizers made on the spot: SentencePiece models and a byte-level Hugging Face folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -35,8 +36,13 @@ def train_sentencepiece(folder: Path, **options: object) -> Path:
     return folder / "tokenizer.model"
 
 
-def make_byte_level(folder: Path, chat_template: str | None = None, **config: object) -> Path:
-    """A folder like Llama-3's: byte-level BPE, special tokens outside the merges, no word-start mark."""
+def make_byte_level(
+    folder: Path, chat_template: str | None = None, special: Sequence[str] = (), **config: object
+) -> Path:
+    """A folder like Llama-3's: byte-level BPE, special tokens outside the merges, no word-start mark.
+
+    ``special`` are tokens besides begin, end and padding.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,13 +50,12 @@ def make_byte_level(folder: Path, chat_template: str | None = None, **config: ob
     tokenizer.train_from_iterator(
         CORPUS + ["\n\n\n"] * 50, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     )
-    tokenizer.add_special_tokens(
-        [AddedToken(name, special=True) for name in ("<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>")]
-    )
+    names = dict.fromkeys(("<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>", *special))
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **config}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **config}))
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template)
     return folder

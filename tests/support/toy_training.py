@@ -10,7 +10,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
 from hft_megatron.data.order import SampleOrder
-from hft_megatron.data.sft import SftCounts, SftDataset
+from hft_megatron.data.sft import SftDataset
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
@@ -49,12 +49,11 @@ def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
         trained += [position >= length // 3 for position in range(length)]
         offsets.append(len(tokens))
     return SftDataset(
-        source="toy",
+        parts=(),
         tokens=np.array(tokens, dtype=np.int32),
         trained=np.array(trained, dtype=np.bool_),
         offsets=np.array(offsets, dtype=np.int64),
         seq_length=LONGEST,
-        counts=SftCounts(read=examples, truncated=0, dropped=0, trained_tokens=sum(trained)),
         digest="toy",
     )
 

@@ -1,0 +1,98 @@
+"""``hft-megatron show-data``: the first examples of the data, token by token, with what of them is trained.
+
+Run: ``hft-megatron show-data --load-hf MODEL --train-data-path DATA``. It takes the data options of a run and needs no
+weights, no GPU and no ranks.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.config.data_sources import check_sources
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
+from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.config.schema import DataConfig
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownModelConfig:
+    """What the data depends on of a run's model."""
+
+    load_hf: str | None = None
+    """Hugging Face folder, of which the tokenizer and the limits of config.json are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownTrainingConfig:
+    """What the data depends on of a run's training options."""
+
+    seq_length: int | None = None
+    """Longest example in tokens; the model's limit when unset, and no limit without --load-hf."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowDataOptions:
+    """What to show, and how."""
+
+    config: str | None = None
+    """YAML file of a run, of which only the options below are read; the command line wins."""
+    examples: int = 3
+    """Examples to show of each source, from its beginning."""
+    html: str | None = None
+    """File for a page with them, instead of text on the terminal."""
+    model: ShownModelConfig = field(default_factory=ShownModelConfig)
+    training: ShownTrainingConfig = field(default_factory=ShownTrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def run(options: ShowDataOptions, status: StatusFolder) -> None:
+    """Read all data, as a run would, and show the first examples. Raises UserError for every mistake in it."""
+    shape = _checked(options)
+    # Imported here, because the checks above must not wait for them.
+    from hft_megatron.cli.show_data_html import data_page, is_data_page
+    from hft_megatron.cli.show_data_text import data_text
+    from hft_megatron.training.shown_data import read_shown_data
+
+    if options.html is not None and not is_data_page(Path(options.html)):
+        raise UserError(f"--html {options.html} holds something else already; choose another name, or remove it.")
+    tokenizer = options.data.tokenizer_model or options.model.load_hf
+    assert tokenizer is not None
+    sources = read_shown_data(options.data, tokenizer, shape, options.training.seq_length, options.examples)
+    if options.html is None:
+        show(_fit_for_output(data_text(sources, colours=_colours_are_wanted())))
+        return
+    try:
+        write_atomically(Path(options.html), data_page(sources))
+    except OSError as error:
+        raise UserError(f"--html {options.html} can't be written: {error.strerror}.") from None
+    show(f"{options.html}: {sum(len(source.examples) for source in sources)} examples")
+
+
+def _checked(options: ShowDataOptions) -> ModelShape | None:
+    """The model's shape, where a model is named."""
+    for flag, count, least in (("--examples", options.examples, 0), ("--seq-length", options.training.seq_length, 1)):
+        if count is not None and count < least:
+            raise UserError(f"{flag} {count}: must be at least {least}.")
+    if not options.data.train_data_path and not options.data.valid_data_path:
+        raise UserError("--train-data-path is missing: name the data to show.")
+    check_sources(options.data)
+    folder = options.model.load_hf
+    if folder is None and options.data.tokenizer_model is None:
+        raise UserError("--tokenizer-model is missing: name a tokenizer, or the model folder by --load-hf.")
+    if folder is None:
+        return None
+    return ModelShape.from_hf_config(load_hf_config(folder), source=f"{folder}/{HF_CONFIG_FILE}")
+
+
+def _colours_are_wanted() -> bool:
+    """On a terminal, unless its user asked for none (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _fit_for_output(text: str) -> str:
+    """What the output's encoding lacks as escapes: data may be in any script."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,65 @@
+"""The words of --train-data-path and --valid-data-path: paths, or weights and paths in turn as in Megatron."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hft_megatron.config.schema import DataConfig
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One entry of a mixture."""
+
+    path: str
+    """A file, a glob or a TRACE task's folder, as written."""
+    weight: float | None
+    """Share of the samples, in proportion to the other sources' weights; None where no source has a weight."""
+
+
+def data_sources(option: str, words: Sequence[str]) -> tuple[DataSource, ...]:
+    """The sources that ``words`` name; a word that reads as a number is the weight of the path behind it.
+
+    Raises UserError, with ``option`` in it, for a weight that isn't positive or has no path, and where only some of
+    the paths have one.
+    """
+    sources: list[DataSource] = []
+    weight: float | None = None
+    for word in words:
+        number = _number(word)
+        if number is None:
+            sources.append(DataSource(path=word, weight=weight))
+            weight = None
+            continue
+        if weight is not None:
+            raise UserError(f"{option}: the weight {weight:g} has no path behind it; write a weight before every path.")
+        if not (math.isfinite(number) and number > 0):
+            raise UserError(f"{option}: the weight {word} must be a number above 0; leave out what has no weight.")
+        weight = number
+    if weight is not None:
+        raise UserError(
+            f"{option}: the weight {weight:g} has no path behind it; write ./{weight:g} for a file of that name."
+        )
+    unweighted = [source.path for source in sources if source.weight is None]
+    if 0 < len(unweighted) < len(sources):
+        raise UserError(f"{option}: {unweighted[0]} has no weight, but other paths do; give all of them one, or none.")
+    return tuple(sources)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise UserError where the words of a data option name no mixture, or validation has weights."""
+    data_sources("--train-data-path", data.train_data_path)
+    for source in data_sources("--valid-data-path", data.valid_data_path):
+        if source.weight is not None:
+            raise UserError(
+                f"--valid-data-path {source.weight:g} {source.path}: validation sees every example exactly once and "
+                f"takes no weights; leave {source.weight:g} out."
+            )
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

@@ -1,0 +1,79 @@
+"""Records to examples: token ids and which of them are trained."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hft_megatron.config.schema import DataFormat
+from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.files.sources import SourceFiles
+from hft_megatron.data.formats.record import Chat, Completion, Preference, Record
+from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.records import read_records
+from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
+from hft_megatron.errors import UserError
+
+RECORDS_PER_BATCH = 1024
+"""Records tokenized in one call; bounds memory and lets the tokenizer use its threads."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Example:
+    """One record's tokens."""
+
+    place: str
+    """Of the record, for errors."""
+    format: DataFormat
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    """Of the same shape as ``ids``: (tokens,)."""
+
+
+def read_examples(
+    source: SourceFiles, tokenizer: Tokenizer, loss: LossRule, data_format: DataFormat | None
+) -> Iterator[Example]:
+    """The examples of a source in its order. Raises UserError naming the record that can't be one."""
+    template = ChatTemplate(tokenizer.facts, loss)
+    for batch in _batched(read_records(source.files, data_format)):
+        pieces = [_pieces(record, tokenizer, template, loss) for _, record in batch]
+        for (known, record), (ids, trained) in zip(batch, tokenizer.encode_pieces(pieces), strict=True):
+            yield Example(place=record.place, format=known, ids=ids, trained=trained)
+
+
+def _batched(records: Iterable[tuple[DataFormat, Record]]) -> Iterator[Sequence[tuple[DataFormat, Record]]]:
+    rest = iter(records)
+    while batch := list(islice(rest, RECORDS_PER_BATCH)):
+        yield batch
+
+
+def _pieces(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: LossRule) -> list[Piece]:
+    if isinstance(record, Preference):
+        raise UserError(
+            f"{record.place}: the record is a preference pair (`chosen` and `rejected`), of which this command can't "
+            f"learn; give it records with one answer."
+        )
+    if isinstance(record, Completion):
+        return completion_pieces(record, tokenizer, loss)
+    assert isinstance(record, Chat)
+    try:
+        return template.pieces(record.messages)
+    except ChatError as error:
+        raise UserError(f"{record.place}: {error}.") from error
+
+
+def completion_pieces(record: Completion, tokenizer: Tokenizer, loss: LossRule) -> list[Piece]:
+    """Beginning token, prompt, completion, end token.
+
+    The completion is tokenized on its own, as a continuation: at generation the prompt's tokens are fixed and the
+    model writes what follows, so a token that spans the seam could never be asked for. Tokenizing the two together,
+    or the completion with a word-start mark, trains a wrong number of tokens at the seam.
+    """
+    everything = loss.loss_on == "all"
+    begin = [] if tokenizer.bos_id is None else [tokenizer.special(tokenizer.bos_id, trained=everything)]
+    prompt = [Piece(text=record.prompt, place=Place.START, trained=everything)] if record.prompt else []
+    place = Place.INSIDE if record.prompt else Place.START
+    completion = [Piece(text=record.completion, place=place, trained=True)] if record.completion else []
+    return [*begin, *prompt, *completion, tokenizer.special(tokenizer.eos_id, trained=loss.train_on_eos)]

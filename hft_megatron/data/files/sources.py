@@ -1,0 +1,63 @@
+"""The files that a data path means: itself, those that a glob matches, or one split of a TRACE task's folder."""
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hft_megatron.config.data_sources import data_sources
+from hft_megatron.errors import UserError
+
+TRAIN_SPLIT, VALID_SPLIT = "train.json", "eval.json"
+"""Files of a TRACE task's folder; its test.json is for scoring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFiles:
+    """One source of a mixture."""
+
+    path: str
+    """As written."""
+    weight: float | None
+    files: tuple[Path, ...]
+    """At least one; of a glob in the order of their names."""
+
+
+def find_sources(option: str, words: Sequence[str], split: str) -> tuple[SourceFiles, ...]:
+    """The sources that the words of --train-data-path or --valid-data-path name, with their files.
+
+    ``split`` is the file that is meant by a TRACE task's folder. Raises UserError where a source has no file.
+    """
+    return tuple(
+        SourceFiles(path=source.path, weight=source.weight, files=_find_files(source.path, option, split))
+        for source in data_sources(option, words)
+    )
+
+
+def _find_files(path: str, option: str, split: str) -> tuple[Path, ...]:
+    place = Path(path)
+    if place.is_dir():
+        return (_split_of_folder(place, option, split),)
+    if place.exists():
+        return (place,)
+    if not glob.has_magic(path):
+        raise UserError(f"{option} {path}: there is no such file.")
+    files = sorted(found for found in glob.glob(path, recursive=True) if not Path(found).is_dir())
+    if not files:
+        raise UserError(f"{option} {path} matches no file.")
+    return tuple(Path(file) for file in files)
+
+
+def _split_of_folder(folder: Path, option: str, split: str) -> Path:
+    if (folder / split).is_file():
+        return folder / split
+    tasks = sorted(inner.parent.name for inner in folder.glob(f"*/{split}"))
+    if tasks:
+        raise UserError(
+            f"{option} {folder} is a folder of the TRACE tasks {', '.join(tasks)}; name one of them, or all with "
+            f"'{folder}/*/{split}'."
+        )
+    raise UserError(
+        f"{option} {folder} is a folder without {split}, so it is no TRACE task; name a file, or files with a glob "
+        f"such as '{folder}/*.jsonl'."
+    )

@@ -1,0 +1,88 @@
+"""The bytes of a data file, decompressed on the way: a read that fails is one sentence with the place."""
+
+import gzip
+import io
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.errors import UserError
+
+MAX_RECORD_BYTES = 16 * 2**20
+"""A longer record is refused before it is read whole: the longest document of TRACE has 0.2 MB, and a record of this
+size would be some four million tokens."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def missing_package(path: Path, package: str) -> UserError:
+    """The sentence for a file whose reader is an optional package that isn't installed."""
+    return UserError(f"the data file {path} needs the package {package}; run `pip install {package}`.")
+
+
+class DataStream:
+    """A file opened for reading from its beginning; ``.gz`` and ``.zst`` are decompressed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # A cut-off stream is an EOFError in both libraries; other damage has a class of its own in each.
+        self._errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+        self._compressed = path.suffix.lower() in (".gz", ".zst")
+        try:
+            self._file = self._open()
+        except OSError as error:
+            raise UserError(f"the data file {path} can't be read: {error.strerror}; check the path.") from error
+
+    def _open(self) -> Any:
+        suffix = self.path.suffix.lower()
+        if suffix == ".gz":
+            return gzip.open(self.path, "rb")
+        if suffix == ".zst":
+            zstd = _zstd_library(self.path)
+            self._errors = (*self._errors, zstd.ZstdError)
+            # Its own readline is slow; a buffer around it is not.
+            return io.BufferedReader(zstd.open(self.path, "rb"))
+        return self.path.open("rb")
+
+    def read(self, size: int, *, place: str) -> bytes:
+        """Up to ``size`` bytes, none at the end. ``place`` is where the file has been read to, for the error."""
+        return self._checked(self._file.read, size, place)
+
+    def read_line(self, *, place: str) -> bytes:
+        """The next line with its end, none at the end of the file. Raises UserError beyond MAX_RECORD_BYTES."""
+        line = self._checked(self._file.readline, MAX_RECORD_BYTES + 1, place)
+        if len(line) > MAX_RECORD_BYTES:
+            raise too_long(place, "line")
+        return line
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _checked(self, read: Any, size: int, place: str) -> bytes:
+        try:
+            data: bytes = read(size)
+        except self._errors as error:
+            reason = " ".join(str(error).split())
+            kind = "compressed data is cut off or damaged" if self._compressed else "file can't be read on"
+            raise UserError(f"{place}: the {kind} ({reason}); fetch or write the file again.") from error
+        return data
+
+
+def too_long(place: str, what: str) -> UserError:
+    """The sentence for a record beyond the limit."""
+    return UserError(
+        f"{place}: the {what} is longer than {MAX_RECORD_BYTES // 2**20} MiB, the most that one may have; split it."
+    )
+
+
+def _zstd_library(path: Path) -> Any:
+    """Python's own, or its backport. Not ``zstandard``: that takes a cut-off file for a complete one."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        raise missing_package(path, "backports.zstd") from None
+    return zstd

@@ -1,0 +1,59 @@
+"""Conversations: ``messages`` as OpenAI and Hugging Face write them, and ShareGPT's ``conversations``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hft_megatron.data.formats.record import (
+    Chat,
+    Message,
+    chat,
+    checked_messages,
+    kind_of,
+    optional_text_of,
+    refuse_unused,
+)
+from hft_megatron.errors import UserError
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+}
+"""ShareGPT's names of speakers; data sets made of it use Hugging Face's as well."""
+
+
+def parse_messages(row: Mapping[str, Any], place: str) -> Chat:
+    """``{"messages": [{"role", "content"}]}``. Raises UserError naming the message that is wrong."""
+    refuse_unused(row, "tools", place)
+    return chat(place, checked_messages(row["messages"], place))
+
+
+def parse_sharegpt(row: Mapping[str, Any], place: str) -> Chat:
+    """``{"conversations": [{"from", "value"}]}``, with an optional ``system`` text, as ``messages``."""
+    refuse_unused(row, "tools", place)
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{place}: `conversations` is {kind_of(turns)}, but it must be a list of at least one turn.")
+    system = optional_text_of(row, "system", place)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for number, turn in enumerate(turns, start=1):
+        messages.append(_message(turn, number, place))
+    return chat(place, messages)
+
+
+def _message(turn: object, number: int, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{place}: turn {number} is {kind_of(turn)}, but it must be an object with `from` and `value`.")
+    speaker, text = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        shown = repr(speaker[:40]) if isinstance(speaker, str) else kind_of(speaker) if "from" in turn else "missing"
+        raise UserError(
+            f"{place}: the `from` of turn {number} is {shown}, but it must be one of {', '.join(SHAREGPT_ROLES)}."
+        )
+    if not isinstance(text, str):
+        kind = kind_of(text) if "value" in turn else "missing"
+        raise UserError(f"{place}: the `value` of turn {number} is {kind}, but it must be text.")
+    return {"role": SHAREGPT_ROLES[speaker], "content": text}

@@ -1,0 +1,103 @@
+"""What a record can be, and the checks that every layout shares."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hft_megatron.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation; keys of a message other than ``role`` and ``content`` are for the chat template."""
+
+    place: str
+    """``file:line`` or the like, for errors."""
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A prompt and what should follow it, both as they are: nothing is put between them."""
+
+    place: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """A prompt and two answers, of which the first is preferred; all three text, or all three messages."""
+
+    place: str
+    prompt: str | tuple[Message, ...]
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+
+
+Record = Chat | Completion | Preference
+
+
+def text_of(row: Mapping[str, Any], key: str, place: str) -> str:
+    """The text under ``key``. Raises UserError where it is missing or something else."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{place}: `{key}` is {kind_of(value) if key in row else 'missing'}, but it must be text.")
+    return value
+
+
+def optional_text_of(row: Mapping[str, Any], key: str, place: str) -> str:
+    """The text under ``key``, empty where it is missing or null."""
+    return "" if row.get(key) is None else text_of(row, key, place)
+
+
+def refuse_unused(row: Mapping[str, Any], key: str, place: str) -> None:
+    """A key that changes what a record means, and that nothing here reads, must not be passed over in silence."""
+    if row.get(key) not in (None, "", "[]", [], {}):
+        raise UserError(f"{place}: `{key}` is not supported; remove it, or the record.")
+
+
+def checked_messages(messages: object, place: str, *, key: str = "messages") -> tuple[Message, ...]:
+    """The list under ``key`` as messages with a known role and text. Raises UserError naming the message."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{place}: `{key}` is {kind_of(messages)}, but it must be a list of at least one message.")
+    of = "" if key == "messages" else f" of `{key}`"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise UserError(
+                f"{place}: message {number}{of} is {kind_of(message)}, but it must be an object with a role."
+            )
+        if message.get("role") not in ROLES:
+            raise UserError(
+                f"{place}: message {number}{of} has the role {_shortened(message.get('role'))}, but it must be one of "
+                f"{', '.join(ROLES)}."
+            )
+        if not isinstance(message.get("content"), str):
+            kind = kind_of(message["content"]) if "content" in message else "missing"
+            raise UserError(f"{place}: the `content` of message {number}{of} is {kind}, but it must be text.")
+    return tuple(messages)
+
+
+def chat(place: str, messages: Sequence[Message]) -> Chat:
+    """A conversation to learn from. Raises UserError where no turn is the assistant's."""
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError(f"{place}: the conversation has no assistant turn, so there is nothing to learn; remove it.")
+    return Chat(place=place, messages=tuple(messages))
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls the value's type, with its article; Parquet has more types than JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    names: dict[type, str] = {bool: "a truth value", int: "a number", float: "a number", str: "text", dict: "an object"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _shortened(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -1,0 +1,50 @@
+"""Every layout of a record: the keys it is known by, and its parser."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hft_megatron.config.schema import DataFormat
+from hft_megatron.data.formats.alpaca import parse_alpaca
+from hft_megatron.data.formats.completions import (
+    parse_input_output,
+    parse_prompt_completion,
+    parse_text,
+    parse_trace,
+)
+from hft_megatron.data.formats.conversations import parse_messages, parse_sharegpt
+from hft_megatron.data.formats.preference import parse_preference
+from hft_megatron.data.formats.record import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One layout."""
+
+    keys: tuple[str, ...]
+    """Those that a record of it has; others are passed over, or optional and read by the parser."""
+    parse: Callable[[Mapping[str, Any], str], Record]
+    """Takes a row with these keys and its place."""
+
+    @property
+    def needs(self) -> str:
+        """The keys in words."""
+        return " and ".join(f"`{key}`" for key in self.keys)
+
+
+FORMATS: dict[DataFormat, Format] = {
+    "messages": Format(keys=("messages",), parse=parse_messages),
+    "sharegpt": Format(keys=("conversations",), parse=parse_sharegpt),
+    "alpaca": Format(keys=("instruction", "output"), parse=parse_alpaca),
+    "preference": Format(keys=("chosen", "rejected"), parse=parse_preference),
+    "prompt-completion": Format(keys=("prompt", "completion"), parse=parse_prompt_completion),
+    "trace": Format(keys=("prompt", "answer"), parse=parse_trace),
+    "input-output": Format(keys=("input", "output"), parse=parse_input_output),
+    "text": Format(keys=("text",), parse=parse_text),
+}
+"""The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of."""
+
+
+def recognise(row: Mapping[str, Any]) -> DataFormat | None:
+    """The first format whose keys the row has."""
+    return next((name for name, format in FORMATS.items() if row.keys() >= set(format.keys)), None)

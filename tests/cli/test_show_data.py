@@ -1,0 +1,171 @@
+"""``show-data``: what is trained is seen, in text and on a page. Run: pytest tests/cli/test_show_data.py"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hft_megatron.cli import main
+from hft_megatron.errors import EXIT_OK, EXIT_USAGE
+from tests.cli.conftest import SHAPE
+from tests.support.data_files import write_rows
+from tests.support.tokenizers import make_byte_level
+
+ROWS = [
+    {"prompt": "2 + 2?\n", "completion": "<b>4</b> &"},
+    {"prompt": "", "completion": "second\n🙂"},
+    {"prompt": "hi\x1b[2J", "completion": "third"},
+    {"prompt": "x", "completion": "fourth " * 60},
+]
+Show = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_byte_level(tmp_path_factory.mktemp("model"))
+    (folder / "config.json").write_text(json.dumps({**SHAPE.to_hf_config(), "vocab_size": 340}))
+    return folder
+
+
+@pytest.fixture
+def show_data(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Show:
+    """What ``show-data`` with the tokenizer, a file of ROWS and these words prints; it must end well."""
+    write_rows(tmp_path / "a.jsonl", ROWS)
+
+    def run(*words: object) -> str:
+        options = ["--tokenizer-model", str(model), "--train-data-path", str(tmp_path / "a.jsonl")]
+        assert main(["show-data", *options, *map(str, words)]) == EXIT_OK, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_without_a_terminal_marks_stand_around_what_is_trained(show_data: Show, tmp_path: Path) -> None:
+    lines = show_data("--examples", 2).split("\n")
+    assert lines[0] == "{+trained+}"
+    assert lines[2].startswith(f"{tmp_path}/a.jsonl (prompt-completion): 4 examples of 4 records, ")
+    assert lines[4].startswith("example 1: ")
+    assert lines[5:7] == ["<|bos|>2 + 2?↵", "{+<b>4</b> &<|im_end|>+}"]
+    assert lines[8].startswith("example 2: ")
+    assert lines[9:11] == ["<|bos|>{+second↵", "🙂<|im_end|>+}"]
+    assert lines[11:] == [""]
+
+
+def test_the_options_of_a_run_decide_what_is_shown(show_data: Show, tmp_path: Path) -> None:
+    assert "<|bos|>{+2 + 2?" in show_data("--loss-on", "all")
+    assert "& +}" not in show_data("--no-train-on-eos")
+    assert "{+<b>4</b> &+}<|im_end|>" in show_data("--no-train-on-eos")
+    short = show_data("--seq-length", 12, "--long-examples", "drop", "--examples", 9)
+    assert "fourth" not in short
+    assert "2 dropped (sequence length 12)" in short
+    (tmp_path / "run.yaml").write_text("loss-on: all\nlr: 1\n")
+    assert "<|bos|>{+2 + 2?" in show_data("--config", tmp_path / "run.yaml")
+
+
+def test_every_source_is_shown_with_its_share(show_data: Show, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "b.jsonl", [{"text": "of b"}] * 2)
+    shown = show_data("--train-data-path", 1, tmp_path / "a.jsonl", 2, path, "--valid-data-path", path, "--examples", 1)
+    assert shown.count("example 1: ") == 3
+    assert "; 4 samples of it in an epoch of 6 (weight 2)" in shown
+
+
+def test_colours_show_every_token_and_hide_no_text(
+    show_data: Show, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = show_data("--examples", 3)
+    assert "{+" not in coloured
+    assert coloured.count("\x1b[30;48;5;114m") > 2
+    assert "\x1b[2J" not in coloured  # a record's own codes don't reach the terminal
+    assert all(line.rindex("\x1b[0m") > line.rindex("m") - 4 for line in coloured.split("\n") if "\x1b[30" in line)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in show_data()
+
+
+class Page(HTMLParser):
+    """The text of the tokens, trained or not, and every tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.tokens: list[tuple[str, str]] = []
+        self.kind = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag == "span" and "title" in dict(attributes):
+            self.kind = str(dict(attributes).get("class"))
+            self.tokens.append((self.kind, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.kind = "" if tag == "span" else self.kind
+
+    def handle_data(self, data: str) -> None:
+        if self.kind:
+            self.tokens[-1] = (self.kind, self.tokens[-1][1] + data)
+
+
+def test_the_page_needs_nothing_else_and_shows_every_token(show_data: Show, tmp_path: Path) -> None:
+    page = tmp_path / "out.html"
+    assert show_data("--html", page, "--examples", 1) == f"{page}: 1 examples\n"
+    text = page.read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert parsed.tags <= {"html", "head", "meta", "title", "style", "body", "p", "span", "h2", "h3", "pre"}
+    assert "src=" not in text
+    assert "url(" not in text
+    assert "".join(token for kind, token in parsed.tokens if "t" in kind.split()) == "<b>4</b> &<|im_end|>"
+    assert "".join(token for kind, token in parsed.tokens if "t" not in kind.split()) == "<|bos|>2 + 2?↵\n"
+    assert ("t s", "<|im_end|>") in parsed.tokens
+
+
+def test_only_a_page_of_its_own_is_written_over(
+    show_data: Show, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "out.html"
+    show_data("--html", page, "--examples", 1)
+    show_data("--html", page, "--examples", 2)
+    assert page.read_text().count("<pre>") == 2
+    page.write_text("mine")
+    options = ["--tokenizer-model", str(model), "--train-data-path", str(tmp_path / "a.jsonl"), "--html", str(page)]
+    assert main(["show-data", *options]) == EXIT_USAGE
+    assert f"--html {page} holds something else already; choose another name" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--tokenizer-model MODEL", "--train-data-path is missing: name the data to show."),
+        ("--train-data-path DATA", "--tokenizer-model is missing: name a tokenizer, or the model folder by --load-hf."),
+        ("--load-hf absent --train-data-path DATA", "--load-hf absent: there is no such folder"),
+        ("--load-hf SMALL --train-data-path DATA", "has ids up to 333, but the model's vocabulary has 300 rows"),
+        ("--load-hf MODEL --train-data-path DATA", "DATA:4: the example has "),
+        ("--tokenizer-model MODEL --train-data-path DATA --examples -1", "--examples -1: must be at least 0."),
+        ("--tokenizer-model MODEL --train-data-path DATA --seq-length 0", "--seq-length 0: must be at least 1."),
+        ("--tokenizer-model MODEL --train-data-path DATA --chat-template x", "--chat-template x is neither a file nor"),
+        ("--tokenizer-model MODEL --train-data-path DATA --valid-data-path 2 DATA", "takes no weights; leave 2 out."),
+        ("--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html", "--html /absent/x.html can't be writ"),
+        ("--tokenizer-model MODEL --train-data-path DATA --lr 1", "--lr is not an option"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, sentence: str
+) -> None:
+    data = write_rows(tmp_path / "a.jsonl", ROWS)
+    small = tmp_path / "small"
+    shutil.copytree(model, small)
+    (small / "config.json").write_text(json.dumps({**SHAPE.to_hf_config(), "vocab_size": 300}))
+    for name, place in (("MODEL", model), ("SMALL", small), ("DATA", data)):
+        words, sentence = words.replace(name, str(place)), sentence.replace(name, str(place))
+    assert main(["show-data", *words.split()]) == EXIT_USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert err.count("\n") == 1

@@ -1,0 +1,34 @@
+"""Paths, or weights and paths in turn. Run: pytest tests/config/test_data_sources.py"""
+
+import pytest
+
+from hft_megatron.config.data_sources import DataSource, data_sources
+from hft_megatron.errors import UserError
+
+
+def test_words_are_paths_or_weights_and_paths_in_turn() -> None:
+    assert data_sources("--x", []) == ()
+    assert data_sources("--x", ["a", "b", "a"]) == tuple(DataSource(path=path, weight=None) for path in "aba")
+    assert data_sources("--x", ["0.3", "a", "7e-1", "./2"]) == (
+        DataSource(path="a", weight=0.3),
+        DataSource(path="./2", weight=0.7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("0.5", "--x: the weight 0.5 has no path behind it; write ./0.5 for a file of that name."),
+        ("a 1", "--x: the weight 1 has no path behind it"),
+        ("1 2 a", "--x: the weight 1 has no path behind it"),
+        ("1 a b", "--x: b has no weight, but other paths do; give all of them one, or none."),
+        ("a 1 b", "--x: a has no weight"),
+        ("0 a 1 b", "--x: the weight 0 must be a number above 0"),
+        ("-1 a", "--x: the weight -1 must be a number above 0"),
+        ("nan a", "--x: the weight nan must be a number above 0"),
+        ("inf a", "--x: the weight inf must be a number above 0"),
+    ],
+)
+def test_words_that_make_no_mixture_are_named(words: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        data_sources("--x", words.split())
