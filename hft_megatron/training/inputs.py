@@ -19,6 +19,7 @@ from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, find_sources
+from hft_megatron.data.order import SampleStream
 from hft_megatron.data.sft import SftDataset, example_rules, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
@@ -29,6 +30,7 @@ from hft_megatron.hft.units import units_of
 from hft_megatron.parallel.groups import Placement, host_name
 from hft_megatron.tracking.build import check_tracking_packages
 from hft_megatron.training.rounds import Rounds, rounds_of_run
+from hft_megatron.training.samples import describe_samples, sample_stream, with_iterations
 
 _ROUNDS_DRAWN_AHEAD = 100
 """Enough for a full cycle of HiFT's groups in every LLaMA; at 70B they take less than a second."""
@@ -44,6 +46,10 @@ class Inputs:
     tokenizer: Tokenizer | None
     """None only where a model without tokenizer files is converted."""
     train: SftDataset | None
+    samples: SampleStream | None
+    """The training data in the order it is trained in."""
+    epochs: int | None
+    """Those of --train-epochs; ``config`` has the iterations that they are."""
     valid: SftDataset | None
     identity: RunIdentity
     found: Checkpoints | None
@@ -76,7 +82,7 @@ class Inputs:
             self.config,
             self.shape,
             world_size,
-            samples_per_epoch=0 if self.train is None else len(self.train),
+            samples=self.samples,
             loaded=self.plans,
             scores=scores,
         )
@@ -84,6 +90,8 @@ class Inputs:
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
         lines = [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
+        if self.samples is not None:
+            lines += describe_samples(self.samples, self.epochs, derived.train_iters(self.config.training))
         if self.finetune_has_begun:
             lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
         if self.found is not None:
@@ -121,6 +129,10 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     data = config.data
     train = _read_data(config, find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT), shape, tokenizer)
     valid = _read_data(config, find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT), shape, tokenizer)
+    samples = None if train is None else sample_stream(config, train)
+    epochs = config.training.train_epochs
+    if samples is not None:
+        config = with_iterations(config, samples, world_size)
     digest = train.digest if train is not None else None
     identity = run_identity(
         config,
@@ -154,6 +166,8 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         shape=shape,
         tokenizer=tokenizer,
         train=train,
+        samples=samples,
+        epochs=epochs,
         valid=valid,
         identity=identity,
         found=found,
@@ -184,7 +198,7 @@ def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> N
 
 def _check_iterations(config: RunConfig, checkpoint: Path | None) -> None:
     """A run can't end before where it goes on; its export would have the name of an iteration that it is not of."""
-    asked = config.training.train_iters
+    asked = derived.train_iters(config.training)
     if checkpoint is None or asked == 0:
         return
     reached = iteration_of(checkpoint)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.digests import identity_of
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import Stopped
 from hft_megatron.training.audits import AuditRounds
@@ -112,7 +113,7 @@ class StopEarly(Hook):
         reasons = torch.tensor([self._received, int(self._time_is_up())], device=run.placement.device)
         dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
         number, late = (int(reason) for reason in reasons)
-        if not (number or late) or run.state.iteration == run.config.training.train_iters:
+        if not (number or late) or run.state.iteration == train_iters(run.config.training):
             return
         what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
         stopped = f"{what} stopped the run at iteration {run.state.iteration}"
