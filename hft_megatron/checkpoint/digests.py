@@ -73,6 +73,11 @@ def identity_of(folder: Path) -> str:
     return digest_of(folder / DIGESTS_FILE)["sha256"]
 
 
+def combined_digest(files: Mapping[str, Digest]) -> str:
+    """sha256 (hex) that stands for several files and their names."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Has the names in a folder on the disk, so that a rename survives a power cut."""
     _sync(folder)

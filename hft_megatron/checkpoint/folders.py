@@ -66,10 +66,39 @@ def find_checkpoints(folder: str) -> Checkpoints:
     )
 
 
+def checkpoint_at(folder: str, iteration: int | None) -> Path:
+    """The complete checkpoint of an iteration, the newest for None; UserError for one that is not there."""
+    found = find_checkpoints(folder)
+    there = ", ".join(str(iteration_of(path)) for path in reversed(found.complete))
+    if not there:
+        raise UserError(
+            f"--load {folder} holds no complete checkpoint; name the --save folder of a run that saved one."
+        )
+    if iteration is not None:
+        path = Path(folder) / ITERATION_FOLDER.format(iteration)
+        if path not in found.complete:
+            raise UserError(
+                f"--iteration {iteration}: --load {folder} has no complete checkpoint of it; there are: {there}."
+            )
+        return path
+    if found.missing is not None:
+        raise UserError(
+            f"--load {folder}: {found.missing} is not there, but {CHECKPOINT_TRACKER_FILE} names it; choose one that "
+            f"is there with --iteration: {there}."
+        )
+    return found.complete[0]
+
+
 def complete_checkpoints(folder: str) -> list[Path]:
     """The complete checkpoints in ``folder``, newest first."""
     named = [path for path in Path(folder).glob("iter_*") if re.fullmatch(r"iter_\d{7,}", path.name)]
     return sorted((path for path in named if (path / DIGESTS_FILE).exists()), key=iteration_of, reverse=True)
+
+
+def newest_in_words(folder: str) -> str:
+    """The end of a sentence about a run that failed: where it can go on from."""
+    complete = complete_checkpoints(folder)
+    return f"{complete[0]} is the newest complete one" if complete else "none is complete yet"
 
 
 def _tracked_iteration(folder: Path) -> int | None:

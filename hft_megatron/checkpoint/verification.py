@@ -1,13 +1,18 @@
 """Which checkpoint a run goes on from: the newest complete one, if every byte of it is what was saved."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.digests import DIGESTS_FILE, damage_in, digest_of, identity_of, read_digests
+from hft_megatron.checkpoint.digests import (
+    DIGESTS_FILE,
+    combined_digest,
+    damage_in,
+    digest_of,
+    identity_of,
+    read_digests,
+)
 from hft_megatron.checkpoint.folders import DAMAGED, ITERATION_FOLDER, Checkpoints
 from hft_megatron.checkpoint.position import FILE_NAME as POSITION_FILE
 from hft_megatron.checkpoint.position import TrainState
@@ -101,5 +106,4 @@ def weights_digest(folder: str, placement: Placement) -> str:
     mine = {path.name: digest_of(path) for path in files[placement.rank :: placement.world_size]}
     everyone = [mine] * placement.world_size
     dist.all_gather_object(everyone, mine)
-    known = {name: digest for one in everyone for name, digest in one.items()}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return combined_digest({name: digest for one in everyone for name, digest in one.items()})

@@ -16,13 +16,13 @@ from hft_megatron.checkpoint.digests import sync_folder, write_digests
 from hft_megatron.checkpoint.folders import (
     ITERATION_FOLDER,
     UNFINISHED,
-    complete_checkpoints,
     delete_checkpoint,
     delete_superseded,
+    newest_in_words,
 )
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
-from hft_megatron.checkpoint.writing import WriterReport, in_background, request_save
+from hft_megatron.checkpoint.writing import WriterReport, in_background, reason_of, request_save
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
 from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed
@@ -86,6 +86,7 @@ class CheckpointWriter:
             described = sharded_state(wrapped, self._placement, left_out=left_out)
             with self._failing(save):
                 request, report = request_save(described, save.unfinished, dict(METADATA))
+                self._on_first_rank(save, report.raise_failure)
                 request.add_finalize_fn(lambda: self._complete(save, report))
                 if self._options.async_save:
                     self._calls.schedule_async_request(in_background(request))
@@ -135,6 +136,7 @@ class CheckpointWriter:
         save.tensor_bytes = sum(digest["bytes"] for one in digests for digest in one.values())
 
         def complete() -> None:
+            report.raise_failure()
             write_digests(save.unfinished, {name: digest for one in digests for name, digest in one.items()})
             path = self._folder / ITERATION_FOLDER.format(save.state.iteration)
             if path.exists():
@@ -176,24 +178,18 @@ class CheckpointWriter:
             yield
         except CheckpointException as error:
             # On every rank, but only rank 0 has the reasons.
-            reasons = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
-            self._raise_if_any(save, "; ".join(reasons))
-        except OSError as error:
-            # Rank 0 alone, before the others have anything to write: torchrun ends them.
-            raise self._failure(save, str(error)) from error
+            self._raise_if_any(save, reason_of(error.failures))
 
     def _raise_if_any(self, save: _Save, reason: str | None) -> None:
-        """RunFailed on all ranks with rank 0's reason, if there is one."""
+        """RunFailed on all ranks with rank 0's reason, if there is one; no rank may be writing any more."""
         reasons = [reason]
         dist.broadcast_object_list(reasons, src=0)
-        if reasons[0] is not None:
-            raise self._failure(save, reasons[0])
-
-    def _failure(self, save: _Save, reason: str) -> RunFailed:
+        if reasons[0] is None:
+            return
         if self._placement.rank == 0:
+            # What is there is of no use, and on a full disk it leaves no room to say how the run ended.
             shutil.rmtree(save.unfinished, ignore_errors=True)
-        complete = complete_checkpoints(str(self._folder))
-        left = f"{complete[0]} is the newest complete one" if complete else "none is complete yet"
-        return RunFailed(
-            f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reason}; {left}."
+        raise RunFailed(
+            f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reasons[0]}; "
+            f"{newest_in_words(str(self._folder))}."
         )

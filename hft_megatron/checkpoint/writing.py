@@ -3,20 +3,30 @@
 The only module that knows the inside of megatron-core's asynchronous save.
 """
 
+import contextlib
+import ctypes
+import io
 import os
 import pickle
 import queue
 import signal
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing import save
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import save, serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from hft_megatron.checkpoint.digests import Digest, digest_of
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl: which signal a process gets when its parent ends."""
 
 
 class WriterReport:
@@ -30,6 +40,8 @@ class WriterReport:
         self._file = os.fdopen(os.memfd_create("checkpoint"), "w+b")
         self.digests: dict[str, Digest] = {}
         """Of the files this rank wrote; known once the results were taken."""
+        self.failure: OSError | None = None
+        """What kept rank 0 from writing a file that it writes for all; the others don't know yet."""
 
     def put(self, results: dict[int, Any] | Exception, digests: dict[str, Digest]) -> None:
         """Says which items are where, or what went wrong."""
@@ -37,29 +49,92 @@ class WriterReport:
         self._file.flush()
 
     def get_nowait(self) -> dict[int, Any] | Exception:
-        """The results; raises queue.Empty where the writer was killed before it could report."""
+        """The results, or what went wrong."""
         self._file.seek(0)
         try:
             results, self.digests = pickle.load(self._file)
         except EOFError:
-            raise queue.Empty from None
+            return RuntimeError("the process that wrote in the background was killed")
         return results  # type: ignore[no-any-return]
+
+    def raise_failure(self) -> None:
+        """Raises ``failure`` if there is one."""
+        if self.failure is not None:
+            raise self.failure
 
 
 def request_save(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> tuple[AsyncRequest, WriterReport]:
     """Plans the save of a sharded state dict into an empty folder; collective.
 
-    The request writes when it is executed or scheduled. Raises OSError where rank 0 can't write the common part.
+    The request writes when it is executed or scheduled. Where rank 0 can't write one of the files that it writes for
+    all, now or when the request is finalized, the report has a failure and all ranks go on in step.
     """
     report = WriterReport()
     filesystem_async._results_queue = report
-    request = save(state, str(folder), async_sharded_save=True, content_metadata=metadata)
+    with _noting_failures(report):
+        request = save(state, str(folder), async_sharded_save=True, content_metadata=metadata)
     assert request is not None
+    request = request._replace(finalize_fns=[partial(_finalize, step, report) for step in request.finalize_fns])
     if request.async_fn is None:
         return request, report
     assert request.async_fn.func is FileSystemWriterAsync.write_preloaded_data_multiproc
     transforms, _ = request.async_fn.args
     return request._replace(async_fn=partial(_write, transforms)), report
+
+
+def _finalize(step: Callable[[], None], report: WriterReport) -> None:
+    with _noting_failures(report):
+        step()
+
+
+@contextlib.contextmanager
+def _noting_failures(report: WriterReport) -> Iterator[None]:
+    """While it lasts, rank 0 notes that it can't write a file that it writes for all ranks, and goes on.
+
+    megatron-core raises there, on rank 0 alone, and the others wait for it in their next collective.
+    """
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*arguments: Any) -> None:
+            try:
+                write(*arguments)
+            except OSError as error:
+                report.failure = report.failure or error
+
+        return attempt
+
+    alone: list[tuple[Any, str, Callable[..., None]]] = [
+        (TorchCommonSaveStrategy, "save_common", _save_common),
+        (FileSystemWriterAsync, "finish", FileSystemWriterAsync.finish),
+        (serialization, "save_config", serialization.save_config),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in alone]
+    try:
+        for owner, name, write in alone:
+            setattr(owner, name, noting(write))
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _save_common(strategy: TorchCommonSaveStrategy, state: dict[str, Any], folder: str) -> None:
+    """As megatron-core's own, but through memory: torch.save into a file does not say why a write failed."""
+    del strategy
+    if dist.get_rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        (Path(folder) / COMMON_STATE_FNAME).write_bytes(buffer.getvalue())
+
+
+def reason_of(failures: Mapping[int, Any]) -> str:
+    """One reason for a save that failed on some ranks, as a CheckpointException on rank 0 has them."""
+    if not failures:
+        return ""
+    rank = min(failures)
+    reason = str(failures[rank][0]).removeprefix("Worker failure: ")
+    others = len(failures) - 1
+    return f"rank {rank}: {reason}{f' (and {others} more)' if others else ''}"
 
 
 def _write(transforms: list[Any], rank: int, buckets: list[Any], report: WriterReport) -> None:
@@ -85,19 +160,31 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], report: WriterR
                 failure = error
         if failure is not None:
             # Its own type may not survive the way to the parent; what it says does.
-            report.put(RuntimeError(str(failure)), {})
+            report.put(RuntimeError(str(_told_by_system(failure))), {})
             return
     report.put(written, digests)
 
 
+def _told_by_system(error: BaseException) -> BaseException:
+    """The operating system's own error, where torch has made another of it that says less."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
 def in_background(request: AsyncRequest) -> AsyncRequest:
-    """The request for a fork of this process: the signals that stop a run must not stop the save it waits for."""
+    """The request for a fork of this process, that the signals which stop a run don't stop, and that ends with it."""
     if request.async_fn is None:
         return request
-    return request._replace(async_fn=partial(_deaf_to_signals, request.async_fn))
+    return request._replace(async_fn=partial(_write_as_fork, os.getpid(), request.async_fn))
 
 
-def _deaf_to_signals(write: Any, *arguments: Any) -> None:
+def _write_as_fork(parent: int, write: Any, *arguments: Any) -> None:
+    # A run that a signal stops waits for this save.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    write(*arguments)
+    # A fork has its rank's sockets: while it outlives a rank that was killed, other ranks wait for that rank.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == parent:
+        write(*arguments)

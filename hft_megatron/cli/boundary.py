@@ -5,6 +5,7 @@ The only ``except Exception`` of the package is here.
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -59,11 +60,13 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
     except errors.Stopped as stop:
         return _end(errors.EXIT_STOPPED, "stopped", str(stop), status)
     except errors.RunFailed as failure:
+        _end_writers()
         return _end(errors.EXIT_FAILURE, "failed", f"error: {failure}", status)
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
     except Exception as error:
         traceback.print_exc()
+        _end_writers()
         if _is_first_rank():
             status.write(errors.EXIT_FAILURE, "failed", f"{type(error).__name__}: {error}")
         return errors.EXIT_FAILURE
@@ -79,6 +82,12 @@ def show(text: str) -> None:
     except BrokenPipeError:
         # `| head` has seen enough; without this, Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end_writers() -> None:
+    """Ends what a failed command was writing in the background: no checkpoint can come of it, and Python would wait."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _end(exit_code: int, state: str, message: str, status: StatusFolder) -> int:

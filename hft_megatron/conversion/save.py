@@ -29,7 +29,8 @@ class ExportRules:
     source: str | None
     """Hugging Face folder the run started from, if any."""
     trained: frozenset[str]
-    """Units that a step may have changed; all others still are what the source holds."""
+    """Units that a step of this run may have changed; others are what the source holds, or what another run made of it
+    (--finetune)."""
     save_dtype: torch.dtype | None
     """Asked for by --save-dtype; the source's own data type (or the run's) when None."""
 
@@ -48,7 +49,8 @@ def write_weights(
 
     ``wholes`` gives (unit, whole tensor) in the order of ``units_of(shape)``. Where ``run_dtype`` can't hold the
     source's values (fp16 or fp32 trained as bf16), tensors that rested are copied from the source, so that they are
-    its bit for bit, and trained ones are written in the source's data type.
+    its bit for bit, and trained ones are written in the source's data type. What rested but is not the source's,
+    because the run took it from another run's checkpoint, is written like what was trained.
     """
     units = units_of(shape)
     copied = 0
@@ -61,9 +63,12 @@ def write_weights(
             value = whole
             if unit not in rules.trained and torch.promote_types(run_dtype, stored[unit]) != run_dtype:
                 assert source is not None, "without a source, tensors are stored in the run's data type"
-                value = source.read(f"{unit}.weight")
-                copied += 1
+                original = source.read(f"{unit}.weight")
+                if torch.equal(original.to(run_dtype), whole):
+                    value = original
+                    copied += 1
             writer.write(f"{unit}.weight", value.to(written[unit]))
+            del whole, value  # or they would live while the next one is made
         writer.close()
     parameters: Counter[torch.dtype] = Counter()
     for each in units:
@@ -103,7 +108,9 @@ def gathered_weights(
                 dist.recv(whole, owner_of[unit])
         if placement.rank == 0:
             assert whole is not None
-            yield unit, whole.cpu()
+            here, whole = whole.cpu(), None
+            yield unit, here
+            del here
 
 
 def _is_tied_copy(slot: ParameterSlot, shape: ModelShape) -> bool:
@@ -116,10 +123,10 @@ def _gather_tensor_ranks(slot: ParameterSlot, shape: ModelShape, placement: Plac
     if slot.cut is None:
         return local if placement.tensor_rank == 0 else None
     if placement.tensor_size > 1:
-        parts = [torch.empty_like(local) for _ in range(placement.tensor_size)]
-        # all_gather, not gather: NCCL has the one on every version, and the extra copies live for one matrix only.
-        dist.all_gather(parts, local.contiguous(), group=placement.groups.tp)
+        # Not gather: NCCL has the one on every version, and the extra copies live for one matrix only.
+        parts = local.new_empty((placement.tensor_size * local.size(0), *local.shape[1:]))
+        dist.all_gather_into_tensor(parts, local.contiguous(), group=placement.groups.tp)
         if placement.tensor_rank != 0:
             return None
-        local = torch.cat(parts, dim=slot.cut)
+        local = parts if slot.cut == 0 else torch.cat(parts.chunk(placement.tensor_size), dim=slot.cut)
     return local.narrow(slot.cut, 0, whole_shape(slot.unit, shape)[slot.cut])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataConfig, DataFormat, LongExamples
+from hft_megatron.config.schema import DataFormat, LongExamples
 from hft_megatron.data.examples import Example, read_examples
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.loss_rule import LossRule
@@ -37,16 +37,6 @@ class ExampleRules:
     loss: LossRule = field(default_factory=LossRule)
     data_format: DataFormat | None = None
     """That of all files; recognised file by file when None."""
-
-
-def example_rules(options: DataConfig, seq_length: int) -> ExampleRules:
-    """The rules that the options of a run ask for."""
-    return ExampleRules(
-        seq_length=seq_length,
-        long_examples=options.long_examples,
-        loss=LossRule(loss_on=options.loss_on, train_on_eos=options.train_on_eos),
-        data_format=options.data_format,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +70,12 @@ class SourcePart:
     def summary(self) -> str:
         """One line for the log, with everything that was shortened or left out."""
         counts = self.counts
+        lost = f" with {counts.lost_tokens} tokens lost" if counts.lost_tokens else ""
+        split = f", {counts.split} split" if counts.split else ""
         return (
             f"{self.path} ({', '.join(self.formats)}): {self.examples} examples of {counts.read} records, "
             f"{counts.trained_tokens} trained tokens of {counts.tokens}, {counts.truncated} truncated and "
-            f"{counts.dropped} dropped ({counts.lost_tokens} tokens lost), {counts.split} split"
+            f"{counts.dropped} dropped{lost}{split}"
         )
 
 
@@ -114,7 +106,7 @@ class SftDataset:
 
     def order(self, seed: int) -> Order:
         """Which example comes when in training: each once in an epoch, or each source by its weight."""
-        shares = self._shares()
+        shares = self.epoch_shares()
         if shares is None:
             return SampleOrder(num_examples=len(self), seed=seed)
         sizes = tuple(part.examples for part in self.parts)
@@ -123,7 +115,7 @@ class SftDataset:
     def describe(self) -> list[str]:
         """Lines for the log: each source, what it has in an epoch where weights say so, and the whole."""
         lines = []
-        for part, share in zip(self.parts, self._shares() or (None,) * len(self.parts), strict=True):
+        for part, share in zip(self.parts, self.epoch_shares() or (None,) * len(self.parts), strict=True):
             mixed = (
                 "" if share is None else f"; {share} samples of it in an epoch of {len(self)} (weight {part.weight:g})"
             )
@@ -131,7 +123,8 @@ class SftDataset:
             lines.append(f"{part.summary()}{limit}{mixed}")
         return lines
 
-    def _shares(self) -> tuple[int, ...] | None:
+    def epoch_shares(self) -> tuple[int, ...] | None:
+        """Samples of each source in an epoch, None where sources have no weights."""
         weights = [part.weight for part in self.parts if part.weight is not None]
         return shares_of_epoch([part.examples for part in self.parts], weights) if weights else None
 
@@ -156,7 +149,7 @@ def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules
         seq_length=rules.seq_length,
         digest=_digest(sources, tokenizer, rules),
     )
-    for part, share in zip(parts, dataset._shares() or (1,) * len(parts), strict=True):
+    for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
         if share == 0:
             raise UserError(
                 f"the weight {part.weight:g} of {part.path} gives it no sample in an epoch of {len(dataset)}; raise "

@@ -112,6 +112,12 @@ def chunk_parameters(place: ChunkPlace, shape: ModelShape) -> Iterator[Parameter
         yield name_of(f"{module}.weight", first_layer=place.first_layer, tie_embeddings=shape.tie_embeddings)
 
 
+def checkpoint_names(shape: ModelShape) -> dict[str, str]:
+    """unit -> name of its weight in a checkpoint, which is megatron-core's in a model of a single chunk."""
+    whole = ChunkPlace(first_layer=0, layers=shape.num_layers, is_first=True, is_last=True)
+    return {name.unit: name.local_name for name in chunk_parameters(whole, shape)}
+
+
 def whole_shape(unit: str, shape: ModelShape) -> tuple[int, ...]:
     """Shape of a unit's weight in Hugging Face's format: (out, in), or (hidden,) for norms."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size

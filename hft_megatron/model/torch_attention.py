@@ -14,7 +14,7 @@ from torch import Tensor
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 _WINDOW_AND_GROUPS = {"window_size", "enable_gqa"}
 """Arguments that the first releases of ``varlen_attn`` lack."""
@@ -88,8 +88,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, params: PackedSe
     """
     cu_seqlens, longest = params.cu_seqlens_q, params.max_seqlen_q
     if HAVE_VARLEN and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        assert varlen_attn is not None
-        out: Tensor = varlen_attn(
+        out = varlen_attn(
             query,
             key,
             value,
@@ -101,6 +100,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, params: PackedSe
             window_size=(-1, 0),  # causal
             enable_gqa=query.size(1) != key.size(1),
         )
+        assert isinstance(out, Tensor)
         return out
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     examples = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)

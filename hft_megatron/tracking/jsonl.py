@@ -1,10 +1,11 @@
 """``metrics.jsonl`` in the save folder: the record of the run for machines, one JSON object per line."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
-from hft_megatron.errors import UserError
+from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.tracking.tracker import Metrics
 
 FILE_NAME = "metrics.jsonl"
@@ -21,22 +22,34 @@ class JsonlTracker:
         """Open ``path`` for a run that goes on after ``start_iteration`` (0 for a fresh run).
 
         Lines of later iterations are dropped first: the run that wrote them died before its next checkpoint, and
-        they come again. Raises ``UserError`` naming the line when the file is not a record of ours.
+        they come again. Raises ``UserError`` naming the line when the file is not a record of ours, and where it
+        can't be written.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _drop_lines_after(path, start_iteration)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_lines_after(path, start_iteration)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error}; make room, or choose another --save folder.") from error
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append one line and hand it to the operating system, so that a killed run loses nothing."""
+        """Append one line and hand it to the operating system, so that a killed run loses nothing.
+
+        Raises RunFailed, on this rank alone, where it can't be written.
+        """
         assert ITERATION not in metrics, "the iteration is the step, not a metric"
-        self._file.write(json.dumps({ITERATION: step, **metrics}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({ITERATION: step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunFailed(f"iteration {step} can't be written to {self._path}: {error}") from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; ``log`` has said already what could not be written."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _drop_lines_after(path: Path, iteration: int) -> None:

@@ -63,11 +63,9 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
     fill_from_other_run(inputs, chunks, announce)
-    # What of the --load-hf folder's values a run has changed is not known where the weights came from another run.
-    changed = frozenset[str]() if inputs.checkpoint is None or inputs.resumes else frozenset(u.name for u in plan.units)
     try:
         if tracker is None and not inputs.resumes:
-            _export(config, inputs, placement, chunks, changed, announce)
+            _export(config, inputs, placement, chunks, frozenset(), announce)
         else:
             wrapped = wrap(
                 chunks,
@@ -82,8 +80,7 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
                 _write_run_files(config, inputs, placement, scores)
                 wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
             with wrapped.gathered_parameters():
-                changed |= rounds.trained_until(state.round)
-                _export(config, inputs, placement, chunks, changed, announce)
+                _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
     except Stopped:
         stop_groups()
         raise
@@ -162,12 +159,16 @@ def _tracker_on_last_rank(config: RunConfig, inputs: Inputs, placement: Placemen
         )
     except UserError as error:
         mistake = str(error)
+    _raise_on_all(mistake, placement)
+    return tracker
+
+
+def _raise_on_all(mistake: str | None, placement: Placement) -> None:
     mistakes: list[str | None] = [None] * placement.world_size
     dist.all_gather_object(mistakes, mistake)
     for found in mistakes:
         if found is not None:
             raise UserError(found)
-    return tracker
 
 
 def _train(
@@ -225,14 +226,19 @@ def _train(
 
 
 def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:
-    if config.checkpoint.save is None or placement.rank != 0:
+    if config.checkpoint.save is None:
         return
-    folder = Path(config.checkpoint.save)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_resolved(config, folder / RESOLVED_CONFIG_FILE)
-    if scores is not None:
-        write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
-    write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
+    folder, mistake = Path(config.checkpoint.save), None
+    if placement.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+            if scores is not None:
+                write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
+            write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            mistake = f"--save {folder} can't be written: {error}; make room, or choose another folder."
+    _raise_on_all(mistake, placement)
 
 
 def _export(

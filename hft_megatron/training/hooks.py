@@ -43,7 +43,7 @@ class LogSteps(Hook):
         self._pending.append(result)
         last = run.state.iteration == train_iters(run.config.training)
         if run.state.iteration % self.interval == 0 or last:
-            run.tracker.log(run.state.iteration, self._record(run, result))
+            run.log(self._record(run, result))
             self._pending.clear()
 
     def _record(self, run: Run, result: StepResult) -> dict[str, float | int | str]:
@@ -94,7 +94,7 @@ class Validate(Hook):
     def _validate(self, run: Run) -> None:
         loss = validation_loss(run)
         if loss is not None:
-            run.tracker.log(run.state.iteration, {names.VALIDATION_LOSS: loss})
+            run.log({names.VALIDATION_LOSS: loss})
         self._last = run.state.iteration
 
 

@@ -1,7 +1,7 @@
 """Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -18,9 +18,9 @@ from hft_megatron.config.run_identity import RunIdentity, check_same_model, chec
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, find_sources
 from hft_megatron.data.order import SampleStream
-from hft_megatron.data.sft import SftDataset, example_rules, load_sft_dataset
+from hft_megatron.data.run_data import training_data, validation_data
+from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
@@ -126,12 +126,15 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
     config = derived.resolve(options, shape, world_size, saved)
     validate(config, shape, world_size)
-    data = config.data
-    train = _read_data(config, find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT), shape, tokenizer)
-    valid = _read_data(config, find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT), shape, tokenizer)
-    samples = None if train is None else sample_stream(config, train)
+    train = valid = samples = None
     epochs = config.training.train_epochs
-    if samples is not None:
+    if config.training.train_iters != 0:
+        assert tokenizer is not None
+        seq_length = derived.sequence_length(config.training, shape)
+        train = training_data(config.data, tokenizer, seq_length)
+        valid = validation_data(config.data, tokenizer, seq_length)
+    if train is not None:
+        samples = sample_stream(config, train)
         config = with_iterations(config, samples, world_size)
     digest = train.digest if train is not None else None
     identity = run_identity(
@@ -223,19 +226,13 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
     path = derived.tokenizer_path(options)
     converts_only = options.training.train_iters == 0 and options.data.tokenizer_model is None
     if converts_only and not holds_tokenizer(path):
+        if options.data.chat_template is not None:
+            raise UserError(
+                f"--chat-template {options.data.chat_template} needs a tokenizer, but {path} has none; name one with "
+                f"--tokenizer-model, or leave the template out."
+            )
         return None
     return load_tokenizer(options.data.tokenizer_type, path, options.data.chat_template)
-
-
-def _read_data(
-    config: RunConfig, sources: Sequence[SourceFiles], shape: ModelShape, tokenizer: Tokenizer | None
-) -> SftDataset | None:
-    if not sources or config.training.train_iters == 0:
-        return None
-    assert tokenizer is not None
-    return load_sft_dataset(
-        sources, tokenizer, example_rules(config.data, derived.sequence_length(config.training, shape))
-    )
 
 
 def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.data.batches import SftBatches, ValidationBatches
+from hft_megatron.errors import RunFailed
 from hft_megatron.optimizer.schedule import LearningRate
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
-from hft_megatron.tracking.tracker import Tracker
+from hft_megatron.tracking.tracker import Metrics, Tracker
 from hft_megatron.training.rounds import Rounds
 
 
@@ -31,6 +32,8 @@ class Run:
     state: TrainState
     switch_ms: float | None = None
     """How long the switch to this round took; None in the round that the run started in."""
+    failure: str | None = None
+    """Why this rank can't go on; the others learn of it after the step."""
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -39,3 +42,10 @@ class Run:
             iteration=self.state.iteration + 1,
             consumed_samples=self.state.consumed_samples + self.batches.share.global_batch_size,
         )
+
+    def log(self, metrics: Metrics) -> None:
+        """Records what was measured after this iteration; where that can't be written, notes the failure."""
+        try:
+            self.tracker.log(self.state.iteration, metrics)
+        except RunFailed as failure:
+            self.failure = str(failure)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from hft_megatron.config import derived
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.schema import DataConfig, RunConfig
 from hft_megatron.config.training_rules import warmup_fits
 from hft_megatron.data.order import SampleStream
 from hft_megatron.data.packing import PackedOrder, PackingRule
@@ -15,13 +15,15 @@ from hft_megatron.data.sft import SftDataset
 
 def sample_stream(config: RunConfig, dataset: SftDataset) -> SampleStream:
     """The order of examples, or of packs under --packing; a function of the data, the seed and the options alone."""
-    order = dataset.order(config.training.seed)
-    if not config.data.packing:
-        return order
-    rule = PackingRule(
-        capacity=dataset.seq_length, algorithm=config.data.packing_algorithm, window=config.data.packing_window
-    )
-    return PackedOrder(order, np.diff(dataset.offsets) - 1, rule)
+    if config.data.packing:
+        return packed_order(dataset, config.data, seed=config.training.seed)
+    return dataset.order(config.training.seed)
+
+
+def packed_order(dataset: SftDataset, options: DataConfig, *, seed: int) -> PackedOrder:
+    """The packs of a data set, of at most its sequence length."""
+    rule = PackingRule(capacity=dataset.seq_length, algorithm=options.packing_algorithm, window=options.packing_window)
+    return PackedOrder(dataset.order(seed), np.diff(dataset.offsets) - 1, rule)
 
 
 def with_iterations(config: RunConfig, samples: SampleStream, world_size: int) -> RunConfig:

@@ -1,6 +1,8 @@
 """When checkpoints are saved, what they hold, and how a run ends before its last iteration."""
 
+import os
 import signal
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -9,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from hft_megatron.checkpoint.digests import identity_of
+from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import CheckpointConfig
-from hft_megatron.errors import Stopped
+from hft_megatron.errors import RunFailed, Stopped
 from hft_megatron.training.audits import AuditRounds
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
@@ -92,9 +95,14 @@ class SaveCheckpoints(Hook):
 
 
 class StopEarly(Hook):
-    """A signal or --exit-duration-in-mins: finish the step, save, and end; a second signal ends at once."""
+    """A signal or --exit-duration-in-mins: finish the step, save, and end; a second signal ends at once.
+
+    Ends it without saving where a rank can't go on: what is missing in its log comes again from the checkpoint before.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ONE_SIGNAL_S = 1.0
+    """Signals this close together are one: a scheduler signals every process, and torchrun then passes its own on."""
 
     def __init__(self, saver: SaveCheckpoints | None, minutes: float | None) -> None:
         self._saver = saver
@@ -102,17 +110,31 @@ class StopEarly(Hook):
         self._received = 0
         for number in self.SIGNALS:
             signal.signal(number, self._receive)
+        # A rank that waits in a collective runs no handler; the thread hears of signals all the same.
+        heard, self._hears = os.pipe()
+        os.set_blocking(self._hears, False)
+        signal.set_wakeup_fd(self._hears)
+        threading.Thread(target=self._end_at_second_signal, args=(heard,), daemon=True).start()
 
     def _receive(self, number: int, frame: object) -> None:
         self._received = number
-        for again in self.SIGNALS:
-            signal.signal(again, signal.SIG_DFL)
+
+    def _end_at_second_signal(self, heard: int) -> None:
+        first = None
+        while number := os.read(heard, 1):
+            first = time.monotonic() if first is None else first
+            if time.monotonic() - first >= self.ONE_SIGNAL_S:
+                os._exit(128 + number[0])
+        os.close(heard)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         # Signals and clocks reach ranks at different steps: all stop at the first step where any has a reason.
-        reasons = torch.tensor([self._received, int(self._time_is_up())], device=run.placement.device)
+        mine = [self._received, int(self._time_is_up()), int(run.failure is not None)]
+        reasons = torch.tensor(mine, device=run.placement.device)
         dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
-        number, late = (int(reason) for reason in reasons)
+        number, late, failed = (int(reason) for reason in reasons)
+        if failed:
+            self._fail(run)
         if not (number or late) or run.state.iteration == train_iters(run.config.training):
             return
         what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
@@ -122,11 +144,21 @@ class StopEarly(Hook):
         self._saver.save_and_wait(run)
         raise Stopped(f"{stopped}; start it again with --load {self._saver.options.save}")
 
+    def _fail(self, run: Run) -> None:
+        failures: list[str | None] = [None] * run.placement.world_size
+        dist.all_gather_object(failures, run.failure)
+        failure = next(failure for failure in failures if failure is not None)
+        if self._saver is not None:
+            failure += f"; of the checkpoints, {newest_in_words(str(self._saver.options.save))}."
+        raise RunFailed(failure)
+
     def _time_is_up(self) -> bool:
         if self._minutes is None:
             return False
         return time.time() - psutil.Process().create_time() >= self._minutes * 60
 
     def at_end(self, run: Run) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._hears)
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)

@@ -2,8 +2,8 @@
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import DataConfig
-from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
-from hft_megatron.data.sft import NO_LIMIT, example_rules, load_sft_dataset
+from hft_megatron.data.run_data import training_data, validation_data
+from hft_megatron.data.sft import NO_LIMIT
 from hft_megatron.data.shown_examples import ShownSource, shown_sources
 from hft_megatron.data.tokenizer import check_tokenizer_fits
 from hft_megatron.data.tokenizers import load_tokenizer
@@ -22,13 +22,8 @@ def read_shown_data(
     if shape is not None:
         check_tokenizer_fits(tokenizer, shape.vocab_size)
         limit = shape.max_position_embeddings
-    rules = example_rules(data, limit if seq_length is None else seq_length)
-    shown: list[ShownSource] = []
-    for option, words, split in (
-        ("--train-data-path", data.train_data_path, TRAIN_SPLIT),
-        ("--valid-data-path", data.valid_data_path, VALID_SPLIT),
-    ):
-        sources = find_sources(option, words, split)
-        if sources:
-            shown += shown_sources(load_sft_dataset(sources, tokenizer, rules), tokenizer, examples)
-    return shown
+    if seq_length is not None:
+        limit = seq_length
+    read = training_data(data, tokenizer, limit), validation_data(data, tokenizer, limit)
+    datasets = [dataset for dataset in read if dataset is not None]
+    return [source for dataset in datasets for source in shown_sources(dataset, tokenizer, examples)]

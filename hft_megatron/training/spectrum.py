@@ -35,13 +35,24 @@ def _saved_scores(file: Path, shape: ModelShape) -> dict[str, float]:
     answer: list[tuple[dict[str, float], str | None]] = [({}, None)]
     if dist.get_rank() == 0:
         try:
-            scores: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-            missing = {unit.name for unit in units_of(shape) if unit.category in MATRIX_CATEGORIES} - set(scores)
-            answer = [(scores, f"it has no score of {min(missing)}" if missing else None)]
-        except (OSError, ValueError, TypeError) as error:
+            answer = [(read_scores(file, shape), None)]
+        except UserError as error:
             answer = [({}, str(error))]
     dist.broadcast_object_list(answer, src=0)
     scores, mistake = answer[0]
+    if mistake is not None:
+        raise UserError(mistake)
+    return scores
+
+
+def read_scores(file: Path, shape: ModelShape) -> dict[str, float]:
+    """The scores that a run left in its folder; UserError when they can't be read or are another model's."""
+    try:
+        scores: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        missing = {unit.name for unit in units_of(shape) if unit.category in MATRIX_CATEGORIES} - set(scores)
+        mistake = f"it has no score of {min(missing)}" if missing else None
+    except (OSError, ValueError, TypeError) as error:
+        mistake = str(error)
     if mistake is not None:
         raise UserError(
             f"--load {file.parent}: {SPECTRUM_FILE} can't be used ({mistake}); copy the run's folder again."

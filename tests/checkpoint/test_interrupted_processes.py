@@ -5,14 +5,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
 from hft_megatron.errors import EXIT_OK, EXIT_STOPPED
-from tests.support.runs import make_inputs, read_metrics, run_cli, start_cli, words_for
+from tests.support.runs import losses_in, make_inputs, read_metrics, run_cli, start_cli, words_for
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +19,6 @@ STEPS = 40
 SAVE_INTERVAL = 10
 CAUGHT_AT = 13
 """Line of metrics.jsonl at which the run is stopped: after a checkpoint, and not at one."""
-
-
-def losses(save: Path) -> list[tuple[Any, ...]]:
-    keys = ("iteration", "consumed samples", "lm loss", "learning rate", "grad norm")
-    return [tuple(line[key] for key in keys) for line in read_metrics(save)]
 
 
 def wait_for_line(file: Path, number: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -65,8 +59,8 @@ def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: sig
     assert run_cli(command("stopped"), ranks=ranks, log=log, timeout=300) == EXIT_OK, log.read_text()[-4000:]
     assert "successfully loaded checkpoint" in log.read_text()
     assert run_cli(command("whole"), ranks=ranks, log=log, timeout=300) == EXIT_OK, log.read_text()[-4000:]
-    assert len(losses(tmp_path / "whole")) == STEPS
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert len(losses_in(tmp_path / "whole")) == STEPS
+    assert losses_in(tmp_path / "stopped") == losses_in(tmp_path / "whole")
     exported = [load_file(tmp_path / f"{name}-hf" / "model.safetensors") for name in ("stopped", "whole")]
     assert exported[0].keys() == exported[1].keys()
     assert all((exported[0][name] == exported[1][name]).all() for name in exported[0])

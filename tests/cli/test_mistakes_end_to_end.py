@@ -79,7 +79,10 @@ DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ),
     ([{"messages": []}], ["data.jsonl:1: `messages` is an empty list"]),
     ([{"messages": [{"role": "robot", "content": "x"}]}], ["data.jsonl:1: message 1 has the role 'robot'"]),
-    ([GOOD, LONG], ["data.jsonl:2: the example has ", "but --seq-length is 128", "--long-examples drop or truncate"]),
+    (
+        [GOOD, LONG],
+        ["data.jsonl:2: the example has ", "but --seq-length is 128", "--long-examples drop, truncate or split"],
+    ),
     ([], ["data.jsonl holds no example to train on: it is empty"]),
     (["", "  "], ["data.jsonl holds no example to train on: it is empty"]),
 ]
@@ -125,6 +128,30 @@ def test_a_compressed_file_that_is_cut_off_is_named(
     assert "valid.jsonl.gz:2: the compressed data is cut off or damaged" in message
 
 
+def test_a_chat_template_without_a_tokenizer_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    message = mistake_of(["sft", "--load-hf", str(model), "--train-iters", "0", "--chat-template", "tulu"], capsys)
+    assert f"--chat-template tulu needs a tokenizer, but {model} has none" in message
+
+
+@pytest.mark.usefixtures("no_weights_needed")
+def test_check_counts_every_source_of_a_mixture(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "trace" / "FOMC"
+    task.mkdir(parents=True)
+    (task / "train.json").write_text(json.dumps([{"prompt": "Stance: ", "answer": "A"}] * 3))
+    (tmp_path / "chat.jsonl.gz").write_bytes(gzip.compress(json.dumps(CHAT).encode()))
+    mixture = ["--train-data-path", "3", str(tmp_path / "*.gz"), "1", str(task)]
+    assert main([*command, *mixture, "--loss-on", "last", "--chat-template", "chatml", "--check"]) == EXIT_OK
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "*.gz (messages): 1 examples of 1 records" in first
+    assert first.endswith("(sequence length 128); 3 samples of it in an epoch of 4 (weight 3)")
+    assert "FOMC (trace): 3 examples of 3 records" in second
+    assert second.endswith("; 1 samples of it in an epoch of 4 (weight 1)")
+
+
 def test_all_examples_too_long_is_a_mistake(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +171,7 @@ def no_weights_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("drop", "2 examples of 4 records, 20 trained tokens of 48, 0 truncated and 2 dropped"),
         ("truncate", "4 examples of 4 records"),
+        ("split", ", 2 split (sequence length 128)"),
     ],
 )
 def test_examples_that_are_dropped_or_truncated_are_counted(
@@ -157,7 +185,7 @@ def test_examples_that_are_dropped_or_truncated_are_counted(
         assert "0 truncated and 2 dropped" in line
     else:
         assert counted in line
-        assert "2 truncated and 0 dropped" in line
+        assert f"{2 if rule == 'truncate' else 0} truncated and 0 dropped" in line
 
 
 def set_config(**changes: object) -> Callable[[Path], None]:
@@ -180,7 +208,7 @@ MODEL_MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("no config", remove("config.json"), ["there is no config.json"]),
     ("broken config", write_config('{"model_type": '), ["config.json is not valid JSON"]),
     ("config of a list", write_config("[]"), ["config.json holds a list"]),
-    ("another family", set_config(model_type="mistral"), ["model_type is 'mistral'", "only 'llama' models"]),
+    ("another family", set_config(model_type="qwen2"), ["model_type is 'qwen2'", "only 'llama' and 'mistral' models"]),
     ("quantised", set_config(quantization_config={"bits": 4}), ["a quantized model is not supported"]),
     ("biases", set_config(attention_bias=True), ["attention_bias = True is not supported"]),
     ("smaller than the tokenizer", set_config(vocab_size=300), ["has ids up to 333", "vocabulary has 300 rows"]),
@@ -315,3 +343,22 @@ def test_two_ranks_say_a_mistake_in_the_data_once(command: list[str], tmp_path: 
     assert run_cli(command[1:], ranks=2, log=log) == 1, "torchrun's own code, for any failure"
     assert log.read_text().count("data.jsonl:2: the line is not valid JSON") == 1
     assert "hft_megatron/" not in log.read_text(), "a trace of ours"
+
+
+@pytest.mark.usefixtures("no_weights_needed")
+def test_packs_and_epochs_are_reported(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path, *[GOOD] * 20)
+    words = [*command, "--packing", "--train-epochs", "3", "--global-batch-size", "2", "--check"]
+    assert main(words) == EXIT_OK
+    said = capsys.readouterr().out
+    # 17 positions each: seven fit into 128, and the 3 packs of an epoch make 9 in three, two in a step.
+    assert "windows of 4096: 3 packs of 128 positions in the first epoch, 11.46% padding" in said
+    assert "--train-epochs 3: 9 packs in 5 iterations" in said
+    assert main([*command, "--train-epochs", "3", "--global-batch-size", "16", "--check"]) == EXIT_OK
+    assert "--train-epochs 3: 60 examples in 4 iterations" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_weights_needed")
+def test_a_warm_up_that_takes_all_epochs_is_a_mistake(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = mistake_of([*command, "--train-epochs", "3", "--lr-warmup-iters", "3"], capsys)
+    assert "--lr-warmup-iters 3 must be below --train-iters 3" in message

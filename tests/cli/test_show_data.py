@@ -61,7 +61,8 @@ def test_the_options_of_a_run_decide_what_is_shown(show_data: Show, tmp_path: Pa
     assert "{+<b>4</b> &+}<|im_end|>" in show_data("--no-train-on-eos")
     short = show_data("--seq-length", 12, "--long-examples", "drop", "--examples", 9)
     assert "fourth" not in short
-    assert "2 dropped (sequence length 12)" in short
+    assert "2 dropped with " in short
+    assert " tokens lost (sequence length 12)" in short
     (tmp_path / "run.yaml").write_text("loss-on: all\nlr: 1\n")
     assert "<|bos|>{+2 + 2?" in show_data("--config", tmp_path / "run.yaml")
 
@@ -83,7 +84,7 @@ def test_colours_show_every_token_and_hide_no_text(
     assert "{+" not in coloured
     assert coloured.count("\x1b[30;48;5;114m") > 2
     assert "\x1b[2J" not in coloured  # a record's own codes don't reach the terminal
-    assert all(line.rindex("\x1b[0m") > line.rindex("m") - 4 for line in coloured.split("\n") if "\x1b[30" in line)
+    assert all(line.endswith("\x1b[0m") for line in coloured.split("\n") if "\x1b[" in line)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in show_data()
 

@@ -27,14 +27,18 @@ def run_round_trip(
     scale: float = 1.0,
     shard_bytes: int = 5_000_000_000,
     vocab_multiple: int = 1,
+    from_another_run: tuple[str, ...] = (),
 ) -> list[str]:
-    """Loads ``source`` at ``layout`` in ``dtype``, multiplies the units ``trained`` by ``scale``, writes ``output``."""
+    """Loads ``source`` at ``layout`` in ``dtype``, multiplies units by ``scale``, writes ``output``.
+
+    Multiplied are those that the run ``trained``, and resting ones that it took ``from_another_run``.
+    """
     from hft_megatron.conversion import save
     from hft_megatron.model.parameters import parameter_slots
 
     chunks, shape, placement = build_from_folder(source, LAYOUTS[layout], getattr(torch, dtype))
     for slot in parameter_slots(chunks):
-        if slot.unit in trained:
+        if slot.unit in (*trained, *from_another_run):
             slot.parameter.data.mul_(scale)
     Path(output).mkdir(exist_ok=True)
     rules = save.ExportRules(
@@ -119,6 +123,18 @@ def test_a_source_that_bf16_cannot_hold_keeps_its_resting_tensors_and_its_dtype(
     assert len(said) == 1
     assert f"{len(expected) - 3} resting tensors are copied from {source}" in said[0]
     assert f"trained ones are written as {source_dtype}" in said[0].replace("torch.", "")
+
+
+def test_what_rested_on_another_runs_weights_is_not_replaced_by_the_sources(
+    ranks: RankPools, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source, unit = sources["float16"], "model.layers.1.self_attn.q_proj"
+    options = {"source": str(source), "output": str(tmp_path), "layout": "tp1", "dtype": "bfloat16", "scale": 2.0}
+    [[said]] = ranks(1).run(run_round_trip, **options, from_another_run=(unit,))
+    expected = tensors(source)
+    expected[f"{unit}.weight"] = (expected[f"{unit}.weight"].bfloat16() * 2).half()
+    assert_same_bits(tensors(tmp_path), expected)
+    assert f"{len(expected) - 1} resting tensors are copied" in said
 
 
 @pytest.mark.parametrize("save_dtype", ["bfloat16", "float16", "float32"])

@@ -123,7 +123,7 @@ def test_the_length_limit_is_on_positions_and_long_examples_follow_the_option(
     assert truncated.num_positions(1) == seq_length
     # One token of the second example is cut off; of the third nothing is left that is trained.
     lost = 1 + load(path, tokenizer).num_positions(2)
-    assert f"1 truncated and 1 dropped ({lost} tokens lost), 0 split" in truncated.describe()[0]
+    assert f"1 truncated and 1 dropped with {lost} tokens lost (" in truncated.describe()[0]
     assert truncated.parts[0].counts.trained_tokens == 5 + 5
 
 
@@ -152,6 +152,7 @@ def test_split_examples_predict_every_trained_token_once_and_none_twice(
     # What is lost are parts of prompts in which nothing is trained.
     assert counts.lost_tokens == positions - (split.tokens.size - len(split))
     assert counts.lost_tokens > 0
+    assert f"0 dropped with {counts.lost_tokens} tokens lost, {counts.split} split (" in split.describe()[0]
 
 
 def test_data_without_examples_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

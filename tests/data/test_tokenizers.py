@@ -180,7 +180,7 @@ def test_real_texts_come_back_byte_for_byte(shared_data: Path) -> None:
         for kind in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
             tokenizer = load_tokenizer(kind, shared_data / folder)
             for name in ("gsm8k/test.jsonl", "preference/hh_mixed_norm.jsonl", "trace/mini/C-STANCE/train.json"):
-                text = (shared_data / name).read_text(encoding="utf-8")[:20_000]
+                text = (shared_data / name).read_text(encoding="utf-8")[:5_000]
                 assert tokenizer.decode(tokenizer.encode(text)) == text
             for text in ROUND_TRIPS:
                 assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -33,6 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 24},
     "odd_vocab": {"vocab_size": 97},
     "llama3_rope": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}},
+    "llama32": {
+        "tie_word_embeddings": True,
+        "head_dim": 24,
+        "rope_parameters": {**LLAMA3_ROPE, "factor": 16.0, "rope_theta": 500.0},
+    },
     "mistral": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, "sliding_window": None},
 }
 """What differs from a 4-layer model with 4 heads in 2 groups and 96 tokens."""

@@ -172,8 +172,13 @@ def _hash(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def start_cli(words: Sequence[str], *, ranks: int | None = None, log: Path) -> "subprocess.Popen[bytes]":
-    """Starts ``python -m hft_megatron sft WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``."""
+def start_cli(
+    words: Sequence[str], *, ranks: int | None = None, log: Path, prefix: Sequence[str] = ()
+) -> "subprocess.Popen[bytes]":
+    """Starts ``python -m hft_megatron sft WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
+
+    ``prefix`` stands in front of the command, such as one that enters another namespace.
+    """
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
     launcher = [sys.executable]
@@ -181,7 +186,7 @@ def start_cli(words: Sequence[str], *, ranks: int | None = None, log: Path) -> "
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
         launcher += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
         launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
-    command = [*launcher, "-m", "hft_megatron", "sft", *words]
+    command = [*prefix, *launcher, "-m", "hft_megatron", "sft", *words]
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
@@ -209,3 +214,9 @@ def run_cli(words: Sequence[str], *, ranks: int | None = None, log: Path, timeou
 
 def read_metrics(save: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_in(save: Path) -> list[tuple[Any, ...]]:
+    """What two runs that are the same have alike in every line of metrics.jsonl."""
+    keys = ("iteration", "consumed samples", "lm loss", "learning rate", "grad norm")
+    return [tuple(line[key] for key in keys) for line in read_metrics(save)]

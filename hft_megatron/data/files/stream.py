@@ -1,7 +1,6 @@
 """The bytes of a data file, decompressed on the way: a read that fails is one sentence with the place."""
 
 import gzip
-import io
 import sys
 import zlib
 from pathlib import Path
@@ -40,8 +39,7 @@ class DataStream:
         if suffix == ".zst":
             zstd = _zstd_library(self.path)
             self._errors = (*self._errors, zstd.ZstdError)
-            # Its own readline is slow; a buffer around it is not.
-            return io.BufferedReader(zstd.open(self.path, "rb"))
+            return zstd.open(self.path, "rb")
         return self.path.open("rb")
 
     def read(self, size: int, *, place: str) -> bytes:

@@ -62,6 +62,7 @@ PLAIN: dict[str, Callable[[], bytes]] = {
 def test_every_kind_of_file_gives_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
 ) -> None:
+    # What comes before the [ must be in the first chunk.
     monkeypatch.setattr(json_array, "CHUNK_BYTES", chunk if name != "pretty.json" else max(chunk, 8))
     (tmp_path / name).write_bytes(PLAIN[name]())
     assert values(tmp_path / name) == ROWS
@@ -105,7 +106,7 @@ DAMAGED: list[tuple[str, Callable[[], bytes], str]] = [
     ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:-8] + b"\0" * 8, r"a.jsonl.gz:2001: .* damaged \(CRC check"),
     ("a.json.gz", lambda: gzip.compress(array(LONG))[:-2000], r"a.json.gz:1: the compressed data is cut off"),
     ("a.jsonl.zst", lambda: bytes(zstd().compress(lines(LONG))[:-9]), r"a.jsonl.zst:\d+: the compressed data is cut"),
-    ("a.jsonl.zst", lambda: lines(LONG), r"a.jsonl.zst:1: the compressed data is cut off or damaged"),
+    ("a.jsonl.zst", lambda: zstd() and lines(LONG), r"a.jsonl.zst:1: the compressed data is cut off or damaged"),
     ("a.jsonl", lambda: b"\x1f\x8b\x08", r"a.jsonl:1: byte 2 of the line is not UTF-8"),
     ("a.jsonl", lambda: "{}\n{}".encode("utf-16"), r"a.jsonl:1: the line has a NUL byte"),
     ("a.jsonl", lambda: b"{}\n\0\0\0", r"a.jsonl:2: the line has a NUL byte"),
@@ -161,6 +162,7 @@ def test_a_record_over_the_limit_is_refused_without_reading_on(
 ) -> None:
     for module in (stream, json_array):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
+    # What comes before the [ must be in the first chunk.
     monkeypatch.setattr(json_array, "CHUNK_BYTES", 64)
     content = content if name.endswith(".json") else b"{}\n" + content
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)

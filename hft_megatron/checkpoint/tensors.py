@@ -1,0 +1,114 @@
+"""Single weights out of a checkpoint, by one process that builds no model and starts no ranks."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from hft_megatron.checkpoint.digests import DIGESTS_FILE, Digest, damage_in, identity_of, read_digests
+from hft_megatron.checkpoint.folders import ITERATION_FOLDER
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.errors import UserError
+from hft_megatron.model.parameter_names import checkpoint_names, whole_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Folder:
+    """One checkpoint folder, opened."""
+
+    path: Path
+    reader: FileSystemReader
+    index: Metadata
+
+
+class CheckpointTensors:
+    """The model's weights in ``SAVE/iter_0000100/``, saved at any layout, by the unit's Hugging Face name.
+
+    Weights that were left out (--save-trained-only) are read from the checkpoint it is based on. Every file that is
+    read is compared with its digest first. The index is a pickle of torch's: read only folders you trust. Raises
+    UserError for a folder that is not as it was saved.
+    """
+
+    def __init__(self, path: Path, shape: ModelShape) -> None:
+        self._shape = shape
+        self._names = checkpoint_names(shape)
+        self._folder_of: dict[str, _Folder] = {}
+        base: Path | None = path
+        while base is not None:
+            base = self._open(base)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Units whose weights are in no checkpoint but in the run's --load-hf folder."""
+        return [unit for unit in self._names if unit not in self._folder_of]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights, which all have the run's."""
+        dtypes = {self._entry(unit).properties.dtype for unit in self._folder_of}
+        assert len(dtypes) == 1, f"weights of several data types: {dtypes}"
+        return dtypes.pop()
+
+    def read(self, unit: str) -> Tensor:
+        """A unit's whole weight in Hugging Face's shape: put together from its shards, without padded vocabulary."""
+        folder, entry = self._folder_of[unit], self._entry(unit)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner({self._names[unit]: tensor}, folder.index, is_coordinator=True)
+        folder.reader.read_data(planner.create_local_plan(), planner).wait()
+        return tensor[: whole_shape(unit, self._shape)[0]]
+
+    def _entry(self, unit: str) -> TensorStorageMetadata:
+        entry = self._folder_of[unit].index.state_dict_metadata[self._names[unit]]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry
+
+    def _open(self, path: Path) -> Path | None:
+        """Adds the weights that the folders before lack, verified; returns the next checkpoint to look into."""
+        # The index is a pickle: not even that is opened before its digest is right.
+        digests = _digests(path)
+        _verify(path, digests, (name for name in digests if not name.endswith(".distcp")))
+        reader = FileSystemReader(path)
+        folder = _Folder(path=path, reader=reader, index=reader.read_metadata())
+        reader.set_up_storage_reader(folder.index, is_coordinator=True)
+        found = {
+            unit: name
+            for unit, name in self._names.items()
+            if unit not in self._folder_of and name in folder.index.state_dict_metadata
+        }
+        self._folder_of |= dict.fromkeys(found, folder)
+        names = set(found.values())
+        places = folder.index.storage_data.items()
+        _verify(path, digests, {place.relative_path for at, place in places if at.fqn in names})
+        state = TrainState.read(path)
+        assert not state.is_whole or not self.left_out, f"{path} lacks {self.left_out[:3]}"
+        if state.base_iteration is None:
+            return None
+        base = path.with_name(ITERATION_FOLDER.format(state.base_iteration))
+        if not (base / DIGESTS_FILE).exists() or identity_of(base) != state.base_digest:
+            raise UserError(
+                f"--load {path.parent}: {path.name} holds only what its round trained, and {base.name}, where the rest "
+                "is, is not there or is another checkpoint by now; choose another --iteration."
+            )
+        return base
+
+
+def _digests(path: Path) -> dict[str, Digest]:
+    try:
+        return read_digests(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--load {path.parent}: {path.name}/{DIGESTS_FILE} can't be read ({error}); choose another --iteration."
+        ) from error
+
+
+def _verify(path: Path, digests: Mapping[str, Digest], files: Iterable[str]) -> None:
+    damage = damage_in(path, digests, sorted(files))
+    if damage is not None:
+        raise UserError(f"--load {path.parent}: {damage}; choose another --iteration, or copy the folder again.")

@@ -1,0 +1,37 @@
+"""The data sets that the data options of a run name."""
+
+from collections.abc import Sequence
+
+from hft_megatron.config.schema import DataConfig
+from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
+from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.sft import ExampleRules, SftDataset, load_sft_dataset
+from hft_megatron.data.tokenizer import Tokenizer
+
+
+def training_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> SftDataset | None:
+    """What --train-data-path names, None where it names nothing; ``seq_length`` is in positions.
+
+    Raises UserError for a source without files and for a mistake in them.
+    """
+    return _load("--train-data-path", data.train_data_path, TRAIN_SPLIT, data, tokenizer, seq_length)
+
+
+def validation_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> SftDataset | None:
+    """What --valid-data-path names, by the same rules as the training data."""
+    return _load("--valid-data-path", data.valid_data_path, VALID_SPLIT, data, tokenizer, seq_length)
+
+
+def _load(
+    option: str, words: Sequence[str], split: str, data: DataConfig, tokenizer: Tokenizer, seq_length: int
+) -> SftDataset | None:
+    sources = find_sources(option, words, split)
+    if not sources:
+        return None
+    rules = ExampleRules(
+        seq_length=seq_length,
+        long_examples=data.long_examples,
+        loss=LossRule(loss_on=data.loss_on, train_on_eos=data.train_on_eos),
+        data_format=data.data_format,
+    )
+    return load_sft_dataset(sources, tokenizer, rules)

@@ -1,0 +1,118 @@
+"""Conversion without a run: a checkpoint to a Hugging Face folder in one process, and the check of logits."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hft_megatron.checkpoint.tensors import CheckpointTensors
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.training_rules import heads_fit_the_model
+from hft_megatron.conversion.export import export_tensors
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import check_weights
+from hft_megatron.conversion.logits_check import LogitDifference, compare_logits
+from hft_megatron.conversion.save import Announce, ExportRules
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
+from hft_megatron.errors import RunFailed
+from hft_megatron.hft.units import units_of
+from hft_megatron.training.saved_run import SavedRun
+
+
+def convert_checkpoint(
+    load: str,
+    iteration: int | None,
+    save_hf: str,
+    *,
+    save_dtype: torch.dtype | None,
+    check: bool,
+    announce: Announce,
+) -> None:
+    """Exports a checkpoint of the run in ``load`` to the new folder ``save_hf``, tensor by tensor.
+
+    The result is what the run's own --save-hf would have written there. Where the folder that the run started from is
+    gone, the weights are written as the checkpoint has them, and a line says so. With ``check`` the logits of both are
+    compared. Raises UserError for a folder that can't be read, RunFailed when the logits differ.
+    """
+    run = SavedRun.read(load, iteration)
+    shape, source = run.identity.shape, run.source()
+    tensors = CheckpointTensors(run.checkpoint, shape)
+    announce(
+        f"> {run.checkpoint}: a LLaMA of {shape.parameter_count():,} parameters at iteration {run.state.iteration}"
+    )
+    if source is None:
+        announce(_without_source(run, tensors.dtype))
+    rules = ExportRules(source=source, trained=run.trained(), save_dtype=save_dtype)
+    with _reader(tensors, source) as read:
+        wholes = ((unit.name, read(unit.name)) for unit in units_of(shape))
+        written = export_tensors(save_hf, wholes, shape, tensors.dtype, rules, _tokenizer(run, announce), announce)
+        if check:
+            rounded_to = _coarsest_rounding(tensors.dtype, written, has_source=source is not None)
+            _compare(save_hf, compare_logits(save_hf, shape, read, rounded_to=rounded_to), announce)
+
+
+def check_model_folder(load_hf: str, announce: Announce) -> None:
+    """Compares the logits that this project and transformers compute from one Hugging Face folder.
+
+    Raises UserError for a folder that can't be trained, RunFailed when the logits differ.
+    """
+    shape = ModelShape.from_hf_config(load_hf_config(load_hf), source=f"{load_hf}/{HF_CONFIG_FILE}")
+    heads_fit_the_model(RunConfig(), shape, 1)
+    check_weights(load_hf, shape)
+    with HuggingFaceWeights(load_hf) as weights:
+        difference = compare_logits(
+            load_hf, shape, lambda unit: weights.read(f"{unit}.weight"), rounded_to=torch.float32
+        )
+    _compare(load_hf, difference, announce)
+
+
+@contextmanager
+def _reader(tensors: CheckpointTensors, source: str | None) -> Iterator[Callable[[str], Tensor]]:
+    """Reads a unit's weight as the run has it: from its checkpoints, or rounded from the source where they leave it."""
+    if not tensors.left_out:
+        yield tensors.read
+        return
+    assert source is not None, "SavedRun.source refuses it"
+    left_out = frozenset(tensors.left_out)
+    with HuggingFaceWeights(source) as weights:
+
+        def read(unit: str) -> Tensor:
+            if unit in left_out:
+                return weights.read(f"{unit}.weight").to(tensors.dtype)
+            return tensors.read(unit)
+
+        yield read
+
+
+def _without_source(run: SavedRun, dtype: torch.dtype) -> str:
+    started_from = run.config.model.load_hf
+    why = "the run started from random weights" if started_from is None else f"--load-hf {started_from} is not there"
+    return f"> {why}: all tensors are the checkpoint's ({dtype}), and config.json is made from the run's shape"
+
+
+def _tokenizer(run: SavedRun, announce: Announce) -> Tokenizer | None:
+    path = run.tokenizer_path()
+    if path is None or not holds_tokenizer(path):
+        announce("> the run's tokenizer is not there: the folder will have none")
+        return None
+    return load_tokenizer(run.config.data.tokenizer_type, path)
+
+
+def _coarsest_rounding(run_dtype: torch.dtype, written: torch.dtype, *, has_source: bool) -> torch.dtype:
+    """The data type that one side's weights went through and the other's did not; fp32 where both have one's values.
+
+    A source of finer values is copied where it rested, so that there the checkpoint is the rounded side.
+    """
+    finer = torch.promote_types(run_dtype, written)
+    if written == run_dtype or (finer == written and not has_source):
+        return torch.float32
+    return max(run_dtype, written, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _compare(folder: str, difference: LogitDifference, announce: Announce) -> None:
+    if not difference.is_within:
+        raise RunFailed(f"{folder}: {difference.describe()}; do not use it, and report this as a bug.")
+    announce(f"check of {folder}: {difference.describe()}")

@@ -1,0 +1,356 @@
+"""What a user sees when a save fails or a run is stopped: real ranks, real signals, real disks without room.
+
+Run: pytest tests/checkpoint/test_faults.py. Every test prints the seconds from the fault to the last process's end.
+"""
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hft_megatron.checkpoint.digests import damage_in, read_digests
+from hft_megatron.checkpoint.folders import find_checkpoints
+from hft_megatron.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from tests.support.disks import Disk, small_disk
+from tests.support.launched import Launched, launched
+from tests.support.runs import make_inputs, read_metrics, words_for
+
+pytestmark = pytest.mark.slow
+
+INTERVAL = 10
+BOUND = 60.0
+"""Seconds in which everything must have ended. The process group's time-out is ten minutes."""
+BACKGROUND = "--async-save"
+Record = Callable[[str, object], None]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that a save takes some time."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"), vocab_size=8000)
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_ends_a_rank_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the example script: torchrun would kill hanging ranks after 30 seconds and hide them."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
+
+
+def words(inputs: Path, save: Path, *options: object) -> list[str]:
+    """A run that goes on until something happens to it."""
+    base = ("--tensor-model-parallel-size", 2, "--micro-batch-size", 2, "--train-iters", 5000, "--save", save)
+    return words_for(
+        inputs, *base, "--load", save, "--save-interval", INTERVAL, "--lr-decay-style", "constant", *options
+    )
+
+
+def unfinished(save: Path) -> list[Path]:
+    return list(save.glob("*.unfinished*"))
+
+
+def stop_inside_a_save(run: Launched, save: Path, *ranks: int) -> None:
+    """Freezes ranks while a checkpoint after the first one is only half there."""
+    run.wait_for(lambda: find_checkpoints(str(save)).newest)
+    processes = [run.rank(number) for number in ranks]
+    while True:
+        run.wait_for(lambda: unfinished(save))
+        assert run.freeze(*processes)
+        if unfinished(save):
+            return
+        run.resume(*processes)
+
+
+def freeze_writers(run: Launched, save: Path) -> None:
+    """Freezes the processes that write in the background while each has a file begun and another one before it."""
+
+    def caught() -> bool:
+        writers = [writer for writer in (run.writer(0), run.writer(1)) if writer is not None]
+        if len(writers) < 2:
+            return False
+        still = run.freeze(*writers)
+        files = {path.name for folder in unfinished(save) for path in folder.glob("*.distcp")}
+        if still and files == {"__0_0.distcp", "__1_0.distcp"}:
+            return True
+        run.resume(*writers)
+        return False
+
+    run.wait_for(lambda: find_checkpoints(str(save)).newest)
+    run.wait_for(caught)
+
+
+def ended(run: Launched, record: Record, code: int | None, rank: int = 0) -> None:
+    """Torchrun has ended in time, and ``rank`` with ``code``; None after a signal, when torchrun doesn't say."""
+    torchrun, seconds = run.end(within=BOUND)
+    print(f"ended after {seconds:.1f} s")
+    record("seconds", round(seconds, 1))
+    assert torchrun == 1, "torchrun's code for every failure"
+    assert code is None or run.exit_codes()[rank] == code, run.said()
+
+
+def is_whole(checkpoint: Path | None) -> bool:
+    """Whether every file is what was saved."""
+    assert checkpoint is not None
+    digests = read_digests(checkpoint)
+    return len(digests) > 5 and damage_in(checkpoint, digests, list(digests)) is None
+
+
+def status_of(save: Path) -> dict[str, object]:
+    status: dict[str, object] = json.loads((save / "status.json").read_text())
+    return status
+
+
+def own_traces(run: Launched) -> list[str]:
+    """Lines of tracebacks from inside the package; torchrun prints one of its own."""
+    return re.findall(r'File "\S*/hft_megatron/\S+", line \d+', run.text())
+
+
+def size_of(checkpoint: Path, *patterns: str) -> int:
+    """Bytes that the files take on a disk of pages of 4,096."""
+    return sum(-(-file.stat().st_size // 4096) * 4096 for pattern in patterns for file in checkpoint.glob(pattern))
+
+
+QUIET = ("--log-interval", "5000")
+FULL = {
+    "in the foreground": ([*QUIET], lambda first: size_of(first, "*") // 2),
+    "in the background": ([BACKGROUND], lambda first: size_of(first, "*") // 2),
+    "but for the index": ([*QUIET], lambda first: size_of(first, "*.distcp", "common.pt")),
+    "but for the index, in the background": (
+        [*QUIET, BACKGROUND],
+        lambda first: size_of(first, "*.distcp", "common.pt"),
+    ),
+    "before anything": ([*QUIET], lambda first: 0),
+}
+"""Options, and how much room there is after the first checkpoint."""
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_run_goes_on(
+    case: str, inputs: Path, disk: Disk, tmp_path: Path, record_property: Record
+) -> None:
+    options, room = FULL[case]
+    folder = disk.mount_point / "run"
+    save = disk.seen(folder)
+    with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
+        run.wait_for(lambda: find_checkpoints(str(save)).newest)
+        ranks = [run.rank(0), run.rank(1)]
+        assert run.freeze(*ranks)
+        first = find_checkpoints(str(save)).newest
+        assert first is not None
+        assert not unfinished(save), "it was too fast for this test"
+        disk.leave_free(room(first))
+        run.resume(*ranks)
+        ended(run, record_property, EXIT_FAILURE)
+    kept, lost = int(first.name[5:]), int(first.name[5:]) + INTERVAL
+    [sentence] = run.sentences()
+    assert re.fullmatch(
+        rf"hft-megatron: error: the checkpoint of iteration {lost} can't be written to {folder}: (rank \d: )?"
+        rf"\[Errno 28\] No space left on device.*; {folder / first.name} is the newest complete one\.",
+        sentence,
+    )
+    assert not own_traces(run)
+    assert not unfinished(save), "what could not be finished leaves room for the rest"
+    assert is_whole(find_checkpoints(str(save)).newest)
+    if case != "before anything":
+        assert status_of(save) == {
+            "exit_code": EXIT_FAILURE,
+            "state": "failed",
+            "message": sentence.removeprefix("hft-megatron: "),
+        }
+
+    disk.remount("size=256m")
+    more = ["--train-iters", str(kept + 2), "--log-interval", "1"]
+    with launched(words(inputs, folder, *more), log=tmp_path / "log", prefix=disk.enter) as run:
+        assert run.end(within=BOUND * 2)[0] == EXIT_OK, run.text()
+    assert f"successfully loaded checkpoint from {folder / first.name}" in run.text()
+    assert [line["iteration"] for line in read_metrics(save)][-2:] == [kept + 1, kept + 2]
+
+
+def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_room_is_another(
+    inputs: Path, disk: Disk, tmp_path: Path, record_property: Record
+) -> None:
+    folder = disk.mount_point / "run"
+    save = disk.seen(folder)
+    command = words(inputs, folder, "--save-interval", 50)
+    with launched(command, log=tmp_path / "log", prefix=disk.enter) as run:
+        run.wait_for(lambda: find_checkpoints(str(save)).newest)
+        disk.leave_free(0)
+        ended(run, record_property, EXIT_FAILURE)
+    [sentence] = run.sentences()
+    assert re.match(
+        rf"hft-megatron: error: iteration \d+ can't be written to {folder}/metrics.jsonl: \[Errno 28\] No space left "
+        rf"on device; of the checkpoints, {folder}/iter_0000050 is the newest complete one\.$",
+        sentence,
+    )
+    assert not own_traces(run)
+    assert is_whole(find_checkpoints(str(save)).newest)
+
+    with launched(command, log=tmp_path / "log", prefix=disk.enter) as run:
+        ended(run, record_property, EXIT_USAGE)
+    [sentence] = run.sentences()
+    assert sentence.startswith(f"hft-megatron: error: {folder}/metrics.jsonl can't be written: [Errno 28] No space")
+    assert is_whole(find_checkpoints(str(save)).newest)
+
+
+@pytest.mark.parametrize("options", [[], [BACKGROUND]], ids=["in the foreground", "in the background"])
+def test_a_folder_that_becomes_read_only_is_one_sentence(
+    options: list[str], inputs: Path, disk: Disk, tmp_path: Path, record_property: Record
+) -> None:
+    folder = disk.mount_point / "run"
+    save = disk.seen(folder)
+    with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
+        run.wait_for(lambda: find_checkpoints(str(save)).newest)
+        ranks = [run.rank(0), run.rank(1)]
+        assert run.freeze(*ranks)
+        disk.become_read_only(folder)
+        run.resume(*ranks)
+        ended(run, record_property, EXIT_FAILURE)
+    [sentence] = run.sentences()
+    assert re.match(
+        rf"hft-megatron: error: the checkpoint of iteration \d+ can't be written to {folder}: \[Errno 30\] Read-only "
+        rf"file system: .*; {folder}/iter_\d+ is the newest complete one\.$",
+        sentence,
+    )
+    assert not own_traces(run)
+    assert is_whole(find_checkpoints(str(save)).newest)
+
+
+@pytest.mark.parametrize("name", ["run", "run/below"])
+def test_a_folder_that_is_read_only_from_the_start_is_one_sentence_before_a_model_is_built(
+    name: str, inputs: Path, disk: Disk, tmp_path: Path
+) -> None:
+    disk.seen(disk.mount_point / "run").mkdir()
+    disk.remount("ro")
+    folder = disk.mount_point / name
+    log = tmp_path / "log"
+    with launched(
+        words(inputs, folder, "--tensor-model-parallel-size", 1), ranks=None, log=log, prefix=disk.enter
+    ) as run:
+        code, seconds = run.end(within=BOUND)
+    print(f"ended after {seconds:.1f} s")
+    assert code == EXIT_USAGE
+    assert log.read_text() == (
+        f"hft-megatron: error: --save {folder} can't be written: {disk.mount_point / 'run'} is not a folder this user "
+        f"may write to.\n"
+    )
+
+
+@pytest.mark.parametrize("options", [[], [BACKGROUND]], ids=["in the foreground", "in the background"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_while_it_saves_ends_the_run_and_leaves_the_checkpoint_before(
+    victim: int, options: list[str], inputs: Path, tmp_path: Path, record_property: Record
+) -> None:
+    save = tmp_path / "run"
+    with launched(words(inputs, save, *options), log=tmp_path / "log") as run:
+        stop_inside_a_save(run, save, victim)
+        before = find_checkpoints(str(save)).newest
+        run.rank(victim).kill()
+        ended(run, record_property, -signal.SIGKILL, rank=victim)
+    found = find_checkpoints(str(save))
+    assert found.newest == before
+    assert is_whole(found.newest)
+    [left] = found.unfinished
+    assert found.notes() == [f"{left} is skipped: its save was not finished"]
+
+
+def test_a_writer_in_the_background_that_is_killed_is_one_sentence(
+    inputs: Path, tmp_path: Path, record_property: Record
+) -> None:
+    save = tmp_path / "run"
+    with launched(words(inputs, save, BACKGROUND), log=tmp_path / "log") as run:
+        freeze_writers(run, save)
+        frozen, killed = run.writer(0), run.writer(1)
+        assert frozen is not None
+        assert killed is not None
+        killed.kill()
+        run.resume(frozen)
+        ended(run, record_property, EXIT_FAILURE)
+    [sentence] = run.sentences()
+    assert re.search(
+        r"the checkpoint of iteration \d+ can't be written to .*: rank 1: the process that wrote in the background was "
+        r"killed; .* is the newest complete one\.$",
+        sentence,
+    )
+    assert not own_traces(run)
+    assert is_whole(find_checkpoints(str(save)).newest)
+    assert not unfinished(save)
+
+
+def test_a_killed_rank_ends_the_run_even_while_its_disk_hangs(
+    inputs: Path, tmp_path: Path, record_property: Record
+) -> None:
+    save = tmp_path / "run"
+    with launched(words(inputs, save, BACKGROUND), log=tmp_path / "log") as run:
+        freeze_writers(run, save)
+        run.rank(1).kill()
+        ended(run, record_property, -signal.SIGKILL, rank=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "options"),
+    [(signal.SIGUSR1, False, []), (signal.SIGTERM, True, [BACKGROUND]), (signal.SIGUSR1, False, [BACKGROUND])],
+)
+def test_a_signal_inside_a_save_lets_it_end_saves_once_more_and_reports_3(
+    number: signal.Signals, to_all: bool, options: list[str], inputs: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """``to_all``: torchrun passes the signal on to ranks that the scheduler has signalled as well."""
+    save = tmp_path / "run"
+    with launched(words(inputs, save, *options), log=tmp_path / "log") as run:
+        stop_inside_a_save(run, save, 0, 1)
+        run.launcher.send_signal(number)
+        for rank in (0, 1):
+            if to_all:
+                run.rank(rank).send_signal(number)
+            run.resume(run.rank(rank))
+        ended(run, record_property, None)
+    newest = find_checkpoints(str(save)).newest
+    assert is_whole(newest)
+    assert newest is not None
+    reached = int(newest.name[5:])
+    [sentence] = run.sentences()
+    expected = f"{number.name} stopped the run at iteration {reached}; start it again with --load {save}"
+    assert sentence == f"hft-megatron: {expected}"
+    assert status_of(save) == {"exit_code": EXIT_STOPPED, "state": "stopped", "message": expected}
+    assert [line["iteration"] for line in read_metrics(save)] == list(range(1, reached + 1))
+    assert not unfinished(save)
+    assert not own_traces(run)
+
+
+def test_a_second_signal_ends_at_once(inputs: Path, tmp_path: Path, record_property: Record) -> None:
+    save = tmp_path / "run"
+    with launched(words(inputs, save, BACKGROUND), log=tmp_path / "log") as run:
+        freeze_writers(run, save)
+        run.launcher.terminate()
+        time.sleep(1.5)
+        assert run.writer(0) is not None, "the first signal waits for the save"
+        run.launcher.terminate()
+        ended(run, record_property, None)
+    assert is_whole(find_checkpoints(str(save)).newest)
+    assert len(unfinished(save)) == 1
+
+
+def test_a_run_that_lasts_as_long_as_it_may_saves_and_reports_3(
+    inputs: Path, tmp_path: Path, record_property: Record
+) -> None:
+    save = tmp_path / "run"
+    with launched(words(inputs, save, "--exit-duration-in-mins", 0.05), log=tmp_path / "log") as run:
+        run.wait_for(lambda: (save / "metrics.jsonl").exists())
+        ended(run, record_property, EXIT_STOPPED)
+    newest = find_checkpoints(str(save)).newest
+    assert is_whole(newest)
+    assert newest is not None
+    [sentence] = run.sentences()
+    assert sentence == (
+        f"hft-megatron: --exit-duration-in-mins 0.05 stopped the run at iteration {int(newest.name[5:])}; start it "
+        f"again with --load {save}"
+    )
+    assert status_of(save)["exit_code"] == EXIT_STOPPED

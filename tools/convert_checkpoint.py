@@ -1,0 +1,113 @@
+"""Converts a training checkpoint to a Hugging Face folder in one process, without building the model.
+
+Run: ``python tools/convert_checkpoint.py --load RUN --save-hf OUT``, with ``--check`` to compare logits as well, or
+``python tools/convert_checkpoint.py --load-hf MODEL --check`` to compare those of a folder before training on it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from hft_megatron.cli import launch
+from hft_megatron.cli.boundary import StatusFolder, run_command, show
+from hft_megatron.config.input_rules import nothing_is_overwritten, outputs_can_be_written
+from hft_megatron.config.loading import help_text, load_options
+from hft_megatron.config.schema import CheckpointConfig, RunConfig
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is converted, and where to."""
+
+    load: str | None = None
+    """Folder of a run (its --save). Load only folders you trust: torch reads a checkpoint's index with pickle."""
+    iteration: int | None = None
+    """The checkpoint of this iteration; the newest when unset."""
+    save_hf: str | None = None
+    """New folder to export to in Hugging Face's format."""
+    save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Data type of all tensors in the export; each tensor's own in the run's --load-hf folder (or the run's) when
+    unset."""
+    check: bool = False
+    """Compare the logits of the export with the checkpoint's, or transformers' of --load-hf with ours. Builds the
+    models, one after the other, in fp32."""
+    load_hf: str | None = None
+    """Hugging Face folder, instead of --load, for --check alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    conversion: Annotated[Conversion, tyro.conf.arg(name="")] = field(default_factory=Conversion)
+
+
+def convert(options: Conversion) -> None:
+    """Checks the options, then converts or compares."""
+    _check(options)
+    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+
+    silence_engine_warnings()
+    if options.check:
+        launch.place_this_process()
+    import torch
+
+    from hft_megatron.training.convert import check_model_folder, convert_checkpoint
+
+    if options.load_hf is not None:
+        check_model_folder(options.load_hf, show)
+        return
+    assert options.load is not None
+    assert options.save_hf is not None
+    convert_checkpoint(
+        options.load,
+        options.iteration,
+        options.save_hf,
+        save_dtype=None if options.save_dtype is None else getattr(torch, options.save_dtype),
+        check=options.check,
+        announce=show,
+    )
+
+
+def _check(options: Conversion) -> None:
+    """Raises UserError for options that don't fit together, before anything is read."""
+    if launch.world_size() > 1:
+        raise UserError("tools/convert_checkpoint.py is one process; start it with python and not with torchrun.")
+    if (options.load is None) == (options.load_hf is None):
+        raise UserError("Give either --load RUN, a training run, or --load-hf MODEL, a folder to check.")
+    if options.load_hf is not None:
+        others = {"--save-hf": options.save_hf, "--save-dtype": options.save_dtype, "--iteration": options.iteration}
+        for flag, value in others.items():
+            if value is not None:
+                raise UserError(
+                    f"{flag} {value} can't be given with --load-hf {options.load_hf}, which is only checked; "
+                    "`hft-megatron sft --train-iters 0 --load-hf A --save-hf B` converts between such folders."
+                )
+        if not options.check:
+            raise UserError(f"--load-hf {options.load_hf} needs --check: training reads such folders as they are.")
+        return
+    if options.save_hf is None:
+        raise UserError(f"--save-hf is missing: name the new folder that --load {options.load} is converted to.")
+    outputs = RunConfig(checkpoint=CheckpointConfig(save_hf=options.save_hf))
+    for rule in (nothing_is_overwritten, outputs_can_be_written):
+        rule(outputs, None, 1)
+
+
+def main() -> int:
+    """Exit code of the process: the ``EXIT_`` constants of ``errors``."""
+    words = sys.argv[1:]
+
+    def command(_: StatusFolder) -> None:
+        if not words or {"-h", "--help"} & set(words):
+            show(help_text(Options, prog="convert_checkpoint.py", description=__doc__))
+            return
+        convert(load_options(Options, words).conversion)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
