@@ -43,6 +43,17 @@ def sequence_length(training: TrainingConfig, shape: ModelShape) -> int:
     return shape.max_position_embeddings if training.seq_length is None else training.seq_length
 
 
+DEFAULT_TRAIN_ITERS = 100
+
+
+def train_iters(training: TrainingConfig) -> int:
+    """Optimizer steps. Those of --train-epochs are known, as --train-iters, once the data has been read."""
+    if training.train_iters is not None:
+        return training.train_iters
+    assert training.train_epochs is None, "epochs become iterations when the data has been read"
+    return DEFAULT_TRAIN_ITERS
+
+
 def warmup_iters(optimizer: OptimizerConfig, train_iters: int) -> int:
     """Iterations of linear warm-up, from either form of the option; a fraction is rounded to the nearest iteration."""
     if optimizer.lr_warmup_fraction is None:
@@ -88,6 +99,7 @@ def resolve(config: RunConfig, shape: ModelShape, world_size: int, saved: RunCon
             training,
             global_batch_size=global_batch_size(config, world_size),
             seq_length=sequence_length(training, shape),
+            train_iters=train_iters(training) if training.train_epochs is None else None,
         ),
         hft=replace(hft, hft_seed=hft_seed(config)),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from hft_megatron.config.data_sources import check_sources
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
-from hft_megatron.config.schema import ModelConfig, RunConfig
+from hft_megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from hft_megatron.errors import UserError
 
 _ALLOWED_WITH_LOAD_HF = ("load_hf", "make_vocab_size_divisible_by")
@@ -33,7 +33,7 @@ def model_is_given_once(config: ModelConfig) -> None:
 
 def inputs_are_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Training needs text (--train-iters 0 only converts), and every model needs its tokenizer."""
-    if config.training.train_iters and not config.data.train_data_path:
+    if config.training.train_iters != 0 and not config.data.train_data_path:
         raise UserError("--train-data-path is missing: give a data file, or --train-iters 0 to train nothing.")
     if config.data.tokenizer_model is None and config.model.load_hf is None:
         raise UserError("--tokenizer-model is missing: a model that is not read by --load-hf brings no tokenizer.")
@@ -42,6 +42,17 @@ def inputs_are_given(config: RunConfig, shape: ModelShape, world_size: int) -> N
 def data_sources_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Weights stand before paths, for all or none; validation, which sees every example once, has none."""
     check_sources(config.data)
+
+
+def packing_is_asked_for(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Options about packs do nothing where nothing is packed."""
+    if config.data.packing:
+        return
+    for field in fields(DataConfig):
+        value = getattr(config.data, field.name)
+        if field.name.startswith("packing_") and value != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag} {value} needs --packing; add it or leave {flag} out.")
 
 
 def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -> None:

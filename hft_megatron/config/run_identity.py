@@ -9,9 +9,11 @@ from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.schema import DataConfig, RunConfig
 from hft_megatron.errors import UserError
 
+_PACKING_OPTIONS = ("packing", "packing_algorithm", "packing_window")
+"""Options that, with seed and data, fix what each sample holds."""
 _HFT_OPTIONS = (
     "hft_level",
     "hft_selection",
@@ -60,6 +62,9 @@ class RunIdentity:
     hft_round_interval: str = "stage"
     hft_moments: str = "reset"
     hft_resting_moments: str = "drop"
+    packing: bool = False
+    packing_algorithm: str = DataConfig.packing_algorithm
+    packing_window: int = DataConfig.packing_window
     hft_plan: str | None = None
     """For the message only, like ``data_path``."""
     hft_plan_digest: str | None = None
@@ -105,6 +110,7 @@ def run_identity(
         hft_ratio=config.hft.hft_ratio,
         hft_seed=derived.hft_seed(config),
         **{name: getattr(config.hft, name) for name in _HFT_OPTIONS},
+        **{name: getattr(config.data, name) for name in _PACKING_OPTIONS},
         hft_plan=config.hft.hft_plan,
         hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
         tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
@@ -153,7 +159,7 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
         values.append(("model's weights (--load-hf)", shown[0], shown[1]))
     if saved.hft_plan_digest != new.hft_plan_digest:
         values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
-    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_HFT_OPTIONS):
+    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_HFT_OPTIONS):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     return [entry for entry in values if entry[1] != entry[2]]
 

@@ -62,10 +62,14 @@ class TrainingConfig:
     """How long, how much at a time, in what precision."""
 
     micro_batch_size: int = 1
-    """Sequences of one forward pass on one data-parallel rank."""
+    """Sequences of one forward pass on one data-parallel rank; under --packing a sequence is a pack of examples."""
     global_batch_size: int | None = None
     """Sequences of one optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
-    train_iters: int = 100
+    train_iters: int | None = None
+    """Optimizer steps; 100 when neither this nor --train-epochs is set. 0 trains nothing."""
+    train_epochs: int | None = None
+    """Passes over the training data, instead of --train-iters. The last batch of an epoch is filled up with the first
+    samples of the next, the last one of all too."""
     exit_duration_in_mins: float | None = None
     """Save and end (exit code 3, as after a signal) at the first iteration this long after the start."""
     seq_length: int | None = None
@@ -105,6 +109,9 @@ DataFormat = Literal[
     "messages", "sharegpt", "alpaca", "preference", "prompt-completion", "trace", "input-output", "text"
 ]
 """In the order in which they are tried: a record that has the keys of two is of the first."""
+LongExamples = Literal["error", "drop", "truncate", "split"]
+PackingAlgorithm = Literal["first_fit_decreasing", "first_fit_shuffle"]
+"""Under the names that NeMo gives them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +137,18 @@ class DataConfig:
     """Found from the files when unset."""
     tokenizer_model: str | None = None
     """Hugging Face folder or SentencePiece .model file; the --load-hf folder when unset."""
-    long_examples: Literal["error", "drop", "truncate"] = "error"
-    """What to do with an example longer than --seq-length; dropped and truncated ones are counted and reported."""
+    long_examples: LongExamples = "error"
+    """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several
+    examples of it (each begins where the last one ended, and sees nothing of it). All are counted and reported."""
+    packing: bool = False
+    """Put several training examples into one sequence of --seq-length. Attention stays within an example and positions
+    restart, so the loss is that of the examples on their own. Batch sizes, samples and epochs then count these packs.
+    Validation is not packed: its loss is the same."""
+    packing_algorithm: PackingAlgorithm = "first_fit_decreasing"
+    """Which examples share a pack: each goes into the first pack with room for it, the longest first, or in shuffled
+    order."""
+    packing_window: int = 4096
+    """Examples, of an epoch's shuffled ones, that are packed together; more fill the packs better and take longer."""
 
 
 @dataclass(frozen=True, kw_only=True)

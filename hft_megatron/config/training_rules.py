@@ -7,7 +7,7 @@ from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.schema import OptimizerConfig, RunConfig
 from hft_megatron.errors import UserError
 
 _AT_LEAST_ONE = {
@@ -19,7 +19,8 @@ _AT_LEAST_ONE = {
         "distributed_timeout_minutes",
     ),
     "model": ("make_vocab_size_divisible_by",),
-    "training": ("micro_batch_size", "global_batch_size", "seq_length", "recompute_num_layers"),
+    "training": ("micro_batch_size", "global_batch_size", "train_epochs", "seq_length", "recompute_num_layers"),
+    "data": ("packing_window",),
     "hft": ("hft_audit_interval",),
     "checkpoint": ("save_interval", "keep_last", "save_retain_interval"),
     "logging": ("log_interval", "eval_interval", "eval_iters"),
@@ -80,7 +81,7 @@ def sequence_fits_the_model(config: RunConfig, shape: ModelShape, world_size: in
 
 def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """One form of warm-up, shorter than the run, and a learning rate that decays downwards."""
-    optimizer, iterations = config.optimizer, config.training.train_iters
+    optimizer, training = config.optimizer, config.training
     fraction = optimizer.lr_warmup_fraction
     if fraction is not None and optimizer.lr_warmup_iters:
         raise UserError(
@@ -89,14 +90,27 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
         )
     if fraction is not None and not 0 <= fraction < 1:
         raise UserError(f"--lr-warmup-fraction {fraction} must be at least 0 and below 1.")
-    warmup = derived.warmup_iters(optimizer, iterations)
+    if training.train_epochs is None:
+        warmup_fits(optimizer, derived.train_iters(training))
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")
+
+
+def warmup_fits(optimizer: OptimizerConfig, iterations: int) -> None:
+    """Raise UserError for a warm-up that takes all iterations; those of --train-epochs are known with the data."""
+    warmup, fraction = derived.warmup_iters(optimizer, iterations), optimizer.lr_warmup_fraction
     if iterations and warmup >= iterations:
         given = f"--lr-warmup-iters {warmup}" if fraction is None else f"--lr-warmup-fraction {fraction} ({warmup})"
         raise UserError(
             f"{given} must be below --train-iters {iterations}, or the full learning rate is never reached."
         )
-    if optimizer.min_lr > optimizer.lr:
-        raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")
+
+
+def length_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Iterations or epochs: of two lengths one would be ignored."""
+    iterations, epochs = config.training.train_iters, config.training.train_epochs
+    if iterations is not None and epochs is not None:
+        raise UserError(f"--train-iters {iterations} and --train-epochs {epochs} are both given; keep one of them.")
 
 
 def _given(config: RunConfig, names_by_group: dict[str, tuple[str, ...]]) -> list[tuple[str, Any]]:

@@ -1,5 +1,7 @@
 """Cuts the stream of samples into steps, and each step's global batch into one rank's micro-batches.
 
+A sample is one sequence: an example, or under --packing several of them one behind the other.
+
 Every step's loss is the sum of the token losses under ``loss_mask`` divided by the mask's sum over the *global* batch.
 That quotient doesn't change with the number of ranks, the micro-batch size or the padding, which a mean of the
 micro-batches' means would: those have different numbers of trained tokens.
@@ -12,7 +14,7 @@ from math import lcm
 import numpy as np
 import torch
 
-from hft_megatron.data.order import Order
+from hft_megatron.data.order import SampleStream
 from hft_megatron.data.sft import SftDataset
 
 PADDING_MULTIPLE = 64
@@ -23,10 +25,13 @@ PADDING_MULTIPLE = 64
 class StepBatch:
     """One rank's part of one optimizer step."""
 
+    sequences: int
+    """Of a micro-batch as the engine sees it: the micro-batch size, or 1 when packed."""
     seq_length: int
-    """Padded length, the same on every rank and in every micro-batch of the step."""
+    """Padded length of those, the same on every rank and in every micro-batch of the step."""
     micro_batches: list[dict[str, torch.Tensor]]
-    """``tokens`` and ``labels`` int64, ``loss_mask`` float32, each of shape (micro-batch size, seq_length)."""
+    """``tokens`` and ``labels`` int64, ``loss_mask`` float32, each of shape (sequences, seq_length). When packed also
+    ``cu_seqlens`` int32, (segments + 1,): where each example, or stretch of padding, begins, and the end."""
     trained_tokens: int
     """Predicted tokens of the whole global batch: the sum of ``loss_mask`` over all ranks."""
 
@@ -51,56 +56,80 @@ class BatchShare:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batches:
-    """What training and validation have in common: how a list of examples becomes a rank's tensors."""
+    """What training and validation have in common: how a list of samples becomes a rank's tensors."""
 
     dataset: SftDataset
     pad_id: int
     share: BatchShare
 
-    def _assemble(self, indices: Sequence[int]) -> StepBatch:
-        """The rank's rows of a global batch; rows that ``indices`` doesn't fill are padding and wholly masked.
+    def _assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
+        """The rank's rows of a global batch; rows that ``samples`` doesn't fill are padding and wholly masked.
 
-        Micro-batch k of rank r of D holds rows ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch.
+        Micro-batch k of rank r of D holds rows ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch. When packed
+        they are laid end to end, because the engine knows examples only within one sequence.
         """
-        length = self._padded_length(indices)
+        length = self._padded_length(samples)
         size, ranks = self.share.micro_batch_size, self.share.data_parallel_size
-        starts = range(self.share.data_parallel_rank * size, self.share.global_batch_size, size * ranks)
+        shape = (1, size * length) if packed else (size, length)
+        micro_batches = []
+        for start in range(self.share.data_parallel_rank * size, self.share.global_batch_size, size * ranks):
+            rows = samples[start : start + size]
+            micro_batch = {name: rectangle.view(shape) for name, rectangle in self._micro_batch(rows, length).items()}
+            if packed:
+                micro_batch["cu_seqlens"] = self._cu_seqlens(rows, length)
+            micro_batches.append(micro_batch)
         return StepBatch(
-            seq_length=length,
-            micro_batches=[self._micro_batch(indices[start : start + size], length) for start in starts],
-            trained_tokens=sum(int(self.dataset.example(index)[1][1:].sum()) for index in indices),
+            sequences=shape[0],
+            seq_length=shape[1],
+            micro_batches=micro_batches,
+            trained_tokens=sum(int(self.dataset.example(index)[1][1:].sum()) for sample in samples for index in sample),
         )
 
-    def _padded_length(self, indices: Sequence[int]) -> int:
-        longest = max(self.dataset.num_positions(index) for index in indices)
+    def _padded_length(self, samples: Sequence[Sequence[int]]) -> int:
+        longest = max(sum(self.dataset.num_positions(index) for index in sample) for sample in samples)
         limit = _round_up(self.dataset.seq_length, self.share.length_multiple)
         return min(_round_up(longest, lcm(PADDING_MULTIPLE, self.share.length_multiple)), limit)
 
-    def _micro_batch(self, indices: Sequence[int], length: int) -> dict[str, torch.Tensor]:
+    def _micro_batch(self, samples: Sequence[Sequence[int]], length: int) -> dict[str, torch.Tensor]:
         shape = (self.share.micro_batch_size, length)
         tokens = np.full(shape, self.pad_id, dtype=np.int64)
         labels = np.full(shape, self.pad_id, dtype=np.int64)
         loss_mask = np.zeros(shape, dtype=np.float32)
-        for row, index in enumerate(indices):
-            ids, trained = self.dataset.example(index)
-            positions = len(ids) - 1
-            tokens[row, :positions] = ids[:-1]
-            labels[row, :positions] = ids[1:]
-            loss_mask[row, :positions] = trained[1:]
+        for row, sample in enumerate(samples):
+            start = 0
+            for index in sample:
+                ids, trained = self.dataset.example(index)
+                span = slice(start, start + len(ids) - 1)
+                tokens[row, span] = ids[:-1]
+                labels[row, span] = ids[1:]
+                loss_mask[row, span] = trained[1:]
+                start = span.stop
         arrays = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _cu_seqlens(self, samples: Sequence[Sequence[int]], length: int) -> torch.Tensor:
+        """Each row's examples, and its padding as a segment of its own."""
+        segments = []
+        for sample in samples:
+            positions = [self.dataset.num_positions(index) for index in sample]
+            segments += [*positions, length - sum(positions)]
+        ends = np.cumsum([0, *(segment for segment in segments if segment > 0)])
+        return torch.from_numpy(ends.astype(np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftBatches(_Batches):
     """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
 
-    order: Order
+    order: SampleStream
+    packed: bool = False
+    """Whether samples are packs of examples that must not see each other."""
 
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
         stop = consumed_samples + self.share.global_batch_size
-        return self._assemble([self.order.sample_index(position) for position in range(consumed_samples, stop)])
+        samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
+        return self._assemble(samples, packed=self.packed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +143,8 @@ class ValidationBatches(_Batches):
         """All steps, or the first ``limit``. The last is filled up with wholly masked rows."""
         for number in range(len(self) if limit is None else min(limit, len(self))):
             start = number * self.share.global_batch_size
-            yield self._assemble(range(start, min(start + self.share.global_batch_size, len(self.dataset))))
+            stop = min(start + self.share.global_batch_size, len(self.dataset))
+            yield self._assemble([(index,) for index in range(start, stop)], packed=False)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -10,9 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class SampleStream(Protocol):
+    """The samples of a run, without end. A sample is what --global-batch-size counts: an example, or a pack of them."""
+
+    def sample(self, consumed: int) -> Sequence[int]:
+        """The examples of the sample that follows ``consumed`` samples."""
+
+    def epoch_starts(self, stop: int) -> Sequence[int]:
+        """How many samples come before each epoch, from 0 up to and with the first number that is at least ``stop``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +42,18 @@ class Order(ABC):
 
     def sample_index(self, consumed: int) -> int:
         """The example that follows ``consumed`` samples."""
-        return int(self._epoch(self.epoch_of(consumed))[consumed % self.num_examples])
+        return int(self.epoch(self.epoch_of(consumed))[consumed % self.num_examples])
+
+    def sample(self, consumed: int) -> Sequence[int]:
+        """The sample that follows ``consumed`` samples is one example."""
+        return (self.sample_index(consumed),)
+
+    def epoch_starts(self, stop: int) -> Sequence[int]:
+        """Multiples of the number of examples; see ``SampleStream``."""
+        return range(0, stop + self.num_examples, self.num_examples)
 
     @abstractmethod
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
         """The examples of one epoch in their order, of shape (num_examples,)."""
 
 
@@ -42,8 +61,8 @@ class Order(ABC):
 class SampleOrder(Order):
     """Every epoch holds each example once, in an order of its own."""
 
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        return _permutation(self.num_examples, f"seed {self.seed}, epoch {epoch}")
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
+        return permutation(self.num_examples, f"seed {self.seed}, epoch {epoch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +82,7 @@ class MixtureOrder(Order):
         assert sum(self.sizes) == sum(self.shares) == self.num_examples > 0
         assert min(self.sizes) > 0
 
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
         return _mixture(self.sizes, self.shares, self.seed, epoch)
 
 
@@ -79,7 +98,8 @@ def shares_of_epoch(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int
 
 
 @lru_cache(maxsize=4)  # the current epoch and the next, for training and one other data set
-def _permutation(num_examples: int, name: str) -> NDArray[np.int64]:
+def permutation(num_examples: int, name: str) -> NDArray[np.int64]:
+    """The numbers from 0 to ``num_examples - 1`` in the order that belongs to ``name``."""
     key = hashlib.sha256(f"sample order, {name}".encode()).digest()
     keys = np.random.PCG64(int.from_bytes(key, "big")).random_raw(num_examples)
     return np.argsort(keys, kind="stable").astype(np.int64)
@@ -91,10 +111,10 @@ def _mixture(sizes: tuple[int, ...], shares: tuple[int, ...], seed: int, epoch: 
     for source, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         start, stop = epoch * share, (epoch + 1) * share
         passes = range(start // size, -(-stop // size))
-        stream = [_permutation(size, f"seed {seed}, source {source}, pass {number}") for number in passes]
+        stream = [permutation(size, f"seed {seed}, source {source}, pass {number}") for number in passes]
         skipped = passes.start * size
         if stream:
             parts.append(offset + np.concatenate(stream)[start - skipped : stop - skipped])
         offset += size
     samples = np.concatenate(parts)
-    return samples[_permutation(len(samples), f"seed {seed}, epoch {epoch}")]
+    return samples[permutation(len(samples), f"seed {seed}, epoch {epoch}")]

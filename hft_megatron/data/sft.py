@@ -10,12 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataFormat
+from hft_megatron.config.schema import DataFormat, LongExamples
 from hft_megatron.data.examples import Example, read_examples
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.loss_rule import LossRule
@@ -23,7 +22,6 @@ from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 
-LongExamples = Literal["error", "drop", "truncate"]
 NO_LIMIT = sys.maxsize
 """A sequence length for looking at data without a model."""
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
@@ -49,6 +47,11 @@ class SftCounts:
     truncated: int
     dropped: int
     """Too long, or nothing trained left after truncation."""
+    split: int
+    """Too long, and made into several examples."""
+    lost_tokens: int
+    """Tokens that are not predicted because they were cut off, dropped, or in a part of a split example in which
+    nothing is trained."""
     tokens: int
     trained_tokens: int
 
@@ -67,10 +70,12 @@ class SourcePart:
     def summary(self) -> str:
         """One line for the log, with everything that was shortened or left out."""
         counts = self.counts
+        lost = f" with {counts.lost_tokens} tokens lost" if counts.lost_tokens else ""
+        split = f", {counts.split} split" if counts.split else ""
         return (
             f"{self.path} ({', '.join(self.formats)}): {self.examples} examples of {counts.read} records, "
             f"{counts.trained_tokens} trained tokens of {counts.tokens}, {counts.truncated} truncated and "
-            f"{counts.dropped} dropped"
+            f"{counts.dropped} dropped{lost}{split}"
         )
 
 
@@ -156,16 +161,17 @@ def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules
 def _load_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules) -> tuple[list[Encoded], SourcePart]:
     kept: list[Encoded] = []
     formats: set[DataFormat] = set()
-    read = truncated = dropped = 0
+    read = truncated = dropped = split = lost_tokens = 0
     for example in read_examples(source, tokenizer, rules.loss, rules.data_format):
         read += 1
         formats.add(example.format)
         fitting = _fitting(example, rules)
-        if fitting is None:
-            dropped += 1
-            continue
-        truncated += len(fitting[0]) < len(example.ids)
-        kept.append(fitting)
+        kept += fitting
+        if len(example.ids) - 1 > rules.seq_length:
+            dropped += not fitting
+            truncated += bool(fitting) and rules.long_examples == "truncate"
+            split += bool(fitting) and rules.long_examples == "split"
+            lost_tokens += len(example.ids) - 1 - sum(len(ids) - 1 for ids, _ in fitting)
     if not kept:
         reason = f"all {dropped} were longer than --seq-length {rules.seq_length}" if dropped else "it is empty"
         raise UserError(f"the data file {source.path} holds no example to train on: {reason}.")
@@ -173,6 +179,8 @@ def _load_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules)
         read=read,
         truncated=truncated,
         dropped=dropped,
+        split=split,
+        lost_tokens=lost_tokens,
         tokens=sum(len(ids) for ids, _ in kept),
         trained_tokens=sum(int(mask[1:].sum()) for _, mask in kept),
     )
@@ -180,20 +188,25 @@ def _load_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules)
     return kept, SourcePart(path=source.path, weight=source.weight, formats=known, examples=len(kept), counts=counts)
 
 
-def _fitting(example: Example, rules: ExampleRules) -> Encoded | None:
-    """The example, shortened where the rules say so; None where they say to drop it."""
-    ids, mask = example.ids, example.trained
-    if len(ids) - 1 <= rules.seq_length:
+def _fitting(example: Example, rules: ExampleRules) -> list[Encoded]:
+    """What is trained on of the example: all of it, and where it is too long what the rules say.
+
+    A part of a split example begins with the token that the part before it predicted last, so that each token is
+    predicted once.
+    """
+    ids, mask, length = example.ids, example.trained, rules.seq_length
+    if len(ids) - 1 <= length:
         if not mask[1:].any():
             raise UserError(f"{example.place}: the example has no token to predict; give it a prompt or remove it.")
-        return ids, mask
+        return [(ids, mask)]
     if rules.long_examples == "error":
         raise UserError(
-            f"{example.place}: the example has {len(ids) - 1} positions, but --seq-length is {rules.seq_length}; raise "
-            f"it or choose --long-examples drop or truncate."
+            f"{example.place}: the example has {len(ids) - 1} positions, but --seq-length is {length}; raise it or "
+            f"choose --long-examples drop, truncate or split."
         )
-    ids, mask = ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]
-    return None if rules.long_examples == "drop" or not mask[1:].any() else (ids, mask)
+    starts = {"drop": range(0), "truncate": range(1), "split": range(0, len(ids) - 1, length)}[rules.long_examples]
+    parts = [(ids[start : start + length + 1], mask[start : start + length + 1]) for start in starts]
+    return [(ids, mask) for ids, mask in parts if mask[1:].any()]
 
 
 def _digest(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> str:

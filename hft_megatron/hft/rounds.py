@@ -1,5 +1,7 @@
 """When rounds begin and end. Pure arithmetic over iterations; the switch itself is the training loop's."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -10,8 +12,9 @@ class RoundSchedule:
     interval: str
     """``stage`` (the stage is one round), ``epoch``, or a number of iterations, as in ``--hft-round-interval``."""
     train_iters: int
-    samples_per_epoch: int
-    """Read for ``epoch`` alone."""
+    epoch_starts: Sequence[int]
+    """How many samples come before each epoch, up to and with the first number that the iterations don't go beyond.
+    Read for ``epoch`` alone."""
     global_batch_size: int
     first_round: int = 0
     """Number of the stage's first round: how many rounds the stages before it had."""
@@ -27,7 +30,8 @@ class RoundSchedule:
         if self.interval == "stage":
             return self.first_round
         if self.interval == "epoch":
-            return self.first_round + min(iteration, iteration * self.global_batch_size // self.samples_per_epoch)
+            epoch = bisect_right(self.epoch_starts, iteration * self.global_batch_size) - 1
+            return self.first_round + min(iteration, epoch)
         return self.first_round + iteration // int(self.interval)
 
     def bounds(self, round: int) -> tuple[int, int]:
@@ -47,7 +51,9 @@ class RoundSchedule:
         if self.interval == "stage":
             return self.train_iters
         if self.interval == "epoch":
-            start = max(index, -(-index * self.samples_per_epoch // self.global_batch_size))
+            if index >= len(self.epoch_starts):
+                return self.train_iters
+            start = max(index, -(-self.epoch_starts[index] // self.global_batch_size))
         else:
             start = index * int(self.interval)
         return min(start, self.train_iters)

@@ -1,11 +1,10 @@
-"""The parts of a LLaMA layer that megatron-core lacks: attention and MLP by category, RMSNorm, torch's attention."""
+"""The parts of a LLaMA layer that megatron-core lacks: attention and MLP by category, and RMSNorm."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
@@ -36,51 +35,6 @@ class RMSNorm(torch.nn.Module):
         """(..., h) -> (..., h)."""
         normed = F.rms_norm(hidden_states.float(), (hidden_states.size(-1),), eps=self.eps)
         return self.weight * normed.to(hidden_states.dtype)
-
-
-class TorchAttention(MegatronModule):
-    """Causal attention by torch's scaled dot product (flash kernels on GPU): no score matrix is materialised.
-
-    forward: query (s, b, heads / tp, d), key and value (s, b, groups / tp, d) -> (s, b, heads / tp x d).
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config)
-        assert attn_mask_type is AttnMaskType.causal
-        assert config.context_parallel_size == 1
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        /,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        assert packed_seq_params is None, "sequences are padded on the right, not packed"
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        # Padding stands on the right, where a causal mask already hides it from every real token.
-        grouped = q.size(1) != k.size(1)
-        if grouped and q.is_cuda and q.dtype == torch.float32:
-            # There only the flash and the math kernel know groups, flash refuses fp32, and math materialises scores.
-            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-            grouped = False
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
 class CategorySelfAttention(Attention):

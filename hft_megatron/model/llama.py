@@ -14,8 +14,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm, TorchAttention
+from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm
 from hft_megatron.model.rope import scaled_inverse_frequencies
+from hft_megatron.model.torch_attention import TorchAttention
 from hft_megatron.parallel.groups import Placement
 
 

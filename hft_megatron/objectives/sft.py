@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hft_megatron.model.torch_attention import packed_seq_params
+
 MicroBatch = Mapping[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -16,14 +18,17 @@ LOSS_AND_TOKENS = "loss and tokens"
 def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, LossFunction]:
     """One forward pass of one micro-batch, as megatron-core's schedules call it.
 
-    ``tokens`` and ``labels`` (b, s) int64, ``loss_mask`` (b, s) fp32. The output is the token losses (b, s) on the last
-    stage and hidden states (s, b, h) before it.
+    ``tokens`` and ``labels`` (b, s) int64, ``loss_mask`` (b, s) fp32, and ``cu_seqlens`` where the sequence is packed.
+    The output is the token losses (b, s) on the last stage and hidden states (s, b, h) before it.
     """
     device = next(chunk.parameters()).device
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    micro_batch = next(batches)
+    packed = packed_seq_params(micro_batch["cu_seqlens"], device) if "cu_seqlens" in micro_batch else None
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+    # Megatron-core asks for positions and doesn't read them: rotary ones follow from the packing alone.
     positions = torch.arange(batch["tokens"].size(1), device=device).expand_as(batch["tokens"])
-    # No attention mask: it is causal in the attention itself, and padding stands on the right.
-    output: Tensor = chunk(batch["tokens"], positions, None, labels=batch["labels"])
+    # No attention mask: it is causal in the attention itself, and padding stands on the right or is a segment.
+    output: Tensor = chunk(batch["tokens"], positions, None, labels=batch["labels"], packed_seq_params=packed)
     return output, partial(masked_loss, loss_mask=batch["loss_mask"])
 
 

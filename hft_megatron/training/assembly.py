@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import check_saved_plan
-from hft_megatron.config.derived import global_batch_size
+from hft_megatron.config.derived import global_batch_size, train_iters
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
@@ -59,7 +59,7 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     scores = scores_of_run(inputs, placement)
     rounds = inputs.rounds(world_size, scores)
     plan = _agreed_plan(config, inputs, rounds.plan(inputs.position.round), placement, announce)
-    trains = config.training.train_iters > 0
+    trains = train_iters(config.training) > 0
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
     fill_from_other_run(inputs, chunks, announce)
@@ -123,7 +123,7 @@ def _agreed_plan(config: RunConfig, inputs: Inputs, plan: Plan, placement: Place
         assert inputs.checkpoint is not None
         check_saved_plan(inputs.checkpoint, plan, inputs.shape)
     check_agreement(plan, coordinates=placement.coordinates)
-    if config.training.train_iters > 0:
+    if train_iters(config.training) > 0:
         announce(plan.describe())
     return plan
 
@@ -152,7 +152,7 @@ def _tracker_on_last_rank(config: RunConfig, inputs: Inputs, placement: Placemen
         tracker = build_tracker(
             config.logging,
             save=config.checkpoint.save,
-            train_iters=config.training.train_iters,
+            train_iters=train_iters(config.training),
             start_iteration=inputs.position.iteration,
             resolved_config=asdict(config),
             is_writer=placement.is_last_rank,
@@ -182,11 +182,14 @@ def _train(
     announce: Announce,
 ) -> tuple[WrappedModel, TrainState]:
     """Trains to the end; returns what the last round left."""
-    if state.iteration == config.training.train_iters:
-        announce(f"> the run has reached iteration {state.iteration} of {config.training.train_iters}: no step is left")
+    if state.iteration == train_iters(config.training):
+        announce(
+            f"> the run has reached iteration {state.iteration} of {train_iters(config.training)}: no step is left"
+        )
     if config.checkpoint.save is None and config.checkpoint.save_hf is None:
         announce("> neither --save nor --save-hf is given: nothing of this training will be kept")
     assert inputs.train is not None
+    assert inputs.samples is not None
     share = BatchShare(
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=global_batch_size(config, placement.world_size),
@@ -203,7 +206,8 @@ def _train(
             dataset=inputs.train,
             pad_id=inputs.pad_id,
             share=share,
-            order=inputs.train.order(config.training.seed),
+            order=inputs.samples,
+            packed=config.data.packing,
         ),
         validation=None
         if inputs.valid is None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 from hft_megatron.checkpoint.writer import CheckpointWriter
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.parallel import step_clock
 from hft_megatron.tracking import tracker as names
@@ -40,7 +41,7 @@ class LogSteps(Hook):
 
     def after_step(self, run: Run, result: StepResult) -> None:
         self._pending.append(result)
-        last = run.state.iteration == run.config.training.train_iters
+        last = run.state.iteration == train_iters(run.config.training)
         if run.state.iteration % self.interval == 0 or last:
             run.log(self._record(run, result))
             self._pending.clear()

@@ -18,6 +18,7 @@ from hft_megatron.config.run_identity import RunIdentity, check_same_model, chec
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
+from hft_megatron.data.order import SampleStream
 from hft_megatron.data.run_data import training_data, validation_data
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
@@ -29,6 +30,7 @@ from hft_megatron.hft.units import units_of
 from hft_megatron.parallel.groups import Placement, host_name
 from hft_megatron.tracking.build import check_tracking_packages
 from hft_megatron.training.rounds import Rounds, rounds_of_run
+from hft_megatron.training.samples import describe_samples, sample_stream, with_iterations
 
 _ROUNDS_DRAWN_AHEAD = 100
 """Enough for a full cycle of HiFT's groups in every LLaMA; at 70B they take less than a second."""
@@ -44,6 +46,10 @@ class Inputs:
     tokenizer: Tokenizer | None
     """None only where a model without tokenizer files is converted."""
     train: SftDataset | None
+    samples: SampleStream | None
+    """The training data in the order it is trained in."""
+    epochs: int | None
+    """Those of --train-epochs; ``config`` has the iterations that they are."""
     valid: SftDataset | None
     identity: RunIdentity
     found: Checkpoints | None
@@ -76,7 +82,7 @@ class Inputs:
             self.config,
             self.shape,
             world_size,
-            samples_per_epoch=0 if self.train is None else len(self.train),
+            samples=self.samples,
             loaded=self.plans,
             scores=scores,
         )
@@ -84,6 +90,8 @@ class Inputs:
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
         lines = [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
+        if self.samples is not None:
+            lines += describe_samples(self.samples, self.epochs, derived.train_iters(self.config.training))
         if self.finetune_has_begun:
             lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
         if self.found is not None:
@@ -118,12 +126,16 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
     config = derived.resolve(options, shape, world_size, saved)
     validate(config, shape, world_size)
-    train = valid = None
-    if config.training.train_iters > 0:
+    train = valid = samples = None
+    epochs = config.training.train_epochs
+    if config.training.train_iters != 0:
         assert tokenizer is not None
         seq_length = derived.sequence_length(config.training, shape)
         train = training_data(config.data, tokenizer, seq_length)
         valid = validation_data(config.data, tokenizer, seq_length)
+    if train is not None:
+        samples = sample_stream(config, train)
+        config = with_iterations(config, samples, world_size)
     digest = train.digest if train is not None else None
     identity = run_identity(
         config,
@@ -162,6 +174,8 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         shape=shape,
         tokenizer=tokenizer,
         train=train,
+        samples=samples,
+        epochs=epochs,
         valid=valid,
         identity=identity,
         found=found,
@@ -195,7 +209,7 @@ def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> N
 
 def _check_iterations(config: RunConfig, checkpoint: Path | None) -> None:
     """A run can't end before where it goes on; its export would have the name of an iteration that it is not of."""
-    asked = config.training.train_iters
+    asked = derived.train_iters(config.training)
     if checkpoint is None or asked == 0:
         return
     reached = iteration_of(checkpoint)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.hift_rule import hift_groups
@@ -23,7 +24,7 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
     """Steps until --train-iters; every rank calls it."""
     for hook in hooks:
         hook.at_round_start(run)
-    while run.state.iteration < run.config.training.train_iters:
+    while run.state.iteration < train_iters(run.config.training):
         result = next_step(run, hooks)
         for hook in hooks:
             hook.after_step(run, result)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import RunConfig
+from hft_megatron.data.order import SampleStream
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
@@ -44,19 +45,22 @@ def rounds_of_run(
     shape: ModelShape,
     world_size: int,
     *,
-    samples_per_epoch: int,
+    samples: SampleStream | None,
     loaded: Sequence[Plan],
     scores: Mapping[str, float] | None,
 ) -> Rounds:
     """The rounds of a run: with the plans ``loaded`` from a file, or drawn where there are none.
 
-    ``scores`` are those of ``--hft-selection spectrum``. Raises UserError for options that don't fit these rounds.
+    ``samples`` say when epochs begin; None for a run that trains nothing. ``scores`` are those of ``--hft-selection
+    spectrum``. Raises UserError for options that don't fit these rounds.
     """
+    train_iters, batch = derived.train_iters(config.training), derived.global_batch_size(config, world_size)
+    by_epoch = samples is not None and config.hft.hft_round_interval == "epoch"
     schedule = RoundSchedule(
         interval=config.hft.hft_round_interval,
-        train_iters=config.training.train_iters,
-        samples_per_epoch=max(samples_per_epoch, 1),
-        global_batch_size=derived.global_batch_size(config, world_size),
+        train_iters=train_iters,
+        epoch_starts=samples.epoch_starts(train_iters * batch) if samples is not None and by_epoch else (0,),
+        global_batch_size=batch,
     )
 
     def draw(round: int) -> Plan:
@@ -65,7 +69,7 @@ def rounds_of_run(
         return make_plan(shape, config.hft, default_seed=config.training.seed, round=round, scores=scores)
 
     rounds = Rounds(schedule, draw)
-    if config.training.train_iters > 0:
+    if train_iters > 0:
         selection = rounds.plan(0).policy.selection
         _check_warmup(config, schedule, selection)
         _check_single_round(config, loaded, selection)
@@ -76,7 +80,7 @@ def _check_warmup(config: RunConfig, schedule: RoundSchedule, selection: str) ->
     """A rate that is zero throughout, or that never becomes what was asked for."""
     start, stop = schedule.bounds(0)
     per_round = config.hft.hft_lr_schedule == "round"
-    warmup = derived.warmup_iters(config.optimizer, stop - start if per_round else config.training.train_iters)
+    warmup = derived.warmup_iters(config.optimizer, stop - start if per_round else derived.train_iters(config.training))
     if selection == "hift" and warmup > 0:
         raise UserError(
             f"A warm-up of {warmup} iterations (--lr-warmup-iters, --lr-warmup-fraction) would keep HiFT's first cycle "

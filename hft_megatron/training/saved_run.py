@@ -95,7 +95,7 @@ class SavedRun:
             replace(self.config, training=replace(self.config.training, train_iters=0)),
             shape,
             world_size=1,
-            samples_per_epoch=0,
+            samples=None,
             loaded=() if hft.hft_plan is None else load_plans(hft.hft_plan, shape),
             scores=read_scores(Path(self.folder) / SPECTRUM_FILE, shape) if hft.hft_selection == "spectrum" else None,
         )

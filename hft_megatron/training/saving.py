@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed, Stopped
 from hft_megatron.training.audits import AuditRounds
@@ -137,7 +138,7 @@ class StopEarly(Hook):
         number, late, failed = (int(reason) for reason in reasons)
         if failed:
             self._fail_if_any(run)
-        if not (number or late) or run.state.iteration == run.config.training.train_iters:
+        if not (number or late) or run.state.iteration == train_iters(run.config.training):
             return
         what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
         stopped = f"{what} stopped the run at iteration {run.state.iteration}"

@@ -80,7 +80,7 @@ def _run_schedule(run: Run, batch: StepBatch, *, forward_only: bool) -> list[dic
         model=chunks,
         num_microbatches=len(batch.micro_batches),
         seq_length=batch.seq_length,
-        micro_batch_size=run.batches.share.micro_batch_size,
+        micro_batch_size=batch.sequences,
         forward_only=forward_only,
     )
     return reports

@@ -79,7 +79,10 @@ DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ),
     ([{"messages": []}], ["data.jsonl:1: `messages` is an empty list"]),
     ([{"messages": [{"role": "robot", "content": "x"}]}], ["data.jsonl:1: message 1 has the role 'robot'"]),
-    ([GOOD, LONG], ["data.jsonl:2: the example has ", "but --seq-length is 128", "--long-examples drop or truncate"]),
+    (
+        [GOOD, LONG],
+        ["data.jsonl:2: the example has ", "but --seq-length is 128", "--long-examples drop, truncate or split"],
+    ),
     ([], ["data.jsonl holds no example to train on: it is empty"]),
     (["", "  "], ["data.jsonl holds no example to train on: it is empty"]),
 ]
@@ -168,6 +171,7 @@ def no_weights_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("drop", "2 examples of 4 records, 20 trained tokens of 48, 0 truncated and 2 dropped"),
         ("truncate", "4 examples of 4 records"),
+        ("split", ", 2 split (sequence length 128)"),
     ],
 )
 def test_examples_that_are_dropped_or_truncated_are_counted(
@@ -181,7 +185,7 @@ def test_examples_that_are_dropped_or_truncated_are_counted(
         assert "0 truncated and 2 dropped" in line
     else:
         assert counted in line
-        assert "2 truncated and 0 dropped" in line
+        assert f"{2 if rule == 'truncate' else 0} truncated and 0 dropped" in line
 
 
 def set_config(**changes: object) -> Callable[[Path], None]:
@@ -339,3 +343,22 @@ def test_two_ranks_say_a_mistake_in_the_data_once(command: list[str], tmp_path: 
     assert run_cli(command[1:], ranks=2, log=log) == 1, "torchrun's own code, for any failure"
     assert log.read_text().count("data.jsonl:2: the line is not valid JSON") == 1
     assert "hft_megatron/" not in log.read_text(), "a trace of ours"
+
+
+@pytest.mark.usefixtures("no_weights_needed")
+def test_packs_and_epochs_are_reported(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path, *[GOOD] * 20)
+    words = [*command, "--packing", "--train-epochs", "3", "--global-batch-size", "2", "--check"]
+    assert main(words) == EXIT_OK
+    said = capsys.readouterr().out
+    # 17 positions each: seven fit into 128, and the 3 packs of an epoch make 9 in three, two in a step.
+    assert "windows of 4096: 3 packs of 128 positions in the first epoch, 11.46% padding" in said
+    assert "--train-epochs 3: 9 packs in 5 iterations" in said
+    assert main([*command, "--train-epochs", "3", "--global-batch-size", "16", "--check"]) == EXIT_OK
+    assert "--train-epochs 3: 60 examples in 4 iterations" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_weights_needed")
+def test_a_warm_up_that_takes_all_epochs_is_a_mistake(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = mistake_of([*command, "--train-epochs", "3", "--lr-warmup-iters", "3"], capsys)
+    assert "--lr-warmup-iters 3 must be below --train-iters 3" in message

@@ -61,7 +61,8 @@ def test_the_options_of_a_run_decide_what_is_shown(show_data: Show, tmp_path: Pa
     assert "{+<b>4</b> &+}<|im_end|>" in show_data("--no-train-on-eos")
     short = show_data("--seq-length", 12, "--long-examples", "drop", "--examples", 9)
     assert "fourth" not in short
-    assert "2 dropped (sequence length 12)" in short
+    assert "2 dropped with " in short
+    assert " tokens lost (sequence length 12)" in short
     (tmp_path / "run.yaml").write_text("loss-on: all\nlr: 1\n")
     assert "<|bos|>{+2 + 2?" in show_data("--config", tmp_path / "run.yaml")
 

@@ -52,17 +52,25 @@ def test_warm_up_has_two_forms() -> None:
 
 def test_resolving_fills_in_what_the_options_leave_open() -> None:
     resolved = derived.resolve(RunConfig(training=TrainingConfig(seed=9)), SHAPE, world_size=4)
-    assert resolved.training == TrainingConfig(seed=9, global_batch_size=4, seq_length=128)
+    assert resolved.training == TrainingConfig(seed=9, global_batch_size=4, seq_length=128, train_iters=100)
     assert resolved.hft.hft_seed == 9
 
 
 def test_a_resumed_run_keeps_its_batch_size_and_dtype_at_another_layout() -> None:
     saved = RunConfig(
-        training=TrainingConfig(global_batch_size=4, seq_length=100, bf16=True), hft=HFTConfig(hft_seed=3)
+        training=TrainingConfig(global_batch_size=4, seq_length=100, bf16=True, train_iters=100),
+        hft=HFTConfig(hft_seed=3),
     )
     resolved = derived.resolve(RunConfig(), SHAPE, world_size=1, saved=saved)
     assert resolved.training == saved.training
     assert resolved.hft == saved.hft
+
+
+def test_epochs_stay_epochs_until_the_data_is_read() -> None:
+    resolved = derived.resolve(RunConfig(training=TrainingConfig(train_epochs=2)), SHAPE, world_size=4)
+    assert (resolved.training.train_iters, resolved.training.train_epochs) == (None, 2)
+    with pytest.raises(AssertionError, match="epochs become iterations"):
+        derived.train_iters(resolved.training)
 
 
 def test_what_a_resuming_command_says_wins_over_what_the_run_had() -> None:

@@ -71,7 +71,9 @@ def test_every_option_that_fixes_the_plans_is_part_of_the_identity() -> None:
 def test_a_file_from_before_an_option_existed_means_its_default() -> None:
     saved = identity().to_dict()
     old = {
-        name: value for name, value in saved.items() if not name.startswith("hft_") or name in ("hft_ratio", "hft_seed")
+        name: value
+        for name, value in saved.items()
+        if not name.startswith(("hft_", "packing")) or name in ("hft_ratio", "hft_seed")
     }
     assert len(old) < len(saved)
     assert RunIdentity.from_dict(old) == identity()
@@ -115,6 +117,12 @@ def test_a_plan_file_is_the_same_one_when_its_content_is(tmp_path: Path) -> None
         ({"hft_train": "*.q_proj"}, "its --hft-train is None, and this command's is *.q_proj"),
         ({"hft_freeze": "*.q_proj"}, "its --hft-freeze is None, and this command's is *.q_proj"),
         ({"hft_round_interval": "5"}, "its --hft-round-interval is stage, and this command's is 5"),
+        ({"packing": True}, "its --packing is False, and this command's is True"),
+        ({"packing_window": 9}, "its --packing-window is 4096, and this command's is 9"),
+        (
+            {"packing_algorithm": "first_fit_shuffle"},
+            "its --packing-algorithm is first_fit_decreasing, and this command's is first_fit_shuffle",
+        ),
         (
             {"hft_plan": "a.json", "hft_plan_digest": "1" * 64},
             "its --hft-plan is None, and this command's is a.json (digest 111111111111)",

@@ -1,6 +1,8 @@
 """The same samples are trained in every layout, masks select exactly the trained tokens, and lengths agree."""
 
-from itertools import product
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from hft_megatron.data.batches import BatchShare, SftBatches, StepBatch, ValidationBatches
 from hft_megatron.data.order import SampleOrder
+from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
 
 PAD = 0
@@ -148,6 +151,73 @@ def test_an_epoch_holds_each_example_once_in_every_layout(size: int, ranks: int)
         for row in micro["tokens"]
     ]
     assert sorted(seen) == list(range(24))
+
+
+def packed_training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: int = 1) -> SftBatches:
+    lengths = np.diff(dataset.offsets) - 1
+    rule = PackingRule(capacity=dataset.seq_length, algorithm="first_fit_shuffle", window=50)
+    order = PackedOrder(SampleOrder(num_examples=len(dataset), seed=7), lengths, rule)
+    return replace(training(dataset, size, rank, ranks, multiple), order=order, packed=True)
+
+
+@pytest.mark.parametrize(("size", "ranks"), LAYOUTS)
+def test_packs_are_the_same_in_every_layout_and_lie_end_to_end_in_one_sequence(size: int, ranks: int) -> None:
+    dataset = random_dataset(200)
+    for consumed in (0, 8, 96):
+        rows = packed_training(dataset, 1, 0, 1).step(consumed)
+        parts = [packed_training(dataset, size, rank, ranks).step(consumed) for rank in range(ranks)]
+        assert {(part.sequences, part.seq_length) for part in parts} == {(1, size * rows.seq_length)}
+        for name in ("tokens", "labels", "loss_mask"):
+            whole = torch.cat([micro[name] for micro in rows.micro_batches]).view(GLOBAL_BATCH, -1)
+            assert torch.equal(global_batch(parts, name).view(GLOBAL_BATCH, -1), whole)
+        assert {part.trained_tokens for part in parts} == {rows.trained_tokens}
+        for part in parts:
+            for micro in part.micro_batches:
+                assert micro["tokens"].shape == (1, part.seq_length)
+
+
+def test_segments_are_whole_examples_or_padding() -> None:
+    dataset = random_dataset(60)
+    batches = packed_training(dataset, 4, 0, 1)
+    seen: list[int] = []
+    for consumed in range(0, batches.order.epoch_starts(1)[1] - GLOBAL_BATCH, GLOBAL_BATCH):
+        for micro in batches.step(consumed).micro_batches:
+            cu_seqlens = micro["cu_seqlens"]
+            assert cu_seqlens.dtype == torch.int32
+            assert (int(cu_seqlens[0]), int(cu_seqlens[-1])) == (0, micro["tokens"].size(1))
+            for start, stop in pairwise(cu_seqlens.tolist()):
+                tokens, mask = micro["tokens"][0, start:stop], micro["loss_mask"][0, start:stop]
+                if tokens[0] == PAD:
+                    assert not tokens.any()
+                    assert not mask.any()
+                    continue
+                index = int(tokens[0]) // 1000
+                ids, trained = dataset.example(index)
+                assert tokens.tolist() == ids[:-1].tolist()
+                assert micro["labels"][0, start:stop].tolist() == ids[1:].tolist()
+                assert mask.tolist() == trained[1:].tolist()
+                seen.append(index)
+    assert len(seen) == len(set(seen)) > 40
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_the_trained_tokens_of_a_packed_epoch_do_not_depend_on_the_layout(size: int, ranks: int) -> None:
+    dataset = random_dataset(150)
+    epoch = packed_training(dataset, size, 0, ranks).order.epoch_starts(1)[1]
+    steps = range(0, epoch - epoch % GLOBAL_BATCH, GLOBAL_BATCH)
+    trained: Counter[int] = Counter()
+    for rank in range(ranks):
+        for consumed in steps:
+            for micro in packed_training(dataset, size, rank, ranks).step(consumed).micro_batches:
+                trained.update(micro["labels"][micro["loss_mask"] > 0].tolist())
+    order = packed_training(dataset, 1, 0, 1).order
+    expected: Counter[int] = Counter()
+    for position in range(steps.stop):
+        for index in order.sample(position):
+            ids, mask = dataset.example(index)
+            expected.update(ids[1:][mask[1:]].tolist())
+    assert trained == expected
+    assert set(trained.values()) == {1}
 
 
 @pytest.mark.parametrize(("size", "ranks"), LAYOUTS)

@@ -11,6 +11,7 @@ import pytest
 from hft_megatron.data.examples import completion_pieces
 from hft_megatron.data.formats.record import Completion
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -120,8 +121,38 @@ def test_the_length_limit_is_on_positions_and_long_examples_follow_the_option(
     truncated = load(path, tokenizer, seq_length, "truncate")
     assert (len(truncated), truncated.parts[0].counts.dropped, truncated.parts[0].counts.truncated) == (2, 1, 1)
     assert truncated.num_positions(1) == seq_length
-    assert "1 truncated and 1 dropped" in truncated.describe()[0]
+    # One token of the second example is cut off; of the third nothing is left that is trained.
+    lost = 1 + load(path, tokenizer).num_positions(2)
+    assert f"1 truncated and 1 dropped with {lost} tokens lost (" in truncated.describe()[0]
     assert truncated.parts[0].counts.trained_tokens == 5 + 5
+
+
+@pytest.mark.parametrize("seq_length", [1, 2, 3, 5, 8, 40])
+def test_split_examples_predict_every_trained_token_once_and_none_twice(
+    tmp_path: Path, tokenizer: Tokenizer, seq_length: int
+) -> None:
+    rows = [
+        {"prompt": "Q", "completion": "0123456789" * 3},
+        {"prompt": "7" * 40, "completion": "1"},
+        {"prompt": "Q", "completion": "1"},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    whole, split = load(path, tokenizer, 4096), load(path, tokenizer, seq_length, "split")
+
+    def predicted(dataset: SftDataset) -> list[int]:
+        parts = [dataset.example(index) for index in range(len(dataset))]
+        return [int(token) for ids, mask in parts for token in ids[1:][mask[1:]]]
+
+    assert predicted(split) == predicted(whole)
+    counts, positions = split.parts[0].counts, whole.tokens.size - len(whole)
+    assert all(0 < split.num_positions(index) <= seq_length for index in range(len(split)))
+    assert counts.trained_tokens == whole.parts[0].counts.trained_tokens
+    assert counts.split == sum(whole.num_positions(index) > seq_length for index in range(3))
+    assert (counts.truncated, counts.dropped) == (0, 0)
+    # What is lost are parts of prompts in which nothing is trained.
+    assert counts.lost_tokens == positions - (split.tokens.size - len(split))
+    assert counts.lost_tokens > 0
+    assert f"0 dropped with {counts.lost_tokens} tokens lost, {counts.split} split (" in split.describe()[0]
 
 
 def test_data_without_examples_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

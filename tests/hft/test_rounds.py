@@ -13,7 +13,7 @@ def schedule(
     return RoundSchedule(
         interval=interval,
         train_iters=train_iters,
-        samples_per_epoch=samples,
+        epoch_starts=range(0, train_iters * batch + samples, samples),
         global_batch_size=batch,
         first_round=first_round,
     )

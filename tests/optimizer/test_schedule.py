@@ -50,7 +50,9 @@ def positions(
     hft: HFTConfig, interval: str, *, train_iters: int = 7, cycle: int | None = None
 ) -> list[tuple[int, int]]:
     """(position, length) in the schedule of every iteration of a run."""
-    rounds = RoundSchedule(interval=interval, train_iters=train_iters, samples_per_epoch=1, global_batch_size=1)
+    rounds = RoundSchedule(
+        interval=interval, train_iters=train_iters, epoch_starts=range(train_iters + 1), global_batch_size=1
+    )
     spans = [span_of_round(hft, rounds, round, cycle=cycle) for round in range(rounds.rounds)]
     return [
         (spans[rounds.round_of(iteration)].position(iteration), spans[rounds.round_of(iteration)].length)

@@ -11,7 +11,7 @@ from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig
 from hft_megatron.data.batches import BatchShare
 from hft_megatron.hft.plan import Plan, make_plan
-from tests.support.toy_training import GLOBAL_BATCH, OPTIMIZER, SEED, STEPS, toy_batches
+from tests.support.toy_training import GLOBAL_BATCH, OPTIMIZER, SEED, STEPS, toy_batches, toy_samples
 
 
 def toy_plan(folder: str, hft: HFTConfig) -> Plan:
@@ -36,8 +36,11 @@ def plain_training(
     options: OptimizerConfig = OPTIMIZER,
     dtype: torch.dtype = torch.float32,
     micro_batch_size: int = GLOBAL_BATCH,
+    packed: bool = False,
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses and gradient norms of ``steps`` steps on whole global batches, and the weights after them.
+
+    ``packed``: on the examples that the engine's packs hold, each on its own in a row.
 
     In bf16 it does the engine's arithmetic: bf16 weights and products, fp32 sums over micro-batches and fp32 masters.
     """
@@ -51,17 +54,9 @@ def plain_training(
     ]
     betas = (options.adam_beta1, options.adam_beta2)
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=options.adam_eps)
-    share = BatchShare(
-        micro_batch_size=micro_batch_size,
-        global_batch_size=GLOBAL_BATCH,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        length_multiple=1,
-    )
-    batches = toy_batches(share)
     losses, norms = [], []
     for step in range(steps):
-        losses.append(_accumulate(model, masters, batches.step(step * GLOBAL_BATCH).micro_batches))
+        losses.append(_accumulate(model, masters, _micro_batches(step, micro_batch_size, packed)))
         largest = options.clip_grad if options.clip_grad > 0 else math.inf
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), largest)))
         for group in optimizer.param_groups:
@@ -71,6 +66,20 @@ def plain_training(
             for parameter, master in masters.items():
                 parameter.copy_(master)
     return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _micro_batches(step: int, size: int, packed: bool) -> list[dict[str, torch.Tensor]]:
+    """One example per row; of packs as well, whose number of examples differs from step to step."""
+    samples = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+    examples = [index for position in samples for index in toy_samples(packed=packed).sample(position)]
+    share = BatchShare(
+        micro_batch_size=len(examples) if packed else size,
+        global_batch_size=len(examples),
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        length_multiple=1,
+    )
+    return toy_batches(share)._assemble([(index,) for index in examples], packed=False).micro_batches
 
 
 def _accumulate(

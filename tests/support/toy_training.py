@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
-from hft_megatron.data.order import SampleOrder
+from hft_megatron.data.order import SampleOrder, SampleStream
+from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.rounds import RoundSchedule
@@ -58,10 +60,19 @@ def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
     )
 
 
-def toy_batches(share: BatchShare) -> SftBatches:
+def toy_samples(*, packed: bool = False) -> SampleStream:
+    """The toy data in its order; packed, three or four examples of very different lengths share a pack."""
     dataset = toy_dataset()
     order = SampleOrder(num_examples=len(dataset), seed=SEED)
-    return SftBatches(dataset=dataset, pad_id=PAD, share=share, order=order)
+    if not packed:
+        return order
+    rule = PackingRule(capacity=LONGEST, algorithm="first_fit_shuffle", window=20)
+    return PackedOrder(order, np.diff(dataset.offsets) - 1, rule)
+
+
+def toy_batches(share: BatchShare, *, packed: bool = False) -> SftBatches:
+    order = toy_samples(packed=packed)
+    return SftBatches(dataset=toy_dataset(), pad_id=PAD, share=share, order=order, packed=packed)
 
 
 def make_run(
@@ -72,6 +83,7 @@ def make_run(
     training: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     hft: dict[str, Any] | None = None,
+    packed: bool = False,
 ) -> Run:
     """This rank's run over the toy data from a Hugging Face folder.
 
@@ -90,8 +102,8 @@ def make_run(
     chunks, shape, placement = build_from_folder(folder, layout, dtype, config.training)
     schedule = RoundSchedule(
         interval=config.hft.hft_round_interval,
-        train_iters=config.training.train_iters,
-        samples_per_epoch=len(toy_dataset()),
+        train_iters=train_iters(config.training),
+        epoch_starts=toy_samples(packed=packed).epoch_starts(train_iters(config.training) * GLOBAL_BATCH),
         global_batch_size=GLOBAL_BATCH,
     )
     rounds = Rounds(schedule, lambda round: make_plan(shape, config.hft, default_seed=SEED, round=round))
@@ -110,7 +122,7 @@ def make_run(
         placement=placement,
         rounds=rounds,
         wrapped=wrapped,
-        batches=toy_batches(share),
+        batches=toy_batches(share, packed=packed),
         validation=ValidationBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
         learning_rate=learning_rate(wrapped, rounds, config, TrainState()),
         tracker=CompositeTracker(),

@@ -8,6 +8,7 @@ import pytest
 
 from hft_megatron.cli import main
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.training.rounds import Rounds, rounds_of_run
@@ -24,7 +25,7 @@ def rounds(*, hft: dict[str, Any], optimizer: dict[str, Any] | None = None, trai
         optimizer=OptimizerConfig(**(optimizer or {})),
         training=TrainingConfig(train_iters=train_iters),
     )
-    return rounds_of_run(config, SHAPE, 1, samples_per_epoch=4, loaded=(), scores=None)
+    return rounds_of_run(config, SHAPE, 1, samples=SampleOrder(num_examples=4, seed=0), loaded=(), scores=None)
 
 
 @pytest.mark.parametrize(

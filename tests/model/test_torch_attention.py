@@ -1,0 +1,145 @@
+"""Examples in one sequence are as if each were alone. Run: pytest tests/model/test_torch_attention.py"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hft_megatron.data.batches import BatchShare
+from hft_megatron.model import torch_attention
+from hft_megatron.model.torch_attention import packed_attention, packed_seq_params
+from hft_megatron.objectives.sft import forward_step
+from tests.support.models import build_from_folder, make_llama
+from tests.support.toy_training import TINY, toy_batches, toy_samples
+
+LENGTHS = [5, 1, 40, 17, 40]
+
+
+def starts_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def draw(heads: int, groups: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(sum(LENGTHS), count, 16, requires_grad=True) for count in (heads, groups, groups)]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_packed_attention_and_its_gradients_equal_those_under_a_block_diagonal_mask(groups: int) -> None:
+    tensors = draw(4, groups)
+    params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
+    out = packed_attention(*tensors, params, 0.3)
+    weights = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weights).sum(), tensors)
+
+    example = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    mask = (example[:, None] == example) & torch.ones(sum(LENGTHS), sum(LENGTHS), dtype=torch.bool).tril()
+    q, k, v = (tensor.transpose(0, 1).repeat_interleave(4 // tensor.size(1), dim=0) for tensor in tensors)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3).transpose(0, 1)
+    assert torch.allclose(out, expected, atol=1e-6)
+    for found, other in zip(gradients, torch.autograd.grad((expected * weights).sum(), tensors), strict=True):
+        assert torch.allclose(found, other, atol=1e-5)
+
+
+def run_logits(folder: str) -> dict[str, float | bool]:
+    """How far packed logits are from those of each example alone, and what another example's tokens change in them."""
+    (model,), shape, _ = build_from_folder(folder, {})
+    tokens = torch.randint(3, shape.vocab_size, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+
+    def logits(tokens: Tensor, lengths: list[int] | None) -> Tensor:
+        packed = None if lengths is None else packed_seq_params(starts_of(lengths), torch.device("cpu"))
+        with torch.no_grad():
+            return model(tokens, torch.arange(tokens.size(1))[None], None, packed_seq_params=packed)[0]
+
+    packed = logits(tokens, LENGTHS)
+    alone = torch.cat([logits(part, None) for part in tokens.split(LENGTHS, dim=1)])
+    others = tokens.clone()
+    start = sum(LENGTHS[:2])
+    inside = slice(start, start + LENGTHS[2])
+    others[0, inside] = tokens[0, inside].flip(0)
+    changed = logits(others, LENGTHS)
+    outside = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    outside[inside] = False
+    return {
+        "far": (packed - alone).abs().max().item(),
+        "largest": alone.abs().max().item(),
+        "one": (logits(tokens[:, :5], [5]) - logits(tokens[:, :5], None)).abs().max().item(),
+        # As one example the same tokens have other positions and see more: the comparison above can fail.
+        "unpacked": (logits(tokens, None) - alone).abs().max().item(),
+        "others are bit-equal": torch.equal(packed[outside], changed[outside]),
+        "it changes": not torch.equal(packed[inside], changed[inside]),
+    }
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mha", "llama3_rope", "tied"])
+def test_positions_restart_and_no_example_sees_another(ranks, tmp_path: Path, variant: str) -> None:
+    [found] = ranks(1).run(run_logits, folder=str(make_llama(tmp_path / "model", variant, **TINY)))
+    assert found["far"] < 1e-5 * found["largest"]
+    assert found["one"] < 1e-5 * found["largest"]
+    assert found["unpacked"] > 0.1 * found["largest"]
+    assert found["others are bit-equal"]
+    assert found["it changes"]
+
+
+def run_gradients(folder: str, size: int) -> dict[str, Any]:
+    """The largest distance of any gradient of one packed step from that of the same examples in rows of their own."""
+    share = BatchShare(
+        micro_batch_size=size, global_batch_size=8, data_parallel_rank=0, data_parallel_size=1, length_multiple=1
+    )
+    examples = [(index,) for position in range(8) for index in toy_samples(packed=True).sample(position)]
+    rows = BatchShare(
+        micro_batch_size=len(examples),
+        global_batch_size=len(examples),
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        length_multiple=1,
+    )
+    steps = toy_batches(share, packed=True).step(0), toy_batches(rows)._assemble(examples, packed=False)
+    losses, gradients = [], []
+    (model,), _, _ = build_from_folder(folder, {})
+    for step in steps:
+        model.zero_grad()
+        total = 0.0
+        for micro_batch in step.micro_batches:
+            output, loss_function = forward_step(iter([micro_batch]), model)
+            loss, _, _ = loss_function(output)
+            (loss / step.trained_tokens).backward()
+            total += float(loss) / step.trained_tokens
+        losses.append(total)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    packed, alone = gradients
+    far = {name: (packed[name] - alone[name]).norm().item() / alone[name].norm().item() for name in alone}
+    return {"losses": losses, "far": far}
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_packed_step_has_the_loss_and_every_gradient_of_its_examples_alone(ranks, tmp_path: Path, size: int) -> None:
+    [found] = ranks(1).run(run_gradients, folder=str(make_llama(tmp_path / "model", "gqa", **TINY)), size=size)
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+    assert max(found["far"].values()) < 1e-5
+
+
+def test_the_longest_segment_is_its_true_length() -> None:
+    params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
+    assert (params.qkv_format, params.max_seqlen_q, params.max_seqlen_kv) == ("thd", 40, 40)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_variable_length_kernel_equals_one_example_at_a_time(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available() or not torch_attention.HAVE_VARLEN:
+        pytest.skip("needs CUDA, and a torch whose varlen_attn knows windows and groups")
+    tensors = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in draw(4, groups)]
+    params = packed_seq_params(starts_of(LENGTHS), torch.device("cuda"))
+    found, gradients = [], []
+    for have in (True, False):
+        monkeypatch.setattr(torch_attention, "HAVE_VARLEN", have)
+        out = packed_attention(*tensors, params, None)
+        found.append(out)
+        gradients.append(torch.autograd.grad(out.float().square().sum(), tensors))
+    assert torch.allclose(*found, atol=2e-2)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=5e-2)

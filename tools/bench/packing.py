@@ -1,0 +1,121 @@
+"""Measures short examples packed against one example per row, paired and alternating, into results/packing.json.
+
+Run: ``python tools/bench/packing.py`` on a machine that does nothing else, or with ``--render`` for the line only.
+The examples have the lengths of grade-school word problems (GSM8K under Llama 2's tokenizer: 198 positions on average,
+at most 572) by a log-normal distribution; their text is that of ``bill.py``. A step of either way has about as many.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from math import log, sqrt
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bill import RANKS, DemoError, Workload, environment, run_once, write_data
+
+RESULTS = Path(__file__).parent / "results" / "packing.json"
+EXAMPLES = 400
+MEAN, DEVIATION, LONGEST = 198, 67, 572
+CAPACITY = 2048
+MODEL = (
+    *("--num-layers", "4", "--hidden-size", "256", "--ffn-hidden-size", "704", "--num-attention-heads", "4"),
+    *("--max-position-embeddings", str(CAPACITY), "--vocab-size", "1024"),
+)
+WAYS = {
+    "packed": (Workload(name="packed", model=MODEL, sequence=CAPACITY, sequences_per_rank=1), ("--packing",)),
+    "one per row": (Workload(name="one per row", model=MODEL, sequence=CAPACITY, sequences_per_rank=10), ()),
+}
+
+
+def write_examples(folder: Path) -> dict[str, float]:
+    """``folder/train.jsonl`` with examples of those lengths; the positions that a step of each way holds on average."""
+    from hft_megatron.config.schema import DataConfig
+    from hft_megatron.data.run_data import training_data
+    from hft_megatron.data.tokenizers import load_tokenizer
+    from hft_megatron.training.samples import packed_order
+
+    write_data(folder)
+    tokenizer = load_tokenizer(None, folder / "tokenizer.model")
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ids = tokenizer.encode("".join(json.loads(line)["completion"] for line in lines))
+    spread = log(1 + (DEVIATION / MEAN) ** 2)
+    draw = random.Random(0)
+    rows, start = [], 0
+    for _ in range(EXAMPLES):
+        stop = start + min(LONGEST, round(draw.lognormvariate(log(MEAN) - spread / 2, sqrt(spread))))
+        rows.append({"prompt": "Go on:", "completion": tokenizer.decode(ids[start:stop])})
+        start = stop
+    assert start <= len(ids), "there is too little text"
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = DataConfig(train_data_path=(str(folder / "train.jsonl"),), packing=True)
+    dataset = training_data(options, tokenizer, CAPACITY)
+    assert dataset is not None
+    samples = packed_order(dataset, options, seed=1234)
+    positions = len(dataset.tokens) - len(dataset)
+    return {
+        "packed": RANKS * positions / len(samples.packs(0)),
+        "one per row": RANKS * WAYS["one per row"][0].sequences_per_rank * positions / len(dataset),
+    }
+
+
+def measure(pairs: int, steps: int) -> dict[str, Any]:
+    """Everything that the result file holds. Raises DemoError when a run fails."""
+    with tempfile.TemporaryDirectory(prefix="packing-") as name:
+        folder = Path(name)
+        positions = write_examples(folder)
+        rates: dict[str, list[float]] = {way: [] for way in WAYS}
+        for pair in range(pairs):
+            # The other one first in every second pair: what drifts, drifts for both.
+            for way in tuple(WAYS) if pair % 2 == 0 else tuple(reversed(WAYS)):
+                print(f"pair {pair + 1}: {way}", flush=True)
+                workload, options = WAYS[way]
+                _, metrics = run_once(folder, workload, options, steps)
+                times = [record["elapsed time per iteration (ms)"] for record in metrics[2:]]
+                rates[way].append(1e3 * positions[way] / median(times))
+    ratios = [packed / row for packed, row in zip(*rates.values(), strict=True)]
+    return {
+        "command": f"python tools/bench/packing.py --pairs {pairs} --steps {steps}",
+        "environment": environment(),
+        "model": MODEL,
+        "positions of a step": positions,
+        "examples' tokens per second": rates,
+        "packed over one per row": {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """The result file as one sentence."""
+    rates = {way: median(values) for way, values in results["examples' tokens per second"].items()}
+    ratio = results["packed over one per row"]
+    return (
+        f"packed {rates['packed']:,.0f} tokens/s, one per row {rates['one per row']:,.0f}: "
+        f"{ratio['median']:.2f} times as many ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+    )
+
+
+def main() -> int:
+    """Measure into the result file unless only the line is asked for, then print the line."""
+    parser = argparse.ArgumentParser(description="Measure packed against unpacked training.")
+    parser.add_argument("--render", action="store_true", help="only print the line, from the result file")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each way (default: 3)")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first two don't count (default: 8)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
+    options = parser.parse_args()
+    if not options.render:
+        try:
+            results = measure(options.pairs, options.steps)
+        except DemoError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
