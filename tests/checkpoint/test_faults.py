@@ -264,7 +264,7 @@ def test_a_rank_that_is_killed_while_it_saves_ends_the_run_and_leaves_the_checkp
     assert found.newest == before
     assert is_whole(found.newest)
     [left] = found.unfinished
-    assert found.notes() == [f"{left} is skipped: its save was not finished"]
+    assert found.notes() == [f"{left} is skipped: it is not complete"]
 
 
 def test_a_writer_in_the_background_that_is_killed_is_one_sentence(
