@@ -117,18 +117,11 @@ class StopEarly(Hook):
         heard, self._hears = os.pipe()
         os.set_blocking(self._hears, False)
         signal.set_wakeup_fd(self._hears)
-        threading.Thread(target=self._end_at_second_signal, args=(heard,), daemon=True).start()
+        # Not a method: a thread that outlives its run must not keep the run's process groups alive.
+        threading.Thread(target=_end_at_second_signal, args=(heard, self.ONE_SIGNAL_S), daemon=True).start()
 
     def _receive(self, number: int, frame: object) -> None:
         self._received = number
-
-    def _end_at_second_signal(self, heard: int) -> None:
-        first = None
-        while number := os.read(heard, 1):
-            first = time.monotonic() if first is None else first
-            if time.monotonic() - first >= self.ONE_SIGNAL_S:
-                os._exit(128 + number[0])
-        os.close(heard)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         # Signals and clocks reach ranks at different steps: all stop at the first step where any has a reason.
@@ -168,3 +161,12 @@ class StopEarly(Hook):
         os.close(self._hears)
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _end_at_second_signal(heard: int, one_signal_s: float) -> None:
+    first = None
+    while number := os.read(heard, 1):
+        first = time.monotonic() if first is None else first
+        if time.monotonic() - first >= one_signal_s:
+            os._exit(128 + number[0])
+    os.close(heard)
