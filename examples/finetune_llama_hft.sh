@@ -16,8 +16,8 @@
 #   PYTHON         the interpreter (python)
 #   GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as in Megatron, where bash starts the ranks
 #
-# Under bash: exit code 0 finished, 1 failed, 2 a mistake to correct, 3 stopped by a signal after saving (start it again
-# with the same SAVE), 130 stopped by Ctrl-C before training began. torchrun reports 1 whatever happened. One of several
+# Under bash: exit code 0 finished, 1 failed, 2 a mistake to correct, 3 stopped by a signal or --exit-duration-in-mins
+# (start it again with the same SAVE), 130 stopped by Ctrl-C before training began. torchrun reports 1 whatever happened. One of several
 # nodes other than 0 reports as torchrun does.
 #
 # torchrun runs this file with Python, for which the shell half is one string: keep triple quotes and backslashes out.
@@ -193,6 +193,15 @@ if under_torchrun; then
     exec "$PYTHON" -m hft_megatron sft "${ARGS[@]}"
 fi
 
+# Until the ranks can save there is nothing to lose: a signal ends the script, and a restart begins anew.
+stop_early() { # SIGNAL
+    echo "hft-megatron: $1 stopped the run before training began; start it again with SAVE=$SAVE" >&2
+    exit 3
+}
+trap 'stop_early SIGTERM' TERM HUP
+trap 'stop_early SIGUSR1' USR1
+trap 'exit 130' INT
+
 WORLD_SIZE=$RANKS "$PYTHON" -m hft_megatron sft --check "${ARGS[@]}"
 mkdir -p "$SAVE" || mistake "SAVE=$SAVE cannot be made; choose a folder that can be written."
 
@@ -231,6 +240,7 @@ set +m
 # shellcheck disable=SC2329  # the traps below call it
 forward() { # SIGNAL
     forwarded=yes
+    signalled=$1
     kill -s "$1" "$TORCHRUN" 2>/dev/null || true
 }
 trap 'forward TERM' TERM HUP
@@ -245,6 +255,11 @@ while [[ $forwarded == yes ]]; do
     wait "$TORCHRUN" || code=$?
 done
 
+if ((code != 0 && NODE_RANK == 0)) && [[ -n ${signalled:-} && ! -f $STATUS ]]; then
+    # The signal met ranks that were not training yet.
+    [[ $signalled != INT ]] || exit 130
+    stop_early "SIG$signalled"
+fi
 if ((code != 0 && NODE_RANK == 0)) && [[ -f $STATUS ]]; then
     # torchrun says 1 for every failure; the sentence is said again because its trace has pushed it out of sight.
     code=$("$PYTHON" -c "

@@ -47,22 +47,28 @@ def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:
 
 def read_digests(folder: Path) -> dict[str, Digest]:
     """The digests of a complete checkpoint by file name; raises ValueError for a list that can't be read."""
-    digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
-    if not isinstance(digests, dict):
-        raise ValueError("not a JSON object")
-    return digests
+    listed = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+    try:
+        return {name: Digest(sha256=str(one["sha256"]), bytes=int(one["bytes"])) for name, one in listed.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not a list of digests: {error}") from error
 
 
 def damage_in(folder: Path, digests: Mapping[str, Digest], files: Sequence[str]) -> str | None:
     """What is wrong with the first of ``files`` that is not as it was saved, as the end of a sentence, or None."""
     for name in files:
-        path, saved = folder / name, digests[name]
-        if not path.is_file():
+        path, saved = folder / name, digests.get(name)
+        if saved is None:
+            return f"{path} is not in {DIGESTS_FILE}"
+        try:
+            size = path.stat().st_size
+            found = digest_of(path)["sha256"] if size == saved["bytes"] else None
+        except FileNotFoundError:
             return f"{path} is missing"
-        size = path.stat().st_size
-        if size != saved["bytes"]:
+        except OSError as error:
+            return f"{path} can't be read ({error.strerror})"
+        if found is None:
             return f"{path} has {size} bytes, but {saved['bytes']} were saved"
-        found = digest_of(path)["sha256"]
         if found != saved["sha256"]:
             return f"{path} is not what was saved (sha256 {found[:12]} instead of {saved['sha256'][:12]})"
     return None

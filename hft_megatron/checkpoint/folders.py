@@ -44,7 +44,7 @@ class Checkpoints:
 
     def notes(self) -> list[str]:
         """Lines for the log: what is not chosen although it looks like a checkpoint, and why."""
-        lines = [f"{path} is skipped: its save was not finished" for path in self.unfinished]
+        lines = [f"{path} is skipped: it is not complete" for path in self.unfinished if path != self.missing]
         if self.newest is not None and self.tracked is not None and self.tracked < iteration_of(self.newest):
             lines.append(
                 f"{self.newest} is newer than iteration {self.tracked}, which {CHECKPOINT_TRACKER_FILE} names, and "
@@ -105,7 +105,7 @@ def _tracked_iteration(folder: Path) -> int | None:
     tracker = folder / CHECKPOINT_TRACKER_FILE
     if not tracker.exists():
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"\d+", text):
         raise UserError(f"--load {folder}: {CHECKPOINT_TRACKER_FILE} holds {text!r}, which is not an iteration number.")
     return int(text)
@@ -120,7 +120,8 @@ def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: in
     """Deletes the checkpoints that --keep-last and --save-retain-interval let go; returns them.
 
     Kept are the newest ``keep_last`` (1 where only the interval is given), every one whose iteration is a multiple of
-    ``retain_interval``, and what a kept checkpoint needs as its base.
+    ``retain_interval``, and what a kept checkpoint needs as its base. Raises OSError where one can't be deleted, and
+    UserError, before any is, where a kept one can't be read.
     """
     if keep_last is None and retain_interval is None:
         return []

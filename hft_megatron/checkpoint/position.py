@@ -43,9 +43,15 @@ class TrainState:
 
     @staticmethod
     def read(folder: Path) -> "TrainState":
-        """The inverse of ``write``; UserError for a checkpoint of another version."""
-        record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        version = record.pop("format", 1)
+        """The inverse of ``write``; UserError for a checkpoint of another version and for a file that can't be read."""
+        try:
+            record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+            version = record.pop("format", 1)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"--load {folder.parent}: {folder.name}/{FILE_NAME} can't be read ({error}); go on from another "
+                f"checkpoint."
+            ) from error
         if version != FORMAT:
             raise UserError(
                 f"--load {folder.parent}: {folder.name} has checkpoint format {version}, and this version reads "

@@ -1,6 +1,6 @@
 """Which checkpoint a run goes on from: the newest complete one, if every byte of it is what was saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from hft_megatron.checkpoint.digests import (
     identity_of,
     read_digests,
 )
-from hft_megatron.checkpoint.folders import DAMAGED, ITERATION_FOLDER, Checkpoints
+from hft_megatron.checkpoint.folders import DAMAGED, ITERATION_FOLDER, Checkpoints, iteration_of
 from hft_megatron.checkpoint.position import FILE_NAME as POSITION_FILE
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
@@ -51,21 +51,30 @@ def sound_checkpoint(
             f"--load {found.folder}: {what}; the newest good checkpoint is {good.name}: add --load-fallback to go on "
             f"from it."
         )
-    for path, damage in damaged:
-        announce(f"> --load-fallback: {damage}; going on from {good.name}")
-        if put_aside and placement.rank == 0 and path.exists():
-            _put_aside(path)
-    if put_aside and placement.rank == 0:
-        write_atomically(found.folder / CHECKPOINT_TRACKER_FILE, f"{TrainState.read(good).iteration}\n")
-    dist.barrier()
+    for _, damage in damaged:
+        aside = f", and the damaged one gets a name that ends in {DAMAGED}" if put_aside else ""
+        announce(f"> --load-fallback: {damage}; going on from {good.name}{aside}")
+    if put_aside:
+        mistakes: list[str | None] = [None]
+        if placement.rank == 0:
+            try:
+                _put_aside([path for path, _ in damaged if path.exists()], good)
+            except OSError as error:
+                mistakes = [f"--load-fallback: the damaged checkpoints in {found.folder} can't be put aside: {error}."]
+        dist.broadcast_object_list(mistakes, src=0)
+        if mistakes[0] is not None:
+            raise UserError(mistakes[0])
     return good
 
 
-def _put_aside(path: Path) -> None:
-    number = 0
-    while (aside := path.with_name(f"{path.name}{'' if number == 0 else f'.{number}'}{DAMAGED}")).exists():
-        number += 1
-    path.rename(aside)
+def _put_aside(damaged: Sequence[Path], good: Path) -> None:
+    """Renames them and has the tracker name the good one, so that the next start finds it first."""
+    for path in damaged:
+        number = 0
+        while (aside := path.with_name(f"{path.name}{'' if number == 0 else f'.{number}'}{DAMAGED}")).exists():
+            number += 1
+        path.rename(aside)
+    write_atomically(good.with_name(CHECKPOINT_TRACKER_FILE), f"{iteration_of(good)}\n")
 
 
 def damage_of(path: Path, placement: Placement) -> str | None:
@@ -76,33 +85,32 @@ def damage_of(path: Path, placement: Placement) -> str | None:
 
 
 def _damage_found_here(path: Path, placement: Placement) -> str | None:
-    """What this rank finds in its share of the files."""
+    """What this rank finds in its share of the files. Raises nothing: other ranks wait for the answer."""
     try:
         digests = read_digests(path)
-        # Largest first, so that every rank gets about the same number of bytes.
-        files = sorted(digests, key=lambda name: (-digests[name]["bytes"], name))
-        own = digests[POSITION_FILE]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return f"{path / DIGESTS_FILE} can't be read ({error})"
-    damage = damage_in(path, digests, files[placement.rank :: placement.world_size])
-    if damage is not None or digest_of(path / POSITION_FILE) != own:
-        # Where the position is damaged, the rank that has it in its share says so.
+    # Largest first, so that every rank gets about the same number of bytes.
+    files = sorted(digests, key=lambda name: (-digests[name]["bytes"], name))
+    # All ranks look at the position, which says what the checkpoint is based on.
+    damage = damage_in(path, digests, [POSITION_FILE, *files[placement.rank :: placement.world_size]])
+    if damage is not None:
         return damage
     state = TrainState.read(path)
     if state.base_iteration is None:
         return None
     base = path.with_name(ITERATION_FOLDER.format(state.base_iteration))
-    if not (base / DIGESTS_FILE).exists():
-        return f"{path} holds only what its round trained, and its base {base} is not there"
-    found, saved = identity_of(base), str(state.base_digest)
+    try:
+        found, saved = identity_of(base), str(state.base_digest)
+    except OSError as error:
+        return f"{path} holds only what its round trained, and its base {base} is not there ({error.strerror})"
     if found != saved:
         return f"{base} is not the base of {path.name} (sha256 {found[:12]} instead of {saved[:12]})"
     return _damage_found_here(base, placement)
 
 
-def weights_digest(folder: str, placement: Placement) -> str:
-    """sha256 over every byte of the safetensors files in a Hugging Face folder. Collective; ranks share the reading."""
-    files = sorted(Path(folder).glob("*.safetensors"), key=lambda path: (-path.stat().st_size, path.name))
+def shared_digest(files: Sequence[Path], placement: Placement) -> str:
+    """sha256 (hex) over every byte of ``files`` and their names. Collective; ranks share the reading."""
     mine = {path.name: digest_of(path) for path in files[placement.rank :: placement.world_size]}
     everyone = [mine] * placement.world_size
     dist.all_gather_object(everyone, mine)

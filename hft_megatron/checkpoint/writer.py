@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hft_megatron.checkpoint.digests import sync_folder, write_digests
+from hft_megatron.checkpoint.digests import identity_of, sync_folder, write_digests
 from hft_megatron.checkpoint.folders import (
     ITERATION_FOLDER,
     UNFINISHED,
@@ -25,7 +25,7 @@ from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
 from hft_megatron.checkpoint.writing import WriterReport, in_background, reason_of, request_save
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
 from hft_megatron.config.schema import CheckpointConfig
-from hft_megatron.errors import RunFailed
+from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 
@@ -44,6 +44,10 @@ class SavedCheckpoint:
     """Seconds from the beginning of the save until the checkpoint was complete."""
     deleted: tuple[Path, ...]
     """Checkpoints that it superseded."""
+    not_deleted: str | None
+    """Why others that it superseded are still there."""
+    digest: str
+    """``digests.identity_of`` it, the same on every rank."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +60,8 @@ class _Save:
     tensor_bytes: int = 0
     stall_s: float = 0.0
     deleted: tuple[Path, ...] = ()
+    not_deleted: str | None = None
+    digest: str = ""
 
 
 class CheckpointWriter:
@@ -144,14 +150,22 @@ class CheckpointWriter:
             save.unfinished.rename(path)
             sync_folder(self._folder)
             write_atomically(self._folder / CHECKPOINT_TRACKER_FILE, f"{save.state.iteration}\n")
-            options = self._options
-            save.deleted = tuple(
-                delete_superseded(
-                    str(self._folder), keep_last=options.keep_last, retain_interval=options.save_retain_interval
-                )
-            )
+            save.digest = identity_of(path)
+            self._delete_superseded(save)
 
         self._on_first_rank(save, complete)
+        digest = [save.digest]
+        dist.broadcast_object_list(digest, src=0)
+        [save.digest] = digest
+
+    def _delete_superseded(self, save: _Save) -> None:
+        # The new checkpoint is complete: an old one that stays is no reason to end the run.
+        keep_last, retain_interval = self._options.keep_last, self._options.save_retain_interval
+        try:
+            gone = delete_superseded(str(self._folder), keep_last=keep_last, retain_interval=retain_interval)
+            save.deleted = tuple(gone)
+        except (OSError, UserError) as error:
+            save.not_deleted = str(error)
 
     def _saved(self, save: _Save) -> SavedCheckpoint:
         return SavedCheckpoint(
@@ -161,6 +175,8 @@ class CheckpointWriter:
             stall_s=save.stall_s,
             total_s=time.perf_counter() - save.begun,
             deleted=save.deleted,
+            not_deleted=save.not_deleted,
+            digest=save.digest,
         )
 
     def _on_first_rank(self, save: _Save, act: Callable[[], None]) -> None:

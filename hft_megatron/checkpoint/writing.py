@@ -53,7 +53,7 @@ class WriterReport:
         self._file.seek(0)
         try:
             results, self.digests = pickle.load(self._file)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             return RuntimeError("the process that wrote in the background was killed")
         return results  # type: ignore[no-any-return]
 
@@ -64,7 +64,7 @@ class WriterReport:
 
 
 def request_save(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> tuple[AsyncRequest, WriterReport]:
-    """Plans the save of a sharded state dict into an empty folder; collective.
+    """Plans the save of a sharded state dict into a folder; collective.
 
     The request writes when it is executed or scheduled. Where rank 0 can't write one of the files that it writes for
     all, now or when the request is finalized, the report has a failure and all ranks go on in step.

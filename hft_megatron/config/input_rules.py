@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hft_megatron.config.data_sources import check_sources
-from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
 from hft_megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from hft_megatron.errors import UserError
@@ -81,7 +81,8 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape, world_size: int
             raise UserError(f"--save-hf {checkpoint.save_hf} is not empty; choose a new folder, or empty this one.")
     if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load) or checkpoint.finetune:
         return
-    if (Path(checkpoint.save) / CHECKPOINT_TRACKER_FILE).exists():
+    saved = Path(checkpoint.save)
+    if (saved / CHECKPOINT_TRACKER_FILE).exists() or any(path.name[5:].isdecimal() for path in saved.glob("iter_*")):
         raise UserError(
             f"--save {checkpoint.save} already holds checkpoints of a run; add --load {checkpoint.save} to go on "
             f"with it, or choose another folder."
@@ -108,6 +109,21 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
             raise UserError(f"{given} needs {needed}; add it or leave {option} out.")
 
 
+def load_is_the_folder_of_a_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """A folder without checkpoints starts a fresh run; what can't become a run's folder is another one by mistake."""
+    if config.checkpoint.load is None:
+        return
+    path = Path(config.checkpoint.load)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--load {path} is a file; give the --save folder of a run.")
+    if path.name.startswith("iter_") and (path / "metadata.json").exists():
+        raise UserError(
+            f"--load {path} is one checkpoint; give the folder of its run, {path.parent}, whose newest one is loaded."
+        )
+    if (path / HF_CONFIG_FILE).exists():
+        raise UserError(f"--load {path} is a Hugging Face folder, which --load-hf takes; --load takes a run's --save.")
+
+
 def kept_checkpoints_exist(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """A retain interval that no save falls on would keep nothing, in silence."""
     retain, interval = config.checkpoint.save_retain_interval, config.checkpoint.save_interval
@@ -115,6 +131,15 @@ def kept_checkpoints_exist(config: RunConfig, shape: ModelShape, world_size: int
         raise UserError(
             f"--save-retain-interval {retain} must be a multiple of --save-interval {interval}, such as "
             f"{max(1, round(retain / interval)) * interval}: only iterations that are saved can be kept."
+        )
+
+
+def scores_are_of_the_first_weights(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Spectrum scores the --load-hf folder's weights, and --finetune starts from others."""
+    if config.checkpoint.finetune and config.hft.hft_selection == "spectrum":
+        raise UserError(
+            f"--hft-selection spectrum scores the weights of --load-hf, and --finetune starts from those of --load "
+            f"{config.checkpoint.load}; export that run with --save-hf and give the folder as --load-hf instead."
         )
 
 
@@ -141,7 +166,9 @@ def outputs_can_be_written(config: RunConfig, shape: ModelShape, world_size: int
             continue
         nearest = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"{option} {path} can't be written: {nearest} is not a folder this user may write to.")
+            raise UserError(
+                f"{option} {path} can't be written: {nearest} is not a folder this user may write to; choose another."
+            )
 
 
 def _can_be_folder(path: str) -> bool:

@@ -69,6 +69,8 @@ class RunIdentity:
     """For the message only, like ``data_path``."""
     hft_plan_digest: str | None = None
     """Of the plan file; None when plans are drawn."""
+    finetuned_from: str | None = None
+    """Folder of the run whose weights --finetune took; None for other runs, and for a command that only goes on."""
     tokenizer_path: str | None = None
     """For the message only."""
     tokenizer_digest: str | None = None
@@ -118,9 +120,8 @@ def run_identity(
 
 def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:
     """Raise UserError, with both values of the first difference, when ``folder`` holds another run than ``new``."""
-    fix = f"choose another {option} folder"
-    if option == "--load":
-        fix += ", or add --finetune to start a new run from its weights"
+    fix = f"choose another {option} folder; --load {folder} --finetune, with another --save, starts a new run from "
+    fix += "its weights"
     for name, old_value, new_value in differences(saved, new):
         raise UserError(
             f"{option} {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; {fix}."
@@ -141,8 +142,13 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     """(what, saved value, new value) of all that differs, in the words of the options."""
     values: list[tuple[str, object, object]] = [("method", saved.method, new.method)]
     values += _sizes(saved, new)
+    # It decides what the data is as well, and says more.
+    values.append(("--seq-length", saved.seq_length, new.seq_length))
     if None not in (saved.tokenizer_digest, new.tokenizer_digest) and saved.tokenizer_digest != new.tokenizer_digest:
         values.append(("tokenizer", _tokenizer(saved), _tokenizer(new)))
+    sources = saved.finetuned_from, new.finetuned_from
+    if None not in sources and sources[0] != sources[1]:
+        values.append(("--load of --finetune", *sources))
     digests = saved.data_digest, new.data_digest
     # A command that trains nothing (--train-iters 0) reads no data, so it cannot differ in it.
     if None not in digests and digests[0] != digests[1]:
@@ -153,7 +159,7 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
         values.append(("model's weights (--load-hf)", shown[0], shown[1]))
     if saved.hft_plan_digest != new.hft_plan_digest:
         values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
-    for name in ("seq_length", "global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_HFT_OPTIONS):
+    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_HFT_OPTIONS):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     return [entry for entry in values if entry[1] != entry[2]]
 

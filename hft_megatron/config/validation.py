@@ -30,8 +30,10 @@ RULES: tuple[Rule, ...] = (
     input_rules.packing_is_asked_for,
     input_rules.validation_has_data,
     input_rules.outputs_have_a_place,
+    input_rules.load_is_the_folder_of_a_run,
     input_rules.kept_checkpoints_exist,
     input_rules.a_new_run_has_its_own_folder,
+    input_rules.scores_are_of_the_first_weights,
     input_rules.nothing_is_overwritten,
     input_rules.outputs_can_be_written,
 )

@@ -73,6 +73,10 @@ class HuggingFaceWeights:
             raise UserError(f"--load-hf {self.folder}: the tensor {name} is missing, but config.json asks for it.")
         return self._open(self._file_of[name]).get_slice(name)
 
+    def files(self) -> list[Path]:
+        """The files that the tensors are in, sorted; others in the folder are not looked at."""
+        return [self.folder / file for file in sorted(set(self._file_of.values()))]
+
     def names(self) -> list[str]:
         """Every tensor of the folder, sorted."""
         return sorted(self._file_of)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.folders import Checkpoints, find_checkpoints, iteration_of
+from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
@@ -114,7 +114,7 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         assert shape is not None
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, shape.vocab_size)
-    begins_anew = options.checkpoint.finetune
+    given = options.checkpoint
     options = _going_on(options)
     found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
     finetune = options.checkpoint.finetune
@@ -145,12 +145,17 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         data_digest=digest,
         tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
     )
+    if given.finetune and given.load is not None:
+        identity = replace(identity, finetuned_from=str(Path(given.load).resolve()))
     held_runs = _held_runs(config)
     for option, folder, held_run in held_runs:
         if finetune and option == "--load":
             check_same_model(held_run, identity, folder)
         else:
             check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
+    for _, _, held_run in held_runs:
+        if identity.finetuned_from is None and not finetune:
+            identity = replace(identity, finetuned_from=held_run.finetuned_from)
     if config.model.load_hf is not None:
         identity = replace(identity, weights_digest=check_weights(config.model.load_hf, shape))
     for option, folder, held_run in held_runs:
@@ -174,7 +179,7 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
         valid=valid,
         identity=identity,
         found=found,
-        finetune_has_begun=begins_anew and not finetune,
+        finetune_has_begun=given.finetune and not finetune,
         checkpoint=checkpoint,
         plans=() if config.hft.hft_plan is None else load_plans(config.hft.hft_plan, shape),
     )
@@ -185,7 +190,10 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
 def _going_on(options: RunConfig) -> RunConfig:
     """With --finetune, a run that has begun goes on: beginning it again would throw away what it has learned."""
     checkpoint = options.checkpoint
-    if not checkpoint.finetune or checkpoint.save is None or find_checkpoints(checkpoint.save).newest is None:
+    if not checkpoint.finetune or checkpoint.save is None:
+        return options
+    found = find_checkpoints(checkpoint.save)
+    if found.newest is None and found.missing is None:
         return options
     return replace(options, checkpoint=replace(checkpoint, load=checkpoint.save, finetune=False))
 
@@ -240,13 +248,14 @@ def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:
     runs: list[tuple[str, str, RunIdentity]] = []
     for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
         file = Path(folder or ".") / RUN_IDENTITY_FILE
-        if folder is None or not file.exists():
+        if folder is None or not (file.exists() or complete_checkpoints(folder)):
             continue
         try:
             runs.append((option, folder, RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))))
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{option} {folder}: {file.name} can't be read ({error}); choose another folder."
+                f"{option} {folder}: {file.name}, which says what run its checkpoints are of, can't be read ({error}); "
+                f"copy the run's folder again, or choose another."
             ) from error
     return runs
 

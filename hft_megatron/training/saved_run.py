@@ -13,6 +13,7 @@ from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.schema import RunConfig
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
@@ -69,7 +70,8 @@ class SavedRun:
             return None
         is_same = check_weights(folder, self.identity.shape) == self.identity.weights_digest
         if is_same and on_source:
-            files = {path.name: digest_of(path) for path in Path(folder).glob("*.safetensors")}
+            with HuggingFaceWeights(folder) as weights:
+                files = {path.name: digest_of(path) for path in weights.files()}
             is_same = combined_digest(files) == self.state.base_digest
         if not is_same:
             raise UserError(

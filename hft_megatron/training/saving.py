@@ -10,7 +10,6 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.digests import identity_of
 from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from hft_megatron.config.derived import train_iters
@@ -71,6 +70,8 @@ class SaveCheckpoints(Hook):
             f"saving checkpoint at iteration {run.state.iteration:7d} to {self.options.save} in torch_dist format"
         )
         state, left_out, base = run.state, frozenset[str](), self.base
+        if self.options.save_trained_only and (base is None or base.round != state.round):
+            run.announce(f"  it is whole, and what others of round {state.round} are based on (--save-trained-only)")
         if self.options.save_trained_only and base is not None and base.round == state.round:
             state = replace(state, base_iteration=base.iteration, base_digest=base.digest)
             left_out = frozenset(unit.name for unit in run.wrapped.plan.units) - run.wrapped.plan.training
@@ -90,14 +91,16 @@ class SaveCheckpoints(Hook):
         )
         for path in saved.deleted:
             run.announce(f"  deleted {path}")
+        if saved.not_deleted is not None:
+            run.announce(f"> older checkpoints could not be deleted: {saved.not_deleted}")
         if state.is_whole and self.options.save_trained_only:
-            self.base = Base(round=state.round, iteration=state.iteration, digest=identity_of(saved.path))
+            self.base = Base(round=state.round, iteration=state.iteration, digest=saved.digest)
 
 
 class StopEarly(Hook):
     """A signal or --exit-duration-in-mins: finish the step, save, and end; a second signal ends at once.
 
-    Ends it without saving where a rank can't go on: what is missing in its log comes again from the checkpoint before.
+    Ends it without saving where a rank can't write its log.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -134,7 +137,7 @@ class StopEarly(Hook):
         dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
         number, late, failed = (int(reason) for reason in reasons)
         if failed:
-            self._fail(run)
+            self._fail_if_any(run)
         if not (number or late) or run.state.iteration == train_iters(run.config.training):
             return
         what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
@@ -144,10 +147,12 @@ class StopEarly(Hook):
         self._saver.save_and_wait(run)
         raise Stopped(f"{stopped}; start it again with --load {self._saver.options.save}")
 
-    def _fail(self, run: Run) -> None:
+    def _fail_if_any(self, run: Run) -> None:
         failures: list[str | None] = [None] * run.placement.world_size
         dist.all_gather_object(failures, run.failure)
-        failure = next(failure for failure in failures if failure is not None)
+        failure = next((failure for failure in failures if failure is not None), None)
+        if failure is None:
+            return
         if self._saver is not None:
             failure += f"; of the checkpoints, {newest_in_words(str(self._saver.options.save))}."
         raise RunFailed(failure)
@@ -158,6 +163,7 @@ class StopEarly(Hook):
         return time.time() - psutil.Process().create_time() >= self._minutes * 60
 
     def at_end(self, run: Run) -> None:
+        self._fail_if_any(run)
         signal.set_wakeup_fd(-1)
         os.close(self._hears)
         for number in self.SIGNALS:

@@ -23,7 +23,8 @@ def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | No
     config = inputs.config
     if config.hft.hft_selection != "spectrum":
         return None
-    if inputs.checkpoint is not None:
+    if inputs.resumes:
+        assert inputs.checkpoint is not None
         return _saved_scores(inputs.checkpoint.parent / SPECTRUM_FILE, inputs.shape)
     assert config.model.load_hf is not None, "the rules of the options ask for it"
     with HuggingFaceWeights(config.model.load_hf) as weights:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from hft_megatron.checkpoint.digests import identity_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import load_checkpoint, load_weights
-from hft_megatron.checkpoint.verification import sound_checkpoint, weights_digest
+from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
 from hft_megatron.config.run_folder import same_folder
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.errors import UserError
 from hft_megatron.model.llama import LlamaModel
@@ -44,12 +45,17 @@ def _check_base(inputs: Inputs, state: TrainState, placement: Placement) -> None
     needed = f"iteration {state.iteration} holds only what its round trained (--save-trained-only)"
     if folder is None:
         raise UserError(f"{where}: {needed}; add --load-hf with the model that it was trained from.")
-    found = weights_digest(folder, placement)
+    found = _digest_of_model(folder, placement)
     if found != state.base_digest:
         raise UserError(
             f"{where}: {needed}, on a model with the digest {str(state.base_digest)[:12]}, and --load-hf {folder} has "
             f"{found[:12]}; give the folder that it was trained from, unchanged."
         )
+
+
+def _digest_of_model(folder: str, placement: Placement) -> str:
+    with HuggingFaceWeights(folder) as weights:
+        return shared_digest(weights.files(), placement)
 
 
 def fill_from_other_run(inputs: Inputs, chunks: Sequence[LlamaModel], announce: Announce) -> None:
@@ -83,7 +89,7 @@ def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
         folder = inputs.config.model.load_hf
         if folder is None or inputs.checkpoint is not None:
             return None
-        return Base(round=0, iteration=None, digest=weights_digest(folder, placement))
+        return Base(round=0, iteration=None, digest=_digest_of_model(folder, placement))
     assert inputs.checkpoint is not None
     state = TrainState.read(inputs.checkpoint)
     in_save_folder = options.save is not None and same_folder(options.save, options.load)

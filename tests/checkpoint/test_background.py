@@ -124,6 +124,19 @@ def test_only_the_checkpoints_asked_for_are_kept(ranks: RankPools, inputs: Path,
     ]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    words = words_for(
+        inputs, "--save", tmp_path, "--load", tmp_path, "--save-interval", 1, "--lr-decay-style", "constant"
+    )
+    ranks(2).run(run_sft_words, words=[*words, "--train-iters", "3"])
+    (tmp_path / "iter_0000002" / "train_state.json").write_text("{")
+    answers = ranks(2).run(run_sft_words, words=[*words, "--train-iters", "4", "--keep-last", "3"])
+    assert [line for line in answers[0]["said"] if line.startswith("> older checkpoints could not be deleted: ")]
+    assert len(find_checkpoints(str(tmp_path)).complete) == 4
+
+
 def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     """The time counts from the start of the process, which for a rank of the pool is long ago."""
     words = words_for(inputs, "--save", tmp_path, "--load", tmp_path)

@@ -88,13 +88,18 @@ def freeze_writers(run: Launched, save: Path) -> None:
     run.wait_for(caught)
 
 
-def ended(run: Launched, record: Record, code: int | None, rank: int = 0) -> None:
-    """Torchrun has ended in time, and ``rank`` with ``code``; None after a signal, when torchrun doesn't say."""
+def ended(run: Launched, record: Record, code: int | None, rank: int | None = None) -> None:
+    """Torchrun has ended in time, and ``rank`` with ``code``; None after a signal, when torchrun doesn't say.
+
+    Without ``rank`` it is the one that ended first: torchrun then signals the others, even on their last lines.
+    """
     torchrun, seconds = run.end(within=BOUND)
     print(f"ended after {seconds:.1f} s")
     record("seconds", round(seconds, 1))
     assert torchrun == 1, "torchrun's code for every failure"
-    assert code is None or run.exit_codes()[rank] == code, run.said()
+    if code is not None:
+        codes = run.exit_codes()
+        assert code in (codes.values() if rank is None else [codes[rank]]), run.said()
 
 
 def is_whole(checkpoint: Path | None) -> bool:
@@ -259,7 +264,7 @@ def test_a_rank_that_is_killed_while_it_saves_ends_the_run_and_leaves_the_checkp
     assert found.newest == before
     assert is_whole(found.newest)
     [left] = found.unfinished
-    assert found.notes() == [f"{left} is skipped: its save was not finished"]
+    assert found.notes() == [f"{left} is skipped: it is not complete"]
 
 
 def test_a_writer_in_the_background_that_is_killed_is_one_sentence(

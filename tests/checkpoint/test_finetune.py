@@ -73,6 +73,31 @@ def test_what_another_run_changed_is_exported_and_the_source_has_only_what_both_
         assert torch.equal(tensor, first[name].bfloat16().float() if name in changed else source[name]), name
 
 
+def test_a_new_run_whose_checkpoint_is_gone_is_not_begun_again(
+    ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    words = new_run(inputs, first_run, "--finetune", "--save", tmp_path / "run", "--keep-last", 1)
+    ranks(1).run(run_sft_words, words=words)
+    (tmp_path / "run" / "iter_0000006" / "digests.json").unlink()
+    [said] = ranks(1).run(run_refused, words=words)
+    assert "iter_0000006 is not complete (or of an earlier version)" in said
+    assert (tmp_path / "run" / "iter_0000006" / "common.pt").exists()
+
+
+def test_a_new_run_goes_on_only_with_the_weights_it_began_with(
+    ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    words = new_run(inputs, first_run, "--save", tmp_path / "run")
+    ranks(1).run(run_sft_words, words=[*words, "--finetune"])
+    other = [*words, "--finetune", "--load", str(tmp_path / "other")]
+    [said] = ranks(1).run(run_refused, words=other)
+    assert f"its --load of --finetune is {first_run / 'run'}, and this command's is {tmp_path / 'other'}" in said
+    [again] = ranks(1).run(run_sft_words, words=[*words, "--load", str(tmp_path / "run")])
+    assert again["steps"] == []
+    [said] = ranks(1).run(run_refused, words=other)
+    assert "its --load of --finetune is" in said
+
+
 def test_what_contradicts_the_checkpoint_is_one_sentence_with_both_values(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:
@@ -84,7 +109,12 @@ def test_what_contradicts_the_checkpoint_is_one_sentence_with_both_values(
 
     said = refusal("--hft-ratio", 0.25)
     assert "its --hft-ratio is 0.5, and this command's is 0.25" in said
-    assert "or add --finetune to start a new run from its weights" in said
+    assert said.endswith(f"--load {run} --finetune, with another --save, starts a new run from its weights.")
+    said = refusal("--seq-length", 80)
+    assert "its --seq-length is 96, and this command's is 80" in said
+    assert refusal("--load", inputs / "data.jsonl").endswith("data.jsonl is a file; give the --save folder of a run.")
+    said = refusal("--load", run / "iter_0000006")
+    assert f"iter_0000006 is one checkpoint; give the folder of its run, {run}, whose newest one is loaded." in said
     said = refusal("--train-data-path", write_data(tmp_path / "other.jsonl", 5))
     assert f"its training data is {inputs / 'data.jsonl'} (digest " in said
     other = make_inputs(tmp_path / "other", hidden_size=32)

@@ -60,6 +60,33 @@ def test_a_broken_tracker_is_named(text: str, tmp_path: Path) -> None:
         find_checkpoints(str(tmp_path))
 
 
+def test_a_tracker_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match="which is not an iteration number"):
+        find_checkpoints(str(tmp_path))
+
+
+def test_what_the_tracker_names_is_missing_and_not_skipped_where_it_is_not_complete(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 2)
+    path = make_checkpoint(tmp_path, 4, complete=False)
+    found = find_checkpoints(str(tmp_path))
+    assert found.missing == path
+    assert found.notes() == []
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_nothing_is_deleted_where_a_kept_checkpoint_may_need_a_base_that_is_not_known(
+    content: str | None, tmp_path: Path
+) -> None:
+    for iteration in (1, 2, 3, 4):
+        make_checkpoint(tmp_path, iteration)
+    state = tmp_path / "iter_0000003" / "train_state.json"
+    state.unlink() if content is None else state.write_text(content)
+    with pytest.raises(UserError, match=r"iter_0000003/train_state.json can't be read"):
+        delete_superseded(str(tmp_path), keep_last=2, retain_interval=None)
+    assert iterations(tmp_path) == [4, 3, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("keep_last", "retain", "left"),
     [

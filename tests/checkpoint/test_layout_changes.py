@@ -141,6 +141,26 @@ def test_a_checkpoint_goes_on_at_another_layout(
     assert not off
 
 
+MOVES = [("tp2 sp", "dp2 overlap"), ("pp2 vpp", "tp2 pp2"), ("tp2 pp2 dp2", "pp4"), ("dp4", "tp2 sp")]
+"""Saved at, and saved again at, without a step in between."""
+
+
+@pytest.mark.parametrize("move", quick(MOVES, [("tp2 sp", "dp2 overlap")]), ids=" - ".join)
+def test_bf16_masters_and_moments_move_to_another_layout_without_losing_a_bit(
+    move: tuple[str, str], ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    saved_at, resumed_at = move
+    method = "carried, resting kept"
+    words = {layout: words_of(inputs, method, layout, "--bf16", "--train-iters", 3) for layout in move}
+    ranks(LAYOUTS[saved_at][0]).run(run_sft_words, words=[*words[saved_at], "--save", str(tmp_path / "one")])
+    again = [*words[resumed_at], "--load", str(tmp_path / "one"), "--save", str(tmp_path / "other")]
+    ranks(LAYOUTS[resumed_at][0]).run(run_sft_words, words=again)
+    one, other = (str(tmp_path / name / "iter_0000003") for name in ("one", "other"))
+    [differences] = ranks(1).run(largest_differences, one=one, other=other)
+    assert any(name.startswith("optimizer.state.param.") for name in differences), "fp32 masters"
+    assert set(differences.values()) == {0.0}
+
+
 def test_the_comparison_sees_a_tensor_that_differs(ranks: RankPools, stayed: Any) -> None:
     _, one = stayed("one round")
     _, other = stayed("tied")

@@ -24,6 +24,10 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
 
 
+def garble(file: Path) -> None:
+    file.write_text(file.read_text().replace('"sha256"', '"sha255"'))
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a flipped bit in a shard": ("__1_0.distcp", flip_a_bit, "is not what was saved (sha256"),
     "a shard cut short": ("__0_0.distcp", cut, "were saved"),
@@ -31,6 +35,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a flipped bit in the index": (".metadata", flip_a_bit, "is not what was saved (sha256"),
     "a flipped bit in the position": ("train_state.json", flip_a_bit, "is not what was saved (sha256"),
     "a position cut short": ("train_state.json", cut, "were saved"),
+    "a missing position": ("train_state.json", Path.unlink, "is missing"),
+    "an unreadable file": ("common.pt", lambda file: (file.unlink(), file.symlink_to(file)), "can't be read ("),
+    "digests without their names": ("digests.json", garble, "can't be read (not a list of digests"),
     "a list of digests that is no JSON": ("digests.json", cut, "can't be read"),
 }
 """File, what happens to it, and what the sentence says."""
@@ -110,6 +117,16 @@ def test_a_checkpoint_that_the_tracker_names_and_that_is_gone_is_damage_too(
     [said, _] = ranks(2).run(run_refused, words=going_on(words, run))
     assert "iter_0000004 is not there, but latest_checkpointed_iteration.txt names it" in said
     assert "the newest good checkpoint is iter_0000002" in said
+
+
+def test_a_run_folder_without_its_identity_is_refused(
+    ranks: RankPools, words: list[str], saved: Path, tmp_path: Path
+) -> None:
+    """Nothing could be compared: other data or another plan would go on without a word."""
+    run = shutil.copytree(saved, tmp_path / "run")
+    (run / "run_identity.json").unlink()
+    [said, _] = ranks(2).run(run_refused, words=going_on(words, run))
+    assert "run_identity.json, which says what run its checkpoints are of, can't be read" in said
 
 
 def test_where_no_checkpoint_is_good_no_fallback_is_offered(

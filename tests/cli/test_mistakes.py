@@ -165,9 +165,16 @@ MISTAKES = [
     (1, f"{GOOD} --save-retain-interval 2", "--save-retain-interval 2 needs --save"),
     (1, f"{GOOD} --async-save", "--async-save needs --save; add it or leave --async-save out"),
     (1, f"{GOOD} --save-trained-only", "--save-trained-only needs --save"),
+    (1, f"{GOOD} --load MODEL", "--load MODEL is a Hugging Face folder, which --load-hf takes"),
     (1, f"{GOOD} --load-fallback", "--load-fallback needs --load"),
     (1, f"{GOOD} --finetune", "--finetune needs --load"),
     (1, f"{GOOD} --finetune --load RUN --save RUN", "--finetune starts a new run", "choose another --save folder"),
+    (
+        1,
+        f"{GOOD} --finetune --load RUN --hft-selection spectrum",
+        "--hft-selection spectrum scores the weights of --load-hf",
+        "export that run with --save-hf",
+    ),
     (1, f"{GOOD} --save RUN --keep-last 0", "--keep-last 0: must be at least 1"),
     (
         1,

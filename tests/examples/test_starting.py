@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.ranks import REPOSITORY
@@ -136,3 +137,30 @@ def test_a_stopped_run_reports_3_and_the_same_command_goes_on_with_it(clone: Clo
     code, _, errors = clone.run(*words, str(stopped_at + 1), SAVE=str(tmp_path), **given)
     assert code == 0, errors
     assert [record["iteration"] for record in read_metrics(tmp_path)] == list(range(1, stopped_at + 2))
+
+
+@pytest.mark.slow
+def test_a_run_that_lasts_as_long_as_it_may_reports_3_and_one_that_loses_a_rank_reports_1(
+    clone: Clone, tmp_path: Path
+) -> None:
+    given = {"MODEL": str(clone.inputs / "model"), "DATA": str(clone.inputs / "data.jsonl"), "GPUS_PER_NODE": "2"}
+    words = ("bash", "examples/finetune_llama_hft.sh", *SHORT, "--log-interval", "1", "--train-iters", "100000")
+    code, _, errors = clone.run(*words, "--exit-duration-in-mins", "0.05", SAVE=str(tmp_path / "late"), **given)
+    assert code == 3, errors
+    iteration = (tmp_path / "late" / "latest_checkpointed_iteration.txt").read_text().strip()
+    assert errors.rstrip().endswith(
+        f"hft-megatron: --exit-duration-in-mins 0.05 stopped the run at iteration {iteration}; start it again with "
+        f"--load {tmp_path / 'late'}"
+    )
+
+    save = tmp_path / "killed"
+    process = clone.start(*words, SAVE=str(save), **given)
+    deadline = time.monotonic() + 300
+    while not (save / "metrics.jsonl").exists() or not read_metrics(save):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
+    ranks[-1].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
