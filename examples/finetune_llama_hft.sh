@@ -97,6 +97,7 @@ elif [[ -z $SAVE && $NNODES != 1 ]]; then
 fi
 
 DEMO_ARGS=()
+TRAIN_ITERS=1000
 if [[ -z $MODEL ]]; then
     # Every local rank calls this: one makes the folder, the others wait for its lock, and one says so.
     if [[ ${LOCAL_RANK:-0} != 0 ]]; then
@@ -111,9 +112,9 @@ if [[ -z $MODEL ]]; then
         --micro-batch-size 8
         --global-batch-size 32
         --seq-length 64
-        --train-iters 200
         --lr 5e-4
     )
+    TRAIN_ITERS=200
 fi
 
 if [[ -z $SAVE ]]; then
@@ -145,7 +146,6 @@ MODEL_PARALLEL_ARGS=(
 TRAINING_ARGS=(
     --micro-batch-size 1
     --global-batch-size 128
-    --train-iters 1000
     --lr 2e-5
     --lr-decay-style linear
     --lr-warmup-fraction 0.03
@@ -157,6 +157,11 @@ TRAINING_ARGS=(
 DATA_ARGS=(
     --train-data-path "$DATA"
 )
+
+# A length in epochs after the script's name takes the place of this one.
+EPOCHS=$(last_value train-epochs "" "$@")
+LENGTH_ARGS=()
+[[ -n $EPOCHS ]] || LENGTH_ARGS=(--train-iters "$TRAIN_ITERS")
 
 HFT_ARGS=(
     --hft-ratio 0.5
@@ -174,13 +179,15 @@ ARGS=(
     "${MODEL_PARALLEL_ARGS[@]}"
     "${TRAINING_ARGS[@]}"
     "${DATA_ARGS[@]}"
+    "${LENGTH_ARGS[@]}"
     "${HFT_ARGS[@]}"
     "${EVAL_AND_LOGGING_ARGS[@]}"
     "${DEMO_ARGS[@]}"
 )
 
-# A finished run that is started again keeps its export; with more iterations it gets another.
+# A finished run that is started again keeps its export; with more iterations or epochs it gets another.
 EXPORT=$SAVE/hf_iter_$(last_value train-iters "" "${ARGS[@]}" "$@")
+[[ -z $EPOCHS ]] || EXPORT=$SAVE/hf_epoch_$EPOCHS
 [[ -e $EXPORT ]] || ARGS+=(--save-hf "$EXPORT")
 ARGS+=("$@")
 

@@ -93,6 +93,8 @@ class LlamaModel(GPTModel):
             vp_stage=virtual_stage,
         )
         self.shape = shape
+        if pre_process:
+            self.embedding.register_forward_hook(self._lay_out_one_sequence)
         if pre_process and config.recompute_granularity == "full":
             self.embedding.register_forward_hook(self._let_recomputed_layers_train)
         if shape.rope_scaling is not None:
@@ -103,6 +105,15 @@ class LlamaModel(GPTModel):
             self.real_rows = max(0, min(rows, shape.vocab_size - placement.tensor_rank * rows))
             if self.real_rows < rows:
                 self.output_layer.register_forward_hook(self._hide_padded_rows)
+
+    def _lay_out_one_sequence(self, module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+        """(s, 1, h) with the strides of a tensor made in that shape; the same memory.
+
+        megatron-core transposes (b, s, h), which leaves the dimension of one sequence with a stride that no memory
+        has. Torch's matmul then takes each token for a batch of its own where the weight needs no gradient: in bf16 on
+        CPU a resting matrix costs several times what a training one does.
+        """
+        return output.squeeze(1).unsqueeze(1) if output.size(1) == 1 else output
 
     def _let_recomputed_layers_train(self, module: torch.nn.Module, inputs: object, output: Tensor) -> None:
         """Has the output of a resting embedding require a gradient where recomputed layers would not train without.

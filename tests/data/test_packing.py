@@ -17,6 +17,7 @@ from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_
 from hft_megatron.data.packing import PackedOrder, PackingRule, first_fit
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.data_files import load, write_rows
+from tests.support.tiers import quick
 
 ALGORITHMS: tuple[Any, ...] = ("first_fit_decreasing", "first_fit_shuffle")
 DEFAULT_WINDOW = DataConfig().packing_window
@@ -101,7 +102,7 @@ def test_the_packs_of_a_seed_never_change() -> None:
     assert [samples.sample(position) for position in range(8)] == [[4], [1], [2, 3], [0, 5], [0], [2, 3], [4, 1], [5]]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", quick(ALGORITHMS, ["first_fit_decreasing"]))
 @pytest.mark.parametrize(("name", "long_examples"), [("gsm8k", "error"), ("ultrafeedback", "split")])
 def test_real_data_fill_at_least_98_percent_of_2048_positions(
     shared_data: Path, tmp_path: Path, name: str, long_examples: str, algorithm: str

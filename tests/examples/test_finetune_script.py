@@ -154,6 +154,16 @@ def test_options_after_the_name_win_and_the_save_folder_is_also_the_one_to_load(
     assert not script.save.exists()
 
 
+def test_a_length_in_epochs_takes_the_place_of_the_iterations(script: Script) -> None:
+    assert script.run("--train_epochs=2").returncode == 0
+    call = script.started()
+    assert "--train-iters" not in call["words"]
+    assert value_of("--save-hf", call) == f"{script.save}/hf_epoch_2"
+    assert script.run().returncode == 0
+    assert value_of("--train-iters", script.started()) == "1000"
+    assert value_of("--save-hf", script.started()) == f"{script.save}/hf_iter_1000"
+
+
 def test_sizes_come_from_the_environment_and_tensor_parallel_from_the_number_of_ranks(script: Script) -> None:
     for ranks, expected in (("1", "1"), ("2", "2"), ("8", "2")):
         script.run(GPUS_PER_NODE=ranks)

@@ -1,10 +1,12 @@
 """The model gives Hugging Face's logits at every layout."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.models import LAYOUTS, VARIANTS, build_from_folder, forward_logits, make_llama, make_llama1
 from tests.support.tiers import quick
@@ -55,3 +57,32 @@ def test_logits_equal_transformers_for_every_variant(ranks, folders, layout):
         differences = [difference for rank in per_rank for difference in rank]
         assert differences, f"{variant}: no rank saw logits"
         assert max(differences) <= 1e-4, f"{variant}: {per_rank}"
+
+
+class Products(TorchDispatchMode):
+    """Counts batched matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.batched += func is torch.ops.aten.bmm.default
+        return func(*args, **(kwargs or {}))
+
+
+def run_with_resting_weights(folder: str) -> list[int]:
+    """Batched products of a forward pass in which nothing trains, over one sequence and over two."""
+    (model,), _, _ = build_from_folder(folder, {})
+    model.requires_grad_(False)
+    counts = []
+    for sequences in (1, 2):
+        tokens = torch.ones(sequences, 48, dtype=torch.int64)
+        with Products() as products:
+            model(tokens, torch.arange(48).expand_as(tokens), None)
+        counts.append(products.batched)
+    return counts
+
+
+def test_a_resting_matrix_multiplies_one_sequence_at_once_and_not_token_by_token(ranks, folders):
+    assert ranks(1).run(run_with_resting_weights, folder=str(folders["gqa"])) == [[0, 0]]

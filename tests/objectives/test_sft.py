@@ -29,8 +29,9 @@ class _Chunk(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens, positions, attention_mask, labels):
-        self.seen = SimpleNamespace(tokens=tokens, positions=positions, attention_mask=attention_mask, labels=labels)
+    def forward(self, tokens, positions, attention_mask, labels, packed_seq_params):
+        self.seen = SimpleNamespace(positions=positions, attention_mask=attention_mask, labels=labels)
+        self.seen.packed = packed_seq_params
         return (tokens + labels).float()
 
 
@@ -41,9 +42,20 @@ def test_a_forward_step_takes_one_micro_batch_and_counts_positions_from_zero_in_
     output, loss_function = forward_step(batches, chunk)
     assert chunk.seen.positions.tolist() == [[0, 1, 2], [0, 1, 2]]
     assert chunk.seen.attention_mask is None
+    assert chunk.seen.packed is None
     assert torch.equal(chunk.seen.labels, tokens + 1)
     assert loss_function(output)[0].item() == (5 + 6) + (9 + 10)
     assert next(batches) == {}
+
+
+def test_a_packed_sequence_brings_its_segments():
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 0]])
+    cu_seqlens = torch.tensor([0, 2, 5, 6], dtype=torch.int32)
+    batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, 6), "cu_seqlens": cu_seqlens}
+    chunk = _Chunk()
+    forward_step(iter([batch]), chunk)
+    assert torch.equal(chunk.seen.packed.cu_seqlens_q, cu_seqlens)
+    assert chunk.seen.packed.max_seqlen_q == 3
 
 
 def run_mean_loss(reports: list[list[list[float]]]) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
+from tests.support.tiers import quick
 
 PACKING = ["--packing", "--packing-window", "10", "--seq-length", "128", "--lr-decay-style", "constant"]
 
@@ -24,7 +25,7 @@ def of_steps(values: list[dict[str, Any]], name: str) -> list[Any]:
     return [step[name] for step in values[-1]["steps"]]
 
 
-def test_a_packed_run_goes_on_within_an_epoch_to_the_same_bits_and_at_another_layout(
+def test_a_packed_run_goes_on_within_an_epoch_at_another_layout_with_the_same_packs(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, *PACKING)
@@ -50,7 +51,7 @@ def test_the_losses_of_a_packed_run_resume_to_the_last_bit(ranks: RankPools, inp
         assert second[rank]["state"] == whole[rank]["state"]
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", quick([True, False], [True]))
 def test_a_run_of_epochs_has_their_iterations_and_its_rounds_are_epochs(
     ranks: RankPools, inputs: Path, tmp_path: Path, packing: bool
 ) -> None:
