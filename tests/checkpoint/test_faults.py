@@ -253,7 +253,7 @@ def test_a_folder_that_is_read_only_from_the_start_is_one_sentence_before_a_mode
     assert code == EXIT_USAGE
     assert log.read_text() == (
         f"hft-megatron: error: --save {folder} can't be written: {disk.mount_point / 'run'} is not a folder this user "
-        f"may write to.\n"
+        f"may write to; choose another.\n"
     )
 
 

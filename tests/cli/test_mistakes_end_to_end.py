@@ -267,7 +267,7 @@ OTHER_RUNS: list[tuple[str, list[str]]] = [
     ("--hft-ratio 1", ["its --hft-ratio is 0.5, and this command's is 1.0"]),
     ("--hft-seed 7", ["its --hft-seed is 1234, and this command's is 7"]),
     ("--seed 7", ["its --seed is 1234, and this command's is 7"]),
-    ("--seq-length 64", ["training data"]),
+    ("--seq-length 64", ["its --seq-length is ", "and this command's is 64"]),
     ("--global-batch-size 2", ["its --global-batch-size is 1, and this command's is 2"]),
 ]
 

@@ -56,7 +56,7 @@ def run_packed(folder: str, reference: str, layout: dict, training: dict) -> dic
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[float], list[float], str]:
     """The model's folder; losses and norms of the plain loop, and the file with its weights."""
-    # Three rotary regimes in one model: a position that doesn't restart shows in each of them.
+    # Rotary angles are relative: an offset of a whole example would not show here, an attention across examples does.
     folder = make_llama(tmp_path_factory.mktemp("packing") / "model", "llama3_rope", **TINY)
     losses, norms, weights = plain_training(str(folder), toy_plan(str(folder), HFTConfig()), steps=STEPS, packed=True)
     save_file(weights, Path(folder) / "after.safetensors")
