@@ -31,7 +31,7 @@ def run_initialize(
     layout: str, output: str, seed: int, tied: bool = False, vocab_multiple: int = 1, bf16: bool = False
 ) -> list[int]:
     """Initialises a model and writes it as Hugging Face has it; returns the padded rows of each vocabulary matrix."""
-    from hft_megatron.conversion.save import ExportRules, save_weights
+    from hft_megatron.conversion.save import ExportRules, gathered_weights, write_weights
     from hft_megatron.model.build import build_model
     from hft_megatron.model.initialization import initialize_weights
     from hft_megatron.model.parameters import parameter_slots
@@ -57,9 +57,12 @@ def run_initialize(
             assert not (slot.parameter[:real] == 0).all(dim=1).any(), slot.local_name
             padded.append(rows - real)
     Path(output).mkdir(exist_ok=True)  # the first rank to come
-    save_weights(
-        Path(output), chunks, shape, placement, ExportRules(source=None, trained=frozenset(), save_dtype=None), print
-    )
+    wholes = gathered_weights(chunks, shape, placement)
+    if placement.rank == 0:
+        rules = ExportRules(source=None, trained=frozenset(), save_dtype=None)
+        write_weights(Path(output), wholes, shape, dtype, rules, print)
+    else:
+        assert list(wholes) == []
     return padded
 
 
