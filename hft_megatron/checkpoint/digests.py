@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.config.run_folder import sync, write_atomically
 
 DIGESTS_FILE = "digests.json"
 
@@ -40,9 +39,9 @@ def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:
     for path in sorted(folder.iterdir()):
         if path.name not in known:
             known[path.name] = digest_of(path)
-            _sync(path)
+            sync(path)
     write_atomically(folder / DIGESTS_FILE, json.dumps(known, indent=1, sort_keys=True) + "\n")
-    sync_folder(folder)
+    sync(folder)
 
 
 def read_digests(folder: Path) -> dict[str, Digest]:
@@ -82,16 +81,3 @@ def identity_of(folder: Path) -> str:
 def combined_digest(files: Mapping[str, Digest]) -> str:
     """sha256 (hex) that stands for several files and their names."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Has the names in a folder on the disk, so that a rename survives a power cut."""
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hft_megatron.checkpoint.digests import identity_of, sync_folder, write_digests
+from hft_megatron.checkpoint.digests import identity_of, write_digests
 from hft_megatron.checkpoint.folders import (
     ITERATION_FOLDER,
     UNFINISHED,
@@ -23,7 +23,7 @@ from hft_megatron.checkpoint.folders import (
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
 from hft_megatron.checkpoint.writing import WriterReport, in_background, reason_of, request_save
-from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, sync, write_atomically
 from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.optimizer.wrapping import WrappedModel
@@ -148,7 +148,7 @@ class CheckpointWriter:
             if path.exists():
                 delete_checkpoint(path)
             save.unfinished.rename(path)
-            sync_folder(self._folder)
+            sync(self._folder)
             write_atomically(self._folder / CHECKPOINT_TRACKER_FILE, f"{save.state.iteration}\n")
             save.digest = identity_of(path)
             self._delete_superseded(save)

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from hft_megatron.config.run_folder import sync
 from hft_megatron.conversion.hf_folder import INDEX_FILE, SINGLE_FILE
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -107,7 +108,7 @@ class ShardWriter:
                 file.write(index_text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_folder(self.folder)
+        sync(self.folder)
 
     def _begin_file(self) -> None:
         shard = self._shards[self._next_shard] if self._shards else []
@@ -163,12 +164,3 @@ def _header(shard: Sequence[_Entry], metadata: Mapping[str, str]) -> tuple[bytes
     start = 8 + len(text)
     places = {entry.name: start + ends[entry.name] - entry.bytes for entry in shard}
     return len(text).to_bytes(8, "little") + text, places
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names of new files last as well."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
