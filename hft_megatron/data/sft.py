@@ -147,7 +147,7 @@ def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules
         trained=np.concatenate([mask for _, mask in kept]),
         offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
         seq_length=rules.seq_length,
-        digest=_digest(sources, tokenizer, rules),
+        digest=data_digest(sources, tokenizer, rules),
     )
     for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
         if share == 0:
@@ -209,14 +209,15 @@ def _fitting(example: Example, rules: ExampleRules) -> list[Encoded]:
     return [(ids, mask) for ids, mask in parts if mask[1:].any()]
 
 
-def _digest(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> str:
+def data_digest(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, *others: str) -> str:
+    """sha256 (hex) over all that decides the examples; ``others`` are rules that not every method has."""
     facts = tokenizer.facts
     decisive = {
         "sources": [
             {"weight": source.weight, "files": [_file_digest(file) for file in source.files]} for source in sources
         ],
         "tokenizer": [facts.identity, facts.chat_template, dict(facts.template_variables)],
-        "rules": asdict(rules),
+        "rules": asdict(rules) | ({"others": others} if others else {}),
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

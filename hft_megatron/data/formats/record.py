@@ -36,6 +36,8 @@ class Preference:
     prompt: str | tuple[Message, ...]
     chosen: str | tuple[Message, ...]
     rejected: str | tuple[Message, ...]
+    fault: str | None = None
+    """Why these are no two answers to one prompt, as a clause; None where they are."""
 
 
 Record = Chat | Completion | Preference
