@@ -6,6 +6,9 @@ Imports neither torch nor megatron, so that a wrong option is reported in millis
 from dataclasses import dataclass, field
 from typing import Literal
 
+MethodName = Literal["sft"]
+"""The commands that train."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

@@ -10,6 +10,7 @@ micro-batches' means would: those have different numbers of trained tokens.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,6 +53,24 @@ class BatchShare:
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0
         assert 0 <= self.data_parallel_rank < self.data_parallel_size
+
+
+class TrainingSteps(Protocol):
+    """What a run takes its steps from."""
+
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of every step."""
+
+    def step(self, consumed_samples: int) -> StepBatch:
+        """The step after ``consumed_samples`` samples (over all ranks)."""
+
+
+class ValidationSteps(Protocol):
+    """What a run takes its validations from."""
+
+    def steps(self, iteration: int) -> Iterator[StepBatch]:
+        """Those of the validation after ``iteration``; every rank gets the same number of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +152,18 @@ class SftBatches(_Batches):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationBatches(_Batches):
+class SftValidation(_Batches):
     """Validation: the file in its own order, each example exactly once; every rank gets the same number of steps."""
+
+    limit: int | None = None
+    """Only the first steps of them; all when None."""
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.share.global_batch_size)
 
-    def steps(self, limit: int | None = None) -> Iterator[StepBatch]:
-        """All steps, or the first ``limit``. The last is filled up with wholly masked rows."""
-        for number in range(len(self) if limit is None else min(limit, len(self))):
+    def steps(self, iteration: int) -> Iterator[StepBatch]:
+        """The same ones after every iteration. The last of all is filled up with wholly masked rows."""
+        for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
             start = number * self.share.global_batch_size
             stop = min(start + self.share.global_batch_size, len(self.dataset))
             yield self._assemble([(index,) for index in range(start, stop)], packed=False)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.schema import RunConfig
-from hft_megatron.data.batches import SftBatches, ValidationBatches
+from hft_megatron.data.batches import TrainingSteps, ValidationSteps
 from hft_megatron.errors import RunFailed
+from hft_megatron.objectives.objective import Objective
 from hft_megatron.optimizer.schedule import LearningRate
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
@@ -23,8 +24,9 @@ class Run:
     placement: Placement
     rounds: Rounds
     wrapped: WrappedModel
-    batches: SftBatches
-    validation: ValidationBatches | None
+    objective: Objective
+    batches: TrainingSteps
+    validation: ValidationSteps | None
     learning_rate: LearningRate
     tracker: Tracker
     announce: Callable[[str], None]

@@ -9,7 +9,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from hft_megatron.data.batches import StepBatch
-from hft_megatron.objectives import sft
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes
 from hft_megatron.training.run import Run
 
@@ -56,13 +55,13 @@ def train_step(run: Run) -> StepResult:
 
 
 def validation_loss(run: Run) -> float | None:
-    """Mean loss per trained token over the validation file (or --eval-iters of it); None off the last stage."""
+    """Mean loss per trained token over the validation data (or --eval-iters of it); None off the last stage."""
     assert run.validation is not None
     reports: list[dict[str, Tensor]] = []
     with run.wrapped.gathered_parameters(), torch.no_grad():
         for chunk in run.wrapped.chunks:
             chunk.eval()
-        for batch in run.validation.steps(run.config.logging.eval_iters):
+        for batch in run.validation.steps(run.state.iteration):
             reports += _run_schedule(run, batch, forward_only=True)
         for chunk in run.wrapped.chunks:
             chunk.train()
@@ -75,7 +74,7 @@ def _run_schedule(run: Run, batch: StepBatch, *, forward_only: bool) -> list[dic
     # Each virtual chunk walks over the same micro-batches on its own.
     iterators: list[Iterator[Any]] = [iter(batch.micro_batches) for _ in chunks]
     reports: list[dict[str, Tensor]] = get_forward_backward_func()(
-        forward_step_func=sft.forward_step,
+        forward_step_func=run.objective.forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=len(batch.micro_batches),
@@ -90,4 +89,4 @@ def _mean_loss(run: Run, reports: list[dict[str, Tensor]]) -> float | None:
     placement = run.placement
     if placement.pipeline_rank < placement.pipeline_size - 1:
         return None
-    return sft.mean_loss(reports, placement.groups.dp, placement.device)
+    return run.objective.mean_loss(reports, placement.groups.dp, placement.device)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hft_megatron.data.batches import BatchShare, SftBatches, StepBatch, ValidationBatches
+from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation, StepBatch
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
@@ -52,8 +52,8 @@ def training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: in
     )
 
 
-def validation(dataset: SftDataset, size: int, rank: int, ranks: int) -> ValidationBatches:
-    return ValidationBatches(
+def validation(dataset: SftDataset, size: int, rank: int, ranks: int) -> SftValidation:
+    return SftValidation(
         dataset=dataset,
         pad_id=PAD,
         share=BatchShare(
@@ -226,7 +226,7 @@ def test_validation_sees_each_example_once_with_equal_work_on_every_rank(
     size: int, ranks: int, num_examples: int
 ) -> None:
     dataset = random_dataset(num_examples)
-    by_rank = [list(validation(dataset, size, rank, ranks).steps()) for rank in range(ranks)]
+    by_rank = [list(validation(dataset, size, rank, ranks).steps(0)) for rank in range(ranks)]
     assert {len(steps) for steps in by_rank} == {-(-num_examples // GLOBAL_BATCH)}
     assert {len(step.micro_batches) for steps in by_rank for step in steps} == {GLOBAL_BATCH // (size * ranks)}
     rows = [row for parts in zip(*by_rank, strict=True) for row in global_batch(list(parts), "tokens")]
@@ -241,4 +241,5 @@ def test_validation_sees_each_example_once_with_equal_work_on_every_rank(
 def test_validation_can_stop_early() -> None:
     batches = validation(random_dataset(21), 1, 0, 1)
     assert len(batches) == 3
-    assert [len(list(batches.steps(limit))) for limit in (0, 1, 9, None)] == [0, 1, 3, 3]
+    stopped = [replace(batches, limit=limit).steps(iteration=5) for limit in (0, 1, 9, None)]
+    assert [len(list(steps)) for steps in stopped] == [0, 1, 3, 3]

@@ -97,16 +97,16 @@ def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: i
     from hft_megatron.errors import Stopped
     from hft_megatron.training import assembly
 
-    config = load_options(SftOptions, list(words)).run
+    config = load_options(SftOptions, list(words)).as_run
     shape = shape_of(config.model)
     world_size = int(os.environ["WORLD_SIZE"])
     if shape is not None:
-        validate(config, shape, world_size)
+        validate(config, shape, world_size, "sft")
     recorder = Recorder(kill_at=kill_at, kill_rank=kill_rank)
     stopped = None
     with _inside_a_pool(recorder) as said:
         try:
-            assembly.run_sft(config, shape, world_size)
+            assembly.run_training("sft", config, shape, world_size)
         except Stopped as stop:
             stopped = str(stop)
         state = {} if recorder.run is None else state_of(recorder.run)

@@ -9,13 +9,14 @@ import torch
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
-from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
+from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
 from hft_megatron.data.order import SampleOrder, SampleStream
 from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.objectives.next_token import NEXT_TOKEN
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.tracking.tracker import CompositeTracker
 from hft_megatron.training.loop import learning_rate, next_step
@@ -122,8 +123,9 @@ def make_run(
         placement=placement,
         rounds=rounds,
         wrapped=wrapped,
+        objective=NEXT_TOKEN,
         batches=toy_batches(share, packed=packed),
-        validation=ValidationBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
+        validation=SftValidation(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
         learning_rate=learning_rate(wrapped, rounds, config, TrainState()),
         tracker=CompositeTracker(),
         announce=lambda line: None,

@@ -1,6 +1,7 @@
-"""Supervised fine-tuning: next-token cross-entropy over trained tokens, divided by their number in the global batch."""
+"""Fine-tuning and pre-training: next-token cross-entropy over trained tokens, divided by their number in the global
+batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,7 @@ import torch
 from torch import Tensor
 
 from hft_megatron.model.torch_attention import packed_seq_params
-
-MicroBatch = Mapping[str, Tensor]
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+from hft_megatron.objectives.objective import LossFunction, MicroBatch, Objective
 
 LOSS_AND_TOKENS = "loss and tokens"
 
@@ -52,3 +51,6 @@ def mean_loss(reports: list[dict[str, Tensor]], group: torch.distributed.Process
     total = torch.stack(rows).sum(dim=0) if rows else torch.zeros(2, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total, group=group)
     return float(total[0] / total[1])
+
+
+NEXT_TOKEN = Objective(forward_step=forward_step, mean_loss=mean_loss)

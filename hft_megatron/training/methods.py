@@ -1,0 +1,10 @@
+"""The methods that a run can have, by the name of their command."""
+
+from hft_megatron.config.schema import MethodName
+from hft_megatron.objectives.next_token import NEXT_TOKEN
+from hft_megatron.training.method import Method
+from hft_megatron.training.sft_data import read_sft_data
+
+METHODS: dict[MethodName, Method] = {
+    "sft": Method(name="sft", objective=NEXT_TOKEN, read_data=read_sft_data),
+}
