@@ -9,11 +9,13 @@ from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
-from hft_megatron.config.schema import DataConfig, RunConfig
+from hft_megatron.config.schema import DataConfig, DpoConfig, RunConfig
 from hft_megatron.errors import UserError
 
 _PACKING_OPTIONS = ("packing", "packing_algorithm", "packing_window")
 """Options that, with seed and data, fix what each sample holds."""
+_DPO_OPTIONS = ("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_average_log_probs", "dpo_sft_weight")
+"""Options that say what is minimised over pairs; where the reference comes from changes nothing."""
 _HFT_OPTIONS = (
     "hft_level",
     "hft_selection",
@@ -65,6 +67,13 @@ class RunIdentity:
     packing: bool = False
     packing_algorithm: str = DataConfig.packing_algorithm
     packing_window: int = DataConfig.packing_window
+    dpo_loss: str = DpoConfig.dpo_loss
+    dpo_beta: float = DpoConfig.dpo_beta
+    dpo_label_smoothing: float = DpoConfig.dpo_label_smoothing
+    dpo_average_log_probs: bool | None = DpoConfig.dpo_average_log_probs
+    dpo_sft_weight: float = DpoConfig.dpo_sft_weight
+    reference_digest: str | None = None
+    """Of --dpo-reference-model's weights; None where the run compares with those that it started from."""
     hft_plan: str | None = None
     """For the message only, like ``data_path``."""
     hft_plan_digest: str | None = None
@@ -111,6 +120,7 @@ def run_identity(
         hft_seed=derived.hft_seed(config),
         **{name: getattr(config.hft, name) for name in _HFT_OPTIONS},
         **{name: getattr(config.data, name) for name in _PACKING_OPTIONS},
+        **{name: getattr(config.dpo, name) for name in _DPO_OPTIONS},
         hft_plan=config.hft.hft_plan,
         hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
         tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
@@ -157,9 +167,11 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     if weights[0] != weights[1]:
         shown = [digest and f"digest {digest[:12]}" for digest in weights]
         values.append(("model's weights (--load-hf)", shown[0], shown[1]))
+    references = [digest and f"digest {digest[:12]}" for digest in (saved.reference_digest, new.reference_digest)]
+    values.append(("reference model (--dpo-reference-model)", references[0], references[1]))
     if saved.hft_plan_digest != new.hft_plan_digest:
         values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
-    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_HFT_OPTIONS):
+    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_DPO_OPTIONS, *_HFT_OPTIONS):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     return [entry for entry in values if entry[1] != entry[2]]
 

@@ -6,7 +6,7 @@ Imports neither torch nor megatron, so that a wrong option is reported in millis
 from dataclasses import dataclass, field
 from typing import Literal
 
-MethodName = Literal["sft"]
+MethodName = Literal["sft", "dpo"]
 """The commands that train."""
 
 
@@ -154,6 +154,38 @@ class DataConfig:
     """Examples, of an epoch's shuffled ones, that are packed together; more fill the packs better and take longer."""
 
 
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
+ReferenceKind = Literal["precompute", "shared", "model"]
+BadPairs = Literal["error", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    """Learning from preference pairs."""
+
+    dpo_loss: PreferenceLoss = "sigmoid"
+    """DPO's loss, IPO's, or the hinge of SLiC."""
+    dpo_beta: float = 0.1
+    """How much the policy is held to the reference model; the tau of IPO."""
+    dpo_label_smoothing: float = 0.0
+    """Probability that the answers of a pair were confused, from 0 to below 0.5 (conservative DPO; sigmoid only)."""
+    dpo_average_log_probs: bool | None = None
+    """Divide every answer's log-probability by its number of tokens; for ipo, as its authors do, when unset."""
+    dpo_sft_weight: float = 0.0
+    """Add this times the mean token loss of the chosen answer (RPO)."""
+    dpo_reference: ReferenceKind = "precompute"
+    """Where the reference's log-probabilities come from: one pass over the data before training, kept on disk;
+    a copy of just the units that train, put in their place for a second forward pass in every step; or a second
+    model. All three give the same losses."""
+    dpo_reference_model: str | None = None
+    """Hugging Face folder of the reference model (not for shared); the weights that the run starts from when unset."""
+    dpo_reference_cache: str | None = None
+    """Folder for the log-probabilities of precompute; ~/.cache/hft_megatron/reference when unset."""
+    dpo_bad_pairs: BadPairs = "error"
+    """Stop at a pair that nothing can be learned of (equal answers, an empty one, a prompt that leaves no room for an
+    answer, answers to different prompts), or leave such pairs out and count them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HFTConfig:
     """Which weight matrices train in a round, and what happens between rounds."""
@@ -256,6 +288,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -5,7 +5,7 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import input_rules, layout_rules, method_rules, training_rules
+from hft_megatron.config import dpo_rules, input_rules, layout_rules, method_rules, training_rules
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.schema import MethodName, ModelConfig, RunConfig
 
@@ -42,6 +42,16 @@ DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {
         input_rules.data_sources_are_clear,
         input_rules.packing_is_asked_for,
         input_rules.validation_has_data,
+    ),
+    "dpo": (
+        input_rules.training_data_is_given,
+        input_rules.data_sources_are_clear,
+        input_rules.packing_is_asked_for,
+        input_rules.validation_has_data,
+        dpo_rules.loss_options_fit_together,
+        dpo_rules.pairs_can_be_read,
+        dpo_rules.reference_is_clear,
+        dpo_rules.cache_can_be_written,
     ),
 }
 """What every method asks of its own data, after that."""

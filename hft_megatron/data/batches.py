@@ -74,14 +74,14 @@ class ValidationSteps(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batches:
+class Batches:
     """What training and validation have in common: how a list of samples becomes a rank's tensors."""
 
     dataset: SftDataset
     pad_id: int
     share: BatchShare
 
-    def _assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
+    def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """The rank's rows of a global batch; rows that ``samples`` doesn't fill are padding and wholly masked.
 
         Micro-batch k of rank r of D holds rows ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch. When packed
@@ -137,7 +137,7 @@ class _Batches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftBatches(_Batches):
+class SftBatches(Batches):
     """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
 
     order: SampleStream
@@ -148,11 +148,11 @@ class SftBatches(_Batches):
         """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
         stop = consumed_samples + self.share.global_batch_size
         samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
-        return self._assemble(samples, packed=self.packed)
+        return self.assemble(samples, packed=self.packed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftValidation(_Batches):
+class SftValidation(Batches):
     """Validation: the file in its own order, each example exactly once; every rank gets the same number of steps."""
 
     limit: int | None = None
@@ -166,7 +166,7 @@ class SftValidation(_Batches):
         for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
             start = number * self.share.global_batch_size
             stop = min(start + self.share.global_batch_size, len(self.dataset))
-            yield self._assemble([(index,) for index in range(start, stop)], packed=False)
+            yield self.assemble([(index,) for index in range(start, stop)], packed=False)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 
+from hft_megatron.config.schema import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
 from hft_megatron.data.files.sources import SourceFiles
@@ -21,8 +21,6 @@ from hft_megatron.data.records import read_records
 from hft_megatron.data.sft import Encoded, ExampleRules, SftDataset, data_digest
 from hft_megatron.data.tokenizer import Piece, Tokenizer
 from hft_megatron.errors import UserError
-
-BadPairs = Literal["error", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class PairSource:
     dropped: int
     """Pairs that are too long."""
     bad: tuple[tuple[str, int], ...]
-    """Why pairs were left out under --bad-pairs skip, and how many, the most first."""
+    """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
 
     def summary(self) -> str:
         """One line for the log, with everything that was shortened or left out."""
@@ -155,17 +153,19 @@ def _load_source(
                 continue
             fitting = [_fitting(half, pair.place, rules) for half in halves]
             _check_halves(fitting)
-        except _BadPair as reason:
+        except _BadPair as fault:
             if bad_pairs == "error":
-                raise UserError(f"{pair.place}: {reason}; correct the pair, or choose --bad-pairs skip.") from reason
-            bad[str(reason)] += 1
+                raise UserError(
+                    f"{pair.place}: {fault}; correct the pair, or choose --dpo-bad-pairs skip."
+                ) from fault
+            bad[str(fault)] += 1
             continue
         truncated += longest > rules.seq_length
         kept += fitting
     if not kept:
         left_out = dropped + bad.total()
-        reason = f"all {left_out} were left out" if left_out else "it is empty"
-        raise UserError(f"the data file {source.path} holds no pair to train on: {reason}.")
+        why = f"all {left_out} were left out" if left_out else "it is empty"
+        raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
     return kept, PairSource(
         path=source.path,
         weight=source.weight,
@@ -237,7 +237,7 @@ def _check_halves(halves: Sequence[Encoded]) -> None:
         if not mask[1:].any():
             raise _BadPair("the prompt leaves no room for an answer within --seq-length")
         prompts.append(ids[: int(np.argmax(mask))])
-    if not np.array_equal(*prompts):
+    if not np.array_equal(prompts[0], prompts[1]):
         raise _BadPair("the chat template renders the prompt differently before the two answers")
     if np.array_equal(halves[0][0], halves[1][0]):
         raise _BadPair("`chosen` and `rejected` have the same tokens within --seq-length")

@@ -9,18 +9,28 @@ gathered logits. They are summed in fp64, so that neither padding nor the place 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hft_megatron.objectives.forward import LossFunction, MicroBatch, forward
+from hft_megatron.config.schema import DpoConfig, PreferenceLoss
+from hft_megatron.objectives.forward import forward
+from hft_megatron.objectives.objective import LossFunction, MicroBatch, Objective
+from hft_megatron.tracking import tracker as names
 
-PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
 LOG_PROBS = "log probabilities"
 SUMS = "sums over pairs"
-_SUMMED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected", "kl")
+_SUMMED = (
+    names.PREFERENCE_LOSS,
+    names.CHOSEN_REWARD,
+    names.REJECTED_REWARD,
+    names.REWARD_ACCURACY,
+    names.CHOSEN_LOG_PROBS,
+    names.REJECTED_LOG_PROBS,
+    names.KL,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,19 +134,30 @@ def log_prob_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tupl
     return forward(chunk, micro_batch), report
 
 
-def mean_metrics(
-    reports: list[dict[str, Tensor]], group: torch.distributed.ProcessGroup, device: torch.device
-) -> dict[str, float]:
+def measure(reports: list[dict[str, Tensor]], group: torch.distributed.ProcessGroup, device: Any) -> dict[str, float]:
     """Means per pair over all micro-batches of all data-parallel ranks, under TRL's names; call on the last stage.
 
-    ``loss``; ``rewards/chosen`` and ``rewards/rejected``, beta times the log-ratios; ``rewards/margins``, their
-    difference; ``rewards/accuracies``, the share of pairs whose chosen answer has the higher reward; ``logps/chosen``
-    and ``logps/rejected``, in nats per answer (per token where averaged); ``kl``, the mean log-ratio in nats per
-    answer: what estimates KL(policy || reference) from samples of the policy, taken over the batch's answers instead.
+    ``preference loss``; ``rewards/chosen`` and ``rewards/rejected``, beta times the log-ratios; ``rewards/margins``,
+    their difference; ``rewards/accuracies``, the share of pairs whose chosen answer has the higher reward;
+    ``logps/chosen`` and ``logps/rejected``, in nats per answer (per token where averaged); ``kl``, the mean log-ratio
+    in nats per answer: the estimate of KL(policy || reference) that is usual for samples of the policy, taken over
+    the batch's answers instead, so it may be below 0.
     """
     rows = [report[SUMS] for report in reports]
     total = torch.stack(rows).sum(dim=0) if rows else torch.zeros(len(_SUMMED) + 1, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total, group=group)
     means = dict(zip(_SUMMED, (total[:-1] / total[-1]).tolist(), strict=True))
-    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-    return means
+    return means | {names.REWARD_MARGIN: means[names.CHOSEN_REWARD] - means[names.REJECTED_REWARD]}
+
+
+def preference_objective(options: DpoConfig) -> Objective:
+    """The objective that the options of a run describe."""
+    average = options.dpo_loss == "ipo" if options.dpo_average_log_probs is None else options.dpo_average_log_probs
+    rule = PreferenceRule(
+        loss=options.dpo_loss,
+        beta=options.dpo_beta,
+        label_smoothing=options.dpo_label_smoothing,
+        average_log_probs=average,
+        sft_weight=options.dpo_sft_weight,
+    )
+    return Objective(loss_name=names.PREFERENCE_LOSS, forward_step=partial(forward_step, rule=rule), measure=measure)

@@ -1,16 +1,10 @@
 """The forward pass that every objective shares, as megatron-core's pipeline schedules call it."""
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor
 
 from hft_megatron.model.torch_attention import packed_seq_params
-
-MicroBatch = Mapping[str, Tensor]
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""The last stage's output -> what to minimise, summed; what to divide that by over the global batch (int); and what is
-kept for the log."""
+from hft_megatron.objectives.objective import MicroBatch
 
 
 def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:

@@ -35,8 +35,9 @@ from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
 from hft_megatron.training.loop import learning_rate, train
 from hft_megatron.training.methods import METHODS
+from hft_megatron.training.reference_of_run import reference_of_run
 from hft_megatron.training.rounds import Rounds
-from hft_megatron.training.run import Run
+from hft_megatron.training.run import Reference, Run
 from hft_megatron.training.spectrum import scores_of_run
 from hft_megatron.training.start import fill_from_other_run, starting_base, starting_state, with_sound_checkpoint
 
@@ -64,6 +65,8 @@ def run_training(method: MethodName, options: RunConfig, shape: ModelShape | Non
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
     fill_from_other_run(inputs, chunks, announce)
+    share = _share(config, placement)
+    reference = reference_of_run(inputs, chunks, rounds, share, placement, announce) if trains else None
     try:
         if tracker is None and not inputs.resumes:
             _export(config, inputs, placement, chunks, frozenset(), announce)
@@ -79,7 +82,9 @@ def run_training(method: MethodName, options: RunConfig, shape: ModelShape | Non
             state = starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
                 _write_run_files(config, inputs, placement, scores)
-                wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
+                wrapped, state = _train(
+                    config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce
+                )
             with wrapped.gathered_parameters():
                 _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
     except Stopped:
@@ -178,6 +183,8 @@ def _train(
     placement: Placement,
     wrapped: WrappedModel,
     rounds: Rounds,
+    share: BatchShare,
+    reference: Reference | None,
     tracker: Tracker,
     state: TrainState,
     announce: Announce,
@@ -190,21 +197,15 @@ def _train(
     if config.checkpoint.save is None and config.checkpoint.save_hf is None:
         announce("> neither --save nor --save-hf is given: nothing of this training will be kept")
     assert inputs.data is not None
-    share = BatchShare(
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=global_batch_size(config, placement.world_size),
-        data_parallel_rank=placement.data_rank,
-        data_parallel_size=placement.data_size,
-        length_multiple=placement.tensor_size,
-    )
     run = Run(
         config=config,
         placement=placement,
         rounds=rounds,
         wrapped=wrapped,
-        objective=inputs.method.objective,
+        objective=inputs.method.objective(config),
         batches=inputs.data.training(share),
         validation=inputs.data.validation(share),
+        reference=reference,
         learning_rate=learning_rate(wrapped, rounds, config, state),
         tracker=tracker,
         announce=announce,
@@ -216,6 +217,16 @@ def _train(
     finally:
         tracker.close()
     return run.wrapped, run.state
+
+
+def _share(config: RunConfig, placement: Placement) -> BatchShare:
+    return BatchShare(
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=global_batch_size(config, placement.world_size),
+        data_parallel_rank=placement.data_rank,
+        data_parallel_size=placement.data_size,
+        length_multiple=placement.tensor_size,
+    )
 
 
 def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:

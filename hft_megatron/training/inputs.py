@@ -135,6 +135,9 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         data_digest=None if data is None else data.digest,
         tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
     )
+    if config.dpo.dpo_reference_model is not None:
+        reference = check_weights(config.dpo.dpo_reference_model, shape, option="--dpo-reference-model")
+        identity = replace(identity, reference_digest=reference)
     if given.finetune and given.load is not None:
         identity = replace(identity, finetuned_from=str(Path(given.load).resolve()))
     held_runs = _held_runs(config)

@@ -41,6 +41,7 @@ class Method:
     """One way to train."""
 
     name: MethodName
-    objective: Objective
+    objective: Callable[[RunConfig], Objective]
+    """What the options of the method make of it."""
     read_data: ReadData
     """Takes the resolved options, tokenizer, shape and world size; UserError for a mistake in the data."""

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.schema import RunConfig
-from hft_megatron.data.batches import TrainingSteps, ValidationSteps
+from hft_megatron.data.batches import StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.errors import RunFailed
 from hft_megatron.objectives.objective import Objective
 from hft_megatron.optimizer.schedule import LearningRate
@@ -13,6 +14,13 @@ from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.tracking.tracker import Metrics, Tracker
 from hft_megatron.training.rounds import Rounds
+
+
+class Reference(Protocol):
+    """The model that preferences are learned against."""
+
+    def attach(self, batch: StepBatch) -> None:
+        """Give each micro-batch its ``reference``, (pairs, 2) fp64: the log-probabilities of its answers in nats."""
 
 
 @dataclass(kw_only=True)
@@ -27,6 +35,8 @@ class Run:
     objective: Objective
     batches: TrainingSteps
     validation: ValidationSteps | None
+    reference: Reference | None = None
+    """None where nothing is learned from preferences."""
     learning_rate: LearningRate
     tracker: Tracker
     announce: Callable[[str], None]

@@ -79,7 +79,7 @@ def _micro_batches(step: int, size: int, packed: bool) -> list[dict[str, torch.T
         data_parallel_size=1,
         length_multiple=1,
     )
-    return toy_batches(share)._assemble([(index,) for index in examples], packed=False).micro_batches
+    return toy_batches(share).assemble([(index,) for index in examples], packed=False).micro_batches
 
 
 def _accumulate(

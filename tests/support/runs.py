@@ -58,7 +58,7 @@ class Recorder:
     kill_at: int | None
     """After this iteration the rank sends itself SIGTERM, as a scheduler would."""
     kill_rank: int
-    steps: list[dict[str, float | int | None]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
     run: Any = None
 
     def after_step(self, run: Any, result: Any) -> None:
@@ -68,6 +68,7 @@ class Recorder:
                 "iteration": run.state.iteration,
                 "consumed": run.state.consumed_samples,
                 "loss": result.loss,
+                "measured": dict(result.measured),
                 "grad_norm": result.grad_norm,
                 "lr": run.learning_rate.last,
             }
@@ -85,28 +86,30 @@ class Recorder:
         self.run = run
 
 
-def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: int = 0) -> dict[str, Any]:
-    """Runs ``hft-megatron sft WORDS`` on this rank of a pool; every rank must call it.
+def run_sft_words(
+    words: Sequence[str], kill_at: int | None = None, kill_rank: int = 0, command: str = "sft"
+) -> dict[str, Any]:
+    """Runs ``hft-megatron COMMAND WORDS`` on this rank of a pool; every rank must call it.
 
     Returns ``steps`` (one entry per step done here), ``state`` at the end, ``stopped`` (the signal's sentence or None)
     and ``said`` (lines announced here).
     """
-    from hft_megatron.cli.sft import SftOptions
+    from hft_megatron.cli.entry import COMMANDS
     from hft_megatron.config.loading import load_options
     from hft_megatron.config.validation import shape_of, validate
     from hft_megatron.errors import Stopped
     from hft_megatron.training import assembly
 
-    config = load_options(SftOptions, list(words)).as_run
+    config = load_options(COMMANDS[command].options, list(words)).as_run
     shape = shape_of(config.model)
     world_size = int(os.environ["WORLD_SIZE"])
     if shape is not None:
-        validate(config, shape, world_size, "sft")
+        validate(config, shape, world_size, command)
     recorder = Recorder(kill_at=kill_at, kill_rank=kill_rank)
     stopped = None
     with _inside_a_pool(recorder) as said:
         try:
-            assembly.run_training("sft", config, shape, world_size)
+            assembly.run_training(command, config, shape, world_size)
         except Stopped as stop:
             stopped = str(stop)
         state = {} if recorder.run is None else state_of(recorder.run)
