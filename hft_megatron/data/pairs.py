@@ -155,9 +155,7 @@ def _load_source(
             _check_halves(fitting)
         except _BadPair as fault:
             if bad_pairs == "error":
-                raise UserError(
-                    f"{pair.place}: {fault}; correct the pair, or choose --dpo-bad-pairs skip."
-                ) from fault
+                raise UserError(f"{pair.place}: {fault}; correct the pair, or choose --dpo-bad-pairs skip.") from fault
             bad[str(fault)] += 1
             continue
         truncated += longest > rules.seq_length

@@ -15,7 +15,8 @@ from hft_megatron.config.run_folder import sync
 from hft_megatron.errors import UserError
 
 _TENSOR = "log_probs"
-_KEY, _SHA256 = "key", "sha256"
+_NOTE = "hft_megatron"
+"""The one entry of the file's metadata: safetensors writes several in any order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ def read_cache(folder: Path, key: CacheKey) -> Tensor | str | None:
         with safe_open(path, framework="pt") as file:
             metadata, log_probs = file.metadata() or {}, file.get_tensor(_TENSOR)
             assert isinstance(log_probs, Tensor)
-        saved = json.loads(metadata[_KEY])
-        damaged = _sha256(log_probs) != metadata[_SHA256]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        note = json.loads(metadata[_NOTE])
+        saved, damaged = dict(note["key"]), _sha256(log_probs) != note["sha256"]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         return f"{path} can't be read ({' '.join(str(error).split())})"
     if damaged:
         return f"{path} is damaged: its contents are not what was written"
@@ -70,12 +71,12 @@ def read_cache(folder: Path, key: CacheKey) -> Tensor | str | None:
 
 def write_cache(folder: Path, key: CacheKey, log_probs: Tensor) -> Path:
     """Writes (pairs, 2) fp64 so that a crash leaves no part of it; raises OSError."""
-    metadata = {_KEY: json.dumps(asdict(key), sort_keys=True), _SHA256: _sha256(log_probs)}
+    note = json.dumps({"key": asdict(key), "sha256": _sha256(log_probs)})
     path = folder / key.file_name
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(save({_TENSOR: log_probs.contiguous()}, metadata))
+        temporary.write_bytes(save({_TENSOR: log_probs.contiguous()}, {_NOTE: note}))
         sync(temporary)
         temporary.replace(path)
     except BaseException:

@@ -47,12 +47,14 @@ def write_pairs(path: Path, count: int, first: int = 0) -> Path:
     return path
 
 
-def words_for_pairs(inputs: Path, *options: object) -> list[str]:
-    """The words of a tuning that ``plain_dpo`` repeats; later options win."""
+def words_for_pairs(inputs: Path, *options: object, kind: str = "precompute", cache: Path | None = None) -> list[str]:
+    """The words of a tuning that ``plain_dpo`` repeats; later options win. ``cache`` is one for the module's tests."""
     base = ["--load-hf", inputs / "model", "--train-data-path", inputs / "pairs.jsonl", "--seq-length", 96]
     base += ["--train-iters", 20, "--global-batch-size", BATCH, "--lr", LR, "--lr-decay-style", "constant"]
     base += ["--weight-decay", DECAY, "--clip-grad", CLIP, "--dpo-beta", 0.5]
-    base += ["--dpo-reference-cache", inputs / "cache"]
+    base += ["--dpo-reference", kind]
+    if kind == "precompute":
+        base += ["--dpo-reference-cache", cache or inputs / "cache"]
     return [str(word) for word in (*base, "--no-bf16", *options)]
 
 

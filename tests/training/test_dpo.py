@@ -26,6 +26,8 @@ STEPS = 20
 SEED = 1234
 TOLERANCE = 1e-5
 """Relative, of losses and gradient norms. The promise is 1e-4."""
+NEAR_ZERO = 2e-7
+"""The loss of IPO is the square of a small difference once it has learned; losses begin near 1."""
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +100,10 @@ def test_twenty_steps_equal_a_plain_pytorch_loop_at_every_layout(
     values = ranks(world_size).run(run_sft_words, words=words_for_pairs(inputs, *options), command="dpo")
     steps = values[-1]["steps"]
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.01, "agreement means little where nothing is learned"
-    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], rel=TOLERANCE)
+    losses = [step["loss"] for step in expected]
+    assert [step["loss"] for step in steps] == pytest.approx(losses, rel=TOLERANCE, abs=NEAR_ZERO)
     norms = [step["grad_norm"] for step in expected]
-    assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=TOLERANCE)
+    assert [step["grad_norm"] for step in steps] == pytest.approx(norms, rel=TOLERANCE, abs=NEAR_ZERO)
     for name in ("rewards/chosen", "rewards/rejected"):
         seen = [step["measured"][name] for step in steps]
         assert seen == pytest.approx([step[name] for step in expected], rel=TOLERANCE, abs=1e-5)
