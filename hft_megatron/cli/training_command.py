@@ -18,6 +18,7 @@ from hft_megatron.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from hft_megatron.config.stages import read_stages, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of, validate
 
 
@@ -29,6 +30,9 @@ class TrainingOptions:
     """YAML file with any of the options below, by name or under a group's name; the command line wins."""
     check: bool = False
     """Check options, tokenizer and data for WORLD_SIZE ranks (from the environment), and train nothing."""
+    stages: str | None = None
+    """YAML list of stages that follow one another as rounds of one run, each with a `method` and the options that it
+    has for itself, such as its data; all others are those given here."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -58,6 +62,9 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
         status.path = Path(config.checkpoint.save)
     world_size = launch.world_size()
     shape = shape_of(config.model)
+    if options.stages is not None:
+        _run_stages(options.stages, config, shape, world_size, check=options.check)
+        return
     validate(config, shape or _shape_before_the_tokenizer(config), world_size, method)
     # Imported here and below, because the checks above must not wait for torch and transformers.
     from hft_megatron.parallel.engine_warnings import silence_engine_warnings
@@ -73,6 +80,23 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     from hft_megatron.training.assembly import run_training
 
     run_training(method, config, shape, world_size)
+
+
+def _run_stages(path: str, config: RunConfig, shape: ModelShape | None, world_size: int, *, check: bool) -> None:
+    stages = read_stages(path, config)
+    for stage in with_rounds_in_turn(stages):
+        validate(stage.config, shape or _shape_before_the_tokenizer(stage.config), world_size, stage.method)
+    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+
+    silence_engine_warnings()
+    from hft_megatron.training.stage_sequence import check_stages, run_stages
+
+    if check:
+        print("\n".join(check_stages(stages, world_size)))
+        print(_all_is_well(config, shape, world_size))
+        return
+    launch.place_this_process()
+    run_stages(stages, shape, world_size)
 
 
 def _shape_before_the_tokenizer(config: RunConfig) -> ModelShape:

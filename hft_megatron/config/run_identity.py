@@ -27,6 +27,7 @@ _HFT_OPTIONS = (
     "hft_train",
     "hft_freeze",
     "hft_round_interval",
+    "hft_first_round",
     "hft_moments",
     "hft_resting_moments",
 )
@@ -62,6 +63,7 @@ class RunIdentity:
     hft_train: str | None = None
     hft_freeze: str | None = None
     hft_round_interval: str = "stage"
+    hft_first_round: int | None = None
     hft_moments: str = "reset"
     hft_resting_moments: str = "drop"
     packing: bool = False

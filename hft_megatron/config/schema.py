@@ -211,6 +211,9 @@ class HFTConfig:
     """Seed of the draw; --seed when unset."""
     hft_round_interval: str = "stage"
     """When a new round begins: with a new stage (one plan for the whole run), every `epoch`, or every N iterations."""
+    hft_first_round: int | None = None
+    """Number of the first round, 0 unless another run's rounds came before: with 1, --hft-rotation complementary
+    trains what a run with the same options rested in its first."""
     hft_moments: Literal["reset", "carry"] = "reset"
     """At a new round, start every unit's moments at zero, or carry those of units that go on training."""
     hft_resting_moments: Literal["drop", "host"] = "drop"

@@ -48,6 +48,13 @@ def run_training(method: MethodName, options: RunConfig, shape: ModelShape | Non
     Raises UserError for a user's mistake before a model is built, Stopped after a signal or a time limit and the
     checkpoint.
     """
+    train_and_export(method, options, shape, world_size)
+    # After a failure peers may be waiting in a collective, and waiting for them here would hide the error.
+    stop_groups()
+
+
+def train_and_export(method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    """``run_training``, with the process groups left as they are, for a stage that follows."""
     inputs = read_inputs(METHODS[method], options, shape, world_size)
     if inputs.config.training.deterministic_mode:
         make_deterministic()
@@ -90,8 +97,6 @@ def run_training(method: MethodName, options: RunConfig, shape: ModelShape | Non
     except Stopped:
         stop_groups()
         raise
-    # After any other failure peers may be waiting in a collective, and waiting for them here would hide the error.
-    stop_groups()
 
 
 def _with_dtype(config: RunConfig) -> RunConfig:

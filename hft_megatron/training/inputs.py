@@ -66,7 +66,9 @@ class Inputs:
     @property
     def position(self) -> TrainState:
         """Where the run goes on."""
-        return TrainState.read(self.checkpoint) if self.checkpoint is not None and self.resumes else TrainState()
+        if self.checkpoint is not None and self.resumes:
+            return TrainState.read(self.checkpoint)
+        return TrainState(round=self.config.hft.hft_first_round or 0)
 
     def rounds(self, world_size: int, scores: Mapping[str, float] | None = None) -> Rounds:
         """The rounds of this run; ``scores`` are those of --hft-selection spectrum."""
@@ -218,7 +220,8 @@ def _check_rounds(inputs: Inputs, world_size: int) -> None:
     rounds = inputs.rounds(world_size, scores=dict.fromkeys((unit.name for unit in units_of(inputs.shape)), 0.0))
     if inputs.config.hft.hft_plan is not None:
         check_enough_rounds(inputs.plans, rounds.schedule.rounds, inputs.config.hft.hft_plan)
-    for round in range(min(rounds.schedule.rounds, _ROUNDS_DRAWN_AHEAD)):
+    first = rounds.schedule.first_round
+    for round in range(first, first + min(rounds.schedule.rounds, _ROUNDS_DRAWN_AHEAD)):
         rounds.plan(round)
 
 

@@ -176,9 +176,9 @@ def _hash(tensor: Tensor) -> str:
 
 
 def start_cli(
-    words: Sequence[str], *, ranks: int | None = None, log: Path, prefix: Sequence[str] = ()
+    words: Sequence[str], *, ranks: int | None = None, log: Path, prefix: Sequence[str] = (), command: str = "sft"
 ) -> "subprocess.Popen[bytes]":
-    """Starts ``python -m hft_megatron sft WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
+    """Starts ``python -m hft_megatron COMMAND WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
 
     ``prefix`` stands in front of the command, such as one that enters another namespace.
     """
@@ -189,10 +189,10 @@ def start_cli(
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
         launcher += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
         launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
-    command = [*prefix, *launcher, "-m", "hft_megatron", "sft", *words]
+    line = [*prefix, *launcher, "-m", "hft_megatron", command, *words]
     with log.open("wb") as output:
         return subprocess.Popen(
-            command,
+            line,
             cwd=REPOSITORY,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -202,9 +202,11 @@ def start_cli(
         )
 
 
-def run_cli(words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 120) -> int:
+def run_cli(
+    words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 120, command: str = "sft"
+) -> int:
     """``start_cli`` and wait; the exit code."""
-    process = start_cli(words, ranks=ranks, log=log)
+    process = start_cli(words, ranks=ranks, log=log, command=command)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
