@@ -5,7 +5,7 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import input_rules, layout_rules, method_rules, training_rules
+from hft_megatron.config import corpus_rules, input_rules, layout_rules, method_rules, training_rules
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.schema import MethodName, ModelConfig, RunConfig
 
@@ -43,6 +43,7 @@ DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {
         input_rules.packing_is_asked_for,
         input_rules.validation_has_data,
     ),
+    "pretrain": corpus_rules.CORPUS_RULES,
 }
 """What every method asks of its own data, after that."""
 

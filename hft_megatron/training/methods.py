@@ -2,9 +2,11 @@
 
 from hft_megatron.config.schema import MethodName
 from hft_megatron.objectives.next_token import NEXT_TOKEN
+from hft_megatron.training.corpus_data import read_corpus_data
 from hft_megatron.training.method import Method
 from hft_megatron.training.sft_data import read_sft_data
 
 METHODS: dict[MethodName, Method] = {
     "sft": Method(name="sft", objective=NEXT_TOKEN, read_data=read_sft_data),
+    "pretrain": Method(name="pretrain", objective=NEXT_TOKEN, read_data=read_corpus_data),
 }

@@ -1,4 +1,4 @@
-"""Whole runs of ``hft-megatron sft``: inside a rank pool (fast, inspectable), and as real processes under torchrun."""
+"""Whole runs of a command that trains: inside a rank pool (fast, inspectable), and as real processes under torchrun."""
 
 import contextlib
 import hashlib
@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from hft_megatron.config.schema import MethodName
 from tests.support.models import make_llama
 from tests.support.ranks import REPOSITORY
 from tests.support.tokenizers import make_byte_level
@@ -86,27 +87,34 @@ class Recorder:
 
 
 def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: int = 0) -> dict[str, Any]:
-    """Runs ``hft-megatron sft WORDS`` on this rank of a pool; every rank must call it.
+    """``run_method_words`` of ``hft-megatron sft``."""
+    return run_method_words("sft", words, kill_at, kill_rank)
+
+
+def run_method_words(
+    method: MethodName, words: Sequence[str], kill_at: int | None = None, kill_rank: int = 0
+) -> dict[str, Any]:
+    """Runs ``hft-megatron METHOD WORDS`` on this rank of a pool; every rank must call it.
 
     Returns ``steps`` (one entry per step done here), ``state`` at the end, ``stopped`` (the signal's sentence or None)
     and ``said`` (lines announced here).
     """
-    from hft_megatron.cli.sft import SftOptions
+    from hft_megatron.cli.entry import COMMANDS
     from hft_megatron.config.loading import load_options
     from hft_megatron.config.validation import shape_of, validate
     from hft_megatron.errors import Stopped
     from hft_megatron.training import assembly
 
-    config = load_options(SftOptions, list(words)).as_run
+    config = load_options(COMMANDS[method].options, list(words)).as_run
     shape = shape_of(config.model)
     world_size = int(os.environ["WORLD_SIZE"])
     if shape is not None:
-        validate(config, shape, world_size, "sft")
+        validate(config, shape, world_size, method)
     recorder = Recorder(kill_at=kill_at, kill_rank=kill_rank)
     stopped = None
     with _inside_a_pool(recorder) as said:
         try:
-            assembly.run_training("sft", config, shape, world_size)
+            assembly.run_training(method, config, shape, world_size)
         except Stopped as stop:
             stopped = str(stop)
         state = {} if recorder.run is None else state_of(recorder.run)
