@@ -150,9 +150,8 @@ def test_check_says_what_would_be_trained_on(
 ) -> None:
     monkeypatch.setattr("hft_megatron.training.inputs.check_weights", lambda folder, shape: "digest")
     words = ["--load-hf", str(folder / "model"), "--data-path", str(folder / "corpus"), "--seq-length", "16"]
-    assert (
-        main(["pretrain", *words, "--train-iters", "10", "--eval-iters", "1", "--split", "9,1", "--check"]) == EXIT_OK
-    )
+    words += ["--train-iters", "10", "--eval-iters", "1", "--split", "9,1", "--check"]
+    assert main(["pretrain", *words]) == EXIT_OK
     out = capsys.readouterr().out
     assert "corpus: 1,800 tokens in 90 documents for training, 200 tokens in 10 documents for validation" in out
     assert "10 samples of 16 tokens to train on" in out

@@ -33,10 +33,10 @@ ROUNDS = ["--hft-round-interval", "2", "--hft-moments", "carry"]
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``model``, and the corpora ``a`` and ``b``: 65 and 22 samples in one pass over their training parts."""
+    """``model``, and the corpora ``a`` and ``b``, of about 70 and 25 samples."""
     folder = make_inputs(tmp_path_factory.mktemp("pretrain"), **TINY)
-    write_corpus(folder / "a", random_documents(80))
-    write_corpus(folder / "b", random_documents(30, seed=1))
+    write_corpus(folder / "a", random_documents(80, vocab_size=40))
+    write_corpus(folder / "b", random_documents(30, seed=1, vocab_size=40))
     return folder
 
 
