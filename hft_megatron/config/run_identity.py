@@ -109,7 +109,7 @@ def run_identity(
     return RunIdentity(
         method=method,
         shape=shape,
-        data_path=" ".join(config.data.train_data_path or config.corpus.data_path) or None,
+        data_path=_data_words(config),
         data_digest=data_digest,
         seq_length=derived.sequence_length(config.training, shape),
         global_batch_size=derived.global_batch_size(config, world_size),
@@ -126,6 +126,12 @@ def run_identity(
         order_digest=order_digest,
         train_iters=None if order_digest is None else derived.train_iters(config.training),
     )
+
+
+def _data_words(config: RunConfig) -> str | None:
+    if config.corpus.mock_data:
+        return "--mock-data"
+    return " ".join(config.data.train_data_path or config.corpus.data_path) or None
 
 
 def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:

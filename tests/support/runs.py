@@ -181,9 +181,14 @@ def _hash(tensor: Tensor) -> str:
 
 
 def start_cli(
-    words: Sequence[str], *, ranks: int | None = None, log: Path, prefix: Sequence[str] = ()
+    words: Sequence[str],
+    *,
+    ranks: int | None = None,
+    log: Path,
+    prefix: Sequence[str] = (),
+    method: MethodName = "sft",
 ) -> "subprocess.Popen[bytes]":
-    """Starts ``python -m hft_megatron sft WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
+    """Starts ``python -m hft_megatron METHOD WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
 
     ``prefix`` stands in front of the command, such as one that enters another namespace.
     """
@@ -194,7 +199,7 @@ def start_cli(
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
         launcher += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
         launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
-    command = [*prefix, *launcher, "-m", "hft_megatron", "sft", *words]
+    command = [*prefix, *launcher, "-m", "hft_megatron", method, *words]
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
@@ -207,9 +212,11 @@ def start_cli(
         )
 
 
-def run_cli(words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 120) -> int:
+def run_cli(
+    words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 120, method: MethodName = "sft"
+) -> int:
     """``start_cli`` and wait; the exit code."""
-    process = start_cli(words, ranks=ranks, log=log)
+    process = start_cli(words, ranks=ranks, log=log, method=method)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:

@@ -19,7 +19,7 @@ from hft_megatron.errors import UserError
 from tests.support.corpora import random_documents, write_corpus
 from tests.support.plain_training import plain_training, toy_plan
 from tests.support.ranks import RankPools
-from tests.support.runs import make_inputs, read_metrics, run_method_words
+from tests.support.runs import make_inputs, read_metrics, run_cli, run_method_words
 from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, OPTIMIZER, SEED, STEPS, TINY
 
@@ -244,9 +244,23 @@ def test_validation_goes_through_its_part_of_the_corpus(ranks: RankPools, inputs
 def test_mock_data_trains_a_model_from_random_weights(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     model = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--max-position-embeddings", 64]
     words = [*model, "--tokenizer-model", inputs / "model", "--mock-data", "--train-iters", 8, "--lr", 1e-2]
-    words += ["--global-batch-size", 8, "--no-bf16", "--save-hf", tmp_path / "out", *ROUNDS]
+    words += ["--global-batch-size", 8, "--no-bf16", "--save-hf", tmp_path / "out", *ROUNDS]  # half of it at a time
     [value] = ranks(1).run(run_method_words, method="pretrain", words=[str(word) for word in words])
     losses = column(value, "loss")
     assert losses[-1] < losses[0] - 0.5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 334
     assert any("--mock-data: counting numbers, 64 samples of 64 tokens" in line for line in value["said"])
+
+
+@pytest.mark.slow
+def test_the_command_trains_under_torchrun_and_its_run_becomes_a_model_folder(inputs: Path, tmp_path: Path) -> None:
+    """Outside of a pool of ranks: nothing is started when the samples are built."""
+    words = words_for(inputs, "--train-iters", 4, "--lr-warmup-iters", 0, "--save", tmp_path / "run")
+    code = run_cli(words, ranks=2, log=tmp_path / "log", method="pretrain")
+    assert code == 0, (tmp_path / "log").read_text()[-4000:]
+    assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    export = ["--load-hf", str(inputs / "model"), "--load", str(tmp_path / "run"), "--train-iters", "0"]
+    code = run_cli([*export, "--save-hf", str(tmp_path / "out")], log=tmp_path / "log", method="pretrain")
+    assert code == 0, (tmp_path / "log").read_text()[-4000:]
+    before, after = (load_file(folder / "model.safetensors") for folder in (inputs / "model", tmp_path / "out"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)

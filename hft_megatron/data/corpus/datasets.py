@@ -1,7 +1,7 @@
 """The samples of a corpus: megatron-core's GPTDataset over the files, and its blend of several of them.
 
-Every rank builds the indices for itself and keeps them in memory: they are a function of the files, the seed and the
-numbers of samples, nothing is written, and no rank waits for another. MEASURED
+Every rank builds the indices for itself and keeps them in memory, at 4 bytes per document and pass and 12 per sample: they
+are a function of the files, the seed and the numbers of samples, nothing is written, and no rank waits for another.
 """
 
 import hashlib

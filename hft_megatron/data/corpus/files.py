@@ -19,7 +19,8 @@ HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequen
 """The beginning of an .idx file (megatron.core.datasets.indexed_dataset). Behind it stand an int32 length per sequence,
 an int64 byte offset per sequence, and an int64 per entry of the table of documents."""
 MAGIC = b"MMIDIDX"
-TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {
+TokenType = type[np.integer[Any]]
+TOKEN_TYPES: dict[int, TokenType] = {
     1: np.uint8,
     2: np.int8,
     3: np.int16,
@@ -82,7 +83,7 @@ def _both_files(prefix: str) -> tuple[Path, Path]:
     return index, tokens
 
 
-def _read_index(path: Path, content: NDArray[np.uint8]) -> tuple[type[np.integer[Any]], NDArray[np.int32]]:
+def _read_index(path: Path, content: NDArray[np.uint8]) -> tuple[TokenType, NDArray[np.int32]]:
     """Type of the tokens and length of each sequence."""
     damaged = UserError(f"{path} is damaged, or no index of megatron-core's; make or copy it and its .bin again.")
     if content.nbytes < HEADER.itemsize:
@@ -95,8 +96,8 @@ def _read_index(path: Path, content: NDArray[np.uint8]) -> tuple[type[np.integer
         raise damaged
     if content.nbytes != HEADER.itemsize + sequences * (4 + 8) + document_ends * 8:
         raise damaged
-    tables = content[HEADER.itemsize :].tobytes()
-    lengths = np.frombuffer(tables, np.int32, sequences)
+    tables = content[HEADER.itemsize :].data
+    lengths = np.frombuffer(tables, np.int32, sequences).copy()
     offsets = np.frombuffer(tables, np.int64, sequences, offset=4 * sequences)
     documents = np.frombuffer(tables, np.int64, document_ends, offset=12 * sequences)
     ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(token_type).itemsize
@@ -115,7 +116,7 @@ def _read_index(path: Path, content: NDArray[np.uint8]) -> tuple[type[np.integer
     return token_type, lengths
 
 
-def _check_ids(path: Path, token_type: type[np.integer[Any]], vocab_size: int) -> list[int]:
+def _check_ids(path: Path, token_type: TokenType, vocab_size: int) -> list[int]:
     """The CRC-32 of every ``READ_BYTES`` of the tokens, all of whose ids are rows of the model's vocabulary."""
     checksums, before, count = [], 0, READ_BYTES // np.dtype(token_type).itemsize
     with path.open("rb") as file:

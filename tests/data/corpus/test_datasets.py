@@ -131,6 +131,14 @@ def test_a_part_that_holds_no_sample_is_named(tmp_path: Path) -> None:
             read(*words, split=split, train=1, valid=valid, length=32)
 
 
+def test_more_sources_than_samples_are_refused(tmp_path: Path) -> None:
+    """Each source gets a sample at least, and the largest would have to keep up with all of them."""
+    large = write_corpus(tmp_path / "large", [[5] * 40])
+    small = [write_corpus(tmp_path / str(number), [[6] * 40]) for number in range(60)]
+    with pytest.raises(UserError, match="--data-path: 61 sources are too many for 4 samples"):
+        read(100, large, *(word for path in small for word in (1, path)), split="1", train=4)
+
+
 def test_a_part_of_exactly_one_sample_is_enough(tmp_path: Path) -> None:
     corpus = read(write_corpus(tmp_path / "a", [list(range(33))]), split="1", train=1, length=32)
     assert tokens_of(corpus.train, 1) == [list(range(32))]
