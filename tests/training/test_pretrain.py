@@ -150,7 +150,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", quick(RESUMED, ["one rank", "dp2, across rounds"]))
+@pytest.mark.parametrize("case", quick(RESUMED, ["dp2, across rounds"]))
 def test_resume_equals_uninterrupted_to_the_last_bit(case: str, ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     world_size, options = RESUMED[case]
     words = words_for(inputs, "--train-iters", 6, "--lr-warmup-iters", 2, *options)
@@ -249,7 +249,7 @@ def test_mock_data_trains_a_model_from_random_weights(ranks: RankPools, inputs: 
     losses = column(value, "loss")
     assert losses[-1] < losses[0] - 0.5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 334
-    assert any("--mock-data: counting numbers, 64 samples of 64 tokens" in line for line in value["said"])
+    assert {"> --mock-data: counting numbers", "> 64 samples of 64 tokens to train on"} <= {*value["said"]}
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The samples of a corpus: megatron-core's GPTDataset over the files, and its blend of several of them.
 
-Every rank builds the indices for itself and keeps them in memory, at 4 bytes per document and pass and 12 per sample: they
-are a function of the files, the seed and the numbers of samples, nothing is written, and no rank waits for another.
+Every rank builds the indices for itself and keeps them in memory, at 4 bytes per document and pass and 12 per sample.
+They are a function of the files, the seed and the numbers of samples. Nothing is written, and no rank waits for others.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Corpus:
     digest: str
     """Of the files and their weights."""
     order_digest: str
-    """Of the order of the training samples, from whatever it follows."""
+    """Of the order of the training samples."""
     lines: tuple[str, ...]
     """For the log."""
 
@@ -63,9 +63,12 @@ class Corpus:
 def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, *, seed: int) -> Corpus:
     """megatron-core's made-up documents of counting numbers."""
     train, valid = _build(None, "1,1,1", tokenizer, counts, seed)
-    line = f"--mock-data: counting numbers, {counts.train} samples of {counts.seq_length} tokens"
     return Corpus(
-        train=train, valid=valid, digest=_sha256("mock data"), order_digest=_order_digest(train), lines=(line,)
+        train=train,
+        valid=valid,
+        digest=_sha256("mock data"),
+        order_digest=_order_digest(train),
+        lines=("--mock-data: counting numbers",),
     )
 
 
@@ -78,9 +81,9 @@ def read_corpus(
     """
     files = [read_corpus_files(source.path, vocab_size) for source in sources]
     lines = tuple(_checked_parts(source, found, split, counts) for source, found in zip(sources, files, strict=True))
-    weights = [source.weight for source in sources]
-    # The share of one source is everything; megatron-core would shuffle it another way and warn.
-    blend = [source.path for source in sources], None if None in weights or len(sources) == 1 else weights
+    # The share of one source is everything, whatever its weight.
+    weights = [source.weight if len(sources) > 1 else None for source in sources]
+    blend = [source.path for source in sources], None if None in weights else weights
     try:
         train, valid = _build(blend, split, tokenizer, counts, seed)
     except IndexError:
