@@ -259,8 +259,8 @@ def test_the_command_trains_under_torchrun_and_its_run_becomes_a_model_folder(in
     code = run_cli(words, ranks=2, log=tmp_path / "log", method="pretrain")
     assert code == 0, (tmp_path / "log").read_text()[-4000:]
     assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
-    export = ["--load-hf", str(inputs / "model"), "--load", str(tmp_path / "run"), "--train-iters", "0"]
-    code = run_cli([*export, "--save-hf", str(tmp_path / "out")], log=tmp_path / "log", method="pretrain")
+    export = words_for(inputs, "--train-iters", 0, "--load", tmp_path / "run", "--save-hf", tmp_path / "out")
+    code = run_cli(export, log=tmp_path / "log", method="pretrain")
     assert code == 0, (tmp_path / "log").read_text()[-4000:]
     before, after = (load_file(folder / "model.safetensors") for folder in (inputs / "model", tmp_path / "out"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
