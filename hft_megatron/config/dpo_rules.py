@@ -66,3 +66,7 @@ def cache_can_be_written(config: RunConfig, shape: ModelShape, world_size: int) 
     folder = config.dpo.dpo_reference_cache
     if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
         raise UserError(f"--dpo-reference-cache {folder} is a file, not a folder; choose another.")
+
+
+DPO_RULES = (loss_options_fit_together, pairs_can_be_read, reference_is_clear, cache_can_be_written)
+"""In this order."""

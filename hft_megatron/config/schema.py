@@ -6,7 +6,7 @@ Imports neither torch nor megatron, so that a wrong option is reported in millis
 from dataclasses import dataclass, field
 from typing import Literal
 
-MethodName = Literal["sft", "dpo"]
+MethodName = Literal["sft", "dpo", "pretrain"]
 """The commands that train."""
 
 
@@ -187,6 +187,20 @@ class DpoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What is pre-trained on."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin and .idx files, as tools/preprocess_data.py of Megatron writes them. A number before each is
+    its weight: the share of training samples drawn from it. Without weights every source is gone through once."""
+    split: str = "969,30,1"
+    """Shares of every source's documents, from its beginning, for training, validation and test; the test part is left
+    alone."""
+    mock_data: bool = False
+    """Megatron-core's made-up documents of counting numbers instead of --data-path, to try a run out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HFTConfig:
     """Which weight matrices train in a round, and what happens between rounds."""
 
@@ -274,9 +288,9 @@ class LoggingConfig:
 
     log_interval: int = 1
     eval_interval: int | None = None
-    """Iterations between validations; needs --valid-data-path."""
+    """Iterations between validations; needs --valid-data-path, or --eval-iters where a corpus is pre-trained on."""
     eval_iters: int | None = None
-    """Global batches of one validation; the whole file when unset."""
+    """Global batches of one validation; the whole file when unset, and no validation on a corpus."""
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
@@ -292,6 +306,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -5,7 +5,7 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import dpo_rules, input_rules, layout_rules, method_rules, training_rules
+from hft_megatron.config import corpus_rules, dpo_rules, input_rules, layout_rules, method_rules, training_rules
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.schema import MethodName, ModelConfig, RunConfig
 
@@ -48,11 +48,9 @@ DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {
         input_rules.data_sources_are_clear,
         input_rules.packing_is_asked_for,
         input_rules.validation_has_data,
-        dpo_rules.loss_options_fit_together,
-        dpo_rules.pairs_can_be_read,
-        dpo_rules.reference_is_clear,
-        dpo_rules.cache_can_be_written,
+        *dpo_rules.DPO_RULES,
     ),
+    "pretrain": corpus_rules.CORPUS_RULES,
 }
 """What every method asks of its own data, after that."""
 

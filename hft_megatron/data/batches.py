@@ -54,6 +54,12 @@ class BatchShare:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0
         assert 0 <= self.data_parallel_rank < self.data_parallel_size
 
+    def micro_batch_starts(self) -> range:
+        """The first row of each of the rank's micro-batches. Micro-batch k of rank r of D, each of m rows, holds rows
+        ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch."""
+        size, ranks = self.micro_batch_size, self.data_parallel_size
+        return range(self.data_parallel_rank * size, self.global_batch_size, size * ranks)
+
 
 class TrainingSteps(Protocol):
     """What a run takes its steps from."""
@@ -84,14 +90,14 @@ class Batches:
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """The rank's rows of a global batch; rows that ``samples`` doesn't fill are padding and wholly masked.
 
-        Micro-batch k of rank r of D holds rows ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch. When packed
-        they are laid end to end, because the engine knows examples only within one sequence.
+        When packed, the rows of a micro-batch are laid end to end, because the engine knows examples only within one
+        sequence.
         """
         length = self._padded_length(samples)
-        size, ranks = self.share.micro_batch_size, self.share.data_parallel_size
+        size = self.share.micro_batch_size
         shape = (1, size * length) if packed else (size, length)
         micro_batches = []
-        for start in range(self.share.data_parallel_rank * size, self.share.global_batch_size, size * ranks):
+        for start in self.share.micro_batch_starts():
             rows = samples[start : start + size]
             micro_batch = {name: rectangle.view(shape) for name, rectangle in self._micro_batch(rows, length).items()}
             if packed:

@@ -135,6 +135,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         world_size,
         method=method.name,
         data_digest=None if data is None else data.digest,
+        order_digest=None if data is None else data.order_digest,
         tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
     )
     if config.dpo.dpo_reference_model is not None:

@@ -17,7 +17,11 @@ class RunData(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 of the training data; runs with equal digests and seeds train on equal samples in equal order."""
+        """sha256 of the training data."""
+
+    @property
+    def order_digest(self) -> str | None:
+        """Of the order of the training samples, where seed and data alone don't decide it."""
 
     @property
     def samples(self) -> SampleStream | None:

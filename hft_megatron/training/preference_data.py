@@ -36,6 +36,10 @@ class PreferenceData:
     def digest(self) -> str:
         return self.train.digest
 
+    @property
+    def order_digest(self) -> None:
+        return None
+
     def describe(self) -> list[str]:
         return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
 

@@ -24,6 +24,7 @@ class SftData:
     packed: bool
     eval_iters: int | None
     pad_id: int
+    order_digest: None = None
 
     @property
     def digest(self) -> str:

@@ -5,25 +5,18 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.dpo_rules import (
-    cache_can_be_written,
-    loss_options_fit_together,
-    pairs_can_be_read,
-    reference_is_clear,
-)
+from hft_megatron.config.dpo_rules import DPO_RULES, reference_is_clear
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import DataConfig, DpoConfig, ModelConfig, RunConfig
 from hft_megatron.errors import UserError
 from tests.support.models import make_llama
 from tests.support.shapes import tiny_shape
 
-RULES = (loss_options_fit_together, pairs_can_be_read, reference_is_clear, cache_can_be_written)
-
 
 def check(data: dict[str, Any] | None = None, **options: Any) -> None:
     dpo = DpoConfig(**{f"dpo_{name}": value for name, value in options.items()})
     config = RunConfig(model=ModelConfig(load_hf="model"), data=DataConfig(**data or {}), dpo=dpo)
-    for rule in RULES:
+    for rule in DPO_RULES:
         rule(config, tiny_shape(4), 1)
 
 

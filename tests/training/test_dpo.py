@@ -19,7 +19,7 @@ from hft_megatron.objectives.dpo import PreferenceRule
 from tests.support.models import LAYOUTS
 from tests.support.preferences import make_pairs, pairs_of, plain_dpo, words_for_pairs
 from tests.support.ranks import RankPools
-from tests.support.runs import run_sft_words
+from tests.support.runs import run_method_words
 from tests.support.tiers import quick
 
 STEPS = 20
@@ -97,7 +97,7 @@ def test_twenty_steps_equal_a_plain_pytorch_loop_at_every_layout(
 ) -> None:
     world_size, options, rule = CASES[case]
     expected = references("--packing" in options, rule)
-    values = ranks(world_size).run(run_sft_words, words=words_for_pairs(inputs, *options), command="dpo")
+    values = ranks(world_size).run(run_method_words, method="dpo", words=words_for_pairs(inputs, *options))
     steps = values[-1]["steps"]
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.01, "agreement means little where nothing is learned"
     losses = [step["loss"] for step in expected]

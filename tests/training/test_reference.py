@@ -13,7 +13,7 @@ import pytest
 from tests.support.models import LAYOUTS
 from tests.support.preferences import make_pairs, words_for_pairs, write_pairs
 from tests.support.ranks import RankPools, RanksFailed
-from tests.support.runs import run_sft_words
+from tests.support.runs import run_method_words
 from tests.support.tiers import quick
 
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000"]
@@ -34,7 +34,7 @@ def flags(layout: dict[str, Any]) -> list[str]:
 
 
 def tune(ranks: RankPools, world_size: int, words: list[str]) -> list[dict[str, Any]]:
-    return ranks(world_size).run(run_sft_words, words=words, command="dpo")
+    return ranks(world_size).run(run_method_words, method="dpo", words=words)
 
 
 def losses(values: list[dict[str, Any]]) -> list[float]:

@@ -45,8 +45,8 @@ def words_of(inputs: Path, save: Path, *options: object) -> list[str]:
     return [str(word) for word in (*base, *options)]
 
 
-def run(words: list[str], log: Path, *, ranks: int | None = None, command: str = "dpo") -> None:
-    assert run_cli(words, ranks=ranks, log=log, command=command) == 0, log.read_text()[-3000:]
+def run(words: list[str], log: Path, *, ranks: int | None = None) -> None:
+    assert run_cli(words, ranks=ranks, log=log, method="dpo") == 0, log.read_text()[-3000:]
 
 
 def changed(before: Path, after: Path) -> set[str]:
@@ -96,6 +96,6 @@ def test_every_stage_is_checked_before_the_first_is_trained(inputs: Path, tmp_pa
         STAGES.format(sft=inputs / "data.jsonl", dpo=inputs / "data.jsonl")  # conversations, and no pairs
     )
     words = words_of(inputs, tmp_path / "run", "--stages", tmp_path / "stages.yaml", "--check")
-    assert run_cli(words, log=tmp_path / "log", command="dpo") == 2
+    assert run_cli(words, log=tmp_path / "log", method="dpo") == 2
     assert "data.jsonl:1: the record has the keys `messages`" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
