@@ -144,13 +144,13 @@ def test_split_examples_predict_every_trained_token_once_and_none_twice(
         return [int(token) for ids, mask in parts for token in ids[1:][mask[1:]]]
 
     assert predicted(split) == predicted(whole)
-    counts, positions = split.parts[0].counts, whole.tokens.size - len(whole)
+    counts, positions = split.parts[0].counts, int(whole.lengths.sum()) - len(whole)
     assert all(0 < split.num_positions(index) <= seq_length for index in range(len(split)))
     assert counts.trained_tokens == whole.parts[0].counts.trained_tokens
     assert counts.split == sum(whole.num_positions(index) > seq_length for index in range(3))
     assert (counts.truncated, counts.dropped) == (0, 0)
     # What is lost are parts of prompts in which nothing is trained.
-    assert counts.lost_tokens == positions - (split.tokens.size - len(split))
+    assert counts.lost_tokens == positions - (int(split.lengths.sum()) - len(split))
     assert counts.lost_tokens > 0
     assert f"0 dropped with {counts.lost_tokens} tokens lost, {counts.split} split (" in split.describe()[0]
 
