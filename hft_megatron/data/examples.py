@@ -60,7 +60,7 @@ def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss
         return completion_pieces(record, tokenizer, loss)
     assert isinstance(record, Chat)
     try:
-        return template.pieces(record.messages)
+        return template.pieces(record.messages, given=record.given)
     except ChatError as error:
         raise UserError(f"{record.place}: {error}.") from error
 
