@@ -166,7 +166,8 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
     if (job.tokenizer, job.template_variables) != (run.tokenizer, run.template_variables):
         yield "a --tokenizer-model of digest", job.tokenizer[:12], f"one of digest {run.tokenizer[:12]}"
     if job.chat_template != run.chat_template:
-        yield "another --chat-template", _beginning(job.chat_template), _beginning(run.chat_template)
+        theirs, ours = _where_they_differ(job.chat_template, run.chat_template)
+        yield "a --chat-template with", theirs, f"one with {ours}"
     for name in ("loss_on", "train_on_eos"):
         if getattr(job, name) != getattr(run, name):
             yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
@@ -184,6 +185,8 @@ def _word(value: object) -> object:
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
-def _beginning(template: str) -> str:
-    line = " ".join(template.split())
-    return repr(line if len(line) <= 60 else f"{line[:57]}...")
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """What each of two texts has where the other has something else."""
+    common = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    start = min(len(one), len(other)) if common is None else common
+    return repr(one[start : start + 40]), repr(other[start : start + 40])

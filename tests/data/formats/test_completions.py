@@ -14,7 +14,7 @@ from tests.support.tokenizers import make_byte_level
 TURNS = [
     ("user", "1+1?"),
     ("assistant", "2"),
-    ("user", "2?"),
+    ("user", "2+2?"),
     ("assistant", "4"),
     ("user", "Sure?"),
     ("assistant", "Y"),
