@@ -5,6 +5,7 @@ chunks; what a kill left behind that is cut off. At the end indices are written,
 facts, which say that all is there, come last.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -110,10 +111,13 @@ class Output:
         """Append the documents of the next chunk. Raises OSError."""
         progress = self.progress
         arrays = (made.tokens, made.loss_mask, made.boundaries, None, made.lengths, made.boundary_counts)
+        sizes = dict(progress.sizes)
         for name, array in zip(_GROWING, arrays, strict=True):
             content = "".join(made.bad).encode() if array is None else array.tobytes()
             self._files[name].write(content)
-            progress.sizes[name] += len(content)
+            sizes[name] += len(content)
+        # Only now: the journal must not know of half a chunk, which is what a full disk leaves.
+        progress.sizes = sizes
         progress.chunks += 1
         progress.documents += len(made.lengths)
         progress.examples += len(made.boundaries) // 2
@@ -169,7 +173,8 @@ class Output:
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # what could not be written the journal knows nothing of
+                file.close()
         self._files.clear()
 
     def _read_journal(self) -> Progress | None:

@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,57 @@ def test_a_worker_that_is_killed_ends_the_work_with_a_sentence_and_it_goes_on(
             make(tmp_path / "killed", rows, tokenizer)
     make(tmp_path / "killed", rows, tokenizer)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", [0, 3])
+def test_a_full_disk_is_one_sentence_and_the_work_goes_on_when_there_is_room(
+    tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    make(tmp_path / "whole", rows, tokenizer)
+    add = Output.add
+
+    class Full:
+        def write(self, _: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+    def filling(self: Output, made: Any) -> None:
+        if self.progress.chunks == 4:
+            name = list(self.progress.sizes)[part]
+            self._files[name], kept = Full(), self._files[name]  # type: ignore[assignment]
+            try:
+                add(self, made)
+            finally:
+                self._files[name] = kept
+        add(self, made)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "add", filling)
+        with pytest.raises(
+            UserError, match=r"full can't be written on \(No space left on device\); make room, and the"
+        ):
+            make(tmp_path / "full", rows, tokenizer)
+    make(tmp_path / "full", rows, tokenizer)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+def test_two_processes_do_not_write_the_same_data(tmp_path: Path, rows: Path, tokenizer: Tokenizer) -> None:
+    code = (
+        "import fcntl, pathlib, sys, time; file = open(sys.argv[1], 'wb'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"
+    )
+    (tmp_path / "out_unfinished").mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out_unfinished/lock")], stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"out is being written by another process; wait for it, or end it"):
+            make(tmp_path / "out", rows, tokenizer)
+    finally:
+        other.kill()
+        other.communicate()
+    make(tmp_path / "out", rows, tokenizer)
 
 
 def test_what_is_there_is_kept_and_what_is_complete_is_not_made_again(
