@@ -18,6 +18,7 @@ from tests.support.data_files import write_rows
 from tests.support.preprocessing import contents, conversations
 from tests.support.ranks import REPOSITORY, RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
+from tests.support.tiers import quick
 from tests.support.tokenizers import make_byte_level
 
 TOOL = Path(preprocess_data.__file__)
@@ -28,7 +29,7 @@ def words(data: Path, prefix: Path, tokenizer: Path, *options: object) -> list[s
     return [str(word) for word in given]
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", quick([False, True], [True]))
 def test_a_run_on_preprocessed_data_has_the_losses_of_the_file_and_goes_on_with_its_run(
     ranks: RankPools, tmp_path: Path, packing: bool
 ) -> None:
@@ -56,7 +57,7 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_sa
     tmp_path: Path, number: signal.Signals
 ) -> None:
     tokenizer = make_byte_level(tmp_path / "tokenizer")
-    data = write_rows(tmp_path / "rows.jsonl", conversations(60000))
+    data = write_rows(tmp_path / "rows.jsonl", conversations(15000))
     assert preprocess_data.main(words(data, tmp_path / "whole", tokenizer)) == EXIT_OK
     command = [sys.executable, str(TOOL), *words(data, tmp_path / "killed", tokenizer, "--log-interval", 1000)]
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -104,7 +105,7 @@ def any_in_group(group: int) -> bool:
         (["--tokenizer-model", "absent"], "--tokenizer-model absent does not exist; name a Hugging Face folder"),
         (
             ["--seq-length", "5"],
-            "rows.jsonl:1: the example has 11 positions, but --seq-length is 5; raise it or",
+            "rows.jsonl:1: the example has 9 positions, but --seq-length is 5; raise it or",
         ),
         (["--on-bad-line", "pass"], "--on-bad-line pass: the value must be one of stop, skip."),
     ],

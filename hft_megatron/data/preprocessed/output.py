@@ -183,7 +183,7 @@ class Output:
             saved = json.loads(path.read_text(encoding="utf-8"))
             job, counts = Job.from_dict(saved.pop("job")), SftCounts(**saved.pop("counts"))
             return Progress(job=job, counts=counts, formats=tuple(saved.pop("formats")), **saved)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} can't be read ({error}); remove {self._folder} and begin again.") from error
