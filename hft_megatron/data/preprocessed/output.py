@@ -58,7 +58,7 @@ class Output:
         self._folder = Path(f"{prefix}{UNFINISHED}")
         self._files: dict[str, BinaryIO] = {}
         found = self._read_journal()
-        if found is None:
+        if found is None or found.chunks == 0:
             self._refuse_to_overwrite()
             nothing = dict.fromkeys(_GROWING, 0)
             found = Progress(

@@ -21,6 +21,7 @@ from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import RunFailed, Stopped, UserError
 from tests.support.data_files import load, write_rows
+from tests.support.peak_memory import PeakMemory
 from tests.support.preprocessing import contents, conversations, dumped, make
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
@@ -350,7 +351,28 @@ def test_a_sentencepiece_tokenizer_gives_the_tokens_that_a_run_reads(tmp_path: P
     assert all(np.array_equal(a, b) for i in range(60) for a, b in zip(plain.example(i), made.example(i), strict=True))
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(making, "RECORD_SECONDS", 2.0)
+    text, peaks = "Once upon a time there was a little bridge. " * 50, []
+    for documents in (500, 500, 10000):  # the first has what is made once
+        source = write_rows(tmp_path / f"{documents}.jsonl", [{"text": text}] * documents)
+        for old in tmp_path.glob("out*"):
+            old.unlink()
+        with PeakMemory() as peak:
+            make(tmp_path / "out", source, tokenizer, workers=2)
+        peaks.append(peak.bytes)
+    assert (tmp_path / "out.bin").stat().st_size > 10_000_000
+    assert peaks[2] < peaks[1] + 4_000_000, peaks
+
+
 def test_an_empty_input_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty.jsonl holds no document: it is empty"):
         make(tmp_path / "out", tmp_path / "empty.jsonl", tokenizer)
+    (tmp_path / "empty.jsonl").write_text(dumped(conversations(1)))
+    assert make(tmp_path / "out", tmp_path / "empty.jsonl", tokenizer).documents == 1
