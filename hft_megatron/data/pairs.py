@@ -13,12 +13,15 @@ import numpy as np
 from hft_megatron.config.schema import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
+from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
+from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.formats.record import Completion, Message, Preference
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
 from hft_megatron.data.records import read_records
-from hft_megatron.data.sft import Encoded, ExampleRules, SftDataset, data_digest
+from hft_megatron.data.sft import SftDataset, data_digest
+from hft_megatron.data.stores import Encoded, ExamplesInMemory
 from hft_megatron.data.tokenizer import Piece, Tokenizer
 from hft_megatron.errors import UserError
 
@@ -114,19 +117,21 @@ def load_pair_dataset(
     kept: list[Encoded] = []
     parts = []
     for source in sources:
+        if source.prefix is not None:
+            raise UserError(f"{source.path} is preprocessed data, which hold no pairs; give the files of pairs.")
         answers, part = _load_source(source, tokenizer, rules, bad_pairs)
         kept += answers
         parts.append(part)
+    store = ExamplesInMemory(
+        tokens=np.concatenate([ids for ids, _ in kept]),
+        trained=np.concatenate([mask for _, mask in kept]),
+        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
+    )
+    origins = [{"weight": one.weight, "files": [file_digest(file) for file in one.files]} for one in sources]
+    digest = data_digest(origins, tokenizer, rules, bad_pairs)
     dataset = PairDataset(
         sources=tuple(parts),
-        answers=SftDataset(
-            parts=(),
-            tokens=np.concatenate([ids for ids, _ in kept]),
-            trained=np.concatenate([mask for _, mask in kept]),
-            offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
-            seq_length=rules.seq_length,
-            digest=data_digest(sources, tokenizer, rules, bad_pairs),
-        ),
+        answers=SftDataset(parts=(), stores=(store,), seq_length=rules.seq_length, digest=digest),
     )
     for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
         if share == 0:
@@ -203,7 +208,7 @@ def _pieces(
         return completion_pieces(Completion(place=pair.place, prompt=pair.prompt, completion=answer), tokenizer, loss)
     assert not isinstance(pair.prompt, str)
     try:
-        return template.pieces([*pair.prompt, *answer], prompt=len(pair.prompt))
+        return template.pieces([*pair.prompt, *answer], given=len(pair.prompt))
     except ChatError as error:
         raise UserError(f"{pair.place}: {error}.") from error
 

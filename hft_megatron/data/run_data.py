@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
+from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
-from hft_megatron.data.sft import ExampleRules, SftDataset, load_sft_dataset
+from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 
 

@@ -28,6 +28,7 @@ class PreferenceData:
     valid: PairDataset | None
     samples: SampleStream
     """The training pairs, or packs of them, in their order."""
+    order_digest: None = None
     packed: bool
     eval_iters: int | None
     pad_id: int
@@ -35,10 +36,6 @@ class PreferenceData:
     @property
     def digest(self) -> str:
         return self.train.digest
-
-    @property
-    def order_digest(self) -> None:
-        return None
 
     def describe(self) -> list[str]:
         return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
@@ -97,7 +94,7 @@ def _samples(config: RunConfig, dataset: PairDataset) -> SampleStream:
     order, data = dataset.order(config.training.seed), config.data
     if not data.packing:
         return order
-    halves = np.diff(dataset.answers.offsets) - 1
+    halves = dataset.answers.lengths.astype(np.int64) - 1
     # A pack has the room of a pair's two sequences, so that every pair fits.
     rule = PackingRule(capacity=2 * dataset.seq_length, algorithm=data.packing_algorithm, window=data.packing_window)
     return PackedOrder(order, halves.reshape(-1, 2).sum(axis=1), rule)

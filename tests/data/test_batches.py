@@ -12,6 +12,7 @@ from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation, Ste
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.stores import ExamplesInMemory
 
 PAD = 0
 GLOBAL_BATCH = 8
@@ -24,9 +25,13 @@ def make_dataset(lengths: list[int], seq_length: int) -> SftDataset:
     trained = [np.arange(length) >= length // 2 for length in lengths]
     return SftDataset(
         parts=(),
-        tokens=np.concatenate(tokens).astype(np.int32),
-        trained=np.concatenate(trained),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        stores=(
+            ExamplesInMemory(
+                tokens=np.concatenate(tokens).astype(np.int32),
+                trained=np.concatenate(trained),
+                offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            ),
+        ),
         seq_length=seq_length,
         digest="",
     )
@@ -154,7 +159,7 @@ def test_an_epoch_holds_each_example_once_in_every_layout(size: int, ranks: int)
 
 
 def packed_training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: int = 1) -> SftBatches:
-    lengths = np.diff(dataset.offsets) - 1
+    lengths = dataset.lengths - 1
     rule = PackingRule(capacity=dataset.seq_length, algorithm="first_fit_shuffle", window=50)
     order = PackedOrder(SampleOrder(num_examples=len(dataset), seed=7), lengths, rule)
     return replace(training(dataset, size, rank, ranks, multiple), order=order, packed=True)

@@ -13,6 +13,7 @@ from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
 from hft_megatron.data.order import SampleOrder, SampleStream
 from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.stores import ExamplesInMemory
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
@@ -53,9 +54,13 @@ def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
         offsets.append(len(tokens))
     return SftDataset(
         parts=(),
-        tokens=np.array(tokens, dtype=np.int32),
-        trained=np.array(trained, dtype=np.bool_),
-        offsets=np.array(offsets, dtype=np.int64),
+        stores=(
+            ExamplesInMemory(
+                tokens=np.array(tokens, dtype=np.int32),
+                trained=np.array(trained, dtype=np.bool_),
+                offsets=np.array(offsets, dtype=np.int64),
+            ),
+        ),
         seq_length=LONGEST,
         digest="toy",
     )
@@ -68,7 +73,7 @@ def toy_samples(*, packed: bool = False) -> SampleStream:
     if not packed:
         return order
     rule = PackingRule(capacity=LONGEST, algorithm="first_fit_shuffle", window=20)
-    return PackedOrder(order, np.diff(dataset.offsets) - 1, rule)
+    return PackedOrder(order, dataset.lengths - 1, rule)
 
 
 def toy_batches(share: BatchShare, *, packed: bool = False) -> SftBatches:

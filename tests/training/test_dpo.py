@@ -53,7 +53,7 @@ def references(inputs: Path):
         order = SampleOrder(num_examples=len(pairs), seed=SEED)
         if not packed:
             return plain_dpo(inputs, plan, order, rule, STEPS)
-        lengths = (pairs.answers.offsets[2::2] - pairs.answers.offsets[:-2:2]) - 2
+        lengths = pairs.answers.lengths.astype("int64").reshape(-1, 2).sum(axis=1) - 2
         packing = PackingRule(capacity=192, algorithm="first_fit_decreasing", window=4096)
         return plain_dpo(inputs, plan, PackedOrder(order, lengths, packing), rule, STEPS)
 

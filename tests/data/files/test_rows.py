@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.files import json_array, stream
+from hft_megatron.data.files import json_array, json_lines, stream
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.errors import UserError
 
@@ -160,7 +160,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: Callable[[bytes
 def test_a_record_over_the_limit_is_refused_without_reading_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, place: str
 ) -> None:
-    for module in (stream, json_array):
+    for module in (stream, json_lines, json_array):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
     # What comes before the [ must be in the first chunk.
     monkeypatch.setattr(json_array, "CHUNK_BYTES", 64)
