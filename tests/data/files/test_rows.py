@@ -80,6 +80,21 @@ def test_a_parquet_file_gives_the_same_rows_without_its_nulls(tmp_path: Path) ->
     assert found[2].place == f"{tmp_path / 'a.parquet'}: row 3"
 
 
+def test_a_parquet_row_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    from hft_megatron.data.files import parquet as reader
+
+    monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 2000)
+    rows = [{"text": "x" * 1900}, {"text": "y" * 1900}, {"text": "z" * 2100}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == rows[:2]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: row 3: the row is longer than"):
+        values(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "backports.zstd"), ("a.parquet", "pyarrow")])
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
     for module in ("backports.zstd", "backports", "compression.zstd", "pyarrow"):
