@@ -11,26 +11,13 @@ from typing import Any
 import pytest
 
 from tests.support.models import LAYOUTS
-from tests.support.preferences import make_pairs, words_for_pairs, write_pairs
+from tests.support.preferences import flags, words_for_pairs, write_pairs
 from tests.support.ranks import RankPools, RanksFailed
 from tests.support.runs import run_method_words
 from tests.support.tiers import quick
 
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000"]
 KINDS = ("precompute", "shared", "model")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(tmp_path_factory.mktemp("pairs"), hidden_size=32, intermediate_size=56)
-
-
-def flags(layout: dict[str, Any]) -> list[str]:
-    words = []
-    for name, value in layout.items():
-        option = "--" + name.replace("_", "-")
-        words += [option] if value is True else [option, str(value)]
-    return words
 
 
 def tune(ranks: RankPools, world_size: int, words: list[str]) -> list[dict[str, Any]]:
@@ -56,12 +43,12 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 @pytest.mark.parametrize("case", quick(CASES, ["tp2 sp", "dp2 overlap"]))
 def test_the_three_references_give_one_loss_which_is_ln_2_at_the_first_step(
-    ranks: RankPools, inputs: Path, tmp_path: Path, case: str
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, case: str
 ) -> None:
     world_size, layout = CASES[case]
     options = [*layout, "--train-iters", "8", "--hft-round-interval", "3"]
     precomputed, shared, model = (
-        tune(ranks, world_size, words_for_pairs(inputs, *options, kind=kind, cache=tmp_path)) for kind in KINDS
+        tune(ranks, world_size, words_for_pairs(pairs_folder, *options, kind=kind, cache=tmp_path)) for kind in KINDS
     )
     first = shared[-1]["steps"][0]["measured"]
     # The rewards are exact; the loss is their softplus in fp64, and comes through a sum in the weights' dtype.
@@ -79,9 +66,11 @@ def test_the_three_references_give_one_loss_which_is_ln_2_at_the_first_step(
 
 @pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
 def test_a_tuning_that_stops_goes_on_to_the_last_bit_with_every_reference(
-    ranks: RankPools, inputs: Path, tmp_path: Path, kind: str
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    words = words_for_pairs(inputs, "--train-iters", 8, "--hft-round-interval", 3, kind=kind, cache=tmp_path / "cache")
+    words = words_for_pairs(
+        pairs_folder, "--train-iters", 8, "--hft-round-interval", 3, kind=kind, cache=tmp_path / "cache"
+    )
     saved = [*words, "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
     whole = tune(ranks, 2, words)
     first = tune(ranks, 2, [*saved, "--train-iters", "5"])
@@ -93,9 +82,9 @@ def test_a_tuning_that_stops_goes_on_to_the_last_bit_with_every_reference(
 
 @pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
 def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
-    ranks: RankPools, inputs: Path, tmp_path: Path, kind: str
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    words = words_for_pairs(inputs, "--train-iters", 4, kind=kind, cache=tmp_path / "cache")
+    words = words_for_pairs(pairs_folder, "--train-iters", 4, kind=kind, cache=tmp_path / "cache")
     tune(ranks, 1, [*words, "--save", str(tmp_path / "first")])
     words += ["--load", str(tmp_path / "first"), "--finetune"]
     whole = tune(ranks, 1, [*words, "--save", str(tmp_path / "whole")])
@@ -109,9 +98,9 @@ def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
 
 
 def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
-    ranks: RankPools, inputs: Path, tmp_path: Path
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path
 ) -> None:
-    words = words_for_pairs(inputs, "--train-iters", 2, cache=tmp_path)
+    words = words_for_pairs(pairs_folder, "--train-iters", 2, cache=tmp_path)
     first = tune(ranks, 1, words)
     [file] = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -126,9 +115,9 @@ def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
         assert losses(again) == losses(first)
 
 
-def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, pairs_folder: Path, tmp_path: Path) -> None:
     others = write_pairs(tmp_path / "others.jsonl", 24, first=7)
-    words = words_for_pairs(inputs, "--train-iters", 1, cache=tmp_path / "cache")
+    words = words_for_pairs(pairs_folder, "--train-iters", 1, cache=tmp_path / "cache")
     tune(ranks, 1, words)
     [mine] = (tmp_path / "cache").iterdir()
     tune(ranks, 1, [*words, "--train-data-path", str(others)])
@@ -139,13 +128,13 @@ def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, inpu
 
 
 def test_a_reference_of_its_own_is_compared_with_from_the_first_step(
-    ranks: RankPools, inputs: Path, tmp_path: Path
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path
 ) -> None:
     trained = tmp_path / "trained"
-    words = words_for_pairs(inputs, "--train-iters", 2, cache=tmp_path / "cache")
+    words = words_for_pairs(pairs_folder, "--train-iters", 2, cache=tmp_path / "cache")
     tune(ranks, 1, [*words, "--save-hf", str(trained)])
     folder = ["--dpo-reference-model", str(trained)]
     precomputed = tune(ranks, 1, [*words, *folder])
-    model = tune(ranks, 1, words_for_pairs(inputs, "--train-iters", 2, *folder, kind="model"))
+    model = tune(ranks, 1, words_for_pairs(pairs_folder, "--train-iters", 2, *folder, kind="model"))
     assert losses(precomputed) == losses(model)
     assert abs(losses(model)[0] - math.log(2)) > 1e-3
