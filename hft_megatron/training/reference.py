@@ -88,7 +88,6 @@ class SharedReference(Hook):
     def at_round_start(self, run: Run) -> None:
         self._wrapped = run.wrapped
         self._keep(run.wrapped.plan.training)
-        run.announce(f"> reference: copies of {self.kept_bytes / 1e6:,.3f} MB on this rank")
 
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``; collective."""
