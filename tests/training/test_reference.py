@@ -13,7 +13,7 @@ import pytest
 from tests.support.models import LAYOUTS
 from tests.support.preferences import flags, words_for_pairs, write_pairs
 from tests.support.ranks import RankPools, RanksFailed
-from tests.support.runs import run_method_words
+from tests.support.runs import read_metrics, run_method_words
 from tests.support.tiers import quick
 
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000"]
@@ -95,6 +95,60 @@ def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
     gone_on = tune(ranks, 1, saved)
     assert whole[0]["steps"][0]["measured"]["rewards/margins"] == 0.0
     assert begun[0]["steps"] + gone_on[0]["steps"] == whole[0]["steps"]
+
+
+def test_validation_between_overlapped_gathers_is_the_same_with_every_reference(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    valid = write_pairs(tmp_path / "valid.jsonl", 7, first=50)
+    options = [*OVERLAP, "--train-iters", 4, "--valid-data-path", valid, "--eval-interval", 2]
+    found = []
+    for kind in KINDS:
+        save = tmp_path / kind
+        tune(ranks, 2, words_for_pairs(inputs, *options, "--save", save, kind=kind, cache=tmp_path / "cache"))
+        records = read_metrics(save)
+        found.append([record["preference loss"] for record in records if "preference loss" in record])
+        found[-1] += [record[name] for record in records for name in record if name == "preference loss validation"]
+        assert len(found[-1]) == 6
+    precomputed, shared, model = found
+    assert shared == model
+    assert precomputed == pytest.approx(shared, rel=1e-5)
+
+
+def test_a_tuning_goes_on_with_another_kind_of_reference_and_in_another_folder(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    def words(kind: str, load: str, save: str, iterations: int) -> list[str]:
+        folders = ["--load", tmp_path / load, "--save", tmp_path / save]
+        rounds = ["--hft-first-round", 1, "--hft-rotation", "complementary"]
+        options = ["--train-iters", iterations, *rounds, *folders]
+        return words_for_pairs(inputs, *options, kind=kind, cache=tmp_path / "cache")
+
+    tune(ranks, 1, words_for_pairs(inputs, "--train-iters", 2, "--save", tmp_path / "base", kind="shared"))
+    whole = tune(ranks, 1, [*words("shared", "base", "whole", 6), "--finetune"])
+    begun = tune(ranks, 1, [*words("precompute", "base", "one", 2), "--finetune"])
+    shared = tune(ranks, 1, words("shared", "one", "two", 4))
+    copies = [read_metrics(tmp_path / run)[-1]["reference bytes"] for run in ("whole", "two")]
+    assert copies[0] == copies[1], "a copy of what another run has trained would be wasted"
+    # With its log-probabilities in the cache, nothing of the base is needed any more.
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    (tmp_path / "base").mkdir()
+    ended = tune(ranks, 1, words("precompute", "two", "two", 6))
+    steps = losses(begun) + losses(shared) + losses(ended)
+    assert steps == pytest.approx(losses(whole), rel=1e-5)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(RanksFailed, match=r"UserError: --load .*two: .*base.*started from .* can't be read .*; put it"):
+        tune(ranks, 1, words("precompute", "two", "two", 7))
+
+
+def test_a_cache_that_can_not_be_written_is_found_before_the_pass_over_the_data(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = words_for_pairs(inputs, cache=tmp_path / "file" / "cache")
+    with pytest.raises(RanksFailed, match=r"--dpo-reference-cache .*file/cache can't be written") as failed:
+        tune(ranks, 2, words)
+    assert "reference log-probabilities" not in str(failed.value)
 
 
 def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
