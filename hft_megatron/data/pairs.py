@@ -15,7 +15,7 @@ from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.fitting import ExampleRules
+from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
 from hft_megatron.data.formats.record import Completion, Message, Preference
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
@@ -96,7 +96,8 @@ class PairDataset:
                 if share is None
                 else f"; {share} samples of it in an epoch of {len(self)} (weight {source.weight:g})"
             )
-            lines.append(f"{source.summary()} (sequence length {self.seq_length}){mixed}")
+            limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
+            lines.append(f"{source.summary()}{limit}{mixed}")
         return lines
 
 
