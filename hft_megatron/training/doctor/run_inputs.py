@@ -106,7 +106,7 @@ class RunInputs:
             except UserError as error:
                 if str(error) not in self.said:
                     yield self._noted(Finding(what="run", value=self.method, status="wrong", fix=str(error)))
-        if save is not None and self._can_be_written(save):
+        if save is not None:
             with suppress(UserError):  # about the plan, and said above
                 yield self._look_at_space(config, self._shape, save)
 

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from packaging.requirements import InvalidRequirement, Requirement
 
 import hft_megatron
-from hft_megatron.model.shared_input_linear import fused_weight_gradient_mlp_cuda
 from hft_megatron.optimizer.wrapping import adam_in_use
 from hft_megatron.training.doctor.findings import Finding
 
@@ -106,7 +106,7 @@ def _apex() -> Finding:
     return _optional(
         "Apex",
         "apex",
-        is_used=fused_weight_gradient_mlp_cuda is not None,
+        is_used=bool(_grad_accum_fusion_available),
         adds=adds,
         install="from https://github.com/NVIDIA/apex with its CUDA extensions (`apex` on PyPI is another project)",
     )
