@@ -121,6 +121,7 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)} | more
 
 
+@pytest.mark.slow
 def test_alone_it_looks_at_the_machine_and_shows_no_secret() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hft_megatron", "doctor", "--json"],

@@ -22,8 +22,7 @@ from hft_megatron.training.doctor.software import software_findings
 from hft_megatron.training.doctor.time_limit import TimeLimit
 
 OTHER_RANKS_WAIT_S = 30.0
-"""How long a rank that lost the others keeps quiet: torchrun ends all ranks as soon as one has failed, and rank 0,
-which has lost them too, must have spoken by then."""
+"""How long a rank that lost the others stays: rank 0, which has lost them too, must have spoken by then."""
 Show = Callable[[Diagnosis], None]
 
 
@@ -60,9 +59,7 @@ class Examination:
         except RuntimeError as error:
             # torch's errors of process groups, the network and the launcher's store.
             self._findings.append(_ranks_do_not_meet(_first_line(error)))
-            if self._rank != 0:
-                time.sleep(OTHER_RANKS_WAIT_S)
-            return self._alone()
+            return self._alone(OTHER_RANKS_WAIT_S)
         if self._rank == 0:
             self.show(diagnosis)
         # torchrun ends all ranks as soon as one has failed: rank 0 must have spoken.
@@ -131,25 +128,25 @@ class Examination:
             },
         )
 
-    def _alone(self) -> Diagnosis:
-        """What this rank knows by itself, when the others can't be asked any more."""
+    def _alone(self, others_wait_s: float) -> Diagnosis:
+        """What this rank knows by itself, when the others can't be asked any more: rank 0 shows all of it, and others
+        say what is wrong and wait, because torchrun ends all ranks as soon as one has failed."""
         mine = [RankReport(rank=self._rank, host=host_name(), findings=tuple(self._findings))]
         diagnosis = self._diagnosis(mine, merged(mine))
         if self._rank == 0:
             self.show(diagnosis)
+            return diagnosis
+        for finding in self._findings:
+            if finding.status == "wrong":
+                speaker = f"rank {self._rank} on {host_name()}"
+                print(f"{speaker}: {finding.what}: {finding.value}. {finding.fix}", file=sys.stderr, flush=True)
+        time.sleep(others_wait_s)
         return diagnosis
 
     def _give_up(self, what: str) -> None:
-        minutes = self._limit.seconds / 60
-        self._findings.append(_does_not_return(what, minutes))
-        if self._rank == 0:
-            self._alone()
-            return
-        print(
-            f"rank {self._rank} on {host_name()}: {what} did not return in {minutes:g} min", file=sys.stderr, flush=True
-        )
-        # torchrun ends all ranks as soon as one has failed, and rank 0 has its own time limit to speak after.
-        time.sleep(self._limit.seconds)
+        self._findings.append(_does_not_return(what, self._limit.seconds / 60))
+        # Rank 0 has a time limit of its own, which may have begun later.
+        self._alone(self._limit.seconds)
 
 
 def _does_not_return(what: str, minutes: float) -> Finding:
