@@ -12,7 +12,7 @@ from hft_megatron.checkpoint.size import checkpoint_bytes
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import MethodName, RunConfig
-from hft_megatron.config.validation import shape_of
+from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.data.tokenizer import check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
@@ -95,18 +95,21 @@ class RunInputs:
 
     def _look_at_run(self) -> Iterator[Finding]:
         """What a run reads before it builds a model, as the run reads it."""
-        if self._shape is None:
+        if self._model_is_wrong:
             return
         config, save = self._readable(), self.config.checkpoint.save
         if not self._tokenizer_is_wrong:
             try:
+                # As the command does; no rule reads the vocabulary, which only a tokenizer that is missing may decide.
+                shape = self._shape or ModelShape.from_model_config(config.model, vocab_size=1)
+                validate(config, shape, self.world_size, self.method)
                 inputs = read_inputs(METHODS[self.method], config, self._shape, self.world_size)
                 config = inputs.config
                 yield Finding(what="run", value="; ".join(inputs.describe()) or "no data is given")
             except UserError as error:
                 if str(error) not in self.said:
                     yield self._noted(Finding(what="run", value=self.method, status="wrong", fix=str(error)))
-        if save is not None:
+        if save is not None and self._shape is not None:
             with suppress(UserError):  # about the plan, and said above
                 yield self._look_at_space(config, self._shape, save)
 

@@ -89,6 +89,14 @@ def test_without_data_model_tokenizer_and_weights_are_looked_at(inputs: Path) ->
     assert found["run"].value == "no data is given"
 
 
+@pytest.mark.parametrize("vocabulary", [[], ["--vocab-size", 300]])
+def test_a_model_of_sizes_without_a_tokenizer_gets_the_sentence_of_a_run(vocabulary: list[object]) -> None:
+    sizes = ["--num-layers", 2, "--hidden-size", 64, "--num-attention-heads", 4, "--max-position-embeddings", 64]
+    found = look_at(*sizes, *vocabulary, has_data=False)
+    assert [(what, finding.status) for what, finding in found.items()] == [("model", "ok"), ("run", "wrong")]
+    assert str(found["run"].fix).startswith("--tokenizer-model is missing")
+
+
 def test_space_is_compared_also_where_the_data_are_wrong(inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--save", tmp_path / "run", "--train-iters", 20, "--save-interval", 5)
     good = look_at(*words)
