@@ -7,10 +7,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from tests.support.daemons import Daemon, skip_without
 from tests.support.ranks import REPOSITORY
@@ -41,12 +39,11 @@ SelectTypeParameters=CR_Core_Memory
 PropagateResourceLimits=NONE
 ReturnToService=2
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=2,batch_sched_delay=1
+SchedulerParameters=sched_interval=2,batch_sched_delay=1,preempt_send_user_signal
 KillWait=10
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PreemptParameters=send_user_signal
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node_1} CPUs=2 RealMemory=4000 Gres=gpu:8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node_2} CPUs=2 RealMemory=4000 Gres=gpu:8
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=300
@@ -66,16 +63,19 @@ class Cluster:
         self._daemons: list[Daemon] = []
         try:
             self._start()
-        except AssertionError as reason:
+        except BaseException:
             self.close()
-            pytest.skip(f"Slurm does not start here: {reason}")
+            raise
 
     def _start(self) -> None:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o400)
         (self.folder / "state").mkdir()
-        (self.folder / "gres.conf").write_text("Name=gpu Count=8\n")
+        # Made-up GPUs, so that the batch file's own request for them is part of the test.
+        for number in range(8):
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         ports = dict(zip(("controller", "node_1", "node_2"), _free_ports(3), strict=True))
         host = socket.gethostname().partition(".")[0]
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, host=host, **ports))
@@ -94,28 +94,35 @@ class Cluster:
         self._daemons.append(Daemon(list(words), log=self.folder / log, environment=self.environment))
         return self._daemons[-1]
 
-    def run(self, *words: str, check: bool = True, **settings: str) -> str:
+    def run(self, *words: str, check: bool = True, cwd: Path = REPOSITORY, **settings: str) -> str:
         """What one of Slurm's commands says on standard output, without spaces at its ends."""
         environment = {**self.environment, **settings}
-        done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
-
-    def submit(self, *words: str, settings: Mapping[str, str]) -> str:
-        """The number of the submitted job."""
-        return self.run("sbatch", "--parsable", *words, **settings)
 
     def job(self, number: str) -> dict[str, str]:
         """``JobState``, ``Restarts``, ``ExitCode`` and more of a job, by Slurm's names."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.partition("=")[::2] for word in words)
 
+    def wait_for(self, number: str, ready: Callable[[dict[str, str]], bool], output: Path, seconds: float) -> None:
+        """Waits until ``ready`` of ``job(number)``; ``output`` is shown when it does not come."""
+        deadline = time.monotonic() + seconds
+        while not ready(self.job(number)):
+            said = output.read_text()[-4000:] if output.exists() else "nothing"
+            assert time.monotonic() < deadline, f"{self.job(number)}\nsaid {said}"
+            time.sleep(0.2)
+
     def close(self) -> None:
+        if len(self._daemons) > 1:
+            # What a job has started is no child of a daemon.
+            self.run("scancel", "--user", "root", check=False)
+            deadline = time.monotonic() + 30
+            while self.run("squeue", "--noheader", check=False) and time.monotonic() < deadline:
+                time.sleep(0.2)
         for daemon in reversed(self._daemons):
             daemon.end()
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and subprocess.run(["pgrep", "-f", str(self.folder)]).returncode == 0:
-            time.sleep(0.2)
         shutil.rmtree(self.folder)
 
 
