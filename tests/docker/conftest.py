@@ -61,5 +61,7 @@ def image(engine: Engine, wheels: Path, context: Path) -> str:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and data, as the user of the images finds them when they are mounted."""
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    """A tiny model and data that the images' user may read."""
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    folder.chmod(0o755)
+    return folder

@@ -16,7 +16,7 @@ from tests.support.runs import losses_in, make_inputs, read_metrics
 pytestmark = pytest.mark.system
 
 FILE = REPOSITORY / "examples" / "slurm" / "finetune_llama_hft.sbatch"
-ITERATIONS = 30
+ITERATIONS = 60
 WORDS = (
     f"--train-iters {ITERATIONS} --global-batch-size 8 --micro-batch-size 2 --seq-length 96 --log-interval 1".split()
 )
@@ -66,7 +66,7 @@ def test_a_preempted_run_on_two_nodes_comes_back_by_itself_and_ends_as_an_undist
     cluster.wait_for(number, is_done, output, 180)
     assert cluster.job(number)["Restarts"] == "1"
     text = output.read_text()
-    assert "SIGUSR1 stopped the run at iteration" in text
+    assert "SIGTERM stopped the run at iteration" in text
     assert f"stopped with a checkpoint in {disturbed}; job {number} goes back into the queue" in text
     assert "loaded checkpoint from" in text
 

@@ -39,7 +39,7 @@ SelectTypeParameters=CR_Core_Memory
 PropagateResourceLimits=NONE
 ReturnToService=2
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=2,batch_sched_delay=1,preempt_send_user_signal
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 KillWait=10
 GresTypes=gpu
 PreemptType=preempt/partition_prio
@@ -116,11 +116,11 @@ class Cluster:
 
     def close(self) -> None:
         if len(self._daemons) > 1:
-            # What a job has started is no child of a daemon.
-            self.run("scancel", "--user", "root", check=False)
+            # What a job has started is no child of a daemon, and a job that is stopped may come back: once more, then.
             deadline = time.monotonic() + 30
             while self.run("squeue", "--noheader", check=False) and time.monotonic() < deadline:
-                time.sleep(0.2)
+                self.run("scancel", "--user", "root", check=False)
+                time.sleep(0.5)
         for daemon in reversed(self._daemons):
             daemon.end()
         shutil.rmtree(self.folder)
