@@ -63,5 +63,7 @@ def image(engine: Engine, wheels: Path, context: Path) -> str:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and data that the images' user may read."""
     folder = make_inputs(tmp_path_factory.mktemp("inputs"))
-    folder.chmod(0o755)
+    # Temporary folders and safetensors files are their owner's alone.
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return folder

@@ -58,16 +58,19 @@ def test_a_preempted_run_on_two_nodes_comes_back_by_itself_and_ends_as_an_undist
     first = cluster.job(f"{array}_0")["JobId"]
     cluster.wait_for(f"{array}_0", is_done, tmp_path / f"finetune-llama-hft-{first}.out", 180)
 
-    number = cluster.job(f"{array}_1")["JobId"]
+    # By the array's number, for which the last task may stand, Slurm shows all tasks.
+    task = f"{array}_1"
+    number = cluster.job(task)["JobId"]
     output = tmp_path / f"finetune-llama-hft-{number}.out"
     log = disturbed / "metrics.jsonl"
-    cluster.wait_for(number, lambda job: log.exists() and len(read_metrics(disturbed)) >= 3, output, 120)
+    cluster.wait_for(task, lambda job: log.exists() and len(read_metrics(disturbed)) >= 3, output, 120)
     cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=true")
-    cluster.wait_for(number, is_done, output, 180)
-    assert cluster.job(number)["Restarts"] == "1"
+    cluster.wait_for(task, is_done, output, 180)
+    assert cluster.job(task)["Restarts"] == "1"
+    assert cluster.job(f"{array}_0")["Restarts"] == "0"
     text = output.read_text()
     assert "SIGTERM stopped the run at iteration" in text
-    assert f"stopped with a checkpoint in {disturbed}; job {number} goes back into the queue" in text
+    assert f"stopped with a checkpoint in {disturbed}; job {task} goes back into the queue" in text
     assert "loaded checkpoint from" in text
 
     assert [line[0] for line in losses_in(disturbed)] == list(range(1, ITERATIONS + 1))

@@ -124,6 +124,11 @@ def test_only_a_run_that_stopped_with_a_checkpoint_goes_back_into_the_queue(job:
     assert asked == [["requeue", "41234"]] * requeued
 
 
+def test_of_an_array_only_the_stopped_task_goes_back(job: Job) -> None:
+    job.run(STAND_IN_CODE="3", SLURM_JOB_ID="41200", SLURM_ARRAY_JOB_ID="41200", SLURM_ARRAY_TASK_ID="1")
+    assert job.calls("scontrol")[-1]["words"] == ["requeue", "41200_1"]
+
+
 def test_a_job_without_data_is_a_mistake_that_starts_nothing(job: Job) -> None:
     result = job.run(DATA="")
     assert result.returncode == 2
