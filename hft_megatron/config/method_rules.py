@@ -22,6 +22,7 @@ CHOICE_OF_UNITS = (
     "hft_pairing",
     "hft_rotation",
     "hft_seed",
+    "hft_first_round",
     "hft_freeze_embedding",
     "hft_freeze_head",
     "hft_train",

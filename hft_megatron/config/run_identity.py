@@ -9,11 +9,13 @@ from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
-from hft_megatron.config.schema import DataConfig, RunConfig
+from hft_megatron.config.schema import DataConfig, DpoConfig, RunConfig
 from hft_megatron.errors import UserError
 
 _PACKING_OPTIONS = ("packing", "packing_algorithm", "packing_window")
 """Options that, with seed and data, fix what each sample holds."""
+_DPO_OPTIONS = ("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_average_log_probs", "dpo_sft_weight")
+"""Options that say what is minimised over pairs; where the reference comes from changes nothing."""
 _HFT_OPTIONS = (
     "hft_level",
     "hft_selection",
@@ -25,6 +27,7 @@ _HFT_OPTIONS = (
     "hft_train",
     "hft_freeze",
     "hft_round_interval",
+    "hft_first_round",
     "hft_moments",
     "hft_resting_moments",
 )
@@ -60,11 +63,19 @@ class RunIdentity:
     hft_train: str | None = None
     hft_freeze: str | None = None
     hft_round_interval: str = "stage"
+    hft_first_round: int | None = None
     hft_moments: str = "reset"
     hft_resting_moments: str = "drop"
     packing: bool = False
     packing_algorithm: str = DataConfig.packing_algorithm
     packing_window: int = DataConfig.packing_window
+    dpo_loss: str = DpoConfig.dpo_loss
+    dpo_beta: float = DpoConfig.dpo_beta
+    dpo_label_smoothing: float = DpoConfig.dpo_label_smoothing
+    dpo_average_log_probs: bool | None = DpoConfig.dpo_average_log_probs
+    dpo_sft_weight: float = DpoConfig.dpo_sft_weight
+    reference_digest: str | None = None
+    """Of --dpo-reference-model's weights; None where the run compares with those that it started from."""
     hft_plan: str | None = None
     """For the message only, like ``data_path``."""
     hft_plan_digest: str | None = None
@@ -75,6 +86,12 @@ class RunIdentity:
     """For the message only."""
     tokenizer_digest: str | None = None
     """Of everything that decides the ids of a text; None where nothing was tokenized."""
+    split: str | None = None
+    """Of a corpus; None for other data."""
+    order_digest: str | None = None
+    """Of the order of samples, where it depends on more than the values above."""
+    train_iters: int | None = None
+    """For the message only, next to ``order_digest``: what that order was made for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file beside the checkpoints."""
@@ -96,13 +113,14 @@ def run_identity(
     *,
     method: str,
     data_digest: str | None,
+    order_digest: str | None = None,
     tokenizer_digest: str | None = None,
 ) -> RunIdentity:
     """The identity of the run that these (resolved) options describe."""
     return RunIdentity(
         method=method,
         shape=shape,
-        data_path=" ".join(config.data.train_data_path) or None,
+        data_path=_data_words(config),
         data_digest=data_digest,
         seq_length=derived.sequence_length(config.training, shape),
         global_batch_size=derived.global_batch_size(config, world_size),
@@ -111,11 +129,21 @@ def run_identity(
         hft_seed=derived.hft_seed(config),
         **{name: getattr(config.hft, name) for name in _HFT_OPTIONS},
         **{name: getattr(config.data, name) for name in _PACKING_OPTIONS},
+        **{name: getattr(config.dpo, name) for name in _DPO_OPTIONS},
         hft_plan=config.hft.hft_plan,
         hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
         tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
         tokenizer_digest=tokenizer_digest,
+        split=config.corpus.split if config.corpus.data_path else None,
+        order_digest=order_digest,
+        train_iters=None if order_digest is None else derived.train_iters(config.training),
     )
+
+
+def _data_words(config: RunConfig) -> str | None:
+    if config.corpus.mock_data:
+        return "--mock-data"
+    return " ".join(config.data.train_data_path or config.corpus.data_path) or None
 
 
 def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:
@@ -149,6 +177,8 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     sources = saved.finetuned_from, new.finetuned_from
     if None not in sources and sources[0] != sources[1]:
         values.append(("--load of --finetune", *sources))
+    if None not in (saved.split, new.split):
+        values.append(("--split", saved.split, new.split))
     digests = saved.data_digest, new.data_digest
     # A command that trains nothing (--train-iters 0) reads no data, so it cannot differ in it.
     if None not in digests and digests[0] != digests[1]:
@@ -157,10 +187,14 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     if weights[0] != weights[1]:
         shown = [digest and f"digest {digest[:12]}" for digest in weights]
         values.append(("model's weights (--load-hf)", shown[0], shown[1]))
+    references = [digest and f"digest {digest[:12]}" for digest in (saved.reference_digest, new.reference_digest)]
+    values.append(("reference model (--dpo-reference-model)", references[0], references[1]))
     if saved.hft_plan_digest != new.hft_plan_digest:
         values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
-    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_HFT_OPTIONS):
+    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_DPO_OPTIONS, *_HFT_OPTIONS):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
+    if None not in (saved.order_digest, new.order_digest) and saved.order_digest != new.order_digest:
+        values.append(("order of samples", _order(saved), _order(new)))
     return [entry for entry in values if entry[1] != entry[2]]
 
 
@@ -180,6 +214,11 @@ def _tokenizer(identity: RunIdentity) -> str:
 def _data(identity: RunIdentity) -> str:
     assert identity.data_digest is not None
     return f"{identity.data_path} (digest {identity.data_digest[:12]})"
+
+
+def _order(identity: RunIdentity) -> str:
+    assert identity.order_digest is not None
+    return f"that of --train-iters {identity.train_iters} (digest {identity.order_digest[:12]})"
 
 
 def _plan_file(identity: RunIdentity) -> str | None:

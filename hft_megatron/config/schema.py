@@ -6,6 +6,9 @@ Imports neither torch nor megatron, so that a wrong option is reported in millis
 from dataclasses import dataclass, field
 from typing import Literal
 
+MethodName = Literal["sft", "dpo", "pretrain"]
+"""The commands that train."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -119,9 +122,9 @@ class DataConfig:
     """What is trained on."""
 
     train_data_path: tuple[str, ...] = ()
-    """Files, globs or TRACE task folders (.jsonl, .json, either with .gz or .zst, .parquet). A number before each is
-    its weight: the share of training samples drawn from it, as in Megatron. Without weights every example comes once
-    in an epoch."""
+    """Files, globs or TRACE task folders (.jsonl, .json, .txt, each also with .gz or .zst, .parquet), or the prefix of
+    data from tools/preprocess_data.py. A number before each is its weight: the share of training samples drawn from
+    it, as in Megatron. Without weights every example comes once in an epoch."""
     valid_data_path: tuple[str, ...] = ()
     """Like --train-data-path, without weights; of a TRACE folder, eval.json."""
     data_format: DataFormat | None = None
@@ -151,6 +154,52 @@ class DataConfig:
     """Examples, of an epoch's shuffled ones, that are packed together; more fill the packs better and take longer."""
 
 
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
+ReferenceKind = Literal["precompute", "shared", "model"]
+BadPairs = Literal["error", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    """Learning from preference pairs."""
+
+    dpo_loss: PreferenceLoss = "sigmoid"
+    """DPO's loss, IPO's, or the hinge of SLiC."""
+    dpo_beta: float = 0.1
+    """How much the policy is held to the reference model; the tau of IPO."""
+    dpo_label_smoothing: float = 0.0
+    """Probability that the answers of a pair were confused, from 0 to below 0.5 (conservative DPO; sigmoid only)."""
+    dpo_average_log_probs: bool | None = None
+    """Divide every answer's log-probability by its number of tokens; for ipo, as its authors do, when unset."""
+    dpo_sft_weight: float = 0.0
+    """Add this times the mean token loss of the chosen answer (RPO)."""
+    dpo_reference: ReferenceKind = "precompute"
+    """Where the reference's log-probabilities come from: one pass over the data before training, kept on disk;
+    a copy of just the units that train, put in their place for a second forward pass in every step; or a second
+    model. All three give the same losses."""
+    dpo_reference_model: str | None = None
+    """Hugging Face folder of the reference model (not for shared); the weights that the run starts from when unset."""
+    dpo_reference_cache: str | None = None
+    """Folder for the log-probabilities of precompute; ~/.cache/hft_megatron/reference when unset."""
+    dpo_bad_pairs: BadPairs = "error"
+    """Stop at a pair that nothing can be learned of (equal answers, an empty one, a prompt that leaves no room for an
+    answer, answers to different prompts), or leave such pairs out and count them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What is pre-trained on."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin and .idx files, as tools/preprocess_data.py of Megatron writes them. A number before each is
+    its weight: the share of training samples drawn from it. Without weights every source is gone through once."""
+    split: str = "969,30,1"
+    """Shares of every source's documents, from its beginning, for training, validation and test; the test part is left
+    alone."""
+    mock_data: bool = False
+    """Megatron-core's made-up documents of counting numbers instead of --data-path, to try a run out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HFTConfig:
     """Which weight matrices train in a round, and what happens between rounds."""
@@ -176,6 +225,9 @@ class HFTConfig:
     """Seed of the draw; --seed when unset."""
     hft_round_interval: str = "stage"
     """When a new round begins: with a new stage (one plan for the whole run), every `epoch`, or every N iterations."""
+    hft_first_round: int | None = None
+    """Number of the first round, 0 unless another run's rounds came before: with 1, --hft-rotation complementary
+    trains what a run with the same options rested in its first."""
     hft_moments: Literal["reset", "carry"] = "reset"
     """At a new round, start every unit's moments at zero, or carry those of units that go on training."""
     hft_resting_moments: Literal["drop", "host"] = "drop"
@@ -236,9 +288,9 @@ class LoggingConfig:
 
     log_interval: int = 1
     eval_interval: int | None = None
-    """Iterations between validations; needs --valid-data-path."""
+    """Iterations between validations; needs --valid-data-path, or --eval-iters where a corpus is pre-trained on."""
     eval_iters: int | None = None
-    """Global batches of one validation; the whole file when unset."""
+    """Global batches of one validation; the whole file when unset, and no validation on a corpus."""
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
@@ -253,6 +305,8 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -28,7 +28,7 @@ _AT_LEAST_ONE = {
 _AT_LEAST_ZERO = {
     "training": ("train_iters", "seed"),
     "optimizer": ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad"),
-    "hft": ("hft_seed",),
+    "hft": ("hft_seed", "hft_first_round"),
 }
 _POSITIVE = {
     "model": ("norm_epsilon", "rotary_base", "init_method_std"),

@@ -5,13 +5,13 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import input_rules, layout_rules, method_rules, training_rules
+from hft_megatron.config import corpus_rules, dpo_rules, input_rules, layout_rules, method_rules, training_rules
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
-from hft_megatron.config.schema import ModelConfig, RunConfig
+from hft_megatron.config.schema import MethodName, ModelConfig, RunConfig
 
 Rule = Callable[[RunConfig, ModelShape, int], None]
 
-RULES: tuple[Rule, ...] = (
+_RULES: tuple[Rule, ...] = (
     layout_rules.only_what_is_built,
     training_rules.sizes_are_positive,
     training_rules.heads_fit_the_model,
@@ -25,10 +25,7 @@ RULES: tuple[Rule, ...] = (
     training_rules.length_is_given_once,
     training_rules.schedule_fits_the_run,
     *method_rules.METHOD_RULES,
-    input_rules.inputs_are_given,
-    input_rules.data_sources_are_clear,
-    input_rules.packing_is_asked_for,
-    input_rules.validation_has_data,
+    input_rules.tokenizer_is_given,
     input_rules.outputs_have_a_place,
     input_rules.load_is_the_folder_of_a_run,
     input_rules.kept_checkpoints_exist,
@@ -39,6 +36,23 @@ RULES: tuple[Rule, ...] = (
 )
 """In this order, so that the numbers a rule divides by have been checked by an earlier one."""
 
+DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {
+    "sft": (
+        input_rules.training_data_is_given,
+        input_rules.data_sources_are_clear,
+        input_rules.packing_is_asked_for,
+        input_rules.validation_has_data,
+    ),
+    "dpo": (
+        input_rules.training_data_is_given,
+        input_rules.data_sources_are_clear,
+        input_rules.packing_is_asked_for,
+        input_rules.validation_has_data,
+        *dpo_rules.DPO_RULES,
+    ),
+    "pretrain": corpus_rules.CORPUS_RULES,
+}
+"""What every method asks of its own data, after that."""
 
 PLAN_RULES: tuple[Rule, ...] = (
     layout_rules.only_what_is_built,
@@ -50,15 +64,15 @@ PLAN_RULES: tuple[Rule, ...] = (
     layout_rules.overlaps_fit_together,
     *method_rules.METHOD_RULES,
 )
-"""Those of ``RULES``, in the same order, that don't need data, a tokenizer, a batch or a place for outputs."""
+"""Those of ``_RULES``, in the same order, that don't need data, a tokenizer, a batch or a place for outputs."""
 
 
-def validate(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+def validate(config: RunConfig, shape: ModelShape, world_size: int, method: MethodName) -> None:
     """Raise UserError for the first rule that the options break; ``world_size`` counts ranks over all nodes.
 
     No rule reads ``shape.vocab_size``, which a run with random weights knows only after reading its tokenizer.
     """
-    for rule in RULES:
+    for rule in (*_RULES, *DATA_RULES[method]):
         rule(config, shape, world_size)
 
 

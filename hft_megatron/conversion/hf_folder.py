@@ -26,8 +26,10 @@ class HuggingFaceWeights:
     tensor is absent, quantised or of another shape than the model's.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, option: str = "--load-hf") -> None:
+        """``option`` names the folder in sentences."""
         self.folder = Path(folder)
+        self.option = option
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
         self._file_of = self._read_index()
@@ -46,14 +48,14 @@ class HuggingFaceWeights:
                 weight_map = dict[str, str](json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"--load-hf {self.folder}: {INDEX_FILE} can't be read ({error}); copy the model folder again."
+                    f"{self.option} {self.folder}: {INDEX_FILE} can't be read ({error}); copy the model folder again."
                 ) from error
             return weight_map
         if not (self.folder / SINGLE_FILE).exists():
             others = sorted(path.name for path in self.folder.glob("*") if path.suffix in _OTHER_FORMATS)
             found = f" (found: {others[0]}, which is never opened)" if others else ""
             raise UserError(
-                f"--load-hf {self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}; "
+                f"{self.option} {self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}; "
                 "only safetensors are read, so convert other weight files with transformers' save_pretrained first."
             )
         return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
@@ -64,13 +66,13 @@ class HuggingFaceWeights:
                 self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"--load-hf {self.folder}: {file} can't be read ({error}); copy the model folder again."
+                    f"{self.option} {self.folder}: {file} can't be read ({error}); copy the model folder again."
                 ) from error
         return self._files[file]
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
-            raise UserError(f"--load-hf {self.folder}: the tensor {name} is missing, but config.json asks for it.")
+            raise UserError(f"{self.option} {self.folder}: the tensor {name} is missing, but config.json asks for it.")
         return self._open(self._file_of[name]).get_slice(name)
 
     def files(self) -> list[Path]:
@@ -86,7 +88,7 @@ class HuggingFaceWeights:
         stored = self._slice(name).get_dtype()
         if stored not in _DTYPES:
             raise UserError(
-                f"--load-hf {self.folder}: {name} is stored as {stored}, but only F32, F16 and BF16 are read; "
+                f"{self.option} {self.folder}: {name} is stored as {stored}, but only F32, F16 and BF16 are read; "
                 "dequantise the model first."
             )
         return _DTYPES[stored]
@@ -96,7 +98,7 @@ class HuggingFaceWeights:
         stored = tuple(self._slice(name).get_shape())
         if stored != shape:
             raise UserError(
-                f"--load-hf {self.folder}: {name} has shape {list(stored)}, but config.json asks for {list(shape)}."
+                f"{self.option} {self.folder}: {name} has shape {list(stored)}, but config.json asks for {list(shape)}."
             )
 
     def read(self, name: str, *, dim: int | None = None, start: int = 0, length: int = 0) -> Tensor:

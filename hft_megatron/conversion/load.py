@@ -21,14 +21,14 @@ _QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", "weight_scale", "weigh
 _ROWS_AT_ONCE = 4096
 
 
-def check_weights(folder: str, shape: ModelShape) -> str:
+def check_weights(folder: str, shape: ModelShape, *, option: str = "--load-hf") -> str:
     """Raises UserError unless ``folder`` holds the model's tensors, and no others, in shapes and types that are read.
 
     Returns a sha256 over the first entries of every tensor, which tells models of one shape apart. Reads the files'
     headers and those entries only, so that a mistake is found before a model is built.
     """
     digest = hashlib.sha256()
-    with HuggingFaceWeights(folder) as weights:
+    with HuggingFaceWeights(folder, option=option) as weights:
         for unit in units_of(shape):
             name = f"{unit.name}.weight"
             weights.check_shape(name, whole_shape(unit.name, shape))
@@ -50,7 +50,7 @@ def _check_no_others(weights: HuggingFaceWeights, shape: ModelShape) -> None:
         reason = "this model has no biases" if name.endswith(".bias") else "config.json describes no such tensor"
         if any(part in name for part in _QUANTISED):
             reason = "quantised weights are not read; dequantise the model first"
-        raise UserError(f"--load-hf {weights.folder}: there is a tensor {name}, but {reason}.")
+        raise UserError(f"{weights.option} {weights.folder}: there is a tensor {name}, but {reason}.")
 
 
 def _check_tied_head(weights: HuggingFaceWeights, shape: ModelShape) -> None:
@@ -62,8 +62,8 @@ def _check_tied_head(weights: HuggingFaceWeights, shape: ModelShape) -> None:
         first, second = (weights.read(name, dim=0, start=start, length=rows) for name in (embedding, head))
         if not torch.equal(first.float(), second.float()):
             raise UserError(
-                f"--load-hf {weights.folder}: config.json ties the head to the embedding (tie_word_embeddings), but "
-                f"{head} and {embedding} differ; set tie_word_embeddings to false, or remove {head}."
+                f"{weights.option} {weights.folder}: config.json ties the head to the embedding (tie_word_embeddings), "
+                f"but {head} and {embedding} differ; set tie_word_embeddings to false, or remove {head}."
             )
 
 

@@ -10,6 +10,7 @@ micro-batches' means would: those have different numbers of trained tokens.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,26 +54,50 @@ class BatchShare:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0
         assert 0 <= self.data_parallel_rank < self.data_parallel_size
 
+    def micro_batch_starts(self) -> range:
+        """The first row of each of the rank's micro-batches. Micro-batch k of rank r of D, each of m rows, holds rows
+        ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch."""
+        size, ranks = self.micro_batch_size, self.data_parallel_size
+        return range(self.data_parallel_rank * size, self.global_batch_size, size * ranks)
+
+
+class TrainingSteps(Protocol):
+    """What a run takes its steps from."""
+
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of every step."""
+
+    def step(self, consumed_samples: int) -> StepBatch:
+        """The step after ``consumed_samples`` samples (over all ranks)."""
+
+
+class ValidationSteps(Protocol):
+    """What a run takes its validations from."""
+
+    def steps(self, iteration: int) -> Iterator[StepBatch]:
+        """Those of the validation after ``iteration``; every rank gets the same number of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Batches:
+class Batches:
     """What training and validation have in common: how a list of samples becomes a rank's tensors."""
 
     dataset: SftDataset
     pad_id: int
     share: BatchShare
 
-    def _assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
+    def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """The rank's rows of a global batch; rows that ``samples`` doesn't fill are padding and wholly masked.
 
-        Micro-batch k of rank r of D holds rows ``k*m*D + r*m`` to ``k*m*D + (r+1)*m`` of the global batch. When packed
-        they are laid end to end, because the engine knows examples only within one sequence.
+        When packed, the rows of a micro-batch are laid end to end, because the engine knows examples only within one
+        sequence.
         """
         length = self._padded_length(samples)
-        size, ranks = self.share.micro_batch_size, self.share.data_parallel_size
+        size = self.share.micro_batch_size
         shape = (1, size * length) if packed else (size, length)
         micro_batches = []
-        for start in range(self.share.data_parallel_rank * size, self.share.global_batch_size, size * ranks):
+        for start in self.share.micro_batch_starts():
             rows = samples[start : start + size]
             micro_batch = {name: rectangle.view(shape) for name, rectangle in self._micro_batch(rows, length).items()}
             if packed:
@@ -118,7 +143,7 @@ class _Batches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftBatches(_Batches):
+class SftBatches(Batches):
     """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
 
     order: SampleStream
@@ -129,22 +154,25 @@ class SftBatches(_Batches):
         """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
         stop = consumed_samples + self.share.global_batch_size
         samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
-        return self._assemble(samples, packed=self.packed)
+        return self.assemble(samples, packed=self.packed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationBatches(_Batches):
+class SftValidation(Batches):
     """Validation: the file in its own order, each example exactly once; every rank gets the same number of steps."""
+
+    limit: int | None = None
+    """Only the first steps of them; all when None."""
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.share.global_batch_size)
 
-    def steps(self, limit: int | None = None) -> Iterator[StepBatch]:
-        """All steps, or the first ``limit``. The last is filled up with wholly masked rows."""
-        for number in range(len(self) if limit is None else min(limit, len(self))):
+    def steps(self, iteration: int) -> Iterator[StepBatch]:
+        """The same ones after every iteration. The last of all is filled up with wholly masked rows."""
+        for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
             start = number * self.share.global_batch_size
             stop = min(start + self.share.global_batch_size, len(self.dataset))
-            yield self._assemble([(index,) for index in range(start, stop)], packed=False)
+            yield self.assemble([(index,) for index in range(start, stop)], packed=False)
 
 
 def _round_up(value: int, multiple: int) -> int:

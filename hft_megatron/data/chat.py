@@ -42,24 +42,27 @@ class ChatTemplate:
         self._tokens = SpecialTokens(facts.special_tokens)
         self._loss = loss
 
-    def pieces(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
-        """The conversation as pieces. Raises ChatError when the template refuses it or a span isn't exact."""
+    def pieces(self, messages: Sequence[Mapping[str, Any]], *, given: int = 0) -> list[Piece]:
+        """The conversation as pieces; the first ``given`` messages are a prompt.
+
+        Raises ChatError when the template refuses it or a span isn't exact.
+        """
         for message in messages:
             _refuse_reserved(message)
         hidden = self._tokens.hide([dict(message) for message in messages])
         try:
-            rendered, turns = self._render(hidden)
+            rendered, turns = self._render(hidden, given)
         except TemplateError as error:
             raise ChatError(str(error)) from error
         return self._split(rendered, self._trained(turns, len(rendered)))
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[_Turn]]:
+    def _render(self, messages: Sequence[Mapping[str, Any]], given: int) -> tuple[str, list[_Turn]]:
         """The text and those of the assistant's turns that the loss rule asks for."""
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         rendered, spans = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
         if self._renderer.marks_spans and len(spans) != len(answers):
             raise ChatError(f"the chat template marks {len(spans)} trained spans, not one per assistant turn")
-        first = len(answers) - 1 if self._loss.loss_on == "last" else 0
+        first = {"all": 0, "last": len(answers) - 1}.get(self._loss.loss_on, sum(turn < given for turn in answers))
         turns = []
         for number, turn in list(enumerate(answers))[first:]:
             if self._renderer.marks_spans:

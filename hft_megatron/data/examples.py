@@ -38,7 +38,7 @@ def read_examples(
     """The examples of a source in its order. Raises UserError naming the record that can't be one."""
     template = ChatTemplate(tokenizer.facts, loss)
     for batch in _batched(read_records(source.files, data_format)):
-        pieces = [_pieces(record, tokenizer, template, loss) for _, record in batch]
+        pieces = [pieces_of(record, tokenizer, template, loss) for _, record in batch]
         for (known, record), (ids, trained) in zip(batch, tokenizer.encode_pieces(pieces), strict=True):
             yield Example(place=record.place, format=known, ids=ids, trained=trained)
 
@@ -49,7 +49,8 @@ def _batched(records: Iterable[tuple[DataFormat, Record]]) -> Iterator[Sequence[
         yield batch
 
 
-def _pieces(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: LossRule) -> list[Piece]:
+def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: LossRule) -> list[Piece]:
+    """The text of a record, cut where its tokens are. Raises UserError naming a record that can't be an example."""
     if isinstance(record, Preference):
         raise UserError(
             f"{record.place}: the record is a preference pair (`chosen` and `rejected`), of which this command can't "
@@ -59,7 +60,7 @@ def _pieces(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: 
         return completion_pieces(record, tokenizer, loss)
     assert isinstance(record, Chat)
     try:
-        return template.pieces(record.messages)
+        return template.pieces(record.messages, given=record.given)
     except ChatError as error:
         raise UserError(f"{record.place}: {error}.") from error
 

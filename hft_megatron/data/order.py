@@ -102,7 +102,7 @@ def permutation(num_examples: int, name: str) -> NDArray[np.int64]:
     """The numbers from 0 to ``num_examples - 1`` in the order that belongs to ``name``."""
     key = hashlib.sha256(f"sample order, {name}".encode()).digest()
     keys = np.random.PCG64(int.from_bytes(key, "big")).random_raw(num_examples)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
 @lru_cache(maxsize=4)

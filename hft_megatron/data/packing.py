@@ -8,6 +8,7 @@ layout and micro-batch size. Attention stays within an example (``model/packed_a
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from hft_megatron.data.order import Order, permutation
 
 _EPOCHS_KEPT = 2
 """A batch may hold the end of one epoch and the beginning of the next."""
+_WINDOWS_AT_ONCE = 256
+"""Windows packed side by side: enough that numpy's work outweighs its calls, few enough for a processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +33,40 @@ class PackingRule:
     """Examples that are packed together."""
 
 
+class EpochPacks(Sequence[NDArray[np.int64]]):
+    """The packs of an epoch, in the order they are trained in. Three flat arrays: an epoch may have millions."""
+
+    def __init__(self, examples: NDArray[np.int64], bounds: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+        """Pack k is ``examples[bounds[j]:bounds[j + 1]]``, j = ``order[k]``; (examples,), (packs + 1,), (packs,)."""
+        self.examples = examples
+        self._bounds = bounds
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> NDArray[np.int64]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[NDArray[np.int64]]: ...
+    def __getitem__(self, index: int | slice) -> NDArray[np.int64] | Sequence[NDArray[np.int64]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        pack = int(self._order[index])
+        return self.examples[self._bounds[pack] : self._bounds[pack + 1]]
+
+
 class PackedOrder:
     """Endless epochs of packs; every epoch packs each example that ``order`` has in it once."""
 
-    def __init__(self, order: Order, lengths: NDArray[np.int64], rule: PackingRule) -> None:
+    def __init__(self, order: Order, lengths: NDArray[np.signedinteger[Any]], rule: PackingRule) -> None:
         """``lengths`` are the positions of each example, shape (examples,), none above the rule's capacity."""
-        assert int(lengths.max()) <= rule.capacity
+        assert 0 < int(lengths.min()) <= int(lengths.max()) <= rule.capacity
         self.order = order
         self.rule = rule
         self._lengths = lengths
         self._starts = [0]
-        self._epochs: dict[int, list[NDArray[np.int64]]] = {}
+        self._epochs: dict[int, EpochPacks] = {}
 
     def sample(self, consumed: int) -> Sequence[int]:
         """The examples of the pack that follows ``consumed`` packs."""
@@ -55,7 +81,7 @@ class PackedOrder:
             self._starts.append(self._starts[-1] + len(self.packs(len(self._starts) - 1)))
         return self._starts
 
-    def packs(self, epoch: int) -> list[NDArray[np.int64]]:
+    def packs(self, epoch: int) -> EpochPacks:
         """The examples of each pack of an epoch, in the order they are trained in."""
         if epoch not in self._epochs:
             while len(self._epochs) >= _EPOCHS_KEPT:
@@ -66,34 +92,67 @@ class PackedOrder:
     def fill(self, epoch: int) -> float:
         """The share of an epoch's positions, packs x capacity, that its examples fill."""
         packs = self.packs(epoch)
-        return int(self._lengths[np.concatenate(packs)].sum()) / (len(packs) * self.rule.capacity)
+        return int(self._lengths[packs.examples].sum(dtype=np.int64)) / (len(packs) * self.rule.capacity)
 
-    def _packed(self, epoch: int) -> list[NDArray[np.int64]]:
+    def _packed(self, epoch: int) -> EpochPacks:
         examples = self.order.epoch(epoch)
-        packs: list[NDArray[np.int64]] = []
-        for window in np.array_split(examples, -(-len(examples) // self.rule.window)):
-            if self.rule.algorithm == "first_fit_decreasing":
-                window = window[np.argsort(-self._lengths[window], kind="stable")]
-            numbers = first_fit(self._lengths[window], self.rule.capacity)
-            by_pack = np.argsort(numbers, kind="stable")
-            packs += np.split(window[by_pack], np.flatnonzero(np.diff(numbers[by_pack])) + 1)
-        shuffled = permutation(len(packs), f"seed {self.order.seed}, epoch {epoch}, packs")
-        return [packs[number] for number in shuffled]
+        packed = np.empty(len(examples), dtype=np.int64)
+        windows = -(-len(examples) // self.rule.window)
+        edges = _window_edges(len(examples), windows)
+        bounds = []
+        for first in range(0, windows, _WINDOWS_AT_ONCE):
+            group = edges[first : first + _WINDOWS_AT_ONCE + 1]
+            begin, end = int(group[0]), int(group[-1])
+            packed[begin:end], starts = self._packed_windows(examples[begin:end], np.diff(group))
+            bounds.append(begin + starts)
+        bounds.append(np.array([len(examples)]))
+        every = np.concatenate(bounds)
+        return EpochPacks(packed, every, permutation(len(every) - 1, f"seed {self.order.seed}, epoch {epoch}, packs"))
+
+    def _packed_windows(
+        self, examples: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The examples of windows of these sizes, pack behind pack, and where each pack starts among them."""
+        columns = np.arange(int(sizes.max()))
+        present = columns < sizes[:, None]  # (windows, longest window)
+        window = np.zeros(present.shape, dtype=np.int64)
+        window[present] = examples
+        # What is not there has no length: it fits anywhere, and is left out below.
+        lengths = np.where(present, self._lengths[window], 0)
+        if self.rule.algorithm == "first_fit_decreasing":
+            by_length = np.argsort(-lengths, axis=1, kind="stable")
+            window, lengths = (np.take_along_axis(array, by_length, axis=1) for array in (window, lengths))
+        numbers = np.where(present, first_fit(lengths, self.rule.capacity), len(columns))
+        by_pack = np.argsort(numbers, axis=1, kind="stable")
+        window, numbers = (np.take_along_axis(array, by_pack, axis=1)[present] for array in (window, numbers))
+        begins = np.zeros(present.shape, dtype=np.bool_)
+        begins[:, 0] = True
+        starts = begins[present]
+        starts[1:] |= np.diff(numbers) != 0
+        return window, np.flatnonzero(starts)
 
 
-def first_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Puts each length, in the given order, into the first pack that has room for it; (n,) -> its pack's number, (n,).
+def _window_edges(examples: int, windows: int) -> NDArray[np.int64]:
+    """Where each window begins, and the end: sizes differ by one at most, and the larger ones come first."""
+    size, larger = divmod(examples, windows)
+    numbers = np.arange(windows + 1)
+    return numbers * size + np.minimum(numbers, larger)
 
-    Packs are numbered from 0. With lengths in decreasing order this is first-fit decreasing, which needs at most 11/9
-    of the fewest possible packs, plus 6/9 (Dosa, 2007).
+
+def first_fit(lengths: NDArray[np.signedinteger[Any]], capacity: int) -> NDArray[np.int64]:
+    """Puts each length of each row, in the given order, into the row's first pack that has room for it.
+
+    (rows, n) -> the number of its pack, from 0 in each row, (rows, n). With lengths in decreasing order this is
+    first-fit decreasing, which needs at most 11/9 of the fewest possible packs, plus 6/9 (Dosa, 2007).
     """
-    room = np.full(len(lengths), capacity, dtype=np.int64)
-    numbers = np.empty(len(lengths), dtype=np.int64)
+    rows = np.arange(len(lengths))
+    room = np.full(lengths.shape, capacity, dtype=np.int32)
+    numbers = np.empty(lengths.shape, dtype=np.int64)
     used = 0
-    for item, length in enumerate(lengths.tolist()):
+    for item, column in enumerate(np.ascontiguousarray(lengths.T.astype(np.int32))):
         # One pack more than are used: the last one is empty and takes anything.
-        pack = int(np.argmax(room[: used + 1] >= length))
-        room[pack] -= length
-        numbers[item] = pack
-        used = max(used, pack + 1)
+        pack = np.argmax(room[:, : used + 1] >= column[:, None], axis=1)
+        room[rows, pack] -= column
+        numbers[:, item] = pack
+        used = max(used, int(pack.max()) + 1)
     return numbers

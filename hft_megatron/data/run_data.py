@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
+from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.sft import ExampleRules, SftDataset, load_sft_dataset
+from hft_megatron.data.pairs import PairDataset, load_pair_dataset
+from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 
 
@@ -22,16 +24,42 @@ def validation_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> 
     return _load("--valid-data-path", data.valid_data_path, VALID_SPLIT, data, tokenizer, seq_length)
 
 
+def training_pairs(data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs) -> PairDataset | None:
+    """The preference pairs that --train-data-path names, None where it names nothing."""
+    return _load_pairs("--train-data-path", data.train_data_path, TRAIN_SPLIT, data, tokenizer, seq_length, bad_pairs)
+
+
+def validation_pairs(
+    data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs
+) -> PairDataset | None:
+    """The preference pairs that --valid-data-path names, by the same rules."""
+    return _load_pairs("--valid-data-path", data.valid_data_path, VALID_SPLIT, data, tokenizer, seq_length, bad_pairs)
+
+
 def _load(
     option: str, words: Sequence[str], split: str, data: DataConfig, tokenizer: Tokenizer, seq_length: int
 ) -> SftDataset | None:
     sources = find_sources(option, words, split)
-    if not sources:
-        return None
-    rules = ExampleRules(
+    return load_sft_dataset(sources, tokenizer, _rules(data, seq_length)) if sources else None
+
+
+def _load_pairs(
+    option: str,
+    words: Sequence[str],
+    split: str,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    bad_pairs: BadPairs,
+) -> PairDataset | None:
+    sources = find_sources(option, words, split)
+    return load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs) if sources else None
+
+
+def _rules(data: DataConfig, seq_length: int) -> ExampleRules:
+    return ExampleRules(
         seq_length=seq_length,
         long_examples=data.long_examples,
         loss=LossRule(loss_on=data.loss_on, train_on_eos=data.train_on_eos),
         data_format=data.data_format,
     )
-    return load_sft_dataset(sources, tokenizer, rules)

@@ -6,54 +6,26 @@ and that number is what the sequence length limits.
 
 import hashlib
 import json
-import sys
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataFormat, LongExamples
-from hft_megatron.data.examples import Example, read_examples
+from hft_megatron.config.schema import DataFormat
+from hft_megatron.data.examples import read_examples
+from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
+from hft_megatron.data.preprocessed.opening import open_preprocessed
+from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
-
-NO_LIMIT = sys.maxsize
-"""A sequence length for looking at data without a model."""
-Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExampleRules:
-    """What decides, next to the tokenizer and its template, which examples come of which records."""
-
-    seq_length: int
-    """Longest example, in positions."""
-    long_examples: LongExamples = "error"
-    loss: LossRule = field(default_factory=LossRule)
-    data_format: DataFormat | None = None
-    """That of all files; recognised file by file when None."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftCounts:
-    """What became of the records of a source."""
-
-    read: int
-    truncated: int
-    dropped: int
-    """Too long, or nothing trained left after truncation."""
-    split: int
-    """Too long, and made into several examples."""
-    lost_tokens: int
-    """Tokens that are not predicted because they were cut off, dropped, or in a part of a split example in which
-    nothing is trained."""
-    tokens: int
-    trained_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +53,35 @@ class SourcePart:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SftDataset:
-    """All examples, source after source, end to end in two flat arrays."""
+    """All examples, source after source."""
 
     parts: tuple[SourcePart, ...]
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-    """Example i is ``tokens[offsets[i]:offsets[i + 1]]``; shape (examples + 1,)."""
+    stores: tuple[ExampleStore, ...]
+    """The examples of each part."""
     seq_length: int
     digest: str
     """sha256 over files, weights, template, tokenizer and rules: equal digests mean equal examples in equal order."""
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each example, shape (examples,)."""
+        return np.concatenate([store.lengths for store in self.stores])
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((len(store.lengths) for store in self.stores), initial=0))
+
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return self._starts[-1]
 
     def example(self, index: int) -> Encoded:
         """Token ids and trained mask of one example, both of shape (tokens,)."""
-        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return self.tokens[span], self.trained[span]
+        part = bisect_right(self._starts, index) - 1
+        return self.stores[part].example(index - self._starts[part])
 
     def num_positions(self, index: int) -> int:
         """Predicted positions of one example: its tokens less one."""
-        return int(self.offsets[index + 1] - self.offsets[index]) - 1
+        return int(self.lengths[index]) - 1
 
     def order(self, seed: int) -> Order:
         """Which example comes when in training: each once in an epoch, or each source by its weight."""
@@ -135,19 +114,18 @@ def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules
     Needs no model and no process group. Raises UserError naming the place of a record that is malformed, can't be
     rendered, or is too long under ``error``, and for a source without examples or with too small a weight.
     """
-    kept: list[Encoded] = []
-    parts = []
-    for source in sources:
-        examples, part = _load_source(source, tokenizer, rules)
-        kept += examples
-        parts.append(part)
+    loaded = [
+        _read_source(source, tokenizer, rules)
+        if source.prefix is None
+        else _open_source(source, source.prefix, tokenizer, rules)
+        for source in sources
+    ]
+    parts = tuple(part for _, part, _ in loaded)
     dataset = SftDataset(
-        parts=tuple(parts),
-        tokens=np.concatenate([ids for ids, _ in kept]),
-        trained=np.concatenate([mask for _, mask in kept]),
-        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
+        parts=parts,
+        stores=tuple(store for store, _, _ in loaded),
         seq_length=rules.seq_length,
-        digest=_digest(sources, tokenizer, rules),
+        digest=data_digest([origin for _, _, origin in loaded], tokenizer, rules),
     )
     for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
         if share == 0:
@@ -158,72 +136,54 @@ def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules
     return dataset
 
 
-def _load_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules) -> tuple[list[Encoded], SourcePart]:
+_Loaded = tuple[ExampleStore, SourcePart, dict[str, Any]]
+"""The examples of a source, their account, and what they were made of."""
+
+
+def _read_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
     kept: list[Encoded] = []
     formats: set[DataFormat] = set()
-    read = truncated = dropped = split = lost_tokens = 0
+    counts = SftCounts()
     for example in read_examples(source, tokenizer, rules.loss, rules.data_format):
-        read += 1
         formats.add(example.format)
-        fitting = _fitting(example, rules)
-        kept += fitting
-        if len(example.ids) - 1 > rules.seq_length:
-            dropped += not fitting
-            truncated += bool(fitting) and rules.long_examples == "truncate"
-            split += bool(fitting) and rules.long_examples == "split"
-            lost_tokens += len(example.ids) - 1 - sum(len(ids) - 1 for ids, _ in fitting)
-    if not kept:
-        reason = f"all {dropped} were longer than --seq-length {rules.seq_length}" if dropped else "it is empty"
-        raise UserError(f"the data file {source.path} holds no example to train on: {reason}.")
-    counts = SftCounts(
-        read=read,
-        truncated=truncated,
-        dropped=dropped,
-        split=split,
-        lost_tokens=lost_tokens,
-        tokens=sum(len(ids) for ids, _ in kept),
-        trained_tokens=sum(int(mask[1:].sum()) for _, mask in kept),
+        check_predicts(example)
+        spans = spans_of(example, rules)
+        kept += [(example.ids[start:stop], example.trained[start:stop]) for start, stop in spans]
+        counts.add(example, spans, rules)
+    _check_not_empty(len(kept), source, counts, rules)
+    store = ExamplesInMemory(
+        tokens=np.concatenate([ids for ids, _ in kept]),
+        trained=np.concatenate([mask for _, mask in kept]),
+        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
     )
-    known = tuple(sorted(formats))
-    return kept, SourcePart(path=source.path, weight=source.weight, formats=known, examples=len(kept), counts=counts)
+    origin = {"weight": source.weight, "files": [file_digest(file) for file in source.files]}
+    return store, _part(source, tuple(sorted(formats)), len(kept), counts), origin
 
 
-def _fitting(example: Example, rules: ExampleRules) -> list[Encoded]:
-    """What is trained on of the example: all of it, and where it is too long what the rules say.
-
-    A part of a split example begins with the token that the part before it predicted last, so that each token is
-    predicted once.
-    """
-    ids, mask, length = example.ids, example.trained, rules.seq_length
-    if len(ids) - 1 <= length:
-        if not mask[1:].any():
-            raise UserError(f"{example.place}: the example has no token to predict; give it a prompt or remove it.")
-        return [(ids, mask)]
-    if rules.long_examples == "error":
-        raise UserError(
-            f"{example.place}: the example has {len(ids) - 1} positions, but --seq-length is {length}; raise it or "
-            f"choose --long-examples drop, truncate or split."
-        )
-    starts = {"drop": range(0), "truncate": range(1), "split": range(0, len(ids) - 1, length)}[rules.long_examples]
-    parts = [(ids[start : start + length + 1], mask[start : start + length + 1]) for start in starts]
-    return [(ids, mask) for ids, mask in parts if mask[1:].any()]
+def _open_source(source: SourceFiles, prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
+    store, facts = open_preprocessed(prefix, tokenizer, rules)
+    _check_not_empty(facts.examples, source, facts.counts, rules)
+    return store, _part(source, facts.formats, facts.examples, facts.counts), {"weight": source.weight, **facts.origin}
 
 
-def _digest(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> str:
+def _check_not_empty(examples: int, source: SourceFiles, counts: SftCounts, rules: ExampleRules) -> None:
+    if examples == 0:
+        dropped = f"all {counts.dropped} were longer than --seq-length {rules.seq_length}"
+        reason = dropped if counts.dropped else "it is empty"
+        raise UserError(f"the data file {source.path} holds no example to train on: {reason}.")
+
+
+def _part(source: SourceFiles, formats: tuple[DataFormat, ...], examples: int, counts: SftCounts) -> SourcePart:
+    return SourcePart(path=source.path, weight=source.weight, formats=formats, examples=examples, counts=counts)
+
+
+def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: ExampleRules, *others: str) -> str:
+    """sha256 (hex) over all that decides the examples: what each source was made of, the tokenizer, the rules, and
+    ``others`` that not every method has."""
     facts = tokenizer.facts
     decisive = {
-        "sources": [
-            {"weight": source.weight, "files": [_file_digest(file) for file in source.files]} for source in sources
-        ],
+        "sources": origins,
         "tokenizer": [facts.identity, facts.chat_template, dict(facts.template_variables)],
-        "rules": asdict(rules),
+        "rules": asdict(rules) | ({"others": others} if others else {}),
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -21,5 +21,8 @@ def silence_engine_warnings() -> None:
     for message in (*_SAID_BY_OUR_LOG_LINE, *_NOT_FOR_USERS):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    # That indices of samples are kept in memory.
+    for name in ("gpt_dataset", "blended_dataset"):
+        logging.getLogger(f"megatron.core.datasets.{name}").setLevel(logging.ERROR)
     # Takes the plan and position, which are written first, for the rests of another save.
     logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)

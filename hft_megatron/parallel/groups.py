@@ -1,5 +1,6 @@
 """Starts the process groups of a run and says where this rank stands in them."""
 
+import gc
 import os
 import socket
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hft_megatron.config.derived import virtual_pipeline_size
@@ -95,6 +97,20 @@ def start_groups(parallel: ParallelConfig, num_layers: int, seed: int) -> Placem
         virtual_stages=virtual or 1,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
+
+
+def leave_groups() -> None:
+    """Destroys megatron-core's groups and keeps the default group, for a next model; every rank calls it."""
+    # A group that goes away on one rank breaks a neighbour which is still receiving.
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    # Its cache holds models, and they their groups and memory.
+    RotaryEmbedding.forward.cache_clear()
+    # destroy_model_parallel only forgets its groups; each would keep its sockets and threads.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def stop_groups() -> None:

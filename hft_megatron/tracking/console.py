@@ -13,11 +13,14 @@ from hft_megatron.tracking.tracker import (
     ITERATION_TIME,
     LEARNING_RATE,
     LOSS,
+    OF_VALIDATION,
     PLAN_DIGEST,
+    PREFERENCE_LOSS,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
     ROUND,
     ROUND_SWITCH_TIME,
     TRAINABLE_PARAMETERS,
-    VALIDATION_LOSS,
     Metrics,
 )
 
@@ -28,6 +31,9 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     (LEARNING_RATE, ".6E"),
     (GLOBAL_BATCH_SIZE, "5d"),
     (LOSS, ".6E"),
+    (PREFERENCE_LOSS, ".6E"),
+    (REWARD_ACCURACY, ".3f"),
+    (REWARD_MARGIN, ".4f"),
     ("loss scale", ".1f"),
     (GRAD_NORM, ".3f"),
     ("num zeros", "d"),
@@ -52,10 +58,16 @@ def iteration_line(step: int, train_iters: int, metrics: Metrics, *, now: dateti
     return f" [{now:%Y-%m-%d %H:%M:%S.%f}] iteration {step:8d}/{train_iters:8d} |{fields}"
 
 
-def validation_line(step: int, loss: float) -> str:
-    """Megatron's line of one validation; ``loss`` is in nats per token."""
-    perplexity = math.exp(min(_LARGEST_EXPONENT, loss))
-    return f" validation loss at iteration {step} | {LOSS} value: {loss:.6E} | {LOSS} PPL: {perplexity:.6E} | "
+def validation_line(step: int, metrics: Metrics) -> str:
+    """Megatron's line of one validation, with everything that was measured; a loss in nats per token comes with its
+    perplexity."""
+    fields = []
+    for name, value in metrics.items():
+        plain = name.removesuffix(OF_VALIDATION)
+        fields.append(f"{plain} value: {float(value):.6E}")
+        if plain == LOSS:
+            fields.append(f"{plain} PPL: {math.exp(min(_LARGEST_EXPONENT, float(value))):.6E}")
+    return f" validation loss at iteration {step} | {' | '.join(fields)} | "
 
 
 class ConsoleTracker:
@@ -85,16 +97,17 @@ class ConsoleTracker:
         self._prints_lines = self._bar is None or not self._output.isatty()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Print a training record or a validation, told apart by the key of the loss."""
-        if VALIDATION_LOSS in metrics:
-            line = validation_line(step, float(metrics[VALIDATION_LOSS]))
+        """Print a training record or a validation, told apart by the names in it."""
+        if all(name.endswith(OF_VALIDATION) for name in metrics):
+            line = validation_line(step, metrics)
             self._print(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")
             return
         if self._prints_lines:
             self._print(iteration_line(step, self._train_iters, metrics, now=datetime.now()))
         if self._bar is not None:
-            if LOSS in metrics:
-                self._bar.set_postfix_str(f"{LOSS} {metrics[LOSS]:.4f}", refresh=False)
+            for name in (LOSS, PREFERENCE_LOSS):
+                if name in metrics:
+                    self._bar.set_postfix_str(f"{name} {metrics[name]:.4f}", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def _print(self, text: str) -> None:

@@ -14,11 +14,11 @@ from hft_megatron.config.derived import global_batch_size, train_iters
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce, ExportRules
-from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
+from hft_megatron.data.batches import BatchShare
 from hft_megatron.errors import Stopped, UserError
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan
@@ -34,19 +34,28 @@ from hft_megatron.tracking.tracker import CompositeTracker, Tracker
 from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
 from hft_megatron.training.loop import learning_rate, train
+from hft_megatron.training.methods import METHODS
+from hft_megatron.training.reference_of_run import reference_of_run
 from hft_megatron.training.rounds import Rounds
-from hft_megatron.training.run import Run
+from hft_megatron.training.run import Reference, Run
 from hft_megatron.training.spectrum import scores_of_run
 from hft_megatron.training.start import fill_from_other_run, starting_base, starting_state, with_sound_checkpoint
 
 
-def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
-    """Fine-tunes (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
+def run_training(method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    """Trains (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
 
     Raises UserError for a user's mistake before a model is built, Stopped after a signal or a time limit and the
     checkpoint.
     """
-    inputs = read_inputs(options, shape, world_size)
+    train_and_export(method, options, shape, world_size)
+    # After a failure peers may be waiting in a collective, and waiting for them here would hide the error.
+    stop_groups()
+
+
+def train_and_export(method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    """``run_training``, with the process groups left as they are, for a stage that follows."""
+    inputs = read_inputs(METHODS[method], options, shape, world_size)
     if inputs.config.training.deterministic_mode:
         make_deterministic()
     start_backend(inputs.config.parallel)
@@ -63,6 +72,8 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
     chunks = _model_with_weights(config, inputs, placement)
     fill_from_other_run(inputs, chunks, announce)
+    share = _share(config, placement)
+    reference = reference_of_run(inputs, chunks, rounds, share, placement, announce) if trains else None
     try:
         if tracker is None and not inputs.resumes:
             _export(config, inputs, placement, chunks, frozenset(), announce)
@@ -78,14 +89,14 @@ def run_sft(options: RunConfig, shape: ModelShape | None, world_size: int) -> No
             state = starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
                 _write_run_files(config, inputs, placement, scores)
-                wrapped, state = _train(config, inputs, placement, wrapped, rounds, tracker, state, announce)
+                wrapped, state = _train(
+                    config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce
+                )
             with wrapped.gathered_parameters():
                 _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
     except Stopped:
         stop_groups()
         raise
-    # After any other failure peers may be waiting in a collective, and waiting for them here would hide the error.
-    stop_groups()
 
 
 def _with_dtype(config: RunConfig) -> RunConfig:
@@ -177,6 +188,8 @@ def _train(
     placement: Placement,
     wrapped: WrappedModel,
     rounds: Rounds,
+    share: BatchShare,
+    reference: Reference | None,
     tracker: Tracker,
     state: TrainState,
     announce: Announce,
@@ -188,30 +201,16 @@ def _train(
         )
     if config.checkpoint.save is None and config.checkpoint.save_hf is None:
         announce("> neither --save nor --save-hf is given: nothing of this training will be kept")
-    assert inputs.train is not None
-    assert inputs.samples is not None
-    share = BatchShare(
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=global_batch_size(config, placement.world_size),
-        data_parallel_rank=placement.data_rank,
-        data_parallel_size=placement.data_size,
-        length_multiple=placement.tensor_size,
-    )
+    assert inputs.data is not None
     run = Run(
         config=config,
         placement=placement,
         rounds=rounds,
         wrapped=wrapped,
-        batches=SftBatches(
-            dataset=inputs.train,
-            pad_id=inputs.pad_id,
-            share=share,
-            order=inputs.samples,
-            packed=config.data.packing,
-        ),
-        validation=None
-        if inputs.valid is None
-        else ValidationBatches(dataset=inputs.valid, pad_id=inputs.pad_id, share=share),
+        objective=inputs.method.objective(config),
+        batches=inputs.data.training(share),
+        validation=inputs.data.validation(share),
+        reference=reference,
         learning_rate=learning_rate(wrapped, rounds, config, state),
         tracker=tracker,
         announce=announce,
@@ -223,6 +222,16 @@ def _train(
     finally:
         tracker.close()
     return run.wrapped, run.state
+
+
+def _share(config: RunConfig, placement: Placement) -> BatchShare:
+    return BatchShare(
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=global_batch_size(config, placement.world_size),
+        data_parallel_rank=placement.data_rank,
+        data_parallel_size=placement.data_size,
+        length_multiple=placement.tensor_size,
+    )
 
 
 def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:

@@ -1,11 +1,12 @@
 """``--check``: everything that can go wrong before a model is built, without building one."""
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.training.inputs import read_inputs
+from hft_megatron.training.methods import METHODS
 
 
-def check_sft_inputs(config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+def check_inputs(method: MethodName, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
     """Reads tokenizer, data and the saved run, and prints what was found; UserError for the first mistake."""
-    for line in read_inputs(config, shape, world_size).describe():
+    for line in read_inputs(METHODS[method], config, shape, world_size).describe():
         print(line)

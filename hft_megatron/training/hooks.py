@@ -14,7 +14,7 @@ from hft_megatron.training.bill import Bill
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
 from hft_megatron.training.saving import Base, SaveCheckpoints, StopEarly
-from hft_megatron.training.step import StepResult, validation_loss
+from hft_megatron.training.step import StepResult, validate
 
 SECTION_METRICS = {
     step_clock.FORWARD: names.FORWARD_TIME,
@@ -29,7 +29,8 @@ SECTION_METRICS = {
 class LogSteps(Hook):
     """Records one line every --log-interval steps.
 
-    Loss, times and bytes sent are means over those steps, as in Megatron; all but the loss are the last rank's.
+    What the objective measures, times and bytes sent are means over those steps, as in Megatron; times, bytes and sizes
+    are the last rank's.
     """
 
     interval: int
@@ -68,9 +69,8 @@ class LogSteps(Hook):
         }
         for section, name in SECTION_METRICS.items():
             record[name] = mean(step.times.sections[section] for step in steps)
-        losses = [step.loss for step in steps if step.loss is not None]
-        if losses:
-            record[names.LOSS] = mean(losses)
+        for name in result.measured:
+            record[name] = mean(step.measured[name] for step in steps)
         if self._switch_ms is not None:
             record[names.ROUND_SWITCH_TIME], self._switch_ms = self._switch_ms, None
         return record
@@ -92,9 +92,9 @@ class Validate(Hook):
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
-        loss = validation_loss(run)
-        if loss is not None:
-            run.log({names.VALIDATION_LOSS: loss})
+        measured = validate(run)
+        if measured:
+            run.log({name + names.OF_VALIDATION: value for name, value in measured.items()})
         self._last = run.state.iteration
 
 
@@ -105,6 +105,8 @@ def build_hooks(run: Run, *, loaded_iteration: int | None, base: Base | None) ->
     """
     config = run.config
     hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
+    if isinstance(run.reference, Hook):
+        hooks.append(run.reference)
     audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None
     if audit is not None:
         hooks.append(audit)

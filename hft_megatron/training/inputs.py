@@ -18,9 +18,6 @@ from hft_megatron.config.run_identity import RunIdentity, check_same_model, chec
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.data.order import SampleStream
-from hft_megatron.data.run_data import training_data, validation_data
-from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
@@ -29,8 +26,9 @@ from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
 from hft_megatron.hft.units import units_of
 from hft_megatron.parallel.groups import Placement, host_name
 from hft_megatron.tracking.build import check_tracking_packages
+from hft_megatron.training.method import Method, RunData
 from hft_megatron.training.rounds import Rounds, rounds_of_run
-from hft_megatron.training.samples import describe_samples, sample_stream, with_iterations
+from hft_megatron.training.samples import describe_samples, with_iterations
 
 _ROUNDS_DRAWN_AHEAD = 100
 """Enough for a full cycle of HiFT's groups in every LLaMA; at 70B they take less than a second."""
@@ -40,17 +38,16 @@ _ROUNDS_DRAWN_AHEAD = 100
 class Inputs:
     """What was read, the same on every rank."""
 
+    method: Method
     config: RunConfig
     """Resolved, except that ``bf16`` may still be unset: the machine decides it."""
     shape: ModelShape
     tokenizer: Tokenizer | None
     """None only where a model without tokenizer files is converted."""
-    train: SftDataset | None
-    samples: SampleStream | None
-    """The training data in the order it is trained in."""
+    data: RunData | None
+    """None where nothing is trained."""
     epochs: int | None
     """Those of --train-epochs; ``config`` has the iterations that they are."""
-    valid: SftDataset | None
     identity: RunIdentity
     found: Checkpoints | None
     """What the --load folder holds."""
@@ -69,12 +66,9 @@ class Inputs:
     @property
     def position(self) -> TrainState:
         """Where the run goes on."""
-        return TrainState.read(self.checkpoint) if self.checkpoint is not None and self.resumes else TrainState()
-
-    @property
-    def pad_id(self) -> int:
-        assert self.tokenizer is not None, "a run that trains has a tokenizer"
-        return self.tokenizer.pad_id
+        if self.checkpoint is not None and self.resumes:
+            return TrainState.read(self.checkpoint)
+        return TrainState(round=self.config.hft.hft_first_round or 0)
 
     def rounds(self, world_size: int, scores: Mapping[str, float] | None = None) -> Rounds:
         """The rounds of this run; ``scores`` are those of --hft-selection spectrum."""
@@ -82,16 +76,18 @@ class Inputs:
             self.config,
             self.shape,
             world_size,
-            samples=self.samples,
+            samples=None if self.data is None else self.data.samples,
             loaded=self.plans,
             scores=scores,
         )
 
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
-        lines = [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
-        if self.samples is not None:
-            lines += describe_samples(self.samples, self.epochs, derived.train_iters(self.config.training))
+        lines = []
+        if self.data is not None:
+            lines += self.data.describe()
+            if self.data.samples is not None:
+                lines += describe_samples(self.data.samples, self.epochs, derived.train_iters(self.config.training))
         if self.finetune_has_begun:
             lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
         if self.found is not None:
@@ -101,7 +97,7 @@ class Inputs:
         return lines
 
 
-def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -> Inputs:
+def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, world_size: int) -> Inputs:
     """Reads tokenizer, data and the saved run. Raises UserError for a user's mistake in any of them.
 
     ``shape`` is None when the vocabulary's size is the tokenizer's.
@@ -125,26 +121,26 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
     if checkpoint is not None and not finetune:
         saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
     config = derived.resolve(options, shape, world_size, saved)
-    validate(config, shape, world_size)
-    train = valid = samples = None
+    validate(config, shape, world_size, method.name)
+    data = None
     epochs = config.training.train_epochs
     if config.training.train_iters != 0:
         assert tokenizer is not None
-        seq_length = derived.sequence_length(config.training, shape)
-        train = training_data(config.data, tokenizer, seq_length)
-        valid = validation_data(config.data, tokenizer, seq_length)
-    if train is not None:
-        samples = sample_stream(config, train)
-        config = with_iterations(config, samples, world_size)
-    digest = train.digest if train is not None else None
+        data = method.read_data(config, tokenizer, shape, world_size)
+        if data.samples is not None:
+            config = with_iterations(config, data.samples, world_size)
     identity = run_identity(
         config,
         shape,
         world_size,
-        method="sft",
-        data_digest=digest,
+        method=method.name,
+        data_digest=None if data is None else data.digest,
+        order_digest=None if data is None else data.order_digest,
         tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
     )
+    if config.dpo.dpo_reference_model is not None:
+        reference = check_weights(config.dpo.dpo_reference_model, shape, option="--dpo-reference-model")
+        identity = replace(identity, reference_digest=reference)
     if given.finetune and given.load is not None:
         identity = replace(identity, finetuned_from=str(Path(given.load).resolve()))
     held_runs = _held_runs(config)
@@ -170,13 +166,12 @@ def read_inputs(options: RunConfig, shape: ModelShape | None, world_size: int) -
             f"its masters and moments have that precision; leave {asked} out."
         )
     inputs = Inputs(
+        method=method,
         config=config,
         shape=shape,
         tokenizer=tokenizer,
-        train=train,
-        samples=samples,
+        data=data,
         epochs=epochs,
-        valid=valid,
         identity=identity,
         found=found,
         finetune_has_begun=given.finetune and not finetune,
@@ -226,7 +221,8 @@ def _check_rounds(inputs: Inputs, world_size: int) -> None:
     rounds = inputs.rounds(world_size, scores=dict.fromkeys((unit.name for unit in units_of(inputs.shape)), 0.0))
     if inputs.config.hft.hft_plan is not None:
         check_enough_rounds(inputs.plans, rounds.schedule.rounds, inputs.config.hft.hft_plan)
-    for round in range(min(rounds.schedule.rounds, _ROUNDS_DRAWN_AHEAD)):
+    first = rounds.schedule.first_round
+    for round in range(first, first + min(rounds.schedule.rounds, _ROUNDS_DRAWN_AHEAD)):
         rounds.plan(round)
 
 

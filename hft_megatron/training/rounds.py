@@ -61,6 +61,7 @@ def rounds_of_run(
         train_iters=train_iters,
         epoch_starts=samples.epoch_starts(train_iters * batch) if samples is not None and by_epoch else (0,),
         global_batch_size=batch,
+        first_round=config.hft.hft_first_round or 0,
     )
 
     def draw(round: int) -> Plan:
@@ -70,7 +71,7 @@ def rounds_of_run(
 
     rounds = Rounds(schedule, draw)
     if train_iters > 0:
-        selection = rounds.plan(0).policy.selection
+        selection = rounds.plan(schedule.first_round).policy.selection
         _check_warmup(config, schedule, selection)
         _check_single_round(config, loaded, selection)
     return rounds
@@ -78,7 +79,7 @@ def rounds_of_run(
 
 def _check_warmup(config: RunConfig, schedule: RoundSchedule, selection: str) -> None:
     """A rate that is zero throughout, or that never becomes what was asked for."""
-    start, stop = schedule.bounds(0)
+    start, stop = schedule.bounds(schedule.first_round)
     per_round = config.hft.hft_lr_schedule == "round"
     warmup = derived.warmup_iters(config.optimizer, stop - start if per_round else derived.train_iters(config.training))
     if selection == "hift" and warmup > 0:
@@ -101,8 +102,8 @@ def _check_warmup(config: RunConfig, schedule: RoundSchedule, selection: str) ->
 def _check_single_round(config: RunConfig, loaded: Sequence[Plan], selection: str) -> None:
     """What speaks of several rounds would do nothing, in silence, in a run that has one."""
     hft = config.hft
-    if hft.hft_round_interval != "stage":
-        return
+    if hft.hft_round_interval != "stage" or hft.hft_first_round is not None:
+        return  # several rounds, or one of those of several runs
     given = [
         f"--{name.replace('_', '-')} {getattr(hft, name)}"
         for name, default in _OF_SEVERAL_ROUNDS.items()

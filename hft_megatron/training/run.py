@@ -2,16 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.schema import RunConfig
-from hft_megatron.data.batches import SftBatches, ValidationBatches
+from hft_megatron.data.batches import StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.errors import RunFailed
+from hft_megatron.objectives.objective import Objective
 from hft_megatron.optimizer.schedule import LearningRate
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.tracking.tracker import Metrics, Tracker
 from hft_megatron.training.rounds import Rounds
+
+
+class Reference(Protocol):
+    """The model that preferences are learned against."""
+
+    def attach(self, batch: StepBatch) -> None:
+        """Give each micro-batch its ``reference``, (pairs, 2) fp64: the log-probabilities of its answers in nats."""
 
 
 @dataclass(kw_only=True)
@@ -23,8 +32,11 @@ class Run:
     placement: Placement
     rounds: Rounds
     wrapped: WrappedModel
-    batches: SftBatches
-    validation: ValidationBatches | None
+    objective: Objective
+    batches: TrainingSteps
+    validation: ValidationSteps | None
+    reference: Reference | None = None
+    """None where nothing is learned from preferences."""
     learning_rate: LearningRate
     tracker: Tracker
     announce: Callable[[str], None]

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from hft_megatron.config import derived
 from hft_megatron.config.schema import DataConfig, RunConfig
 from hft_megatron.config.training_rules import warmup_fits
@@ -23,7 +21,7 @@ def sample_stream(config: RunConfig, dataset: SftDataset) -> SampleStream:
 def packed_order(dataset: SftDataset, options: DataConfig, *, seed: int) -> PackedOrder:
     """The packs of a data set, of at most its sequence length."""
     rule = PackingRule(capacity=dataset.seq_length, algorithm=options.packing_algorithm, window=options.packing_window)
-    return PackedOrder(dataset.order(seed), np.diff(dataset.offsets) - 1, rule)
+    return PackedOrder(dataset.order(seed), dataset.lengths - 1, rule)
 
 
 def with_iterations(config: RunConfig, samples: SampleStream, world_size: int) -> RunConfig:

@@ -2,8 +2,8 @@
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import DataConfig
+from hft_megatron.data.fitting import NO_LIMIT
 from hft_megatron.data.run_data import training_data, validation_data
-from hft_megatron.data.sft import NO_LIMIT
 from hft_megatron.data.shown_examples import ShownSource, shown_sources
 from hft_megatron.data.tokenizer import check_tokenizer_fits
 from hft_megatron.data.tokenizers import load_tokenizer

@@ -68,6 +68,7 @@ def fill_from_other_run(inputs: Inputs, chunks: Sequence[LlamaModel], announce: 
 def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:
     """The beginning, or what the run's checkpoint holds, loaded into the model; collective."""
     state = TrainState(
+        round=inputs.position.round,
         tensor_model_parallel_size=placement.tensor_size,
         pipeline_model_parallel_size=placement.pipeline_size,
         device=placement.device.type,
@@ -89,7 +90,7 @@ def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
         folder = inputs.config.model.load_hf
         if folder is None or inputs.checkpoint is not None:
             return None
-        return Base(round=0, iteration=None, digest=_digest_of_model(folder, placement))
+        return Base(round=inputs.position.round, iteration=None, digest=_digest_of_model(folder, placement))
     assert inputs.checkpoint is not None
     state = TrainState.read(inputs.checkpoint)
     in_save_folder = options.save is not None and same_folder(options.save, options.load)

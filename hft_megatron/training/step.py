@@ -1,17 +1,14 @@
 """One optimizer step and one validation, through megatron-core's pipeline schedules."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from hft_megatron.data.batches import StepBatch
-from hft_megatron.objectives import sft
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes
 from hft_megatron.training.run import Run
+from hft_megatron.training.schedule import run_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +16,9 @@ class StepResult:
     """What one step measured on this rank."""
 
     loss: float | None
-    """Mean per trained token of the global batch, in nats; None off the last pipeline stage."""
+    """Mean over the global batch, per trained token (nats) or per pair; None off the last pipeline stage."""
+    measured: Mapping[str, float]
+    """The objective's means over the global batch, by their names in the log; empty off the last stage."""
     grad_norm: float
     """Before clipping, over training parameters."""
     times: StepTimes
@@ -38,16 +37,19 @@ def train_step(run: Run) -> StepResult:
     traffic = run.wrapped.traffic
     traffic.clock.begin()
     batch = run.batches.step(run.state.consumed_samples)
+    if run.reference is not None:
+        run.reference.attach(batch)
     run.wrapped.zero_gradients()
-    reports = _run_schedule(run, batch, forward_only=False)
+    reports = run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
     with traffic.clock.section(OPTIMIZER):
         updated, grad_norm, _ = run.wrapped.optimizer.step()
     assert updated, "without loss scaling every step updates"
-    loss = _mean_loss(run, reports)
+    measured = _measure(run, reports)
     times = traffic.clock.end()
     reduce_scatter_bytes, all_gather_bytes = traffic.take_bytes()
     return StepResult(
-        loss=loss,
+        loss=measured.get(run.objective.loss_name),
+        measured=measured,
         grad_norm=float(grad_norm),
         times=times,
         reduce_scatter_bytes=reduce_scatter_bytes,
@@ -55,39 +57,24 @@ def train_step(run: Run) -> StepResult:
     )
 
 
-def validation_loss(run: Run) -> float | None:
-    """Mean loss per trained token over the validation file (or --eval-iters of it); None off the last stage."""
+def validate(run: Run) -> dict[str, float]:
+    """The objective's means over the validation data (or --eval-iters of it); empty off the last stage."""
     assert run.validation is not None
     reports: list[dict[str, Tensor]] = []
     with run.wrapped.gathered_parameters(), torch.no_grad():
         for chunk in run.wrapped.chunks:
             chunk.eval()
-        for batch in run.validation.steps(run.config.logging.eval_iters):
-            reports += _run_schedule(run, batch, forward_only=True)
+        for batch in run.validation.steps(run.state.iteration):
+            if run.reference is not None:
+                run.reference.attach(batch)
+            reports += run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=True)
         for chunk in run.wrapped.chunks:
             chunk.train()
-    return _mean_loss(run, reports)
+    return _measure(run, reports)
 
 
-def _run_schedule(run: Run, batch: StepBatch, *, forward_only: bool) -> list[dict[str, Tensor]]:
-    """One pass of the pipeline; the reports of this rank's micro-batches, empty off the last stage."""
-    chunks = list(run.wrapped.chunks)
-    # Each virtual chunk walks over the same micro-batches on its own.
-    iterators: list[Iterator[Any]] = [iter(batch.micro_batches) for _ in chunks]
-    reports: list[dict[str, Tensor]] = get_forward_backward_func()(
-        forward_step_func=sft.forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks,
-        num_microbatches=len(batch.micro_batches),
-        seq_length=batch.seq_length,
-        micro_batch_size=batch.sequences,
-        forward_only=forward_only,
-    )
-    return reports
-
-
-def _mean_loss(run: Run, reports: list[dict[str, Tensor]]) -> float | None:
+def _measure(run: Run, reports: list[dict[str, Tensor]]) -> dict[str, float]:
     placement = run.placement
     if placement.pipeline_rank < placement.pipeline_size - 1:
-        return None
-    return sft.mean_loss(reports, placement.groups.dp, placement.device)
+        return {}
+    return run.objective.measure(reports, placement.groups.dp, placement.device)

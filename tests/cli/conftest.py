@@ -49,11 +49,11 @@ class Training:
         self.calls: list[tuple[str, RunConfig, ModelShape | None]] = []
         self.outcome: Callable[[], None] = lambda: None
 
-    def run_sft(self, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    def run_training(self, method: str, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
         self.calls.append(("run", config, shape))
         self.outcome()
 
-    def check_sft_inputs(self, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    def check_inputs(self, method: str, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
         self.calls.append(("check", config, shape))
         self.outcome()
 
@@ -62,7 +62,7 @@ class Training:
 def training(monkeypatch: pytest.MonkeyPatch) -> Training:
     """Records what would be trained or checked; set ``outcome`` to make it fail."""
     stand_in = Training()
-    for name, function in (("assembly", stand_in.run_sft), ("checks", stand_in.check_sft_inputs)):
+    for name, function in (("assembly", stand_in.run_training), ("checks", stand_in.check_inputs)):
         module: Any = types.ModuleType(f"hft_megatron.training.{name}")
         setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)

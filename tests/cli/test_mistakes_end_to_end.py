@@ -247,13 +247,14 @@ def saved_run(command: list[str], tmp_path: Path) -> Path:
     from hft_megatron.cli.sft import SftOptions
     from hft_megatron.config.validation import shape_of
     from hft_megatron.training import inputs
+    from hft_megatron.training.methods import METHODS
 
     folder = tmp_path / "run"
     folder.mkdir()
-    options = load_options(SftOptions, command[1:]).run
+    options = load_options(SftOptions, command[1:]).as_run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "check_weights", lambda folder, shape: WEIGHTS)
-        read = inputs.read_inputs(options, shape_of(options.model), world_size=1)
+        read = inputs.read_inputs(METHODS["sft"], options, shape_of(options.model), world_size=1)
     write_resolved(read.config, folder / RESOLVED_CONFIG_FILE)
     (folder / RUN_IDENTITY_FILE).write_text(json.dumps(read.identity.to_dict()))
     (folder / "latest_checkpointed_iteration.txt").write_text("2\n")

@@ -20,7 +20,7 @@ from hft_megatron.errors import UserError
 
 NO_OPTION = (
     "belongs to no option: options start with -- and take at most one value, except for --train-data-path and "
-    "--valid-data-path."
+    "--valid-data-path and --data-path."
 )
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from hft_megatron.data.batches import BatchShare, SftBatches, StepBatch, ValidationBatches
+from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation, StepBatch
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.stores import ExamplesInMemory
 
 PAD = 0
 GLOBAL_BATCH = 8
@@ -24,9 +25,13 @@ def make_dataset(lengths: list[int], seq_length: int) -> SftDataset:
     trained = [np.arange(length) >= length // 2 for length in lengths]
     return SftDataset(
         parts=(),
-        tokens=np.concatenate(tokens).astype(np.int32),
-        trained=np.concatenate(trained),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        stores=(
+            ExamplesInMemory(
+                tokens=np.concatenate(tokens).astype(np.int32),
+                trained=np.concatenate(trained),
+                offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            ),
+        ),
         seq_length=seq_length,
         digest="",
     )
@@ -52,8 +57,8 @@ def training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: in
     )
 
 
-def validation(dataset: SftDataset, size: int, rank: int, ranks: int) -> ValidationBatches:
-    return ValidationBatches(
+def validation(dataset: SftDataset, size: int, rank: int, ranks: int) -> SftValidation:
+    return SftValidation(
         dataset=dataset,
         pad_id=PAD,
         share=BatchShare(
@@ -154,7 +159,7 @@ def test_an_epoch_holds_each_example_once_in_every_layout(size: int, ranks: int)
 
 
 def packed_training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: int = 1) -> SftBatches:
-    lengths = np.diff(dataset.offsets) - 1
+    lengths = dataset.lengths - 1
     rule = PackingRule(capacity=dataset.seq_length, algorithm="first_fit_shuffle", window=50)
     order = PackedOrder(SampleOrder(num_examples=len(dataset), seed=7), lengths, rule)
     return replace(training(dataset, size, rank, ranks, multiple), order=order, packed=True)
@@ -226,7 +231,7 @@ def test_validation_sees_each_example_once_with_equal_work_on_every_rank(
     size: int, ranks: int, num_examples: int
 ) -> None:
     dataset = random_dataset(num_examples)
-    by_rank = [list(validation(dataset, size, rank, ranks).steps()) for rank in range(ranks)]
+    by_rank = [list(validation(dataset, size, rank, ranks).steps(0)) for rank in range(ranks)]
     assert {len(steps) for steps in by_rank} == {-(-num_examples // GLOBAL_BATCH)}
     assert {len(step.micro_batches) for steps in by_rank for step in steps} == {GLOBAL_BATCH // (size * ranks)}
     rows = [row for parts in zip(*by_rank, strict=True) for row in global_batch(list(parts), "tokens")]
@@ -241,4 +246,5 @@ def test_validation_sees_each_example_once_with_equal_work_on_every_rank(
 def test_validation_can_stop_early() -> None:
     batches = validation(random_dataset(21), 1, 0, 1)
     assert len(batches) == 3
-    assert [len(list(batches.steps(limit))) for limit in (0, 1, 9, None)] == [0, 1, 3, 3]
+    stopped = [replace(batches, limit=limit).steps(iteration=5) for limit in (0, 1, 9, None)]
+    assert [len(list(steps)) for steps in stopped] == [0, 1, 3, 3]

@@ -53,7 +53,7 @@ def test_an_epoch_packs_each_example_once_and_no_pack_overflows(algorithm: str, 
 def test_first_fit_takes_the_first_pack_with_room(seed: int) -> None:
     lengths = random_lengths(seed, 50)
     room: list[int] = []
-    for length, number in zip(lengths.tolist(), first_fit(lengths, 50).tolist(), strict=True):
+    for length, number in zip(lengths.tolist(), first_fit(lengths[None], 50)[0].tolist(), strict=True):
         fitting = [pack for pack, left in enumerate(room) if left >= length]
         assert number == (fitting[0] if fitting else len(room))
         if not fitting:
@@ -117,7 +117,7 @@ def test_real_data_fill_at_least_98_percent_of_2048_positions(
         rows = [{"messages": json.loads(line)["chosen"]} for line in lines]
     tokenizer = load_tokenizer("SentencePieceTokenizer", shared_data / "tokenizers/llama2")
     dataset = load(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, 2048, long_examples)
-    samples = packed(np.diff(dataset.offsets) - 1, 2048, algorithm, DEFAULT_WINDOW, dataset.order(1234))
+    samples = packed(dataset.lengths - 1, 2048, algorithm, DEFAULT_WINDOW, dataset.order(1234))
     assert dataset.parts[0].counts.lost_tokens == 0
     assert dataset.parts[0].counts.read == len(rows)
     for epoch in range(3):

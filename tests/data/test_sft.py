@@ -144,13 +144,13 @@ def test_split_examples_predict_every_trained_token_once_and_none_twice(
         return [int(token) for ids, mask in parts for token in ids[1:][mask[1:]]]
 
     assert predicted(split) == predicted(whole)
-    counts, positions = split.parts[0].counts, whole.tokens.size - len(whole)
+    counts, positions = split.parts[0].counts, int(whole.lengths.sum()) - len(whole)
     assert all(0 < split.num_positions(index) <= seq_length for index in range(len(split)))
     assert counts.trained_tokens == whole.parts[0].counts.trained_tokens
     assert counts.split == sum(whole.num_positions(index) > seq_length for index in range(3))
     assert (counts.truncated, counts.dropped) == (0, 0)
     # What is lost are parts of prompts in which nothing is trained.
-    assert counts.lost_tokens == positions - (split.tokens.size - len(split))
+    assert counts.lost_tokens == positions - (int(split.lengths.sum()) - len(split))
     assert counts.lost_tokens > 0
     assert f"0 dropped with {counts.lost_tokens} tokens lost, {counts.split} split (" in split.describe()[0]
 
@@ -210,8 +210,7 @@ def test_many_records_come_out_in_file_order(tmp_path: Path, tokenizer: Tokenize
     assert [trained_text(dataset, tokenizer, index) for index in range(0, 2500, 7)] == [
         str(number) for number in range(0, 2500, 7)
     ]
-    assert dataset.tokens.dtype == np.int32
-    assert dataset.trained.dtype == np.bool_
+    assert [array.dtype for array in dataset.example(0)] == [np.int32, np.bool_]
 
 
 def test_the_digest_changes_with_everything_that_changes_examples(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -254,7 +253,8 @@ def test_several_sources_without_weights_are_one_data_set(tmp_path: Path, tokeni
     single = load(
         write_rows(tmp_path / "c.jsonl", [json.loads(line) for file in (a, b) for line in file.open()]), tokenizer
     )
-    assert np.array_equal(dataset.tokens, single.tokens)
+    for index in range(12):
+        assert np.array_equal(dataset.example(index), single.example(index))
     assert [order.sample_index(c) for c in range(30)] == [single.order(seed=3).sample_index(c) for c in range(30)]
     assert len(dataset.describe()) == 2
     assert "weight" not in "".join(dataset.describe())

@@ -16,6 +16,7 @@ import pytest
 from tests.support.ranks import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "finetune_llama_hft.sh"
+DPO_SCRIPT = SCRIPT.with_name("dpo_llama_hft.sh")
 
 STAND_IN = """#!{python}
 import json, os, sys
@@ -56,9 +57,10 @@ sys.exit(1)
 
 @dataclass
 class Script:
-    """The example script with a stand-in for Python, in a folder where nothing is."""
+    """An example script with a stand-in for Python, in a folder where nothing is."""
 
     folder: Path
+    path: Path = SCRIPT
 
     @property
     def save(self) -> Path:
@@ -74,7 +76,7 @@ class Script:
 
     def run(self, *words: str, **settings: str) -> "subprocess.CompletedProcess[str]":
         """Run the script under bash; a setting of "" is left out of the environment."""
-        command = ["bash", str(SCRIPT), *words]
+        command = ["bash", str(self.path), *words]
         environment = self.environment(settings)
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60)
 
@@ -102,11 +104,22 @@ def script(tmp_path: Path) -> Script:
     return Script(folder=tmp_path)
 
 
-def test_the_file_is_valid_in_both_languages_and_executable() -> None:
-    compile(SCRIPT.read_text(), str(SCRIPT), "exec")
-    assert "\\" not in SCRIPT.read_text(), "Python would take it for an escape in the string that holds the shell half"
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
-    assert os.access(SCRIPT, os.X_OK)
+@pytest.mark.parametrize("path", [SCRIPT, DPO_SCRIPT], ids=lambda path: path.name)
+def test_the_file_is_valid_in_both_languages_and_executable(path: Path) -> None:
+    compile(path.read_text(), str(path), "exec")
+    assert "\\" not in path.read_text(), "Python would take it for an escape in the string that holds the shell half"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert os.access(path, os.X_OK)
+
+
+def test_the_preference_script_starts_a_preference_tuning(tmp_path: Path) -> None:
+    script = Script(folder=tmp_path, path=DPO_SCRIPT)
+    assert script.run("--dpo-reference", "shared", "--train-epochs", "3").returncode == 0
+    check, start = script.calls()
+    assert check["words"][:4] == ["-m", "hft_megatron", "dpo", "--check"]
+    assert start["words"][-len(check["words"]) + 4 :] == check["words"][4:]
+    assert value_of("--dpo-reference", start) == "shared"
+    assert "--train-iters" not in start["words"]
 
 
 def test_the_check_comes_first_and_for_all_ranks(script: Script) -> None:

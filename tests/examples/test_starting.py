@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.preferences import write_pairs
 from tests.support.ranks import REPOSITORY
 from tests.support.runs import make_inputs, read_metrics
 
@@ -24,7 +26,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--output", type=Path)
 output = parser.parse_args().output
 output.mkdir(parents=True, exist_ok=True)
-for name, link in (("model", "model"), ("data.jsonl", "train.jsonl")):
+for name, link in (("model", "model"), ("data.jsonl", "train.jsonl"), ("pairs.jsonl", "pairs.jsonl")):
     try:
         (output / link).symlink_to({inputs!r} + "/" + name)
     except FileExistsError:
@@ -60,19 +62,19 @@ class Clone:
         return process.returncode, output, errors
 
     def runs(self) -> set[Path]:
-        return set((self.root / "runs").glob("finetune-*"))
+        return {path for method in ("sft", "dpo") for path in (self.root / "runs").glob(f"{method}-*")}
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     folder = tmp_path_factory.mktemp("example")
     inputs = make_inputs(folder / "inputs")
+    write_pairs(inputs / "pairs.jsonl", 24)
     root = folder / "clone"
     (root / "examples").mkdir(parents=True)
     (root / "hft_megatron").symlink_to(REPOSITORY / "hft_megatron")
-    script = root / "examples" / "finetune_llama_hft.sh"
-    script.write_text((REPOSITORY / "examples" / script.name).read_text())
-    script.chmod(0o755)
+    for script in ("finetune_llama_hft.sh", "dpo_llama_hft.sh", "start.sh"):
+        shutil.copy(REPOSITORY / "examples" / script, root / "examples" / script)
     (root / "tools" / "demo").mkdir(parents=True)
     (root / "tools" / "demo" / "prepare.py").write_text(PREPARE.format(inputs=str(inputs)))
     return Clone(root=root, inputs=inputs)
@@ -86,16 +88,20 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
         ("torchrun --nproc-per-node 4 examples/finetune_llama_hft.sh --train-iters 50", "TP 2 x PP 1 x DP 2"),
         ("bash examples/finetune_llama_hft.sh", "TP 2 x PP 1 x DP 1"),
         ("torchrun --no-python examples/finetune_llama_hft.sh", "TP 1 x PP 1 x DP 1"),
+        ("torchrun examples/dpo_llama_hft.sh", "TP 1 x PP 1 x DP 1"),
+        ("torchrun --nproc-per-node 4 examples/dpo_llama_hft.sh --train-iters 50", "TP 2 x PP 1 x DP 2"),
+        ("bash examples/dpo_llama_hft.sh", "TP 2 x PP 1 x DP 1"),
+        ("torchrun --no-python examples/dpo_llama_hft.sh", "TP 1 x PP 1 x DP 1"),
     ],
 )
 def test_every_way_to_start_trains_the_demo_model_in_one_new_folder(clone: Clone, command: str, layout: str) -> None:
     before = clone.runs()
-    code, output, errors = clone.run(*command.split(), *SHORT)
+    code, output, errors = clone.run(*command.split(), *SHORT, XDG_CACHE_HOME=str(clone.root / "cache"))
     assert code == 0, errors
     assert output.count("the demo's model and data are here") == 1
     assert f"> {layout} on cpu" in output
     (run,) = clone.runs() - before
-    assert [record["iteration"] for record in read_metrics(run) if "lm loss" in record] == [2]
+    assert [record["iteration"] for record in read_metrics(run) if "grad norm" in record] == [2]
     assert (run / "hf_iter_2" / "model.safetensors").exists()
 
 

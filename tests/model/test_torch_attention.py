@@ -11,7 +11,7 @@ from torch import Tensor
 from hft_megatron.data.batches import BatchShare
 from hft_megatron.model import torch_attention
 from hft_megatron.model.torch_attention import packed_attention, packed_seq_params
-from hft_megatron.objectives.sft import forward_step
+from hft_megatron.objectives.next_token import forward_step
 from tests.support.models import build_from_folder, make_llama
 from tests.support.tiers import quick
 from tests.support.toy_training import TINY, toy_batches, toy_samples
@@ -98,7 +98,7 @@ def run_gradients(folder: str, size: int) -> dict[str, Any]:
         data_parallel_size=1,
         length_multiple=1,
     )
-    steps = toy_batches(share, packed=True).step(0), toy_batches(rows)._assemble(examples, packed=False)
+    steps = toy_batches(share, packed=True).step(0), toy_batches(rows).assemble(examples, packed=False)
     losses, gradients = [], []
     (model,), _, _ = build_from_folder(folder, {})
     for step in steps:

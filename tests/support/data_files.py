@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
+from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.sft import ExampleRules, SftDataset, load_sft_dataset
+from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 
 

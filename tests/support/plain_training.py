@@ -2,7 +2,7 @@
 but the batches and the plan."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import LlamaForCausalLM
@@ -37,10 +37,12 @@ def plain_training(
     dtype: torch.dtype = torch.float32,
     micro_batch_size: int = GLOBAL_BATCH,
     packed: bool = False,
+    step_batches: Callable[[int], list[dict[str, torch.Tensor]]] | None = None,
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses and gradient norms of ``steps`` steps on whole global batches, and the weights after them.
 
-    ``packed``: on the examples that the engine's packs hold, each on its own in a row.
+    ``packed``: on the examples that the engine's packs hold, each on its own in a row. ``step_batches`` gives the
+    micro-batches of a step instead of the toy data's.
 
     In bf16 it does the engine's arithmetic: bf16 weights and products, fp32 sums over micro-batches and fp32 masters.
     """
@@ -56,7 +58,8 @@ def plain_training(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=options.adam_eps)
     losses, norms = [], []
     for step in range(steps):
-        losses.append(_accumulate(model, masters, _micro_batches(step, micro_batch_size, packed)))
+        batches = _micro_batches(step, micro_batch_size, packed) if step_batches is None else step_batches(step)
+        losses.append(_accumulate(model, masters, batches))
         largest = options.clip_grad if options.clip_grad > 0 else math.inf
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), largest)))
         for group in optimizer.param_groups:
@@ -79,7 +82,7 @@ def _micro_batches(step: int, size: int, packed: bool) -> list[dict[str, torch.T
         data_parallel_size=1,
         length_multiple=1,
     )
-    return toy_batches(share)._assemble([(index,) for index in examples], packed=False).micro_batches
+    return toy_batches(share).assemble([(index,) for index in examples], packed=False).micro_batches
 
 
 def _accumulate(

@@ -1,4 +1,4 @@
-"""Whole runs of ``hft-megatron sft``: inside a rank pool (fast, inspectable), and as real processes under torchrun."""
+"""Whole runs of a command that trains: inside a rank pool (fast, inspectable), and as real processes under torchrun."""
 
 import contextlib
 import hashlib
@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from hft_megatron.config.schema import MethodName
 from tests.support.models import make_llama
 from tests.support.ranks import REPOSITORY
 from tests.support.tokenizers import make_byte_level
@@ -58,7 +59,7 @@ class Recorder:
     kill_at: int | None
     """After this iteration the rank sends itself SIGTERM, as a scheduler would."""
     kill_rank: int
-    steps: list[dict[str, float | int | None]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
     run: Any = None
 
     def after_step(self, run: Any, result: Any) -> None:
@@ -68,6 +69,7 @@ class Recorder:
                 "iteration": run.state.iteration,
                 "consumed": run.state.consumed_samples,
                 "loss": result.loss,
+                "measured": dict(result.measured),
                 "grad_norm": result.grad_norm,
                 "lr": run.learning_rate.last,
             }
@@ -86,27 +88,34 @@ class Recorder:
 
 
 def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: int = 0) -> dict[str, Any]:
-    """Runs ``hft-megatron sft WORDS`` on this rank of a pool; every rank must call it.
+    """``run_method_words`` of ``hft-megatron sft``."""
+    return run_method_words("sft", words, kill_at, kill_rank)
+
+
+def run_method_words(
+    method: MethodName, words: Sequence[str], kill_at: int | None = None, kill_rank: int = 0
+) -> dict[str, Any]:
+    """Runs ``hft-megatron METHOD WORDS`` on this rank of a pool; every rank must call it.
 
     Returns ``steps`` (one entry per step done here), ``state`` at the end, ``stopped`` (the signal's sentence or None)
     and ``said`` (lines announced here).
     """
-    from hft_megatron.cli.sft import SftOptions
+    from hft_megatron.cli.entry import COMMANDS
     from hft_megatron.config.loading import load_options
     from hft_megatron.config.validation import shape_of, validate
     from hft_megatron.errors import Stopped
     from hft_megatron.training import assembly
 
-    config = load_options(SftOptions, list(words)).run
+    config = load_options(COMMANDS[method].options, list(words)).as_run
     shape = shape_of(config.model)
     world_size = int(os.environ["WORLD_SIZE"])
     if shape is not None:
-        validate(config, shape, world_size)
+        validate(config, shape, world_size, method)
     recorder = Recorder(kill_at=kill_at, kill_rank=kill_rank)
     stopped = None
     with _inside_a_pool(recorder) as said:
         try:
-            assembly.run_sft(config, shape, world_size)
+            assembly.run_training(method, config, shape, world_size)
         except Stopped as stop:
             stopped = str(stop)
         state = {} if recorder.run is None else state_of(recorder.run)
@@ -173,9 +182,14 @@ def _hash(tensor: Tensor) -> str:
 
 
 def start_cli(
-    words: Sequence[str], *, ranks: int | None = None, log: Path, prefix: Sequence[str] = ()
+    words: Sequence[str],
+    *,
+    ranks: int | None = None,
+    log: Path,
+    prefix: Sequence[str] = (),
+    method: MethodName = "sft",
 ) -> "subprocess.Popen[bytes]":
-    """Starts ``python -m hft_megatron sft WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
+    """Starts ``python -m hft_megatron METHOD WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
 
     ``prefix`` stands in front of the command, such as one that enters another namespace.
     """
@@ -186,7 +200,7 @@ def start_cli(
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
         launcher += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
         launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
-    command = [*prefix, *launcher, "-m", "hft_megatron", "sft", *words]
+    command = [*prefix, *launcher, "-m", "hft_megatron", method, *words]
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
@@ -199,9 +213,11 @@ def start_cli(
         )
 
 
-def run_cli(words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 120) -> int:
+def run_cli(
+    words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 120, method: MethodName = "sft"
+) -> int:
     """``start_cli`` and wait; the exit code."""
-    process = start_cli(words, ranks=ranks, log=log)
+    process = start_cli(words, ranks=ranks, log=log, method=method)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:

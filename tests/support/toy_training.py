@@ -9,13 +9,15 @@ import torch
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
-from hft_megatron.data.batches import BatchShare, SftBatches, ValidationBatches
+from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
 from hft_megatron.data.order import SampleOrder, SampleStream
 from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.stores import ExamplesInMemory
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.objectives.next_token import NEXT_TOKEN
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.tracking.tracker import CompositeTracker
 from hft_megatron.training.loop import learning_rate, next_step
@@ -52,9 +54,13 @@ def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
         offsets.append(len(tokens))
     return SftDataset(
         parts=(),
-        tokens=np.array(tokens, dtype=np.int32),
-        trained=np.array(trained, dtype=np.bool_),
-        offsets=np.array(offsets, dtype=np.int64),
+        stores=(
+            ExamplesInMemory(
+                tokens=np.array(tokens, dtype=np.int32),
+                trained=np.array(trained, dtype=np.bool_),
+                offsets=np.array(offsets, dtype=np.int64),
+            ),
+        ),
         seq_length=LONGEST,
         digest="toy",
     )
@@ -67,7 +73,7 @@ def toy_samples(*, packed: bool = False) -> SampleStream:
     if not packed:
         return order
     rule = PackingRule(capacity=LONGEST, algorithm="first_fit_shuffle", window=20)
-    return PackedOrder(order, np.diff(dataset.offsets) - 1, rule)
+    return PackedOrder(order, dataset.lengths - 1, rule)
 
 
 def toy_batches(share: BatchShare, *, packed: bool = False) -> SftBatches:
@@ -122,8 +128,9 @@ def make_run(
         placement=placement,
         rounds=rounds,
         wrapped=wrapped,
+        objective=NEXT_TOKEN,
         batches=toy_batches(share, packed=packed),
-        validation=ValidationBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
+        validation=SftValidation(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
         learning_rate=learning_rate(wrapped, rounds, config, TrainState()),
         tracker=CompositeTracker(),
         announce=lambda line: None,

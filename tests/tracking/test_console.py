@@ -53,13 +53,13 @@ def test_megatrons_other_fields_stand_where_megatron_puts_them() -> None:
 
 
 def test_the_validation_line_is_megatrons_to_the_character() -> None:
-    assert validation_line(100, 1.2) == (
+    assert validation_line(100, {"lm loss validation": 1.2}) == (
         " validation loss at iteration 100 | lm loss value: 1.200000E+00 | lm loss PPL: 3.320117E+00 | "
     )
 
 
 def test_the_perplexity_of_a_diverged_loss_is_bounded_as_in_megatron() -> None:
-    assert "lm loss PPL: 4.851652E+08" in validation_line(1, 1000.0)
+    assert "lm loss PPL: 4.851652E+08" in validation_line(1, {"lm loss validation": 1000.0})
 
 
 def test_nobody_watching_gives_plain_lines_only() -> None:
@@ -98,3 +98,12 @@ def test_the_bar_of_a_resumed_run_starts_where_the_run_resumed() -> None:
 def test_a_field_that_was_not_measured_is_not_on_the_line(missing: str) -> None:
     metrics = {name: value for name, value in METRICS.items() if name != missing}
     assert f" {missing}:" not in iteration_line(1, 1, metrics, now=datetime(2026, 1, 1))
+
+
+def test_a_validation_of_pairs_shows_everything_that_was_measured() -> None:
+    output = io.StringIO()
+    tracker = ConsoleTracker(train_iters=10, start_iteration=0, output=output, progress=io.StringIO())
+    tracker.log(5, {"preference loss validation": 0.5, "rewards/accuracies validation": 0.75})
+    assert "validation loss at iteration 5 | preference loss value: 5.000000E-01 |" in output.getvalue()
+    assert "rewards/accuracies value: 7.500000E-01 |" in output.getvalue()
+    assert "PPL" not in output.getvalue()

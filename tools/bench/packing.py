@@ -55,7 +55,7 @@ def write_examples(folder: Path) -> dict[str, float]:
     dataset = training_data(options, tokenizer, CAPACITY)
     assert dataset is not None
     samples = packed_order(dataset, options, seed=1234)
-    positions = len(dataset.tokens) - len(dataset)
+    positions = int(dataset.lengths.sum()) - len(dataset)
     return {
         "packed": RANKS * positions / len(samples.packs(0)),
         "one per row": RANKS * WAYS["one per row"][0].sequences_per_rank * positions / len(dataset),

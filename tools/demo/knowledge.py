@@ -43,9 +43,11 @@ class Knowledge:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTask:
-    """The new task: chat rows to train on, and questions about phrases that no row contains."""
+    """The new task: chat rows to train on, also as preferences, and questions about phrases that no row contains."""
 
     rows: tuple[Row, ...]
+    pairs: tuple[Row, ...]
+    """Of each row, the answer and one with the two words the wrong way round."""
     questions: tuple[Question, ...]
 
 
@@ -109,12 +111,19 @@ def make_new_task(seed: int, questions: int) -> NewTask:
         )
         for number, (adjective, noun) in enumerate(phrases[:questions])
     ]
-    return NewTask(rows=tuple(rows), questions=tuple(asked))
+    return NewTask(rows=tuple(rows), pairs=tuple(pair_row(row) for row in rows), questions=tuple(asked))
 
 
 def chat_row(question: str, answer: str) -> Row:
     """One ``messages`` row of a user's question and the assistant's answer."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def pair_row(row: Row) -> Row:
+    """A ``chat_row`` as a preference: its answer is chosen, and its two words the other way round are rejected."""
+    question, answer = row["messages"]
+    wrong = " ".join(reversed(answer["content"].split()))
+    return {"prompt": [question], "chosen": [answer], "rejected": [{"role": "assistant", "content": wrong}]}
 
 
 def tokenizer_corpus(knowledge: Knowledge) -> list[str]:

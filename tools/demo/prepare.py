@@ -49,6 +49,11 @@ class DemoFolder:
         return self.path / "train.jsonl"
 
     @property
+    def pairs(self) -> Path:
+        """The same rows as preferences."""
+        return self.path / "pairs.jsonl"
+
+    @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.model"
 
@@ -82,6 +87,8 @@ def prepare(path: Path) -> DemoFolder:
     with _only_process_here(path) as lock:
         if folder.mark.exists():
             _refuse_other_settings(folder)
+            if not folder.pairs.exists():  # made by a version that had none
+                write_rows(folder.pairs, new_task().pairs)
             print(f"the demo's model and data are in {path}")
             return folder
         print(f"making the demo's model and data in {path} (some minutes)", flush=True)
@@ -144,6 +151,7 @@ def _write_data(folder: DemoFolder) -> None:
     write_rows(folder.pretraining_data, rows)
     write_questions(folder.path / "knowledge_questions.jsonl", knowledge.questions)
     write_rows(folder.train_data, task.rows)
+    write_rows(folder.pairs, task.pairs)
     write_questions(folder.path / "train_questions.jsonl", task.questions)
     _write_tokenizer(folder.tokenizer, tokenizer_corpus(knowledge))
 

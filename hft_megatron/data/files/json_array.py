@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.data.files.json_lines import check_text, read_lines
-from hft_megatron.data.files.row import Row
+from hft_megatron.data.files.json_lines import check_text, find_lines
+from hft_megatron.data.files.row import Found, Row
 from hft_megatron.data.files.stream import BYTE_ORDER_MARK, MAX_RECORD_BYTES, DataStream, too_long
 from hft_megatron.errors import UserError
 
@@ -18,7 +18,7 @@ _LONGEST_WORD = 16
 """Longer than any JSON word or escape: an error this far from the end of the text isn't for want of more text."""
 
 
-def read_array_or_lines(path: Path) -> Iterator[Row]:
+def find_in_array_or_lines(path: Path) -> Iterator[Found]:
     """The records of an array, or, where the file doesn't begin with ``[``, of JSON Lines, which many call .json too.
 
     Raises UserError naming file, line and record.
@@ -31,7 +31,7 @@ def read_array_or_lines(path: Path) -> Iterator[Row]:
             return
     finally:
         stream.close()
-    yield from read_lines(path)
+    yield from find_lines(path)
 
 
 class _Array:
@@ -45,7 +45,7 @@ class _Array:
         self._text, self._position = "", 0
         self._append(head)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Found]:
         self._skip_space()
         self._position += 1  # the [ that the caller has seen
         number = 1
@@ -54,7 +54,8 @@ class _Array:
             if mark == "]" and number == 1:
                 break
             place = f"{self._place}, record {number}"
-            yield Row(place=place, value=self._next_value(place))
+            value, size = self._next_value(place)
+            yield Found(item=Row(place=place, value=value), size=size, position=self._stream.position)
             mark = self._skip_space()
             if mark not in (",", "]"):
                 found = repr(mark) if mark else "the end of the file"
@@ -68,7 +69,8 @@ class _Array:
         if rest:
             raise UserError(f"{self._place}: {rest!r} follows the end of the array; a .json file holds one array.")
 
-    def _next_value(self, place: str) -> Any:
+    def _next_value(self, place: str) -> tuple[Any, int]:
+        """The next record and the number of its characters."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._position)
@@ -84,8 +86,9 @@ class _Array:
                 raise too_long(place, "record")
             if self._text.find("\\u", self._position, end) >= 0:
                 check_text(value, place)
+            size = end - self._position
             self._advance(end)
-            return value
+            return value, size
 
     def _skip_space(self) -> str:
         """Go to the next character that isn't white space, and return it; empty at the end."""

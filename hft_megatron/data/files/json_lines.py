@@ -5,24 +5,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.data.files.row import Row
-from hft_megatron.data.files.stream import BYTE_ORDER_MARK, DataStream
+from hft_megatron.data.files.row import Found, Line
+from hft_megatron.data.files.stream import BYTE_ORDER_MARK, MAX_RECORD_BYTES, DataStream, too_long
 from hft_megatron.errors import UserError
 
 
-def read_lines(path: Path) -> Iterator[Row]:
-    """Each line's value, lines counted from 1. Raises UserError naming file and line."""
+def find_lines(path: Path) -> Iterator[Found]:
+    """Each line that isn't blank, lines counted from 1. Raises UserError naming file and line."""
     stream = DataStream(path)
     try:
         number = 1
         while raw := stream.read_line(place=f"{path}:{number}"):
-            place = f"{path}:{number}"
-            text = _decode(raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw, place)
-            if text.strip():
-                yield Row(place=place, value=_parse(text, place))
+            size = len(raw)
+            if number == 1:
+                raw = raw.removeprefix(BYTE_ORDER_MARK)
+            if raw.strip():
+                line = Line(place=f"{path}:{number}", raw=raw)
+                yield Found(item=line, size=size, position=stream.position)
+            if size > MAX_RECORD_BYTES:
+                stream.skip_rest(raw, place=f"{path}:{number}")
             number += 1
     finally:
         stream.close()
+
+
+def value_of(line: Line) -> Any:
+    """What the JSON of a line says. Raises UserError."""
+    return _parse(text_of_line(line), line.place)
+
+
+def text_of_line(line: Line) -> str:
+    """The characters of a line. Raises UserError for one that is too long or isn't text."""
+    if len(line.raw) > MAX_RECORD_BYTES:
+        raise too_long(line.place, "line")
+    return _decode(line.raw, line.place)
 
 
 def check_text(value: Any, place: str) -> None:

@@ -3,19 +3,38 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from hft_megatron.data.files.json_array import read_array_or_lines
-from hft_megatron.data.files.json_lines import read_lines
-from hft_megatron.data.files.parquet import read_parquet
-from hft_megatron.data.files.row import Row
+from hft_megatron.data.files.json_array import find_in_array_or_lines
+from hft_megatron.data.files.json_lines import find_lines, text_of_line, value_of
+from hft_megatron.data.files.parquet import find_in_parquet
+from hft_megatron.data.files.plain_text import find_documents
+from hft_megatron.data.files.row import Found, Line, Row
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file in its order: Parquet, a JSON array (``.json``), or JSON Lines under any other name.
+    """The rows of a file in its order: Parquet, a JSON array (``.json``), text (``.txt``), or JSON Lines under any
+    other name.
 
     ``.gz`` and ``.zst`` behind the name are decompressed. Raises UserError naming the place for a file that can't be
     opened or read, or isn't what its name says.
     """
+    for found in find_rows(path):
+        yield row_of(found.item)
+
+
+def find_rows(path: Path, separator: str | None = None) -> Iterator[Found]:
+    """What ``read_rows`` reads, lines not parsed yet; ``separator`` is the line between the documents of a text."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     if name.endswith(".parquet"):
-        return read_parquet(path)
-    return read_array_or_lines(path) if name.endswith(".json") else read_lines(path)
+        return find_in_parquet(path)
+    if name.endswith(".txt"):
+        return find_documents(path, separator)
+    return find_in_array_or_lines(path) if name.endswith(".json") else find_lines(path)
+
+
+def row_of(item: Row | Line) -> Row:
+    """The row, parsed where it isn't yet. Raises UserError naming the place of a line that isn't one."""
+    if isinstance(item, Row):
+        return item
+    if item.plain:
+        return Row(place=item.place, value={"text": text_of_line(item).strip("\r\n")})
+    return Row(place=item.place, value=value_of(item))

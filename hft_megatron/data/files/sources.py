@@ -1,4 +1,6 @@
-"""The files that a data path means: itself, those that a glob matches, or one split of a TRACE task's folder."""
+"""The files that a data path means: itself, those that a glob matches, one split of a TRACE task's folder, or those of
+preprocessed data.
+"""
 
 import glob
 from collections.abc import Sequence
@@ -6,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hft_megatron.config.data_sources import data_sources
+from hft_megatron.data.files.prefixes import is_prefix
 from hft_megatron.errors import UserError
 
 TRAIN_SPLIT, VALID_SPLIT = "train.json", "eval.json"
@@ -20,7 +23,9 @@ class SourceFiles:
     """As written."""
     weight: float | None
     files: tuple[Path, ...]
-    """At least one; of a glob in the order of their names."""
+    """At least one, of a glob in the order of their names; none of preprocessed data."""
+    prefix: str | None = None
+    """What the names of preprocessed data begin with."""
 
 
 def find_sources(option: str, words: Sequence[str], split: str) -> tuple[SourceFiles, ...]:
@@ -28,10 +33,32 @@ def find_sources(option: str, words: Sequence[str], split: str) -> tuple[SourceF
 
     ``split`` is the file that is meant by a TRACE task's folder. Raises UserError where a source has no file.
     """
-    return tuple(
-        SourceFiles(path=source.path, weight=source.weight, files=_find_files(source.path, option, split))
-        for source in data_sources(option, words)
-    )
+    sources = []
+    for source in data_sources(option, words):
+        is_prepared = not Path(source.path).is_file() and is_prefix(source.path)
+        sources.append(
+            SourceFiles(
+                path=source.path,
+                weight=source.weight,
+                files=() if is_prepared else _find_files(source.path, option, split),
+                prefix=source.path if is_prepared else None,
+            )
+        )
+    return tuple(sources)
+
+
+def find_input(option: str, words: Sequence[str], split: str) -> tuple[Path, ...]:
+    """The files of all ``words`` in order. Raises UserError where one has a weight, or is preprocessed already."""
+    sources = find_sources(option, words, split)
+    for source in sources:
+        if source.weight is not None:
+            raise UserError(
+                f"{option} {source.weight:g} {source.path}: weights are of training, which takes them before the "
+                f"prefix; leave {source.weight:g} out."
+            )
+        if source.prefix is not None:
+            raise UserError(f"{option} {source.path} is preprocessed already; name the files that it was made of.")
+    return tuple(file for source in sources for file in source.files)
 
 
 def _find_files(path: str, option: str, split: str) -> tuple[Path, ...]:
@@ -39,6 +66,8 @@ def _find_files(path: str, option: str, split: str) -> tuple[Path, ...]:
     if place.is_dir():
         return (_split_of_folder(place, option, split),)
     if place.exists():
+        if place.suffix in (".bin", ".idx"):
+            raise UserError(f"{option} {path} is a part of preprocessed data; name them without {place.suffix}.")
         return (place,)
     if not glob.has_magic(path):
         raise UserError(f"{option} {path}: there is no such file.")

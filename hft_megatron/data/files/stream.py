@@ -34,28 +34,37 @@ class DataStream:
 
     def _open(self) -> Any:
         suffix = self.path.suffix.lower()
+        zstd = _zstd_library(self.path) if suffix == ".zst" else None
+        self._raw = self.path.open("rb")
         if suffix == ".gz":
-            return gzip.open(self.path, "rb")
-        if suffix == ".zst":
-            zstd = _zstd_library(self.path)
+            return gzip.open(self._raw, "rb")
+        if zstd is not None:
             self._errors = (*self._errors, zstd.ZstdError)
-            return zstd.open(self.path, "rb")
-        return self.path.open("rb")
+            return zstd.open(self._raw, "rb")
+        return self._raw
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file, as it lies on the disk, that have been read."""
+        return self._raw.tell()
 
     def read(self, size: int, *, place: str) -> bytes:
         """Up to ``size`` bytes, none at the end. ``place`` is where the file has been read to, for the error."""
         return self._checked(self._file.read, size, place)
 
     def read_line(self, *, place: str) -> bytes:
-        """The next line with its end, none at the end of the file. Raises UserError beyond MAX_RECORD_BYTES."""
-        line = self._checked(self._file.readline, MAX_RECORD_BYTES + 1, place)
-        if len(line) > MAX_RECORD_BYTES:
-            raise too_long(place, "line")
-        return line
+        """The next line with its end, none at the end of the file; of a longer one MAX_RECORD_BYTES and one byte."""
+        return self._checked(self._file.readline, MAX_RECORD_BYTES + 1, place)
+
+    def skip_rest(self, line: bytes, *, place: str) -> None:
+        """Go behind the line that ``line`` is the beginning of."""
+        while line and not line.endswith(b"\n"):
+            line = self.read_line(place=place)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._raw.close()
 
     def _checked(self, read: Any, size: int, place: str) -> bytes:
         try:

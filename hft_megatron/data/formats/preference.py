@@ -10,7 +10,8 @@ from hft_megatron.errors import UserError
 def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
     """Three texts; or two lists of messages, with the prompt as a list, as one user's text, or as their beginning.
 
-    Raises UserError where the parts are of different kinds, don't fit each other, or hold no answer.
+    Raises UserError where the parts are of the wrong or of different kinds. A record in which they are right, and the
+    answers don't belong to one prompt, is a pair with a fault.
     """
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         return Preference(
@@ -21,7 +22,7 @@ def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
         )
     chosen = checked_messages(row["chosen"], place, key="chosen")
     rejected = checked_messages(row["rejected"], place, key="rejected")
-    prompt = row.get("prompt")
+    prompt, fault = row.get("prompt"), None
     if isinstance(prompt, list):
         shared = list(checked_messages(prompt, place, key="prompt"))
     elif prompt is not None and not isinstance(prompt, str):
@@ -30,11 +31,11 @@ def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
         shared = [{"role": "user", "content": prompt}]
     else:
         shared, chosen, rejected = _split_off_prompt(chosen, rejected)
-        _check_prompt_is_in(shared, prompt, place)
+        fault = _fault_of_prompt(shared, prompt)
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer[-1]["role"] != "assistant":
             raise UserError(f"{place}: the last message of `{key}` is the {answer[-1]['role']}'s, not the assistant's.")
-    return Preference(place=place, prompt=tuple(shared), chosen=chosen, rejected=rejected)
+    return Preference(place=place, prompt=tuple(shared), chosen=chosen, rejected=rejected, fault=fault)
 
 
 def _split_off_prompt(
@@ -46,8 +47,9 @@ def _split_off_prompt(
     return list(chosen[:common]), chosen[common:], rejected[common:]
 
 
-def _check_prompt_is_in(shared: list[Message], prompt: str | None, place: str) -> None:
+def _fault_of_prompt(shared: list[Message], prompt: str | None) -> str | None:
     if not shared:
-        raise UserError(f"{place}: `chosen` and `rejected` begin differently, so they are no answers to one prompt.")
+        return "`chosen` and `rejected` begin differently, so they are no answers to one prompt"
     if prompt is not None and all(prompt != message["content"] for message in shared):
-        raise UserError(f"{place}: `prompt` is none of the messages that `chosen` and `rejected` begin with.")
+        return "`prompt` is none of the messages that `chosen` and `rejected` begin with"
+    return None

@@ -17,6 +17,8 @@ class Chat:
     place: str
     """``file:line`` or the like, for errors."""
     messages: tuple[Message, ...]
+    given: int = 0
+    """Messages at the beginning that are a prompt: what the assistant says there is not what is learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Preference:
     prompt: str | tuple[Message, ...]
     chosen: str | tuple[Message, ...]
     rejected: str | tuple[Message, ...]
+    fault: str | None = None
+    """Why these are no two answers to one prompt, as a clause; None where they are."""
 
 
 Record = Chat | Completion | Preference

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.files import json_array, stream
+from hft_megatron.data.files import json_array, json_lines, stream
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.errors import UserError
 
@@ -78,6 +78,21 @@ def test_a_parquet_file_gives_the_same_rows_without_its_nulls(tmp_path: Path) ->
     assert found[0].value == {"messages": [{"role": "user", "content": "é"}]}
     assert found[1].value == {"messages": []}  # `n` is not in the first row, so not in the schema
     assert found[2].place == f"{tmp_path / 'a.parquet'}: row 3"
+
+
+def test_a_parquet_row_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    from hft_megatron.data.files import parquet as reader
+
+    monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 2000)
+    rows = [{"text": "x" * 1900}, {"text": "y" * 1900}, {"text": "z" * 2100}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == rows[:2]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: row 3: the row is longer than"):
+        values(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "backports.zstd"), ("a.parquet", "pyarrow")])
@@ -160,7 +175,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: Callable[[bytes
 def test_a_record_over_the_limit_is_refused_without_reading_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, place: str
 ) -> None:
-    for module in (stream, json_array):
+    for module in (stream, json_lines, json_array):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
     # What comes before the [ must be in the first chunk.
     monkeypatch.setattr(json_array, "CHUNK_BYTES", 64)

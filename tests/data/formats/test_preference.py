@@ -64,11 +64,23 @@ def test_real_pairs_are_put_together_again(shared_data: Path, name: str) -> None
         ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "`prompt` is an empty list"),
         ({"prompt": [ASK], "chosen": [GOOD], "rejected": [{"role": "x"}]}, "message 1 of `rejected` has the role 'x'"),
         ({"prompt": [ASK], "chosen": [GOOD, ASK], "rejected": [BAD]}, "the last message of `chosen` is the user's"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "begin differently"),
-        ({"chosen": [SYSTEM, GOOD], "rejected": [ASK, BAD]}, "begin differently"),
-        ({"prompt": "z", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "`prompt` is none of the messages"),
     ],
 )
 def test_a_wrong_pair_is_named(row: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=f"^x:1: .*{sentence}"):
         parse_preference(row, "x:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"chosen": [GOOD], "rejected": [BAD]}, "`chosen` and `rejected` begin differently"),
+        ({"chosen": [SYSTEM, GOOD], "rejected": [ASK, BAD]}, "`chosen` and `rejected` begin differently"),
+        ({"prompt": "z", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "`prompt` is none of the messages"),
+        ({"prompt": "a", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, None),
+    ],
+)
+def test_answers_to_different_prompts_are_a_pair_with_a_fault(row: dict[str, Any], fault: str | None) -> None:
+    found = parse_preference(row, "x:1").fault
+    assert (found or "").startswith(fault or "")
+    assert (found is None) == (fault is None)

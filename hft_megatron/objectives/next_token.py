@@ -1,16 +1,16 @@
-"""Supervised fine-tuning: next-token cross-entropy over trained tokens, divided by their number in the global batch."""
+"""Fine-tuning and pre-training: next-token cross-entropy over trained tokens, divided by their number in the global
+batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hft_megatron.model.torch_attention import packed_seq_params
-
-MicroBatch = Mapping[str, Tensor]
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+from hft_megatron.objectives.forward import forward
+from hft_megatron.objectives.objective import LossFunction, MicroBatch, Objective
+from hft_megatron.tracking.tracker import LOSS
 
 LOSS_AND_TOKENS = "loss and tokens"
 
@@ -21,15 +21,8 @@ def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple
     ``tokens`` and ``labels`` (b, s) int64, ``loss_mask`` (b, s) fp32, and ``cu_seqlens`` where the sequence is packed.
     The output is the token losses (b, s) on the last stage and hidden states (s, b, h) before it.
     """
-    device = next(chunk.parameters()).device
     micro_batch = next(batches)
-    packed = packed_seq_params(micro_batch["cu_seqlens"], device) if "cu_seqlens" in micro_batch else None
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-    # Megatron-core asks for positions and doesn't read them: rotary ones follow from the packing alone.
-    positions = torch.arange(batch["tokens"].size(1), device=device).expand_as(batch["tokens"])
-    # No attention mask: it is causal in the attention itself, and padding stands on the right or is a segment.
-    output: Tensor = chunk(batch["tokens"], positions, None, labels=batch["labels"], packed_seq_params=packed)
-    return output, partial(masked_loss, loss_mask=batch["loss_mask"])
+    return forward(chunk, micro_batch), partial(masked_loss, loss_mask=micro_batch["loss_mask"])
 
 
 def masked_loss(token_losses: Tensor, *, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -38,6 +31,7 @@ def masked_loss(token_losses: Tensor, *, loss_mask: Tensor) -> tuple[Tensor, Ten
     With ``calculate_per_token_loss`` megatron-core divides all gradients once by the tokens of the global batch, so the
     result depends neither on micro-batch size nor on the number of ranks.
     """
+    loss_mask = loss_mask.to(token_losses.device, non_blocking=True)
     loss = (token_losses.float() * loss_mask).sum()
     tokens = loss_mask.sum().to(torch.int)
     return loss, tokens, {LOSS_AND_TOKENS: torch.stack([loss.detach(), tokens.float()])}
@@ -52,3 +46,11 @@ def mean_loss(reports: list[dict[str, Tensor]], group: torch.distributed.Process
     total = torch.stack(rows).sum(dim=0) if rows else torch.zeros(2, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total, group=group)
     return float(total[0] / total[1])
+
+
+def measure(reports: list[dict[str, Tensor]], group: torch.distributed.ProcessGroup, device: Any) -> dict[str, float]:
+    """The mean loss under its name in the log."""
+    return {LOSS: mean_loss(reports, group, device)}
+
+
+NEXT_TOKEN = Objective(loss_name=LOSS, forward_step=forward_step, measure=measure)

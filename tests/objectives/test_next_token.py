@@ -1,11 +1,11 @@
-"""The SFT loss: per trained token of the global batch, whatever the micro-batches and ranks."""
+"""The next-token loss: per trained token of the global batch, whatever the micro-batches and ranks."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hft_megatron.objectives.sft import LOSS_AND_TOKENS, forward_step, masked_loss, mean_loss
+from hft_megatron.objectives.next_token import LOSS_AND_TOKENS, forward_step, masked_loss, mean_loss
 
 
 def test_masked_loss_is_the_sum_over_trained_tokens_and_their_number():

@@ -1,0 +1,215 @@
+# What the example scripts share: where a run is started, on what, and how it ended. A script sources this file, calls
+# read_environment, sets ARGS (the options, without those that its caller gave) and calls start_run:
+#
+#   METHOD         the command of hft-megatron
+#   DEMO_DATA      the file of runs/demo that it trains on where nothing is named
+#
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python}
+# The package beside the scripts, installed or not, from whatever folder they are called.
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+# Not RANK: job controllers set that for nodes as well.
+under_torchrun() { [[ -n ${TORCHELASTIC_RUN_ID:-} ]]; }
+
+mistake() { # SENTENCE
+    if under_torchrun && [[ ${RANK:-0} != 0 ]]; then
+        # Rank 0 says the same; torchrun would kill it in the middle if this one left at once.
+        sleep 2
+    else
+        echo "hft-megatron: error: $1" >&2
+    fi
+    exit 2
+}
+
+# What the command line will take for --NAME: the last one among WORDS, or DEFAULT.
+last_value() { # NAME DEFAULT WORDS...
+    local name=$1 value=$2
+    shift 2
+    while (($# > 0)); do
+        case ${1//_/-} in
+            "--$name") value=${2:-} ;;
+            "--$name="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf "%s" "$value"
+}
+
+# Sets RANKS, TP, PP, MODEL, DATA, SAVE and IS_DEMO (yes or no) from the environment and the words of the command line.
+read_environment() { # WORDS...
+    for_help_and_python "$@"
+    where_it_runs
+    what_it_trains "$@"
+}
+
+for_help_and_python() { # WORDS...
+    local word
+    for word in "$@"; do
+        if [[ $word == -h || $word == --help ]]; then
+            exec "$PYTHON" -m hft_megatron "$METHOD" --help
+        fi
+    done
+    if ! "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)" 2>/dev/null; then
+        mistake "PYTHON=$PYTHON does not run a Python that has torch; run make install and source .venv/bin/activate."
+    fi
+}
+
+where_it_runs() {
+    if under_torchrun; then
+        NNODES=$GROUP_WORLD_SIZE
+        RANKS=$WORLD_SIZE
+    else
+        GPUS_PER_NODE=${GPUS_PER_NODE:-$("$PYTHON" -c "import torch; print(torch.cuda.device_count() or 2)")}
+        NNODES=${NNODES:-1}
+        NODE_RANK=${NODE_RANK:-0}
+        for name in GPUS_PER_NODE NNODES; do
+            [[ ${!name} =~ ^[1-9][0-9]*$ ]] || mistake "$name=${!name} must be a whole number above 0."
+        done
+        [[ $NODE_RANK =~ ^[0-9]+$ ]] || mistake "NODE_RANK=$NODE_RANK must be a whole number from 0 to NNODES - 1."
+        RANKS=$((NNODES * GPUS_PER_NODE))
+    fi
+    TP=${TP:-$((RANKS < 2 ? 1 : 2))}
+    PP=${PP:-1}
+}
+
+what_it_trains() { # WORDS...
+    MODEL=$(last_value load-hf "${MODEL:-}" "$@")
+    DATA=$(last_value train-data-path "${DATA:-}" "$@")
+    SAVE=$(last_value save "${SAVE:-}" "$@")
+
+    if [[ -n $MODEL && -z $DATA ]]; then
+        mistake "MODEL=$MODEL is given without DATA; give the data file as DATA, or neither to use the demo's."
+    elif [[ -z $MODEL && -n $DATA ]]; then
+        mistake "DATA=$DATA is given without MODEL; give the Hugging Face folder as MODEL, or neither to use the demo's."
+    elif [[ -z $SAVE && $NNODES != 1 ]]; then
+        mistake "SAVE is not set on $NNODES nodes; set it to one folder that all of them see."
+    fi
+
+    # shellcheck disable=SC2034  # the scripts read it
+    IS_DEMO=no
+    if [[ -z $MODEL ]]; then
+        # Every local rank calls this: one makes the folder, the others wait for its lock, and one says so.
+        if [[ ${LOCAL_RANK:-0} != 0 ]]; then
+            "$PYTHON" "$ROOT/tools/demo/prepare.py" --output "$ROOT/runs/demo" >/dev/null
+        else
+            "$PYTHON" "$ROOT/tools/demo/prepare.py" --output "$ROOT/runs/demo"
+        fi
+        MODEL=$ROOT/runs/demo/model
+        DATA=$ROOT/runs/demo/$DEMO_DATA
+        # shellcheck disable=SC2034
+        IS_DEMO=yes
+    fi
+
+    if [[ -z $SAVE ]]; then
+        SAVE=$ROOT/runs/$METHOD-$(date +%Y%m%d-%H%M%S)-$$
+        if under_torchrun; then
+            # The ranks are processes of one torchrun and must take one folder: the first name to be linked counts.
+            shared=${TORCHELASTIC_ERROR_FILE:-}
+            [[ $shared == */attempt_* ]] || mistake "SAVE is not set, and torchrun has no log folder to agree on one; set SAVE."
+            shared=${shared%/attempt_*}
+            mine=$(mktemp "$shared/save-XXXXXX")
+            echo "$SAVE" >"$mine"
+            ln "$mine" "$shared/save" 2>/dev/null || true
+            SAVE=$(<"$shared/save")
+        fi
+    fi
+}
+
+# Starts ARGS and the words of the command line, which win, on all ranks, and exits with the run's code.
+start_run() { # WORDS...
+    local epochs
+    epochs=$(last_value train-epochs "" "$@")
+    # A finished run that is started again keeps its export; with more iterations or epochs it gets another.
+    EXPORT=$SAVE/hf_iter_$(last_value train-iters "" "${ARGS[@]}" "$@")
+    [[ -z $epochs ]] || EXPORT=$SAVE/hf_epoch_$epochs
+    [[ -e $EXPORT ]] || ARGS+=(--save-hf "$EXPORT")
+    ARGS+=("$@")
+
+    # Tensor parallelism hides its communication behind products only if kernels start in the order they were queued.
+    export CUDA_DEVICE_MAX_CONNECTIONS=1
+
+    if under_torchrun; then
+        exec "$PYTHON" -m hft_megatron "$METHOD" "${ARGS[@]}"
+    fi
+
+    # Until the ranks can save there is nothing to lose: a signal ends the script, and a restart begins anew.
+    stop_early() { # SIGNAL
+        echo "hft-megatron: $1 stopped the run before training began; start it again with SAVE=$SAVE" >&2
+        exit 3
+    }
+    trap 'stop_early SIGTERM' TERM HUP
+    trap 'stop_early SIGUSR1' USR1
+    trap 'exit 130' INT
+
+    WORLD_SIZE=$RANKS "$PYTHON" -m hft_megatron "$METHOD" --check "${ARGS[@]}"
+    mkdir -p "$SAVE" || mistake "SAVE=$SAVE cannot be made; choose a folder that can be written."
+
+    if ((NNODES == 1)); then
+        # A free port, so that several runs fit on one machine, and no name that a machine without a network cannot resolve.
+        RENDEZVOUS_ARGS=(--rdzv-backend c10d --rdzv-endpoint localhost:0 --local-addr localhost)
+    else
+        [[ -n ${MASTER_ADDR:-} ]] || mistake "MASTER_ADDR is not set on $NNODES nodes; set it to the address of node 0."
+        RENDEZVOUS_ARGS=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+    fi
+    DISTRIBUTED_ARGS=(
+        --signals-to-handle "SIGTERM,SIGINT,SIGUSR1"
+        --nproc-per-node "$GPUS_PER_NODE"
+        --nnodes "$NNODES"
+        "${RENDEZVOUS_ARGS[@]}"
+    )
+
+    CORES_PER_RANK=$(($(nproc) / GPUS_PER_NODE))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES_PER_RANK < 1 ? 1 : CORES_PER_RANK))}
+    # When ranks are restarted after a crash, a store shared with the agent makes them meet old addresses; recovery then
+    # fails about half of the time on gloo.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # A stopped run writes its checkpoint before it leaves, which may take longer than torchrun's 30 seconds.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
+    # This file tells how the run ended; an old one must not tell it of this run.
+    STATUS=$SAVE/status.json
+    ((NODE_RANK != 0)) || rm -f "$STATUS"
+
+    # A process group of its own (set -m): Ctrl-C then reaches torchrun once, from the traps, and not a second time from the
+    # terminal, which would end the ranks while they save.
+    set -m
+    "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}" -m hft_megatron "$METHOD" "${ARGS[@]}" </dev/null &
+    TORCHRUN=$!
+    set +m
+    # shellcheck disable=SC2329  # the traps below call it
+    forward() { # SIGNAL
+        forwarded=yes
+        signalled=$1
+        kill -s "$1" "$TORCHRUN" 2>/dev/null || true
+    }
+    trap 'forward TERM' TERM HUP
+    trap 'forward INT' INT
+    trap 'forward USR1' USR1
+
+    forwarded=yes
+    while [[ $forwarded == yes ]]; do
+        # A trapped signal ends wait early, with its own number.
+        forwarded=no
+        code=0
+        wait "$TORCHRUN" || code=$?
+    done
+
+    if ((code != 0 && NODE_RANK == 0)) && [[ -n ${signalled:-} && ! -f $STATUS ]]; then
+        # The signal met ranks that were not training yet.
+        [[ $signalled != INT ]] || exit 130
+        stop_early "SIG$signalled"
+    fi
+    if ((code != 0 && NODE_RANK == 0)) && [[ -f $STATUS ]]; then
+        # torchrun says 1 for every failure; the sentence is said again because its trace has pushed it out of sight.
+        code=$("$PYTHON" -c "
+import json, sys
+status = json.load(open(sys.argv[1]))
+print(status['exit_code'] or sys.argv[2])
+print('hft-megatron:', status['message'], file=sys.stderr)
+" "$STATUS" "$code")
+    fi
+    exit "$code"
+}

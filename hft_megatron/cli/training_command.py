@@ -1,0 +1,114 @@
+"""What the commands that train have in common: their options, the checks, and the way to the run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hft_megatron.cli import launch
+from hft_megatron.cli.boundary import StatusFolder
+from hft_megatron.config.derived import data_parallel_size, global_batch_size
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import (
+    CheckpointConfig,
+    HFTConfig,
+    LoggingConfig,
+    MethodName,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from hft_megatron.config.stages import read_stages, with_rounds_in_turn
+from hft_megatron.config.validation import shape_of, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The options of every run, and two that are not part of it; a command adds those of its data."""
+
+    config: str | None = None
+    """YAML file with any of the options below, by name or under a group's name; the command line wins."""
+    check: bool = False
+    """Check options, tokenizer and data for WORLD_SIZE ranks (from the environment), and train nothing."""
+    stages: str | None = None
+    """YAML list of stages that follow one another as rounds of one run, each with a `method` and the options that it
+    has for itself, such as its data; all others are those given here."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    hft: HFTConfig = field(default_factory=HFTConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def as_run(self) -> RunConfig:
+        """The run that these options describe."""
+        return RunConfig(
+            parallel=self.parallel,
+            model=self.model,
+            training=self.training,
+            optimizer=self.optimizer,
+            hft=self.hft,
+            checkpoint=self.checkpoint,
+            logging=self.logging,
+        )
+
+
+def run_method(method: MethodName, options: TrainingOptions, status: StatusFolder) -> None:
+    """Check, and train unless only the check is asked for; every rank checks for itself and finds the same."""
+    config = options.as_run
+    if config.checkpoint.save is not None and not options.check:
+        status.path = Path(config.checkpoint.save)
+    world_size = launch.world_size()
+    shape = shape_of(config.model)
+    if options.stages is not None:
+        _run_stages(options.stages, config, shape, world_size, check=options.check)
+        return
+    validate(config, shape or _shape_before_the_tokenizer(config), world_size, method)
+    # Imported here and below, because the checks above must not wait for torch and transformers.
+    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+
+    silence_engine_warnings()
+    if options.check:
+        from hft_megatron.training.checks import check_inputs
+
+        check_inputs(method, config, shape, world_size)
+        print(_all_is_well(config, shape, world_size))
+        return
+    launch.place_this_process()
+    from hft_megatron.training.assembly import run_training
+
+    run_training(method, config, shape, world_size)
+
+
+def _run_stages(path: str, config: RunConfig, shape: ModelShape | None, world_size: int, *, check: bool) -> None:
+    stages = read_stages(path, config)
+    for stage in with_rounds_in_turn(stages):
+        validate(stage.config, shape or _shape_before_the_tokenizer(stage.config), world_size, stage.method)
+    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+
+    silence_engine_warnings()
+    from hft_megatron.training.stage_sequence import check_stages, run_stages
+
+    if check:
+        print("\n".join(check_stages(stages, world_size)))
+        print(_all_is_well(config, shape, world_size))
+        return
+    launch.place_this_process()
+    run_stages(stages, shape, world_size)
+
+
+def _shape_before_the_tokenizer(config: RunConfig) -> ModelShape:
+    """All of the shape but the vocabulary, which no rule of ``validate`` reads."""
+    return ModelShape.from_model_config(config.model, vocab_size=1)
+
+
+def _all_is_well(config: RunConfig, shape: ModelShape | None, world_size: int) -> str:
+    parallel = config.parallel
+    layout = (
+        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
+        f"DP {data_parallel_size(parallel, world_size)}"
+    )
+    model = "a LLaMA" if shape is None else f"a LLaMA of {shape.parameter_count():,} parameters"
+    return f"OK: {model} on {layout}, global batch size {global_batch_size(config, world_size)}"

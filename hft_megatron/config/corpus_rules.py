@@ -1,0 +1,92 @@
+"""Rules about the data of `pretrain`, and what its words mean.
+
+Every rule takes (options, shape, world size) and raises UserError with one sentence; ``validation`` runs them.
+"""
+
+import re
+
+from hft_megatron.config import derived
+from hft_megatron.config.data_sources import data_sources
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import CorpusConfig, RunConfig
+from hft_megatron.errors import UserError
+
+
+def split_parts(split: str) -> tuple[float, float, float]:
+    """The parts of --split for training, validation and test, in proportion; parts left out are 0.
+
+    Raises UserError for what is not up to three numbers, and where nothing is left to train on.
+    """
+    words = split.split(",")
+    # megatron-core takes what looks like a number out of any text: of 9e1,1 it would make 9, 1 and 1.
+    if len(words) > 3 or not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", word) for word in words):
+        raise UserError(f"--split {split}: must be up to three numbers with commas between them, such as 969,30,1.")
+    train, valid, test = [*(float(word) for word in words), 0.0, 0.0][:3]
+    if train == 0:
+        raise UserError(f"--split {split} leaves nothing to train on; its first number must be above 0.")
+    return train, valid, test
+
+
+def corpus_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Training needs tokens, from files or made up."""
+    corpus = config.corpus
+    if corpus.mock_data and corpus.data_path:
+        raise UserError(f"--mock-data and --data-path {' '.join(corpus.data_path)} are both given; keep one of them.")
+    if corpus.mock_data and corpus.split != CorpusConfig.split:
+        raise UserError(f"--split {corpus.split} divides files, and --mock-data has thirds; leave one of them out.")
+    if config.training.train_iters != 0 and not (corpus.data_path or corpus.mock_data):
+        raise UserError(
+            "--data-path is missing: give the prefix of .bin and .idx files, --mock-data to try a run out, or "
+            "--train-iters 0 to train nothing."
+        )
+
+
+def corpus_words_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Weights stand before prefixes, for all or none, and a split has parts."""
+    data_sources("--data-path", config.corpus.data_path)
+    split_parts(config.corpus.split)
+
+
+def length_is_in_iterations(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """megatron-core shuffles the samples of all passes over a corpus together, so that no epoch begins anywhere."""
+    if config.training.train_epochs is not None:
+        raise UserError(
+            f"--train-epochs {config.training.train_epochs}: a corpus is shuffled over all passes at once and has no "
+            f"epochs; give --train-iters."
+        )
+    if config.hft.hft_round_interval == "epoch":
+        raise UserError(
+            "--hft-round-interval epoch: a corpus is shuffled over all passes at once and has no epochs; give the "
+            "iterations of a round, such as --hft-round-interval 50."
+        )
+
+
+def validation_has_a_length(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """A corpus is too large to validate on all of it, and a part of it must be kept back for that."""
+    logging, split = config.logging, config.corpus.split
+    if logging.eval_interval is not None and logging.eval_iters is None:
+        raise UserError(f"--eval-interval {logging.eval_interval} needs --eval-iters; add it, or leave it out.")
+    if logging.eval_iters is not None and split_parts(split)[1] == 0:
+        raise UserError(
+            f"--eval-iters {logging.eval_iters} needs a part for validation, and --split {split} has none; make its "
+            f"second number larger than 0, or leave --eval-iters out."
+        )
+
+
+def samples_divide_over_the_ranks(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Samples are exactly as long as --seq-length, and sequence parallelism cuts them into equal parts."""
+    length, size = derived.sequence_length(config.training, shape), config.parallel.tensor_model_parallel_size
+    if config.parallel.sequence_parallel and length % size:
+        raise UserError(
+            f"--seq-length {length} is no multiple of --tensor-model-parallel-size {size}, which --sequence-parallel "
+            f"needs; the nearest length that fits is {length - length % size or size}."
+        )
+
+
+CORPUS_RULES = (
+    corpus_is_given,
+    corpus_words_are_clear,
+    length_is_in_iterations,
+    validation_has_a_length,
+    samples_divide_over_the_ranks,
+)

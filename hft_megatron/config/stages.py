@@ -1,0 +1,81 @@
+"""The stages of a run, one after the other: each has a method, data and a length of its own, and is a round of the
+method's (or several). A stage starts from the weights that the one before left.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from hft_megatron.config.loading import stages_of_file
+from hft_megatron.config.run_folder import same_folder
+from hft_megatron.config.schema import MethodName, RunConfig
+from hft_megatron.errors import UserError
+
+_OF_THE_WHOLE = ("save", "load", "finetune", "save_hf")
+"""Options that a stage can't set: stages follow one another in the folders below --save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of a run, with all of its options but the number of its first round."""
+
+    method: MethodName
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints are."""
+        assert self.config.checkpoint.save is not None
+        return Path(self.config.checkpoint.save)
+
+
+def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
+    """The stages that a YAML file describes; ``base`` are the options of all of them.
+
+    Raises UserError for a file that can't be read, a method that there isn't, an option that is no stage's own, and
+    where --save is missing, which stages need to hand on their weights.
+    """
+    whole = base.checkpoint
+    if whole.save is None:
+        raise UserError(f"--stages {path} needs --save, where one stage leaves its weights for the next; add it.")
+    if base.hft.hft_first_round is not None:
+        raise UserError(f"--hft-first-round {base.hft.hft_first_round} is what --stages numbers itself; leave it out.")
+    stages: list[Stage] = []
+    read = list(stages_of_file(Path(path), base))
+    for number, (method, line, config) in enumerate(read):
+        if method not in get_args(MethodName):
+            known = ", ".join(get_args(MethodName))
+            raise UserError(f"{path}:{line}: the method {method} is none of {known}.")
+        for name in _OF_THE_WHOLE:
+            if getattr(config.checkpoint, name) != getattr(whole, name):
+                raise UserError(
+                    f"{path}:{line}: {name} can't be set for one stage; give --{name.replace('_', '-')} for all."
+                )
+        if config.model != base.model:
+            raise UserError(
+                f"{path}:{line}: a stage can't have a model of its own; the stages train one model in turn."
+            )
+        folder = f"{whole.save}/stage_{number}_{method}"
+        own = replace(
+            config.checkpoint,
+            save=folder,
+            save_hf=whole.save_hf if number == len(read) - 1 else None,
+            save_dtype=config.checkpoint.save_dtype if number == len(read) - 1 else None,
+        )
+        if number > 0:
+            own = replace(own, load=str(stages[-1].folder), finetune=True)
+        elif same_folder(whole.save, whole.load):
+            own = replace(own, load=folder)
+        stages.append(Stage(method=method, config=replace(config, checkpoint=own)))  # type: ignore[arg-type]
+    return tuple(stages)
+
+
+def numbered(stage: Stage, first_round: int) -> Stage:
+    """The stage with the number of its first round."""
+    return replace(stage, config=replace(stage.config, hft=replace(stage.config.hft, hft_first_round=first_round)))
+
+
+def with_rounds_in_turn(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Numbered as if each had one round, which is enough to check them by."""
+    return tuple(numbered(stage, number) for number, stage in enumerate(stages))

@@ -1,0 +1,246 @@
+"""Preference pairs as tokens: for every pair the prompt with the chosen answer, and the prompt with the rejected one.
+
+Trained are the answers' tokens alone, also where the prompt holds turns of the assistant.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from hft_megatron.config.schema import BadPairs
+from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
+from hft_megatron.data.files.digests import file_digest
+from hft_megatron.data.files.sources import SourceFiles
+from hft_megatron.data.fitting import ExampleRules
+from hft_megatron.data.formats.record import Completion, Message, Preference
+from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
+from hft_megatron.data.records import read_records
+from hft_megatron.data.sft import SftDataset, data_digest
+from hft_megatron.data.stores import Encoded, ExamplesInMemory
+from hft_megatron.data.tokenizer import Piece, Tokenizer
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """The pairs of one source: a range of the data set's."""
+
+    path: str
+    weight: float | None
+    pairs: int
+    read: int
+    truncated: int
+    """Pairs of which an answer was cut off."""
+    dropped: int
+    """Pairs that are too long."""
+    bad: tuple[tuple[str, int], ...]
+    """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
+
+    def summary(self) -> str:
+        """One line for the log, with everything that was shortened or left out."""
+        bad = "".join(f", {count} left out: {reason}" for reason, count in self.bad)
+        return (
+            f"{self.path}: {self.pairs} pairs of {self.read} records, {self.truncated} truncated and {self.dropped} "
+            f"dropped{bad}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairDataset:
+    """All pairs of a run, source after source. Answers 2i and 2i + 1 are those of pair i, the chosen one first."""
+
+    sources: tuple[PairSource, ...]
+    answers: SftDataset
+
+    def __len__(self) -> int:
+        return len(self.answers) // 2
+
+    @property
+    def digest(self) -> str:
+        """Equal digests mean equal pairs in equal order."""
+        return self.answers.digest
+
+    @property
+    def seq_length(self) -> int:
+        """Longest prompt and answer, in positions."""
+        return self.answers.seq_length
+
+    def num_positions(self, pair: int) -> int:
+        """Positions of both halves together."""
+        return self.answers.num_positions(2 * pair) + self.answers.num_positions(2 * pair + 1)
+
+    def order(self, seed: int) -> Order:
+        """Which pair comes when in training: each once in an epoch, or each source by its weight."""
+        shares = self.epoch_shares()
+        if shares is None:
+            return SampleOrder(num_examples=len(self), seed=seed)
+        sizes = tuple(source.pairs for source in self.sources)
+        return MixtureOrder(num_examples=len(self), seed=seed, sizes=sizes, shares=shares)
+
+    def epoch_shares(self) -> tuple[int, ...] | None:
+        """Samples of each source in an epoch, None where sources have no weights."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return shares_of_epoch([source.pairs for source in self.sources], weights) if weights else None
+
+    def describe(self) -> list[str]:
+        """Lines for the log: each source, and what it has in an epoch where weights say so."""
+        lines = []
+        for source, share in zip(self.sources, self.epoch_shares() or (None,) * len(self.sources), strict=True):
+            mixed = (
+                ""
+                if share is None
+                else f"; {share} samples of it in an epoch of {len(self)} (weight {source.weight:g})"
+            )
+            lines.append(f"{source.summary()} (sequence length {self.seq_length}){mixed}")
+        return lines
+
+
+class _BadPair(Exception):
+    """A pair of which nothing can be learned; the message is a clause."""
+
+
+def load_pair_dataset(
+    sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
+) -> PairDataset:
+    """Read and tokenize all sources. Needs no model and no process group.
+
+    Raises UserError naming the place of a record that is malformed, can't be rendered, is too long under ``error`` or,
+    unless ``bad_pairs`` are skipped, that nothing can be learned of: equal answers, an empty one, a prompt that leaves
+    no room for an answer, answers to different prompts. Also for a source without pairs or with too small a weight.
+    """
+    assert rules.long_examples != "split"
+    kept: list[Encoded] = []
+    parts = []
+    for source in sources:
+        if source.prefix is not None:
+            raise UserError(f"{source.path} is preprocessed data, which hold no pairs; give the files of pairs.")
+        answers, part = _load_source(source, tokenizer, rules, bad_pairs)
+        kept += answers
+        parts.append(part)
+    store = ExamplesInMemory(
+        tokens=np.concatenate([ids for ids, _ in kept]),
+        trained=np.concatenate([mask for _, mask in kept]),
+        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
+    )
+    origins = [{"weight": one.weight, "files": [file_digest(file) for file in one.files]} for one in sources]
+    digest = data_digest(origins, tokenizer, rules, bad_pairs)
+    dataset = PairDataset(
+        sources=tuple(parts),
+        answers=SftDataset(parts=(), stores=(store,), seq_length=rules.seq_length, digest=digest),
+    )
+    for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
+        if share == 0:
+            raise UserError(
+                f"the weight {part.weight:g} of {part.path} gives it no pair in an epoch of {len(dataset)}; raise it, "
+                f"or leave the source out."
+            )
+    return dataset
+
+
+def _load_source(
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
+) -> tuple[list[Encoded], PairSource]:
+    kept: list[Encoded] = []
+    bad: Counter[str] = Counter()
+    read = truncated = dropped = 0
+    for pair, halves in _encoded_pairs(source, tokenizer, rules.loss):
+        read += 1
+        longest = max(len(ids) - 1 for ids, _ in halves)
+        try:
+            _check_record(pair)
+            if longest > rules.seq_length and rules.long_examples == "drop":
+                dropped += 1
+                continue
+            fitting = [_fitting(half, pair.place, rules) for half in halves]
+            _check_halves(fitting)
+        except _BadPair as fault:
+            if bad_pairs == "error":
+                raise UserError(f"{pair.place}: {fault}; correct the pair, or choose --dpo-bad-pairs skip.") from fault
+            bad[str(fault)] += 1
+            continue
+        truncated += longest > rules.seq_length
+        kept += fitting
+    if not kept:
+        left_out = dropped + bad.total()
+        why = f"all {left_out} were left out" if left_out else "it is empty"
+        raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
+    return kept, PairSource(
+        path=source.path,
+        weight=source.weight,
+        pairs=len(kept) // 2,
+        read=read,
+        truncated=truncated,
+        dropped=dropped,
+        bad=tuple(bad.most_common()),
+    )
+
+
+def _encoded_pairs(
+    source: SourceFiles, tokenizer: Tokenizer, loss: LossRule
+) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
+    template = ChatTemplate(tokenizer.facts, loss)
+    records = read_records(source.files, "preference")
+    while batch := [record for _, record in islice(records, RECORDS_PER_BATCH)]:
+        pieces = []
+        for pair in batch:
+            assert isinstance(pair, Preference)
+            pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
+        encoded = tokenizer.encode_pieces(pieces)
+        for number, pair in enumerate(batch):
+            assert isinstance(pair, Preference)
+            yield pair, (encoded[2 * number], encoded[2 * number + 1])
+
+
+def _pieces(
+    pair: Preference,
+    answer: str | tuple[Message, ...],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    loss: LossRule,
+) -> list[Piece]:
+    if isinstance(answer, str):
+        assert isinstance(pair.prompt, str)
+        return completion_pieces(Completion(place=pair.place, prompt=pair.prompt, completion=answer), tokenizer, loss)
+    assert not isinstance(pair.prompt, str)
+    try:
+        return template.pieces([*pair.prompt, *answer], given=len(pair.prompt))
+    except ChatError as error:
+        raise UserError(f"{pair.place}: {error}.") from error
+
+
+def _check_record(pair: Preference) -> None:
+    if pair.fault is not None:
+        raise _BadPair(pair.fault)
+    for key, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        turns = [answer] if isinstance(answer, str) else [turn["content"] for turn in answer]
+        if not turns[-1].strip():
+            raise _BadPair(f"the answer in `{key}` is empty")
+    if pair.chosen == pair.rejected:
+        raise _BadPair("`chosen` and `rejected` are the same")
+
+
+def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
+    ids, mask = half
+    if len(ids) - 1 > rules.seq_length and rules.long_examples == "error":
+        raise UserError(
+            f"{place}: the prompt and an answer have {len(ids) - 1} positions, but --seq-length is {rules.seq_length}; "
+            f"raise it or choose --long-examples drop or truncate."
+        )
+    return ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]
+
+
+def _check_halves(halves: Sequence[Encoded]) -> None:
+    prompts = []
+    for ids, mask in halves:
+        if not mask[1:].any():
+            raise _BadPair("the prompt leaves no room for an answer within --seq-length")
+        prompts.append(ids[: int(np.argmax(mask))])
+    if not np.array_equal(prompts[0], prompts[1]):
+        raise _BadPair("the chat template renders the prompt differently before the two answers")
+    if np.array_equal(halves[0][0], halves[1][0]):
+        raise _BadPair("`chosen` and `rejected` have the same tokens within --seq-length")

@@ -1,0 +1,192 @@
+"""What preprocessed data were made of and by which rules: ``PREFIX_preprocessed.json``, written last."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.config.schema import DataFormat
+from hft_megatron.data.files.prefixes import BAD_LINES, FACTS, UNFINISHED
+from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
+from hft_megatron.data.tokenizer import TokenizerFacts
+from hft_megatron.errors import UserError
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that decides the bytes of the output."""
+
+    inputs: tuple[str, ...]
+    """sha256 of each input file, in their order."""
+    tokenizer: str
+    chat_template: str
+    template_variables: dict[str, str]
+    vocab_size: int
+    seq_length: int | None
+    """None where examples have no limit."""
+    long_examples: str
+    loss_on: str
+    train_on_eos: bool
+    data_format: str | None
+    append_eod: bool
+    document_separator: str | None
+
+    @staticmethod
+    def of(
+        inputs: tuple[str, ...],
+        tokenizer: TokenizerFacts,
+        rules: ExampleRules,
+        *,
+        append_eod: bool,
+        document_separator: str | None,
+    ) -> "Job":
+        """The job of these inputs and options."""
+        return Job(
+            inputs=inputs,
+            tokenizer=tokenizer.identity,
+            chat_template=tokenizer.chat_template,
+            template_variables=dict(tokenizer.template_variables),
+            vocab_size=tokenizer.vocab_size,
+            seq_length=None if rules.seq_length == NO_LIMIT else rules.seq_length,
+            long_examples=rules.long_examples,
+            loss_on=rules.loss.loss_on,
+            train_on_eos=rules.loss.train_on_eos,
+            data_format=rules.data_format,
+            append_eod=append_eod,
+            document_separator=document_separator,
+        )
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> "Job":
+        """The inverse of ``asdict``, of JSON."""
+        return Job(**{**saved, "inputs": tuple(saved["inputs"])})
+
+    def first_difference(self, other: "Job") -> str | None:
+        """What differs, in words, with this job's value first; None where nothing does."""
+        for name, mine in asdict(self).items():
+            theirs = getattr(other, name)
+            if mine != theirs:
+                if name in _TOLD_BY_NAME:
+                    return _TOLD_BY_NAME[name]
+                return f"--{name.replace('_', '-')} {_word(mine)} instead of {_word(theirs)}"
+        return None
+
+
+_TOLD_BY_NAME = {
+    "inputs": "other input",
+    "tokenizer": "another tokenizer",
+    "chat_template": "another chat template",
+    "template_variables": "another tokenizer",
+    "vocab_size": "another tokenizer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The contents of the file."""
+
+    job: Job
+    documents: int
+    examples: int
+    longest: int
+    """Positions of the longest document."""
+    bad_lines: int
+    formats: tuple[DataFormat, ...]
+    counts: SftCounts
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the examples were made of, as for the same files read directly; more where they were read otherwise."""
+        job = self.job
+        more = {"bad_lines": self.bad_lines, "document_separator": job.document_separator}
+        return {"files": list(job.inputs), **{name: value for name, value in more.items() if value}}
+
+    def summary(self, prefix: str) -> str:
+        """One line for a person."""
+        counts = self.counts
+        long = f", {counts.truncated} truncated, {counts.dropped} dropped, {counts.split} split"
+        bad = f"; {self.bad_lines:,} bad lines in {prefix}{BAD_LINES}" if self.bad_lines else ""
+        return (
+            f"{prefix} ({', '.join(self.formats)}): {self.documents:,} documents, {self.examples:,} examples, "
+            f"{counts.trained_tokens:,} trained tokens of {counts.tokens:,}"
+            f"{long if counts.truncated + counts.dropped + counts.split else ''}{bad}"
+        )
+
+    def write(self, prefix: str) -> None:
+        """Complete the data of ``prefix``."""
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False)
+        write_atomically(Path(f"{prefix}{FACTS}"), text + "\n")
+
+
+def read_facts(prefix: str) -> Facts:
+    """The facts of complete data. Raises UserError for data that are not complete, or without readable facts."""
+    path = Path(f"{prefix}{FACTS}")
+    if not path.exists() and Path(f"{prefix}{UNFINISHED}").exists():
+        raise UserError(
+            f"{prefix} is not preprocessed to its end; start tools/preprocess_data.py again with the same options."
+        )
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.pop("format") != _FORMAT:
+            raise UserError(f"{path} is of another version; preprocess the data again.")
+        job, counts = Job.from_dict(saved.pop("job")), SftCounts(**saved.pop("counts"))
+        return Facts(job=job, counts=counts, formats=tuple(saved.pop("formats")), **saved)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing, which says how {prefix}.bin was made; copy it too, or make the data with "
+            f"tools/preprocess_data.py."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} can't be read ({error}); copy it again, or preprocess the data again.") from error
+
+
+def check_facts(facts: Facts, prefix: str, tokenizer: TokenizerFacts, rules: ExampleRules) -> None:
+    """Raise UserError where a run with this tokenizer and these rules would make other examples of the same files."""
+    job = facts.job
+    if "text" in facts.formats and not job.append_eod:
+        raise UserError(
+            f"{prefix} was preprocessed without --append-eod, but fine-tuning ends every text; preprocess it again "
+            f"with it."
+        )
+    run = Job.of(job.inputs, tokenizer, rules, append_eod=job.append_eod, document_separator=job.document_separator)
+    for what, theirs, ours in _differences(facts, run):
+        raise UserError(
+            f"{prefix} was preprocessed with {what} {theirs}, but the run has {ours}; give the run the same, or "
+            f"preprocess the data again."
+        )
+
+
+def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]:
+    """(what, of the data, of the run) of all that makes other examples, in the words of the options."""
+    job = facts.job
+    if (job.tokenizer, job.template_variables) != (run.tokenizer, run.template_variables):
+        yield "a --tokenizer-model of digest", job.tokenizer[:12], f"one of digest {run.tokenizer[:12]}"
+    if job.chat_template != run.chat_template:
+        theirs, ours = _where_they_differ(job.chat_template, run.chat_template)
+        yield "a --chat-template with", theirs, f"one with {ours}"
+    for name in ("loss_on", "train_on_eos"):
+        if getattr(job, name) != getattr(run, name):
+            yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
+    if run.data_format is not None and facts.formats != (run.data_format,):
+        yield "records of the format", " and ".join(facts.formats), f"--data-format {run.data_format}"
+    # Limits that nothing reached make no difference.
+    for limit in (job.seq_length, run.seq_length):
+        if limit is not None and facts.longest > limit:
+            for name in ("seq_length", "long_examples"):
+                if getattr(job, name) != getattr(run, name):
+                    yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
+
+
+def _word(value: object) -> object:
+    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """What each of two texts has where the other has something else."""
+    common = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    start = min(len(one), len(other)) if common is None else common
+    return repr(one[start : start + 40]), repr(other[start : start + 40])

@@ -1,0 +1,185 @@
+"""Makes preprocessed data: one process reads and writes in order, workers tokenize what lies between."""
+
+import os
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from types import FrameType
+
+from hft_megatron.data.files.digests import file_digest
+from hft_megatron.data.files.prefixes import FACTS, UNFINISHED
+from hft_megatron.data.fitting import ExampleRules
+from hft_megatron.data.preprocessed.chunks import Chunk, cut_chunks
+from hft_megatron.data.preprocessed.facts import Facts, Job, read_facts
+from hft_megatron.data.preprocessed.output import Output
+from hft_megatron.data.preprocessed.progress import ProgressReport
+from hft_megatron.data.preprocessed.worker import DocumentMaker, Documents, make_documents, start_worker
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import RunFailed, Stopped, UserError
+
+Announce = Callable[[str], None]
+RECORD_SECONDS = 2.0
+"""Between two entries of the journal: so much work a kill costs at most, and a disk is not asked to sync more often."""
+_CHUNKS_PER_WORKER = 3
+"""That are read ahead: one is worked on, one waits for its worker and one for its turn to be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What to make, of what, and how."""
+
+    files: tuple[Path, ...]
+    prefix: str
+    rules: ExampleRules
+    append_eod: bool
+    document_separator: str | None
+    skips_bad_lines: bool
+    workers: int
+    log_interval: int
+    """Documents between two lines of the log."""
+
+
+def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -> Facts:
+    """Write the files of ``asked.prefix``, or go on with them, and return their facts.
+
+    Memory is bounded by a few chunks per worker. Raises UserError for a mistake in the input or a prefix that is taken,
+    Stopped after a signal (the same command goes on), RunFailed where a worker dies.
+    """
+    job = Job.of(
+        _digests(asked.files),
+        tokenizer.facts,
+        asked.rules,
+        append_eod=asked.append_eod,
+        document_separator=asked.document_separator,
+    )
+    if Path(f"{asked.prefix}{FACTS}").exists():
+        facts = read_facts(asked.prefix)
+        if job.first_difference(facts.job) is None:
+            announce(f"{asked.prefix} is complete already")
+            shutil.rmtree(f"{asked.prefix}{UNFINISHED}", ignore_errors=True)  # a kill may have left it
+            return facts
+    output = Output(asked.prefix, job)
+    if output.progress.bad_lines and not asked.skips_bad_lines:
+        raise UserError(
+            f"--on-bad-line stop: the unfinished {asked.prefix} has passed over {output.progress.bad_lines} bad lines; "
+            f"give --on-bad-line skip to go on."
+        )
+    output.open()
+    try:
+        if not output.progress.complete:
+            _make(asked, tokenizer, output, announce)
+        _check_not_empty(output, asked)
+        return output.finish()
+    except OSError as error:
+        raise UserError(
+            f"--output-prefix {asked.prefix} can't be written on ({error.strerror}); make room, and the same command "
+            f"goes on."
+        ) from error
+    finally:
+        output.close()
+
+
+def _digests(files: tuple[Path, ...]) -> tuple[str, ...]:
+    try:
+        return tuple(file_digest(file) for file in files)
+    except OSError as error:
+        raise UserError(f"--input {error.filename} can't be read: {error.strerror}; check the path.") from error
+
+
+def _check_not_empty(output: Output, asked: Preprocessing) -> None:
+    if output.progress.documents == 0:
+        bad = f"{output.progress.bad_lines} bad lines were passed over" if output.progress.bad_lines else "it is empty"
+        raise UserError(f"--input {' '.join(map(str, asked.files))} holds no document: {bad}.")
+
+
+def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: Announce) -> None:
+    """Append all chunks that the output lacks."""
+    # Workers have one thread each: there is one for every core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    maker = DocumentMaker(tokenizer, asked.rules, append_eod=asked.append_eod, skips=asked.skips_bad_lines)
+    chunks = cut_chunks(asked.files, asked.rules.data_format, asked.document_separator, skips=asked.skips_bad_lines)
+    position = 0
+    if output.progress.chunks:
+        announce(f"going on behind {output.progress.documents:,} documents")
+        for chunk in islice(chunks, output.progress.chunks):
+            position = chunk.position
+    report = ProgressReport(
+        total=sum(file.stat().st_size for file in asked.files),
+        position=position,
+        documents=output.progress.documents,
+        log_interval=asked.log_interval,
+        announce=announce,
+    )
+    # Forked workers have the loaded tokenizer at once.
+    executor = ProcessPoolExecutor(
+        asked.workers, mp_context=get_context("fork"), initializer=start_worker, initargs=(maker,)
+    )
+    recorded = time.monotonic()
+    try:
+        with _noticed_signals() as noticed:
+            for position, documents in _in_order(chunks, executor, _CHUNKS_PER_WORKER * asked.workers):
+                output.add(documents)
+                report.update(position, output.progress.documents)
+                if noticed:
+                    raise Stopped(
+                        f"stopped by {noticed[0]} behind {output.progress.documents:,} documents; the same command "
+                        f"goes on from there"
+                    )
+                if time.monotonic() - recorded >= RECORD_SECONDS:
+                    output.record()
+                    recorded = time.monotonic()
+    except BrokenProcessPool:
+        raise RunFailed(
+            f"a worker was killed behind {output.progress.documents:,} documents, perhaps for want of memory; the same "
+            f"command goes on from there, with fewer --workers if need be"
+        ) from None
+    finally:
+        report.close()
+        executor.shutdown(cancel_futures=True)
+        output.record()
+
+
+def _in_order(chunks: Iterator[Chunk], executor: ProcessPoolExecutor, ahead: int) -> Iterator[tuple[int, Documents]]:
+    """The position and the documents of each chunk in order, while workers are ``ahead`` by at most so many."""
+    pending: deque[tuple[int, Future[Documents]]] = deque()
+    mistake: UserError | None = None
+    more = True
+    while more or pending:
+        while more and len(pending) < ahead:
+            try:
+                chunk = next(chunks, None)
+            except UserError as error:  # what comes before it in the file is told, or written, first
+                mistake, chunk = error, None
+            more = chunk is not None
+            if chunk is not None:
+                pending.append((chunk.position, executor.submit(make_documents, chunk)))
+        if pending:
+            position, future = pending.popleft()
+            yield position, future.result()
+    if mistake is not None:
+        raise mistake
+
+
+@contextmanager
+def _noticed_signals() -> Iterator[list[str]]:
+    """The names of the signals that came, which would otherwise end the process between two writes."""
+    noticed: list[str] = []
+
+    def notice(number: int, _: FrameType | None) -> None:
+        noticed.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noticed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""Opens preprocessed data as the examples of a source: memory-mapped, with an index in memory and no tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hft_megatron.data.files.prefixes import BOUNDARIES, LOSS_MASK
+from hft_megatron.data.fitting import ExampleRules
+from hft_megatron.data.preprocessed.facts import Facts, check_facts, read_facts
+from hft_megatron.data.preprocessed.index_file import open_documents, token_dtype
+from hft_megatron.data.stores import Encoded
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import UserError
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MappedExamples:
+    """Examples whose tokens stay on the disk until they are asked for."""
+
+    tokens: NDArray[np.generic]
+    trained: NDArray[np.generic]
+    """One byte per token, mapped as well."""
+    starts: NDArray[np.int64]
+    """The first token of each example, shape (examples,)."""
+    lengths: NDArray[np.int32]
+
+    def example(self, index: int) -> Encoded:
+        """Copies of the example's tokens and mask."""
+        start = int(self.starts[index])
+        span = slice(start, start + int(self.lengths[index]))
+        return self.tokens[span].astype(np.int32), self.trained[span].astype(np.bool_)
+
+
+def open_preprocessed(prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> tuple[MappedExamples, Facts]:
+    """The examples of ``prefix`` and the account of them.
+
+    Holds 12 bytes per example. Raises UserError for files that are missing, damaged or of different data, and for data
+    that this tokenizer and these rules would make otherwise.
+    """
+    facts = read_facts(prefix)
+    check_facts(facts, prefix, tokenizer.facts, rules)
+    lengths, tokens = open_documents(prefix)
+    _check_type(f"{prefix}.idx", tokens, token_dtype(facts.job.vocab_size))
+    mask_lengths, trained = open_documents(f"{prefix}{LOSS_MASK}")
+    _check_type(f"{prefix}{LOSS_MASK}.idx", trained, np.dtype(np.uint8))
+    bound_counts, bounds = open_documents(f"{prefix}{BOUNDARIES}")
+    _check_type(f"{prefix}{BOUNDARIES}.idx", bounds, np.dtype(np.int32))
+    for companion, found in (("", lengths), (LOSS_MASK, mask_lengths), (BOUNDARIES, bound_counts)):
+        if len(found) != facts.documents:
+            raise _other_data(f"{prefix}{companion}.idx", f"it has {len(found)} documents, and not {facts.documents}")
+    starts, sizes = _index(prefix, lengths, mask_lengths, bound_counts, bounds)
+    if len(sizes) != facts.examples:
+        raise _other_data(f"{prefix}{BOUNDARIES}.idx", f"it has {len(sizes)} examples, and not {facts.examples}")
+    return MappedExamples(tokens=tokens, trained=trained, starts=starts, lengths=sizes), facts
+
+
+def _index(
+    prefix: str,
+    lengths: NDArray[np.int32],
+    mask_lengths: NDArray[np.int32],
+    bound_counts: NDArray[np.int32],
+    bounds: NDArray[np.generic],
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Where each example starts among all tokens, and how many it has; block by block, to stay small."""
+    starts = np.empty(len(bounds) // 2, dtype=np.int64)
+    sizes = np.empty(len(bounds) // 2, dtype=np.int32)
+    token = example = 0
+    for first in range(0, len(lengths), _BLOCK):
+        size = np.asarray(lengths[first : first + _BLOCK])
+        if not np.array_equal(size, mask_lengths[first : first + _BLOCK]):
+            raise _other_data(f"{prefix}{LOSS_MASK}.idx", f"documents after {first} have other lengths")
+        each = np.asarray(bound_counts[first : first + _BLOCK]) // 2
+        begins = token + np.cumsum(size, dtype=np.int64) - size
+        stop = example + int(each.sum())
+        pairs = np.asarray(bounds[2 * example : 2 * stop]).reshape(-1, 2)
+        inside = (pairs[:, 0] >= 0) & (pairs[:, 1] - pairs[:, 0] >= 2) & (pairs[:, 1] <= np.repeat(size, each))
+        if len(pairs) != stop - example or not inside.all():
+            raise _other_data(f"{prefix}{BOUNDARIES}.bin", f"examples lie outside of the documents after {first}")
+        starts[example:stop] = np.repeat(begins, each) + pairs[:, 0]
+        sizes[example:stop] = pairs[:, 1] - pairs[:, 0]
+        token, example = token + int(size.sum(dtype=np.int64)), stop
+    return starts, sizes
+
+
+def _check_type(index: str, values: NDArray[np.generic], expected: np.dtype[np.generic]) -> None:
+    if values.dtype != expected:
+        raise _other_data(index, f"it holds {values.dtype}, and not {expected}")
+
+
+def _other_data(path: str, reason: str) -> UserError:
+    return UserError(
+        f"{path} does not belong to the files beside it: {reason}; copy all files of the prefix again, or preprocess "
+        f"the data again."
+    )

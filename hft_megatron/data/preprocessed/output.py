@@ -1,0 +1,197 @@
+"""The files that grow chunk by chunk, and the journal by which a killed preprocessing goes on.
+
+While it runs, everything lies in ``PREFIX_unfinished``. The journal says how long every file was after a number of
+chunks; what a kill left behind that is cut off. At the end indices are written, all files get their names, and the
+facts, which say that all is there, come last.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from hft_megatron.config.run_folder import sync, write_atomically
+from hft_megatron.config.schema import DataFormat
+from hft_megatron.data.files.prefixes import BAD_LINES, BOUNDARIES, FACTS, LOSS_MASK, UNFINISHED
+from hft_megatron.data.fitting import SftCounts
+from hft_megatron.data.preprocessed.facts import Facts, Job
+from hft_megatron.data.preprocessed.index_file import token_dtype, write_index
+from hft_megatron.data.preprocessed.worker import Documents
+from hft_megatron.errors import UserError
+
+_JOURNAL, _LOCK = "journal.json", "lock"
+_LENGTHS, _BOUNDARY_COUNTS = "lengths", "boundary_counts"
+_GROWING = (".bin", f"{LOSS_MASK}.bin", f"{BOUNDARIES}.bin", BAD_LINES, _LENGTHS, _BOUNDARY_COUNTS)
+_INDICES = (".idx", f"{LOSS_MASK}.idx", f"{BOUNDARIES}.idx")
+_PRODUCTS = (*_GROWING[:4], *_INDICES)
+"""In the order in which they get their names; each stands behind the prefix."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """The journal: what is done, and the length of every file then."""
+
+    job: Job
+    chunks: int
+    documents: int
+    examples: int
+    longest: int
+    bad_lines: int
+    formats: tuple[DataFormat, ...]
+    counts: SftCounts
+    sizes: dict[str, int]
+    complete: bool = False
+    """Whether only the names are missing."""
+
+
+class Output:
+    """The output of one job, fresh or found unfinished."""
+
+    def __init__(self, prefix: str, job: Job) -> None:
+        """Raises UserError where the prefix belongs to something else already, or can't be written."""
+        self._prefix = prefix
+        self._folder = Path(f"{prefix}{UNFINISHED}")
+        self._files: dict[str, BinaryIO] = {}
+        found = self._read_journal()
+        if found is None or found.chunks == 0:
+            self._refuse_to_overwrite()
+            nothing = dict.fromkeys(_GROWING, 0)
+            found = Progress(
+                job=job,
+                chunks=0,
+                documents=0,
+                examples=0,
+                longest=0,
+                bad_lines=0,
+                formats=(),
+                counts=SftCounts(),
+                sizes=nothing,
+            )
+        difference = job.first_difference(found.job)
+        if difference is not None:
+            raise UserError(
+                f"--output-prefix {prefix} holds unfinished work of another command: this one has {difference}; choose "
+                f"another prefix, or remove {self._folder}."
+            )
+        self.progress = found
+
+    def open(self) -> None:
+        """Go back to where the journal is, and write on from there. Raises UserError where that is impossible."""
+        if self.progress.complete:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            for name, size in self.progress.sizes.items():
+                path = self._folder / name
+                path.touch()
+                if path.stat().st_size < size:
+                    raise UserError(f"{path} is shorter than it was; remove {self._folder} and begin again.")
+                os.truncate(path, size)
+                self._files[name] = path.open("ab")
+        except OSError as error:
+            raise UserError(f"--output-prefix {self._prefix} can't be written: {error.strerror}.") from error
+
+    def _lock(self) -> None:
+        """Raise UserError where another process is at it. The lock ends with the process, however that ends."""
+        self._files[_LOCK] = (self._folder / _LOCK).open("wb")
+        try:
+            fcntl.lockf(self._files[_LOCK], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output-prefix {self._prefix} is being written by another process; wait for it, or end it."
+            ) from None
+
+    def add(self, made: Documents) -> None:
+        """Append the documents of the next chunk. Raises OSError."""
+        progress = self.progress
+        arrays = (made.tokens, made.loss_mask, made.boundaries, None, made.lengths, made.boundary_counts)
+        sizes = dict(progress.sizes)
+        for name, array in zip(_GROWING, arrays, strict=True):
+            content = "".join(made.bad).encode() if array is None else array.tobytes()
+            self._files[name].write(content)
+            sizes[name] += len(content)
+        # Only now: the journal must not know of half a chunk, which is what a full disk leaves.
+        progress.sizes = sizes
+        progress.chunks += 1
+        progress.documents += len(made.lengths)
+        progress.examples += len(made.boundaries) // 2
+        progress.longest = max(progress.longest, made.longest)
+        progress.bad_lines += len(made.bad)
+        progress.formats = tuple(sorted({*progress.formats, *made.formats}))
+        progress.counts.merge(made.counts)
+
+    def record(self) -> None:
+        """Have all that was added on the disk, and then the journal. Raises OSError."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomically(self._folder / _JOURNAL, json.dumps(asdict(self.progress)) + "\n")
+
+    def finish(self) -> Facts:
+        """Write the indices, give all files their names, and write the facts last. Raises OSError."""
+        progress = self.progress
+        if not progress.complete:
+            token_type = token_dtype(progress.job.vocab_size)
+            for name, dtype, lengths in zip(
+                _INDICES,
+                (token_type, np.dtype(np.uint8), np.dtype(np.int32)),
+                (_LENGTHS, _LENGTHS, _BOUNDARY_COUNTS),
+                strict=True,
+            ):
+                self._files[lengths].flush()
+                write_index(self._folder / name, dtype, self._folder / lengths)
+                sync(self._folder / name)
+            progress.complete = True
+            self.record()
+            self.close()
+        for name in _PRODUCTS:
+            source = self._folder / name
+            if source.exists() and (name != BAD_LINES or progress.bad_lines):
+                source.replace(f"{self._prefix}{name}")
+        facts = Facts(
+            job=progress.job,
+            documents=progress.documents,
+            examples=progress.examples,
+            longest=progress.longest,
+            bad_lines=progress.bad_lines,
+            formats=progress.formats,
+            counts=progress.counts,
+        )
+        sync(self._folder.parent)
+        facts.write(self._prefix)
+        for left in self._folder.iterdir():
+            left.unlink()
+        self._folder.rmdir()
+        return facts
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # what could not be written the journal knows nothing of
+                file.close()
+        self._files.clear()
+
+    def _read_journal(self) -> Progress | None:
+        path = self._folder / _JOURNAL
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            job, counts = Job.from_dict(saved.pop("job")), SftCounts(**saved.pop("counts"))
+            return Progress(job=job, counts=counts, formats=tuple(saved.pop("formats")), **saved)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} can't be read ({error}); remove {self._folder} and begin again.") from error
+
+    def _refuse_to_overwrite(self) -> None:
+        for name in (*_PRODUCTS, FACTS):
+            path = Path(f"{self._prefix}{name}")
+            if path.exists():
+                raise UserError(
+                    f"--output-prefix {self._prefix}: {path} is there already; choose another prefix, or remove it."
+                )

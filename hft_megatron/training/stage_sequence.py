@@ -1,0 +1,52 @@
+"""Runs the stages of a run one after the other; after a stop it goes on in the stage that it was in."""
+
+import os
+from collections.abc import Sequence
+
+from hft_megatron.checkpoint.folders import complete_checkpoints
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config import derived
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
+from hft_megatron.config.validation import shape_of
+from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.parallel.groups import leave_groups, stop_groups
+from hft_megatron.training.assembly import train_and_export
+from hft_megatron.training.methods import METHODS
+
+
+def check_stages(stages: Sequence[Stage], world_size: int) -> list[str]:
+    """Reads the tokenizer and the data of every stage; lines that say what was found.
+
+    UserError for the first mistake, so that a later stage's is not met after the training of an earlier one.
+    """
+    lines = []
+    for number, stage in enumerate(with_rounds_in_turn(stages)):
+        tokenizer = load_tokenizer(
+            stage.config.data.tokenizer_type, derived.tokenizer_path(stage.config), stage.config.data.chat_template
+        )
+        shape = shape_of(stage.config.model, vocab_size=tokenizer.vocab_size)
+        assert shape is not None
+        data = METHODS[stage.method].read_data(stage.config, tokenizer, shape, world_size)
+        lines += [f"stage {number} ({stage.method}): {line}" for line in data.describe()]
+    return lines
+
+
+def run_stages(stages: Sequence[Stage], shape: ModelShape | None, world_size: int) -> None:
+    """Trains every stage that isn't done; every rank calls it under torchrun's environment.
+
+    Raises what ``run_training`` does. Each stage takes the weights of the one before from its last checkpoint, and its
+    rounds are numbered on.
+    """
+    check_stages(stages, world_size)
+    rank, first_round = int(os.environ["RANK"]), 0
+    for number, stage in enumerate(stages):
+        following = stages[number + 1] if number + 1 < len(stages) else None
+        if following is None or not complete_checkpoints(str(following.folder)):
+            if rank == 0:
+                print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
+            one = numbered(stage, first_round)
+            train_and_export(one.method, one.config, shape, world_size)
+            leave_groups()
+        first_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round + 1
+    stop_groups()

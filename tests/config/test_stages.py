@@ -1,0 +1,76 @@
+"""What a file of stages means, and mistakes in it. Run: pytest tests/config/test_stages.py"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hft_megatron.config.schema import CheckpointConfig, HFTConfig, ModelConfig, RunConfig
+from hft_megatron.config.stages import read_stages, with_rounds_in_turn
+from hft_megatron.errors import UserError
+
+BASE = RunConfig(
+    model=ModelConfig(load_hf="model"),
+    checkpoint=CheckpointConfig(save="run", load="run", save_hf="out", save_interval=5),
+)
+
+
+def stages_of(tmp_path: Path, text: str, base: RunConfig = BASE) -> tuple[object, ...]:
+    file = tmp_path / "stages.yaml"
+    file.write_text(text)
+    return read_stages(str(file), base)
+
+
+def test_a_stage_has_its_own_options_its_folder_and_the_weights_of_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "- method: sft\n  train_data_path: [a.jsonl, b.jsonl]\n  lr: 2e-5\n- {method: dpo, dpo: {dpo-beta: 0.3}}\n"
+    )
+    first, second = with_rounds_in_turn(read_stages(str(tmp_path / "s.yaml"), BASE))
+    assert (first.method, second.method) == ("sft", "dpo")
+    assert first.config.data.train_data_path == ("a.jsonl", "b.jsonl")
+    assert second.config.data.train_data_path == ()
+    assert (first.config.optimizer.lr, second.config.optimizer.lr) == (2e-5, BASE.optimizer.lr)
+    assert second.config.dpo.dpo_beta == 0.3
+    one, two = first.config.checkpoint, second.config.checkpoint
+    assert (one.save, one.load, one.finetune, one.save_hf) == ("run/stage_0_sft", "run/stage_0_sft", False, None)
+    assert (two.save, two.load, two.finetune, two.save_hf) == ("run/stage_1_dpo", "run/stage_0_sft", True, "out")
+    assert one.save_interval == two.save_interval == 5
+    assert [stage.config.hft.hft_first_round for stage in (first, second)] == [0, 1]
+
+
+def test_without_a_run_to_go_on_with_the_first_stage_starts_where_the_run_does(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("- method: dpo\n")
+    fresh = replace(BASE, checkpoint=replace(BASE.checkpoint, load=None))
+    [stage] = read_stages(str(tmp_path / "s.yaml"), fresh)
+    assert stage.config.checkpoint.load is None
+    other = replace(BASE, checkpoint=replace(BASE.checkpoint, load="other", finetune=True))
+    [stage] = read_stages(str(tmp_path / "s.yaml"), other)
+    assert (stage.config.checkpoint.load, stage.config.checkpoint.finetune) == ("other", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("method: sft\n", "must hold a list of stages"),
+        ("", "must hold a list of stages"),
+        ("- lr: 1e-3\n", r"stages.yaml:1: a stage must begin with `method:`"),
+        ("- sft\n", r"stages.yaml:1: a stage must begin with `method:`"),
+        ("- method: sft\n- method: ppo\n", r"stages.yaml:2: the method ppo is none of .*sft.*dpo"),
+        ("- method: sft\n  lrr: 1\n", r"stages.yaml:2: lrr is not an option; the nearest is --lr"),
+        ("- method: sft\n  lr: fast\n", r"stages.yaml:2: lr fast: the value must be a number"),
+        ("- method: sft\n  lr: 1\n  lr: 2\n", r"stages.yaml:3: lr is set twice"),
+        ("- method: sft\n  save: here\n", r"stages.yaml:1: save can't be set for one stage; give --save for all"),
+        ("- method: sft\n  load_hf: other\n", r"stages.yaml:1: a stage can't have a model of its own"),
+        ("- method: sft\n bad\n", r"stages.yaml:\d+ is not valid YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        stages_of(tmp_path, text)
+
+
+def test_stages_need_a_folder_and_number_their_rounds_themselves(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs --save"):
+        stages_of(tmp_path, "- method: sft\n", RunConfig(model=ModelConfig(load_hf="model")))
+    with pytest.raises(UserError, match="--hft-first-round 1 is what --stages numbers itself"):
+        stages_of(tmp_path, "- method: sft\n", replace(BASE, hft=HFTConfig(hft_first_round=1)))

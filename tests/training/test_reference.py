@@ -1,0 +1,151 @@
+"""The three kinds of reference model are one and the same, from the first step on, over rounds, stops and starts.
+
+Run: pytest tests/training/test_reference.py
+"""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.models import LAYOUTS
+from tests.support.preferences import make_pairs, words_for_pairs, write_pairs
+from tests.support.ranks import RankPools, RanksFailed
+from tests.support.runs import run_method_words
+from tests.support.tiers import quick
+
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000"]
+KINDS = ("precompute", "shared", "model")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(tmp_path_factory.mktemp("pairs"), hidden_size=32, intermediate_size=56)
+
+
+def flags(layout: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in layout.items():
+        option = "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
+def tune(ranks: RankPools, world_size: int, words: list[str]) -> list[dict[str, Any]]:
+    return ranks(world_size).run(run_method_words, method="dpo", words=words)
+
+
+def losses(values: list[dict[str, Any]]) -> list[float]:
+    return [step["loss"] for step in values[-1]["steps"]]
+
+
+CASES: dict[str, tuple[int, list[str]]] = {
+    "one rank": (1, ["--micro-batch-size", "2"]),
+    "tp2 sp": (2, flags(LAYOUTS["tp2_sp"])),
+    "pp2 interleaved": (2, [*flags(LAYOUTS["pp2_vpp"]), "--micro-batch-size", "2"]),
+    "dp2 overlap": (2, OVERLAP),
+    "packed dp2": (2, ["--packing"]),
+    "packed pp2": (2, [*flags(LAYOUTS["pp2"]), "--packing"]),
+    "tp2 dp2 overlap": (4, [*flags(LAYOUTS["tp2_sp"]), *OVERLAP]),
+    "tp2 pp2": (4, flags(LAYOUTS["tp2_pp2"])),
+    "bf16": (2, ["--bf16", *OVERLAP]),
+}
+
+
+@pytest.mark.parametrize("case", quick(CASES, ["tp2 sp", "dp2 overlap"]))
+def test_the_three_references_give_one_loss_which_is_ln_2_at_the_first_step(
+    ranks: RankPools, inputs: Path, tmp_path: Path, case: str
+) -> None:
+    world_size, layout = CASES[case]
+    options = [*layout, "--train-iters", "8", "--hft-round-interval", "3"]
+    precomputed, shared, model = (
+        tune(ranks, world_size, words_for_pairs(inputs, *options, kind=kind, cache=tmp_path)) for kind in KINDS
+    )
+    first = shared[-1]["steps"][0]["measured"]
+    # The rewards are exact; the loss is their softplus in fp64, and comes through a sum in the weights' dtype.
+    assert [first[f"rewards/{half}"] for half in ("chosen", "rejected", "margins")] == [0.0, 0.0, 0.0]
+    assert first["preference loss"] == pytest.approx(math.log(2), abs=1e-15)
+    assert losses(shared) == losses(model)
+    # An epoch has 24 pairs: in the first 6 steps the shapes were those of the pass before training.
+    packed = "--packing" in layout
+    same = 1 if packed else 6
+    assert losses(precomputed)[:same] == losses(shared)[:same]
+    tolerance = 1e-2 if case == "bf16" else 1e-5
+    assert losses(precomputed) == pytest.approx(losses(shared), rel=tolerance)
+    assert len({step["grad_norm"] for step in shared[-1]["steps"]}) == 8
+
+
+@pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
+def test_a_tuning_that_stops_goes_on_to_the_last_bit_with_every_reference(
+    ranks: RankPools, inputs: Path, tmp_path: Path, kind: str
+) -> None:
+    words = words_for_pairs(inputs, "--train-iters", 8, "--hft-round-interval", 3, kind=kind, cache=tmp_path / "cache")
+    saved = [*words, "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
+    whole = tune(ranks, 2, words)
+    first = tune(ranks, 2, [*saved, "--train-iters", "5"])
+    second = tune(ranks, 2, saved)
+    for rank in range(2):
+        assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
+        assert second[rank]["state"] == whole[rank]["state"]
+
+
+@pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
+def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
+    ranks: RankPools, inputs: Path, tmp_path: Path, kind: str
+) -> None:
+    words = words_for_pairs(inputs, "--train-iters", 4, kind=kind, cache=tmp_path / "cache")
+    tune(ranks, 1, [*words, "--save", str(tmp_path / "first")])
+    words += ["--load", str(tmp_path / "first"), "--finetune"]
+    whole = tune(ranks, 1, [*words, "--save", str(tmp_path / "whole")])
+    saved = [*words, "--save", str(tmp_path / "second")]
+    begun = tune(ranks, 1, [*saved, "--train-iters", "2"])
+    if kind == "precompute":
+        shutil.rmtree(tmp_path / "cache")
+    gone_on = tune(ranks, 1, saved)
+    assert whole[0]["steps"][0]["measured"]["rewards/margins"] == 0.0
+    assert begun[0]["steps"] + gone_on[0]["steps"] == whole[0]["steps"]
+
+
+def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    words = words_for_pairs(inputs, "--train-iters", 2, cache=tmp_path)
+    first = tune(ranks, 1, words)
+    [file] = tmp_path.iterdir()
+    whole = file.read_bytes()
+    assert not any(f"from {file}" in line for line in first[0]["said"])
+    assert any(f"from {file}" in line for line in tune(ranks, 1, words)[0]["said"])
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    for damaged, sentence in ((whole[: len(whole) // 2], "can't be read"), (flipped, "is damaged")):
+        file.write_bytes(damaged)
+        again = tune(ranks, 1, words)
+        assert any(str(file) in line and sentence in line for line in again[0]["said"])
+        assert file.read_bytes() == whole
+        assert losses(again) == losses(first)
+
+
+def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+    others = write_pairs(tmp_path / "others.jsonl", 24, first=7)
+    words = words_for_pairs(inputs, "--train-iters", 1, cache=tmp_path / "cache")
+    tune(ranks, 1, words)
+    [mine] = (tmp_path / "cache").iterdir()
+    tune(ranks, 1, [*words, "--train-data-path", str(others)])
+    [theirs] = set((tmp_path / "cache").iterdir()) - {mine}
+    shutil.copy(theirs, mine)
+    with pytest.raises(RanksFailed, match=r"UserError: --dpo-reference-cache .* was made for the data"):
+        tune(ranks, 1, words)
+
+
+def test_a_reference_of_its_own_is_compared_with_from_the_first_step(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    trained = tmp_path / "trained"
+    words = words_for_pairs(inputs, "--train-iters", 2, cache=tmp_path / "cache")
+    tune(ranks, 1, [*words, "--save-hf", str(trained)])
+    folder = ["--dpo-reference-model", str(trained)]
+    precomputed = tune(ranks, 1, [*words, *folder])
+    model = tune(ranks, 1, words_for_pairs(inputs, "--train-iters", 2, *folder, kind="model"))
+    assert losses(precomputed) == losses(model)
+    assert abs(losses(model)[0] - math.log(2)) > 1e-3

@@ -1,0 +1,123 @@
+"""Measures tools/preprocess_data.py against a plain loop over transformers' tokenizer, into results/preprocess.json.
+
+Run: ``python tools/bench/preprocess.py --data FOLDER`` on a machine that does nothing else, or with ``--render`` for
+the lines only. FOLDER has ``gsm8k/train.jsonl`` (question, answer), ``text/tinystories_2mb.txt`` (stories between lines
+of ``<|endoftext|>``) and ``tokenizers/llama2``. Whole commands are timed, start included, in pairs, alternating; the
+data are repeated, so that the start counts little. Both write tokens and mask of all records with as many processes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bill import DEMO, environment
+
+REPOSITORY = DEMO.parents[1]
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "preprocess.json"
+PLAIN, OURS = "plain loop", "preprocess_data.py"
+REPEATS = {"GSM8K": 8, "TinyStories": 20}
+SEPARATOR = "<|endoftext|>"
+
+
+def records(data: Path, name: str) -> Iterator[dict[str, str]]:
+    """The records of a data set."""
+    if name == "GSM8K":
+        for line in (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            yield {"prompt": row["question"] + "\n", "completion": row["answer"]}
+        return
+    for story in (data / "text" / "tinystories_2mb.txt").read_text(encoding="utf-8").split(f"{SEPARATOR}\n"):
+        if story.strip():
+            yield {"text": story.strip("\n")}
+
+
+def run_once(way: str, source: Path, data: Path, workers: int) -> float:
+    """Seconds of one command."""
+    tokenizer = str(data / "tokenizers" / "llama2")
+    with tempfile.TemporaryDirectory(prefix="preprocess-") as name:
+        prefix = f"{name}/out"
+        if way == PLAIN:
+            words = [str(HERE / "plain_tokenize.py"), str(source), prefix, tokenizer, str(workers)]
+        else:
+            words = [str(HERE.parent / "preprocess_data.py"), "--input", str(source), "--output-prefix", prefix]
+            words += ["--tokenizer-model", tokenizer, "--tokenizer-type", "HuggingFaceTokenizer", "--append-eod"]
+            words += ["--workers", str(workers)]
+        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
+        begin = time.monotonic()
+        subprocess.run([sys.executable, *words], env=variables, check=True, stdout=subprocess.DEVNULL)
+        return time.monotonic() - begin
+
+
+def measure(data: Path, workers: int, pairs: int) -> dict[str, Any]:
+    """Everything that the result file holds."""
+    sets = {}
+    with tempfile.TemporaryDirectory(prefix="preprocess-") as folder:
+        for name, repeats in REPEATS.items():
+            lines = [json.dumps(record) + "\n" for record in records(data, name)] * repeats
+            source = Path(folder) / f"{name}.jsonl"
+            source.write_text("".join(lines), encoding="utf-8")
+            rates: dict[str, list[float]] = {PLAIN: [], OURS: []}
+            for pair in range(pairs):
+                # The other one first in every second pair: what drifts, drifts for both.
+                for way in (PLAIN, OURS) if pair % 2 == 0 else (OURS, PLAIN):
+                    print(f"{name}, pair {pair + 1}: {way}", flush=True)
+                    rates[way].append(len(lines) / run_once(way, source, data, workers))
+            ratios = [ours / plain for plain, ours in zip(rates[PLAIN], rates[OURS], strict=True)]
+            sets[name] = {
+                "documents": len(lines),
+                "documents per second": rates,
+                "ratio": {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+            }
+    return {
+        "command": f"python tools/bench/preprocess.py --data FOLDER --workers {workers} --pairs {pairs}",
+        "environment": {**environment(), **{name: version(name) for name in ("transformers", "tokenizers")}},
+        "tokenizer": "Llama 2, tokenizer.json",
+        "workers": workers,
+        "data": sets,
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """The result file as a sentence for each data set."""
+    lines = []
+    for name, found in results["data"].items():
+        plain, ours = (median(found["documents per second"][way]) for way in (PLAIN, OURS))
+        ratio = found["ratio"]
+        lines.append(
+            f"{name}: {ours:,.0f} documents/s with {results['workers']} workers, plain loop {plain:,.0f}: "
+            f"{ratio['median']:.2f} times as many ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure into the result file unless only the lines are asked for, then print the lines."""
+    parser = argparse.ArgumentParser(description="Measure preprocessing against a plain loop.")
+    parser.add_argument("--render", action="store_true", help="only print the lines, from the result file")
+    parser.add_argument("--data", type=Path, help="folder with the data sets and the tokenizer")
+    parser.add_argument("--workers", type=int, default=2, help="processes of both (default: 2)")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each way (default: 3)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
+    options = parser.parse_args()
+    if not options.render:
+        if options.data is None:
+            parser.error("--data is missing")
+        results = measure(options.data, options.workers, options.pairs)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
