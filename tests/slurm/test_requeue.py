@@ -16,7 +16,7 @@ from tests.support.runs import losses_in, make_inputs, read_metrics
 pytestmark = pytest.mark.system
 
 FILE = REPOSITORY / "examples" / "slurm" / "finetune_llama_hft.sbatch"
-ITERATIONS = 60
+ITERATIONS = 40
 WORDS = (
     f"--train-iters {ITERATIONS} --global-batch-size 8 --micro-batch-size 2 --seq-length 96 --log-interval 1".split()
 )
