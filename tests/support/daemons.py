@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-LIFETIME_S = 900
+LIFETIME_S = 1500
 """No daemon lives longer, whatever becomes of the tests."""
 _PR_SET_PDEATHSIG = 1
 
