@@ -108,18 +108,22 @@ class Tokenizer(ABC):
                 if piece.place is not Place.SPECIAL:
                     texts = wanted[self._continues(piece.place)]
                     texts.setdefault(piece.text, len(texts))
-        encoded = {key: self.encode_batch(list(texts), continues=key) for key, texts in wanted.items()}
+        encoded = {
+            key: [np.array(ids, dtype=np.int32) for ids in self.encode_batch(list(texts), continues=key)]
+            for key, texts in wanted.items()
+        }
+        special = {name: np.array([token], dtype=np.int32) for name, token in self._special_ids.items()}
 
-        def ids_of(piece: Piece) -> list[int]:
+        def ids_of(piece: Piece) -> NDArray[np.int32]:
             if piece.place is Place.SPECIAL:
-                return [self._special_ids[piece.text]]
+                return special[piece.text]
             continues = self._continues(piece.place)
             return encoded[continues][wanted[continues][piece.text]]
 
         results = []
         for pieces in examples:
             parts = [(ids_of(piece), piece.trained) for piece in pieces]
-            ids = np.array([token for part, _ in parts for token in part], dtype=np.int32)
+            ids = np.concatenate([np.empty(0, dtype=np.int32), *(part for part, _ in parts)])
             mask = np.repeat(
                 np.array([trained for _, trained in parts], dtype=np.bool_),
                 np.array([len(part) for part, _ in parts], dtype=np.int64),

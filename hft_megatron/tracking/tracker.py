@@ -42,6 +42,7 @@ GRADIENT_BYTES = "gradient buffer bytes"
 MASTER_BYTES = "master weight bytes"
 MOMENT_BYTES = "moment bytes"
 OPTIMIZER_BYTES = "optimizer bytes"
+REFERENCE_BYTES = "reference bytes"
 
 
 class Tracker(Protocol):

@@ -69,6 +69,8 @@ class LogSteps(Hook):
         }
         for section, name in SECTION_METRICS.items():
             record[name] = mean(step.times.sections[section] for step in steps)
+        if run.reference is not None:
+            record[names.REFERENCE_BYTES] = run.reference.held_bytes
         for name in result.measured:
             record[name] = mean(step.measured[name] for step in steps)
         if self._switch_ms is not None:

@@ -35,6 +35,11 @@ class PrecomputedReference:
         """``table`` (pairs, 2) fp64: those of training, then those of validation."""
         self._table = table
 
+    @property
+    def held_bytes(self) -> int:
+        """See ``run.Reference``."""
+        return _bytes_of([self._table])
+
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``."""
         for micro_batch in batch.micro_batches:
@@ -46,6 +51,11 @@ class ModelReference:
 
     def __init__(self, chunks: Sequence[LlamaModel]) -> None:
         self._chunks = chunks
+
+    @property
+    def held_bytes(self) -> int:
+        """See ``run.Reference``."""
+        return _bytes_of(weight for chunk in self._chunks for weight in chunk.parameters())
 
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``; collective."""
@@ -71,9 +81,9 @@ class SharedReference(Hook):
                 self._kept[slot.parameter] = slot.parameter.detach().clone()
 
     @property
-    def kept_bytes(self) -> int:
-        """Of the copies, on this rank."""
-        return sum(kept.numel() * kept.element_size() for kept in self._kept.values())
+    def held_bytes(self) -> int:
+        """See ``run.Reference``."""
+        return _bytes_of(self._kept.values())
 
     def at_round_start(self, run: Run) -> None:
         self._wrapped = run.wrapped
@@ -101,6 +111,10 @@ class SharedReference(Hook):
             held = parameter.clone()
             parameter.copy_(kept)
             kept.copy_(held)
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def reference_pass(chunks: Sequence[LlamaModel], batch: StepBatch) -> list[Tensor]:

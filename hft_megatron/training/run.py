@@ -19,6 +19,10 @@ from hft_megatron.training.rounds import Rounds
 class Reference(Protocol):
     """The model that preferences are learned against."""
 
+    @property
+    def held_bytes(self) -> int:
+        """What it keeps in this rank's memory."""
+
     def attach(self, batch: StepBatch) -> None:
         """Give each micro-batch its ``reference``, (pairs, 2) fp64: the log-probabilities of its answers in nats."""
 

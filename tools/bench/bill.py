@@ -96,12 +96,14 @@ def write_data(folder: Path) -> None:
         )
 
 
-def run_once(folder: Path, workload: Workload, options: Sequence[str], steps: int) -> tuple[Any, list[dict[str, Any]]]:
+def run_once(
+    folder: Path, workload: Workload, options: Sequence[str], steps: int, *, method: str = "sft"
+) -> tuple[Any, list[dict[str, Any]]]:
     """bill.json and the lines of metrics.jsonl of one run. Raises DemoError when it fails."""
     save = folder / "run"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
-        *("-m", "hft_megatron", "sft", *workload.model, *options),
+        *("-m", "hft_megatron", method, *workload.model, *options),
         *("--train-iters", str(steps), "--lr", "1e-4", "--lr-decay-style", "constant"),
         *("--seq-length", str(workload.sequence), "--long-examples", "truncate"),
         *("--micro-batch-size", str(workload.sequences_per_rank)),

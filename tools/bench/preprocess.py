@@ -25,7 +25,7 @@ REPOSITORY = DEMO.parents[1]
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "preprocess.json"
 PLAIN, OURS = "plain loop", "preprocess_data.py"
-REPEATS = {"GSM8K": 8, "TinyStories": 20}
+REPEATS = {"GSM8K": 24, "TinyStories": 60}
 SEPARATOR = "<|endoftext|>"
 
 

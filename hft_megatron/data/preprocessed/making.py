@@ -1,5 +1,6 @@
 """Makes preprocessed data: one process reads and writes in order, workers tokenize what lies between."""
 
+import gc
 import os
 import shutil
 import signal
@@ -119,7 +120,8 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
         log_interval=asked.log_interval,
         announce=announce,
     )
-    # Forked workers have the loaded tokenizer at once.
+    # Forked workers have the loaded tokenizer at once. What is loaded stays, and needs no collecting here either.
+    gc.freeze()
     executor = ProcessPoolExecutor(
         asked.workers, mp_context=get_context("fork"), initializer=start_worker, initargs=(maker,)
     )
@@ -145,6 +147,7 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
     finally:
         report.close()
         executor.shutdown(cancel_futures=True)
+        gc.unfreeze()
         output.record()
 
 

@@ -1,5 +1,6 @@
 """What a worker process does: the rows of a chunk become documents."""
 
+import gc
 import json
 import os
 import signal
@@ -131,6 +132,7 @@ def start_worker(maker: DocumentMaker) -> None:
     """Called first in every worker, which ends with its parent and leaves signals to it."""
     global _maker
     _maker = maker
+    gc.freeze()  # or every collection would walk through all that the parent has imported
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

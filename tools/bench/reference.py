@@ -1,0 +1,95 @@
+"""Measures what each kind of reference model holds and costs in preference tuning, into results/reference.json.
+
+Run: ``python tools/bench/reference.py`` on a machine that does nothing else, or with ``--render`` for the table only.
+The models and the text are those of ``bill.py``; a pair is two stretches of it, of one length.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bill import WORKLOADS, DemoError, Workload, environment, run_once, write_data
+
+RESULTS = Path(__file__).parent / "results" / "reference.json"
+KINDS = ("precompute", "shared", "model")
+STEP_TIME, HELD = "elapsed time per iteration (ms)", "reference bytes"
+
+
+def write_pairs(folder: Path) -> None:
+    """Has ``folder/train.jsonl`` hold pairs instead of the examples that ``bill.py`` wrote."""
+    path = folder / "train.jsonl"
+    texts = [json.loads(line)["completion"] for line in path.read_text(encoding="utf-8").splitlines()]
+    pairs = [
+        {"prompt": "Go on:", "chosen": chosen, "rejected": rejected}
+        for chosen, rejected in zip(texts[::2], texts[1::2], strict=False)
+    ]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+
+
+def measure(workload: Workload, rounds: int, steps: int) -> dict[str, Any]:
+    """Everything that the result file holds. Raises DemoError when a run fails."""
+    with tempfile.TemporaryDirectory(prefix="reference-") as name:
+        folder = Path(name)
+        write_data(folder)
+        write_pairs(folder)
+        times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        held: dict[str, int] = {}
+        for number in range(rounds):
+            # Another one first each time: what drifts, drifts for all.
+            for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
+                print(f"round {number + 1}: {kind}", flush=True)
+                words = ["--dpo-reference", kind, "--dpo-bad-pairs", "skip"]
+                if kind == "precompute":
+                    words += ["--dpo-reference-cache", str(folder / "cache")]
+                _, metrics = run_once(folder, workload, words, steps, method="dpo")
+                records = [record for record in metrics if HELD in record]
+                held[kind] = int(records[-1][HELD])
+                times[kind].append(median(record[STEP_TIME] for record in records[2:]))
+    trained = records[-1]["trainable params"], records[-1]["frozen params"]
+    return {
+        "command": f"python tools/bench/reference.py --rounds {rounds} --steps {steps}",
+        "environment": environment(),
+        "model": workload.name,
+        "share of the parameters that trains": trained[0] / sum(trained),
+        "held by the last rank (bytes)": held,
+        "step (ms)": times,
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """The result file as a Markdown table."""
+    lines = ["| reference | held per rank (MB) | step (ms) | step / step with `precompute` |", "|---|---|---|---|"]
+    held, times = results["held by the last rank (bytes)"], results["step (ms)"]
+    for kind in KINDS:
+        ratio = median(one / other for one, other in zip(times[kind], times["precompute"], strict=True))
+        spread = f"{median(times[kind]):.0f} ({min(times[kind]):.0f} to {max(times[kind]):.0f})"
+        lines.append(f"| `{kind}` | {held[kind] / 1e6:.1f} | {spread} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure into the result file unless only the table is asked for, then print the table."""
+    parser = argparse.ArgumentParser(description="Measure the three kinds of reference model.")
+    parser.add_argument("--render", action="store_true", help="only print the table, from the result file")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first two don't count (default: 8)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
+    options = parser.parse_args()
+    if not options.render:
+        try:
+            results = measure(WORKLOADS[0], options.rounds, options.steps)
+        except DemoError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
