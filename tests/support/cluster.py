@@ -1,5 +1,6 @@
 """A Slurm of the tests' own on this machine: one controller and two virtual nodes, all they keep in one folder."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -9,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from tests.support.daemons import Daemon, skip_without
 from tests.support.ranks import REPOSITORY
@@ -123,6 +126,12 @@ class Cluster:
                 time.sleep(0.5)
         for daemon in reversed(self._daemons):
             daemon.end()
+        for process in psutil.process_iter():
+            # Steps outlive the daemon that started them; this is by what they are known to be this cluster's.
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                    process.kill()
+                    process.wait(5)
         shutil.rmtree(self.folder)
 
 
