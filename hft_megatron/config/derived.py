@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.schema import DpoConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -41,6 +41,11 @@ def padded_vocab_size(shape: ModelShape, tensor_parallel_size: int, divisible_by
 def sequence_length(training: TrainingConfig, shape: ModelShape) -> int:
     """Longest training sequence in tokens: --seq-length, or the model's own limit."""
     return shape.max_position_embeddings if training.seq_length is None else training.seq_length
+
+
+def averages_log_probs(dpo: DpoConfig) -> bool:
+    """Whether log-probabilities are divided by the tokens of their answer; where nothing says so, those of IPO are."""
+    return dpo.dpo_loss == "ipo" if dpo.dpo_average_log_probs is None else dpo.dpo_average_log_probs
 
 
 DEFAULT_TRAIN_ITERS = 100

@@ -14,7 +14,7 @@ from hft_megatron.errors import UserError
 
 _PACKING_OPTIONS = ("packing", "packing_algorithm", "packing_window")
 """Options that, with seed and data, fix what each sample holds."""
-_DPO_OPTIONS = ("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_average_log_probs", "dpo_sft_weight")
+_DPO_OPTIONS = ("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_sft_weight")
 """Options that say what is minimised over pairs; where the reference comes from changes nothing."""
 _HFT_OPTIONS = (
     "hft_level",
@@ -72,7 +72,7 @@ class RunIdentity:
     dpo_loss: str = DpoConfig.dpo_loss
     dpo_beta: float = DpoConfig.dpo_beta
     dpo_label_smoothing: float = DpoConfig.dpo_label_smoothing
-    dpo_average_log_probs: bool | None = DpoConfig.dpo_average_log_probs
+    dpo_average_log_probs: bool = False
     dpo_sft_weight: float = DpoConfig.dpo_sft_weight
     reference_digest: str | None = None
     """Of --dpo-reference-model's weights; None where the run compares with those that it started from."""
@@ -130,6 +130,7 @@ def run_identity(
         **{name: getattr(config.hft, name) for name in _HFT_OPTIONS},
         **{name: getattr(config.data, name) for name in _PACKING_OPTIONS},
         **{name: getattr(config.dpo, name) for name in _DPO_OPTIONS},
+        dpo_average_log_probs=derived.averages_log_probs(config.dpo),
         hft_plan=config.hft.hft_plan,
         hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
         tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
@@ -191,7 +192,16 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     values.append(("reference model (--dpo-reference-model)", references[0], references[1]))
     if saved.hft_plan_digest != new.hft_plan_digest:
         values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
-    for name in ("global_batch_size", "seed", "hft_ratio", "hft_seed", *_PACKING_OPTIONS, *_DPO_OPTIONS, *_HFT_OPTIONS):
+    for name in (
+        "global_batch_size",
+        "seed",
+        "hft_ratio",
+        "hft_seed",
+        *_PACKING_OPTIONS,
+        *_DPO_OPTIONS,
+        "dpo_average_log_probs",
+        *_HFT_OPTIONS,
+    ):
         values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
     if None not in (saved.order_digest, new.order_digest) and saved.order_digest != new.order_digest:
         values.append(("order of samples", _order(saved), _order(new)))

@@ -65,7 +65,8 @@ class TrainingConfig:
     """How long, how much at a time, in what precision."""
 
     micro_batch_size: int = 1
-    """Sequences of one forward pass on one data-parallel rank; under --packing a sequence is a pack of examples."""
+    """Sequences of one forward pass on one data-parallel rank; under --packing a sequence is a pack of examples. In
+    preference tuning pairs, or packs of them, are counted, here and in --global-batch-size."""
     global_batch_size: int | None = None
     """Sequences of one optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
     train_iters: int | None = None
@@ -144,9 +145,9 @@ class DataConfig:
     """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several
     examples of it (each begins where the last one ended, and sees nothing of it). All are counted and reported."""
     packing: bool = False
-    """Put several training examples into one sequence of --seq-length. Attention stays within an example and positions
-    restart, so the loss is that of the examples on their own. Batch sizes, samples and epochs then count these packs.
-    Validation is not packed: its loss is the same."""
+    """Put several training examples into one sequence of --seq-length (pairs into one of twice that). Attention stays
+    within an example and positions restart, so the loss is that of the examples on their own. Batch sizes, samples and
+    epochs then count these packs. Validation is not packed: its loss is the same."""
     packing_algorithm: PackingAlgorithm = "first_fit_decreasing"
     """Which examples share a pack: each goes into the first pack with room for it, the longest first, or in shuffled
     order."""

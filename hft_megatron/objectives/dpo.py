@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hft_megatron.config.derived import averages_log_probs
 from hft_megatron.config.schema import DpoConfig, PreferenceLoss
 from hft_megatron.objectives.forward import forward
 from hft_megatron.objectives.objective import LossFunction, MicroBatch, Objective
@@ -152,12 +153,11 @@ def measure(reports: list[dict[str, Tensor]], group: torch.distributed.ProcessGr
 
 def preference_objective(options: DpoConfig) -> Objective:
     """The objective that the options of a run describe."""
-    average = options.dpo_loss == "ipo" if options.dpo_average_log_probs is None else options.dpo_average_log_probs
     rule = PreferenceRule(
         loss=options.dpo_loss,
         beta=options.dpo_beta,
         label_smoothing=options.dpo_label_smoothing,
-        average_log_probs=average,
+        average_log_probs=averages_log_probs(options),
         sft_weight=options.dpo_sft_weight,
     )
     return Objective(loss_name=names.PREFERENCE_LOSS, forward_step=partial(forward_step, rule=rule), measure=measure)
