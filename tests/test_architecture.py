@@ -27,6 +27,7 @@ ROWS: tuple[frozenset[str], ...] = (
 """From the top down."""
 
 PURE = (
+    "checkpoint.size",
     "config",
     "data.shown_examples",
     "data.visible_tokens",
@@ -37,6 +38,7 @@ PURE = (
     "hft.units",
     "model.parameter_names",
     "optimizer.rank_costs",
+    "training.doctor.findings",
 )
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 HEAVY = ("torch", "megatron", "transformer_engine", "apex")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.cli import dpo, plan, pretrain, sft, show_data
+from hft_megatron.cli import doctor, dpo, plan, pretrain, sft, show_data
 from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
@@ -49,6 +49,11 @@ COMMANDS = {
         summary="show the first examples token by token, and which of them are trained; needs no GPU and no weights",
         options=show_data.ShowDataOptions,
         run=show_data.run,
+    ),
+    "doctor": Command(
+        summary="look at the machine, the ranks and the parts of a run, and say what is wrong and how to mend it",
+        options=doctor.DoctorOptions,
+        run=doctor.run,
     ),
 }
 

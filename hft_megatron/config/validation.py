@@ -66,6 +66,26 @@ PLAN_RULES: tuple[Rule, ...] = (
 )
 """Those of ``_RULES``, in the same order, that don't need data, a tokenizer, a batch or a place for outputs."""
 
+LAYOUT_RULES: tuple[Rule, ...] = (
+    layout_rules.only_what_is_built,
+    training_rules.sizes_are_positive,
+    layout_rules.ranks_factor_into_the_layout,
+    layout_rules.overlaps_fit_together,
+)
+"""Those that look at neither a model nor a file."""
+
+ANY_SHAPE = ModelShape(
+    num_layers=1,
+    hidden_size=1,
+    ffn_hidden_size=1,
+    num_attention_heads=1,
+    num_query_groups=1,
+    kv_channels=1,
+    vocab_size=1,
+    max_position_embeddings=1,
+)
+"""For rules that look at no model, where there is none."""
+
 
 def validate(config: RunConfig, shape: ModelShape, world_size: int, method: MethodName) -> None:
     """Raise UserError for the first rule that the options break; ``world_size`` counts ranks over all nodes.
@@ -80,6 +100,12 @@ def validate_plan(config: RunConfig, shape: ModelShape, world_size: int) -> None
     """Raise UserError for the first rule that a plan and its layout break."""
     for rule in PLAN_RULES:
         rule(config, shape, world_size)
+
+
+def validate_layout(config: RunConfig, world_size: int) -> None:
+    """Raise UserError for the first rule that a layout breaks whatever the model is."""
+    for rule in LAYOUT_RULES:
+        rule(config, ANY_SHAPE, world_size)
 
 
 def shape_of(config: ModelConfig, vocab_size: int | None = None) -> ModelShape | None:

@@ -157,6 +157,7 @@ def _load_source(
             if longest > rules.seq_length and rules.long_examples == "drop":
                 dropped += 1
                 continue
+            _check_room(halves, rules)
             fitting = [_fitting(half, pair.place, rules) for half in halves]
             _check_halves(fitting)
         except _BadPair as fault:
@@ -225,6 +226,12 @@ def _check_record(pair: Preference) -> None:
         raise _BadPair("`chosen` and `rejected` are the same")
 
 
+def _check_room(halves: Sequence[Encoded], rules: ExampleRules) -> None:
+    for _, mask in halves:
+        if not mask[1 : rules.seq_length + 1].any():
+            raise _BadPair("the prompt leaves no room for an answer within --seq-length")
+
+
 def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
     ids, mask = half
     if len(ids) - 1 > rules.seq_length and rules.long_examples == "error":
@@ -238,8 +245,6 @@ def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
 def _check_halves(halves: Sequence[Encoded]) -> None:
     prompts = []
     for ids, mask in halves:
-        if not mask[1:].any():
-            raise _BadPair("the prompt leaves no room for an answer within --seq-length")
         prompts.append(ids[: int(np.argmax(mask))])
     if not np.array_equal(prompts[0], prompts[1]):
         raise _BadPair("the chat template renders the prompt differently before the two answers")

@@ -1,0 +1,81 @@
+"""``hft-megatron doctor``: is this machine, are these ranks and these files fit for a run?
+
+Run: ``torchrun --nproc-per-node 8 -m hft_megatron doctor --tensor-model-parallel-size 2``, or without torchrun for one
+process. It takes the options of a run, so that a run's own command line works with this word in place of the method's;
+without a model it looks at the machine alone.
+"""
+
+from dataclasses import dataclass, fields
+
+from hft_megatron.cli import launch
+from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.cli.doctor_text import diagnosis_json, diagnosis_text
+from hft_megatron.config.input_rules import model_is_given_once
+from hft_megatron.config.schema import CorpusConfig, MethodName, ModelConfig, RunConfig
+from hft_megatron.config.validation import validate_layout
+from hft_megatron.errors import RunFailed, UserError
+from hft_megatron.training.doctor.findings import Diagnosis
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(RunConfig):
+    """Every option of a run, and how to show what was found."""
+
+    config: str | None = None
+    """YAML file with any of the options below, by name or under a group's name; the command line wins."""
+    method: MethodName = "sft"
+    """The command whose options these are."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    @property
+    def as_run(self) -> RunConfig:
+        """The run that these options describe."""
+        return RunConfig(**{field.name: getattr(self, field.name) for field in fields(RunConfig)})
+
+
+def run(options: DoctorOptions, status: StatusFolder) -> None:
+    """Look at everything and show it; RunFailed where something is wrong, UserError for a mistake in the options.
+
+    ``status`` is left alone: the save folder belongs to the run.
+    """
+    config, world_size = options.as_run, launch.world_size()
+    has_model, has_data = _checked(options)
+    validate_layout(config, world_size)
+    # Imported here, because the checks above must not wait for torch and transformers.
+    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+
+    silence_engine_warnings()
+    launch.place_this_process()
+    from hft_megatron.training.doctor.examination import Examination
+
+    def show_diagnosis(diagnosis: Diagnosis) -> None:
+        show(diagnosis_json(diagnosis) if options.json else diagnosis_text(diagnosis))
+
+    diagnosis = Examination(
+        method=options.method,
+        config=config,
+        world_size=world_size,
+        has_model=has_model,
+        has_data=has_data,
+        show=show_diagnosis,
+    ).run()
+    if diagnosis.wrong:
+        raise RunFailed(f"wrong: {', '.join(diagnosis.wrong)}.")
+
+
+def _checked(options: DoctorOptions) -> tuple[bool, bool]:
+    """Whether a model is given, and data; UserError for data that would be passed over."""
+    has_corpus = options.corpus != CorpusConfig()
+    files = options.data.train_data_path or options.data.valid_data_path
+    if has_corpus and options.method != "pretrain":
+        raise UserError(
+            "--data-path and --mock-data are options of pretrain; add --method pretrain, or leave them out."
+        )
+    if files and options.method == "pretrain":
+        raise UserError("--train-data-path and --valid-data-path are no options of pretrain; give --data-path.")
+    has_model, has_data = options.model != ModelConfig(), bool(has_corpus or files)
+    needs_model = has_data or options.data.tokenizer_model is not None or options.checkpoint.load is not None
+    if has_model or needs_model:
+        model_is_given_once(options.model)
+    return has_model, has_data

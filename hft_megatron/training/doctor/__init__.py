@@ -1,0 +1,1 @@
+"""``hft-megatron doctor``: what it looks at, one part of the machine per module; ``examination`` has the order."""

@@ -1,0 +1,105 @@
+"""What a host gives its ranks: processor, memory, shared memory, locked memory, settings, and the rank's device."""
+
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import torch
+
+from hft_megatron.parallel import cpu_backend
+from hft_megatron.training.doctor.findings import Finding, in_bytes
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_BYTES = 1 << 30
+"""What NVIDIA's containers and NCCL's manual (Troubleshooting, "Shared memory") ask for; Docker gives 64 MB."""
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+SETTINGS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "NVTE_", "CUDA_", "OMP_NUM_THREADS", "PYTORCH_")
+"""Beginnings of the environment variables that change how ranks compute and talk."""
+_FREE_SHARE = 0.9
+"""Below it somebody else is on the GPU: CUDA itself takes less than 1 GB."""
+_SIDE = 256
+_UNLIMITED = resource.RLIM_INFINITY
+
+
+def host_findings() -> Iterator[Finding]:
+    """What all ranks of a host share; one of them reports it."""
+    bf16 = "fast" if cpu_backend.cpu_has_fast_bf16() else "slow"
+    cores = len(os.sched_getaffinity(0))
+    value = f"{cores} cores for this process, {torch.get_num_threads()} threads per rank, {platform.machine()}"
+    yield Finding(what="processor", value=f"{value}, {bf16} in bf16")
+    memory = psutil.virtual_memory()
+    yield Finding(what="memory", value=f"{in_bytes(memory.total)}, {in_bytes(memory.available)} available")
+    if SHARED_MEMORY.is_dir():
+        usage = shutil.disk_usage(SHARED_MEMORY)
+        yield shared_memory_finding(usage.total, usage.free)
+    if torch.cuda.is_available():
+        yield locked_memory_finding(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+    elif NVIDIA_DRIVER.exists():
+        fix = (
+            "An NVIDIA driver is here, and torch finds no CUDA device: install a CUDA build of torch for this driver, "
+            "start the container with --gpus all, or look at CUDA_VISIBLE_DEVICES."
+        )
+        yield Finding(what="GPUs", value="none that torch can use", status="warning", fix=fix)
+    yield from settings_findings(os.environ)
+
+
+def shared_memory_finding(total: int, free: int) -> Finding:
+    """``total`` and ``free`` are bytes of /dev/shm."""
+    value = f"{in_bytes(total)}, {in_bytes(free)} free in {SHARED_MEMORY}"
+    if free >= SHARED_MEMORY_BYTES:
+        return Finding(what="shared memory", value=value)
+    fix = (
+        f"Ranks of a host talk through it, in NCCL and in torch, and less than {in_bytes(SHARED_MEMORY_BYTES)} can run "
+        f"out: start the container with --shm-size 2g or --ipc host."
+    )
+    return Finding(what="shared memory", value=value, status="warning", fix=fix)
+
+
+def locked_memory_finding(limit: int) -> Finding:
+    """``limit`` is that of ``ulimit -l`` in bytes."""
+    if limit == _UNLIMITED:
+        return Finding(what="locked memory", value="unlimited")
+    fix = (
+        "NCCL locks the buffers that network cards read, and fails where it may not: "
+        "start the container with --ulimit memlock=-1, or raise `ulimit -l`."
+    )
+    return Finding(what="locked memory", value=f"at most {in_bytes(limit)}", status="warning", fix=fix)
+
+
+def settings_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Names of the variables that are set; values are left out, since a report is passed on."""
+    names = sorted(name for name in environment if name.startswith(SETTINGS))
+    if names:
+        yield Finding(what="settings", value=f"{', '.join(names)} set in the environment")
+
+
+def device_finding(device: torch.device, backend: str) -> Finding:
+    """Whether the rank's device computes: a small product in bf16, whose every entry is known."""
+    value = f"CPU, {backend}"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        value = (
+            f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}, {in_bytes(total)}, "
+            f"{free / total:.0%} free, {backend}"
+        )
+    try:
+        ones = torch.ones(_SIDE, _SIDE, dtype=torch.bfloat16, device=device)
+        is_right = bool((ones @ ones == _SIDE).all())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        fix = f"It does not compute ({reason}): install a torch that was built for this device and its driver."
+        return Finding(what="device", value=value, status="wrong", fix=fix)
+    if not is_right:
+        fix = (
+            "A product of two matrices of ones came out wrong: the device is damaged; leave it out and have it tested."
+        )
+        return Finding(what="device", value=value, status="wrong", fix=fix)
+    if device.type == "cuda" and free < _FREE_SHARE * total:
+        fix = "Another process holds some of its memory: end it (nvidia-smi shows which), or use another device."
+        return Finding(what="device", value=value, status="warning", fix=fix)
+    return Finding(what="device", value=value)

@@ -1,0 +1,49 @@
+"""Versions and optional packages. Run: pytest tests/training/doctor/test_software.py"""
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from hft_megatron.training.doctor import software
+from hft_megatron.training.doctor.software import package_findings, software_findings
+
+
+def test_a_package_out_of_range_is_wrong_and_the_fix_installs_it() -> None:
+    found = {finding.what: finding for finding in package_findings([Requirement("torch>=99"), Requirement("numpy>=1")])}
+    assert found["torch"].status == "wrong"
+    assert "run `pip install 'torch>=99'`" in str(found["torch"].fix)
+    assert found["other packages"].status == "ok"
+
+
+def test_a_missing_package_is_named_among_the_others() -> None:
+    requirements = [Requirement("numpy>=1"), Requirement("no-such-package>=2"), Requirement("psutil>=99")]
+    other = list(package_findings(requirements))[-1]
+    assert "no-such-package missing" in other.value
+    assert "run `pip install 'no-such-package>=2' 'psutil>=99'`" in str(other.fix)
+
+
+def test_versions_are_compared_over_ranks() -> None:
+    compared = {finding.what for finding in software_findings() if finding.same_everywhere}
+    assert {"hft-megatron", "torch", "megatron-core", "transformers", "Adam"} <= compared
+
+
+def test_without_cuda_optional_packages_are_no_warning() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("here is CUDA")
+    found = {finding.what: finding for finding in software_findings()}
+    assert found["transformer-engine"].value.startswith("not used without CUDA; it would add fused attention")
+    assert found["Apex"].status == "ok"
+
+
+def test_with_cuda_a_missing_one_is_a_warning_with_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(software, "find_spec", lambda name: None)
+    monkeypatch.setattr(software, "HAVE_TE", False)
+    finding = software._transformer_engine()
+    assert (finding.status, finding.value) == ("warning", "not found")
+    assert "fused attention and norms" in str(finding.fix)
+    assert "`pip install 'transformer-engine[pytorch]'`" in str(finding.fix)
+    monkeypatch.setattr(software, "find_spec", lambda name: object())
+    assert software._transformer_engine().value == "installed, but its kernels can't be loaded"
+    monkeypatch.setattr(software, "HAVE_TE", True)
+    assert software._transformer_engine().status == "ok"

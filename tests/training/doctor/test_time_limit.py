@@ -1,0 +1,29 @@
+"""A check that hangs. Run: pytest tests/training/doctor/test_time_limit.py"""
+
+import subprocess
+import sys
+import time
+
+from hft_megatron.errors import EXIT_FAILURE
+from hft_megatron.training.doctor.time_limit import TimeLimit
+
+HANGS = """
+import threading
+from hft_megatron.training.doctor.time_limit import TimeLimit
+limit = TimeLimit(seconds=0.2, on_expiry=lambda what: print(what, "did not return", flush=True))
+with limit.of("disk"):
+    threading.Event().wait()
+"""
+
+
+def test_what_hangs_is_said_and_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (EXIT_FAILURE, "disk did not return\n")
+
+
+def test_what_returns_in_time_is_left_alone() -> None:
+    said: list[str] = []
+    with TimeLimit(seconds=0.05, on_expiry=said.append).of("disk"):
+        pass
+    time.sleep(0.2)
+    assert said == []
