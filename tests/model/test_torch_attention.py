@@ -85,6 +85,44 @@ def test_no_example_sees_another(ranks, tmp_path: Path, variant: str) -> None:
     assert found["it changes"]
 
 
+def run_packed_losses(folder: str) -> int:
+    """How many drawn packs were looked at; a token's loss in each must be that of its example alone."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    (model,), shape, _ = build_from_folder(folder, {})
+    looked_at = 0
+
+    def losses(tokens: Tensor, starts: Tensor | None) -> Tensor:
+        packed = None if starts is None else packed_seq_params(starts, torch.device("cpu"))
+        labels = tokens.roll(-1, dims=1)
+        if starts is not None:  # a segment's last label is its own first token, as it is alone
+            labels = torch.cat([part.roll(-1, dims=1) for part in tokens.split(starts.diff().tolist(), dim=1)], dim=1)
+        with torch.no_grad():
+            return model(tokens, torch.arange(tokens.size(1))[None], None, labels=labels, packed_seq_params=packed)[0]
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 2**31))
+    def check(lengths: list[int], seed: int) -> None:
+        nonlocal looked_at
+        looked_at += 1
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(3, shape.vocab_size, (1, sum(lengths)), generator=generator)
+        alone = torch.cat([losses(part, None) for part in tokens.split(lengths, dim=1)])
+        packed = losses(tokens, starts_of(lengths))
+        assert torch.allclose(packed, alone, rtol=1e-5, atol=1e-5)
+        assert abs(packed.mean() - alone.mean()) <= 1e-5 * alone.mean()
+
+    check()
+    return looked_at
+
+
+def test_the_losses_of_any_pack_are_those_of_its_examples(ranks, tmp_path: Path) -> None:
+    pytest.importorskip("hypothesis", reason="hypothesis is not installed: make install brings it")
+    [looked_at] = ranks(1).run(run_packed_losses, folder=str(make_llama(tmp_path / "model", "gqa", **TINY)))
+    assert looked_at >= 60
+
+
 def run_rotated(folder: str, restart: bool) -> dict[str, bool]:
     """Whether queries and keys behind the rotation are those of each example alone, in the packed sequence.
 

@@ -20,6 +20,9 @@ _BLOCK = 1 << 20
 class MappedExamples:
     """Examples whose tokens stay on the disk until they are asked for."""
 
+    file: str
+    """That of the tokens, for errors."""
+    vocab_size: int
     tokens: NDArray[np.generic]
     trained: NDArray[np.generic]
     """One byte per token, mapped as well."""
@@ -28,10 +31,21 @@ class MappedExamples:
     lengths: NDArray[np.int32]
 
     def example(self, index: int) -> Encoded:
-        """Copies of the example's tokens and mask."""
+        """Copies of the example's tokens and mask.
+
+        Raises UserError for an id that the tokenizer doesn't have: bytes are not looked at before they are needed, and
+        on a GPU such an id would end the run without a word about the file.
+        """
         start = int(self.starts[index])
         span = slice(start, start + int(self.lengths[index]))
-        return self.tokens[span].astype(np.int32), self.trained[span].astype(np.bool_)
+        ids = self.tokens[span].astype(np.int32)
+        # As unsigned, a negative id is too large as well.
+        if int(ids.view(np.uint32).max()) >= self.vocab_size:
+            raise UserError(
+                f"{self.file} is damaged: the tokens from {start} on have an id beyond the tokenizer's "
+                f"{self.vocab_size}; copy it again, or preprocess the data again."
+            )
+        return ids, self.trained[span].astype(np.bool_)
 
 
 def open_preprocessed(prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> tuple[MappedExamples, Facts]:
@@ -54,7 +68,15 @@ def open_preprocessed(prefix: str, tokenizer: Tokenizer, rules: ExampleRules) ->
     starts, sizes = _index(prefix, lengths, mask_lengths, bound_counts, bounds)
     if len(sizes) != facts.examples:
         raise _other_data(f"{prefix}{BOUNDARIES}.idx", f"it has {len(sizes)} examples, and not {facts.examples}")
-    return MappedExamples(tokens=tokens, trained=trained, starts=starts, lengths=sizes), facts
+    store = MappedExamples(
+        file=f"{prefix}.bin",
+        vocab_size=facts.job.vocab_size,
+        tokens=tokens,
+        trained=trained,
+        starts=starts,
+        lengths=sizes,
+    )
+    return store, facts
 
 
 def _index(

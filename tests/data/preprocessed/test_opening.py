@@ -166,6 +166,19 @@ def test_files_that_are_missing_damaged_or_mixed_up_are_named(
         load(tmp_path / "made", tokenizer)
 
 
+def test_an_id_that_the_tokenizer_lacks_is_named_when_it_is_read(
+    tmp_path: Path, rows: Path, tokenizer: Tokenizer
+) -> None:
+    make(tmp_path / "made", rows, tokenizer)
+    tokens = np.fromfile(tmp_path / "made.bin", dtype=np.uint16)
+    tokens[-1] = tokenizer.vocab_size
+    tokens.tofile(tmp_path / "made.bin")
+    dataset = load(tmp_path / "made", tokenizer)
+    dataset.example(0)
+    with pytest.raises(UserError, match=rf"made.bin is damaged: .* beyond the tokenizer's {tokenizer.vocab_size}; co"):
+        dataset.example(len(dataset) - 1)
+
+
 def test_every_flipped_bit_of_lengths_and_positions_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     make(tmp_path / "made", write_rows(tmp_path / "rows.jsonl", conversations(3)), tokenizer)
     whole = contents(tmp_path / "made")[".idx"]
