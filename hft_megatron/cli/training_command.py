@@ -1,11 +1,12 @@
 """What the commands that train have in common: their options, the checks, and the way to the run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from hft_megatron.cli import launch
 from hft_megatron.cli.boundary import StatusFolder
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
+from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import (
     CheckpointConfig,
@@ -63,7 +64,7 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     world_size = launch.world_size()
     shape = shape_of(config.model)
     if options.stages is not None:
-        _run_stages(options.stages, config, shape, world_size, check=options.check)
+        _run_stages(options.stages, _with_options_of_others(options, config), shape, world_size, check=options.check)
         return
     validate(config, shape or _shape_before_the_tokenizer(config), world_size, method)
     # Imported here and below, because the checks above must not wait for torch and transformers.
@@ -80,6 +81,15 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     from hft_megatron.training.assembly import run_training
 
     run_training(method, config, shape, world_size)
+
+
+def _with_options_of_others(options: TrainingOptions, config: RunConfig) -> RunConfig:
+    """With the groups of --config that this command lacks, and that a stage of another method may need."""
+    if options.config is None:
+        return config
+    own = {field.name for field in fields(options)}
+    file = read_resolved(Path(options.config))
+    return replace(config, **{f.name: getattr(file, f.name) for f in fields(file) if f.name not in own})
 
 
 def _run_stages(path: str, config: RunConfig, shape: ModelShape | None, world_size: int, *, check: bool) -> None:

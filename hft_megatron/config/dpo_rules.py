@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.schema import DataConfig, RunConfig
 from hft_megatron.errors import UserError
 
 
@@ -28,7 +28,11 @@ def loss_options_fit_together(config: RunConfig, shape: ModelShape, world_size: 
 
 def pairs_can_be_read(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Options of examples that pairs have no use for."""
-    data = config.data
+    check_pair_options(config.data)
+
+
+def check_pair_options(data: DataConfig) -> None:
+    """Raise UserError for an option of examples that pairs have no use for."""
     if data.data_format not in (None, "preference"):
         raise UserError(f"--data-format {data.data_format} has no pairs; leave it out, or choose preference.")
     if data.loss_on == "all":

@@ -12,7 +12,7 @@ from hft_megatron.config.run_folder import same_folder
 from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.errors import UserError
 
-_OF_THE_WHOLE = ("save", "load", "finetune", "save_hf")
+_OF_THE_WHOLE = ("save", "load", "finetune", "save_hf", "save_dtype")
 """Options that a stage can't set: stages follow one another in the folders below --save."""
 
 
@@ -56,12 +56,16 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
             raise UserError(
                 f"{path}:{line}: a stage can't have a model of its own; the stages train one model in turn."
             )
+        if config.training.train_iters == 0:
+            raise UserError(
+                f"{path}:{line}: a stage with --train-iters 0 leaves no weights for the next; leave it out."
+            )
         folder = f"{whole.save}/stage_{number}_{method}"
         own = replace(
             config.checkpoint,
             save=folder,
             save_hf=whole.save_hf if number == len(read) - 1 else None,
-            save_dtype=config.checkpoint.save_dtype if number == len(read) - 1 else None,
+            save_dtype=whole.save_dtype if number == len(read) - 1 else None,
         )
         if number > 0:
             own = replace(own, load=str(stages[-1].folder), finetune=True)

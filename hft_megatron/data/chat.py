@@ -17,6 +17,8 @@ from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
 from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
 
 RESERVED = re.compile(f"[{SPAN_START}{SPAN_END}{ESCAPE}]")
+_PROBE = SPAN_START + SPAN_END
+"""A text that no message can have, to see where a template puts an answer's."""
 
 
 class ChatError(ValueError):
@@ -41,6 +43,8 @@ class ChatTemplate:
         self._renderer = Renderer(facts.chat_template, facts.template_variables)
         self._tokens = SpecialTokens(facts.special_tokens)
         self._loss = loss
+        self._well_marked: set[tuple[str, ...]] = set()
+        """Roles of the conversations of which the template is known to mark the assistant's turns."""
 
     def pieces(self, messages: Sequence[Mapping[str, Any]], *, given: int = 0) -> list[Piece]:
         """The conversation as pieces; the first ``given`` messages are a prompt.
@@ -60,8 +64,10 @@ class ChatTemplate:
         """The text and those of the assistant's turns that the loss rule asks for."""
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         rendered, spans = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
-        if self._renderer.marks_spans and len(spans) != len(answers):
-            raise ChatError(f"the chat template marks {len(spans)} trained spans, not one per assistant turn")
+        if self._renderer.marks_spans:
+            if len(spans) != len(answers):
+                raise ChatError(f"the chat template marks {len(spans)} trained spans, not one per assistant turn")
+            self._check_marks(messages, answers)
         first = {"all": 0, "last": len(answers) - 1}.get(self._loss.loss_on, sum(turn < given for turn in answers))
         turns = []
         for number, turn in list(enumerate(answers))[first:]:
@@ -69,8 +75,20 @@ class ChatTemplate:
                 span = _checked_mark(rendered, spans[number], messages[turn], turn)
             else:
                 span = self._find_span(messages, turn, rendered)
-            turns.append(self._with_end_token(rendered, span))
+            turns.append(self._with_end_token(rendered, span, messages[: turn + 1]))
         return rendered, turns
+
+    def _check_marks(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[int]) -> None:
+        """Raise ChatError where the marks are around other turns; the texts alone could agree by chance."""
+        roles = tuple(message["role"] for message in messages)
+        if roles in self._well_marked:
+            return
+        probes = [{**message, "content": f"{ESCAPE}{turn}{ESCAPE}"} for turn, message in enumerate(messages)]
+        text, spans = cut_marks(self._renderer.render(probes, add_generation_prompt=False))
+        if len(spans) == len(answers):
+            for turn, span in zip(answers, spans, strict=True):
+                _checked_mark(text, span, probes[turn], turn)
+            self._well_marked.add(roles)
 
     def _find_span(self, messages: Sequence[Mapping[str, Any]], turn: int, rendered: str) -> tuple[int, int]:
         """Characters of ``rendered`` that the model produces in this turn, up to its end token."""
@@ -80,7 +98,7 @@ class ChatTemplate:
         content = str(messages[turn]["content"]).strip()
         body = rendered[len(before) : len(after)]
         lead = len(body) - len(body.lstrip())
-        if not exact or not body.startswith(content, lead):
+        if not exact or not body.startswith(content, lead) or not self._is_put_there(messages[: turn + 1], before):
             raise ChatError(
                 f"the chat template doesn't render message {turn + 1} as a continuation of the messages before it, so "
                 f"the trained span can't be found; mark it with {{% generation %}} in the template"
@@ -89,14 +107,26 @@ class ChatTemplate:
         assert gap is not None
         return len(before), len(before) + gap.end()
 
-    def _with_end_token(self, rendered: str, span: tuple[int, int]) -> _Turn:
-        """The turn with the special token that ends the span, or that stands right behind it."""
+    def _is_put_there(self, messages: Sequence[Mapping[str, Any]], before: str) -> bool:
+        """Whether nothing but white space is between ``before`` and the last message's text.
+
+        Its own text can't tell: a short or empty one may also be the beginning of the turn's header.
+        """
+        probed = [*messages[:-1], {**messages[-1], "content": _PROBE}]
+        head, found, _ = self._renderer.render(probed, add_generation_prompt=False).partition(_PROBE)
+        return bool(found) and head.startswith(before) and not head[len(before) :].strip()
+
+    def _with_end_token(self, rendered: str, span: tuple[int, int], messages: Sequence[Mapping[str, Any]]) -> _Turn:
+        """The turn with the special token that ends the span, or that stands right behind it.
+
+        One behind it ends it only if it is there before the next turn is: the next turn may begin with one.
+        """
         start, end = span
         inside = list(self._tokens.pattern.finditer(rendered, start, end))
         if inside and inside[-1].end() == end:
             return _Turn(start=start, text_end=inside[-1].start(), end=end)
         behind = self._tokens.pattern.match(rendered, end)
-        if behind is not None:
+        if behind is not None and self._ends(rendered, end, messages):
             return _Turn(start=start, text_end=end, end=behind.end())
         if not self._loss.train_on_eos:
             return _Turn(start=start, text_end=end, end=end)
@@ -104,6 +134,11 @@ class ChatTemplate:
             "the chat template puts no special token right behind the assistant's text, so the end of a turn can't be "
             "learned; end the turn with eos_token in the template, or choose --no-train-on-eos"
         )
+
+    def _ends(self, rendered: str, end: int, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a special token follows ``end`` also where ``messages`` are the whole conversation."""
+        whole, _ = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
+        return rendered[:end] == whole[:end] and self._tokens.pattern.match(whole, end) is not None
 
     def _trained(self, turns: Sequence[_Turn], length: int) -> list[tuple[int, int]]:
         """(start, end) of what is trained, in order and apart from each other."""

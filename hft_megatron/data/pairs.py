@@ -15,7 +15,7 @@ from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.fitting import ExampleRules
+from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
 from hft_megatron.data.formats.record import Completion, Message, Preference
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
@@ -96,7 +96,8 @@ class PairDataset:
                 if share is None
                 else f"; {share} samples of it in an epoch of {len(self)} (weight {source.weight:g})"
             )
-            lines.append(f"{source.summary()} (sequence length {self.seq_length}){mixed}")
+            limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
+            lines.append(f"{source.summary()}{limit}{mixed}")
         return lines
 
 
@@ -156,6 +157,7 @@ def _load_source(
             if longest > rules.seq_length and rules.long_examples == "drop":
                 dropped += 1
                 continue
+            _check_room(halves, rules)
             fitting = [_fitting(half, pair.place, rules) for half in halves]
             _check_halves(fitting)
         except _BadPair as fault:
@@ -224,6 +226,12 @@ def _check_record(pair: Preference) -> None:
         raise _BadPair("`chosen` and `rejected` are the same")
 
 
+def _check_room(halves: Sequence[Encoded], rules: ExampleRules) -> None:
+    for _, mask in halves:
+        if not mask[1 : rules.seq_length + 1].any():
+            raise _BadPair("the prompt leaves no room for an answer within --seq-length")
+
+
 def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
     ids, mask = half
     if len(ids) - 1 > rules.seq_length and rules.long_examples == "error":
@@ -237,8 +245,6 @@ def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
 def _check_halves(halves: Sequence[Encoded]) -> None:
     prompts = []
     for ids, mask in halves:
-        if not mask[1:].any():
-            raise _BadPair("the prompt leaves no room for an answer within --seq-length")
         prompts.append(ids[: int(np.argmax(mask))])
     if not np.array_equal(prompts[0], prompts[1]):
         raise _BadPair("the chat template renders the prompt differently before the two answers")

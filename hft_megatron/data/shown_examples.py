@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 
+from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.stores import Encoded
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.visible_tokens import VisibleToken, visible_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownExample:
-    """One example, whole."""
+    """One example, or one answer of a pair behind its prompt, whole."""
 
-    number: int
-    """From 1, within its source, of those that are kept."""
+    name: str
+    """With its number, from 1, within its source, of those that are kept."""
     tokens: tuple[VisibleToken, ...]
 
     @property
@@ -20,7 +22,7 @@ class ShownExample:
         """Number and counts."""
         count = sum(len(token.ids) for token in self.tokens)
         trained = sum(len(token.ids) for token in self.tokens if token.trained)
-        return f"example {self.number}: {count} tokens, {trained} trained"
+        return f"{self.name}: {count} tokens, {trained} trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,27 @@ def shown_sources(dataset: SftDataset, tokenizer: Tokenizer, examples: int) -> l
     shown, start = [], 0
     for part, description in zip(dataset.parts, dataset.describe(), strict=True):
         found = tuple(
-            ShownExample(number=number + 1, tokens=tuple(visible_tokens(tokenizer, *dataset.example(start + number))))
+            _shown(f"example {number + 1}", dataset.example(start + number), tokenizer)
             for number in range(min(examples, part.examples))
         )
         shown.append(ShownSource(description=description, examples=found))
         start += part.examples
     return shown
+
+
+def shown_pairs(dataset: PairDataset, tokenizer: Tokenizer, pairs: int) -> list[ShownSource]:
+    """Every source of ``dataset`` with the two answers of its first ``pairs``, the chosen one first."""
+    shown, start = [], 0
+    for part, description in zip(dataset.sources, dataset.describe(), strict=True):
+        found = tuple(
+            _shown(f"pair {number + 1}, {name}", dataset.answers.example(2 * (start + number) + half), tokenizer)
+            for number in range(min(pairs, part.pairs))
+            for half, name in enumerate(("chosen", "rejected"))
+        )
+        shown.append(ShownSource(description=description, examples=found))
+        start += part.pairs
+    return shown
+
+
+def _shown(name: str, example: Encoded, tokenizer: Tokenizer) -> ShownExample:
+    return ShownExample(name=name, tokens=tuple(visible_tokens(tokenizer, *example)))

@@ -84,7 +84,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, params: PackedSe
     """Query (t, heads, d), key and value (t, groups, d) -> (t, heads, d).
 
     By torch's variable-length flash kernel where it is there (CUDA, half precision); elsewhere example by example,
-    which on CPU is several times as fast as one product under a block-diagonal mask and needs no mask in memory.
+    which computes no scores between examples and needs no mask in memory.
     """
     cu_seqlens, longest = params.cu_seqlens_q, params.max_seqlen_q
     if HAVE_VARLEN and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):

@@ -49,8 +49,12 @@ class WrappedModel:
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:
-        """Within it every rank holds the newest parameters: overlapped gathers are finished and their hooks rest."""
+        """Within it every rank holds the newest parameters: overlapped gathers are finished and their hooks rest.
+
+        Within another one it changes nothing.
+        """
         overlapped = self.chunks[0].ddp_config.overlap_param_gather
+        overlapped = overlapped and len(self.chunks[0].remove_forward_pre_hook_handles) > 0
         if overlapped:
             for chunk in self.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)

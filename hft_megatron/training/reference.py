@@ -145,25 +145,30 @@ def log_prob_table(
 ) -> Tensor:
     """One pass over ``batches``, which hold every pair: (pairs, 2) fp64 on every rank. Collective.
 
-    Of a pair that comes more than once the first numbers count.
+    Of a pair that comes in more than one batch the numbers of the first count.
     """
+    steps: list[Tensor] = []
     numbers: list[Tensor] = []
     found: list[Tensor] = []
     speaks = placement.pipeline_rank == placement.pipeline_size - 1 and placement.tensor_rank == 0
     done, next_line = 0, pairs // _PROGRESS_LINES
-    for batch in batches:
+    for step, batch in enumerate(batches):
         log_probs = reference_pass(chunks, batch)
         if speaks:
+            steps += [torch.full_like(micro_batch["pairs"], step) for micro_batch in batch.micro_batches]
             numbers += [micro_batch["pairs"] for micro_batch in batch.micro_batches]
             found += [values.cpu() for values in log_probs]
         done += sum(len(micro_batch["pairs"]) for micro_batch in batch.micro_batches) * placement.data_size
         if done >= next_line:
             announce(f"  reference log-probabilities: {min(done, pairs)} of {pairs} pairs")
             next_line += max(1, pairs // _PROGRESS_LINES)
-    mine = (torch.cat(numbers), torch.cat(found)) if speaks else None
+    mine = (torch.cat(steps), torch.cat(numbers), torch.cat(found)) if speaks else None
     everyone = [mine] * placement.world_size
     dist.all_gather_object(everyone, mine)
-    parts = [part for part in everyone if part is not None]
-    held, first = np.unique(torch.cat([numbers for numbers, _ in parts]).numpy(), return_index=True)
+    all_steps, all_numbers, values = (
+        torch.cat(column) for column in zip(*(part for part in everyone if part is not None), strict=True)
+    )
+    in_turn = torch.argsort(all_steps, stable=True)
+    held, first = np.unique(all_numbers[in_turn].numpy(), return_index=True)
     assert np.array_equal(held, np.arange(pairs)), "the batches hold every pair"
-    return torch.cat([values for _, values in parts])[torch.from_numpy(first)]
+    return values[in_turn][torch.from_numpy(first)]

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,9 +49,9 @@ def read_cache(folder: Path, key: CacheKey) -> Tensor | str | None:
     Raises UserError for a file that is of another model or other data than its name says.
     """
     path = folder / key.file_name
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         with safe_open(path, framework="pt") as file:
             metadata, log_probs = file.metadata() or {}, file.get_tensor(_TENSOR)
             assert isinstance(log_probs, Tensor)
@@ -67,6 +68,13 @@ def read_cache(folder: Path, key: CacheKey) -> Tensor | str | None:
                 f"this run's is {_short(value)}; delete the file, which has been renamed or copied over another."
             )
     return log_probs
+
+
+def check_cache_can_be_written(folder: Path) -> None:
+    """Makes the folder and a file in it, which goes again: a pass over all data must not be lost. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def write_cache(folder: Path, key: CacheKey, log_probs: Tensor) -> Path:

@@ -1,10 +1,11 @@
 """Which reference model a run compares with, and where its weights come from."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,17 @@ from hft_megatron.training.reference import (
     SharedReference,
     log_prob_table,
 )
-from hft_megatron.training.reference_cache import CacheKey, default_cache, read_cache, write_cache
+from hft_megatron.training.reference_cache import (
+    CacheKey,
+    check_cache_can_be_written,
+    default_cache,
+    read_cache,
+    write_cache,
+)
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Reference
+
+T = TypeVar("T")
 
 
 def reference_of_run(
@@ -45,72 +54,122 @@ def reference_of_run(
     """The reference of preference tuning, None for other methods; collective.
 
     ``chunks`` hold the weights that the run started from, before a checkpoint fills them, except in a run that
-    --finetune started and that goes on: then they are filled here. Raises UserError where the reference's weights are
-    not what they were, or its cache can't be used.
+    --finetune started and that goes on: then they are filled here where they are needed. Raises UserError where the
+    reference's weights are not what they were, or its cache can't be used.
     """
     data, options = inputs.data, inputs.config.dpo
     if not isinstance(data, PreferenceData):
         return None
-    model = _start_of_run(inputs, chunks, placement)
+    base = None
+    if options.dpo_reference_model is None and inputs.identity.finetuned_from is not None:
+        base = _on_rank_0(lambda: _base_of_finetuning(inputs), placement)
+
+    def with_weights_of_start() -> Sequence[LlamaModel]:
+        if base is not None and inputs.resumes:
+            _on_rank_0(lambda: _check_base(inputs, base), placement)
+            load_checkpoint_weights(base.checkpoint, chunks)
+        return chunks
+
+    def reference_model() -> Sequence[LlamaModel]:
+        folder = options.dpo_reference_model
+        return with_weights_of_start() if folder is None else _second_model(inputs, chunks, placement)
+
     if options.dpo_reference == "shared":
-        trained = rounds.trained_until(inputs.position.round) if inputs.resumes else frozenset()
         announce("> reference: the policy's resting weights, and a copy of each unit that trains")
-        return SharedReference(chunks, trained)
+        return SharedReference(with_weights_of_start(), _trained_so_far(inputs, rounds))
     if options.dpo_reference == "model":
         announce(f"> reference: a second model, {options.dpo_reference_model or 'with the weights of the start'}")
+        if options.dpo_reference_model is None:
+            with_weights_of_start()
         return ModelReference(_second_model(inputs, chunks, placement))
-    if options.dpo_reference_model is not None:
-        model = _digest_of_folder(options.dpo_reference_model, placement)
-    return PrecomputedReference(_table(inputs, data, model, chunks, share, placement, announce))
+    digest = base.digest if base is not None else _digest_of_weights(inputs, placement)
+    dtype = str(chunks[0].config.params_dtype)
+    folder = Path(options.dpo_reference_cache or default_cache())
+    return PrecomputedReference(_table(folder, data, digest, dtype, reference_model, share, placement, announce))
 
 
-def _start_of_run(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Placement) -> str:
-    """Has the model hold the weights that the run started from; their digest."""
-    config = inputs.config
-    if inputs.identity.finetuned_from is not None:
-        checkpoint, digest = _base_of_finetuning(inputs, placement)
-        if inputs.resumes:
-            load_checkpoint_weights(checkpoint, chunks)
-        return digest
-    if config.model.load_hf is not None:
-        return _digest_of_folder(config.model.load_hf, placement)
-    words = json.dumps([asdict(inputs.shape), config.training.seed], sort_keys=True)
-    return f"random {sha256(words.encode()).hexdigest()}"
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    """A checkpoint of another run that this one started from."""
+
+    checkpoint: Path
+    digest: str
 
 
-def _base_of_finetuning(inputs: Inputs, placement: Placement) -> tuple[Path, str]:
-    """The checkpoint of another run that this one started from, and its digest. Noted in --save at the start."""
-    if not inputs.resumes:
-        assert inputs.checkpoint is not None
-        digest = identity_of(inputs.checkpoint)
-        _note_base(inputs, inputs.checkpoint.resolve(), digest, placement)
-        return inputs.checkpoint, digest
+def _on_rank_0(work: Callable[[], T], placement: Placement) -> T:
+    """What ``work`` returns on rank 0, or the UserError that it raises there, on every rank; collective."""
+    answers: list[Any] = [None]
+    if placement.rank == 0:
+        try:
+            answers = [work()]
+        except UserError as error:
+            answers = [error]
+    dist.broadcast_object_list(answers, src=0)
+    if isinstance(answers[0], UserError):
+        raise answers[0]
+    answer: T = answers[0]
+    return answer
+
+
+def _base_of_finetuning(inputs: Inputs) -> _Base:
+    """Where a run that --finetune started took its weights. Noted in --save at the start, and wherever it goes on."""
     assert inputs.checkpoint is not None
-    note = inputs.checkpoint.with_name(REFERENCE_FILE)
+    if not inputs.resumes:
+        base = _Base(checkpoint=inputs.checkpoint.resolve(), digest=identity_of(inputs.checkpoint))
+    else:
+        note = inputs.checkpoint.with_name(REFERENCE_FILE)
+        try:
+            noted = json.loads(note.read_text(encoding="utf-8"))
+            base = _Base(checkpoint=Path(noted["checkpoint"]), digest=str(noted["digest"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--load {note.parent}: {note.name}, which says what checkpoint the run started from, "
+                f"can't be read ({error}); copy the run's folder again."
+            ) from error
+    if inputs.config.checkpoint.save is not None:
+        folder = Path(inputs.config.checkpoint.save)
+        noted = {"checkpoint": str(base.checkpoint), "digest": base.digest}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / REFERENCE_FILE, json.dumps(noted, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--save {folder} can't be written: {error}; make room, or choose another folder."
+            ) from error
+    return base
+
+
+def _check_base(inputs: Inputs, base: _Base) -> None:
+    run = f"--load {inputs.config.checkpoint.load}"
     try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-        checkpoint, digest = Path(noted["checkpoint"]), str(noted["digest"])
-        found = identity_of(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = identity_of(base.checkpoint)
+    except OSError as error:
         raise UserError(
-            f"--load {note.parent}: the checkpoint that this run started from, which is its reference, can't be read "
-            f"({error}); put it back, or give its weights as --dpo-reference-model."
+            f"{run}: {base.checkpoint}, the checkpoint that this run started from and compares with, can't be read "
+            f"({error.strerror}); put it back."
         ) from error
-    if found != digest:
+    if found != base.digest:
         raise UserError(
-            f"--load {note.parent}: {checkpoint}, which this run started from and compares with, is not what it was "
-            f"(sha256 {found[:12]} instead of {digest[:12]}); put the right one back."
+            f"{run}: {base.checkpoint}, which this run started from and compares with, is not what it was "
+            f"(sha256 {found[:12]} instead of {base.digest[:12]}); put the right one back."
         )
-    return checkpoint, digest
 
 
-def _note_base(inputs: Inputs, checkpoint: Path, digest: str, placement: Placement) -> None:
-    if inputs.config.checkpoint.save is None or placement.rank != 0:
-        return
-    folder = Path(inputs.config.checkpoint.save)
-    folder.mkdir(parents=True, exist_ok=True)
-    noted = {"checkpoint": str(checkpoint), "digest": digest}
-    write_atomically(folder / REFERENCE_FILE, json.dumps(noted, indent=1) + "\n")
+def _trained_so_far(inputs: Inputs, rounds: Rounds) -> frozenset[str]:
+    """Units that this run's own rounds have trained: those of a run before it trained the reference's weights."""
+    if not inputs.resumes:
+        return frozenset()
+    own = range(rounds.schedule.first_round, inputs.position.round + 1)
+    return frozenset[str]().union(*(rounds.plan(round).training for round in own))
+
+
+def _digest_of_weights(inputs: Inputs, placement: Placement) -> str:
+    """Of the reference's folder, or of what the run started from."""
+    folder = inputs.config.dpo.dpo_reference_model or inputs.config.model.load_hf
+    if folder is not None:
+        return _digest_of_folder(folder, placement)
+    words = json.dumps([asdict(inputs.shape), inputs.config.training.seed], sort_keys=True)
+    return f"random {sha256(words.encode()).hexdigest()}"
 
 
 def _digest_of_folder(folder: str, placement: Placement) -> str:
@@ -140,25 +199,25 @@ def _second_model(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Place
 
 
 def _table(
-    inputs: Inputs,
+    folder: Path,
     data: PreferenceData,
     model: str,
-    chunks: Sequence[LlamaModel],
+    dtype: str,
+    reference_model: Callable[[], Sequence[LlamaModel]],
     share: BatchShare,
     placement: Placement,
     announce: Announce,
 ) -> torch.Tensor:
-    """Log-probabilities of all pairs, those of validation behind those of training."""
-    options = inputs.config.dpo
-    reference = None if options.dpo_reference_model is not None else chunks
-    folder = Path(options.dpo_reference_cache or default_cache())
+    """Log-probabilities of all pairs, those of validation behind those of training; the model is asked for at most
+    once, and not where all are in the cache."""
+    reference = None
     tables = []
     for dataset, batches in data.passes(share):
-        key = CacheKey(model=model, data=dataset.digest, dtype=str(chunks[0].config.params_dtype), pairs=len(dataset))
+        key = CacheKey(model=model, data=dataset.digest, dtype=dtype, pairs=len(dataset))
         table = _cached(folder, key, placement, announce)
         if table is None:
-            if reference is None:
-                reference = _second_model(inputs, chunks, placement)
+            _on_rank_0(lambda: _written(folder, lambda: check_cache_can_be_written(folder)), placement)
+            reference = reference_model() if reference is None else reference
             table = log_prob_table(reference, batches, len(dataset), placement, announce)
             _keep(folder, key, table, placement, announce)
         tables.append(table)
@@ -167,33 +226,24 @@ def _table(
 
 def _cached(folder: Path, key: CacheKey, placement: Placement, announce: Announce) -> torch.Tensor | None:
     """What rank 0 finds on its disk, on every rank; a damaged file counts as none, and is named."""
-    answers: list[object] = [None]
-    if placement.rank == 0:
-        try:
-            answers = [read_cache(folder, key)]
-        except UserError as error:
-            answers = [error]
-    dist.broadcast_object_list(answers, src=0)
-    [answer] = answers
-    if isinstance(answer, UserError):
-        raise answer
+    answer = _on_rank_0(lambda: read_cache(folder, key), placement)
     if isinstance(answer, str):
         announce(f"> reference: {answer}: making it again")
         return None
     if answer is not None:
         announce(f"> reference: log-probabilities of {key.pairs} pairs from {folder / key.file_name}")
-    assert answer is None or isinstance(answer, torch.Tensor)
     return answer
 
 
 def _keep(folder: Path, key: CacheKey, table: torch.Tensor, placement: Placement, announce: Announce) -> None:
-    mistakes: list[str | None] = [None]
-    if placement.rank == 0:
-        try:
-            write_cache(folder, key, table)
-        except OSError as error:
-            mistakes = [f"--dpo-reference-cache {folder} can't be written ({error}); name another folder."]
-    dist.broadcast_object_list(mistakes, src=0)
-    if mistakes[0] is not None:
-        raise UserError(mistakes[0])
-    announce(f"> reference: log-probabilities kept in {folder / key.file_name}")
+    path = _on_rank_0(lambda: _written(folder, lambda: write_cache(folder, key, table)), placement)
+    announce(f"> reference: log-probabilities kept in {path}")
+
+
+def _written(folder: Path, write: Callable[[], T]) -> T:
+    try:
+        return write()
+    except OSError as error:
+        raise UserError(
+            f"--dpo-reference-cache {folder} can't be written ({error.strerror}); name another folder."
+        ) from error

@@ -1,18 +1,26 @@
-"""``show-data``: the examples that a run would train on, without the run."""
+"""``show-data``: the examples, or preference pairs, that a run would train on, without the run."""
 
+from hft_megatron.config.dpo_rules import check_pair_options
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.schema import BadPairs, DataConfig
+from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
 from hft_megatron.data.fitting import NO_LIMIT
-from hft_megatron.data.run_data import training_data, validation_data
-from hft_megatron.data.shown_examples import ShownSource, shown_sources
+from hft_megatron.data.records import read_records
+from hft_megatron.data.run_data import training_data, training_pairs, validation_data, validation_pairs
+from hft_megatron.data.shown_examples import ShownSource, shown_pairs, shown_sources
 from hft_megatron.data.tokenizer import check_tokenizer_fits
 from hft_megatron.data.tokenizers import load_tokenizer
 
 
 def read_shown_data(
-    data: DataConfig, tokenizer_path: str, shape: ModelShape | None, seq_length: int | None, examples: int
+    data: DataConfig,
+    tokenizer_path: str,
+    shape: ModelShape | None,
+    seq_length: int | None,
+    examples: int,
+    bad_pairs: BadPairs,
 ) -> list[ShownSource]:
-    """All sources, those of training first, each with its first ``examples``.
+    """All sources, those of training first, each with its first ``examples``, or pairs where the data are pairs.
 
     ``shape`` is the model's where one is named: its vocabulary must hold the tokenizer's, and its positions are the
     limit unless ``seq_length`` is. Raises UserError for a mistake in tokenizer, template or data.
@@ -24,6 +32,22 @@ def read_shown_data(
         limit = shape.max_position_embeddings
     if seq_length is not None:
         limit = seq_length
+    if _are_pairs(data):
+        check_pair_options(data)
+        pairs = training_pairs(data, tokenizer, limit, bad_pairs), validation_pairs(data, tokenizer, limit, bad_pairs)
+        return [source for found in pairs if found is not None for source in shown_pairs(found, tokenizer, examples)]
     read = training_data(data, tokenizer, limit), validation_data(data, tokenizer, limit)
     datasets = [dataset for dataset in read if dataset is not None]
     return [source for dataset in datasets for source in shown_sources(dataset, tokenizer, examples)]
+
+
+def _are_pairs(data: DataConfig) -> bool:
+    """Whether --data-format or the first record says so; a run learns of pairs alone, or of none."""
+    if data.data_format is not None:
+        return data.data_format == "preference"
+    sources = (
+        *find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT),
+        *find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT),
+    )
+    first = next((format for format, _ in read_records(sources[0].files, None)), None)
+    return first == "preference"

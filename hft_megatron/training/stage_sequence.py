@@ -3,15 +3,17 @@
 import os
 from collections.abc import Sequence
 
-from hft_megatron.checkpoint.folders import complete_checkpoints
+from hft_megatron.checkpoint.folders import complete_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.errors import UserError
 from hft_megatron.parallel.groups import leave_groups, stop_groups
 from hft_megatron.training.assembly import train_and_export
+from hft_megatron.training.inputs import read_inputs
 from hft_megatron.training.methods import METHODS
 
 
@@ -42,11 +44,25 @@ def run_stages(stages: Sequence[Stage], shape: ModelShape | None, world_size: in
     rank, first_round = int(os.environ["RANK"]), 0
     for number, stage in enumerate(stages):
         following = stages[number + 1] if number + 1 < len(stages) else None
-        if following is None or not complete_checkpoints(str(following.folder)):
+        one = numbered(stage, first_round)
+        if following is not None and complete_checkpoints(str(following.folder)):
+            _check_done(one, following, shape, world_size)
+        else:
             if rank == 0:
                 print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
-            one = numbered(stage, first_round)
             train_and_export(one.method, one.config, shape, world_size)
             leave_groups()
         first_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round + 1
     stop_groups()
+
+
+def _check_done(stage: Stage, following: Stage, shape: ModelShape | None, world_size: int) -> None:
+    """UserError for a stage that another has begun from, and that is not what its options describe any more."""
+    inputs = read_inputs(METHODS[stage.method], stage.config, shape, world_size)
+    assert inputs.checkpoint is not None
+    reached, asked = iteration_of(inputs.checkpoint), derived.train_iters(inputs.config.training)
+    if asked != reached:
+        raise UserError(
+            f"{stage.folder} ended at iteration {reached}, from where {following.folder} has begun, and --stages now "
+            f"gives it {asked}; give {reached}, or another --save."
+        )

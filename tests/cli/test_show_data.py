@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -140,6 +142,62 @@ def test_only_a_page_of_its_own_is_written_over(
     assert page.read_text() == "mine"
 
 
+PAIRS = [
+    {"prompt": "2 + 2? ", "chosen": "4", "rejected": "five"},
+    {"prompt": "same", "chosen": "x", "rejected": "x"},
+    {"prompt": "and", "chosen": "yes", "rejected": "no"},
+]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_of_a_pair_both_answers_are_shown(show_data: Show, tmp_path: Path, named: bool) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    words = ["--data-format", "preference"] if named else []
+    shown = show_data("--train-data-path", path, *words, "--dpo-bad-pairs", "skip", "--examples", 2)
+    lines = shown.split("\n")
+    assert lines[2] == (
+        f"{path}: 2 pairs of 3 records, 0 truncated and 0 dropped, 1 left out: `chosen` and `rejected` are the same"
+    )
+    assert lines[4].startswith("pair 1, chosen: ")
+    assert [line for line in lines if "<|bos|>" in line] == [
+        "<|bos|>2 + 2? {+4<|im_end|>+}",
+        "<|bos|>2 + 2? {+five<|im_end|>+}",
+        "<|bos|>and{+yes<|im_end|>+}",
+        "<|bos|>and{+no<|im_end|>+}",
+    ]
+    (tmp_path / "run.yaml").write_text("dpo-bad-pairs: skip\ndpo-beta: 0.2\n")
+    page = tmp_path / "pairs.html"
+    only = ["--train-data-path", path, "--valid-data-path", path, "--config", tmp_path / "run.yaml", "--examples", 1]
+    assert show_data(*only, "--html", page) == f"{page}: 4 examples\n"
+    titles = [line.split(":")[0] for line in page.read_text().split("\n") if line.startswith("<h3>")]
+    assert titles == ["<h3>pair 1, chosen", "<h3>pair 1, rejected"] * 2
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
+
+
+def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, tmp_path: Path) -> None:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+    page = tmp_path / "out.html"
+    show_data("--html", page, "--examples", 2)
+    # What the browser itself computed of every token, written into the page that it gives back.
+    script = (
+        "<script>document.title = JSON.stringify([...document.querySelectorAll('pre span')].map("
+        "s => [s.innerText, getComputedStyle(s).backgroundColor, s.getClientRects().length > 0]))</script>"
+    )
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{script}</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, check=True, timeout=120)
+    title = done.stdout.decode("utf-8").split("<title>")[1].split("</title>")[0]
+    tokens = json.loads(unescape(title))
+    assert all(visible for _, _, visible in tokens)
+    green = {"rgb(155, 226, 155)", "rgb(196, 240, 196)"}
+    assert "".join(text for text, colour, _ in tokens if colour in green) == "<b>4</b> &<|im_end|>second↵\n🙂<|im_end|>"
+    assert "".join(text for text, colour, _ in tokens if colour not in green) == "<|bos|>2 + 2?↵\n<|bos|>"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -154,6 +212,10 @@ def test_only_a_page_of_its_own_is_written_over(
         ("--tokenizer-model MODEL --train-data-path DATA --valid-data-path 2 DATA", "takes no weights; leave 2 out."),
         ("--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html", "--html /absent/x.html can't be writ"),
         ("--tokenizer-model MODEL --train-data-path DATA --lr 1", "--lr is not an option"),
+        ("--tokenizer-model MODEL --train-data-path PAIRS", "PAIRS:2: `chosen` and `rejected` are the same; correct"),
+        ("--tokenizer-model MODEL --train-data-path PAIRS --loss-on all", "--loss-on all would compare the prompts"),
+        ("--tokenizer-model MODEL --train-data-path PAIRS --long-examples split", "--long-examples split cuts an ans"),
+        ("--tokenizer-model MODEL --train-data-path DATA PAIRS", "PAIRS:1: the record is a preference pair"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -163,7 +225,8 @@ def test_a_mistake_is_one_sentence(
     small = tmp_path / "small"
     shutil.copytree(model, small)
     (small / "config.json").write_text(json.dumps({**SHAPE.to_hf_config(), "vocab_size": 300}))
-    for name, place in (("MODEL", model), ("SMALL", small), ("DATA", data)):
+    pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    for name, place in (("MODEL", model), ("SMALL", small), ("DATA", data), ("PAIRS", pairs)):
         words, sentence = words.replace(name, str(place)), sentence.replace(name, str(place))
     assert main(["show-data", *words.split()]) == EXIT_USAGE
     out, err = capsys.readouterr()

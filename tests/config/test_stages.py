@@ -60,6 +60,11 @@ def test_without_a_run_to_go_on_with_the_first_stage_starts_where_the_run_does(t
         ("- method: sft\n  lr: fast\n", r"stages.yaml:2: lr fast: the value must be a number"),
         ("- method: sft\n  lr: 1\n  lr: 2\n", r"stages.yaml:3: lr is set twice"),
         ("- method: sft\n  save: here\n", r"stages.yaml:1: save can't be set for one stage; give --save for all"),
+        ("- method: sft\n  save_dtype: bfloat16\n", r"stages.yaml:1: save_dtype can't be set for one stage"),
+        (
+            "- method: sft\n- method: dpo\n  train_iters: 0\n",
+            r"stages.yaml:2: a stage with --train-iters 0 leaves no w",
+        ),
         ("- method: sft\n  load_hf: other\n", r"stages.yaml:1: a stage can't have a model of its own"),
         ("- method: sft\n bad\n", r"stages.yaml:\d+ is not valid YAML"),
     ],

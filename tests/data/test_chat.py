@@ -144,6 +144,50 @@ def test_a_span_that_cannot_be_found_exactly_is_an_error(tmp_path: Path, templat
         chat.pieces(CONVERSATION)
 
 
+LABELLED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("train_on_eos", [True, False])
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (CHATML.split("{% if add")[0], ""),  # the turn's header could be an empty answer and its end token
+        (LABELLED, ""),
+        (LABELLED, "assistant"),
+        (LABELLED, "assistant:"),
+        (LABELLED, "a"),
+    ],
+)
+def test_an_answer_like_the_header_that_is_put_before_it_is_not_taken_for_it(
+    tmp_path: Path, template: str, answer: str, train_on_eos: bool
+) -> None:
+    tokenizer, _ = load(tmp_path, template)
+    chat = ChatTemplate(tokenizer.facts, LossRule(train_on_eos=train_on_eos))
+    with pytest.raises(ChatError, match="doesn't render message 2"):
+        chat.pieces([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}"])
+def test_the_token_that_begins_the_next_turn_does_not_end_the_one_before_it(tmp_path: Path, content: str) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + m['content'] + '[/INST]' }}"
+        f"{{% else %}}{content}{{% endif %}}{{% endfor %}}"
+    )
+    _, chat = load(tmp_path, template)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    with pytest.raises(ChatError, match="puts no special token right behind the assistant's text"):
+        chat.pieces(turns)
+
+
+@pytest.mark.parametrize("answer", ["", "b"])
+def test_marks_around_the_users_turns_are_an_error_also_where_an_answer_is_part_of_a_question(
+    tmp_path: Path, answer: str
+) -> None:
+    _, chat = load(tmp_path, MARKED.replace("== 'assistant'", "== 'user'"))
+    with pytest.raises(ChatError, match=r"marks with \{% generation %\} for message 2 doesn't hold the message's text"):
+        chat.pieces([{"role": "user", "content": "abc"}, {"role": "assistant", "content": answer}])
+
+
 def test_a_span_that_is_not_asked_for_need_not_be_found(tmp_path: Path) -> None:
     # As templates of reasoning models do: earlier answers lose a part that the last one keeps.
     history = CHATML.replace("m['content'] + '<", "(m['content'] if loop.last else m['content'] | upper) + '<")

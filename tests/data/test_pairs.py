@@ -103,6 +103,15 @@ def test_a_pair_of_which_nothing_can_be_learned_is_one_sentence_or_left_out_and_
     assert sentence in line
 
 
+def test_a_prompt_that_fills_the_window_is_a_bad_pair_whatever_becomes_of_long_answers(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", [PAIR, PAIR | {"prompt": "word " * 400}])
+    with pytest.raises(UserError, match="leaves no room for an answer within --seq-length; correct the pair, or"):
+        load_pairs(path, tokenizer, 64)
+    assert len(load_pairs(path, tokenizer, 64, bad_pairs="skip")) == 1
+
+
 def test_long_answers_are_an_error_or_dropped_or_cut_in_both_halves_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [PAIR, PAIR | {"chosen": "yes " * 400}]
     path = write_rows(tmp_path / "pairs.jsonl", rows)

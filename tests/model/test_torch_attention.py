@@ -85,6 +85,39 @@ def test_no_example_sees_another(ranks, tmp_path: Path, variant: str) -> None:
     assert found["it changes"]
 
 
+def run_rotated(folder: str, restart: bool) -> dict[str, bool]:
+    """Whether queries and keys behind the rotation are those of each example alone, in the packed sequence.
+
+    Logits can't tell: rotary angles are relative, so an example as a whole may stand anywhere.
+    """
+    (model,), shape, _ = build_from_folder(folder, {})
+    tokens = torch.randint(3, shape.vocab_size, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    first = next(module for module in model.modules() if isinstance(module, torch_attention.TorchAttention))
+    seen: list[list[Tensor]] = []
+    first.register_forward_pre_hook(lambda module, inputs: seen.append([t.flatten(0, -3) for t in inputs[:2]]))
+    params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
+    if not restart:
+        params.max_seqlen_q = params.max_seqlen_kv = sum(LENGTHS)
+    with torch.no_grad():
+        model(tokens, torch.arange(tokens.size(1))[None], None, packed_seq_params=params)
+        for part in tokens.split(LENGTHS, dim=1):
+            model(part, torch.arange(part.size(1))[None], None)
+    packed, alone = seen[0], [torch.cat(tensors) for tensors in zip(*seen[1:], strict=True)]
+    return {
+        name: torch.allclose(found, other, atol=1e-6)
+        for name, found, other in zip(("query", "key"), packed, alone, strict=True)
+    }
+
+
+@pytest.mark.parametrize("variant", ["gqa", "llama3_rope"])
+@pytest.mark.parametrize("restart", [True, False])
+def test_positions_restart_in_every_segment(ranks, tmp_path: Path, variant: str, restart: bool) -> None:
+    folder = str(make_llama(tmp_path / "model", variant, **TINY))
+    [same] = ranks(1).run(run_rotated, folder=folder, restart=restart)
+    # With the length of the whole sequence in max_seqlen they don't, which this must be able to see.
+    assert same == {"query": restart, "key": restart}
+
+
 def run_gradients(folder: str, size: int) -> dict[str, Any]:
     """The largest distance of any gradient of one packed step from that of the same examples in rows of their own."""
     share = BatchShare(

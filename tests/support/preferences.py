@@ -58,6 +58,15 @@ def words_for_pairs(inputs: Path, *options: object, kind: str = "precompute", ca
     return [str(word) for word in (*base, "--no-bf16", *options)]
 
 
+def flags(layout: dict[str, Any]) -> list[str]:
+    """Fields of ParallelConfig as words."""
+    words = []
+    for name, value in layout.items():
+        option = "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
 def pairs_of(inputs: Path) -> PairDataset:
     data = DataConfig(train_data_path=(str(inputs / "pairs.jsonl"),))
     tokenizer = load_tokenizer(None, str(inputs / "model"), None)

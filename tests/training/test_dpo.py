@@ -17,7 +17,7 @@ from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.objectives.dpo import PreferenceRule
 from tests.support.models import LAYOUTS
-from tests.support.preferences import make_pairs, pairs_of, plain_dpo, words_for_pairs
+from tests.support.preferences import flags, pairs_of, plain_dpo, words_for_pairs
 from tests.support.ranks import RankPools
 from tests.support.runs import run_method_words
 from tests.support.tiers import quick
@@ -31,31 +31,18 @@ NEAR_ZERO = 2e-7
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(tmp_path_factory.mktemp("pairs"), hidden_size=32, intermediate_size=56)
-
-
-def flags(layout: dict[str, Any]) -> list[str]:
-    words = []
-    for name, value in layout.items():
-        option = "--" + name.replace("_", "-")
-        words += [option] if value is True else [option, str(value)]
-    return words
-
-
-@pytest.fixture(scope="module")
-def references(inputs: Path):
+def references(pairs_folder: Path):
     """``references(packed, rule)``: the plain loop's steps."""
 
     def train(packed: bool, rule: PreferenceRule) -> list[dict[str, float]]:
-        folder, pairs = str(inputs / "model"), pairs_of(inputs)
+        folder, pairs = str(pairs_folder / "model"), pairs_of(pairs_folder)
         plan = make_plan(ModelShape.from_hf_config(load_hf_config(folder), folder), HFTConfig(), default_seed=SEED)
         order = SampleOrder(num_examples=len(pairs), seed=SEED)
         if not packed:
-            return plain_dpo(inputs, plan, order, rule, STEPS)
+            return plain_dpo(pairs_folder, plan, order, rule, STEPS)
         lengths = pairs.answers.lengths.astype("int64").reshape(-1, 2).sum(axis=1) - 2
         packing = PackingRule(capacity=192, algorithm="first_fit_decreasing", window=4096)
-        return plain_dpo(inputs, plan, PackedOrder(order, lengths, packing), rule, STEPS)
+        return plain_dpo(pairs_folder, plan, PackedOrder(order, lengths, packing), rule, STEPS)
 
     return lru_cache(train)
 
@@ -93,11 +80,11 @@ QUICK = ["tp1 micro-batch 4", "tp2 sp", "pp2 interleaved", "dp2", "packed tp2 sp
 
 @pytest.mark.parametrize("case", quick(CASES, QUICK))
 def test_twenty_steps_equal_a_plain_pytorch_loop_at_every_layout(
-    ranks: RankPools, inputs: Path, references: Any, case: str
+    ranks: RankPools, pairs_folder: Path, references: Any, case: str
 ) -> None:
     world_size, options, rule = CASES[case]
     expected = references("--packing" in options, rule)
-    values = ranks(world_size).run(run_method_words, method="dpo", words=words_for_pairs(inputs, *options))
+    values = ranks(world_size).run(run_method_words, method="dpo", words=words_for_pairs(pairs_folder, *options))
     steps = values[-1]["steps"]
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.01, "agreement means little where nothing is learned"
     losses = [step["loss"] for step in expected]

@@ -4,11 +4,16 @@ Run: pytest tests/training/test_packed_runs.py
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hft_megatron.config.schema import DataConfig, TrainingConfig
+from hft_megatron.data.packing import PackedOrder, PackingRule
+from hft_megatron.data.tokenizers import load_tokenizer
+from tests.support.data_files import load
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 from tests.support.tiers import quick
@@ -25,13 +30,21 @@ def of_steps(values: list[dict[str, Any]], name: str) -> list[Any]:
     return [step[name] for step in values[-1]["steps"]]
 
 
+def epoch_starts(inputs: Path) -> Sequence[int]:
+    """Packs before each epoch of a run with PACKING."""
+    dataset = load(inputs / "data.jsonl", load_tokenizer(None, inputs / "model"), 128)
+    rule = PackingRule(capacity=128, algorithm=DataConfig().packing_algorithm, window=10)
+    return PackedOrder(dataset.order(TrainingConfig().seed), dataset.lengths - 1, rule).epoch_starts(24)
+
+
 def test_a_packed_run_goes_on_within_an_epoch_at_another_layout_with_the_same_packs(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, *PACKING)
     saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
     whole = ranks(2).run(run_sft_words, words=words)
-    # 12 packs are one epoch and the beginning of the next: 24 examples make 9 or 10 packs.
+    starts = epoch_starts(inputs)
+    assert starts[1] < 12 < starts[2]  # so the 12 packs of three steps end within an epoch
     ranks(2).run(run_sft_words, words=[*saved, "--train-iters", "3"])
     elsewhere = ranks(1).run(
         run_sft_words, words=[*words, "--load", str(tmp_path), "--save", str(tmp_path), "--micro-batch-size", "4"]

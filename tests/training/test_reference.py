@@ -11,26 +11,13 @@ from typing import Any
 import pytest
 
 from tests.support.models import LAYOUTS
-from tests.support.preferences import make_pairs, words_for_pairs, write_pairs
+from tests.support.preferences import flags, words_for_pairs, write_pairs
 from tests.support.ranks import RankPools, RanksFailed
-from tests.support.runs import run_method_words
+from tests.support.runs import read_metrics, run_method_words
 from tests.support.tiers import quick
 
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000"]
 KINDS = ("precompute", "shared", "model")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(tmp_path_factory.mktemp("pairs"), hidden_size=32, intermediate_size=56)
-
-
-def flags(layout: dict[str, Any]) -> list[str]:
-    words = []
-    for name, value in layout.items():
-        option = "--" + name.replace("_", "-")
-        words += [option] if value is True else [option, str(value)]
-    return words
 
 
 def tune(ranks: RankPools, world_size: int, words: list[str]) -> list[dict[str, Any]]:
@@ -56,12 +43,12 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 @pytest.mark.parametrize("case", quick(CASES, ["tp2 sp", "dp2 overlap"]))
 def test_the_three_references_give_one_loss_which_is_ln_2_at_the_first_step(
-    ranks: RankPools, inputs: Path, tmp_path: Path, case: str
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, case: str
 ) -> None:
     world_size, layout = CASES[case]
     options = [*layout, "--train-iters", "8", "--hft-round-interval", "3"]
     precomputed, shared, model = (
-        tune(ranks, world_size, words_for_pairs(inputs, *options, kind=kind, cache=tmp_path)) for kind in KINDS
+        tune(ranks, world_size, words_for_pairs(pairs_folder, *options, kind=kind, cache=tmp_path)) for kind in KINDS
     )
     first = shared[-1]["steps"][0]["measured"]
     # The rewards are exact; the loss is their softplus in fp64, and comes through a sum in the weights' dtype.
@@ -79,9 +66,11 @@ def test_the_three_references_give_one_loss_which_is_ln_2_at_the_first_step(
 
 @pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
 def test_a_tuning_that_stops_goes_on_to_the_last_bit_with_every_reference(
-    ranks: RankPools, inputs: Path, tmp_path: Path, kind: str
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    words = words_for_pairs(inputs, "--train-iters", 8, "--hft-round-interval", 3, kind=kind, cache=tmp_path / "cache")
+    words = words_for_pairs(
+        pairs_folder, "--train-iters", 8, "--hft-round-interval", 3, kind=kind, cache=tmp_path / "cache"
+    )
     saved = [*words, "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
     whole = tune(ranks, 2, words)
     first = tune(ranks, 2, [*saved, "--train-iters", "5"])
@@ -93,9 +82,9 @@ def test_a_tuning_that_stops_goes_on_to_the_last_bit_with_every_reference(
 
 @pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
 def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
-    ranks: RankPools, inputs: Path, tmp_path: Path, kind: str
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    words = words_for_pairs(inputs, "--train-iters", 4, kind=kind, cache=tmp_path / "cache")
+    words = words_for_pairs(pairs_folder, "--train-iters", 4, kind=kind, cache=tmp_path / "cache")
     tune(ranks, 1, [*words, "--save", str(tmp_path / "first")])
     words += ["--load", str(tmp_path / "first"), "--finetune"]
     whole = tune(ranks, 1, [*words, "--save", str(tmp_path / "whole")])
@@ -108,10 +97,64 @@ def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
     assert begun[0]["steps"] + gone_on[0]["steps"] == whole[0]["steps"]
 
 
-def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
+def test_validation_between_overlapped_gathers_is_the_same_with_every_reference(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
-    words = words_for_pairs(inputs, "--train-iters", 2, cache=tmp_path)
+    valid = write_pairs(tmp_path / "valid.jsonl", 7, first=50)
+    options = [*OVERLAP, "--train-iters", 4, "--valid-data-path", valid, "--eval-interval", 2]
+    found = []
+    for kind in KINDS:
+        save = tmp_path / kind
+        tune(ranks, 2, words_for_pairs(inputs, *options, "--save", save, kind=kind, cache=tmp_path / "cache"))
+        records = read_metrics(save)
+        found.append([record["preference loss"] for record in records if "preference loss" in record])
+        found[-1] += [record[name] for record in records for name in record if name == "preference loss validation"]
+        assert len(found[-1]) == 6
+    precomputed, shared, model = found
+    assert shared == model
+    assert precomputed == pytest.approx(shared, rel=1e-5)
+
+
+def test_a_tuning_goes_on_with_another_kind_of_reference_and_in_another_folder(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    def words(kind: str, load: str, save: str, iterations: int) -> list[str]:
+        folders = ["--load", tmp_path / load, "--save", tmp_path / save]
+        rounds = ["--hft-first-round", 1, "--hft-rotation", "complementary"]
+        options = ["--train-iters", iterations, *rounds, *folders]
+        return words_for_pairs(inputs, *options, kind=kind, cache=tmp_path / "cache")
+
+    tune(ranks, 1, words_for_pairs(inputs, "--train-iters", 2, "--save", tmp_path / "base", kind="shared"))
+    whole = tune(ranks, 1, [*words("shared", "base", "whole", 6), "--finetune"])
+    begun = tune(ranks, 1, [*words("precompute", "base", "one", 2), "--finetune"])
+    shared = tune(ranks, 1, words("shared", "one", "two", 4))
+    copies = [read_metrics(tmp_path / run)[-1]["reference bytes"] for run in ("whole", "two")]
+    assert copies[0] == copies[1], "a copy of what another run has trained would be wasted"
+    # With its log-probabilities in the cache, nothing of the base is needed any more.
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    (tmp_path / "base").mkdir()
+    ended = tune(ranks, 1, words("precompute", "two", "two", 6))
+    steps = losses(begun) + losses(shared) + losses(ended)
+    assert steps == pytest.approx(losses(whole), rel=1e-5)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(RanksFailed, match=r"UserError: --load .*two: .*base.*started from .* can't be read .*; put it"):
+        tune(ranks, 1, words("precompute", "two", "two", 7))
+
+
+def test_a_cache_that_can_not_be_written_is_found_before_the_pass_over_the_data(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = words_for_pairs(inputs, cache=tmp_path / "file" / "cache")
+    with pytest.raises(RanksFailed, match=r"--dpo-reference-cache .*file/cache can't be written") as failed:
+        tune(ranks, 2, words)
+    assert "reference log-probabilities" not in str(failed.value)
+
+
+def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path
+) -> None:
+    words = words_for_pairs(pairs_folder, "--train-iters", 2, cache=tmp_path)
     first = tune(ranks, 1, words)
     [file] = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -126,9 +169,9 @@ def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
         assert losses(again) == losses(first)
 
 
-def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, pairs_folder: Path, tmp_path: Path) -> None:
     others = write_pairs(tmp_path / "others.jsonl", 24, first=7)
-    words = words_for_pairs(inputs, "--train-iters", 1, cache=tmp_path / "cache")
+    words = words_for_pairs(pairs_folder, "--train-iters", 1, cache=tmp_path / "cache")
     tune(ranks, 1, words)
     [mine] = (tmp_path / "cache").iterdir()
     tune(ranks, 1, [*words, "--train-data-path", str(others)])
@@ -139,13 +182,13 @@ def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, inpu
 
 
 def test_a_reference_of_its_own_is_compared_with_from_the_first_step(
-    ranks: RankPools, inputs: Path, tmp_path: Path
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path
 ) -> None:
     trained = tmp_path / "trained"
-    words = words_for_pairs(inputs, "--train-iters", 2, cache=tmp_path / "cache")
+    words = words_for_pairs(pairs_folder, "--train-iters", 2, cache=tmp_path / "cache")
     tune(ranks, 1, [*words, "--save-hf", str(trained)])
     folder = ["--dpo-reference-model", str(trained)]
     precomputed = tune(ranks, 1, [*words, *folder])
-    model = tune(ranks, 1, words_for_pairs(inputs, "--train-iters", 2, *folder, kind="model"))
+    model = tune(ranks, 1, words_for_pairs(pairs_folder, "--train-iters", 2, *folder, kind="model"))
     assert losses(precomputed) == losses(model)
     assert abs(losses(model)[0] - math.log(2)) > 1e-3

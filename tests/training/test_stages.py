@@ -89,6 +89,10 @@ def test_a_run_of_stages_goes_on_to_the_last_bit(inputs: Path, tmp_path: Path, s
     run(words_of(inputs, tmp_path / "save", "--save-hf", parted), log)
     assert changed(inputs / "model", whole)
     assert not changed(whole, parted)
+    (tmp_path / "longer.yaml").write_text((inputs / "stages.yaml").read_text().replace("iters: 4", "iters: 5"))
+    longer = words_of(inputs, tmp_path / "save", "--stages", tmp_path / "longer.yaml")
+    assert run_cli(longer, log=log, method="dpo") == 2
+    assert "stage_0_sft ended at iteration 4, from where" in log.read_text()
 
 
 def test_every_stage_is_checked_before_the_first_is_trained(inputs: Path, tmp_path: Path) -> None:
@@ -99,3 +103,11 @@ def test_every_stage_is_checked_before_the_first_is_trained(inputs: Path, tmp_pa
     assert run_cli(words, log=tmp_path / "log", method="dpo") == 2
     assert "data.jsonl:1: the record has the keys `messages`" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_options_holds_for_the_stages_of_other_commands_too(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text("dpo_beta: -1\n")
+    words = words_of(inputs, tmp_path / "run", "--config", tmp_path / "options.yaml", "--check")
+    at = words.index("--dpo-reference")  # which `sft` doesn't have
+    assert run_cli(words[:at] + words[at + 2 :], log=tmp_path / "log", method="sft") == 2
+    assert "--dpo-beta -1.0 must be above 0" in (tmp_path / "log").read_text()

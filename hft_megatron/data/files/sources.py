@@ -68,13 +68,20 @@ def _find_files(path: str, option: str, split: str) -> tuple[Path, ...]:
     if place.exists():
         if place.suffix in (".bin", ".idx"):
             raise UserError(f"{option} {path} is a part of preprocessed data; name them without {place.suffix}.")
-        return (place,)
+        return (_regular(place, option),)
     if not glob.has_magic(path):
         raise UserError(f"{option} {path}: there is no such file.")
     files = sorted(found for found in glob.glob(path, recursive=True) if not Path(found).is_dir())
     if not files:
         raise UserError(f"{option} {path} matches no file.")
-    return tuple(Path(file) for file in files)
+    return tuple(_regular(Path(file), option) for file in files)
+
+
+def _regular(place: Path, option: str) -> Path:
+    """``place``, if it isn't a pipe or a device: every rank reads the data, and once more for their digest."""
+    if place.exists() and not place.is_file():
+        raise UserError(f"{option} {place} is a pipe or a device, which can't be read twice; write a file of it.")
+    return place
 
 
 def _split_of_folder(folder: Path, option: str, split: str) -> Path:

@@ -1,5 +1,6 @@
 """Which files a data path means. Run: pytest tests/data/files"""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,11 @@ def test_a_path_without_files_is_named(path: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         files(path)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("word", ["pipe.jsonl", "p*.jsonl"])
+def test_a_pipe_is_refused_because_data_are_read_more_than_once(word: str) -> None:
+    os.mkfifo("pipe.jsonl")
+    with pytest.raises(UserError, match=r"^--train-data-path pipe.jsonl is a pipe or a device, which can't be read "):
+        files(word)

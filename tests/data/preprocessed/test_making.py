@@ -45,7 +45,6 @@ def rows(tmp_path: Path) -> Path:
 def test_megatron_core_reads_the_documents_and_writes_the_same_files(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer
 ) -> None:
-    import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
     make(tmp_path / "out", rows, tokenizer)
@@ -59,7 +58,7 @@ def test_megatron_core_reads_the_documents_and_writes_the_same_files(
         for number in range(60):
             expected = plain.example(number)[bool(companion)]
             assert read[number].tolist() == expected.tolist()
-            builder.add_document(torch.from_numpy(expected.astype(np.int32)), [len(expected)])
+            builder.add_document(expected.astype(np.int32), [len(expected)])
         builder.finalize(str(tmp_path / "other.idx"))
         for end in (".bin", ".idx"):
             assert (tmp_path / f"other{end}").read_bytes() == Path(prefix + end).read_bytes()
