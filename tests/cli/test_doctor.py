@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_is_named_and_the_others_do_not_wait_for_ever(tmp_path
     done = torchrun(str(tmp_path / "hangs.py"))
     assert done.returncode == 1
     assert "rank 1 on " in done.stderr
-    assert ": device did not return in " in done.stderr
+    assert ": device: did not return in " in done.stderr
     report = json.loads(done.stdout)
     assert not report["ok"]
     assert [check["status"] for check in report["checks"] if "did not return" in check["value"]] == ["wrong"]

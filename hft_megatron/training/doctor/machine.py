@@ -29,7 +29,7 @@ def host_findings() -> Iterator[Finding]:
     """What all ranks of a host share; one of them reports it."""
     bf16 = "fast" if cpu_backend.cpu_has_fast_bf16() else "slow"
     cores = len(os.sched_getaffinity(0))
-    value = f"{cores} cores for this process, {torch.get_num_threads()} threads per rank, {platform.machine()}"
+    value = f"{cores} cores for this process, threads per rank: {torch.get_num_threads()}, {platform.machine()}"
     yield Finding(what="processor", value=f"{value}, {bf16} in bf16")
     memory = psutil.virtual_memory()
     yield Finding(what="memory", value=f"{in_bytes(memory.total)}, {in_bytes(memory.available)} available")
