@@ -108,6 +108,19 @@ def test_space_is_compared_also_where_the_data_are_wrong(inputs: Path, tmp_path:
     assert "a checkpoint takes about " in bad["space to save"].value
 
 
+def test_a_corpus_is_read_as_pretrain_reads_it(inputs: Path) -> None:
+    words = ["--load-hf", inputs / "model", "--seq-length", 32, "--train-iters", 4]
+    assert look_at(*words, "--mock-data", method="pretrain")["run"].status == "ok"
+    missing = look_at(*words, "--data-path", inputs / "none", method="pretrain")["run"]
+    assert missing.status == "wrong"
+    assert str(inputs / "none") in str(missing.fix)
+
+
+def test_pairs_are_asked_for_by_dpo(inputs: Path) -> None:
+    found = look_at(*words_for(inputs), method="dpo")
+    assert (found["weights"].status, found["run"].status) == ("ok", "wrong")
+
+
 def test_wandb_needs_a_login_and_its_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert wandb_finding({}).status == "warning"
