@@ -14,7 +14,7 @@ from hft_megatron.model.build import build_model
 from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.training.run import Run
-from hft_megatron.training.step import train_step, validation_loss
+from hft_megatron.training.step import train_step, validate
 from tests.support.models import make_llama
 from tests.support.plain_training import toy_plan
 from tests.support.toy_training import TINY, make_run
@@ -45,7 +45,7 @@ def run_rounds(folder: str) -> dict[str, Any]:
     run = make_run(folder, OVERLAP)
     answers: dict[str, Any] = {"steps": [sent(run)], "expected": [expected(run)]}
     with torch.no_grad():
-        validation_loss(run)
+        validate(run)
     answers["after a validation"] = sent(run)
     with run.wrapped.gathered_parameters():  # what a switch of rounds does to the old wrapper
         pass

@@ -17,7 +17,7 @@ from hft_megatron.parallel.determinism import make_deterministic
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.loop import train
 from hft_megatron.training.run import Run
-from hft_megatron.training.step import StepResult, validation_loss
+from hft_megatron.training.step import StepResult, validate
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.plain_training import learning_rate, plain_training, toy_plan
 from tests.support.tiers import quick
@@ -150,23 +150,23 @@ def test_full_recompute_runs_every_layer_twice(ranks, folders):
     assert (plain, recomputed) == ([4], [8])
 
 
-def run_validating(folder: str, layout: dict, validate: bool) -> list[Any]:
+def run_validating(folder: str, layout: dict, each_step: bool) -> list[Any]:
     run = make_run(folder, layout, training={"micro_batch_size": 2})
     results: list[Any] = []
     for _ in range(4):
         results += take_steps(run, 1)
-        if validate:
-            results.append(validation_loss(run))
-    return results if validate else [*results, validation_loss(run)]
+        if each_step:
+            results.append(validate(run).get("lm loss"))
+    return results if each_step else [*results, validate(run).get("lm loss")]
 
 
 def test_validation_does_not_disturb_training_and_its_loss_does_not_depend_on_the_layout(ranks, folders):
     layouts = {"pp2": LAYOUTS["pp2"], "dp2": OVERLAP}
     with_validation = {
-        name: ranks(2).run(run_validating, folder=folders("gqa"), layout=layout, validate=True)[1]
+        name: ranks(2).run(run_validating, folder=folders("gqa"), layout=layout, each_step=True)[1]
         for name, layout in layouts.items()
     }
-    without = ranks(2).run(run_validating, folder=folders("gqa"), layout=OVERLAP, validate=False)[1]
+    without = ranks(2).run(run_validating, folder=folders("gqa"), layout=OVERLAP, each_step=False)[1]
     assert with_validation["dp2"][::2] == without[:4]
     assert with_validation["dp2"][-1] == without[4]
     assert with_validation["pp2"][1::2] == pytest.approx(with_validation["dp2"][1::2], rel=TOLERANCE)
