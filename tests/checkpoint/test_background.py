@@ -14,6 +14,7 @@ from hft_megatron.checkpoint.folders import find_checkpoints
 from tests.checkpoint.test_layout_changes import largest_differences
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
+from tests.support.tiers import quick
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 SLOW_WRITER_S = 0.5
@@ -59,6 +60,7 @@ def test_a_checkpoint_written_in_the_background_is_the_one_of_its_step(
         assert set(differences.values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_the_log_says_for_how_long_training_stood_still(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--save", tmp_path, "--save-interval", 20, "--async-save", "--train-iters", 40)
     [answer] = ranks(1).run(run_with_a_slow_writer, words=words)
@@ -102,7 +104,7 @@ def run_on_a_full_disk(words: list[str], guilty: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", [[], ["--async-save"]], ids=["foreground", "background"])
-@pytest.mark.parametrize("guilty", [0, 1])
+@pytest.mark.parametrize("guilty", quick([0, 1], [1]))
 def test_what_one_rank_cannot_write_is_one_sentence_on_all(
     guilty: int, how: list[str], ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

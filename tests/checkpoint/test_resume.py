@@ -71,7 +71,7 @@ def run_whole_and_in_two(
     return whole
 
 
-@pytest.mark.parametrize("case", quick(CASES, ["tp1 bf16", "dp2 overlap bf16 tied", "tp2 sp", "pp2 vpp", "tp2 pp2"]))
+@pytest.mark.parametrize("case", quick(CASES, ["tp1 bf16", "dp2 overlap bf16 tied", "tp2 sp", "pp2 vpp"]))
 def test_resume_equals_uninterrupted_to_the_last_bit(
     case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -107,9 +107,7 @@ ROUND_CASES: dict[str, tuple[int, str, list[str], int, set[int]]] = {
 """World size, model, options, the iteration to stop after, and the step counts that units have in the end."""
 
 
-@pytest.mark.parametrize(
-    "case", quick(ROUND_CASES, ["at a switch, fresh moments", "within a round, resting moments kept"])
-)
+@pytest.mark.parametrize("case", quick(ROUND_CASES, ["at a switch, fresh moments"]))
 def test_resume_equals_uninterrupted_across_rounds(
     case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -153,7 +151,7 @@ IDLE = {
 """World size, options and the ranks that own nothing to train."""
 
 
-@pytest.mark.parametrize("case", IDLE)
+@pytest.mark.parametrize("case", quick(IDLE, ["the stages between embedding and head"]))
 def test_a_pipeline_stage_with_nothing_to_train_saves_and_resumes(
     case: str, ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
 ) -> None:

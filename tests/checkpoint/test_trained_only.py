@@ -12,8 +12,10 @@ from hft_megatron.checkpoint.position import TrainState
 from tests.checkpoint.test_verification import flip_a_bit, run_refused
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
+from tests.support.tiers import quick
 
 ONLY = ["--save-trained-only", "--save-interval", "1"]
+LAYOUTS = {"dp2": [], "tp2": ["--tensor-model-parallel-size", "2"]}
 ROUNDS = ["--hft-round-interval", "3", "--hft-moments", "carry"]
 
 
@@ -40,11 +42,11 @@ def bases(run: Path) -> dict[int, int | str]:
     }
 
 
-@pytest.mark.parametrize("options", [[], ["--tensor-model-parallel-size", "2"]], ids=["dp2", "tp2"])
+@pytest.mark.parametrize("layout", quick(LAYOUTS, ["tp2"]))
 def test_a_run_saved_without_its_resting_weights_goes_on_to_the_same_bits(
-    options: list[str], ranks: RankPools, inputs: Path, tmp_path: Path
+    layout: str, ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
-    words = words_for(inputs, *options, *ROUNDS)
+    words = words_for(inputs, *LAYOUTS[layout], *ROUNDS)
     run = tmp_path / "run"
     saved = [*words, *ONLY, "--save", str(run), "--load", str(run)]
     whole = ranks(2).run(run_sft_words, words=words)

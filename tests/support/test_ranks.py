@@ -87,6 +87,7 @@ def test_every_failing_rank_is_shown_and_a_value_that_is_not_json_is_a_failure(d
     assert all(text in str(failure.value) for text in failure.value.tracebacks.values())
 
 
+@pytest.mark.slow
 def test_a_rank_stuck_behind_a_failed_one_is_cut_and_the_next_run_works(doomed: RankPool) -> None:
     with pytest.raises(RanksFailed) as failure:
         doomed.run(run_fail_before_collective)
