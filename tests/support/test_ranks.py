@@ -96,6 +96,7 @@ def test_a_rank_stuck_behind_a_failed_one_is_cut_and_the_next_run_works(doomed: 
     assert [value["sum"] for value in doomed.run(run_rank_and_sum, offset=0)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_hang_is_cut_at_the_time_out_with_the_stack_of_every_rank(doomed: RankPool) -> None:
     with pytest.raises(RanksFailed, match=r"did not finish in 8 s on ranks .0, 1. of 2") as failure:
         doomed.run(run_hang, timeout=8)

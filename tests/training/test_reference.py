@@ -115,6 +115,7 @@ def test_validation_between_overlapped_gathers_is_the_same_with_every_reference(
     assert precomputed == pytest.approx(shared, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tuning_goes_on_with_another_kind_of_reference_and_in_another_folder(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_cache_that_can_not_be_written_is_found_before_the_pass_over_the_data(
     assert "reference log-probabilities" not in str(failed.value)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path
 ) -> None:
