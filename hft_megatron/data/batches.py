@@ -7,7 +7,8 @@ That quotient doesn't change with the number of ranks, the micro-batch size or t
 micro-batches' means would: those have different numbers of trained tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from math import lcm
 from typing import Protocol
@@ -80,12 +81,56 @@ class ValidationSteps(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batches:
-    """What training and validation have in common: how a list of samples becomes a rank's tensors."""
+class SampleBatches(ABC):
+    """What training and validation have in common, whatever a sample is."""
 
-    dataset: SftDataset
+    dataset: Sized
     pad_id: int
     share: BatchShare
+
+    @abstractmethod
+    def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
+        """How a list of samples becomes a rank's tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffledBatches(SampleBatches):
+    """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
+
+    order: SampleStream
+    packed: bool = False
+    """Whether samples are packs, whose members must not see each other."""
+
+    def step(self, consumed_samples: int) -> StepBatch:
+        """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
+        stop = consumed_samples + self.share.global_batch_size
+        samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
+        return self.assemble(samples, packed=self.packed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchesInOrder(SampleBatches):
+    """Validation: the data set in its own order, each member exactly once; every rank gets the same number of steps."""
+
+    limit: int | None = None
+    """Only the first steps of them; all when None."""
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.share.global_batch_size)
+
+    def steps(self, iteration: int) -> Iterator[StepBatch]:
+        """The same ones after every iteration. The last of all is filled up with wholly masked rows."""
+        for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
+            start = number * self.share.global_batch_size
+            stop = min(start + self.share.global_batch_size, len(self.dataset))
+            yield self.assemble([(index,) for index in range(start, stop)], packed=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches(SampleBatches):
+    """Of examples."""
+
+    dataset: SftDataset
 
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """The rank's rows of a global batch; rows that ``samples`` doesn't fill are padding and wholly masked.
@@ -143,36 +188,13 @@ class Batches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftBatches(Batches):
-    """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
-
-    order: SampleStream
-    packed: bool = False
-    """Whether samples are packs of examples that must not see each other."""
-
-    def step(self, consumed_samples: int) -> StepBatch:
-        """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
-        stop = consumed_samples + self.share.global_batch_size
-        samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
-        return self.assemble(samples, packed=self.packed)
+class SftBatches(Batches, ShuffledBatches):
+    """Examples, or packs of them, for training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftValidation(Batches):
-    """Validation: the file in its own order, each example exactly once; every rank gets the same number of steps."""
-
-    limit: int | None = None
-    """Only the first steps of them; all when None."""
-
-    def __len__(self) -> int:
-        return -(-len(self.dataset) // self.share.global_batch_size)
-
-    def steps(self, iteration: int) -> Iterator[StepBatch]:
-        """The same ones after every iteration. The last of all is filled up with wholly masked rows."""
-        for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
-            start = number * self.share.global_batch_size
-            stop = min(start + self.share.global_batch_size, len(self.dataset))
-            yield self.assemble([(index,) for index in range(start, stop)], packed=False)
+class SftValidation(Batches, BatchesInOrder):
+    """Examples for validation."""
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -4,24 +4,20 @@ A sample is a pair, or under --packing several pairs one behind the other. The t
 same micro-batch: as two sequences of their own, or as two segments of a pack, whose room is twice the sequence length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from hft_megatron.data.batches import Batches, BatchShare, StepBatch
-from hft_megatron.data.order import SampleStream
+from hft_megatron.data.batches import Batches, BatchesInOrder, SampleBatches, ShuffledBatches, StepBatch
 from hft_megatron.data.pairs import PairDataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PairBatches:
-    """How a list of samples, each of pairs, becomes a rank's tensors."""
+class _OfPairs(SampleBatches):
+    """Of pairs; ``share`` counts samples, as the options do."""
 
     dataset: PairDataset
-    pad_id: int
-    share: BatchShare
-    """In samples, as the options count."""
     first_pair: int = 0
     """Number of the data set's first pair among all of a run, those of training and of validation."""
 
@@ -41,10 +37,8 @@ class _PairBatches:
             rows = [[half] for sample in halves for half in sample]
         batches = Batches(dataset=answers, pad_id=self.pad_id, share=share)
         batch = batches.assemble(rows, packed=packed)
-        size, ranks = self.share.micro_batch_size, self.share.data_parallel_size
-        starts = range(self.share.data_parallel_rank * size, self.share.global_batch_size, size * ranks)
-        for start, micro_batch in zip(starts, batch.micro_batches, strict=True):
-            mine = samples[start : start + size]
+        for start, micro_batch in zip(self.share.micro_batch_starts(), batch.micro_batches, strict=True):
+            mine = samples[start : start + self.share.micro_batch_size]
             micro_batch["pairs"] = self.first_pair + torch.tensor(
                 [pair for sample in mine for pair in sample], dtype=torch.int64
             )
@@ -67,32 +61,10 @@ class _PairBatches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairBatches(_PairBatches):
-    """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
-
-    order: SampleStream
-    packed: bool = False
-
-    def step(self, consumed_samples: int) -> StepBatch:
-        """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
-        stop = consumed_samples + self.share.global_batch_size
-        samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
-        return self.assemble(samples, packed=self.packed)
+class PairBatches(_OfPairs, ShuffledBatches):
+    """Pairs, or packs of them, for training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairValidation(_PairBatches):
-    """The pairs of a file in its own order, each exactly once; every rank gets the same number of steps."""
-
-    limit: int | None = None
-    """Only the first steps of them; all when None."""
-
-    def __len__(self) -> int:
-        return -(-len(self.dataset) // self.share.global_batch_size)
-
-    def steps(self, iteration: int) -> Iterator[StepBatch]:
-        """The same ones after every iteration. The last of all is filled up with wholly masked sequences."""
-        for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
-            start = number * self.share.global_batch_size
-            stop = min(start + self.share.global_batch_size, len(self.dataset))
-            yield self.assemble([(pair,) for pair in range(start, stop)], packed=False)
+class PairValidation(_OfPairs, BatchesInOrder):
+    """Pairs for validation."""
