@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from hft_megatron.data import templates
 from hft_megatron.data.special_tokens import SpecialToken
 from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id
+from hft_megatron.data.word_cache import WordCache, word_pattern
 from hft_megatron.errors import UserError
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -30,6 +31,8 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(facts)
         self._rust = _text_only(RustTokenizer.from_str(rust_json))
         self._continuing = _text_only(RustTokenizer.from_str(_without_word_start(rust_json)))
+        words = word_pattern(rust_json)
+        self._words = None if words is None else WordCache(words, self._rust, self._continuing)
         self._folder = folder
         self._pad_token = pad_token
         self._after_special = self._find_rule_after_special(RustTokenizer.from_str(rust_json))
@@ -39,6 +42,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._after_special
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
+        if self._words is not None:
+            return self._words.encode_batch(texts, continues=continues)
         rust = self._continuing if continues else self._rust
         return [encoding.ids for encoding in rust.encode_batch_fast(list(texts), add_special_tokens=False)]
 

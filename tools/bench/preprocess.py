@@ -3,7 +3,8 @@
 Run: ``python tools/bench/preprocess.py --data FOLDER`` on a machine that does nothing else, or with ``--render`` for
 the lines only. FOLDER has ``gsm8k/train.jsonl`` (question, answer), ``text/tinystories_2mb.txt`` (stories between lines
 of ``<|endoftext|>``) and ``tokenizers/llama2``. Whole commands are timed, start included, in pairs, alternating; the
-data are repeated, so that the start counts little. Both write tokens and mask of all records with as many processes.
+data are repeated, so that the start counts little; as in any long text, words of the Llama 2 tokenizer are mostly known
+then (word_cache.py). Both write tokens and mask of all records with as many processes.
 """
 
 import argparse
