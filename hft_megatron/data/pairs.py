@@ -247,6 +247,6 @@ def _check_halves(halves: Sequence[Encoded]) -> None:
     for ids, mask in halves:
         prompts.append(ids[: int(np.argmax(mask))])
     if not np.array_equal(prompts[0], prompts[1]):
-        raise _BadPair("the chat template renders the prompt differently before the two answers")
+        raise _BadPair("the tokens before the two answers differ: their prompts do, or the chat template renders them differently")
     if np.array_equal(halves[0][0], halves[1][0]):
         raise _BadPair("`chosen` and `rejected` have the same tokens within --seq-length")
