@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bill import DEMO, METHODS, DemoError, environment, run_logged
-from launching import cpu_environment
+from bill import DEMO, METHODS, environment
+from launching import DemoError, cpu_environment, run_logged
+from result_file import measure_and_render
 
 REPOSITORY = DEMO.parents[1]
 RESULTS = Path(__file__).parent / "results" / "preferences.json"
@@ -34,6 +35,7 @@ OPTIONS = (
     *("--micro-batch-size", "1", "--global-batch-size", "4", "--train-epochs", "1"),
     *("--lr", "2e-3", "--min-lr", "0", "--lr-decay-style", "linear", "--dpo-reference", "shared", "--no-bf16"),
 )
+
 _HELD_OUT = re.compile(r"> .*/held-out\.jsonl: (\d+) pairs")
 _AT_END = re.compile(r"validation loss at .*rewards/accuracies value: (\S+) .*rewards/margins value: (\S+)")
 
@@ -135,25 +137,17 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure into the result file unless only the table is asked for, then print the table."""
+    """The program."""
     parser = argparse.ArgumentParser(description="Measure preference tuning on real pairs.")
-    parser.add_argument("--render", action="store_true", help="only print the table, from the result file")
     parser.add_argument("--data", type=Path, help="folder with preference/*.jsonl")
     parser.add_argument("--folds", type=int, default=5, help="parts, each held out once (default: 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
-    options = parser.parse_args()
-    if not options.render:
+
+    def asked(options: argparse.Namespace) -> dict[str, Any]:
         if options.data is None:
             parser.error("--data is missing")
-        try:
-            results = measure(options.data, options.folds)
-        except DemoError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 1
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
-    return 0
+        return measure(options.data, options.folds)
+
+    return measure_and_render(parser, RESULTS, asked, render)
 
 
 if __name__ == "__main__":
