@@ -4,7 +4,7 @@ Run: ``python tools/bench/preferences.py --data FOLDER`` (15 minutes on two core
 FOLDER/preference holds released pairs: ``ultrafeedback_train``, ``ultrafeedback_eval``, ``hh_mixed_norm`` and
 ``dpo_en_demo_norm``, each ``.jsonl``. All of them are used, in folds by cross-validation: every pair is held out of one
 tuning and counts once. Pairs of one prompt are in one fold. A small model with random weights is tuned with half the
-weights and with all, under the same options; that they prefer either answer by chance would give 50 %.
+weights and with all, under the same options, which were chosen by a look at the first fold; chance would give 50 %.
 """
 
 import argparse
