@@ -117,7 +117,9 @@ def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> UserErro
     if name in ALWAYS_ON:
         return UserError(f"{where}: {ALWAYS_ON[name]} is always used here; remove this option.")
     names = [*flags, *(f"no-{flag.name}" for flag in flags.values() if flag.is_switch)]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    # A name that only lacks its beginning, such as Megatron's --data-path, is nearer than letters tell.
+    nearest = [known for known in names if known.endswith(f"-{name}")]
+    nearest += difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"the nearest is --{nearest[0]}" if nearest else "--help lists all of them"
     return UserError(f"{where} is not an option; {hint}.")
 

@@ -81,8 +81,8 @@ def spans_of(example: Example, rules: ExampleRules) -> list[Span]:
         return [(0, size)]
     if rules.long_examples == "error":
         raise UserError(
-            f"{example.place}: the example has {size - 1} positions, but --seq-length is {length}; raise it or "
-            f"choose --long-examples drop, truncate or split."
+            f"{example.place}: the example has {size - 1} positions, but --seq-length is {length}; choose "
+            f"--long-examples drop, truncate or split, or raise it where the model has more positions."
         )
     starts = {"drop": range(0), "truncate": range(1), "split": range(0, size - 1, length)}[rules.long_examples]
     spans = [(start, min(start + length + 1, size)) for start in starts]

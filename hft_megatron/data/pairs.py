@@ -228,7 +228,7 @@ def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
     if len(ids) - 1 > rules.seq_length and rules.long_examples == "error":
         raise UserError(
             f"{place}: the prompt and an answer have {len(ids) - 1} positions, but --seq-length is {rules.seq_length}; "
-            f"raise it or choose --long-examples drop or truncate."
+            f"choose --long-examples drop or truncate, or raise it where the model has more positions."
         )
     return ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]
 

@@ -30,6 +30,8 @@ class CacheKey:
     """Digest of the pairs: files, tokenizer, template and rules."""
     dtype: str
     """Of the weights, such as ``torch.float32``."""
+    arithmetic: str
+    """What else decides the numbers: layout, packing and engine in bf16; empty in fp32, where that is rounding."""
     pairs: int
 
     @property

@@ -20,7 +20,7 @@ from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import BatchShare
 from hft_megatron.errors import UserError
 from hft_megatron.model.build import build_model
-from hft_megatron.model.llama import LlamaModel
+from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.training.inputs import Inputs
 from hft_megatron.training.preference_data import PreferenceData
@@ -83,9 +83,31 @@ def reference_of_run(
             with_weights_of_start()
         return ModelReference(_second_model(inputs, chunks, placement))
     digest = base.digest if base is not None else _digest_of_weights(inputs, placement)
-    dtype = str(chunks[0].config.params_dtype)
+    dtype = chunks[0].config.params_dtype
+    arithmetic = _arithmetic(inputs, placement) if dtype is torch.bfloat16 else ""
+    made = _Made(model=digest, dtype=str(dtype), arithmetic=arithmetic)
     folder = Path(options.dpo_reference_cache or default_cache())
-    return PrecomputedReference(_table(folder, data, digest, dtype, reference_model, share, placement, announce))
+    return PrecomputedReference(_table(folder, data, made, reference_model, share, placement, announce))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What the numbers of a cache were made with; see ``CacheKey``."""
+
+    model: str
+    dtype: str
+    arithmetic: str
+
+
+def _arithmetic(inputs: Inputs, placement: Placement) -> str:
+    """What changes the order of sums. In fp32 that is below 1e-5, and numbers of one layout serve any other. In bf16 it
+    changes an answer's log-probability by whole units, and margins that should be 0 with it.
+    """
+    config = inputs.config
+    engine = "transformer-engine" if transformer_engine_is_used(bf16=True) else "torch"
+    sequence = ", SP" if config.parallel.sequence_parallel else ""
+    packing = ", packed" if config.data.packing else ""
+    return f"{placement.device.type}, {engine}, TP {placement.tensor_size}{sequence}{packing}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +223,7 @@ def _second_model(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Place
 def _table(
     folder: Path,
     data: PreferenceData,
-    model: str,
-    dtype: str,
+    made: _Made,
     reference_model: Callable[[], Sequence[LlamaModel]],
     share: BatchShare,
     placement: Placement,
@@ -213,7 +234,7 @@ def _table(
     reference = None
     tables = []
     for dataset, batches in data.passes(share):
-        key = CacheKey(model=model, data=dataset.digest, dtype=dtype, pairs=len(dataset))
+        key = CacheKey(**asdict(made), data=dataset.digest, pairs=len(dataset))
         table = _cached(folder, key, placement, announce)
         if table is None:
             _on_rank_0(lambda: _written(folder, lambda: check_cache_can_be_written(folder)), placement)

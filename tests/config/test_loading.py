@@ -164,7 +164,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML."),
         ("? [lr]\n: 1\n", "run.yaml:1: a key must be the name of an option or of a group."),
         ("check: true\n", "run.yaml:1: check is not an option; --help lists all of them."),
-        ("config: other.yaml\n", "run.yaml:1: config is not an option; the nearest is --hft-counting."),
+        ("config: other.yaml\n", "run.yaml:1: config is not an option; --help lists all of them."),
         ("swiglu: true\n", "run.yaml:1: swiglu: SwiGLU is always used here; remove this option."),
     ],
 )

@@ -105,7 +105,7 @@ def any_in_group(group: int) -> bool:
         (["--tokenizer-model", "absent"], "--tokenizer-model absent does not exist; name a Hugging Face folder"),
         (
             ["--seq-length", "5"],
-            "rows.jsonl:1: the example has 9 positions, but --seq-length is 5; raise it or",
+            "rows.jsonl:1: the example has 9 positions, but --seq-length is 5; choose --long-examples",
         ),
         (["--on-bad-line", "pass"], "--on-bad-line pass: the value must be one of stop, skip."),
     ],

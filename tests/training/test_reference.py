@@ -183,6 +183,18 @@ def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, pair
         tune(ranks, 1, words)
 
 
+@pytest.mark.parametrize(("dtype", "files"), [("--bf16", 2), ("--no-bf16", 1)])
+def test_log_probabilities_of_another_layout_are_taken_where_that_is_rounding_only(
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, dtype: str, files: int
+) -> None:
+    cache = tmp_path / "cache"
+    words = words_for_pairs(pairs_folder, "--train-iters", 1, dtype, cache=cache)
+    tune(ranks, 2, [*words, "--tensor-model-parallel-size", "2"])
+    first = losses(tune(ranks, 1, words))[0]
+    assert abs(first - math.log(2)) < 1e-6
+    assert len(list(cache.iterdir())) == files
+
+
 @pytest.mark.slow
 def test_a_reference_of_its_own_is_compared_with_from_the_first_step(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path

@@ -78,7 +78,8 @@ def _both_files(prefix: str) -> tuple[Path, Path]:
         raise UserError(f"--data-path {prefix} names one of two files; give {prefix[:-4]}, which names both.")
     if missing:
         raise UserError(
-            f"--data-path {prefix}: there are no files {index} and {tokens}; give their path without .idx and .bin."
+            f"--data-path {prefix}: there are no files {index} and {tokens}; make them with "
+            f"tools/preprocess_data.py, and give their path without .idx and .bin."
         )
     return index, tokens
 

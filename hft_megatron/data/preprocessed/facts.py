@@ -153,6 +153,11 @@ def check_facts(facts: Facts, prefix: str, tokenizer: TokenizerFacts, rules: Exa
             f"with it."
         )
     run = Job.of(job.inputs, tokenizer, rules, append_eod=job.append_eod, document_separator=job.document_separator)
+    if job.seq_length is None and run.seq_length is not None and facts.longest > run.seq_length:
+        raise UserError(
+            f"{prefix} was preprocessed with --seq-length unset, but the run has {run.seq_length}, and a document has "
+            f"{facts.longest} positions; preprocess the data again with --seq-length {run.seq_length}."
+        )
     for what, theirs, ours in _differences(facts, run):
         raise UserError(
             f"{prefix} was preprocessed with {what} {theirs}, but the run has {ours}; give the run the same, or "

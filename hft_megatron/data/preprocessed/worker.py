@@ -97,12 +97,12 @@ class DocumentMaker:
                 check_predicts(example)
             except UserError as error:
                 if not self._skips:
-                    raise
+                    raise _with_the_option(error) from None
                 refused.append((item, error))
             else:
                 yield example
         if refused and not self._skips:
-            raise refused[0][1]
+            raise _with_the_option(refused[0][1])
         order = {item.place: number for number, item in enumerate(chunk.rows)}
         bad += [_bad_line(item, error) for item, error in sorted(refused, key=lambda pair: order[pair[0].place])]
 
@@ -117,6 +117,10 @@ class DocumentMaker:
 
 def _joined(arrays: Sequence[NDArray[np.generic]], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype=dtype)
+
+
+def _with_the_option(error: UserError) -> UserError:
+    return UserError(f"{str(error).removesuffix('.')}; or pass over it with --on-bad-line skip.")
 
 
 def _bad_line(item: Row | Line, error: UserError) -> str:

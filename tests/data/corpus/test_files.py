@@ -55,7 +55,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "neither": (
         lambda p: [p.with_suffix(end).unlink() for end in (".idx", ".bin")],
-        "corpus.bin; give their path without .idx and .bin",
+        "corpus.bin; make them with tools/preprocess_data.py, and give their path without .idx and .bin",
     ),
     "tokens cut short": (lambda p: cut(p.with_suffix(".bin"), 2), "bytes, and corpus.idx describes .*: one of them"),
     "tokens of another corpus": (

@@ -198,7 +198,7 @@ OTHER_RULES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
      "with --seq-length 100, but the run has 80"),
     ({"seq_length": 100, "long_examples": "split"}, {"seq_length": 100, "long_examples": "drop"},
      "with --long-examples split, but the run has drop"),
-    ({}, {"seq_length": 80}, "with --seq-length unset, but the run has 80"),
+    ({}, {"seq_length": 80}, "with --seq-length unset, but the run has 80, and .* again with --seq-length 80"),
 ]  # fmt: skip
 
 
