@@ -114,7 +114,7 @@ class Watchdog:
                     last, self._answered, self._store = now, self._awake, store
             if self._leaving.wait(self._pause):
                 time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_AT_THE_END_S)
+                pause = min(2 * pause, LONGEST_PAUSE_AT_THE_END_S, self._pause)
 
     def _look(self, store: Store, since_last: float) -> None:
         store.add(counter_of(self._mine), 1)
@@ -134,14 +134,16 @@ class Watchdog:
     def _say_goodbye(self, store: Store) -> None:
         """In two steps, because rank 0 may hold the store: it goes when all others know that they may go."""
         rank, others = self._meeting.rank, range(1, self._meeting.world_size)
-        store.set(f"rank {rank} leaves", "")
+        store.set(f"rank {rank} leaves", "1")
         if rank == 0 and store.check([f"rank {other} leaves" for other in others]):
-            store.set("all leave", "")
-            with contextlib.suppress(dist.DistStoreError):
-                store.wait([f"rank {other} left" for other in others], timedelta(seconds=GOODBYE_WITHIN_S))
+            store.set("all leave", "1")
+            deadline = time.monotonic() + GOODBYE_WITHIN_S
+            while not store.check([f"rank {other} left" for other in others]) and time.monotonic() < deadline:
+                self._answered = self._awake
+                time.sleep(FIRST_PAUSE_AT_THE_END_S)
             self._all_left.set()
         elif rank != 0 and store.check(["all leave"]):
-            store.set(f"rank {rank} left", "")
+            store.set(f"rank {rank} left", "1")
             self._all_left.set()
 
     def _connect(self) -> Store:
