@@ -51,11 +51,12 @@ class Peers:
             dist.all_gather_object(places, (host_name(), os.environ.get("GROUP_RANK", "")))
             self.hosts = hosts_of(places)
             if self._meeting is not None and len(self.hosts) > 1:
-                self._watchdog = Watchdog(self._meeting, self.hosts, self._on_loss)
-                self._watchdog.connect()
+                watchdog = Watchdog(self._meeting, self.hosts, self._on_loss)
+                watchdog.connect()
                 # Every host must have counted once before any rank looks at them.
                 dist.barrier()
-                self._watchdog.start()
+                watchdog.start()
+                self._watchdog = watchdog
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise did_not_meet(minutes, str(error).strip().partition("\n")[0]) from error
 

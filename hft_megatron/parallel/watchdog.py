@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from hft_megatron.errors import EXIT_FAILURE
@@ -99,6 +98,9 @@ class Watchdog:
             ending = self._ending
         if ending:
             threading.Event().wait()
+        # A thread that comes back from torch while Python shuts down would abort the process.
+        self._leaving.set()
+        self._exchanging.join(LONGEST_PAUSE_AT_THE_END_S)
 
     # ---- what the first thread does -----------------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ class Watchdog:
             if silent > self._limit:
                 store.set("missed", str(place))
                 self._end(self._miss(place))
-        if self._leaving.is_set():
+        if self._leaving.is_set() and not self._over:
             self._say_goodbye(store)
 
     def _say_goodbye(self, store: Store) -> None:

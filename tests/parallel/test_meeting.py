@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -12,8 +11,8 @@ from hft_megatron.parallel.meeting import _answer, _call, meet
 
 
 @pytest.fixture
-def server() -> Iterator[Store]:
-    yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def server() -> Store:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 class Starting:
@@ -46,7 +45,8 @@ def names(*starting: Starting) -> set[str]:
 def test_all_ranks_of_a_start_get_one_name_and_the_next_start_another(server: Store) -> None:
     (first,) = names(*(Starting(server, rank) for rank in (2, 1, 0)))
     (second,) = names(*(Starting(server, rank) for rank in (1, 2, 0)))
-    assert first and second and first != second
+    assert "" not in (first, second)
+    assert first != second
 
 
 def test_a_rank_that_comes_back_waits_for_rank_0_to_come_back(server: Store) -> None:
@@ -79,5 +79,5 @@ def test_a_rendezvous_host_that_is_not_there_is_named_in_one_sentence(monkeypatc
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(PeersLost, match="^the ranks did not all meet at the rendezvous endpoint 127.0.0.1:1 within"):
+    with pytest.raises(PeersLost, match=r"^the ranks did not all meet at .* 127\.0\.0\.1:1 within"):
         meet(0.02)  # type: ignore[arg-type]

@@ -101,8 +101,8 @@ def test_a_host_that_is_cut_off_names_the_endpoint_and_is_named_by_the_others(wa
     watch.relays[3].hold()
     watch.wait_until_said_by(0, 1, 2, 3)
     assert watch.said[3].startswith(
-        f"the rendezvous endpoint 127.0.0.1:{watch.relays[3].port} has not answered rank 3 on node-c for {LIMIT_S:g} s: "
-        "that host (rank 0 is on node-a)"
+        f"the rendezvous endpoint 127.0.0.1:{watch.relays[3].port} has not answered rank 3 on node-c for {LIMIT_S:g} "
+        "s: that host (rank 0 is on node-a)"
     )
     assert all(watch.said[rank].startswith("nothing has been heard of rank 3 on node-c") for rank in (0, 1, 2))
 
