@@ -9,7 +9,7 @@ from typing import get_args
 
 from hft_megatron.config.loading import stages_of_file
 from hft_megatron.config.run_folder import same_folder
-from hft_megatron.config.schema import MethodName, RunConfig
+from hft_megatron.config.schema import LoggingConfig, MethodName, RunConfig
 from hft_megatron.errors import UserError
 
 _OF_THE_WHOLE = ("save", "load", "finetune", "save_hf", "save_dtype")
@@ -60,7 +60,8 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
             raise UserError(
                 f"{path}:{line}: a stage with --train-iters 0 leaves no weights for the next; leave it out."
             )
-        folder = f"{whole.save}/stage_{number}_{method}"
+        name = f"stage_{number}_{method}"
+        folder = f"{whole.save}/{name}"
         own = replace(
             config.checkpoint,
             save=folder,
@@ -71,8 +72,19 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
             own = replace(own, load=str(stages[-1].folder), finetune=True)
         elif same_folder(whole.save, whole.load):
             own = replace(own, load=folder)
-        stages.append(Stage(method=method, config=replace(config, checkpoint=own)))  # type: ignore[arg-type]
+        logging = _named(config.logging, base.logging, name)
+        stages.append(Stage(method=method, config=replace(config, checkpoint=own, logging=logging)))  # type: ignore[arg-type]
     return tuple(stages)
+
+
+def _named(logging: LoggingConfig, of_all: LoggingConfig, stage: str) -> LoggingConfig:
+    """With names of its own for a stage's curves where all stages were given one: each counts its iterations from 1."""
+    folder, run = logging.tensorboard_dir, logging.wandb_exp_name
+    if folder is not None and folder == of_all.tensorboard_dir:
+        folder = f"{folder}/{stage}"
+    if run is not None and run == of_all.wandb_exp_name:
+        run = f"{run}-{stage}"
+    return replace(logging, tensorboard_dir=folder, wandb_exp_name=run)
 
 
 def numbered(stage: Stage, first_round: int) -> Stage:

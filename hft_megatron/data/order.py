@@ -86,6 +86,36 @@ class MixtureOrder(Order):
         return _mixture(self.sizes, self.shares, self.seed, epoch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceMix:
+    """How many examples each source has, and what --train-data-path says of its weight: all have one, or none."""
+
+    sizes: tuple[int, ...]
+    weights: tuple[float | None, ...]
+
+    @property
+    def shares(self) -> tuple[int, ...] | None:
+        """Samples of each source in an epoch, None where sources have no weights."""
+        weights = [weight for weight in self.weights if weight is not None]
+        return shares_of_epoch(self.sizes, weights) if weights else None
+
+    def order(self, seed: int) -> Order:
+        """Which example comes when in training: each once in an epoch, or each source by its weight."""
+        shares, whole = self.shares, sum(self.sizes)
+        if shares is None:
+            return SampleOrder(num_examples=whole, seed=seed)
+        return MixtureOrder(num_examples=whole, seed=seed, sizes=self.sizes, shares=shares)
+
+    def notes(self) -> list[str]:
+        """Of each source, the end of its line in the log: what it has in an epoch, where weights say so."""
+        if self.shares is None:
+            return [""] * len(self.sizes)
+        return [
+            f"; {share} samples of it in an epoch of {sum(self.sizes)} (weight {weight:g})"
+            for share, weight in zip(self.shares, self.weights, strict=True)
+        ]
+
+
 def shares_of_epoch(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
     """Samples of each source in an epoch of ``sum(sizes)``, in proportion to the weights (largest remainders)."""
     total, whole = sum(sizes), sum(Fraction(weight) for weight in weights)

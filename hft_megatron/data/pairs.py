@@ -18,7 +18,7 @@ from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
 from hft_megatron.data.formats.record import Completion, Message, Preference
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
+from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.records import read_records
 from hft_megatron.data.sft import SftDataset, data_digest
 from hft_megatron.data.stores import Encoded, ExamplesInMemory
@@ -74,31 +74,22 @@ class PairDataset:
         """Positions of both halves together."""
         return self.answers.num_positions(2 * pair) + self.answers.num_positions(2 * pair + 1)
 
-    def order(self, seed: int) -> Order:
-        """Which pair comes when in training: each once in an epoch, or each source by its weight."""
-        shares = self.epoch_shares()
-        if shares is None:
-            return SampleOrder(num_examples=len(self), seed=seed)
-        sizes = tuple(source.pairs for source in self.sources)
-        return MixtureOrder(num_examples=len(self), seed=seed, sizes=sizes, shares=shares)
+    @property
+    def mix(self) -> SourceMix:
+        """How the sources are mixed."""
+        return SourceMix(
+            sizes=tuple(source.pairs for source in self.sources),
+            weights=tuple(source.weight for source in self.sources),
+        )
 
-    def epoch_shares(self) -> tuple[int, ...] | None:
-        """Samples of each source in an epoch, None where sources have no weights."""
-        weights = [source.weight for source in self.sources if source.weight is not None]
-        return shares_of_epoch([source.pairs for source in self.sources], weights) if weights else None
+    def order(self, seed: int) -> Order:
+        """Which pair comes when in training."""
+        return self.mix.order(seed)
 
     def describe(self) -> list[str]:
         """Lines for the log: each source, and what it has in an epoch where weights say so."""
-        lines = []
-        for source, share in zip(self.sources, self.epoch_shares() or (None,) * len(self.sources), strict=True):
-            mixed = (
-                ""
-                if share is None
-                else f"; {share} samples of it in an epoch of {len(self)} (weight {source.weight:g})"
-            )
-            limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
-            lines.append(f"{source.summary()}{limit}{mixed}")
-        return lines
+        limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
+        return [f"{source.summary()}{limit}{note}" for source, note in zip(self.sources, self.mix.notes(), strict=True)]
 
 
 class _BadPair(Exception):
@@ -134,7 +125,7 @@ def load_pair_dataset(
         sources=tuple(parts),
         answers=SftDataset(parts=(), stores=(store,), seq_length=rules.seq_length, digest=digest),
     )
-    for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
+    for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):
         if share == 0:
             raise UserError(
                 f"the weight {part.weight:g} of {part.path} gives it no pair in an epoch of {len(dataset)}; raise it, "
@@ -247,6 +238,6 @@ def _check_halves(halves: Sequence[Encoded]) -> None:
     for ids, mask in halves:
         prompts.append(ids[: int(np.argmax(mask))])
     if not np.array_equal(prompts[0], prompts[1]):
-        raise _BadPair("the chat template renders the prompt differently before the two answers")
+        raise _BadPair("the two answers follow different tokens: their prompts differ, or the chat template makes them")
     if np.array_equal(halves[0][0], halves[1][0]):
         raise _BadPair("`chosen` and `rejected` have the same tokens within --seq-length")

@@ -21,7 +21,7 @@ from hft_megatron.data.examples import read_examples
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts, check_predicts, spans_of
-from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
+from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed
 from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore
 from hft_megatron.data.tokenizer import Tokenizer
@@ -83,29 +83,21 @@ class SftDataset:
         """Predicted positions of one example: its tokens less one."""
         return int(self.lengths[index]) - 1
 
+    @property
+    def mix(self) -> SourceMix:
+        """How the sources are mixed."""
+        return SourceMix(
+            sizes=tuple(part.examples for part in self.parts), weights=tuple(part.weight for part in self.parts)
+        )
+
     def order(self, seed: int) -> Order:
-        """Which example comes when in training: each once in an epoch, or each source by its weight."""
-        shares = self.epoch_shares()
-        if shares is None:
-            return SampleOrder(num_examples=len(self), seed=seed)
-        sizes = tuple(part.examples for part in self.parts)
-        return MixtureOrder(num_examples=len(self), seed=seed, sizes=sizes, shares=shares)
+        """Which example comes when in training."""
+        return self.mix.order(seed)
 
     def describe(self) -> list[str]:
-        """Lines for the log: each source, what it has in an epoch where weights say so, and the whole."""
-        lines = []
-        for part, share in zip(self.parts, self.epoch_shares() or (None,) * len(self.parts), strict=True):
-            mixed = (
-                "" if share is None else f"; {share} samples of it in an epoch of {len(self)} (weight {part.weight:g})"
-            )
-            limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
-            lines.append(f"{part.summary()}{limit}{mixed}")
-        return lines
-
-    def epoch_shares(self) -> tuple[int, ...] | None:
-        """Samples of each source in an epoch, None where sources have no weights."""
-        weights = [part.weight for part in self.parts if part.weight is not None]
-        return shares_of_epoch([part.examples for part in self.parts], weights) if weights else None
+        """Lines for the log: each source, and what it has in an epoch where weights say so."""
+        limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
+        return [f"{part.summary()}{limit}{note}" for part, note in zip(self.parts, self.mix.notes(), strict=True)]
 
 
 def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> SftDataset:
@@ -127,7 +119,7 @@ def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules
         seq_length=rules.seq_length,
         digest=data_digest([origin for _, _, origin in loaded], tokenizer, rules),
     )
-    for part, share in zip(parts, dataset.epoch_shares() or (1,) * len(parts), strict=True):
+    for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):
         if share == 0:
             raise UserError(
                 f"the weight {part.weight:g} of {part.path} gives it no sample in an epoch of {len(dataset)}; raise "

@@ -10,11 +10,11 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.data.order import SampleStream
-from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.pair_batches import PairBatches, PairValidation
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.run_data import training_pairs, validation_pairs
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.training.samples import sample_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,7 @@ def read_preference_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelSh
 
 
 def _samples(config: RunConfig, dataset: PairDataset) -> SampleStream:
-    order, data = dataset.order(config.training.seed), config.data
-    if not data.packing:
-        return order
     halves = dataset.answers.lengths.astype(np.int64) - 1
     # A pack has the room of a pair's two sequences, so that every pair fits.
-    rule = PackingRule(capacity=2 * dataset.seq_length, algorithm=data.packing_algorithm, window=data.packing_window)
-    return PackedOrder(order, halves.reshape(-1, 2).sum(axis=1), rule)
+    room = 2 * dataset.seq_length
+    return sample_stream(dataset.order(config.training.seed), halves.reshape(-1, 2).sum(axis=1), room, config.data)

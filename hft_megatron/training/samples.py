@@ -2,26 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hft_megatron.config import derived
 from hft_megatron.config.schema import DataConfig, RunConfig
 from hft_megatron.config.training_rules import warmup_fits
-from hft_megatron.data.order import SampleStream
+from hft_megatron.data.order import Order, SampleStream
 from hft_megatron.data.packing import PackedOrder, PackingRule
-from hft_megatron.data.sft import SftDataset
 
 
-def sample_stream(config: RunConfig, dataset: SftDataset) -> SampleStream:
-    """The order of examples, or of packs under --packing; a function of the data, the seed and the options alone."""
-    if config.data.packing:
-        return packed_order(dataset, config.data, seed=config.training.seed)
-    return dataset.order(config.training.seed)
+def sample_stream(
+    order: Order, positions: NDArray[np.signedinteger[Any]], room: int, options: DataConfig
+) -> SampleStream:
+    """The examples of ``order``, or packs of them under --packing; a function of its arguments alone.
 
-
-def packed_order(dataset: SftDataset, options: DataConfig, *, seed: int) -> PackedOrder:
-    """The packs of a data set, of at most its sequence length."""
-    rule = PackingRule(capacity=dataset.seq_length, algorithm=options.packing_algorithm, window=options.packing_window)
-    return PackedOrder(dataset.order(seed), dataset.lengths - 1, rule)
+    ``positions`` are those of each example, of shape (examples,); a pack has at most ``room`` of them.
+    """
+    if not options.packing:
+        return order
+    rule = PackingRule(capacity=room, algorithm=options.packing_algorithm, window=options.packing_window)
+    return PackedOrder(order, positions, rule)
 
 
 def with_iterations(config: RunConfig, samples: SampleStream, world_size: int) -> RunConfig:

@@ -50,7 +50,7 @@ def read_sft_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, wo
     return SftData(
         train=train,
         valid=validation_data(config.data, tokenizer, seq_length),
-        samples=sample_stream(config, train),
+        samples=sample_stream(train.order(config.training.seed), train.lengths - 1, train.seq_length, config.data),
         packed=config.data.packing,
         eval_iters=config.logging.eval_iters,
         pad_id=tokenizer.pad_id,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.config.schema import CheckpointConfig, HFTConfig, ModelConfig, RunConfig
+from hft_megatron.config.schema import CheckpointConfig, HFTConfig, LoggingConfig, ModelConfig, RunConfig
 from hft_megatron.config.stages import read_stages, with_rounds_in_turn
 from hft_megatron.errors import UserError
 
@@ -46,6 +46,14 @@ def test_without_a_run_to_go_on_with_the_first_stage_starts_where_the_run_does(t
     other = replace(BASE, checkpoint=replace(BASE.checkpoint, load="other", finetune=True))
     [stage] = read_stages(str(tmp_path / "s.yaml"), other)
     assert (stage.config.checkpoint.load, stage.config.checkpoint.finetune) == ("other", True)
+
+
+def test_curves_of_stages_have_names_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("- method: sft\n- method: dpo\n  tensorboard_dir: mine\n  wandb_exp_name: mine\n")
+    logging = LoggingConfig(tensorboard_dir="curves", wandb_project="project", wandb_exp_name="tuning")
+    first, second = read_stages(str(tmp_path / "s.yaml"), replace(BASE, logging=logging))
+    shown = [(one.config.logging.tensorboard_dir, one.config.logging.wandb_exp_name) for one in (first, second)]
+    assert shown == [("curves/stage_0_sft", "tuning-stage_0_sft"), ("mine", "mine")]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ sys.path.insert(0, str(DEMO))  # its programs lie beside each other and are no p
 
 import settings  # noqa: E402
 from bill_summary import METHODS, render, summarise  # noqa: E402
-from launching import DemoError, cpu_environment, run_logged  # noqa: E402
+from launching import cpu_environment, run_logged  # noqa: E402
+from result_file import measure_and_render  # noqa: E402
 from seeds import processor_name  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "bill.json"
@@ -164,27 +165,19 @@ def environment() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure into the result file unless only the table is asked for, then print the table."""
+    """The program."""
     parser = argparse.ArgumentParser(description="Measure the bill of half against full fine-tuning.")
-    parser.add_argument("--render", action="store_true", help="only print the table, from the result file")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each method (default: 3)")
     parser.add_argument("--steps", type=int, default=6, help="steps of a run; the first two are not timed (default: 6)")
     parser.add_argument("--model", choices=[one.name for one in WORKLOADS], help="only this one (default: all)")
     parser.add_argument("--overlap", choices=list(OVERLAPS), help="only this one (default: both)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
-    options = parser.parse_args()
-    if not options.render:
+
+    def asked(options: argparse.Namespace) -> dict[str, Any]:
         workloads = [one for one in WORKLOADS if options.model in (None, one.name)]
         overlaps = [one for one in OVERLAPS if options.overlap in (None, one)]
-        try:
-            results = measure(workloads, overlaps, options.pairs, options.steps)
-        except DemoError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 1
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
-    return 0
+        return measure(workloads, overlaps, options.pairs, options.steps)
+
+    return measure_and_render(parser, RESULTS, asked, render)
 
 
 if __name__ == "__main__":

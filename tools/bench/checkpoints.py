@@ -5,7 +5,6 @@ The runs are those of ``bill.py`` with its larger model; what is summarised is w
 """
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -13,7 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bill import WORKLOADS, DemoError, environment, run_once, write_data
+from bill import WORKLOADS, environment, run_once, write_data
+from result_file import measure_and_render
 
 RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
 INTERVAL = 2
@@ -57,35 +57,28 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure(saves: int) -> dict[str, Any]:
+    """Everything that the result file holds. Raises DemoError when a run fails."""
+    ways = []
+    with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
+        write_data(Path(name))
+        for way in WAYS:
+            print(way, flush=True)
+            ways.append(measure_one(Path(name), way, saves))
+    return {
+        "command": f"python tools/bench/checkpoints.py --saves {saves}",
+        "saves": saves,
+        "model": WORKLOADS[-1].name,
+        "environment": environment(),
+        "ways": ways,
+    }
+
+
 def main() -> int:
-    """Measure into the result file unless only the table is asked for, then print the table."""
+    """The program."""
     parser = argparse.ArgumentParser(description="Measure what checkpoints cost.")
-    parser.add_argument("--render", action="store_true", help="only print the table, from the result file")
     parser.add_argument("--saves", type=int, default=3, help="saves of a run that count (default: 3)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
-    options = parser.parse_args()
-    if not options.render:
-        ways = []
-        with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
-            write_data(Path(name))
-            try:
-                for way in WAYS:
-                    print(way, flush=True)
-                    ways.append(measure_one(Path(name), way, options.saves))
-            except DemoError as error:
-                print(f"bench: {error}", file=sys.stderr)
-                return 1
-        results = {
-            "command": f"python tools/bench/checkpoints.py --saves {options.saves}",
-            "saves": options.saves,
-            "model": WORKLOADS[-1].name,
-            "environment": environment(),
-            "ways": ways,
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
-    return 0
+    return measure_and_render(parser, RESULTS, lambda options: measure(options.saves), render)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bill import RANKS, DemoError, Workload, environment, run_once, write_data
+from bill import RANKS, Workload, environment, run_once, write_data
+from result_file import measure_and_render
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
 EXAMPLES = 400
@@ -25,6 +26,7 @@ MODEL = (
     *("--num-layers", "4", "--hidden-size", "256", "--ffn-hidden-size", "704", "--num-attention-heads", "4"),
     *("--max-position-embeddings", str(CAPACITY), "--vocab-size", "1024"),
 )
+
 WAYS = {
     "packed": (Workload(name="packed", model=MODEL, sequence=CAPACITY, sequences_per_rank=1), ("--packing",)),
     "one per row": (Workload(name="one per row", model=MODEL, sequence=CAPACITY, sequences_per_rank=10), ()),
@@ -98,23 +100,11 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure into the result file unless only the line is asked for, then print the line."""
+    """The program."""
     parser = argparse.ArgumentParser(description="Measure packed against unpacked training.")
-    parser.add_argument("--render", action="store_true", help="only print the line, from the result file")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each way (default: 3)")
     parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first two don't count (default: 8)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
-    options = parser.parse_args()
-    if not options.render:
-        try:
-            results = measure(options.pairs, options.steps)
-        except DemoError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 1
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
-    return 0
+    return measure_and_render(parser, RESULTS, lambda options: measure(options.pairs, options.steps), render)
 
 
 if __name__ == "__main__":

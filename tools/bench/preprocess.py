@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from bill import DEMO, environment
+from result_file import measure_and_render
 
 REPOSITORY = DEMO.parents[1]
 HERE = Path(__file__).parent
@@ -102,22 +103,18 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure into the result file unless only the lines are asked for, then print the lines."""
+    """The program."""
     parser = argparse.ArgumentParser(description="Measure preprocessing against a plain loop.")
-    parser.add_argument("--render", action="store_true", help="only print the lines, from the result file")
     parser.add_argument("--data", type=Path, help="folder with the data sets and the tokenizer")
     parser.add_argument("--workers", type=int, default=2, help="processes of both (default: 2)")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each way (default: 3)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
-    options = parser.parse_args()
-    if not options.render:
+
+    def asked(options: argparse.Namespace) -> dict[str, Any]:
         if options.data is None:
             parser.error("--data is missing")
-        results = measure(options.data, options.workers, options.pairs)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
-    return 0
+        return measure(options.data, options.workers, options.pairs)
+
+    return measure_and_render(parser, RESULTS, asked, render)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bill import WORKLOADS, DemoError, Workload, environment, run_once, write_data
+from bill import WORKLOADS, Workload, environment, run_once, write_data
+from result_file import measure_and_render
 
 RESULTS = Path(__file__).parent / "results" / "reference.json"
 KINDS = ("precompute", "shared", "model")
@@ -72,23 +73,13 @@ def render(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure into the result file unless only the table is asked for, then print the table."""
+    """The program."""
     parser = argparse.ArgumentParser(description="Measure the three kinds of reference model.")
-    parser.add_argument("--render", action="store_true", help="only print the table, from the result file")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first two don't count (default: 8)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
-    options = parser.parse_args()
-    if not options.render:
-        try:
-            results = measure(WORKLOADS[0], options.rounds, options.steps)
-        except DemoError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 1
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
-    return 0
+    return measure_and_render(
+        parser, RESULTS, lambda options: measure(WORKLOADS[0], options.rounds, options.steps), render
+    )
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ The runs are those of ``bill.py``: the same models, data and ranks, with a new r
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bill import WORKLOADS, DemoError, Workload, environment, run_once, write_data
+from bill import WORKLOADS, Workload, environment, run_once, write_data
+from result_file import measure_and_render
 
 RESULTS = Path(__file__).parent / "results" / "rounds.json"
 INTERVAL = 3
@@ -51,35 +51,28 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure(switches: int) -> dict[str, Any]:
+    """Everything that the result file holds. Raises DemoError when a run fails."""
+    configurations = []
+    with tempfile.TemporaryDirectory(prefix="rounds-") as name:
+        write_data(Path(name))
+        for workload in WORKLOADS:
+            for moments in MOMENTS:
+                print(f"{workload.name}, moments: {moments}", flush=True)
+                configurations.append(measure_one(Path(name), workload, moments, switches))
+    return {
+        "command": f"python tools/bench/rounds.py --switches {switches}",
+        "switches": switches,
+        "environment": environment(),
+        "configurations": configurations,
+    }
+
+
 def main() -> int:
-    """Measure into the result file unless only the table is asked for, then print the table."""
+    """The program."""
     parser = argparse.ArgumentParser(description="Measure what a switch of rounds costs.")
-    parser.add_argument("--render", action="store_true", help="only print the table, from the result file")
     parser.add_argument("--switches", type=int, default=5, help="switches of a run (default: 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the result file (default: the committed one)")
-    options = parser.parse_args()
-    if not options.render:
-        configurations = []
-        with tempfile.TemporaryDirectory(prefix="rounds-") as name:
-            write_data(Path(name))
-            try:
-                for workload in WORKLOADS:
-                    for moments in MOMENTS:
-                        print(f"{workload.name}, moments: {moments}", flush=True)
-                        configurations.append(measure_one(Path(name), workload, moments, options.switches))
-            except DemoError as error:
-                print(f"bench: {error}", file=sys.stderr)
-                return 1
-        results = {
-            "command": f"python tools/bench/rounds.py --switches {options.switches}",
-            "switches": options.switches,
-            "environment": environment(),
-            "configurations": configurations,
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
-    return 0
+    return measure_and_render(parser, RESULTS, lambda options: measure(options.switches), render)
 
 
 if __name__ == "__main__":

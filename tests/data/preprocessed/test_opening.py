@@ -14,11 +14,12 @@ import pytest
 
 from hft_megatron.config.schema import DataConfig
 from hft_megatron.data.batches import BatchShare, SftBatches
+from hft_megatron.data.packing import PackedOrder
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
-from hft_megatron.training.samples import packed_order
+from hft_megatron.training.samples import sample_stream
 from tests.support.data_files import load, write_rows
 from tests.support.peak_memory import PeakMemory
 from tests.support.preprocessing import contents, conversations, make, make_without_tokens
@@ -38,7 +39,7 @@ def rows(tmp_path: Path) -> Path:
 def batches_of(dataset: SftDataset, *, packed: bool) -> list[Any]:
     """The first steps of a run, as lists."""
     options = DataConfig(packing=packed, packing_window=16)
-    order = packed_order(dataset, options, seed=5) if packed else dataset.order(5)
+    order = sample_stream(dataset.order(5), dataset.lengths - 1, dataset.seq_length, options)
     share = BatchShare(
         micro_batch_size=2, global_batch_size=4, data_parallel_rank=1, data_parallel_size=2, length_multiple=1
     )
@@ -269,7 +270,8 @@ def test_ten_million_records_open_in_seconds_and_hold_an_index_only(
     ordered = time.monotonic() - begin
     begin = time.monotonic()
     with PeakMemory() as packing:
-        samples = packed_order(dataset, DataConfig(packing=True), seed=1)
+        samples = sample_stream(dataset.order(1), dataset.lengths - 1, dataset.seq_length, DataConfig(packing=True))
+        assert isinstance(samples, PackedOrder)
         packs = len(samples.packs(0))
     packed = time.monotonic() - begin
     told = (("opened", opened, opening), ("ordered", ordered, first), ("packed", packed, packing))

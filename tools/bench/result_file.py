@@ -1,0 +1,37 @@
+"""What every benchmark's program does: figures go into a committed file, and from there to the terminal."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launching import DemoError
+
+Results = dict[str, Any]
+
+
+def measure_and_render(
+    parser: argparse.ArgumentParser,
+    file: Path,
+    measure: Callable[[argparse.Namespace], Results],
+    render: Callable[[Results], str],
+) -> int:
+    """Measure into ``file`` unless only the text is asked for, then print the text; returns the exit code.
+
+    ``measure`` gets the options and raises DemoError when a run fails.
+    """
+    parser.add_argument("--render", action="store_true", help="only print the text, from the result file")
+    parser.add_argument("--output", type=Path, default=file, help="the result file (default: the committed one)")
+    options = parser.parse_args()
+    if not options.render:
+        try:
+            results = measure(options)
+        except DemoError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
+    return 0
