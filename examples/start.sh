@@ -65,9 +65,11 @@ where_it_runs() {
         GPUS_PER_NODE=${GPUS_PER_NODE:-$("$PYTHON" -c "import torch; print(torch.cuda.device_count() or 2)")}
         NNODES=${NNODES:-1}
         NODE_RANK=${NODE_RANK:-0}
+        MAX_RESTARTS=${MAX_RESTARTS:-0}
         for name in GPUS_PER_NODE NNODES; do
             [[ ${!name} =~ ^[1-9][0-9]*$ ]] || mistake "$name=${!name} must be a whole number above 0."
         done
+        [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || mistake "MAX_RESTARTS=$MAX_RESTARTS must be a whole number."
         [[ $NODE_RANK =~ ^[0-9]+$ ]] || mistake "NODE_RANK=$NODE_RANK must be a whole number from 0 to NNODES - 1."
         RANKS=$((NNODES * GPUS_PER_NODE))
     fi
@@ -153,11 +155,15 @@ start_run() { # WORDS...
     else
         [[ -n ${MASTER_ADDR:-} ]] || mistake "MASTER_ADDR is not set on $NNODES nodes; set it to the address of node 0."
         RENDEZVOUS_ARGS=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+        # How long torchrun waits for the other nodes, in seconds: as long as the ranks wait for each other.
+        minutes=$(last_value distributed-timeout-minutes 10 "${ARGS[@]}")
+        RENDEZVOUS_ARGS+=(--rdzv-conf "timeout=$((minutes * 60))")
     fi
     DISTRIBUTED_ARGS=(
         --signals-to-handle "SIGTERM,SIGINT,SIGUSR1"
         --nproc-per-node "$GPUS_PER_NODE"
         --nnodes "$NNODES"
+        --max-restarts "$MAX_RESTARTS"
         "${RENDEZVOUS_ARGS[@]}"
     )
 

@@ -31,3 +31,11 @@ class RunFailed(Exception):
 
     The message is one sentence, the same on every rank: what was found, and where.
     """
+
+
+class PeersLost(Exception):
+    """Other hosts of the run can't be reached; ends with ``EXIT_FAILURE``.
+
+    The message is one sentence that names the host or endpoint. It is said by one rank on every host, because
+    nobody knows which of them is looked at.
+    """

@@ -62,6 +62,9 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
     except errors.RunFailed as failure:
         _end_writers()
         return _end(errors.EXIT_FAILURE, "failed", f"error: {failure}", status)
+    except errors.PeersLost as loss:
+        end_of_peers(status)(str(loss))
+        return errors.EXIT_FAILURE
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
     except Exception as error:
@@ -73,6 +76,20 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
     if _is_first_rank():
         status.write(errors.EXIT_OK, "finished", "")
     return errors.EXIT_OK
+
+
+def end_of_peers(status: StatusFolder) -> Callable[[str], None]:
+    """What is done with the sentence about lost peers before the process ends: one rank of every host says it."""
+
+    def end(sentence: str) -> None:
+        message = f"error: {sentence}"
+        if launch.local_rank() == 0:
+            print(f"{PROG}: {message}", file=sys.stderr, flush=True)
+        _end_writers()
+        if _is_first_rank():
+            status.write(errors.EXIT_FAILURE, "failed", message)
+
+    return end
 
 
 def show(text: str) -> None:

@@ -12,6 +12,11 @@ def rank(environment: MutableMapping[str, str] = os.environ) -> int:
     return _number(environment, "RANK", default=0)
 
 
+def local_rank(environment: MutableMapping[str, str] = os.environ) -> int:
+    """Rank of this process among those of its node; 0 when nobody launched it."""
+    return _number(environment, "LOCAL_RANK", default=0)
+
+
 def world_size(environment: MutableMapping[str, str] = os.environ) -> int:
     """Ranks of the run over all nodes; 1 when nobody launched it. UserError when WORLD_SIZE is not a number above 0."""
     size = _number(environment, "WORLD_SIZE", default=1)

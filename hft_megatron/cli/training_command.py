@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from hft_megatron.cli import launch
-from hft_megatron.cli.boundary import StatusFolder
+from hft_megatron.cli.boundary import StatusFolder, end_of_peers
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
@@ -64,7 +64,8 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     world_size = launch.world_size()
     shape = shape_of(config.model)
     if options.stages is not None:
-        _run_stages(options.stages, _with_options_of_others(options, config), shape, world_size, check=options.check)
+        shared = _with_options_of_others(options, config)
+        _run_stages(options.stages, shared, shape, world_size, status, check=options.check)
         return
     validate(config, shape or _shape_before_the_tokenizer(config), world_size, method)
     # Imported here and below, because the checks above must not wait for torch and transformers.
@@ -80,7 +81,7 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     launch.place_this_process()
     from hft_megatron.training.assembly import run_training
 
-    run_training(method, config, shape, world_size)
+    run_training(method, config, shape, world_size, on_loss=end_of_peers(status))
 
 
 def _with_options_of_others(options: TrainingOptions, config: RunConfig) -> RunConfig:
@@ -92,7 +93,9 @@ def _with_options_of_others(options: TrainingOptions, config: RunConfig) -> RunC
     return replace(config, **{f.name: getattr(file, f.name) for f in fields(file) if f.name not in own})
 
 
-def _run_stages(path: str, config: RunConfig, shape: ModelShape | None, world_size: int, *, check: bool) -> None:
+def _run_stages(
+    path: str, config: RunConfig, shape: ModelShape | None, world_size: int, status: StatusFolder, *, check: bool
+) -> None:
     stages = read_stages(path, config)
     for stage in with_rounds_in_turn(stages):
         validate(stage.config, shape or _shape_before_the_tokenizer(stage.config), world_size, stage.method)
@@ -106,7 +109,7 @@ def _run_stages(path: str, config: RunConfig, shape: ModelShape | None, world_si
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
-    run_stages(stages, shape, world_size)
+    run_stages(stages, shape, world_size, on_loss=end_of_peers(status))
 
 
 def _shape_before_the_tokenizer(config: RunConfig) -> ModelShape:

@@ -16,6 +16,7 @@ from hft_megatron.config.derived import virtual_pipeline_size
 from hft_megatron.config.schema import ParallelConfig
 from hft_megatron.errors import UserError
 from hft_megatron.parallel import cpu_backend
+from hft_megatron.parallel.meeting import Meeting, meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,11 @@ class Placement:
         return self.rank == self.world_size - 1
 
 
-def start_backend(parallel: ParallelConfig) -> None:
-    """Joins the default process group from torchrun's environment; without CUDA turns the CPU backend on."""
+def start_backend(parallel: ParallelConfig, meeting: Meeting | None = None) -> None:
+    """Joins the default process group, at ``meeting`` or a new one; without CUDA turns the CPU backend on.
+
+    A default group that exists is left as it is. Raises what ``meet`` does.
+    """
     # megatron-core's overlaps rely on kernels running in the order they were launched; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     has_cuda = torch.cuda.is_available()
@@ -67,8 +71,12 @@ def start_backend(parallel: ParallelConfig) -> None:
     else:
         cpu_backend.activate()
     if not dist.is_initialized():
+        meeting = meeting or meet(parallel.distributed_timeout_minutes)
         dist.init_process_group(
             parallel.distributed_backend or ("nccl" if has_cuda else "gloo"),
+            store=meeting.store,
+            rank=meeting.rank,
+            world_size=meeting.world_size,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
         )
 

@@ -28,7 +28,9 @@ from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
 from hft_megatron.optimizer.wrapping import WrappedModel, adam_in_use, wrap
 from hft_megatron.parallel import cpu_backend
 from hft_megatron.parallel.determinism import make_deterministic
-from hft_megatron.parallel.groups import Placement, start_backend, start_groups, stop_groups
+from hft_megatron.parallel.groups import Placement, start_groups, stop_groups
+from hft_megatron.parallel.peers import Peers, peers
+from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.tracking.build import build_tracker
 from hft_megatron.tracking.tracker import CompositeTracker, Tracker
 from hft_megatron.training.hooks import build_hooks
@@ -42,27 +44,34 @@ from hft_megatron.training.spectrum import scores_of_run
 from hft_megatron.training.start import fill_from_other_run, starting_base, starting_state, with_sound_checkpoint
 
 
-def run_training(method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+def run_training(
+    method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int, *, on_loss: OnLoss
+) -> None:
     """Trains (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
 
-    Raises UserError for a user's mistake before a model is built, Stopped after a signal or a time limit and the
-    checkpoint.
+    Raises UserError for a user's mistake before a model is built, PeersLost where the ranks do not meet, Stopped after
+    a signal or a time limit and the checkpoint. A host that is lost later is named to ``on_loss``, on another
+    thread, and the process ends.
     """
-    train_and_export(method, options, shape, world_size)
-    # After a failure peers may be waiting in a collective, and waiting for them here would hide the error.
-    stop_groups()
+    with peers(options.parallel.distributed_timeout_minutes, on_loss) as company:
+        train_and_export(method, options, shape, world_size, company)
+        company.leave()
+        # After a failure peers may be waiting in a collective, and waiting for them here would hide the error.
+        stop_groups()
 
 
-def train_and_export(method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+def train_and_export(
+    method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int, company: Peers
+) -> None:
     """``run_training``, with the process groups left as they are, for a stage that follows."""
     inputs = read_inputs(METHODS[method], options, shape, world_size)
     if inputs.config.training.deterministic_mode:
         make_deterministic()
-    start_backend(inputs.config.parallel)
+    company.join(inputs.config.parallel)
     config = _with_dtype(inputs.config)
     placement = start_groups(config.parallel, inputs.shape.num_layers, config.training.seed)
     announce = _announcer(placement)
-    _announce_start(config, inputs, placement, announce)
+    _announce_start(config, inputs, placement, company, announce)
     check_inputs_agree(inputs, placement)
     inputs = with_sound_checkpoint(inputs, placement, announce)
     scores = scores_of_run(inputs, placement)
@@ -95,6 +104,7 @@ def train_and_export(method: MethodName, options: RunConfig, shape: ModelShape |
             with wrapped.gathered_parameters():
                 _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
     except Stopped:
+        company.leave()
         stop_groups()
         raise
 
@@ -117,7 +127,9 @@ def _announcer(placement: Placement) -> Announce:
     return announce
 
 
-def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, announce: Announce) -> None:
+def _announce_start(
+    config: RunConfig, inputs: Inputs, placement: Placement, company: Peers, announce: Announce
+) -> None:
     for line in inputs.describe():
         announce(f"> {line}")
     engine = "transformer-engine" if transformer_engine_is_used(bf16=config.training.bf16 is True) else "torch"
@@ -126,6 +138,8 @@ def _announce_start(config: RunConfig, inputs: Inputs, placement: Placement, ann
         f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
         f"attention and norms by {engine}, Adam by {adam_in_use(steps_per_unit=config.hft.hft_moments == 'carry')}"
     )
+    if len(company.hosts) > 1:
+        announce(f"> {len(company.hosts)} hosts: {', '.join(str(host) for host in company.hosts)}")
 
 
 def _agreed_plan(config: RunConfig, inputs: Inputs, plan: Plan, placement: Placement, announce: Announce) -> Plan:

@@ -12,6 +12,8 @@ from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.parallel.groups import leave_groups, stop_groups
+from hft_megatron.parallel.peers import Peers, peers
+from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.training.assembly import train_and_export
 from hft_megatron.training.inputs import read_inputs
 from hft_megatron.training.methods import METHODS
@@ -34,13 +36,21 @@ def check_stages(stages: Sequence[Stage], world_size: int) -> list[str]:
     return lines
 
 
-def run_stages(stages: Sequence[Stage], shape: ModelShape | None, world_size: int) -> None:
+def run_stages(stages: Sequence[Stage], shape: ModelShape | None, world_size: int, *, on_loss: OnLoss) -> None:
     """Trains every stage that isn't done; every rank calls it under torchrun's environment.
 
     Raises what ``run_training`` does. Each stage takes the weights of the one before from its last checkpoint, and its
     rounds are numbered on.
     """
-    check_stages(stages, world_size)
+    minutes = stages[0].config.parallel.distributed_timeout_minutes
+    with peers(minutes, on_loss) as company:
+        check_stages(stages, world_size)
+        _run_what_is_left(stages, shape, world_size, company)
+        company.leave()
+        stop_groups()
+
+
+def _run_what_is_left(stages: Sequence[Stage], shape: ModelShape | None, world_size: int, company: Peers) -> None:
     rank, first_round = int(os.environ["RANK"]), 0
     for number, stage in enumerate(stages):
         following = stages[number + 1] if number + 1 < len(stages) else None
@@ -50,10 +60,9 @@ def run_stages(stages: Sequence[Stage], shape: ModelShape | None, world_size: in
         else:
             if rank == 0:
                 print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
-            train_and_export(one.method, one.config, shape, world_size)
+            train_and_export(one.method, one.config, shape, world_size, company)
             leave_groups()
         first_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round + 1
-    stop_groups()
 
 
 def _check_done(stage: Stage, following: Stage, shape: ModelShape | None, world_size: int) -> None:

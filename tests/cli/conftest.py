@@ -49,7 +49,9 @@ class Training:
         self.calls: list[tuple[str, RunConfig, ModelShape | None]] = []
         self.outcome: Callable[[], None] = lambda: None
 
-    def run_training(self, method: str, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    def run_training(
+        self, method: str, config: RunConfig, shape: ModelShape | None, world_size: int, *, on_loss: object
+    ) -> None:
         self.calls.append(("run", config, shape))
         self.outcome()
 

@@ -115,7 +115,7 @@ def run_method_words(
     stopped = None
     with _inside_a_pool(recorder) as said:
         try:
-            assembly.run_training(method, config, shape, world_size)
+            assembly.run_training(method, config, shape, world_size, on_loss=print)
         except Stopped as stop:
             stopped = str(stop)
         state = {} if recorder.run is None else state_of(recorder.run)

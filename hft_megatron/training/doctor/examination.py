@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from hft_megatron.config.derived import data_parallel_size
 from hft_megatron.config.schema import MethodName, ParallelConfig, RunConfig
+from hft_megatron.errors import PeersLost
 from hft_megatron.parallel.all_reduce_speed import measure_all_reduce
 from hft_megatron.parallel.groups import Placement, host_name, start_backend, start_groups, stop_groups
 from hft_megatron.training.doctor.findings import Diagnosis, Finding, GroupSpeed, RankReport, Row, merged
@@ -56,8 +57,8 @@ class Examination:
                     self._findings.append(finding)
         try:
             diagnosis = self._look_together()
-        except RuntimeError as error:
-            # torch's errors of process groups, the network and the launcher's store.
+        except (RuntimeError, PeersLost) as error:
+            # torch's errors of process groups and the network, and ours of the launcher's store.
             self._findings.append(_ranks_do_not_meet(_first_line(error)))
             return self._alone(OTHER_RANKS_WAIT_S)
         if self._rank == 0:
@@ -165,7 +166,7 @@ def _ranks_do_not_meet(value: str) -> Finding:
     return Finding(what="process groups", value=value, status="wrong", fix=fix)
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

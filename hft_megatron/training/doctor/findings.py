@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hft_megatron.errors import UserError
+from hft_megatron.parallel.hosts import numbers_in_words
 
 Status = Literal["ok", "warning", "wrong"]
 
@@ -127,18 +128,6 @@ def ranks_in_words(reports: Sequence[RankReport]) -> str:
     for report in reports:
         hosts.setdefault(report.host, []).append(report.rank)
     return ", ".join(f"{numbers_in_words(ranks)} on {host}" for host, ranks in hosts.items())
-
-
-def numbers_in_words(ranks: Sequence[int]) -> str:
-    """``rank 3``, or ``ranks 0 to 3, 6``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    listed = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {listed}"
 
 
 def in_bytes(count: float) -> str:

@@ -10,7 +10,6 @@ from hft_megatron.training.doctor.findings import (
     Row,
     finding_of,
     merged,
-    numbers_in_words,
 )
 
 
@@ -53,14 +52,6 @@ def test_what_may_differ_has_a_row_per_value_and_stays_ok() -> None:
 def test_a_row_that_one_rank_of_a_host_reports_names_nobody_while_there_is_one_value() -> None:
     one = [RankReport(rank=0, host="a", findings=(torch_of("1"),)), RankReport(rank=1, host="a")]
     assert list(merged(one)) == [Row(finding=torch_of("1"))]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [([3], "rank 3"), ([0, 1, 2], "ranks 0 to 2"), ([8, 0, 1, 5], "ranks 0 to 1, 5, 8")],
-)
-def test_ranks_in_a_row_are_written_from_to(ranks: list[int], words: str) -> None:
-    assert numbers_in_words(ranks) == words
 
 
 def test_a_users_mistake_becomes_a_finding_with_its_sentence() -> None:

@@ -1,0 +1,119 @@
+"""Where the ranks of a run meet: torchrun's key-value store, and a part of it that no earlier start has written to.
+
+torchrun may keep one store over its restarts (with --master-addr always). The ranks that it starts anew would then
+read the addresses of dead ones, and try to reach them: "Gloo connectFullMesh failed".
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from hft_megatron.errors import PeersLost
+from hft_megatron.parallel.hosts import numbers_in_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """One start of all ranks."""
+
+    address: str
+    port: int
+    minutes: int
+    """How long anything is waited for."""
+    rank: int
+    world_size: int
+    store: Store
+    """Empty at the start, whatever came before."""
+    prefix: str
+    """In front of its keys, in the store at ``address``."""
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.minutes)
+
+
+def meet(minutes: int) -> Meeting:
+    """Reaches the store that torchrun's environment names, and agrees with all other ranks on a new start.
+
+    Raises PeersLost when the store, or another rank, has not come after ``minutes``.
+    """
+    deadline = time.monotonic() + 60.0 * minutes
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        store.set_timeout(timedelta(minutes=minutes))
+        call = _call if rank == 0 else _answer
+        name = call(store, rank, world_size, deadline)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise did_not_meet(minutes, str(error).strip().partition("\n")[0]) from error
+    prefix = f"hft_megatron/{name}"
+    return Meeting(
+        address=address,
+        port=port,
+        minutes=minutes,
+        rank=rank,
+        world_size=world_size,
+        store=PrefixStore(prefix, store),
+        prefix=prefix,
+    )
+
+
+def did_not_meet(minutes: int, reason: str) -> PeersLost:
+    """The error of ranks that wait for others in vain."""
+    return PeersLost(
+        f"the ranks did not all meet at the rendezvous endpoint {os.environ['MASTER_ADDR']}:"
+        f"{os.environ['MASTER_PORT']} within --distributed-timeout-minutes {minutes} ({reason.rstrip('.')}); look at "
+        f"that host, at the network to it, and at what the other hosts say"
+    )
+
+
+def _call(store: Store, rank: int, world_size: int, deadline: float) -> str:
+    """What rank 0 does: it makes a start, which takes the place of all before, and its name when all ranks are there.
+
+    Whenever any rank is started anew so is rank 0, sooner or later.
+    """
+    number, others = store.add("hft_megatron/starts", 1), range(1, world_size)
+    for pause in _pauses(deadline):
+        if store.check([_joined(number, other) for other in others]):
+            name = f"{number}-{uuid.uuid4().hex}"
+            store.set(_name(number), name)
+            return name
+        time.sleep(pause)
+    missing = [other for other in others if not store.check([_joined(number, other)])]
+    raise dist.DistStoreError(f"{numbers_in_words(missing)} did not come")
+
+
+def _answer(store: Store, rank: int, world_size: int, deadline: float) -> str:
+    """What the others do: they join the newest start, if this rank's number has not joined it before: that start's
+    ranks have died then, and rank 0 will make another."""
+    joined = 0
+    for pause in _pauses(deadline):
+        newest = store.add("hft_megatron/starts", 0)
+        if newest > joined and store.add(_joined(newest, rank), 1) == 1:
+            joined = newest
+        if joined and store.check([_name(joined)]):
+            return str(store.get(_name(joined)).decode())
+        time.sleep(pause)
+    raise dist.DistStoreError("rank 0 did not come" if joined == 0 else "rank 0 waits for others")
+
+
+def _pauses(deadline: float) -> Iterator[float]:
+    """Seconds between two looks, longer and longer, until ``deadline``."""
+    pause = 0.01
+    while time.monotonic() < deadline:
+        yield pause
+        pause = min(2 * pause, 0.5)
+
+
+def _joined(number: int, rank: int) -> str:
+    return f"hft_megatron/start {number}/rank {rank}"
+
+
+def _name(number: int) -> str:
+    return f"hft_megatron/start {number}/name"
