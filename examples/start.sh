@@ -120,6 +120,16 @@ what_it_trains() { # WORDS...
     fi
 }
 
+# Ends torchrun where it has started no rank after the time that ranks wait for each other: its own wait is twice as long
+# where node 0 is missing, and does not name the endpoint.
+give_up_the_start() { # TORCHRUN MINUTES
+    # A pause without a process, which would outlive the script.
+    read -r -t $(($2 * 60)) <> <(:) || true
+    [[ -e /proc/$1 && -z $(<"/proc/$1/task/$1/children") ]] || return 0
+    echo "hft-megatron: error: the $NNODES nodes did not all meet at the rendezvous endpoint $MASTER_ADDR:${MASTER_PORT:-29500} within --distributed-timeout-minutes $2; look at that host, at the network to it, and at what the other nodes say" >&2
+    kill -s KILL "$1"
+}
+
 # Starts ARGS and the words of the command line, which win, on all ranks, and exits with the run's code.
 start_run() { # WORDS...
     local epochs
@@ -185,6 +195,10 @@ start_run() { # WORDS...
     "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}" -m hft_megatron "$METHOD" "${ARGS[@]}" </dev/null &
     TORCHRUN=$!
     set +m
+    if ((NNODES > 1)); then
+        give_up_the_start "$TORCHRUN" "$minutes" &
+        GIVING_UP=$!
+    fi
     # shellcheck disable=SC2329  # the traps below call it
     forward() { # SIGNAL
         forwarded=yes
@@ -202,6 +216,9 @@ start_run() { # WORDS...
         code=0
         wait "$TORCHRUN" || code=$?
     done
+    [[ -z ${GIVING_UP:-} ]] || kill "$GIVING_UP" 2>/dev/null || true
+    # torchrun itself was killed.
+    ((code < 128)) || [[ -n ${signalled:-} ]] || code=1
 
     if ((code != 0 && NODE_RANK == 0)) && [[ -n ${signalled:-} && ! -f $STATUS ]]; then
         # The signal met ranks that were not training yet.

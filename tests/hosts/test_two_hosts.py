@@ -39,10 +39,17 @@ def hosts(two_hosts: TwoHosts) -> Iterator[TwoHosts]:
 
 
 class Launch:
-    """The example with two ranks: one on each host, or both on the first."""
+    """The example with two ranks: one on each host, or both on the first. ``only`` starts what one host would."""
 
     def __init__(
-        self, hosts: TwoHosts, inputs: Path, save: Path, *words: object, nodes: int = 2, max_restarts: int = 0
+        self,
+        hosts: TwoHosts,
+        inputs: Path,
+        save: Path,
+        *words: object,
+        nodes: int = 2,
+        only: int | None = None,
+        max_restarts: int = 0,
     ) -> None:
         self.save = save
         settings = {"MODEL": str(inputs / "model"), "DATA": str(inputs / "data.jsonl"), "SAVE": str(save), "TP": "1"}
@@ -50,7 +57,8 @@ class Launch:
         settings |= {"MAX_RESTARTS": str(max_restarts), "OMP_NUM_THREADS": "1"}
         command = [*SCRIPT, *WORDS.split(), *SHAPES.split(), *map(str, words)]
         self.nodes: list[Node] = []
-        for number, name in enumerate(NAMES[:nodes]):
+        for number in range(nodes) if only is None else [only]:
+            name = NAMES[number]
             log = save.with_name(f"{save.name}-{name}.log")
             self.nodes.append(hosts.start(number, command, log=log, settings={**settings, "NODE_RANK": str(number)}))
 
@@ -152,6 +160,17 @@ def test_a_link_that_stays_away_ends_both_hosts_in_time_with_the_name_of_the_oth
         "state": "failed",
         "message": message,
     }
+
+
+def test_hosts_that_do_not_meet_give_up_in_time_with_the_name_of_the_endpoint(
+    hosts: TwoHosts, inputs: Path, tmp_path: Path
+) -> None:
+    alone = [Launch(hosts, inputs, tmp_path / NAMES[number], only=number) for number in (0, 1)]
+    hosts.cut()
+    for launch in alone:
+        assert launch.end(within=TIMEOUT_S + 60) == [1], launch.said()
+        [said] = launch.nodes[0].sentences()
+        assert "did not all meet at the rendezvous endpoint node-a:29500 within --distributed-timeout-minutes 1" in said
 
 
 @pytest.mark.parametrize(("seed", "kills"), [(1, 3), (2, 3), (3, 3), (4, 1)])
