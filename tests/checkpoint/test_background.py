@@ -14,7 +14,6 @@ from hft_megatron.checkpoint.folders import find_checkpoints
 from tests.checkpoint.test_layout_changes import largest_differences
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
-from tests.support.tiers import quick
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 SLOW_WRITER_S = 0.5
@@ -104,8 +103,9 @@ def run_on_a_full_disk(words: list[str], guilty: int) -> dict[str, Any]:
     return {"said": str(caught.value)}
 
 
-@pytest.mark.parametrize("how", quick(["foreground", "background"], ["background"]))
-@pytest.mark.parametrize("guilty", quick([0, 1], [1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["foreground", "background"])
+@pytest.mark.parametrize("guilty", [0, 1])
 def test_what_one_rank_cannot_write_is_one_sentence_on_all(
     guilty: int, how: str, ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +119,7 @@ def test_what_one_rank_cannot_write_is_one_sentence_on_all(
     assert find_checkpoints(str(tmp_path)).newest == tmp_path / "iter_0000002"
 
 
+@pytest.mark.slow
 def test_only_the_checkpoints_asked_for_are_kept(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--save", tmp_path, "--save-interval", 1, "--keep-last", 2, "--save-retain-interval", 3)
     [answer] = ranks(1).run(run_sft_words, words=words)

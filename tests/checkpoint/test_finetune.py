@@ -84,6 +84,7 @@ def test_a_new_run_whose_checkpoint_is_gone_is_not_begun_again(
     assert (tmp_path / "run" / "iter_0000006" / "common.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_new_run_goes_on_only_with_the_weights_it_began_with(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:

@@ -145,7 +145,8 @@ MOVES = [("tp2 sp", "dp2 overlap"), ("pp2 vpp", "tp2 pp2"), ("tp2 pp2 dp2", "pp4
 """Saved at, and saved again at, without a step in between."""
 
 
-@pytest.mark.parametrize("move", quick(MOVES, [("tp2 sp", "dp2 overlap")]), ids=" - ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("move", MOVES, ids=" - ".join)
 def test_bf16_masters_and_moments_move_to_another_layout_without_losing_a_bit(
     move: tuple[str, str], ranks: RankPools, inputs: dict[str, Path], tmp_path: Path
 ) -> None:

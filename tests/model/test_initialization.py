@@ -12,6 +12,7 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
 from tests.support.models import LAYOUTS
 from tests.support.ranks import RankPools
+from tests.support.tiers import quick
 
 STD = 0.05
 SHAPE = {
@@ -70,7 +71,7 @@ def written(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", quick([False, True], [False]))
 def test_one_seed_gives_one_model_at_every_layout(tied: bool, ranks: RankPools, tmp_path: Path) -> None:
     world_sizes = {"tp1": 1, "tp2": 2, "pp2": 2, "pp2_vpp": 2, "tp2_pp2": 4}
     for layout, world_size in world_sizes.items():

@@ -216,6 +216,7 @@ def test_what_was_left_out_of_a_checkpoint_must_be_where_it_was(ranks: RankPools
         convert(run, tmp_path / "out", iteration=1)
 
 
+@pytest.mark.slow
 def test_a_run_on_another_runs_weights_is_exported_with_them_also_when_it_was_resumed(
     ranks: RankPools, tmp_path: Path
 ) -> None:

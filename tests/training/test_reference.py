@@ -97,6 +97,7 @@ def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
     assert begun[0]["steps"] + gone_on[0]["steps"] == whole[0]["steps"]
 
 
+@pytest.mark.slow
 def test_validation_between_overlapped_gathers_is_the_same_with_every_reference(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path
 ) -> None:

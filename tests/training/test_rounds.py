@@ -15,7 +15,6 @@ from hft_megatron.training.rounds import Rounds, rounds_of_run
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 from tests.support.shapes import tiny_shape
-from tests.support.tiers import quick
 
 SHAPE = tiny_shape(4)
 
@@ -72,7 +71,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("plans"))
 
 
-@pytest.mark.parametrize("selection", quick(["random", "hift"], ["hift"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", ["random", "hift"])
 def test_a_run_from_a_plan_file_is_the_run_that_draws_those_plans(
     selection: str, ranks: RankPools, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
