@@ -123,9 +123,13 @@ what_it_trains() { # WORDS...
 # Ends torchrun where it has started no rank after the time that ranks wait for each other: its own wait is twice as long
 # where node 0 is missing, and does not name the endpoint.
 give_up_the_start() { # TORCHRUN MINUTES
-    # A pause without a process, which would outlive the script.
-    read -r -t $(($2 * 60)) <> <(:) || true
-    [[ -e /proc/$1 && -z $(<"/proc/$1/task/$1/children") ]] || return 0
+    local children=/proc/$1/task/$1/children until=$((SECONDS + $2 * 60))
+    while ((SECONDS < until)); do
+        # A pause without a process, which would outlive the script.
+        read -r -t 2 <> <(:) || true
+        # It has started ranks, or has ended, or the kernel doesn't tell.
+        [[ -r $children && -z $(<"$children") ]] || return 0
+    done
     echo "hft-megatron: error: the $NNODES nodes did not all meet at the rendezvous endpoint $MASTER_ADDR:${MASTER_PORT:-29500} within --distributed-timeout-minutes $2; look at that host, at the network to it, and at what the other nodes say" >&2
     kill -s KILL "$1"
 }
@@ -166,7 +170,12 @@ start_run() { # WORDS...
         [[ -n ${MASTER_ADDR:-} ]] || mistake "MASTER_ADDR is not set on $NNODES nodes; set it to the address of node 0."
         RENDEZVOUS_ARGS=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
         # How long torchrun waits for the other nodes, in seconds: as long as the ranks wait for each other.
-        minutes=$(last_value distributed-timeout-minutes 10 "${ARGS[@]}")
+        minutes=$("$PYTHON" -c "
+import sys
+from hft_megatron.cli.entry import COMMANDS
+from hft_megatron.config.loading import load_options
+print(load_options(COMMANDS[sys.argv[1]].options, sys.argv[2:]).parallel.distributed_timeout_minutes)
+" "$METHOD" "${ARGS[@]}")
         RENDEZVOUS_ARGS+=(--rdzv-conf "timeout=$((minutes * 60))")
     fi
     DISTRIBUTED_ARGS=(

@@ -64,6 +64,10 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
         return _end(errors.EXIT_FAILURE, "failed", f"error: {failure}", status)
     except errors.PeersLost as loss:
         end_of_peers(status)(str(loss))
+        if launch.local_rank() != 0:
+            # torchrun ends the ranks of a host with the first that leaves, and this one has said nothing.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(OTHER_RANKS_WAIT_S)
         return errors.EXIT_FAILURE
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 MARK = "▁"
 """Stands for a space; SentencePiece's."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 MAX_CHARACTERS = 2**20
 """Of the words that are kept, which are 2**17 in English, or 30 MB with their ids."""
 
@@ -75,19 +76,25 @@ def word_pattern(rust_json: str) -> re.Pattern[str] | None:
     if model["type"] != "BPE":
         return None
     merged = ["".join(pair) for pair in model["merges"]]
+    joined = re.escape("".join(sorted(set("".join(merged)) - {MARK})))
     if not (
-        not model["dropout"]
+        joined
+        and not model["dropout"]
         and not model["ignore_merges"]
+        # Put on what the tokenizer gets, which would be words instead of texts.
+        and not model["continuing_subword_prefix"]
+        and not model["end_of_word_suffix"]
         # Every character has ids of its own: unknown ones in a row would become one.
         and model["byte_fallback"]
         and {MARK, *(f"<0x{byte:02X}>" for byte in range(256))} <= model["vocab"].keys()
+        # Bytes that merge stand for characters that are in no merge.
+        and not any(_BYTE.search(token) for token in merged)
         and not any(before != MARK and after == MARK for token in merged for before, after in pairwise(token))
         and all(_only_marks(step) for step in (state["normalizer"], state["pre_tokenizer"]))
         # Any other is looked for in the text, and may hold spaces.
         and all(token["special"] for token in state["added_tokens"])
     ):
         return None
-    joined = re.escape("".join(sorted(set("".join(merged)) - {MARK})))
     return re.compile(rf"[ {MARK}]+[{joined}]*|[{joined}]+|.", re.DOTALL)
 
 

@@ -33,7 +33,6 @@ FIRST_PAUSE_AT_THE_END_S, LONGEST_PAUSE_AT_THE_END_S = 0.02, 1.0
 """Nearly always all ranks come to the end together; one that exports may keep the others waiting."""
 SAY_WITHIN_S = 5.0
 """The status file may lie on the host that is gone."""
-GOODBYE_WITHIN_S = 10.0
 
 OnLoss = Callable[[str], None]
 
@@ -139,7 +138,7 @@ class Watchdog:
         store.set(f"rank {rank} leaves", "1")
         if rank == 0 and store.check([f"rank {other} leaves" for other in others]):
             store.set("all leave", "1")
-            deadline = time.monotonic() + GOODBYE_WITHIN_S
+            deadline = time.monotonic() + self._limit
             while not store.check([f"rank {other} left" for other in others]) and time.monotonic() < deadline:
                 self._answered = self._awake
                 time.sleep(FIRST_PAUSE_AT_THE_END_S)

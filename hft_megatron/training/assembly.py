@@ -62,8 +62,8 @@ def run_training(
 
 def train_and_export(
     method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int, company: Peers
-) -> None:
-    """``run_training``, with the process groups left as they are, for a stage that follows."""
+) -> int:
+    """``run_training``, with the process groups left as they are, for a stage that follows; returns the last round."""
     inputs = read_inputs(METHODS[method], options, shape, world_size)
     if inputs.config.training.deterministic_mode:
         make_deterministic()
@@ -83,6 +83,7 @@ def train_and_export(
     fill_from_other_run(inputs, chunks, announce)
     share = _share(config, placement)
     reference = reference_of_run(inputs, chunks, rounds, share, placement, announce) if trains else None
+    last_round = inputs.position.round
     try:
         if tracker is None and not inputs.resumes:
             _export(config, inputs, placement, chunks, frozenset(), announce)
@@ -101,12 +102,14 @@ def train_and_export(
                 wrapped, state = _train(
                     config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce
                 )
+            last_round = state.round
             with wrapped.gathered_parameters():
                 _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
     except Stopped:
         company.leave()
         stop_groups()
         raise
+    return last_round
 
 
 def _with_dtype(config: RunConfig) -> RunConfig:

@@ -85,7 +85,9 @@ def reference_of_run(
     digest = base.digest if base is not None else _digest_of_weights(inputs, placement)
     dtype = chunks[0].config.params_dtype
     arithmetic = _arithmetic(inputs, placement) if dtype is torch.bfloat16 else ""
-    made = _Made(model=digest, dtype=str(dtype), arithmetic=arithmetic)
+    # The shape has what the weights don't tell, such as the base of the rotary embedding.
+    words = json.dumps([digest, asdict(inputs.shape)], sort_keys=True)
+    made = _Made(model=sha256(words.encode()).hexdigest(), dtype=str(dtype), arithmetic=arithmetic)
     folder = Path(options.dpo_reference_cache or default_cache())
     return PrecomputedReference(_table(folder, data, made, reference_model, share, placement, announce))
 
@@ -190,8 +192,7 @@ def _digest_of_weights(inputs: Inputs, placement: Placement) -> str:
     folder = inputs.config.dpo.dpo_reference_model or inputs.config.model.load_hf
     if folder is not None:
         return _digest_of_folder(folder, placement)
-    words = json.dumps([asdict(inputs.shape), inputs.config.training.seed], sort_keys=True)
-    return f"random {sha256(words.encode()).hexdigest()}"
+    return f"random, seed {inputs.config.training.seed}"
 
 
 def _digest_of_folder(folder: str, placement: Placement) -> str:

@@ -57,12 +57,14 @@ def _run_what_is_left(stages: Sequence[Stage], shape: ModelShape | None, world_s
         one = numbered(stage, first_round)
         if following is not None and complete_checkpoints(str(following.folder)):
             _check_done(one, following, shape, world_size)
+            last_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round
         else:
             if rank == 0:
                 print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
-            train_and_export(one.method, one.config, shape, world_size, company)
+            # Not read from its checkpoint: another host's folder may show the last one a minute later.
+            last_round = train_and_export(one.method, one.config, shape, world_size, company)
             leave_groups()
-        first_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round + 1
+        first_round = last_round + 1
 
 
 def _check_done(stage: Stage, following: Stage, shape: ModelShape | None, world_size: int) -> None:

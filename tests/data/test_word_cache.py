@@ -95,6 +95,10 @@ def _join_words(state: dict[str, Any]) -> None:
         lambda state: state["model"].update(dropout=0.1),
         lambda state: state["model"].update(type="Unigram"),
         lambda state: state["model"].update(byte_fallback=False),
+        lambda state: state["model"].update(continuing_subword_prefix="##"),
+        lambda state: state["model"].update(end_of_word_suffix="</w>"),
+        lambda state: state["model"]["merges"].append(["<0x0A>", "<0x0A>"]),
+        lambda state: state["model"].update(merges=[["▁", "▁"]]),
         lambda state: state["model"]["vocab"].pop("<0x0A>"),
     ],
     ids=[
@@ -107,6 +111,10 @@ def _join_words(state: dict[str, Any]) -> None:
         "dropout",
         "Unigram",
         "no bytes",
+        "prefix of parts",
+        "suffix",
+        "bytes merge",
+        "marks only",
         "a byte missing",
     ],
 )
