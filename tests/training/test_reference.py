@@ -184,7 +184,7 @@ def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, pair
         tune(ranks, 1, words)
 
 
-@pytest.mark.parametrize(("dtype", "files"), [("--bf16", 2), ("--no-bf16", 1)])
+@pytest.mark.parametrize(("dtype", "files"), [("--bf16", 2), pytest.param("--no-bf16", 1, marks=pytest.mark.slow)])
 def test_log_probabilities_of_another_layout_are_taken_where_that_is_rounding_only(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path, dtype: str, files: int
 ) -> None:
