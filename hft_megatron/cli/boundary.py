@@ -66,8 +66,7 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
         end_of_peers(status)(str(loss))
         if launch.local_rank() != 0:
             # torchrun ends the ranks of a host with the first that leaves, and this one has said nothing.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(OTHER_RANKS_WAIT_S)
+            _let_others_speak()
         return errors.EXIT_FAILURE
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
@@ -121,13 +120,17 @@ def _end(exit_code: int, state: str, message: str, status: StatusFolder) -> int:
 def _say_mistake(message: str, status: StatusFolder) -> int:
     speaker = PROG
     if not _is_first_rank():
-        # Training turns SIGTERM into "save and stop"; a rank that is only waiting to speak ends at once.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(OTHER_RANKS_WAIT_S)
+        _let_others_speak()
         speaker = f"{PROG}: rank {os.environ['RANK']} on {socket.gethostname()}"
     print(f"{speaker}: error: {message}", file=sys.stderr)
     status.write(errors.EXIT_USAGE, "usage", message)
     return errors.EXIT_USAGE
+
+
+def _let_others_speak() -> None:
+    # Training turns SIGTERM into "save and stop"; a rank that is only waiting to speak ends at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(OTHER_RANKS_WAIT_S)
 
 
 def _is_first_rank() -> bool:

@@ -78,17 +78,22 @@ def write_data(folder: Path) -> None:
     """``folder/train.jsonl``, and a tokenizer for it: the manual that comes with Python, real text on every machine."""
     from pydoc_data.topics import topics
 
-    import sentencepiece
-
     text = "\n".join(topics[name] for name in sorted(topics))
     chunks = [text[start : start + ROW_CHARACTERS] for start in range(0, len(text), ROW_CHARACTERS)][:-1]
     rows = [{"prompt": "Go on:", "completion": chunk} for chunk in chunks]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    train_tokenizer(folder, text, PIECES)
+
+
+def train_tokenizer(folder: Path, text: str, pieces: int) -> None:
+    """``folder/tokenizer.model``, as LLaMA's are made."""
+    import sentencepiece
+
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text.splitlines()),
             model_writer=file,
-            vocab_size=PIECES,
+            vocab_size=pieces,
             model_type="bpe",
             byte_fallback=True,
             normalization_rule_name="identity",

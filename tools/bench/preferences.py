@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bill import DEMO, METHODS, environment
+from bill import DEMO, METHODS, environment, train_tokenizer
 from launching import DemoError, cpu_environment, run_logged
 from result_file import measure_and_render
 
@@ -52,8 +52,6 @@ def read_pairs(data: Path) -> list[dict[str, Any]]:
 
 def write_folds(pairs: Sequence[dict[str, Any]], folds: int, folder: Path) -> None:
     """``folder/NUMBER/{train,held-out}.jsonl`` and a tokenizer of all texts, which tells nothing of preferences."""
-    import sentencepiece
-
     prompts = sorted({json.dumps(pair["prompt"]) for pair in pairs})
     random.Random(0).shuffle(prompts)
     fold_of = {prompt: number % folds for number, prompt in enumerate(prompts)}
@@ -66,17 +64,7 @@ def write_folds(pairs: Sequence[dict[str, Any]], folds: int, folder: Path) -> No
         for part, lines in parts.items():
             (folder / str(fold) / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
     texts = [answer for pair in pairs for answer in (_text(pair["chosen"]), _text(pair["rejected"]))]
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter("\n".join(texts).splitlines()),
-            model_writer=file,
-            vocab_size=PIECES,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            num_threads=1,
-            minloglevel=2,
-        )
+    train_tokenizer(folder, "\n".join(texts), PIECES)
 
 
 def _text(answer: str | list[dict[str, str]]) -> str:
