@@ -1,6 +1,7 @@
 """Two hosts on this machine: network namespaces with names and addresses of their own, joined by one cable."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ NAMES = ("node-a", "node-b")
 ADDRESSES = ("10.123.7.1", "10.123.7.2")
 LIFETIME_S = 600
 """No process on a host lives longer, whatever becomes of the tests."""
+_MADE = itertools.count()
 
 
 class Node:
@@ -63,7 +65,8 @@ class TwoHosts:
     def __init__(self) -> None:
         skip_without("ip", "unshare", "timeout")
         _remove_what_dead_tests_left()
-        self._spaces = tuple(f"hft-{os.getpid()}-{name}" for name in NAMES)
+        number = next(_MADE)
+        self._spaces = tuple(f"hft-{os.getpid()}-{number}-{name}" for name in NAMES)
         try:
             self._build()
         except BaseException:
