@@ -31,21 +31,30 @@ METADATA = {
 }
 """How megatron-core lays the state out; the same at save and load."""
 
+Described = Mapping[str, dict[str, ShardedTensor]]
+"""Chunk -> local name -> description of the parameter."""
+
 
 def sharded_state(
-    wrapped: WrappedModel, placement: Placement, *, left_out: frozenset[str] = frozenset(), is_loading: bool = False
+    wrapped: WrappedModel, placement: Placement, *, left_out: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Everything that a checkpoint holds, except the weights of the units in ``left_out``; collective when saving."""
+    """Everything that a checkpoint holds, except the weights of the units in ``left_out``; collective."""
     described = _described(wrapped.modules)
-    state: dict[str, Any] = {
-        "optimizer": wrapped.optimizer.sharded_state_dict(described, is_loading, metadata=dict(METADATA)),
-        "resting": sharded_resting_state(wrapped, described, placement),
-        "random_state": sharded_random_state(placement),
-    }
+    state = _beside_weights(wrapped, described, placement, is_loading=False)
     for (name, tensors), chunk in zip(described.items(), wrapped.modules, strict=True):
         resting = {slot.local_name for slot in parameter_slots([chunk]) if slot.unit in left_out}
         state[name] = {local: tensor for local, tensor in tensors.items() if local not in resting}
     return state
+
+
+def _beside_weights(
+    wrapped: WrappedModel, described: Described, placement: Placement, *, is_loading: bool
+) -> dict[str, Any]:
+    return {
+        "optimizer": wrapped.optimizer.sharded_state_dict(described, is_loading, metadata=dict(METADATA)),
+        "resting": sharded_resting_state(wrapped, described, placement),
+        "random_state": sharded_random_state(placement),
+    }
 
 
 def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
@@ -75,9 +84,7 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> 
     training = wrapped.plan.training
     wrapped.shards.start_steps = {unit: n for unit, n in state.unit_steps.items() if unit in training}
     wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
-    description = sharded_state(wrapped, placement, is_loading=True)
-    for name in _described(wrapped.modules):
-        del description[name]
+    description = _beside_weights(wrapped, _described(wrapped.modules), placement, is_loading=True)
     if not same_layout:
         # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start, so new
         # ones change nothing.
@@ -109,6 +116,5 @@ def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
         assert loaded.get(name, {}).keys() == tensors.keys()
 
 
-def _described(chunks: Sequence[LlamaModel]) -> Mapping[str, dict[str, ShardedTensor]]:
-    """Chunk -> local name -> description of the parameter."""
+def _described(chunks: Sequence[LlamaModel]) -> Described:
     return {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
+from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
 from hft_megatron.config.schema import DataConfig, DpoConfig, RunConfig
 from hft_megatron.errors import UserError
 
@@ -105,6 +107,18 @@ class RunIdentity:
             shape["rope_scaling"] = Llama3RopeScaling(**shape["rope_scaling"])
         return RunIdentity(**{**saved, "shape": ModelShape(**shape)})
 
+    @staticmethod
+    def read(option: str, folder: str) -> RunIdentity:
+        """Of the run in ``folder``, which ``option`` names. UserError for a file that can't be read."""
+        file = Path(folder) / RUN_IDENTITY_FILE
+        try:
+            return RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{option} {folder}: {file.name}, which says what run its checkpoints are of, can't be read ({error}); "
+                f"copy the run's folder again, or choose another."
+            ) from error
+
 
 def run_identity(
     config: RunConfig,
@@ -115,8 +129,9 @@ def run_identity(
     data_digest: str | None,
     order_digest: str | None = None,
     tokenizer_digest: str | None = None,
+    finetuned_from: str | None = None,
 ) -> RunIdentity:
-    """The identity of the run that these (resolved) options describe."""
+    """The identity of the run that these (resolved) options describe, before any weights are read."""
     return RunIdentity(
         method=method,
         shape=shape,
@@ -135,6 +150,7 @@ def run_identity(
         hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
         tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
         tokenizer_digest=tokenizer_digest,
+        finetuned_from=None if finetuned_from is None else str(Path(finetuned_from).resolve()),
         split=config.corpus.split if config.corpus.data_path else None,
         order_digest=order_digest,
         train_iters=None if order_digest is None else derived.train_iters(config.training),

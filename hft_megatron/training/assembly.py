@@ -34,7 +34,8 @@ from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.tracking.build import build_tracker
 from hft_megatron.tracking.tracker import CompositeTracker, Tracker
 from hft_megatron.training.hooks import build_hooks
-from hft_megatron.training.inputs import Inputs, check_inputs_agree, read_inputs
+from hft_megatron.training.inputs import Inputs, read_inputs
+from hft_megatron.training.inputs_agreement import check_inputs_agree
 from hft_megatron.training.loop import learning_rate, train
 from hft_megatron.training.methods import METHODS
 from hft_megatron.training.reference_of_run import reference_of_run

@@ -1,12 +1,8 @@
 """Everything a run reads before a model is built: tokenizer, data, and the run it goes on with."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch.distributed as dist
 
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
@@ -14,7 +10,7 @@ from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
-from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, differences, run_identity
+from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, run_identity
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
@@ -24,7 +20,6 @@ from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
 from hft_megatron.hft.units import units_of
-from hft_megatron.parallel.groups import Placement, host_name
 from hft_megatron.tracking.build import check_tracking_packages
 from hft_megatron.training.method import Method, RunData
 from hft_megatron.training.rounds import Rounds, rounds_of_run
@@ -103,22 +98,15 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     ``shape`` is None when the vocabulary's size is the tokenizer's.
     """
     check_tracking_packages(options.logging)
-    tokenizer = _read_tokenizer(options)
-    if shape is None:
-        assert tokenizer is not None
-        shape = shape_of(options.model, vocab_size=tokenizer.vocab_size)
-        assert shape is not None
-    if tokenizer is not None:
-        check_tokenizer_fits(tokenizer, shape.vocab_size)
+    tokenizer, shape = _read_tokenizer_and_shape(options, shape)
     given = options.checkpoint
     options = _going_on(options)
     found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
-    finetune = options.checkpoint.finetune
-    if finetune:
+    if options.checkpoint.finetune:
         _check_weights_are_there(options, found)
     checkpoint = None if found is None else found.newest
     saved = None
-    if checkpoint is not None and not finetune:
+    if checkpoint is not None and not options.checkpoint.finetune:
         saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
     config = derived.resolve(options, shape, world_size, saved)
     validate(config, shape, world_size, method.name)
@@ -137,34 +125,11 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         data_digest=None if data is None else data.digest,
         order_digest=None if data is None else data.order_digest,
         tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
+        finetuned_from=given.load if given.finetune else None,
     )
-    if config.dpo.dpo_reference_model is not None:
-        reference = check_weights(config.dpo.dpo_reference_model, shape, option="--dpo-reference-model")
-        identity = replace(identity, reference_digest=reference)
-    if given.finetune and given.load is not None:
-        identity = replace(identity, finetuned_from=str(Path(given.load).resolve()))
-    held_runs = _held_runs(config)
-    for option, folder, held_run in held_runs:
-        if finetune and option == "--load":
-            check_same_model(held_run, identity, folder)
-        else:
-            check_same_run(replace(held_run, weights_digest=None), identity, folder, option=option)
-    for _, _, held_run in held_runs:
-        if identity.finetuned_from is None and not finetune:
-            identity = replace(identity, finetuned_from=held_run.finetuned_from)
-    if config.model.load_hf is not None:
-        identity = replace(identity, weights_digest=check_weights(config.model.load_hf, shape))
-    for option, folder, held_run in held_runs:
-        if not (finetune and option == "--load"):
-            check_same_run(held_run, identity, folder, option=option)
-    if not finetune:
-        _check_iterations(config, checkpoint)
-    if saved is not None and config.training.bf16 != saved.training.bf16:
-        asked, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
-        raise UserError(
-            f"{asked} contradicts --load {config.checkpoint.load}, which was trained with {kept}: "
-            f"its masters and moments have that precision; leave {asked} out."
-        )
+    identity = _checked_with_held_runs(config, identity)
+    if checkpoint is not None and saved is not None:
+        _check_goes_on(config, saved, checkpoint)
     inputs = Inputs(
         method=method,
         config=config,
@@ -174,7 +139,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         epochs=epochs,
         identity=identity,
         found=found,
-        finetune_has_begun=given.finetune and not finetune,
+        finetune_has_begun=given.finetune and not config.checkpoint.finetune,
         checkpoint=checkpoint,
         plans=() if config.hft.hft_plan is None else load_plans(config.hft.hft_plan, shape),
     )
@@ -202,16 +167,21 @@ def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> N
         )
 
 
-def _check_iterations(config: RunConfig, checkpoint: Path | None) -> None:
-    """A run can't end before where it goes on; its export would have the name of an iteration that it is not of."""
-    asked = derived.train_iters(config.training)
-    if checkpoint is None or asked == 0:
-        return
-    reached = iteration_of(checkpoint)
-    if asked < reached:
+def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: Path) -> None:
+    """A run keeps its precision and can't end before where it goes on; its export would have the name of an iteration
+    that it is not of."""
+    folder = config.checkpoint.load
+    asked, reached = derived.train_iters(config.training), iteration_of(checkpoint)
+    if 0 < asked < reached:
         raise UserError(
-            f"--train-iters {asked} is below iteration {reached} of the checkpoint in --load {config.checkpoint.load}; "
+            f"--train-iters {asked} is below iteration {reached} of the checkpoint in --load {folder}; "
             f"give at least {reached}, or another folder."
+        )
+    if config.training.bf16 != saved.training.bf16:
+        new, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
+        raise UserError(
+            f"{new} contradicts --load {folder}, which was trained with {kept}: "
+            f"its masters and moments have that precision; leave {new} out."
         )
 
 
@@ -224,6 +194,17 @@ def _check_rounds(inputs: Inputs, world_size: int) -> None:
     first = rounds.schedule.first_round
     for round in range(first, first + min(rounds.schedule.rounds, _ROUNDS_DRAWN_AHEAD)):
         rounds.plan(round)
+
+
+def _read_tokenizer_and_shape(options: RunConfig, shape: ModelShape | None) -> tuple[Tokenizer | None, ModelShape]:
+    tokenizer = _read_tokenizer(options)
+    if shape is None:
+        assert tokenizer is not None
+        shape = shape_of(options.model, vocab_size=tokenizer.vocab_size)
+        assert shape is not None
+    if tokenizer is not None:
+        check_tokenizer_fits(tokenizer, shape.vocab_size)
+    return tokenizer, shape
 
 
 def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
@@ -239,73 +220,27 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
     return load_tokenizer(options.data.tokenizer_type, path, options.data.chat_template)
 
 
-def _held_runs(config: RunConfig) -> list[tuple[str, str, RunIdentity]]:
-    """(option, folder, identity) of the runs that --save and --load already hold."""
-    runs: list[tuple[str, str, RunIdentity]] = []
+def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIdentity:
+    """With digests of all weights, and with what the held run knows of its start. UserError where --save or --load
+    holds another run, or with --finetune another model."""
+    if config.dpo.dpo_reference_model is not None:
+        reference = check_weights(config.dpo.dpo_reference_model, identity.shape, option="--dpo-reference-model")
+        identity = replace(identity, reference_digest=reference)
+    own: list[tuple[str, str, RunIdentity]] = []
     for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
-        file = Path(folder or ".") / RUN_IDENTITY_FILE
-        if folder is None or not (file.exists() or complete_checkpoints(folder)):
+        if folder is None or not ((Path(folder) / RUN_IDENTITY_FILE).exists() or complete_checkpoints(folder)):
             continue
-        try:
-            runs.append((option, folder, RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{option} {folder}: {file.name}, which says what run its checkpoints are of, can't be read ({error}); "
-                f"copy the run's folder again, or choose another."
-            ) from error
-    return runs
-
-
-def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
-    """Raises the same UserError on every rank when one of them read another checkpoint, plan, model, data or option.
-
-    Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
-    """
-    everyone: list[tuple[str, _Read]] = [("", _read_by(inputs))] * placement.world_size
-    dist.all_gather_object(everyone, (f"{host_name()} ({placement.coordinates})", _read_by(inputs)))
-    for rank, (where, theirs) in enumerate(everyone):
-        difference = _first_difference(everyone[0][1], theirs)
-        if difference is not None:
-            raise UserError(
-                f"rank {rank} on {where} found other inputs than rank 0: {difference}; every rank must see the same "
-                f"--save, --load, model, plan and data and get the same options: use storage that all hosts share."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What one rank tells the others about what it read."""
-
-    options: dict[str, dict[str, object]]
-    checkpoints: tuple[str, ...]
-    """Newest first."""
-    identity: RunIdentity
-    plans: tuple[Plan, ...]
-
-
-def _read_by(inputs: Inputs) -> _Read:
-    complete = () if inputs.found is None else tuple(path.name for path in inputs.found.complete)
-    return _Read(options=asdict(inputs.config), checkpoints=complete, identity=inputs.identity, plans=inputs.plans)
-
-
-def _first_difference(mine: _Read, theirs: _Read) -> str | None:
-    """What is there, in words, instead of what is here."""
-    for group, options in mine.options.items():
-        for name, value in options.items():
-            other = theirs.options[group][name]
-            if other != value:
-                return f"--{name.replace('_', '-')} is {_as_written(other)} instead of {_as_written(value)}"
-    for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
-        if here != there:
-            return f"the newest checkpoint is {there} instead of {here}"
-    for ours, plan in zip(mine.plans, theirs.plans, strict=False):
-        unit = ours.first_difference(plan)
-        if unit is not None:
-            return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
-    for what, our_value, their_value in differences(mine.identity, theirs.identity):
-        return f"the {what} is {their_value} instead of {our_value}"
-    return None
-
-
-def _as_written(value: object) -> object:
-    return " ".join(value) if isinstance(value, tuple) else value
+        held = RunIdentity.read(option, folder)
+        if config.checkpoint.finetune and option == "--load":
+            check_same_model(held, identity, folder)
+            continue
+        # Once before the weights are read, which takes long.
+        check_same_run(replace(held, weights_digest=None), identity, folder, option=option)
+        own.append((option, folder, held))
+        if identity.finetuned_from is None:
+            identity = replace(identity, finetuned_from=held.finetuned_from)
+    if config.model.load_hf is not None:
+        identity = replace(identity, weights_digest=check_weights(config.model.load_hf, identity.shape))
+    for option, folder, held in own:
+        check_same_run(held, identity, folder, option=option)
+    return identity

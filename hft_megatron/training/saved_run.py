@@ -1,6 +1,5 @@
 """What a run's folder says about one of its checkpoints, read without the run's data, ranks or model."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import PLAN_FILE, check_saved_plan
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
-from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, SPECTRUM_FILE
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
@@ -38,18 +37,11 @@ class SavedRun:
     def read(folder: str, iteration: int | None) -> "SavedRun":
         """Reads ``folder``, the newest checkpoint where ``iteration`` is None; UserError for what is missing."""
         checkpoint = checkpoint_at(folder, iteration)
-        file = Path(folder) / RUN_IDENTITY_FILE
-        try:
-            identity = RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"--load {folder}: {RUN_IDENTITY_FILE} can't be read ({error}); copy the run's folder again."
-            ) from error
         return SavedRun(
             folder=folder,
             checkpoint=checkpoint,
             config=read_resolved(Path(folder) / RESOLVED_CONFIG_FILE),
-            identity=identity,
+            identity=RunIdentity.read("--load", folder),
             state=TrainState.read(checkpoint),
         )
 
