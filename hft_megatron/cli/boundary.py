@@ -35,15 +35,33 @@ class StatusFolder:
     """
 
     def __init__(self) -> None:
-        self.path: Path | None = None
+        self._path: Path | None = None
+        self._found: tuple[int, int] | None = None
 
-    def write(self, exit_code: int, state: str, message: str) -> None:
-        """Write ``status.json``; a folder that cannot be written must not hide the outcome itself."""
-        if self.path is None or not self.path.is_dir():
+    def use(self, path: Path) -> None:
+        """What this process, and other ranks from now on, write is in ``path``."""
+        self._path = path
+        self._found = self._version()
+
+    def write(self, exit_code: int, state: str, message: str, *, is_consequence: bool = False) -> None:
+        """Write ``status.json``; a folder that cannot be written must not hide the outcome itself.
+
+        A user's mistake that another rank has written meanwhile is the cause of what may be its consequence, and
+        stays.
+        """
+        if self._path is None or not self._path.is_dir() or (is_consequence and self._version() != self._found):
             return
         status = {"exit_code": exit_code, "state": state, "message": message}
         with contextlib.suppress(OSError):
-            write_atomically(self.path / STATUS_FILE, json.dumps(status) + "\n")
+            write_atomically(self._path / STATUS_FILE, json.dumps(status) + "\n")
+
+    def _version(self) -> tuple[int, int] | None:
+        assert self._path is not None
+        try:
+            file = (self._path / STATUS_FILE).stat()
+        except OSError:
+            return None
+        return file.st_ino, file.st_mtime_ns
 
 
 def run_command(command: Callable[[StatusFolder], None]) -> int:
@@ -74,7 +92,8 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
         traceback.print_exc()
         _end_writers()
         if _is_first_rank():
-            status.write(errors.EXIT_FAILURE, "failed", f"{type(error).__name__}: {error}")
+            sentence = f"{type(error).__name__}: {error}"
+            status.write(errors.EXIT_FAILURE, "failed", sentence, is_consequence=True)
         return errors.EXIT_FAILURE
     if _is_first_rank():
         status.write(errors.EXIT_OK, "finished", "")
@@ -90,7 +109,7 @@ def end_of_peers(status: StatusFolder) -> Callable[[str], None]:
             print(f"{PROG}: {message}", file=sys.stderr, flush=True)
         _end_writers()
         if _is_first_rank():
-            status.write(errors.EXIT_FAILURE, "failed", message)
+            status.write(errors.EXIT_FAILURE, "failed", message, is_consequence=True)
 
     return end
 

@@ -60,7 +60,7 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     """Check, and train unless only the check is asked for; every rank checks for itself and finds the same."""
     config = options.as_run
     if config.checkpoint.save is not None and not options.check:
-        status.path = Path(config.checkpoint.save)
+        status.use(Path(config.checkpoint.save))
     world_size = launch.world_size()
     shape = shape_of(config.model)
     if options.stages is not None:

@@ -122,6 +122,28 @@ def test_every_outcome_has_its_exit_code_and_status(
     assert ("Traceback" in capsys.readouterr().err) == (code == errors.EXIT_FAILURE)
 
 
+@pytest.mark.parametrize("error", [errors.PeersLost("Rank 1 is gone."), RuntimeError("connection closed")])
+@pytest.mark.parametrize("old", [False, True])
+def test_what_follows_from_another_ranks_mistake_leaves_that_in_the_status(
+    error: Exception, old: bool, options: list[str], training: Training, tmp_path: Path
+) -> None:
+    mistake = {"exit_code": errors.EXIT_USAGE, "state": "usage", "message": "Rank 1 lacks a file."}
+
+    def write() -> None:
+        (tmp_path / "run" / "status.json").write_text(json.dumps(mistake))
+
+    def outcome() -> None:
+        if not old:
+            write()
+        raise error
+
+    if old:
+        write()
+    training.outcome = outcome
+    assert main(options) == errors.EXIT_FAILURE
+    assert status(tmp_path)["state"] == ("failed" if old else "usage")
+
+
 def test_a_mistake_creates_no_save_folder(
     options: list[str], training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
