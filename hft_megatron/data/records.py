@@ -12,7 +12,7 @@ from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.files.row import Row
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.data.formats.record import Record, kind_of
-from hft_megatron.data.formats.table import FORMATS, recognise
+from hft_megatron.data.formats.table import FORMATS, OTHER_NAMES, recognise
 from hft_megatron.data.printable import printable
 from hft_megatron.errors import UserError
 
@@ -42,7 +42,10 @@ def layout_of(row: Row) -> Layout:
     known = recognise(value)
     if known is None:
         accepted = "; ".join(format.needs for format in FORMATS.values())
-        raise UserError(f"{row.place}: the record has {_keys_in_words(value)}, which is no known format: {accepted}.")
+        raise UserError(
+            f"{row.place}: the record has {_keys_in_words(value)}, which is no known format: "
+            f"{accepted}{_rename(value)}."
+        )
     return Layout(format=known, since=row.place)
 
 
@@ -69,6 +72,14 @@ def _other_keys(row: dict[str, Any], place: str, layout: Layout) -> str:
             f"put records of another format into a file of their own."
         )
     return f"{place}: the record has {_keys_in_words(row)}, but {needed}; correct --data-format or the record."
+
+
+def _rename(row: dict[str, Any]) -> str:
+    """Which keys to rename, where they are other names of a prompt and its completion."""
+    names = {OTHER_NAMES[key]: key for key in row if key in OTHER_NAMES}
+    if len(names) < 2:
+        return ""
+    return "; rename " + " and ".join(f"`{names[name]}` to `{name}`" for name in ("prompt", "completion"))
 
 
 def _keys_in_words(row: dict[str, Any]) -> str:

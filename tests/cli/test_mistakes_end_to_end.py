@@ -72,6 +72,10 @@ DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ([GOOD, "", "[1, 2]"], ["data.jsonl:3: the record is a list"]),
     ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "in it since ", "data.jsonl:1; put"]),
     ([{"question": "a"}], ["data.jsonl:1: the record has the keys `question`, which is no known format: `messages`"]),
+    (
+        [{"question": "a", "answer": "b"}],
+        ["data.jsonl:1: ", "; rename `question` to `prompt` and `answer` to `completion`."],
+    ),
     ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["data.jsonl:1: the record is a preference pair"]),
     (
         [CHAT, CHAT, {"messages": [{"role": "user", "content": "Hello?"}]}],

@@ -12,7 +12,8 @@ from hft_megatron.errors import UserError
 def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
     """Each document that isn't blank, with the place of its first line.
 
-    With a ``separator`` a document ends at a line that holds nothing else. Raises UserError naming file and line.
+    With a ``separator`` a document ends at a line that holds nothing else. Raises UserError naming file and line, and
+    for a file without such a line: it would be one document.
     """
     stream = DataStream(path)
     end = None if separator is None else separator.encode()
@@ -35,6 +36,11 @@ def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
             if ends:
                 yield from _document(path, first, parts, size, stream.position)
                 first, parts, size = number + 1, [], 0
+        if first == 1 < number:
+            raise UserError(
+                f"{path}: no line is --document-separator {separator}, so that the whole file would be one document; "
+                f"correct the separator, or end each file with it."
+            )
         yield from _document(path, first, parts, size, stream.position)
     finally:
         stream.close()

@@ -45,6 +45,18 @@ FORMATS: dict[DataFormat, Format] = {
 """The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of."""
 
 
+OTHER_NAMES = {
+    "question": "prompt",
+    "query": "prompt",
+    "problem": "prompt",
+    "answer": "completion",
+    "response": "completion",
+    "solution": "completion",
+}
+"""What GSM8K, MetaMath and others call the halves of ``prompt-completion``. No format, since as often they mean a
+conversation."""
+
+
 def recognise(row: Mapping[str, Any]) -> DataFormat | None:
     """The first format whose keys the row has."""
     return next((name for name, format in FORMATS.items() if row.keys() >= set(format.keys)), None)

@@ -338,6 +338,8 @@ def test_text_is_one_document_per_line_or_up_to_the_separator(tmp_path: Path, to
             assert [documents[index].tolist() for index in range(len(documents))] == [
                 [tokenizer.bos_id, *tokenizer.encode(text), *end] for text in texts
             ]
+    with pytest.raises(UserError, match=r"stories.txt: no line is --document-separator <eod>, so that the whole file"):
+        make(tmp_path / "out", path, tokenizer, separator="<eod>")
     (tmp_path / "rows.txt").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match=r"rows.txt:1: the line is a JSON object, but a .txt file is plain text; name"):
         make(tmp_path / "out", tmp_path / "rows.txt", tokenizer)
