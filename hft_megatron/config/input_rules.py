@@ -68,7 +68,7 @@ def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -
             raise UserError(f"{flag} {value} needs --valid-data-path; add it or leave {flag} out.")
 
 
-def nothing_is_overwritten(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
     """Folders that hold a run or a model are never written over unasked."""
     checkpoint = config.checkpoint
     if checkpoint.save is not None and not _can_be_folder(checkpoint.save):
@@ -157,7 +157,7 @@ def a_new_run_has_its_own_folder(config: RunConfig, shape: ModelShape, world_siz
         )
 
 
-def outputs_can_be_written(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+def outputs_can_be_written(config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
     """What would fail only after the training is found now: a folder that can't be written, a package that is gone."""
     if config.checkpoint.save is not None and find_spec("psutil") is None:
         # megatron-core's writer process would die without it, and the trainer wait for it for ever.

@@ -38,7 +38,7 @@ def write_examples(folder: Path) -> dict[str, float]:
     from hft_megatron.config.schema import DataConfig
     from hft_megatron.data.run_data import training_data
     from hft_megatron.data.tokenizers import load_tokenizer
-    from hft_megatron.training.samples import packed_order
+    from hft_megatron.training.samples import sample_stream
 
     write_data(folder)
     tokenizer = load_tokenizer(None, folder / "tokenizer.model")
@@ -56,10 +56,10 @@ def write_examples(folder: Path) -> dict[str, float]:
     options = DataConfig(train_data_path=(str(folder / "train.jsonl"),), packing=True)
     dataset = training_data(options, tokenizer, CAPACITY)
     assert dataset is not None
-    samples = packed_order(dataset, options, seed=1234)
+    samples = sample_stream(dataset.order(seed=1234), dataset.lengths - 1, CAPACITY, options)
     positions = int(dataset.lengths.sum()) - len(dataset)
     return {
-        "packed": RANKS * positions / len(samples.packs(0)),
+        "packed": RANKS * positions / samples.epoch_starts(1)[1],
         "one per row": RANKS * WAYS["one per row"][0].sequences_per_rank * positions / len(dataset),
     }
 

@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bill import DEMO, METHODS, environment, train_tokenizer
+from bill import DEMO, environment, train_tokenizer
+from bill_summary import METHODS
 from launching import DemoError, cpu_environment, run_logged
 from result_file import measure_and_render
 
@@ -101,7 +102,7 @@ def measure(data: Path, folds: int) -> dict[str, Any]:
         write_folds(read_pairs(data), folds, folder)
         jobs = [(method, fold) for method in METHODS for fold in range(folds)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            tuned = list(pool.map(lambda job: tune(*job, folder), jobs))
+            tuned = list(pool.map(lambda job: tune(job[0], job[1], folder), jobs))
     return {
         "command": f"python tools/bench/preferences.py --data FOLDER --folds {folds}",
         "environment": environment(),
