@@ -39,17 +39,17 @@ class StatusFolder:
         self._found: tuple[int, int] | None = None
 
     def use(self, path: Path) -> None:
-        """What this process, and other ranks from now on, write is in ``path``."""
+        """Writes go to ``path``. What is there by now is of an earlier command, or of an earlier start by torchrun."""
         self._path = path
         self._found = self._version()
 
     def write(self, exit_code: int, state: str, message: str, *, is_consequence: bool = False) -> None:
         """Write ``status.json``; a folder that cannot be written must not hide the outcome itself.
 
-        A user's mistake that another rank has written meanwhile is the cause of what may be its consequence, and
+        A user's mistake that another rank has written since ``use`` is the cause of what may be its consequence, and
         stays.
         """
-        if self._path is None or not self._path.is_dir() or (is_consequence and self._version() != self._found):
+        if self._path is None or not self._path.is_dir() or (is_consequence and self._holds_new_mistake()):
             return
         status = {"exit_code": exit_code, "state": state, "message": message}
         with contextlib.suppress(OSError):
@@ -62,6 +62,14 @@ class StatusFolder:
         except OSError:
             return None
         return file.st_ino, file.st_mtime_ns
+
+    def _holds_new_mistake(self) -> bool:
+        assert self._path is not None
+        try:
+            status = json.loads((self._path / STATUS_FILE).read_text(encoding="utf-8"))
+            return bool(status["state"] == "usage") and self._version() != self._found
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
 
 def run_command(command: Callable[[StatusFolder], None]) -> int:
@@ -137,11 +145,11 @@ def _end(exit_code: int, state: str, message: str, status: StatusFolder) -> int:
 
 
 def _say_mistake(message: str, status: StatusFolder) -> int:
-    speaker = PROG
+    message = f"error: {message}"
     if not _is_first_rank():
         _let_others_speak()
-        speaker = f"{PROG}: rank {os.environ['RANK']} on {socket.gethostname()}"
-    print(f"{speaker}: error: {message}", file=sys.stderr)
+        message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
+    print(f"{PROG}: {message}", file=sys.stderr)
     status.write(errors.EXIT_USAGE, "usage", message)
     return errors.EXIT_USAGE
 

@@ -12,6 +12,7 @@ import pytest
 
 from hft_megatron import errors
 from hft_megatron.cli import boundary, main
+from hft_megatron.config.run_folder import write_atomically
 from tests.cli.conftest import LAUNCH_VARIABLES, SHAPE, Training
 
 
@@ -99,7 +100,7 @@ def test_a_mistake_in_the_data_is_found_by_check(
     ("error", "code", "state", "message"),
     [
         (None, errors.EXIT_OK, "finished", ""),
-        (errors.UserError("Wrong."), errors.EXIT_USAGE, "usage", "Wrong."),
+        (errors.UserError("Wrong."), errors.EXIT_USAGE, "usage", "error: Wrong."),
         (errors.Stopped("Saved."), errors.EXIT_STOPPED, "stopped", "Saved."),
         (RuntimeError("broken"), errors.EXIT_FAILURE, "failed", "RuntimeError: broken"),
         (KeyboardInterrupt(), errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard"),
@@ -123,25 +124,41 @@ def test_every_outcome_has_its_exit_code_and_status(
 
 
 @pytest.mark.parametrize("error", [errors.PeersLost("Rank 1 is gone."), RuntimeError("connection closed")])
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("before", "meanwhile", "kept"),
+    [
+        (None, "usage", True),
+        ("usage", "usage", True),
+        ("usage", None, False),
+        ("usage", "removed", False),
+        (None, "finished", False),
+    ],
+)
 def test_what_follows_from_another_ranks_mistake_leaves_that_in_the_status(
-    error: Exception, old: bool, options: list[str], training: Training, tmp_path: Path
+    error: Exception,
+    before: str | None,
+    meanwhile: str | None,
+    kept: bool,
+    options: list[str],
+    training: Training,
+    tmp_path: Path,
 ) -> None:
-    mistake = {"exit_code": errors.EXIT_USAGE, "state": "usage", "message": "Rank 1 lacks a file."}
+    file = tmp_path / "run" / "status.json"
 
-    def write() -> None:
-        (tmp_path / "run" / "status.json").write_text(json.dumps(mistake))
+    def write(state: str | None) -> None:
+        if state == "removed":
+            file.unlink()
+        elif state is not None:
+            write_atomically(file, json.dumps({"exit_code": 2, "state": state, "message": "Rank 1 lacks a file."}))
 
     def outcome() -> None:
-        if not old:
-            write()
+        write(meanwhile)
         raise error
 
-    if old:
-        write()
+    write(before)
     training.outcome = outcome
     assert main(options) == errors.EXIT_FAILURE
-    assert status(tmp_path)["state"] == ("failed" if old else "usage")
+    assert status(tmp_path)["state"] == ("usage" if kept else "failed")
 
 
 def test_a_mistake_creates_no_save_folder(
@@ -162,6 +179,7 @@ def test_the_status_of_a_mistake_is_written_where_the_folder_exists(
 def test_another_rank_speaks_only_when_rank_0_has_nothing_to_say(
     options: list[str],
     training: Training,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -184,6 +202,8 @@ def test_another_rank_speaks_only_when_rank_0_has_nothing_to_say(
     err = capsys.readouterr().err
     assert err.startswith("hft-megatron: rank 1 on ")
     assert err.endswith(": error: This node has no such file.\n")
+    # The script on another host says it again.
+    assert f"hft-megatron: {status(tmp_path)['message']}\n" == err
 
 
 def test_two_ranks_with_the_same_mistake_say_it_once(model_folder: Path) -> None:
