@@ -2,11 +2,13 @@
 
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,17 @@ class Node:
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self._process, self.log = process, log
+        self._begun, self._ended = time.monotonic(), math.inf
+        self._waiting = threading.Thread(target=self._wait, daemon=True)
+        self._waiting.start()
+
+    def _wait(self) -> None:
+        self._process.wait()
+        self._ended = time.monotonic()
+
+    def lifetime_s(self) -> float:
+        """Seconds from its start to its end."""
+        return self._ended - self._begun
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -43,10 +56,9 @@ class Node:
 
     def code(self, *, within: float) -> int:
         """The exit code, for which at most ``within`` seconds are waited."""
-        try:
-            return self._process.wait(within)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"has not ended in {within:g} s:\n{self.text()[-6000:]}") from None
+        self._waiting.join(within)
+        assert not self._waiting.is_alive(), f"has not ended in {within:g} s:\n{self.text()[-6000:]}"
+        return int(self._process.returncode)
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The living ranks by number."""
