@@ -27,22 +27,23 @@ WAYS = {
 SAID = re.compile(r"successfully saved .*: ([\d,.]+) MB in ([\d,]+) ms, training stood still for ([\d,]+) ms")
 
 
-def measure_one(folder: Path, way: str, saves: int) -> dict[str, Any]:
-    """Medians of one run's saves but the first, which makes things for the first time (and under --save-trained-only
-    is whole), and the last, which the end of the run waits for."""
+def measure_one(folder: Path, way: str, saves: int) -> list[tuple[float, ...]]:
+    """(MB, ms, ms of standing still) of one run's saves but the first, which makes things for the first time (and under
+    --save-trained-only is whole), and the last, which the end of the run waits for."""
     log = folder / "runs.log"
     start = log.stat().st_size if log.exists() else 0
     words = (*WAYS[way], "--save-interval", str(INTERVAL))
     run_once(folder, WORKLOADS[-1], words, INTERVAL * (saves + 2))
     said = SAID.findall(log.read_text(encoding="utf-8")[start:])
     assert len(said) == saves + 2, "one save per interval"
-    size, total, stall = zip(*([float(number.replace(",", "")) for number in one] for one in said[1:-1]), strict=True)
-    return {
-        "way": way,
-        "size (MB)": median(size),
-        "time (ms)": {"median": median(total), "lowest": min(total), "highest": max(total)},
-        "stall (ms)": {"median": median(stall), "lowest": min(stall), "highest": max(stall)},
-    }
+    return [tuple(float(number.replace(",", "")) for number in one) for one in said[1:-1]]
+
+
+def summary(way: str, saves: list[tuple[float, ...]]) -> dict[str, Any]:
+    """Medians and spreads over the saves of all runs."""
+    size, *times = zip(*saves, strict=True)
+    spreads = [{"median": median(time), "lowest": min(time), "highest": max(time)} for time in times]
+    return {"way": way, "size (MB)": median(size), "time (ms)": spreads[0], "stall (ms)": spreads[1]}
 
 
 def render(results: dict[str, Any]) -> str:
@@ -57,28 +58,30 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(saves: int) -> dict[str, Any]:
+def measure(pairs: int, saves: int) -> dict[str, Any]:
     """Everything that the result file holds. Raises DemoError when a run fails."""
-    ways = []
+    measured: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
         write_data(Path(name))
-        for way in WAYS:
-            print(way, flush=True)
-            ways.append(measure_one(Path(name), way, saves))
+        for pair in range(pairs):
+            # The other way round in every second pair: what drifts, such as a disk that fills, drifts for all.
+            for way in tuple(WAYS) if pair % 2 == 0 else tuple(reversed(WAYS)):
+                print(f"pair {pair + 1}: {way}", flush=True)
+                measured[way] += measure_one(Path(name), way, saves)
     return {
-        "command": f"python tools/bench/checkpoints.py --saves {saves}",
-        "saves": saves,
+        "command": f"python tools/bench/checkpoints.py --pairs {pairs} --saves {saves}",
         "model": WORKLOADS[-1].name,
         "environment": environment(),
-        "ways": ways,
+        "ways": [summary(way, saves_of_way) for way, saves_of_way in measured.items()],
     }
 
 
 def main() -> int:
     """The program."""
     parser = argparse.ArgumentParser(description="Measure what checkpoints cost.")
+    parser.add_argument("--pairs", type=int, default=2, help="runs of each way (default: 2)")
     parser.add_argument("--saves", type=int, default=3, help="saves of a run that count (default: 3)")
-    return measure_and_render(parser, RESULTS, lambda options: measure(options.saves), render)
+    return measure_and_render(parser, RESULTS, lambda options: measure(options.pairs, options.saves), render)
 
 
 if __name__ == "__main__":
