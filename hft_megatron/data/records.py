@@ -12,7 +12,7 @@ from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.files.row import Row
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.data.formats.record import Record, kind_of
-from hft_megatron.data.formats.table import FORMATS, OTHER_NAMES, recognise
+from hft_megatron.data.formats.table import COMPLETION_NAMES, FORMATS, PROMPT_NAMES, recognise
 from hft_megatron.data.printable import printable
 from hft_megatron.errors import UserError
 
@@ -75,11 +75,12 @@ def _other_keys(row: dict[str, Any], place: str, layout: Layout) -> str:
 
 
 def _rename(row: dict[str, Any]) -> str:
-    """Which keys to rename, where they are other names of a prompt and its completion."""
-    names = {OTHER_NAMES[key]: key for key in row if key in OTHER_NAMES}
-    if len(names) < 2:
+    """Which keys to rename, where there is no doubt which are the prompt and its completion."""
+    halves = [[key for key in row if key in names] for names in (PROMPT_NAMES, COMPLETION_NAMES)]
+    if any(len(keys) != 1 for keys in halves):
         return ""
-    return "; rename " + " and ".join(f"`{names[name]}` to `{name}`" for name in ("prompt", "completion"))
+    pairs = zip((keys[0] for keys in halves), ("prompt", "completion"), strict=True)
+    return ". Rename " + " and ".join(f"`{key}` to `{name}`" for key, name in pairs if key != name)
 
 
 def _keys_in_words(row: dict[str, Any]) -> str:

@@ -223,9 +223,6 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
 def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIdentity:
     """With digests of all weights, and with what the held run knows of its start. UserError where --save or --load
     holds another run, or with --finetune another model."""
-    if config.dpo.dpo_reference_model is not None:
-        reference = check_weights(config.dpo.dpo_reference_model, identity.shape, option="--dpo-reference-model")
-        identity = replace(identity, reference_digest=reference)
     own: list[tuple[str, str, RunIdentity]] = []
     for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
         if folder is None or not ((Path(folder) / RUN_IDENTITY_FILE).exists() or complete_checkpoints(folder)):
@@ -235,12 +232,16 @@ def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIden
             check_same_model(held, identity, folder)
             continue
         # Once before the weights are read, which takes long.
-        check_same_run(replace(held, weights_digest=None), identity, folder, option=option)
+        without_weights = replace(held, weights_digest=None, reference_digest=None)
+        check_same_run(without_weights, identity, folder, option=option)
         own.append((option, folder, held))
         if identity.finetuned_from is None:
             identity = replace(identity, finetuned_from=held.finetuned_from)
     if config.model.load_hf is not None:
         identity = replace(identity, weights_digest=check_weights(config.model.load_hf, identity.shape))
+    if config.dpo.dpo_reference_model is not None:
+        reference = check_weights(config.dpo.dpo_reference_model, identity.shape, option="--dpo-reference-model")
+        identity = replace(identity, reference_digest=reference)
     for option, folder, held in own:
         check_same_run(held, identity, folder, option=option)
     return identity

@@ -37,11 +37,12 @@ class SavedRun:
     def read(folder: str, iteration: int | None) -> "SavedRun":
         """Reads ``folder``, the newest checkpoint where ``iteration`` is None; UserError for what is missing."""
         checkpoint = checkpoint_at(folder, iteration)
+        identity = RunIdentity.read("--load", folder)
         return SavedRun(
             folder=folder,
             checkpoint=checkpoint,
             config=read_resolved(Path(folder) / RESOLVED_CONFIG_FILE),
-            identity=RunIdentity.read("--load", folder),
+            identity=identity,
             state=TrainState.read(checkpoint),
         )
 

@@ -12,8 +12,7 @@ from hft_megatron.errors import UserError
 def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
     """Each document that isn't blank, with the place of its first line.
 
-    With a ``separator`` a document ends at a line that holds nothing else. Raises UserError naming file and line, and
-    for a file without such a line: it would be one document.
+    With a ``separator`` a document ends at a line that holds nothing else. Raises UserError naming file and line.
     """
     stream = DataStream(path)
     end = None if separator is None else separator.encode()
@@ -36,12 +35,23 @@ def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
             if ends:
                 yield from _document(path, first, parts, size, stream.position)
                 first, parts, size = number + 1, [], 0
-        if first == 1 < number:
-            raise UserError(
-                f"{path}: no line is --document-separator {separator}, so that the whole file would be one document; "
-                f"correct the separator, or end each file with it."
-            )
         yield from _document(path, first, parts, size, stream.position)
+    finally:
+        stream.close()
+
+
+def holds_separator(path: Path, separator: str) -> bool:
+    """Whether a line of the file holds nothing else. Raises UserError naming file and line."""
+    stream, end = DataStream(path), separator.encode()
+    try:
+        number = 0
+        while raw := stream.read_line(place=f"{path}:{number + 1}"):
+            number += 1
+            if raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"").strip() == end:
+                return True
+            if len(raw) > MAX_RECORD_BYTES:
+                stream.skip_rest(raw, place=f"{path}:{number}")
+        return False
     finally:
         stream.close()
 

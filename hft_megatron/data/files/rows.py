@@ -23,12 +23,17 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def find_rows(path: Path, separator: str | None = None) -> Iterator[Found]:
     """What ``read_rows`` reads, lines not parsed yet; ``separator`` is the line between the documents of a text."""
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(".parquet"):
+    kind = kind_of_file(path)
+    if kind == ".parquet":
         return find_in_parquet(path)
-    if name.endswith(".txt"):
+    if kind == ".txt":
         return find_documents(path, separator)
-    return find_in_array_or_lines(path) if name.endswith(".json") else find_lines(path)
+    return find_in_array_or_lines(path) if kind == ".json" else find_lines(path)
+
+
+def kind_of_file(path: Path) -> str:
+    """The suffix that says how the file is read, in small letters: what compresses it is left out."""
+    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def row_of(item: Row | Line) -> Row:

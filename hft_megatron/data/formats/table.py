@@ -45,14 +45,8 @@ FORMATS: dict[DataFormat, Format] = {
 """The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of."""
 
 
-OTHER_NAMES = {
-    "question": "prompt",
-    "query": "prompt",
-    "problem": "prompt",
-    "answer": "completion",
-    "response": "completion",
-    "solution": "completion",
-}
+PROMPT_NAMES = ("prompt", "question", "query", "problem")
+COMPLETION_NAMES = ("completion", "answer", "response", "solution")
 """What GSM8K, MetaMath and others call the halves of ``prompt-completion``. No format, since as often they mean a
 conversation."""
 

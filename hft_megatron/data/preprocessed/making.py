@@ -17,7 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from hft_megatron.data.files.digests import file_digest
+from hft_megatron.data.files.plain_text import holds_separator
 from hft_megatron.data.files.prefixes import FACTS, UNFINISHED
+from hft_megatron.data.files.rows import kind_of_file
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.preprocessed.chunks import Chunk, cut_chunks
 from hft_megatron.data.preprocessed.facts import Facts, Job, read_facts
@@ -55,6 +57,7 @@ def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -
     Memory is bounded by a few chunks per worker. Raises UserError for a mistake in the input or a prefix that is taken,
     Stopped after a signal (the same command goes on), RunFailed where a worker dies.
     """
+    _check_separator(asked)
     job = Job.of(
         _digests(asked.files),
         tokenizer.facts,
@@ -87,6 +90,18 @@ def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -
         ) from error
     finally:
         output.close()
+
+
+def _check_separator(asked: Preprocessing) -> None:
+    """A text that holds the separator nowhere would be one document. A right one is found at once, and then the texts
+    that have only one document need none."""
+    separator = asked.document_separator
+    texts = [file for file in asked.files if kind_of_file(file) == ".txt"]
+    if separator is not None and not any(holds_separator(file, separator) for file in texts):
+        raise UserError(
+            f"--document-separator {separator} is no line of any .txt in --input, so that each would be one document; "
+            f"correct it, or leave it out where every line is a document."
+        )
 
 
 def _digests(files: tuple[Path, ...]) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hft_megatron.config.input_rules import outputs_can_be_written
 from hft_megatron.config.schema import CheckpointConfig, RunConfig
-from hft_megatron.config.validation import ANY_SHAPE
 from hft_megatron.training.doctor.findings import Finding, finding_of, in_bytes
 
 WHAT = "save folder"
@@ -20,7 +19,7 @@ def save_folder_finding(config: RunConfig, world_size: int) -> Finding:
     read-only mounts and network disks."""
     assert config.checkpoint.save is not None
     path = Path(config.checkpoint.save).resolve()
-    allowed = finding_of(WHAT, str(path), lambda: outputs_can_be_written(config, ANY_SHAPE, world_size))
+    allowed = finding_of(WHAT, str(path), lambda: outputs_can_be_written(config, None, world_size))
     if allowed.status != "ok":
         return allowed
     nearest = nearest_folder(path)

@@ -6,6 +6,7 @@ Run: pytest tests/data/preprocessed/test_making.py
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -320,6 +321,20 @@ def test_a_file_that_breaks_off_is_an_error_behind_all_that_is_wrong_before_it(
         make(tmp_path / "other", tmp_path / "rows.json", tokenizer)
 
 
+def test_a_separator_must_be_a_line_of_some_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    one, inside, blank, other = (tmp_path / name for name in ("one.txt.gz", "inside.txt", "blank.txt", "other.jsonl"))
+    one.write_bytes(gzip.compress(b"\xef\xbb\xbf<eod>\nThe end."))
+    inside.write_text("The park. <eod> Once upon a time\n")
+    blank.write_text("\n\n")
+    other.write_text('{"text": "<eod>"}\n')
+    said = "--document-separator <eod> is no line of any .txt in --input, so that each would be one document; correct"
+    for files in ([inside], [blank], [other], [other, blank, inside]):
+        with pytest.raises(UserError, match=re.escape(said)):
+            make(tmp_path / "out", files, tokenizer, separator="<eod>")
+    facts = make(tmp_path / "out", [blank, inside, other, one], tokenizer, separator="<eod>")
+    assert facts.documents == 3
+
+
 def test_text_is_one_document_per_line_or_up_to_the_separator(tmp_path: Path, tokenizer: Tokenizer) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -338,8 +353,6 @@ def test_text_is_one_document_per_line_or_up_to_the_separator(tmp_path: Path, to
             assert [documents[index].tolist() for index in range(len(documents))] == [
                 [tokenizer.bos_id, *tokenizer.encode(text), *end] for text in texts
             ]
-    with pytest.raises(UserError, match=r"stories.txt: no line is --document-separator <eod>, so that the whole file"):
-        make(tmp_path / "out", path, tokenizer, separator="<eod>")
     (tmp_path / "rows.txt").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match=r"rows.txt:1: the line is a JSON object, but a .txt file is plain text; name"):
         make(tmp_path / "out", tmp_path / "rows.txt", tokenizer)
