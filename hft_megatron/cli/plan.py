@@ -109,9 +109,10 @@ def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:
             "--hft-selection spectrum ranks a model's weights, which `hft-megatron plan` doesn't read; run "
             "`hft-megatron sft` with it and give the plan.json of one of its checkpoints by --hft-plan."
         )
+    first = options.hft.hft_first_round or 0
     return tuple(
         make_plan(shape, options.hft, default_seed=options.training.seed, round=round)
-        for round in range(options.rounds or 1)
+        for round in range(first, first + (options.rounds or 1))
     )
 
 

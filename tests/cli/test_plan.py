@@ -179,6 +179,12 @@ def test_saved_plans_are_what_hft_plan_reads_and_a_plan_drawn_from_them_is_the_s
     assert [one["round"] for one in first["rounds"]] == [0]
 
 
+def test_rounds_are_counted_from_the_first_that_is_asked_for(plan: Run) -> None:
+    words = ("--hft-rotation", "complementary", "--hft-first-round", "1", "--rounds", "2", "--json")
+    drawn = [make_plan(SHAPE, HFTConfig(hft_rotation="complementary"), default_seed=1234, round=n) for n in (1, 2)]
+    assert [one["digest"] for one in json.loads(plan(*words))["rounds"]] == [one.digest for one in drawn]
+
+
 def test_an_edited_plan_is_never_written_over(
     plan: Run, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
