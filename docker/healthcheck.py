@@ -29,12 +29,12 @@ def main() -> None:
     folder = save_folder(first.cmdline(), dict(os.environ))
     if folder is None:
         return
-    log = Path(folder) / "metrics.jsonl"
-    if log.exists():
-        last = max(last, log.stat().st_mtime)
+    # With --stages every stage has a folder, and a log, of its own.
+    for pattern in ("metrics.jsonl", "*/metrics.jsonl"):
+        last = max([last, *(log.stat().st_mtime for log in Path(folder).glob(pattern))])
     silent, limit = time.time() - last, float(os.environ.get("HFT_HEALTH_SECONDS", "3600"))
     if silent > limit:
-        sys.exit(f"{log} got no line for {silent:.0f} s; HFT_HEALTH_SECONDS={limit:g}")
+        sys.exit(f"metrics.jsonl in {folder} got no line for {silent:.0f} s; HFT_HEALTH_SECONDS={limit:g}")
 
 
 if __name__ == "__main__":
