@@ -15,7 +15,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"__main__"}),
     frozenset({"cli"}),
     frozenset({"training"}),
-    frozenset({"checkpoint", "evaluation", "conversion"}),
+    frozenset({"checkpoint", "conversion"}),
     frozenset({"objectives", "optimizer"}),
     frozenset({"hft"}),
     frozenset({"model", "data", "tracking"}),

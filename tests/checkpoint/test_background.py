@@ -142,6 +142,7 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
     assert len(find_checkpoints(str(tmp_path)).complete) == 4
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     """The time counts from the start of the process, which for a rank of the pool is long ago."""
     words = words_for(inputs, "--save", tmp_path, "--load", tmp_path)

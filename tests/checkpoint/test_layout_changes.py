@@ -162,6 +162,7 @@ def test_bf16_masters_and_moments_move_to_another_layout_without_losing_a_bit(
     assert set(differences.values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_tensor_that_differs(ranks: RankPools, stayed: Any) -> None:
     _, one = stayed("one round")
     _, other = stayed("tied")

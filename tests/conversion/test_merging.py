@@ -77,7 +77,7 @@ def test_training_units_are_the_tuned_models_and_resting_ones_the_bases(
 def test_half_of_every_category_of_a_layer_is_reset_and_nothing_outside_the_layers(
     pairs: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """PAPER 1.1: 2 of 4 attention matrices, 1 or 2 of 3 feed-forward ones (1.5 on average), 1 of 2 norms."""
+    """2 of 4 attention matrices, 1 or 2 of 3 feed-forward ones (1.5 on average), 1 of 2 norms (arXiv 2404.18466)."""
     reset(pairs("gqa"), tmp_path / "out")
     base, merged = read_weights(pairs("gqa") / "base"), read_weights(tmp_path / "out")
     back = [name for name, tensor in merged.items() if torch.equal(tensor, base[name])]

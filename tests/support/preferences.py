@@ -106,7 +106,7 @@ def plain_dpo(
         rewards = rule.beta * ((log_probs - expected) / scale).detach().mean(dim=0)
         results.append(
             {
-                "loss": float(losses.mean()),
+                "loss": losses.mean().item(),
                 "grad_norm": norm,
                 "rewards/chosen": float(rewards[0]),
                 "rewards/rejected": float(rewards[1]),

@@ -79,6 +79,7 @@ def doomed() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.mark.slow
 def test_every_failing_rank_is_shown_and_a_value_that_is_not_json_is_a_failure(doomed: RankPool) -> None:
     with pytest.raises(RanksFailed) as failure:
         doomed.run(run_fail_differently)
@@ -104,6 +105,7 @@ def test_a_hang_is_cut_at_the_time_out_with_the_stack_of_every_rank(doomed: Rank
     assert all("run_hang" in stack for stack in failure.value.stacks.values())
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_reported_with_its_last_output(doomed: RankPool) -> None:
     with pytest.raises(RanksFailed, match="famous last words") as failure:
         doomed.run(run_die)

@@ -34,7 +34,7 @@ def words(pair: Path, output: Path, *options: object) -> list[str]:
     return [str(word) for word in given]
 
 
-def test_the_issues_command_gives_a_folder_that_transformers_loads(
+def test_the_command_gives_a_folder_that_transformers_loads(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -18,7 +18,6 @@ from tests.support.data_files import write_rows
 from tests.support.preprocessing import contents, conversations
 from tests.support.ranks import REPOSITORY, RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
-from tests.support.tiers import quick
 from tests.support.tokenizers import make_byte_level
 
 TOOL = Path(preprocess_data.__file__)
@@ -29,7 +28,8 @@ def words(data: Path, prefix: Path, tokenizer: Path, *options: object) -> list[s
     return [str(word) for word in given]
 
 
-@pytest.mark.parametrize("packing", quick([False, True], [True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
 def test_a_run_on_preprocessed_data_has_the_losses_of_the_file_and_goes_on_with_its_run(
     ranks: RankPools, tmp_path: Path, packing: bool
 ) -> None:

@@ -183,7 +183,7 @@ def leave_no_digests(folder: Path) -> None:
         (flip_a_bit_of_every_shard_file, ".distcp is not what was saved"),
         (break_the_digests, "iter_0000004/digests.json can't be read"),
         (remove_the_newest, "choose one that is there with --iteration: 2."),
-        (remove_the_identity, "run_identity.json can't be read"),
+        (remove_the_identity, "run_identity.json, which says what run its checkpoints are of, can't be read"),
         (leave_no_digests, "holds no complete checkpoint"),
     ],
 )
