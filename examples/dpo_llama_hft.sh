@@ -16,7 +16,7 @@
 #   TP, PP         tensor- and pipeline-parallel size (TP: 2, or 1 on a single rank; PP: 1)
 #   PYTHON         the interpreter (python)
 #   GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as in Megatron, where bash starts the ranks
-#   MAX_RESTARTS   how often ranks that died are started again, by torchrun, from the newest checkpoint (0)
+#   MAX_RESTARTS   how often ranks that died are started again from the newest checkpoint, where bash starts them (0)
 #
 # Under bash: exit code 0 finished, 1 failed, 2 a mistake to correct, 3 stopped by a signal or --exit-duration-in-mins
 # (start it again with the same SAVE), 130 stopped by Ctrl-C before training began. torchrun reports 1 whatever happened. One of several

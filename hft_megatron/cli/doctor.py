@@ -1,8 +1,8 @@
 """``hft-megatron doctor``: is this machine, are these ranks and these files fit for a run?
 
 Run: ``torchrun --nproc-per-node 8 -m hft_megatron doctor --tensor-model-parallel-size 2``, or without torchrun for one
-process. It takes the options of a run, so that a run's own command line works with this word in place of the method's;
-without a model it looks at the machine alone.
+process. It takes the options of a run, so that a run's own command line (without --stages and --check) works with this
+word in place of the method's; without a model it looks at the machine alone.
 """
 
 from dataclasses import dataclass, fields

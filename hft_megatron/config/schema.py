@@ -29,6 +29,8 @@ class ParallelConfig:
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """nccl where CUDA is present, gloo elsewhere, when unset."""
     distributed_timeout_minutes: int = 10
+    """How long ranks wait for each other, when they meet and in every collective; a host that is silent for half of
+    it, at most for two minutes, is named, and ends the run."""
     context_parallel_size: int = 1
     """Not built yet: only 1."""
     expert_model_parallel_size: int = 1
@@ -99,7 +101,8 @@ class OptimizerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_iters: int = 0
     lr_warmup_fraction: float | None = None
-    """Warm-up as a fraction of --train-iters, instead of --lr-warmup-iters."""
+    """Warm-up as a fraction of the run's iterations, or of a round's under --hft-lr-schedule round, instead of
+    --lr-warmup-iters."""
     weight_decay: float = 0.01
     """Not applied to one-dimensional parameters (norms), as in Megatron."""
     adam_beta1: float = 0.9
@@ -181,7 +184,8 @@ class DpoConfig:
     dpo_reference_model: str | None = None
     """Hugging Face folder of the reference model (not for shared); the weights that the run starts from when unset."""
     dpo_reference_cache: str | None = None
-    """Folder for the log-probabilities of precompute; ~/.cache/hft_megatron/reference when unset."""
+    """Folder for the log-probabilities of precompute; hft_megatron/reference in $XDG_CACHE_HOME, or in ~/.cache, when
+    unset."""
     dpo_bad_pairs: BadPairs = "error"
     """Stop at a pair that nothing can be learned of (equal answers, an empty one, a prompt that leaves no room for an
     answer, answers to different prompts), or leave such pairs out and count them."""
@@ -193,7 +197,8 @@ class CorpusConfig:
 
     data_path: tuple[str, ...] = ()
     """Prefixes of .bin and .idx files, as tools/preprocess_data.py of Megatron writes them. A number before each is
-    its weight: the share of training samples drawn from it. Without weights every source is gone through once."""
+    its weight: the share of training samples drawn from it. Several sources without weights are gone through once; a
+    single one, or with weights, as often as the iterations ask for."""
     split: str = "969,30,1"
     """Shares of every source's documents, from its beginning, for training, validation and test; the test part is left
     alone."""

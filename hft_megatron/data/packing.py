@@ -2,7 +2,7 @@
 
 An epoch's examples, in their shuffled order, are cut into windows; each window is packed on its own and the epoch's
 packs are shuffled. So the packs are a pure function of seed, epoch and data, new in every epoch, and the same at every
-layout and micro-batch size. Attention stays within an example (``model/packed_attention``).
+layout and micro-batch size. Attention stays within an example (``model/torch_attention``).
 """
 
 from bisect import bisect_right

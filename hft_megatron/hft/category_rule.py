@@ -23,7 +23,8 @@ class _Quota:
 class CategoryRule:
     """The same share of every category, spread as evenly over the layers as counting allows.
 
-    Source: PAPER 1.1 rules 3 to 7 (Hui et al., arXiv 2404.18466), for any ratio by DESIGN section 2.
+    Source: Hui et al., arXiv 2404.18466, for one half; other ratios, and whatever can't be divided, are rounded so that
+    the totals over all layers come closest.
     """
 
     def select(

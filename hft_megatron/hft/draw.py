@@ -44,5 +44,5 @@ def exact_ratio(ratio: float) -> Fraction:
 
 
 def nearest(value: Fraction) -> int:
-    """floor(value + 1/2): the nearest whole number, a half rounded up (DESIGN section 2's totals)."""
+    """floor(value + 1/2): the nearest whole number, a half rounded up."""
     return floor(value + Fraction(1, 2))

@@ -10,8 +10,9 @@ from hft_megatron.hft.units import Unit
 class LayerRule:
     """floor(ratio x layers + 1/2) whole layers, and all units outside the layers.
 
-    Sources: PAPER 1.4 with DESIGN section 2 for ``--hft-level layer``. LISA (Pan et al., arXiv 2403.17919) trains
-    embedding, head and a few random layers, redrawn in every round, which is this rule under independent rotation.
+    Sources: the level "layer" of the method's ablation (Hui et al., arXiv 2404.18466). LISA (Pan et al., arXiv
+    2403.17919) trains embedding, head and a few random layers, redrawn in every round, which is this rule under
+    independent rotation.
     """
 
     def select(

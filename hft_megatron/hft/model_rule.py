@@ -13,8 +13,9 @@ class ModelRule:
     """floor(ratio x matrices + 1/2) of all attention and feed-forward matrices, norms by the same ratio of their own,
     and all units outside the layers.
 
-    Source: PAPER 1.4 with DESIGN section 2. Counting by parameters, the shuffled matrices train up to the place where
-    their share is closest to the ratio (the later place where two are equally close).
+    Source: the level "model" of the method's ablation (Hui et al., arXiv 2404.18466), which leaves open how to count.
+    By parameters, the shuffled matrices train up to the place where their share is closest to the ratio (the later
+    place where two are equally close).
     """
 
     def select(

@@ -13,7 +13,7 @@ Category = Literal["attention", "feed_forward", "norm", "embedding", "final_norm
 
 CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm", "embedding", "final_norm", "lm_head")
 LAYER_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm")
-"""The categories inside the transformer layers, which the method halves (PAPER 1.1, rules 3 to 6)."""
+"""The categories inside the transformer layers, which the method halves (Hui et al., arXiv 2404.18466)."""
 MATRIX_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward")
 """Those of them whose units are matrices."""
 
@@ -38,7 +38,7 @@ class Unit:
 def units_of(shape: ModelShape) -> tuple[Unit, ...]:
     """All units of a model in canonical order: embedding, layers from the bottom up, final norm, lm_head.
 
-    With tied embeddings the embedding and the head are one unit, named after the embedding (DESIGN section 2).
+    With tied embeddings the embedding and the head are one weight, and so one unit, named after the embedding.
     """
     vocabulary_parameters = shape.vocab_size * shape.hidden_size
     units = [Unit(name=EMBEDDING_NAME, layer=None, category="embedding", parameters=vocabulary_parameters)]

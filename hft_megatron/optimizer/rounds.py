@@ -1,4 +1,4 @@
-"""Switches a model from one round's plan to the next one's inside the process (DESIGN 1.5)."""
+"""Switches a model from one round's plan to the next one's inside the process."""
 
 import torch.distributed as dist
 

@@ -1,6 +1,6 @@
 """``make demo``: prepare the model and data, half and fully fine-tune on the new task with TP 2, and print the table.
 
-Run: ``python tools/demo/run.py``. Eight minutes or so on two cores the first time, five when runs/demo is there.
+Run: ``python tools/demo/run.py``. About ten minutes on two cores the first time, half as long when runs/demo is there.
 """
 
 import json
