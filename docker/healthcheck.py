@@ -30,8 +30,8 @@ def main() -> None:
     if folder is None:
         return
     # With --stages every stage has a folder, and a log, of its own.
-    for pattern in ("metrics.jsonl", "*/metrics.jsonl"):
-        last = max([last, *(log.stat().st_mtime for log in Path(folder).glob(pattern))])
+    logs = [*Path(folder).glob("metrics.jsonl"), *Path(folder).glob("*/metrics.jsonl")]
+    last = max([last, *(log.stat().st_mtime for log in logs)])
     silent, limit = time.time() - last, float(os.environ.get("HFT_HEALTH_SECONDS", "3600"))
     if silent > limit:
         sys.exit(f"metrics.jsonl in {folder} got no line for {silent:.0f} s; HFT_HEALTH_SECONDS={limit:g}")
