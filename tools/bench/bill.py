@@ -24,7 +24,7 @@ sys.path.insert(0, str(DEMO))  # its programs lie beside each other and are no p
 import settings  # noqa: E402
 from bill_summary import METHODS, render, summarise  # noqa: E402
 from launching import cpu_environment, run_logged  # noqa: E402
-from result_file import measure_and_render  # noqa: E402
+from result_file import in_turn, measure_and_render  # noqa: E402
 from seeds import processor_name  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "bill.json"
@@ -136,11 +136,9 @@ def measure(workloads: Iterable[Workload], overlaps: Iterable[str], pairs: int, 
             for overlap in overlaps:
                 print(f"{workload.name}, overlap {overlap}", flush=True)
                 bills: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-                for pair in range(pairs):
-                    # The other one first in every second pair: what drifts, drifts for both.
-                    for method in tuple(METHODS) if pair % 2 == 0 else tuple(reversed(METHODS)):
-                        words = (*OVERLAPS[overlap], "--hft-ratio", METHODS[method])
-                        bills[method].append(run_once(folder, workload, words, steps)[0])
+                for _, method in in_turn(METHODS, pairs):
+                    words = (*OVERLAPS[overlap], "--hft-ratio", METHODS[method])
+                    bills[method].append(run_once(folder, workload, words, steps)[0])
                 configurations.append(
                     {
                         "model": workload.name,

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from bill import WORKLOADS, environment, run_once, write_data
-from result_file import measure_and_render
+from result_file import in_turn, measure_and_render
 
 RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
 INTERVAL = 2
@@ -63,11 +63,9 @@ def measure(pairs: int, saves: int) -> dict[str, Any]:
     measured: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
         write_data(Path(name))
-        for pair in range(pairs):
-            # The other way round in every second pair: what drifts, such as a disk that fills, drifts for all.
-            for way in tuple(WAYS) if pair % 2 == 0 else tuple(reversed(WAYS)):
-                print(f"pair {pair + 1}: {way}", flush=True)
-                measured[way] += measure_one(Path(name), way, saves)
+        for pair, way in in_turn(WAYS, pairs):
+            print(f"pair {pair}: {way}", flush=True)
+            measured[way] += measure_one(Path(name), way, saves)
     return {
         "command": f"python tools/bench/checkpoints.py --pairs {pairs} --saves {saves}",
         "model": WORKLOADS[-1].name,

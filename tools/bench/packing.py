@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from bill import RANKS, Workload, environment, run_once, write_data
-from result_file import measure_and_render
+from result_file import in_turn, measure_and_render
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
 EXAMPLES = 400
@@ -38,7 +38,7 @@ def write_examples(folder: Path) -> dict[str, float]:
     from hft_megatron.config.schema import DataConfig
     from hft_megatron.data.run_data import training_data
     from hft_megatron.data.tokenizers import load_tokenizer
-    from hft_megatron.training.samples import sample_stream
+    from hft_megatron.training.samples import sample_stream, samples_of_epochs
 
     write_data(folder)
     tokenizer = load_tokenizer(None, folder / "tokenizer.model")
@@ -59,7 +59,7 @@ def write_examples(folder: Path) -> dict[str, float]:
     samples = sample_stream(dataset.order(seed=1234), dataset.lengths - 1, CAPACITY, options)
     positions = int(dataset.lengths.sum()) - len(dataset)
     return {
-        "packed": RANKS * positions / samples.epoch_starts(1)[1],
+        "packed": RANKS * positions / samples_of_epochs(samples, 1),
         "one per row": RANKS * WAYS["one per row"][0].sequences_per_rank * positions / len(dataset),
     }
 
@@ -70,14 +70,12 @@ def measure(pairs: int, steps: int) -> dict[str, Any]:
         folder = Path(name)
         positions = write_examples(folder)
         rates: dict[str, list[float]] = {way: [] for way in WAYS}
-        for pair in range(pairs):
-            # The other one first in every second pair: what drifts, drifts for both.
-            for way in tuple(WAYS) if pair % 2 == 0 else tuple(reversed(WAYS)):
-                print(f"pair {pair + 1}: {way}", flush=True)
-                workload, options = WAYS[way]
-                _, metrics = run_once(folder, workload, options, steps)
-                times = [record["elapsed time per iteration (ms)"] for record in metrics[2:]]
-                rates[way].append(1e3 * positions[way] / median(times))
+        for pair, way in in_turn(WAYS, pairs):
+            print(f"pair {pair}: {way}", flush=True)
+            workload, options = WAYS[way]
+            _, metrics = run_once(folder, workload, options, steps)
+            times = [record["elapsed time per iteration (ms)"] for record in metrics[2:]]
+            rates[way].append(1e3 * positions[way] / median(times))
     ratios = [packed / row for packed, row in zip(*rates.values(), strict=True)]
     return {
         "command": f"python tools/bench/packing.py --pairs {pairs} --steps {steps}",

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from bill import DEMO, environment
-from result_file import measure_and_render
+from result_file import in_turn, measure_and_render
 
 REPOSITORY = DEMO.parents[1]
 HERE = Path(__file__).parent
@@ -69,11 +69,9 @@ def measure(data: Path, workers: int, pairs: int) -> dict[str, Any]:
             source = Path(folder) / f"{name}.jsonl"
             source.write_text("".join(lines), encoding="utf-8")
             rates: dict[str, list[float]] = {PLAIN: [], OURS: []}
-            for pair in range(pairs):
-                # The other one first in every second pair: what drifts, drifts for both.
-                for way in (PLAIN, OURS) if pair % 2 == 0 else (OURS, PLAIN):
-                    print(f"{name}, pair {pair + 1}: {way}", flush=True)
-                    rates[way].append(len(lines) / run_once(way, source, data, workers))
+            for pair, way in in_turn((PLAIN, OURS), pairs):
+                print(f"{name}, pair {pair}: {way}", flush=True)
+                rates[way].append(len(lines) / run_once(way, source, data, workers))
             ratios = [ours / plain for plain, ours in zip(rates[PLAIN], rates[OURS], strict=True)]
             sets[name] = {
                 "documents": len(lines),

@@ -3,13 +3,21 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from launching import DemoError
 
 Results = dict[str, Any]
+
+
+def in_turn(ways: Iterable[str], pairs: int) -> Iterator[tuple[int, str]]:
+    """(number from 1, way) of each run, the other way round in every second pair: what drifts, drifts for all."""
+    order = tuple(ways)
+    for pair in range(pairs):
+        for way in order if pair % 2 == 0 else reversed(order):
+            yield pair + 1, way
 
 
 def measure_and_render(
