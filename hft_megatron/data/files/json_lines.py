@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_megatron.data.files.row import Found, Line
-from hft_megatron.data.files.stream import BYTE_ORDER_MARK, MAX_RECORD_BYTES, DataStream, too_long
+from hft_megatron.data.files.stream import MAX_RECORD_BYTES, DataStream, too_long
 from hft_megatron.errors import UserError
 
 
@@ -14,17 +14,10 @@ def find_lines(path: Path) -> Iterator[Found]:
     """Each line that isn't blank, lines counted from 1. Raises UserError naming file and line."""
     stream = DataStream(path)
     try:
-        number = 1
-        while raw := stream.read_line(place=f"{path}:{number}"):
-            size = len(raw)
-            if number == 1:
-                raw = raw.removeprefix(BYTE_ORDER_MARK)
+        for number, raw in stream.lines():
             if raw.strip():
                 line = Line(place=f"{path}:{number}", raw=raw)
-                yield Found(item=line, size=size, position=stream.position)
-            if size > MAX_RECORD_BYTES:
-                stream.skip_rest(raw, place=f"{path}:{number}")
-            number += 1
+                yield Found(item=line, size=len(raw), position=stream.position)
     finally:
         stream.close()
 

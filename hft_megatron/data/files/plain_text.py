@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hft_megatron.data.files.row import Found, Line
-from hft_megatron.data.files.stream import BYTE_ORDER_MARK, MAX_RECORD_BYTES, DataStream
+from hft_megatron.data.files.stream import MAX_RECORD_BYTES, DataStream
 from hft_megatron.errors import UserError
 
 
@@ -17,21 +17,16 @@ def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
     stream = DataStream(path)
     end = None if separator is None else separator.encode()
     try:
-        number, first = 0, 1
+        first, size = 1, 0
         parts: list[bytes] = []
-        size = 0
-        while raw := stream.read_line(place=f"{path}:{number + 1}"):
-            number += 1
+        for number, raw in stream.lines():
             if number == 1:
-                raw = raw.removeprefix(BYTE_ORDER_MARK)
                 _refuse_json(raw, path)
             ends = end is None or raw.strip() == end
             # Of a document that is too long only so much is kept that its reader sees it is.
             if not (ends and end is not None) and size <= MAX_RECORD_BYTES:
                 parts.append(raw)
             size += len(raw)
-            if len(raw) > MAX_RECORD_BYTES:
-                stream.skip_rest(raw, place=f"{path}:{number}")
             if ends:
                 yield from _document(path, first, parts, size, stream.position)
                 first, parts, size = number + 1, [], 0
@@ -44,14 +39,7 @@ def holds_separator(path: Path, separator: str) -> bool:
     """Whether a line of the file holds nothing else. Raises UserError naming file and line."""
     stream, end = DataStream(path), separator.encode()
     try:
-        number = 0
-        while raw := stream.read_line(place=f"{path}:{number + 1}"):
-            number += 1
-            if raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"").strip() == end:
-                return True
-            if len(raw) > MAX_RECORD_BYTES:
-                stream.skip_rest(raw, place=f"{path}:{number}")
-        return False
+        return any(raw.strip() == end for _, raw in stream.lines())
     finally:
         stream.close()
 

@@ -3,6 +3,7 @@
 import gzip
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,20 @@ class DataStream:
         """Up to ``size`` bytes, none at the end. ``place`` is where the file has been read to, for the error."""
         return self._checked(self._file.read, size, place)
 
-    def read_line(self, *, place: str) -> bytes:
-        """The next line with its end, none at the end of the file; of a longer one MAX_RECORD_BYTES and one byte."""
-        return self._checked(self._file.readline, MAX_RECORD_BYTES + 1, place)
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Each line with its end and its number, from 1, without a byte order mark; of one that is longer than
+        MAX_RECORD_BYTES only so much that its reader sees it is."""
+        number = 1
+        while raw := self._read_line(number):
+            yield number, raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+            while len(raw) > MAX_RECORD_BYTES and not raw.endswith(b"\n"):
+                raw = self._read_line(number)
+            number += 1
 
-    def skip_rest(self, line: bytes, *, place: str) -> None:
-        """Go behind the line that ``line`` is the beginning of."""
-        while line and not line.endswith(b"\n"):
-            line = self.read_line(place=place)
+    def _read_line(self, number: int) -> bytes:
+        # Without its mark, too, the first line must be seen to be too long.
+        size = MAX_RECORD_BYTES + 1 + len(BYTE_ORDER_MARK)
+        return self._checked(self._file.readline, size, f"{self.path}:{number}")
 
     def close(self) -> None:
         """Close the file."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.files import json_array, json_lines, stream
+from hft_megatron.data.files import json_array, json_lines, plain_text, stream
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.errors import UserError
 
@@ -183,6 +183,21 @@ def test_a_record_over_the_limit_is_refused_without_reading_on(
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(UserError, match=f"{name}{place} is longer than 0 MiB"):
         values(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_the_limit_is_the_same_behind_a_byte_order_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for module in (stream, json_lines, plain_text):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
+    fits = b'"' + b"x" * 1997 + b'"\n'
+    (tmp_path / name).write_bytes(stream.BYTE_ORDER_MARK + fits)
+    assert len(values(tmp_path / name)) == 1
+    for line in (b"x" * 2001, b"x" * 9000):
+        (tmp_path / name).write_bytes(stream.BYTE_ORDER_MARK + line + b"\nnext\n")
+        with pytest.raises(UserError, match=f"{name}:1: the line is longer than 0 MiB"):
+            values(tmp_path / name)
 
 
 def test_a_line_of_100_megabytes_costs_no_more_memory_than_the_limit(tmp_path: Path) -> None:
