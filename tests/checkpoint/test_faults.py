@@ -14,6 +14,7 @@ import pytest
 
 from hft_megatron.checkpoint.digests import damage_in, read_digests
 from hft_megatron.checkpoint.folders import find_checkpoints
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
 from hft_megatron.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 from tests.support.disks import Disk, small_disk
 from tests.support.launched import Launched, launched
@@ -56,6 +57,17 @@ def words(inputs: Path, save: Path, *options: object) -> list[str]:
 
 def unfinished(save: Path) -> list[Path]:
     return list(save.glob("*.unfinished*"))
+
+
+def freeze_after_the_first_save(run: Launched, save: Path) -> tuple[Path, Callable[[], None]]:
+    """The first checkpoint, and what lets both ranks go on; until then nobody writes on the disk."""
+    run.wait_for((save / CHECKPOINT_TRACKER_FILE).exists)  # The last file of a save.
+    ranks = [run.rank(0), run.rank(1)]
+    assert run.freeze(*ranks)
+    first = find_checkpoints(str(save)).newest
+    assert first is not None
+    assert not unfinished(save), "it was too fast for this test"
+    return first, lambda: run.resume(*ranks)
 
 
 def stop_inside_a_save(run: Launched, save: Path, *ranks: int) -> None:
@@ -152,14 +164,9 @@ def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_r
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
-        run.wait_for(lambda: find_checkpoints(str(save)).newest)
-        ranks = [run.rank(0), run.rank(1)]
-        assert run.freeze(*ranks)
-        first = find_checkpoints(str(save)).newest
-        assert first is not None
-        assert not unfinished(save), "it was too fast for this test"
+        first, go_on = freeze_after_the_first_save(run, save)
         disk.leave_free(room(first))
-        run.resume(*ranks)
+        go_on()
         ended(run, record_property, EXIT_FAILURE)
     kept, lost = int(first.name[5:]), int(first.name[5:]) + INTERVAL
     [sentence] = run.sentences()
@@ -195,8 +202,9 @@ def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_roo
     save = disk.seen(folder)
     command = words(inputs, folder, "--save-interval", 50)
     with launched(command, log=tmp_path / "log", prefix=disk.enter) as run:
-        run.wait_for(lambda: find_checkpoints(str(save)).newest)
+        _, go_on = freeze_after_the_first_save(run, save)
         disk.leave_free(0)
+        go_on()
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.match(
@@ -221,11 +229,9 @@ def test_a_folder_that_becomes_read_only_is_one_sentence(
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
-        run.wait_for(lambda: find_checkpoints(str(save)).newest)
-        ranks = [run.rank(0), run.rank(1)]
-        assert run.freeze(*ranks)
+        _, go_on = freeze_after_the_first_save(run, save)
         disk.become_read_only(folder)
-        run.resume(*ranks)
+        go_on()
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.match(

@@ -32,7 +32,10 @@ class Disk:
             subprocess.run([*self.enter, "mount", *words], check=True)
 
     def leave_free(self, size: int) -> None:
-        """Shrinks or grows the disk so that ``size`` bytes (of whole pages of 4,096) are free."""
+        """Shrinks or grows the disk so that ``size`` bytes (of whole pages of 4,096) are free.
+
+        Nobody may write meanwhile: a disk can't be made smaller than what is on it by then.
+        """
         used = os.statvfs(self.seen(self.mount_point))
         pages = used.f_blocks - used.f_bfree + -(-size // used.f_frsize)
         self.remount(f"size={pages * used.f_frsize}")
