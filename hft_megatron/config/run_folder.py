@@ -24,6 +24,18 @@ def same_folder(one: str, other: str | None) -> bool:
     return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
+def note_of_folder(other: Path, *, by: Path) -> str:
+    """How the run in the folder ``by`` notes another run's: by name where they lie side by side, because such folders,
+    as those of --stages, move together; else the whole path."""
+    other, by = other.resolve(), by.resolve()
+    return f"../{other.name}" if other.parent == by.parent else str(other)
+
+
+def noted_path(note: str, *, by: Path) -> Path:
+    """Where a path that begins with ``note_of_folder``'s answer leads, wherever the folder ``by`` is now."""
+    return (by / note).resolve()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that a reader, or a crash at any moment, sees the old contents or the new, never a part.
 

@@ -79,6 +79,19 @@ def test_a_file_from_before_an_option_existed_means_its_default() -> None:
     assert RunIdentity.from_dict(old) == identity()
 
 
+@pytest.mark.parametrize(("source", "found"), [("all/first", "moved/first"), ("first", "first")])
+def test_a_run_beside_the_one_that_it_started_from_may_be_moved_with_it(
+    source: str, found: str, tmp_path: Path
+) -> None:
+    (tmp_path / "all" / "second").mkdir(parents=True)
+    tuned = replace(identity(), finetuned_from=str(tmp_path / source))
+    tuned.write(tmp_path / "all" / "second")
+    assert RunIdentity.read("--save", str(tmp_path / "all" / "second")) == tuned
+    (tmp_path / "all").rename(tmp_path / "moved")
+    moved = RunIdentity.read("--save", str(tmp_path / "moved" / "second"))
+    assert moved.finetuned_from == str(tmp_path / found)
+
+
 def test_a_plan_file_is_the_same_one_when_its_content_is(tmp_path: Path) -> None:
     identities = []
     for name, text in (("a.json", "{}"), ("b.json", "{}"), ("c.json", "{ }")):

@@ -75,8 +75,14 @@ def test_complementary_halves_of_the_layers_train_in_the_two_stages(inputs: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [(2, 0), (4, 0), (4, 1)], ids=["in the first", "between", "in the second"])
-def test_a_run_of_stages_goes_on_to_the_last_bit(inputs: Path, tmp_path: Path, stops: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("stops", "folder"),
+    [((2, 0), "save"), ((4, 0), "save"), ((4, 1), "moved/to")],
+    ids=["in the first", "between", "in the second, whose folder was moved"],
+)
+def test_a_run_of_stages_goes_on_to_the_last_bit(
+    inputs: Path, tmp_path: Path, stops: tuple[int, int], folder: str
+) -> None:
     whole, parted, log = tmp_path / "whole", tmp_path / "parted", tmp_path / "log"
     run(words_of(inputs, tmp_path / "run", "--save-hf", whole), log)
     short = (inputs / "stages.yaml").read_text()
@@ -86,11 +92,14 @@ def test_a_run_of_stages_goes_on_to_the_last_bit(inputs: Path, tmp_path: Path, s
         short = short[: short.index("- method: dpo")]
     (tmp_path / "short.yaml").write_text(short)
     run(words_of(inputs, tmp_path / "save", "--stages", tmp_path / "short.yaml"), log)
-    run(words_of(inputs, tmp_path / "save", "--save-hf", parted), log)
+    save = tmp_path / folder
+    save.parent.mkdir(exist_ok=True)
+    (tmp_path / "save").rename(save)
+    run(words_of(inputs, save, "--save-hf", parted), log)
     assert changed(inputs / "model", whole)
     assert not changed(whole, parted)
     (tmp_path / "longer.yaml").write_text((inputs / "stages.yaml").read_text().replace("iters: 4", "iters: 5"))
-    longer = words_of(inputs, tmp_path / "save", "--stages", tmp_path / "longer.yaml")
+    longer = words_of(inputs, save, "--stages", tmp_path / "longer.yaml")
     assert run_cli(longer, log=log, method="dpo") == 2
     assert "stage_0_sft ended at iteration 4, from where" in log.read_text()
 
