@@ -6,7 +6,7 @@ or from a second model (``model``).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from hft_megatron.training.run import Run
 from hft_megatron.training.schedule import run_schedule
 
 _PROGRESS_LINES = 10
+_PARTS = 100
+"""How often a pass keeps what it has, so that a stop loses a hundredth of it."""
 
 
 class PrecomputedReference:
@@ -142,33 +144,57 @@ def log_prob_table(
     pairs: int,
     placement: Placement,
     announce: Announce,
+    *,
+    begun: Tensor | None,
+    keep_part: Callable[[Tensor], object],
 ) -> Tensor:
     """One pass over ``batches``, which hold every pair: (pairs, 2) fp64 on every rank. Collective.
 
-    Of a pair that comes in more than one batch the numbers of the first count.
+    Of a pair that comes in more than one batch the numbers of the first count. Every hundredth of the way ``keep_part``
+    gets the table so far, NaN where there is nothing yet; ``begun`` is such a table of a pass that was stopped.
     """
-    steps: list[Tensor] = []
-    numbers: list[Tensor] = []
-    found: list[Tensor] = []
+    table = torch.full((pairs, 2), torch.nan, dtype=torch.float64) if begun is None else begun.clone()
+    is_there = ~table[:, 0].isnan()
+    new: list[tuple[Tensor, Tensor]] = []
     speaks = placement.pipeline_rank == placement.pipeline_size - 1 and placement.tensor_rank == 0
-    done, next_line = 0, pairs // _PROGRESS_LINES
-    for step, batch in enumerate(batches):
+    done, part, line = 0, max(1, pairs // _PARTS), max(1, pairs // _PROGRESS_LINES)
+    for batch in batches:
+        if begun is not None and _all_there(is_there, batch, placement):
+            continue
         log_probs = reference_pass(chunks, batch)
         if speaks:
-            steps += [torch.full_like(micro_batch["pairs"], step) for micro_batch in batch.micro_batches]
-            numbers += [micro_batch["pairs"] for micro_batch in batch.micro_batches]
-            found += [values.cpu() for values in log_probs]
+            numbers = [micro_batch["pairs"] for micro_batch in batch.micro_batches]
+            new.append((torch.cat(numbers), torch.cat(log_probs).cpu()))
         done += sum(len(micro_batch["pairs"]) for micro_batch in batch.micro_batches) * placement.data_size
-        if done >= next_line:
-            announce(f"  reference log-probabilities: {min(done, pairs)} of {pairs} pairs")
-            next_line += max(1, pairs // _PROGRESS_LINES)
-    mine = (torch.cat(steps), torch.cat(numbers), torch.cat(found)) if speaks else None
-    everyone = [mine] * placement.world_size
-    dist.all_gather_object(everyone, mine)
-    all_steps, all_numbers, values = (
-        torch.cat(column) for column in zip(*(part for part in everyone if part is not None), strict=True)
-    )
-    in_turn = torch.argsort(all_steps, stable=True)
-    held, first = np.unique(all_numbers[in_turn].numpy(), return_index=True)
-    assert np.array_equal(held, np.arange(pairs)), "the batches hold every pair"
-    return values[in_turn][torch.from_numpy(first)]
+        if done >= part:
+            before = int(is_there.sum())
+            _fill(table, is_there, new, placement)
+            keep_part(table)
+            if (now := int(is_there.sum())) // line > before // line:
+                announce(f"  reference log-probabilities: {now} of {pairs} pairs")
+            new, done = [], 0
+    _fill(table, is_there, new, placement)
+    assert is_there.all(), "the batches hold every pair"
+    return table
+
+
+def _all_there(is_there: Tensor, batch: StepBatch, placement: Placement) -> bool:
+    numbers = torch.cat([micro_batch["pairs"] for micro_batch in batch.micro_batches])
+    answer = is_there[numbers].all().to(device=placement.device, dtype=torch.int32)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+def _fill(table: Tensor, is_there: Tensor, new: Sequence[tuple[Tensor, Tensor]], placement: Placement) -> None:
+    """Into every rank's ``table`` what all ranks' batches since the last call gave, the first of a pair."""
+    everyone: list[Sequence[tuple[Tensor, Tensor]]] = [new] * placement.world_size
+    dist.all_gather_object(everyone, new)
+    # Batch by batch, as training would meet the pairs, and not rank by rank.
+    in_turn = [found for batch in zip(*(part for part in everyone if part), strict=True) for found in batch]
+    if not in_turn:
+        return
+    numbers, first = np.unique(torch.cat([found[0] for found in in_turn]).numpy(), return_index=True)
+    values = torch.cat([found[1] for found in in_turn])[torch.from_numpy(first)]
+    lacked = torch.from_numpy(numbers)[~is_there[numbers]]
+    table[lacked] = values[~is_there[numbers]]
+    is_there[lacked] = True

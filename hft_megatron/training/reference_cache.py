@@ -34,10 +34,10 @@ class CacheKey:
     """What else decides the numbers: layout, packing and engine in bf16; empty in fp32, where that is rounding."""
     pairs: int
 
-    @property
-    def file_name(self) -> str:
+    def file_name(self, *, part: bool) -> str:
+        """``part``: of a pass that has not come to its end, which another run goes on with."""
         words = json.dumps(asdict(self), sort_keys=True)
-        return f"{hashlib.sha256(words.encode()).hexdigest()[:24]}.safetensors"
+        return f"{hashlib.sha256(words.encode()).hexdigest()[:24]}{'.part' if part else ''}.safetensors"
 
 
 def default_cache() -> Path:
@@ -45,12 +45,13 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_megatron" / "reference"
 
 
-def read_cache(folder: Path, key: CacheKey) -> Tensor | str | None:
+def read_cache(folder: Path, key: CacheKey, *, part: bool) -> Tensor | str | None:
     """The log-probabilities, (pairs, 2) fp64; what is wrong with the file, where it is damaged; None without one.
 
+    With ``part`` those of the pairs that a pass had come to, and NaN for the others.
     Raises UserError for a file that is of another model or other data than its name says.
     """
-    path = folder / key.file_name
+    path = folder / key.file_name(part=part)
     try:
         if not path.exists():
             return None
@@ -79,10 +80,10 @@ def check_cache_can_be_written(folder: Path) -> None:
         pass
 
 
-def write_cache(folder: Path, key: CacheKey, log_probs: Tensor) -> Path:
-    """Writes (pairs, 2) fp64 so that a crash leaves no part of it; raises OSError."""
+def write_cache(folder: Path, key: CacheKey, log_probs: Tensor, *, part: bool) -> Path:
+    """Writes (pairs, 2) fp64 so that a crash leaves nothing torn; the whole replaces the part. Raises OSError."""
     note = json.dumps({"key": asdict(key), "sha256": _sha256(log_probs)})
-    path = folder / key.file_name
+    path = folder / key.file_name(part=part)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -92,6 +93,8 @@ def write_cache(folder: Path, key: CacheKey, log_probs: Tensor) -> Path:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if not part:
+        (folder / key.file_name(part=True)).unlink(missing_ok=True)
     return path
 
 

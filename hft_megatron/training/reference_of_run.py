@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -240,27 +241,33 @@ def _table(
         table = _cached(folder, key, placement, announce)
         if table is None:
             _on_rank_0(lambda: _written(folder, lambda: check_cache_can_be_written(folder)), placement)
+            begun = _cached(folder, key, placement, announce, part=True)
+            keep_part = partial(_keep, folder, key, placement, part=True)
             reference = reference_model() if reference is None else reference
-            table = log_prob_table(reference, batches, len(dataset), placement, announce)
-            _keep(folder, key, table, placement, announce)
+            table = log_prob_table(
+                reference, batches, len(dataset), placement, announce, begun=begun, keep_part=keep_part
+            )
+            announce(f"> reference: log-probabilities kept in {_keep(folder, key, placement, table, part=False)}")
         tables.append(table)
     return torch.cat(tables)
 
 
-def _cached(folder: Path, key: CacheKey, placement: Placement, announce: Announce) -> torch.Tensor | None:
+def _cached(
+    folder: Path, key: CacheKey, placement: Placement, announce: Announce, *, part: bool = False
+) -> torch.Tensor | None:
     """What rank 0 finds on its disk, on every rank; a damaged file counts as none, and is named."""
-    answer = _on_rank_0(lambda: read_cache(folder, key), placement)
+    answer = _on_rank_0(lambda: read_cache(folder, key, part=part), placement)
     if isinstance(answer, str):
         announce(f"> reference: {answer}: making it again")
         return None
     if answer is not None:
-        announce(f"> reference: log-probabilities of {key.pairs} pairs from {folder / key.file_name}")
+        found = key.pairs - int(answer[:, 0].isnan().sum())
+        announce(f"> reference: log-probabilities of {found} pairs from {folder / key.file_name(part=part)}")
     return answer
 
 
-def _keep(folder: Path, key: CacheKey, table: torch.Tensor, placement: Placement, announce: Announce) -> None:
-    path = _on_rank_0(lambda: _written(folder, lambda: write_cache(folder, key, table)), placement)
-    announce(f"> reference: log-probabilities kept in {path}")
+def _keep(folder: Path, key: CacheKey, placement: Placement, table: torch.Tensor, *, part: bool) -> Path:
+    return _on_rank_0(lambda: _written(folder, lambda: write_cache(folder, key, table, part=part)), placement)
 
 
 def _written(folder: Path, write: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -170,6 +171,47 @@ def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
         assert any(str(file) in line and sentence in line for line in again[0]["said"])
         assert file.read_bytes() == whole
         assert losses(again) == losses(first)
+
+
+def run_that_fails_in_its_pass(words: list[str], at_batch: int) -> None:
+    """For a rank: the pass before training ends with a failure, as when a signal ends the process."""
+    from hft_megatron.training import reference
+
+    original, begun = reference.reference_pass, 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        assert begun < at_batch, "the pass ends here"
+        return original(*arguments)
+
+    with patch.object(reference, "reference_pass", failing):
+        run_method_words("dpo", words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dp2 overlap", "bf16", "packed pp2"])
+def test_a_pass_that_was_stopped_goes_on_where_it_was(
+    ranks: RankPools, pairs_folder: Path, tmp_path: Path, case: str
+) -> None:
+    world_size, layout = CASES[case]
+    cache = tmp_path / "cache"
+    words, undisturbed = (
+        words_for_pairs(pairs_folder, *layout, "--train-iters", 3, cache=folder) for folder in (cache, tmp_path / "one")
+    )
+    whole = tune(ranks, world_size, undisturbed)
+    with pytest.raises(RanksFailed, match="the pass ends here"):
+        ranks(world_size).run(run_that_fails_in_its_pass, words=words, at_batch=3)
+    [part] = cache.iterdir()
+    again = tune(ranks, world_size, words)
+    steps = [line for line in whole[0]["said"] if "reference log-probabilities:" in line]
+    left = [line for line in again[0]["said"] if "reference log-probabilities:" in line]
+    assert len(left) > 0
+    assert left == steps[2:], "what was there is not asked for again"
+    assert any(line.endswith(f" pairs from {part}") for line in again[0]["said"])
+    assert losses(again) == losses(whole)
+    [file] = cache.iterdir()
+    assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
 
 
 def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, pairs_folder: Path, tmp_path: Path) -> None:
