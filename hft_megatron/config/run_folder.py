@@ -24,16 +24,11 @@ def same_folder(one: str, other: str | None) -> bool:
     return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
-def note_of_folder(other: Path, *, by: Path) -> str:
-    """How the run in the folder ``by`` notes another run's: by name where they lie side by side, because such folders,
-    as those of --stages, move together; else the whole path."""
-    other, by = other.resolve(), by.resolve()
-    return f"../{other.name}" if other.parent == by.parent else str(other)
-
-
-def noted_path(note: str, *, by: Path) -> Path:
-    """Where a path that begins with ``note_of_folder``'s answer leads, wherever the folder ``by`` is now."""
-    return (by / note).resolve()
+def found_again(folder: Path, *, beside: Path) -> Path:
+    """Where another run's ``folder`` is, which the run in ``beside`` has noted: the folder of its name beside that run,
+    if it is gone from where it was, because runs that lie side by side, such as those of --stages, move together."""
+    moved = beside.resolve().parent / folder.name
+    return moved if moved.is_dir() and not folder.exists() else folder
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
-from hft_megatron.config.run_folder import RUN_IDENTITY_FILE, note_of_folder, noted_path, write_atomically
+from hft_megatron.config.run_folder import RUN_IDENTITY_FILE, found_again
 from hft_megatron.config.schema import DataConfig, DpoConfig, RunConfig
 from hft_megatron.errors import UserError
 
@@ -96,7 +96,7 @@ class RunIdentity:
     """For the message only, next to ``order_digest``: what that order was made for."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for a JSON file beside the checkpoints."""
         return asdict(self)
 
     @staticmethod
@@ -107,13 +107,6 @@ class RunIdentity:
             shape["rope_scaling"] = Llama3RopeScaling(**shape["rope_scaling"])
         return RunIdentity(**{**saved, "shape": ModelShape(**shape)})
 
-    def write(self, folder: Path) -> None:
-        """Into a run's --save folder. Raises OSError."""
-        noted = self.to_dict()
-        if self.finetuned_from is not None:
-            noted["finetuned_from"] = note_of_folder(Path(self.finetuned_from), by=folder)
-        write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(noted, indent=2) + "\n")
-
     @staticmethod
     def read(option: str, folder: str) -> RunIdentity:
         """Of the run in ``folder``, which ``option`` names. UserError for a file that can't be read."""
@@ -122,7 +115,7 @@ class RunIdentity:
             noted = RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))
             if noted.finetuned_from is None:
                 return noted
-            return replace(noted, finetuned_from=str(noted_path(noted.finetuned_from, by=file.parent)))
+            return replace(noted, finetuned_from=str(found_again(Path(noted.finetuned_from), beside=file.parent)))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{option} {folder}: {file.name}, which says what run its checkpoints are of, can't be read ({error}); "

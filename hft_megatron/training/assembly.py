@@ -13,7 +13,7 @@ from hft_megatron.checkpoint.store import check_saved_plan
 from hft_megatron.config.derived import global_batch_size, train_iters
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, SPECTRUM_FILE, write_atomically
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
@@ -262,7 +262,7 @@ def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, sc
             write_resolved(config, folder / RESOLVED_CONFIG_FILE)
             if scores is not None:
                 write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
-            inputs.identity.write(folder)
+            write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
         except OSError as error:
             mistake = f"--save {folder} can't be written: {error}; make room, or choose another folder."
     _raise_on_all(mistake, placement)

@@ -157,32 +157,37 @@ def log_prob_table(
     is_there = ~table[:, 0].isnan()
     new: list[tuple[Tensor, Tensor]] = []
     speaks = placement.pipeline_rank == placement.pipeline_size - 1 and placement.tensor_rank == 0
-    done, part, line = 0, max(1, pairs // _PARTS), max(1, pairs // _PROGRESS_LINES)
+    came, part, line = 0, max(1, pairs // _PARTS), max(1, pairs // _PROGRESS_LINES)
+
+    def fill_and_say() -> None:
+        before = int(is_there.sum())
+        _fill(table, is_there, new, placement)
+        if (now := int(is_there.sum())) // line > before // line:
+            announce(f"  reference log-probabilities: {now} of {pairs} pairs")
+
     for batch in batches:
-        if begun is not None and _all_there(is_there, batch, placement):
+        numbers = torch.cat([micro_batch["pairs"] for micro_batch in batch.micro_batches])
+        lacked = _on_all((~is_there[numbers]).sum() if speaks else torch.tensor(0), placement)
+        if lacked == 0:
             continue
         log_probs = reference_pass(chunks, batch)
         if speaks:
-            numbers = [micro_batch["pairs"] for micro_batch in batch.micro_batches]
-            new.append((torch.cat(numbers), torch.cat(log_probs).cpu()))
-        done += sum(len(micro_batch["pairs"]) for micro_batch in batch.micro_batches) * placement.data_size
-        if done >= part:
-            before = int(is_there.sum())
-            _fill(table, is_there, new, placement)
+            new.append((numbers, torch.cat(log_probs).cpu()))
+        came += lacked
+        if came >= part:
+            fill_and_say()
             keep_part(table)
-            if (now := int(is_there.sum())) // line > before // line:
-                announce(f"  reference log-probabilities: {now} of {pairs} pairs")
-            new, done = [], 0
-    _fill(table, is_there, new, placement)
+            new, came = [], 0
+    fill_and_say()
     assert is_there.all(), "the batches hold every pair"
     return table
 
 
-def _all_there(is_there: Tensor, batch: StepBatch, placement: Placement) -> bool:
-    numbers = torch.cat([micro_batch["pairs"] for micro_batch in batch.micro_batches])
-    answer = is_there[numbers].all().to(device=placement.device, dtype=torch.int32)
-    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
-    return bool(answer)
+def _on_all(count: Tensor, placement: Placement) -> int:
+    """The sum over ranks, which hold different numbers of pairs: what all decide alike must not be a rank's own."""
+    total = count.to(device=placement.device, dtype=torch.int64)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def _fill(table: Tensor, is_there: Tensor, new: Sequence[tuple[Tensor, Tensor]], placement: Placement) -> None:

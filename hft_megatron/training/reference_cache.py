@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -85,7 +86,8 @@ def write_cache(folder: Path, key: CacheKey, log_probs: Tensor, *, part: bool) -
     note = json.dumps({"key": asdict(key), "sha256": _sha256(log_probs)})
     path = folder / key.file_name(part=part)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the number of the process: in containers that share the folder they are alike.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.write_bytes(save({_TENSOR: log_probs.contiguous()}, {_NOTE: note}))
         sync(temporary)

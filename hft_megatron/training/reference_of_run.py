@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hft_megatron.checkpoint.digests import identity_of
 from hft_megatron.checkpoint.store import load_weights as load_checkpoint_weights
 from hft_megatron.checkpoint.verification import shared_digest
-from hft_megatron.config.run_folder import REFERENCE_FILE, note_of_folder, noted_path, write_atomically
+from hft_megatron.config.run_folder import REFERENCE_FILE, found_again, write_atomically
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce
@@ -145,7 +145,9 @@ def _base_of_finetuning(inputs: Inputs) -> _Base:
         note = inputs.checkpoint.with_name(REFERENCE_FILE)
         try:
             noted = json.loads(note.read_text(encoding="utf-8"))
-            base = _Base(checkpoint=noted_path(noted["checkpoint"], by=note.parent), digest=str(noted["digest"]))
+            checkpoint = Path(noted["checkpoint"])
+            run = found_again(checkpoint.parent, beside=note.parent)
+            base = _Base(checkpoint=run / checkpoint.name, digest=str(noted["digest"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--load {note.parent}: {note.name}, which says what checkpoint the run started from, "
@@ -153,8 +155,7 @@ def _base_of_finetuning(inputs: Inputs) -> _Base:
             ) from error
     if inputs.config.checkpoint.save is not None:
         folder = Path(inputs.config.checkpoint.save)
-        run = note_of_folder(base.checkpoint.parent, by=folder)
-        noted = {"checkpoint": f"{run}/{base.checkpoint.name}", "digest": base.digest}
+        noted = {"checkpoint": str(base.checkpoint), "digest": base.digest}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / REFERENCE_FILE, json.dumps(noted, indent=1) + "\n")

@@ -9,6 +9,7 @@ import pytest
 
 from hft_megatron.config.method_rules import CHOICE_OF_UNITS
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
+from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
 from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
 from hft_megatron.config.schema import DataConfig, HFTConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.errors import UserError
@@ -79,17 +80,26 @@ def test_a_file_from_before_an_option_existed_means_its_default() -> None:
     assert RunIdentity.from_dict(old) == identity()
 
 
-@pytest.mark.parametrize(("source", "found"), [("all/first", "moved/first"), ("first", "first")])
-def test_a_run_beside_the_one_that_it_started_from_may_be_moved_with_it(
-    source: str, found: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("source", "moves", "found"),
+    [
+        ("all/first", "all", "moved/first"),
+        ("all/first", "all/second", "all/first"),
+        ("elsewhere", "all", "elsewhere"),
+    ],
+    ids=["with its source", "alone", "away from a source that was not beside it"],
+)
+def test_a_run_that_is_moved_knows_where_the_run_is_that_it_started_from(
+    source: str, moves: str, found: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "all" / "second").mkdir(parents=True)
+    for folder in (tmp_path / "all" / "second", tmp_path / source):
+        folder.mkdir(parents=True)
     tuned = replace(identity(), finetuned_from=str(tmp_path / source))
-    tuned.write(tmp_path / "all" / "second")
+    (tmp_path / "all" / "second" / RUN_IDENTITY_FILE).write_text(json.dumps(tuned.to_dict()))
     assert RunIdentity.read("--save", str(tmp_path / "all" / "second")) == tuned
-    (tmp_path / "all").rename(tmp_path / "moved")
-    moved = RunIdentity.read("--save", str(tmp_path / "moved" / "second"))
-    assert moved.finetuned_from == str(tmp_path / found)
+    (tmp_path / moves).rename(tmp_path / "moved")
+    run = tmp_path / "moved" if moves == "all/second" else tmp_path / "moved" / "second"
+    assert RunIdentity.read("--save", str(run)).finetuned_from == str(tmp_path / found)
 
 
 def test_a_plan_file_is_the_same_one_when_its_content_is(tmp_path: Path) -> None:

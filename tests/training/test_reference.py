@@ -173,45 +173,49 @@ def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
         assert losses(again) == losses(first)
 
 
-def run_that_fails_in_its_pass(words: list[str], at_batch: int) -> None:
-    """For a rank: the pass before training ends with a failure, as when a signal ends the process."""
+def run_in_parts(words: list[str], end_at: int | None = None) -> dict[str, Any]:
+    """For a rank: the passes before training keep what they have five times, and batch ``end_at`` of them fails."""
     from hft_megatron.training import reference
 
-    original, begun = reference.reference_pass, 0
+    original, batches = reference.reference_pass, 0
 
-    def failing(*arguments: Any) -> Any:
-        nonlocal begun
-        begun += 1
-        assert begun < at_batch, "the pass ends here"
+    def counted(*arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        assert batches != end_at, "the pass ends here"
         return original(*arguments)
 
-    with patch.object(reference, "reference_pass", failing):
-        run_method_words("dpo", words)
+    with patch.object(reference, "reference_pass", counted), patch.object(reference, "_PARTS", 5):
+        return run_method_words("dpo", words)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dp2 overlap", "bf16", "packed pp2"])
+@pytest.mark.parametrize("case", ["dp2 overlap", "bf16", "packed dp2", "packed pp2"])
 def test_a_pass_that_was_stopped_goes_on_where_it_was(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path, case: str
 ) -> None:
+    """Ranks hold different numbers of pairs: packed, and in the last batch of validation, where one of two has none."""
     world_size, layout = CASES[case]
-    cache = tmp_path / "cache"
-    words, undisturbed = (
-        words_for_pairs(pairs_folder, *layout, "--train-iters", 3, cache=folder) for folder in (cache, tmp_path / "one")
-    )
-    whole = tune(ranks, world_size, undisturbed)
+    valid = write_pairs(tmp_path / "valid.jsonl", 5, first=50)
+    options = [*layout, "--train-iters", "3", "--valid-data-path", str(valid), "--eval-interval", "3"]
+    cache, undisturbed = tmp_path / "cache", tmp_path / "undisturbed"
+    words = words_for_pairs(pairs_folder, *options, cache=cache)
+    whole = ranks(world_size).run(run_in_parts, words=words_for_pairs(pairs_folder, *options, cache=undisturbed))
     with pytest.raises(RanksFailed, match="the pass ends here"):
-        ranks(world_size).run(run_that_fails_in_its_pass, words=words, at_batch=3)
+        ranks(world_size).run(run_in_parts, words=words, end_at=3)
     [part] = cache.iterdir()
-    again = tune(ranks, world_size, words)
-    steps = [line for line in whole[0]["said"] if "reference log-probabilities:" in line]
-    left = [line for line in again[0]["said"] if "reference log-probabilities:" in line]
-    assert len(left) > 0
-    assert left == steps[2:], "what was there is not asked for again"
+    again = ranks(world_size).run(run_in_parts, words=words)
+    lines, left = (
+        [line for line in values[0]["said"] if "reference log-probabilities:" in line] for values in (whole, again)
+    )
+    assert 0 < len(left) < len(lines)
+    assert left == lines[-len(left) :], "what was there is not asked for again"
+    assert left[-1].endswith(" 5 of 5 pairs")
     assert any(line.endswith(f" pairs from {part}") for line in again[0]["said"])
     assert losses(again) == losses(whole)
-    [file] = cache.iterdir()
-    assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
+    assert {file.name: file.read_bytes() for file in cache.iterdir()} == {
+        file.name: file.read_bytes() for file in undisturbed.iterdir()
+    }
 
 
 def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, pairs_folder: Path, tmp_path: Path) -> None:
