@@ -24,14 +24,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("background"))
 
 
-def run_with_a_slow_writer(words: list[str], kill_at: int | None = None) -> dict[str, Any]:
+def run_with_a_slow_writer(
+    words: list[str], kill_at: int | None = None, seconds: float = SLOW_WRITER_S
+) -> dict[str, Any]:
     """Every writer sleeps before it writes, so that steps are taken meanwhile."""
     from hft_megatron.checkpoint import writing
 
     original = writing._write
 
     def slow(*arguments: Any) -> None:
-        time.sleep(SLOW_WRITER_S)
+        time.sleep(seconds)
         original(*arguments)
 
     with patch.object(writing, "_write", slow):
@@ -61,11 +63,12 @@ def test_a_checkpoint_written_in_the_background_is_the_one_of_its_step(
 
 @pytest.mark.slow
 def test_the_log_says_for_how_long_training_stood_still(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
-    words = words_for(inputs, "--save", tmp_path, "--save-interval", 20, "--async-save", "--train-iters", 40)
-    [answer] = ranks(1).run(run_with_a_slow_writer, words=words)
+    """The steps up to the next save take longer than the writer, which takes much longer than all else of a save."""
+    words = words_for(inputs, "--save", tmp_path, "--save-interval", 100, "--async-save", "--train-iters", 200)
+    [answer] = ranks(1).run(run_with_a_slow_writer, words=words, seconds=2.0)
     [first, _] = [line for line in answer["said"] if "successfully saved checkpoint" in line]
     total, stall = (float(number.replace(",", "")) for number in re.findall(r"([0-9,]+) ms", first))
-    assert total > SLOW_WRITER_S * 1e3 > stall > 0
+    assert total > 2000.0 > stall > 0
 
 
 @pytest.mark.slow

@@ -8,16 +8,18 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hft_megatron.checkpoint.digests import damage_in, read_digests
-from hft_megatron.checkpoint.folders import find_checkpoints
+from hft_megatron.checkpoint.folders import find_checkpoints, iteration_of
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
 from hft_megatron.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from hft_megatron.training.saving import StopEarly
 from tests.support.disks import Disk, small_disk
-from tests.support.launched import Launched, launched
+from tests.support.launched import START_TIMEOUT, Launched, launched
 from tests.support.runs import make_inputs, read_metrics, words_for
 
 pytestmark = pytest.mark.slow
@@ -59,22 +61,26 @@ def unfinished(save: Path) -> list[Path]:
     return list(save.glob("*.unfinished*"))
 
 
-def freeze_after_the_first_save(run: Launched, save: Path) -> tuple[Path, Callable[[], None]]:
-    """The first checkpoint, and what lets both ranks go on; until then nobody writes on the disk."""
-    run.wait_for((save / CHECKPOINT_TRACKER_FILE).exists)  # The last file of a save.
-    ranks = [run.rank(0), run.rank(1)]
-    assert run.freeze(*ranks)
-    first = find_checkpoints(str(save)).newest
-    assert first is not None
-    assert not unfinished(save), "it was too fast for this test"
-    return first, lambda: run.resume(*ranks)
+def freeze_between_saves(run: Launched, save: Path) -> tuple[Path, Callable[[], None]]:
+    """The newest checkpoint, and what lets both ranks go on; until then nobody writes on the disk."""
+    tracker = save / CHECKPOINT_TRACKER_FILE  # The last file of a save.
+    while True:
+        run.wait_for(lambda: tracker.exists() and not unfinished(save))
+        ranks = [run.rank(0), run.rank(1)]
+        assert run.freeze(*ranks)
+        newest = find_checkpoints(str(save)).newest
+        assert newest is not None
+        if not unfinished(save) and int(tracker.read_text()) == iteration_of(newest):
+            return newest, partial(run.resume, *ranks)
+        run.resume(*ranks)
 
 
 def stop_inside_a_save(run: Launched, save: Path, *ranks: int) -> None:
     """Freezes ranks while a checkpoint after the first one is only half there: its index comes after all tensors."""
 
     def half_there() -> bool:
-        return any(not (folder / ".metadata").exists() for folder in unfinished(save))
+        # In this order: what is complete goes under another name.
+        return any(not (folder / ".metadata").exists() and folder.exists() for folder in unfinished(save))
 
     run.wait_for(lambda: find_checkpoints(str(save)).newest)
     processes = [run.rank(number) for number in ranks]
@@ -102,6 +108,10 @@ def freeze_writers(run: Launched, save: Path) -> None:
 
     run.wait_for(lambda: find_checkpoints(str(save)).newest)
     run.wait_for(caught)
+
+
+def wait_until_torchrun_has_passed_on(run: Launched, number: signal.Signals) -> None:
+    run.wait_for(lambda: run.text().count(f"closing signal {number.name}") >= 2)
 
 
 def ended(run: Launched, record: Record, code: int | None, rank: int | None = None) -> None:
@@ -148,7 +158,7 @@ def size_but_for_the_index(checkpoint: Path) -> int:
 QUIET = ("--log-interval", "5000")
 FULL = {
     "in the foreground": ([*QUIET], lambda first: size_of(first, "*") // 2),
-    "in the background": ([BACKGROUND], lambda first: size_of(first, "*") // 2),
+    "in the background": ([*QUIET, BACKGROUND], lambda first: size_of(first, "*") // 2),
     "but for the index": ([*QUIET], size_but_for_the_index),
     "but for the index, in the background": ([*QUIET, BACKGROUND], size_but_for_the_index),
     "before anything": ([*QUIET], lambda first: 0),
@@ -164,7 +174,7 @@ def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_r
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
-        first, go_on = freeze_after_the_first_save(run, save)
+        first, go_on = freeze_between_saves(run, save)
         disk.leave_free(room(first))
         go_on()
         ended(run, record_property, EXIT_FAILURE)
@@ -190,7 +200,7 @@ def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_r
     disk.remount("size=256m")
     more = ["--train-iters", str(kept + 2), "--log-interval", "1"]
     with launched(words(inputs, folder, *more), log=tmp_path / "log", prefix=disk.enter) as run:
-        assert run.end(within=BOUND * 2)[0] == EXIT_OK, run.text()
+        assert run.end(within=START_TIMEOUT)[0] == EXIT_OK, run.text()
     assert f"successfully loaded checkpoint from {folder / first.name}" in run.text()
     assert [line["iteration"] for line in read_metrics(save)][-2:] == [kept + 1, kept + 2]
 
@@ -202,20 +212,21 @@ def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_roo
     save = disk.seen(folder)
     command = words(inputs, folder, "--save-interval", 50)
     with launched(command, log=tmp_path / "log", prefix=disk.enter) as run:
-        _, go_on = freeze_after_the_first_save(run, save)
+        newest, go_on = freeze_between_saves(run, save)
         disk.leave_free(0)
         go_on()
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.match(
         rf"hft-megatron: error: iteration \d+ can't be written to {folder}/metrics.jsonl: \[Errno 28\] No space left "
-        rf"on device; of the checkpoints, {folder}/iter_0000050 is the newest complete one\.$",
+        rf"on device; of the checkpoints, {folder / newest.name} is the newest complete one\.$",
         sentence,
     )
     assert not own_traces(run)
     assert is_whole(find_checkpoints(str(save)).newest)
 
     with launched(command, log=tmp_path / "log", prefix=disk.enter) as run:
+        run.wait_for(run.sentences)
         ended(run, record_property, EXIT_USAGE)
     [sentence] = run.sentences()
     assert sentence.startswith(f"hft-megatron: error: {folder}/metrics.jsonl can't be written: [Errno 28] No space")
@@ -229,7 +240,7 @@ def test_a_folder_that_becomes_read_only_is_one_sentence(
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
-        _, go_on = freeze_after_the_first_save(run, save)
+        _, go_on = freeze_between_saves(run, save)
         disk.become_read_only(folder)
         go_on()
         ended(run, record_property, EXIT_FAILURE)
@@ -254,7 +265,7 @@ def test_a_folder_that_is_read_only_from_the_start_is_one_sentence_before_a_mode
     with launched(
         words(inputs, folder, "--tensor-model-parallel-size", 1), ranks=None, log=log, prefix=disk.enter
     ) as run:
-        code, seconds = run.end(within=BOUND)
+        code, seconds = run.end(within=START_TIMEOUT)
     print(f"ended after {seconds:.1f} s")
     assert code == EXIT_USAGE
     assert log.read_text() == (
@@ -326,6 +337,7 @@ def test_a_signal_inside_a_save_lets_it_end_saves_once_more_and_reports_3(
     with launched(words(inputs, save, *options), log=tmp_path / "log") as run:
         stop_inside_a_save(run, save, 0, 1)
         run.launcher.send_signal(number)
+        wait_until_torchrun_has_passed_on(run, number)
         for rank in (0, 1):
             if to_all:
                 run.rank(rank).send_signal(number)
@@ -349,7 +361,8 @@ def test_a_second_signal_ends_at_once(inputs: Path, tmp_path: Path, record_prope
     with launched(words(inputs, save, BACKGROUND), log=tmp_path / "log") as run:
         freeze_writers(run, save)
         run.launcher.terminate()
-        time.sleep(1.5)
+        wait_until_torchrun_has_passed_on(run, signal.SIGTERM)
+        time.sleep(3 * StopEarly.ONE_SIGNAL_S)
         assert run.writer(0) is not None, "the first signal waits for the save"
         run.launcher.terminate()
         ended(run, record_property, None)

@@ -15,7 +15,7 @@ from tests.support.runs import losses_in, make_inputs, read_metrics, run_cli, st
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 80
 SAVE_INTERVAL = 10
 CAUGHT_AT = 13
 """Line of metrics.jsonl at which the run is stopped: after a checkpoint, and not at one."""

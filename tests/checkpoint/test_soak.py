@@ -36,7 +36,7 @@ def test_a_run_whose_ranks_are_killed_again_and_again_ends_like_one_that_was_lef
     inputs = make_inputs(tmp_path)
     draw = random.Random(SEED)
     victims = draw.sample([0, 1] * ROUNDS, k=ROUNDS)
-    iterations = ROUNDS * (FARTHEST + INTERVAL)
+    iterations = ROUNDS * 2 * (FARTHEST + INTERVAL)
     print(f"\n{ROUNDS} rounds of seed {SEED}, {iterations} iterations")
 
     def words(name: str, *options: str) -> list[str]:

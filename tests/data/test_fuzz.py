@@ -24,7 +24,11 @@ from tests.support.data_files import load, trained_texts
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 # The folders of one test are shared by its examples, which each write the file anew.
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 TEXT = st.text(max_size=12) | st.sampled_from(
     ["</s>", "<|im_end|>", "[/INST]", "\x00", "\ufdd0", "{{ x }}", "user", "gpt"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -51,6 +51,7 @@ def cache_of(rust_json: str) -> WordCache:
     return WordCache(words, *start_and_inside(rust_json))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=st.lists(st.one_of(TEXT, st.text(), st.sampled_from(CORPUS))), continues=st.booleans())
 def test_any_text_has_the_ids_that_it_has_in_one_piece(own_json: str, texts: list[str], continues: bool) -> None:
     whole = start_and_inside(own_json)[continues]

@@ -31,7 +31,7 @@ HARDENED = (
     "no-new-privileges",
 )
 LIMITS = ("--memory", "3g", "--pids-limit", "256", "--shm-size", "1g")
-ITERATIONS = 24
+ITERATIONS = 40
 WORDS = (
     f"--train-iters {ITERATIONS} --global-batch-size 8 --micro-batch-size 2 --seq-length 96 --log-interval 1".split()
 )
@@ -60,7 +60,7 @@ def said(engine: Engine, name: str) -> str:
     return f"{logs.stdout[-3000:]}\n{logs.stderr[-3000:]}"
 
 
-def wait_for_lines(engine: Engine, name: str, save: Path, count: int, seconds: float = 120) -> None:
+def wait_for_lines(engine: Engine, name: str, save: Path, count: int, seconds: float = 600) -> None:
     """Until a container has written so many lines to its run's log."""
     log, deadline = save / "metrics.jsonl", time.monotonic() + seconds
     while not log.exists() or len(read_metrics(save)) < count:
@@ -130,6 +130,8 @@ def test_a_run_on_a_read_only_system_has_the_losses_of_one_outside_and_keeps_the
 
     wait_for_lines(engine, "whole", save, 1)
     users = engine.docker("top", "whole", "-eo", "uid,pid,args").stdout.splitlines()[1:]
+    # The engine's own, for a moment at every look at the run's health.
+    users = [line for line in users if not line.endswith("runc init")]
     assert len(users) >= 4
     assert {line.split()[0] for line in users} == {str(USER)}
     state = json.loads(engine.docker("inspect", "whole").stdout)[0]["State"]
@@ -177,7 +179,7 @@ def test_a_run_that_writes_no_line_is_unhealthy(engine: Engine, image: str) -> N
     )
     engine.docker("run", "--detach", "--name", "silent", *words, "--health-start-period", "1s", image, "sleep", "60")
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while engine.docker("inspect", "--format", "{{.State.Health.Status}}", "silent").stdout.strip() != "unhealthy":
         assert time.monotonic() < deadline, engine.docker("inspect", "silent").stdout
     engine.docker("rm", "--force", "silent")

@@ -223,6 +223,6 @@ def test_a_plan_of_70b_is_drawn_and_described_in_well_under_a_second() -> None:
         vocab_size=128256,
         max_position_embeddings=8192,
     )
-    start = time.perf_counter()
+    start = time.process_time()
     make_plan(shape, HFTConfig(), default_seed=1).describe()
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5

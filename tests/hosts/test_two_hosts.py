@@ -198,6 +198,7 @@ def test_killed_workers_come_back_to_the_newest_checkpoint_and_lose_nothing_else
         victim = drawn.randrange(2)
         process = run.nodes[victim].ranks()[victim]
         time.sleep(drawn.uniform(0.0, 0.3))
+        process.suspend()  # What is looked at stands still.
         saved, at = run.saved(), run.iteration()
         process.kill()
         wait_for(lambda after=kill: len(run.loaded()) > after, run.nodes, STARTED_WITHIN_S)  # type: ignore[misc]

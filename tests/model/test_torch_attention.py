@@ -87,7 +87,7 @@ def test_no_example_sees_another(ranks, tmp_path: Path, variant: str) -> None:
 
 def run_packed_losses(folder: str) -> int:
     """How many drawn packs were looked at; a token's loss in each must be that of its example alone."""
-    from hypothesis import given, settings
+    from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
     (model,), shape, _ = build_from_folder(folder, {})
@@ -101,7 +101,13 @@ def run_packed_losses(folder: str) -> int:
         with torch.no_grad():
             return model(tokens, torch.arange(tokens.size(1))[None], None, labels=labels, packed_seq_params=packed)[0]
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @settings(
+        max_examples=60,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 2**31))
     def check(lengths: list[int], seed: int) -> None:
         nonlocal looked_at

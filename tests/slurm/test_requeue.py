@@ -56,16 +56,16 @@ def test_a_preempted_run_on_two_nodes_comes_back_by_itself_and_ends_as_an_undist
 
     whole, disturbed = tmp_path / "save" / "0", tmp_path / "save" / "1"
     first = cluster.job(f"{array}_0")["JobId"]
-    cluster.wait_for(f"{array}_0", is_done, tmp_path / f"finetune-llama-hft-{first}.out", 180)
+    cluster.wait_for(f"{array}_0", is_done, tmp_path / f"finetune-llama-hft-{first}.out", 600)
 
     # By the array's number, for which the last task may stand, Slurm shows all tasks.
     task = f"{array}_1"
     number = cluster.job(task)["JobId"]
     output = tmp_path / f"finetune-llama-hft-{number}.out"
     log = disturbed / "metrics.jsonl"
-    cluster.wait_for(task, lambda job: log.exists() and len(read_metrics(disturbed)) >= 3, output, 120)
+    cluster.wait_for(task, lambda job: log.exists() and len(read_metrics(disturbed)) >= 3, output, 600)
     cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=true")
-    cluster.wait_for(task, is_done, output, 180)
+    cluster.wait_for(task, is_done, output, 600)
     assert cluster.job(task)["Restarts"] == "1"
     assert cluster.job(f"{array}_0")["Restarts"] == "0"
     text = output.read_text()
@@ -92,8 +92,8 @@ def test_the_time_limit_is_announced_early_enough_to_go_back_into_the_queue(clus
     # 300 s are the lead of the batch file's signal.
     begun = time.monotonic()
     cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=5")
-    cluster.wait_for(number, lambda job: job["JobState"] == "PENDING" and job["Restarts"] == "1", output, 90)
+    cluster.wait_for(number, lambda job: job["Restarts"] == "1", output, 90)
     assert time.monotonic() - begun < 300
-    cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=240")
+    cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=240", check=False)  # It may be done again.
     cluster.wait_for(number, is_done, output, 60)
     assert "goes back into the queue" in output.read_text()

@@ -45,7 +45,7 @@ class Engine:
     def address(self) -> str:
         return f"unix://{self.folder}/socket"
 
-    def docker(self, *words: str, check: bool = True, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
+    def docker(self, *words: str, check: bool = True, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
         """Runs ``docker WORDS``; with ``check`` a failure is shown with all that the command said."""
         environment = {**os.environ, "DOCKER_HOST": self.address, "DOCKER_BUILDKIT": "1"}
         command = [CLIENT, *words]

@@ -81,7 +81,7 @@ class RankPool:
         self._torchrun: subprocess.Popen[bytes] | None = None
         self._folder = Path()
 
-    def run(self, target: Target, *, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(self, target: Target, *, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Call ``target(**kwargs)`` on every rank and return the values in rank order.
 
         ``target`` is a module-level function or ``"tests.part.cases:run_x"``; arguments and values travel as JSON, so
@@ -112,9 +112,10 @@ class RankPool:
         """Kill the group: torchrun would give stuck ranks 30 seconds, and each rank has a session of its own."""
         if self._torchrun is None:
             return
-        launcher = psutil.Process(self._torchrun.pid)  # at worst a zombie: nobody but wait() below reaps it
-        family = {*launcher.children(recursive=True), launcher}
-        family |= {rank.process for rank in self._ranks if rank.process is not None}
+        family = {rank.process for rank in self._ranks if rank.process is not None}
+        with contextlib.suppress(psutil.NoSuchProcess):  # Where it did not start, its end was seen.
+            launcher = psutil.Process(self._torchrun.pid)
+            family |= {*launcher.children(recursive=True), launcher}
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

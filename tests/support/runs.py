@@ -214,7 +214,7 @@ def start_cli(
 
 
 def run_cli(
-    words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 120, method: MethodName = "sft"
+    words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 300, method: MethodName = "sft"
 ) -> int:
     """``start_cli`` and wait; the exit code."""
     process = start_cli(words, ranks=ranks, log=log, method=method)

@@ -24,6 +24,8 @@ from hft_megatron.training.doctor.time_limit import TimeLimit
 
 OTHER_RANKS_WAIT_S = 30.0
 """How long a rank that lost the others stays: rank 0, which has lost them too, must have spoken by then."""
+OTHERS_SPEAK_S = 5.0
+"""How long rank 0 stays after its time limit: those of others may end a moment later."""
 Show = Callable[[Diagnosis], None]
 
 
@@ -148,6 +150,9 @@ class Examination:
         self._findings.append(_does_not_return(what, self._limit.seconds / 60))
         # Rank 0 has a time limit of its own, which may have begun later.
         self._alone(self._limit.seconds)
+        if self._rank == 0:
+            # torchrun ends the others as soon as this rank is gone.
+            time.sleep(OTHERS_SPEAK_S)
 
 
 def _does_not_return(what: str, minutes: float) -> Finding:
