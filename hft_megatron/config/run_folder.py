@@ -28,7 +28,8 @@ def found_again(folder: Path, *, beside: Path) -> Path:
     """Where another run's ``folder`` is, which the run in ``beside`` has noted: the folder of its name beside that run,
     if it is gone from where it was, because runs that lie side by side, such as those of --stages, move together."""
     moved = beside.resolve().parent / folder.name
-    return moved if moved.is_dir() and not folder.exists() else folder
+    # Of os.path, which takes a folder that can't be looked at for one that is gone.
+    return (moved if os.path.isdir(moved) and not os.path.exists(folder) else folder).resolve()
 
 
 def write_atomically(path: Path, text: str) -> None:

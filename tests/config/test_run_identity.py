@@ -102,6 +102,16 @@ def test_a_run_that_is_moved_knows_where_the_run_is_that_it_started_from(
     assert RunIdentity.read("--save", str(run)).finetuned_from == str(tmp_path / found)
 
 
+def test_a_source_that_a_link_leads_to_has_one_name(tmp_path: Path) -> None:
+    (tmp_path / "moved" / "first").mkdir(parents=True)
+    (tmp_path / "moved" / "second").mkdir()
+    (tmp_path / "all").symlink_to(tmp_path / "moved")
+    tuned = replace(identity(), finetuned_from=str(tmp_path / "all" / "first"))
+    (tmp_path / "moved" / "second" / RUN_IDENTITY_FILE).write_text(json.dumps(tuned.to_dict()))
+    found = RunIdentity.read("--save", str(tmp_path / "all" / "second"))
+    assert found.finetuned_from == str(tmp_path / "moved" / "first")
+
+
 def test_a_plan_file_is_the_same_one_when_its_content_is(tmp_path: Path) -> None:
     identities = []
     for name, text in (("a.json", "{}"), ("b.json", "{}"), ("c.json", "{ }")):

@@ -186,7 +186,7 @@ def run_in_parts(words: list[str], end_at: int | None = None) -> dict[str, Any]:
         return original(*arguments)
 
     with patch.object(reference, "reference_pass", counted), patch.object(reference, "_PARTS", 5):
-        return run_method_words("dpo", words)
+        return {**run_method_words("dpo", words), "batches": batches}
 
 
 @pytest.mark.slow
@@ -209,7 +209,8 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(
         [line for line in values[0]["said"] if "reference log-probabilities:" in line] for values in (whole, again)
     )
     assert 0 < len(left) < len(lines)
-    assert left == lines[-len(left) :], "what was there is not asked for again"
+    assert left == lines[-len(left) :]
+    assert again[0]["batches"] == whole[0]["batches"] - 2, "what was there is not asked for again"
     assert left[-1].endswith(" 5 of 5 pairs")
     assert any(line.endswith(f" pairs from {part}") for line in again[0]["said"])
     assert losses(again) == losses(whole)

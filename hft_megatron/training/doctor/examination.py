@@ -150,7 +150,7 @@ class Examination:
         self._findings.append(_does_not_return(what, self._limit.seconds / 60))
         # Rank 0 has a time limit of its own, which may have begun later.
         self._alone(self._limit.seconds)
-        if self._rank == 0:
+        if self._rank == 0 and self.world_size > 1:
             # torchrun ends the others as soon as this rank is gone.
             time.sleep(OTHERS_SPEAK_S)
 

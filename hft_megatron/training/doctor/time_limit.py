@@ -20,15 +20,19 @@ class TimeLimit:
     @contextlib.contextmanager
     def of(self, what: str) -> Iterator[None]:
         """The time for what stands within."""
-        timer = threading.Timer(self.seconds, self._expire, (what,))
+        expired = threading.Event()
+        timer = threading.Timer(self.seconds, self._expire, (what, expired))
         timer.daemon = True
         timer.start()
         try:
             yield
         finally:
             timer.cancel()
+            if expired.is_set():
+                threading.Event().wait()  # The other thread is at its word, and ends the process.
 
-    def _expire(self, what: str) -> None:
+    def _expire(self, what: str, expired: threading.Event) -> None:
+        expired.set()
         try:
             self.on_expiry(what)
         finally:

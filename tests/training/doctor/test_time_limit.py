@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from hft_megatron.errors import EXIT_FAILURE
 from hft_megatron.training.doctor.time_limit import TimeLimit
 
@@ -16,8 +18,21 @@ with limit.of("disk"):
 """
 
 
-def test_what_hangs_is_said_and_ends_the_process() -> None:
-    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60)
+RETURNS_TOO_LATE = """
+import time
+from hft_megatron.training.doctor.time_limit import TimeLimit
+def say(what):
+    time.sleep(1)
+    print(what, "did not return", flush=True)
+with TimeLimit(seconds=0.2, on_expiry=say).of("disk"):
+    time.sleep(0.7)
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("script", [HANGS, RETURNS_TOO_LATE], ids=["for ever", "until its end is being announced"])
+def test_what_hangs_is_said_and_ends_the_process(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (EXIT_FAILURE, "disk did not return\n")
 
 
