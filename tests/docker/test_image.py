@@ -31,7 +31,7 @@ HARDENED = (
     "no-new-privileges",
 )
 LIMITS = ("--memory", "3g", "--pids-limit", "256", "--shm-size", "1g")
-ITERATIONS = 40
+ITERATIONS = 24
 WORDS = (
     f"--train-iters {ITERATIONS} --global-batch-size 8 --micro-batch-size 2 --seq-length 96 --log-interval 1".split()
 )
