@@ -47,6 +47,7 @@ def test_a_new_run_starts_with_the_weights_alone_at_any_layout_and_ratio(
     assert "a new run starts from them" in "\n".join(found[0]["said"])
 
 
+@pytest.mark.slow
 def test_a_new_run_that_has_begun_goes_on_and_does_not_begin_again(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,6 @@ from hft_megatron.checkpoint.position import TrainState
 from tests.checkpoint.test_verification import flip_a_bit, run_refused
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
-from tests.support.tiers import quick
 
 ONLY = ["--save-trained-only", "--save-interval", "1"]
 LAYOUTS = {"dp2": [], "tp2": ["--tensor-model-parallel-size", "2"]}
@@ -42,7 +41,8 @@ def bases(run: Path) -> dict[int, int | str]:
     }
 
 
-@pytest.mark.parametrize("layout", quick(LAYOUTS, ["tp2"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_saved_without_its_resting_weights_goes_on_to_the_same_bits(
     layout: str, ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

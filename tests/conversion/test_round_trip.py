@@ -83,7 +83,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("layout", quick(WORLD_SIZE, ["tp2_pp2"]))
+@pytest.mark.parametrize("layout", quick(WORLD_SIZE, ["pp2_vpp"]))
 def test_every_bit_comes_back_at_every_layout(
     layout: str, ranks: RankPools, sources: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_it_refuses_to_shadow_a_cuda_device(monkeypatch):
     assert not cpu_backend._active
 
 
+@pytest.mark.slow
 def test_importing_the_package_turns_nothing_on():
     code = (
         "import torch; before = torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.Stream\n"

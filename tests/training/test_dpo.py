@@ -75,7 +75,7 @@ CASES: dict[str, tuple[int, list[str], PreferenceRule]] = {
     "sft term": (1, ["--dpo-sft-weight", "0.3"], PreferenceRule(beta=0.5, sft_weight=0.3)),
     "averaged": (1, ["--dpo-average-log-probs"], PreferenceRule(beta=0.5, average_log_probs=True)),
 }
-QUICK = ["tp1 micro-batch 4", "tp2 sp", "pp2 interleaved", "packed"]
+QUICK = ["tp1 micro-batch 4", "tp2 sp", "pp2 interleaved"]
 
 
 @pytest.mark.parametrize("case", quick(CASES, QUICK))

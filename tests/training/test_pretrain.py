@@ -177,6 +177,7 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_ranks(
     assert len({round(step["loss"], 4) for step in steps}) == 6, "other samples would show in the losses"
 
 
+@pytest.mark.slow
 def test_more_iterations_go_on_while_the_order_is_the_same_and_are_refused_where_it_is_not(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

@@ -81,7 +81,8 @@ def test_a_tuning_that_stops_goes_on_to_the_last_bit_with_every_reference(
         assert second[rank]["state"] == whole[rank]["state"]
 
 
-@pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_tuning_of_another_runs_weights_compares_with_them_also_after_a_stop(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -231,7 +232,8 @@ def test_log_probabilities_of_other_pairs_are_never_taken(ranks: RankPools, pair
         tune(ranks, 1, words)
 
 
-@pytest.mark.parametrize(("dtype", "files"), [("--bf16", 2), pytest.param("--no-bf16", 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "files"), [("--bf16", 2), ("--no-bf16", 1)])
 def test_log_probabilities_of_another_layout_are_taken_where_that_is_rounding_only(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path, dtype: str, files: int
 ) -> None:
