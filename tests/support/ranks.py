@@ -7,13 +7,10 @@ A test's body is a module-level function ``run_x(**kwargs)`` that every rank exe
 import contextlib
 import inspect
 import json
-import os
 import selectors
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +19,8 @@ from typing import Any
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.forked import REPOSITORY, Started, start, torchrun
+
 WORKER = Path(__file__).with_name("worker.py")
 START_TIMEOUT = 180.0
 # Once one rank has failed, the others either answer at once or wait for it in a collective for ever.
@@ -78,7 +76,7 @@ class RankPool:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._ranks: list[_Rank] = []
-        self._torchrun: subprocess.Popen[bytes] | None = None
+        self._torchrun: Started | None = None
         self._folder = Path()
 
     def run(self, target: Target, *, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
@@ -138,19 +136,12 @@ class RankPool:
         # A unix socket's path holds about 100 bytes, so not pytest's deep temporary folders.
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         socket_path = str(self._folder / "s")
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.world_size)]
-        # Not --standalone: it resolves this machine's own name, which containers without a network can't.
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
-        command += [str(WORKER), socket_path]
-        with socket.socket(socket.AF_UNIX) as listener, self._log.open("wb") as log:
+        self._log.touch()
+        with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(socket_path)
             listener.listen(self.world_size)
             listener.settimeout(0.2)
-            self._torchrun = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self._torchrun = start([*torchrun(self.world_size), str(WORKER), socket_path], output=self._log)
             try:
                 self._ranks = self._accept(listener)
             except BaseException:

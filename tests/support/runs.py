@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hft_megatron.config.schema import MethodName
+from tests.support.forked import REPOSITORY, Started, clean_environment, start, torchrun
 from tests.support.models import make_llama
-from tests.support.ranks import REPOSITORY
 from tests.support.tokenizers import make_byte_level
 
 VOCAB_SIZE = 335
@@ -188,24 +188,19 @@ def start_cli(
     log: Path,
     prefix: Sequence[str] = (),
     method: MethodName = "sft",
-) -> "subprocess.Popen[bytes]":
+) -> "Started | subprocess.Popen[bytes]":
     """Starts ``python -m hft_megatron METHOD WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
 
-    ``prefix`` stands in front of the command, such as one that enters another namespace.
+    ``prefix`` stands in front of the command, such as one that enters another namespace; that one is really started.
     """
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
-    launcher = [sys.executable]
-    if ranks is not None:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
-        launcher += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
-        launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
-    command = [*prefix, *launcher, "-m", "hft_megatron", method, *words]
+    command = [*(() if ranks is None else torchrun(ranks)), "-m", "hft_megatron", method, *words]
+    if not prefix:
+        return start(command, output=log)
     with log.open("wb") as output:
         return subprocess.Popen(
-            command,
+            [*prefix, sys.executable, *command],
             cwd=REPOSITORY,
-            env=environment,
+            env=clean_environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -214,10 +209,16 @@ def start_cli(
 
 
 def run_cli(
-    words: Sequence[str], *, ranks: int | None = None, log: Path, timeout: float = 300, method: MethodName = "sft"
+    words: Sequence[str],
+    *,
+    ranks: int | None = None,
+    log: Path,
+    timeout: float = 300,
+    prefix: Sequence[str] = (),
+    method: MethodName = "sft",
 ) -> int:
     """``start_cli`` and wait; the exit code."""
-    process = start_cli(words, ranks=ranks, log=log, method=method)
+    process = start_cli(words, ranks=ranks, log=log, prefix=prefix, method=method)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:

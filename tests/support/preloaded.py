@@ -1,0 +1,15 @@
+"""Everything that a rank imports before it trains; the process that others are forked from imports this."""
+
+import importlib
+import pkgutil
+
+import torch.distributed.elastic.agent.server.local_elastic_agent
+import torch.distributed.elastic.rendezvous.registry
+import torch.distributed.launcher.api  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import hft_megatron
+
+for module in pkgutil.walk_packages(hft_megatron.__path__, "hft_megatron."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
