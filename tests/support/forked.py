@@ -207,7 +207,7 @@ def _exit_code_of(program: Callable[[], None]) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
@@ -218,5 +218,5 @@ def _no_way_back() -> Any:
     try:
         yield
     finally:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         os._exit(1)
