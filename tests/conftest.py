@@ -8,6 +8,9 @@ import pytest
 
 from tests.support.ranks import RankPools
 
+# Before torch is imported: its threads wait for each other by spinning, which takes minutes where ranks want the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
