@@ -122,8 +122,8 @@ what_it_trains() { # WORDS...
 
 # Ends torchrun where it has started no rank after the time that ranks wait for each other: its own wait is twice as long
 # where node 0 is missing, and does not name the endpoint.
-give_up_the_start() { # TORCHRUN MINUTES
-    local children=/proc/$1/task/$1/children until=$((SECONDS + $2 * 60))
+give_up_the_start() { # TORCHRUN MINUTES SECONDS
+    local children=/proc/$1/task/$1/children until=$((SECONDS + $3))
     while ((SECONDS < until)); do
         # A pause without a process, which would outlive the script.
         read -r -t 2 <> <(:) || true
@@ -169,14 +169,16 @@ start_run() { # WORDS...
     else
         [[ -n ${MASTER_ADDR:-} ]] || mistake "MASTER_ADDR is not set on $NNODES nodes; set it to the address of node 0."
         RENDEZVOUS_ARGS=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-        # How long torchrun waits for the other nodes, in seconds: as long as the ranks wait for each other.
-        minutes=$("$PYTHON" -c "
-import sys
+        # How long torchrun waits for the other nodes, in whole seconds: as long as the ranks wait for each other.
+        limit=$("$PYTHON" -c "
+import math, sys
 from hft_megatron.cli.entry import COMMANDS
 from hft_megatron.config.loading import load_options
-print(load_options(COMMANDS[sys.argv[1]].options, sys.argv[2:]).parallel.distributed_timeout_minutes)
+minutes = load_options(COMMANDS[sys.argv[1]].options, sys.argv[2:]).parallel.distributed_timeout_minutes
+print(f'{minutes:g}', math.ceil(60 * minutes))
 " "$METHOD" "${ARGS[@]}")
-        RENDEZVOUS_ARGS+=(--rdzv-conf "timeout=$((minutes * 60))")
+        read -r minutes seconds <<<"$limit"
+        RENDEZVOUS_ARGS+=(--rdzv-conf "timeout=$seconds")
     fi
     DISTRIBUTED_ARGS=(
         --signals-to-handle "SIGTERM,SIGINT,SIGUSR1"
@@ -205,7 +207,7 @@ print(load_options(COMMANDS[sys.argv[1]].options, sys.argv[2:]).parallel.distrib
     TORCHRUN=$!
     set +m
     if ((NNODES > 1)); then
-        give_up_the_start "$TORCHRUN" "$minutes" &
+        give_up_the_start "$TORCHRUN" "$minutes" "$seconds" &
         GIVING_UP=$!
     fi
     # shellcheck disable=SC2329  # the traps below call it

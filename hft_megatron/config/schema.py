@@ -28,9 +28,9 @@ class ParallelConfig:
     """Parameters of one gradient bucket; megatron-core's default when unset."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """nccl where CUDA is present, gloo elsewhere, when unset."""
-    distributed_timeout_minutes: int = 10
-    """How long ranks wait for each other, when they meet and in every collective; a host that is silent for half of
-    it, at most for two minutes, is named, and ends the run."""
+    distributed_timeout_minutes: float = 10.0
+    """How long ranks wait for each other, when they meet and in every collective (0.5: half a minute); a host that is
+    silent for half of it, at most for two minutes, is named, and ends the run."""
     context_parallel_size: int = 1
     """Not built yet: only 1."""
     expert_model_parallel_size: int = 1

@@ -16,7 +16,6 @@ _AT_LEAST_ONE = {
         "pipeline_model_parallel_size",
         "num_layers_per_virtual_pipeline_stage",
         "ddp_bucket_size",
-        "distributed_timeout_minutes",
     ),
     "model": ("make_vocab_size_divisible_by",),
     "training": ("micro_batch_size", "global_batch_size", "train_epochs", "seq_length", "recompute_num_layers"),
@@ -31,6 +30,7 @@ _AT_LEAST_ZERO = {
     "hft": ("hft_seed", "hft_first_round"),
 }
 _POSITIVE = {
+    "parallel": ("distributed_timeout_minutes",),
     "model": ("norm_epsilon", "rotary_base", "init_method_std"),
     "training": ("exit_duration_in_mins",),
     "optimizer": ("adam_eps",),

@@ -24,7 +24,7 @@ class Meeting:
 
     address: str
     port: int
-    minutes: int
+    minutes: float
     """How long anything is waited for."""
     rank: int
     world_size: int
@@ -38,7 +38,7 @@ class Meeting:
         return timedelta(minutes=self.minutes)
 
 
-def meet(minutes: int) -> Meeting:
+def meet(minutes: float) -> Meeting:
     """Reaches the store that torchrun's environment names, and agrees with all other ranks on a new start.
 
     Raises PeersLost when the store, or another rank, has not come after ``minutes``.
@@ -64,11 +64,11 @@ def meet(minutes: int) -> Meeting:
     )
 
 
-def did_not_meet(minutes: int, reason: str) -> PeersLost:
+def did_not_meet(minutes: float, reason: str) -> PeersLost:
     """The error of ranks that wait for others in vain."""
     return PeersLost(
         f"the ranks did not all meet at the rendezvous endpoint {os.environ['MASTER_ADDR']}:"
-        f"{os.environ['MASTER_PORT']} within --distributed-timeout-minutes {minutes} ({reason.rstrip('.')}); look at "
+        f"{os.environ['MASTER_PORT']} within --distributed-timeout-minutes {minutes:g} ({reason.rstrip('.')}); look at "
         f"that host, at the network to it, and at what the other hosts say"
     )
 

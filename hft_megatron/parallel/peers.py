@@ -15,7 +15,7 @@ from hft_megatron.parallel.watchdog import OnLoss, Watchdog
 
 
 @contextlib.contextmanager
-def peers(minutes: int, on_loss: OnLoss) -> Iterator["Peers"]:
+def peers(minutes: float, on_loss: OnLoss) -> Iterator["Peers"]:
     """Meets the other ranks, for which ``minutes`` are waited; an error within ends this rank's watch.
 
     ``on_loss`` gets the sentence about a lost host, on another thread, and the process ends after it. Raises PeersLost.
@@ -66,7 +66,7 @@ class Peers:
 
 
 @contextlib.contextmanager
-def _in_time(minutes: int) -> Iterator[None]:
+def _in_time(minutes: float) -> Iterator[None]:
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:

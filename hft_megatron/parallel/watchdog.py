@@ -37,7 +37,7 @@ SAY_WITHIN_S = 5.0
 OnLoss = Callable[[str], None]
 
 
-def limit_of(minutes: int) -> float:
+def limit_of(minutes: float) -> float:
     """Seconds of silence that count as lost: at most half of --distributed-timeout-minutes, so that the sentence
     comes before the collectives' own error."""
     return min(LONGEST_LIMIT_S, 30.0 * minutes)

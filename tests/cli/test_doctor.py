@@ -80,7 +80,7 @@ def test_a_rank_with_another_torch_is_named_and_the_command_fails(ranks: RankPoo
 MISTAKES = [
     (["--tensor-model-parallel-size", "2"], "does not divide this run's world size 1"),
     (["--tensor-parallel", "2"], "is not an option"),
-    (["--distributed-timeout-minutes", "0"], "must be at least 1"),
+    (["--distributed-timeout-minutes", "0"], "must be a number above 0"),
     (["--context-parallel-size", "2"], "is not built yet"),
     (["--train-data-path", "data.jsonl"], "No model is given"),
     (["--load-hf", "model", "--data-path", "corpus"], "add --method pretrain"),

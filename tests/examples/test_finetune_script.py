@@ -199,6 +199,15 @@ def test_a_node_is_started_with_its_place_and_leaves_the_status_to_node_0(script
     assert (script.save / "status.json").exists()
 
 
+@pytest.mark.parametrize(("minutes", "seconds"), [(None, 600), ("2", 120), ("0.25", 15), ("0.001", 1)])
+def test_torchrun_waits_for_the_nodes_as_long_as_the_ranks_for_each_other(
+    script: Script, minutes: str | None, seconds: int
+) -> None:
+    words = () if minutes is None else ("--distributed-timeout-minutes", minutes)
+    assert script.run(*words, NNODES="2", MASTER_ADDR="node-a").returncode == 0
+    assert value_of("--rdzv-conf", script.started()) == f"timeout={seconds}"
+
+
 def test_a_restart_keeps_the_export_of_the_same_iterations(script: Script) -> None:
     (script.save / "hf_iter_5").mkdir(parents=True)
     script.run("--train-iters", "5")

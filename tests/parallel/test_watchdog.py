@@ -197,6 +197,7 @@ def test_what_was_stopped_blames_nobody_for_the_time() -> None:
 
 
 def test_the_limit_leaves_room_before_the_collectives_give_up() -> None:
+    assert limit_of(0.25) == 7.5
     assert limit_of(1) == 30.0
     assert limit_of(10) == limit_of(600) == 120.0
-    assert all(timedelta(seconds=limit_of(minutes)) <= timedelta(minutes=minutes) / 2 for minutes in (1, 2, 3, 10))
+    assert all(timedelta(seconds=limit_of(minutes)) <= timedelta(minutes=minutes) / 2 for minutes in (0.1, 1, 2, 3, 10))
