@@ -1,4 +1,4 @@
-"""A Slurm of the tests' own on this machine: one controller and two virtual nodes, all they keep in one folder."""
+"""A Slurm of the tests' own on this machine: one controller and four virtual nodes, all they keep in one folder."""
 
 import contextlib
 import os
@@ -50,6 +50,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node_1} CPUs=2 RealMemory=4000 Gres=gpu:8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node_2} CPUs=2 RealMemory=4000 Gres=gpu:8
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={node_3} CPUs=2 RealMemory=4000 Gres=gpu:8
+NodeName=n4 NodeHostname={host} NodeAddr=127.0.0.1 Port={node_4} CPUs=2 RealMemory=4000 Gres=gpu:8
+PartitionName=apart Nodes=n3,n4 PreemptMode=OFF
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=300
 PartitionName=high Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
 """
@@ -80,17 +83,18 @@ class Cluster:
         for number in range(8):
             (self.folder / f"gpu{number}").touch()
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
-        ports = dict(zip(("controller", "node_1", "node_2"), _free_ports(3), strict=True))
+        ports = dict(zip(("controller", "node_1", "node_2", "node_3", "node_4"), _free_ports(5), strict=True))
         host = socket.gethostname().partition(".")[0]
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, host=host, **ports))
         files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         munge = self._daemon("munged", "--foreground", f"--socket={self.folder}/munge.socket", *files)
         munge.wait_for((self.folder / "munge.socket").exists, 20)
         self._daemon("slurmctld", "-D", "-c")
-        for node in ("n1", "n2"):
+        for node in ("n1", "n2", "n3", "n4"):
             last = self._daemon("slurmd", "-D", "-N", node)
+        # Without partitions, which share nodes, every node is counted once.
         last.wait_for(
-            lambda: self.run("sinfo", "--noheader", "--format=%D %t", "-p", "low", check=False) == "2 idle", 60
+            lambda: self.run("sinfo", "--noheader", "--format=%D %t", "-p", "low,apart", check=False) == "4 idle", 60
         )
 
     def _daemon(self, *words: str) -> Daemon:
