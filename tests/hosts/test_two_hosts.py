@@ -17,10 +17,12 @@ from tests.support.runs import losses_in, make_inputs
 pytestmark = pytest.mark.system
 
 SCRIPT = ("bash", str(REPOSITORY / "examples" / "finetune_llama_hft.sh"))
-ITERATIONS, SAVE_INTERVAL = 60, 5
+ITERATIONS, SAVE_INTERVAL = 40, 5
 WORDS = f"--train-iters {ITERATIONS} --save-interval {SAVE_INTERVAL} --log-interval 1 --keep-last 3 --lr 1e-3"
 SHAPES = "--global-batch-size 8 --micro-batch-size 2 --seq-length 96 --distributed-timeout-minutes 1"
-TIMEOUT_S = 60
+HALF_A_MINUTE = ("--distributed-timeout-minutes", 0.5)
+"""For hosts that wait in vain."""
+TIMEOUT_S = 30
 STARTED_WITHIN_S = 180
 
 
@@ -101,10 +103,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(two_hosts: TwoHosts, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    launch = Launch(two_hosts, inputs, tmp_path_factory.mktemp("runs") / "whole")
-    assert launch.end() == [0, 0], launch.said()
-    return launch
+def whole(two_hosts: TwoHosts, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Started, and perhaps still running."""
+    return Launch(two_hosts, inputs, tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture
+def undisturbed(whole: Launch) -> Launch:
+    assert whole.end() == [0, 0], whole.said()
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +120,7 @@ def strangers(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     hosts, folder = TwoHosts(), tmp_path_factory.mktemp("strangers")
     try:
         hosts.cut()
-        yield [Launch(hosts, inputs, folder / NAMES[number], only=number) for number in (0, 1)]
+        yield [Launch(hosts, inputs, folder / NAMES[number], *HALF_A_MINUTE, only=number) for number in (0, 1)]
     finally:
         hosts.close()
 
@@ -124,15 +131,14 @@ def assert_same_training(run: Launch, other: Launch) -> None:
     assert run.exported() == other.exported()
 
 
-def test_training_on_two_hosts_is_training_on_one(
-    hosts: TwoHosts, undisturbed: Launch, inputs: Path, tmp_path: Path
-) -> None:
+def test_training_on_two_hosts_is_training_on_one(hosts: TwoHosts, whole: Launch, inputs: Path, tmp_path: Path) -> None:
     one = Launch(hosts, inputs, tmp_path / "one", nodes=1)
     assert one.end() == [0], one.said()
+    assert whole.end() == [0, 0], whole.said()
     assert "hosts:" not in one.nodes[0].text()
-    assert "> 2 hosts: rank 0 on node-a, rank 1 on node-b\n" in undisturbed.nodes[0].text()
-    assert not any(node.sentences() for node in undisturbed.nodes)
-    assert_same_training(undisturbed, one)
+    assert "> 2 hosts: rank 0 on node-a, rank 1 on node-b\n" in whole.nodes[0].text()
+    assert not any(node.sentences() for node in whole.nodes)
+    assert_same_training(whole, one)
 
 
 def test_a_link_that_is_away_for_six_seconds_only_delays_the_run(
@@ -154,18 +160,18 @@ def test_a_link_that_is_away_for_six_seconds_only_delays_the_run(
 def test_a_link_that_stays_away_ends_both_hosts_in_time_with_the_name_of_the_other(
     hosts: TwoHosts, inputs: Path, tmp_path: Path
 ) -> None:
-    run = Launch(hosts, inputs, tmp_path / "run", "--train-iters", 100_000)
+    run = Launch(hosts, inputs, tmp_path / "run", "--train-iters", 100_000, *HALF_A_MINUTE)
     run.wait_for_iteration(SAVE_INTERVAL)
     hosts.cut()
     assert run.end(within=TIMEOUT_S) == [1, 1], run.said()
     message = (
-        "error: nothing has been heard of rank 1 on node-b for 30 s: that host, its processes, or the network to it "
+        "error: nothing has been heard of rank 1 on node-b for 15 s: that host, its processes, or the network to it "
         "are gone"
     )
     # Once by the rank, and by the script after torchrun's trace.
     assert run.nodes[0].sentences() == [f"hft-megatron: {message}"] * 2
     assert run.nodes[1].sentences() == [
-        "hft-megatron: error: the rendezvous endpoint node-a:29500 has not answered rank 1 on node-b for 30 s: that "
+        "hft-megatron: error: the rendezvous endpoint node-a:29500 has not answered rank 1 on node-b for 15 s: that "
         "host (rank 0 is on node-a), or the network to it, is gone"
     ]
     assert json.loads((run.save / "status.json").read_text()) == {
@@ -182,14 +188,16 @@ def test_hosts_that_do_not_meet_give_up_in_time_with_the_name_of_the_endpoint(
         assert launch.end(within=TIMEOUT_S + 60) == [1], launch.said()
         assert launch.nodes[0].lifetime_s() < TIMEOUT_S + 60
         [said] = launch.nodes[0].sentences()
-        assert "did not all meet at the rendezvous endpoint node-a:29500 within --distributed-timeout-minutes 1" in said
+        assert (
+            "did not all meet at the rendezvous endpoint node-a:29500 within --distributed-timeout-minutes 0.5" in said
+        )
 
 
-@pytest.mark.parametrize(("seed", "kills"), [(1, 3), (2, 3), (3, 3), (4, 1)])
+@pytest.mark.parametrize(("seed", "kills"), [(2, 2), (5, 2)])
 def test_killed_workers_come_back_to_the_newest_checkpoint_and_lose_nothing_else(
     seed: int, kills: int, hosts: TwoHosts, undisturbed: Launch, inputs: Path, tmp_path: Path
 ) -> None:
-    """Ten kills in all, each of a worker and at a moment that are drawn; nothing is tried again."""
+    """Each kill is of a worker and at a moment that are drawn; with these seeds each worker is the first once."""
     drawn = random.Random(seed)
     run = Launch(hosts, inputs, tmp_path / "run", max_restarts=3)
     start = 0
