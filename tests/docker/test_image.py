@@ -3,17 +3,15 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import hft_megatron
+from tests.docker.conftest import ITERATIONS, WORDS
 from tests.support.engine import Engine
 from tests.support.leaks import files_with
-from tests.support.ranks import REPOSITORY
 from tests.support.runs import losses_in, read_metrics
 
 pytestmark = pytest.mark.system
@@ -31,10 +29,6 @@ HARDENED = (
     "no-new-privileges",
 )
 LIMITS = ("--memory", "3g", "--pids-limit", "256", "--shm-size", "1g")
-ITERATIONS = 24
-WORDS = (
-    f"--train-iters {ITERATIONS} --global-batch-size 8 --micro-batch-size 2 --seq-length 96 --log-interval 1".split()
-)
 COMPILERS = "cc c++ gcc g++ clang ld as make cmake nvcc rustc go"
 
 
@@ -67,19 +61,6 @@ def wait_for_lines(engine: Engine, name: str, save: Path, count: int, seconds: f
         running = engine.docker("inspect", "--format", "{{.State.Running}}", name).stdout.strip()
         assert running == "true", said(engine, name)
         assert time.monotonic() < deadline, said(engine, name)
-
-
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
-    """The run folder of the example without a container, never disturbed."""
-    save = tmp_path_factory.mktemp("outside") / "save"
-    removed = ("RANK", "WORLD_SIZE", "PYTHON", "PYTHONPATH", "OMP_NUM_THREADS")
-    environment = {name: value for name, value in os.environ.items() if name not in removed}
-    environment |= {"MODEL": str(inputs / "model"), "DATA": str(inputs / "data.jsonl"), "SAVE": str(save)}
-    environment |= {"PYTHON": sys.executable, "GPUS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(REPOSITORY / "examples" / "finetune_llama_hft.sh"), *WORDS]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    return save
 
 
 def test_the_image_has_labels_no_compiler_and_nothing_of_root_in_it(engine: Engine, image: str) -> None:
@@ -124,7 +105,7 @@ def test_a_run_on_a_read_only_system_has_the_losses_of_one_outside_and_keeps_the
     secret.write_text(wandb_key)
     os.chown(secret, USER, USER)
     secret.chmod(0o400)
-    words = [*words_for_run(inputs, save), "--volume", f"{secret}:/run/secrets/wandb:ro", "--health-interval", "1s"]
+    words = [*words_for_run(inputs, save), "--volume", f"{secret}:/run/secrets/wandb:ro", "--health-interval", "5s"]
     words += ["--env", "WANDB_API_KEY_FILE=/run/secrets/wandb", "--env", "WANDB_MODE=offline"]
     engine.docker("run", "--detach", "--name", "whole", *words, image, *WORDS, "--wandb-project", "tests")
 

@@ -1,6 +1,11 @@
-"""A Docker engine of the tests' own: all that it keeps is in one folder, which goes with it."""
+"""A Docker engine of the tests' own. Its images and its build cache stay for the next session, in ``KEPT``.
+
+BuildKit compares digests of all that a build takes in: a step is run again when its instruction, its base or one of its
+files has changed.
+"""
 
 import contextlib
+import fcntl
 import functools
 import http.server
 import os
@@ -18,28 +23,57 @@ from tests.support.ranks import REPOSITORY
 
 CLIENT = "/usr/bin/docker"
 """Debian's client, which speaks the engine's protocol; another one may be first on PATH."""
+KEPT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_megatron" / "docker-tests"
+"""Folder of what the next session need not make again; it may be removed at any time between two."""
+CACHE_LIMIT = "4gb"
+"""Of the build cache; the CPU image needs 1.5 GB of it, and every change of the code as much again."""
 NETWORK_OFF = ("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none")
 
 
 class Engine:
-    """A running engine. ``close`` ends it and removes all that it kept."""
+    """A running engine without containers. ``close`` ends it."""
 
     def __init__(self) -> None:
         skip_without("dockerd", "debootstrap", CLIENT)
         self.folder = Path(tempfile.mkdtemp(prefix="hft-engine-"))
+        KEPT.mkdir(parents=True, exist_ok=True)
+        self._lock = (KEPT / "lock").open("w")
+        self.kept = KEPT
+        """Where builds' inputs may stay as well."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            # Two engines can't share it: another session has this one, and all is made anew.
+            self.kept = self.folder
+        reason = self._start()
+        if reason and self.data.exists():
+            # What is kept may be damaged, which must not switch the tests off for ever.
+            shutil.rmtree(self.data)
+            reason = self._start()
+        if reason:
+            self.close()
+            pytest.skip(f"a Docker engine does not start here: {reason}")
+        # Left by a session that was killed: names would be taken, and compose would go on with its run.
+        self._remove_containers()
+        for kind in ("network", "volume", "image"):
+            self.docker(kind, "prune", "--force")
+
+    def _start(self) -> str:
+        """Why the engine did not start, or nothing."""
         words = ["dockerd", "--data-root", str(self.data), "--exec-root", f"{self.folder}/exec"]
         words += ["--pidfile", f"{self.folder}/pid", "--host", self.address, "--oom-score-adjust", "0", *NETWORK_OFF]
         self._daemon = Daemon(words, log=self.folder / "log")
         try:
             self._daemon.wait_for(lambda: self.docker("version", check=False).returncode == 0, 60)
         except AssertionError as reason:
-            self.close()
-            pytest.skip(f"a Docker engine does not start here: {reason}")
+            self._daemon.end()
+            return str(reason)
+        return ""
 
     @property
     def data(self) -> Path:
         """Every layer, every file written in a container, the build cache, all configurations and logs."""
-        return self.folder / "data"
+        return self.kept / "data"
 
     @property
     def address(self) -> str:
@@ -61,12 +95,21 @@ class Engine:
         with served(wheels) as url:
             settings.write_text(f"[global]\nno-index = true\nfind-links = {url}\n")
             secret = ("--secret", f"id=pip.conf,src={settings}")
-            self.docker(*command, *secret, "--tag", tag, str(context), timeout=400)
+            self.docker(*command, *secret, "--tag", tag, str(context), timeout=900)
 
-    def close(self) -> None:
+    def has(self, image: str) -> bool:
+        return self.docker("image", "inspect", image, check=False).returncode == 0
+
+    def _remove_containers(self) -> None:
         containers = self.docker("ps", "--all", "--quiet", check=False).stdout.split()
         if containers:
             self.docker("rm", "--force", *containers, check=False)
+
+    def close(self) -> None:
+        self._remove_containers()
+        # Layers that a newer build has taken the name from.
+        self.docker("image", "prune", "--force", check=False)
+        self.docker("builder", "prune", "--force", "--keep-storage", CACHE_LIMIT, check=False)
         self._daemon.end()
         # The engine leaves the mount of its network namespace behind.
         for line in Path("/proc/mounts").read_text().splitlines():
@@ -74,6 +117,7 @@ class Engine:
             if mount_point.startswith(f"{self.folder}/"):
                 subprocess.run(["umount", "--lazy", mount_point], check=True)
         shutil.rmtree(self.folder)
+        self._lock.close()
 
 
 class _Silent(http.server.SimpleHTTPRequestHandler):
