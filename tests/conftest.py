@@ -1,4 +1,4 @@
-"""Fixtures that every part's tests share."""
+"""Fixtures that every part's tests share, and the account of how long each tier took."""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from tests.support.ranks import RankPools
 os.environ["OMP_NUM_THREADS"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+LONG_S = 10.0
+"""A test that takes longer says why: ``pytest.mark.slow(reason="...")``."""
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,36 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data: {folder} is not a folder; set HFT_TEST_DATA")
     return folder
+
+
+class Account:
+    """Seconds of every tier, and the tests that are long without a reason."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._tiers: dict[str, str] = {}
+        self._reasons: set[str] = set()
+        self._long: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            marks = {mark.name: mark for mark in item.iter_markers()}
+            self._tiers[item.nodeid] = next((name for name in ("system", "slow") if name in marks), "quick")
+            if any("reason" in mark.kwargs for mark in marks.values()):
+                self._reasons.add(item.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        tier = self._tiers[report.nodeid]
+        self._seconds[tier] = self._seconds.get(tier, 0.0) + report.duration
+        if report.when == "call" and report.duration > LONG_S and report.nodeid not in self._reasons:
+            self._long.append(f"{report.nodeid} took {report.duration:.0f} s and gives no reason")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for tier, seconds in self._seconds.items():
+            terminalreporter.write_line(f"{tier} tests, with their fixtures: {seconds:.0f} s")
+        for line in self._long:
+            terminalreporter.write_line(line)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Account())

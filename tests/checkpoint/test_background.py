@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 
 from hft_megatron.checkpoint.folders import find_checkpoints
-from tests.checkpoint.test_layout_changes import largest_differences
+from tests.support.checkpoints import largest_differences
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 

@@ -11,8 +11,7 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from hft_megatron.config.schema import HFTConfig, ParallelConfig
 from hft_megatron.parallel.groups import start_groups
 from tests.support.models import LAYOUTS, make_llama
-from tests.support.plain_training import toy_plan
-from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run, take_steps
+from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run, take_steps, toy_plan
 from tests.support.work_account import Account
 
 WORLD_SIZE = {"tp1": 1, "tp2": 2, "tp2_sp": 2}

@@ -16,8 +16,7 @@ from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import train_step, validate
 from tests.support.models import make_llama
-from tests.support.plain_training import toy_plan
-from tests.support.toy_training import TINY, make_run
+from tests.support.toy_training import TINY, make_run, toy_plan
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 2000}
 BORROWED = ("_ParamAndGradBucketGroup", "_coalescing_manager", "dist_all_gather_func", "dist_reduce_scatter_func")

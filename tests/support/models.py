@@ -49,8 +49,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2_vpp": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
     "dp2": {},
+    "pp4": {"pipeline_model_parallel_size": 4},
     "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
 }
+
+
+def flags(layout: dict[str, Any]) -> list[str]:
+    """Fields of ParallelConfig as words."""
+    words = []
+    for name, value in layout.items():
+        option = "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return words
 
 
 def make_llama(folder: Path, variant: str = "gqa", dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:

@@ -1,5 +1,6 @@
 """Everything that a rank imports before it trains; the process that others are forked from imports this."""
 
+import gc
 import importlib
 import pkgutil
 
@@ -13,3 +14,7 @@ import hft_megatron
 for module in pkgutil.walk_packages(hft_megatron.__path__, "hft_megatron."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
+
+# What is imported stays: collections in the forked processes need not look at it.
+gc.collect()
+gc.freeze()

@@ -27,6 +27,9 @@ START_TIMEOUT = 180.0
 GRACE_AFTER_FAILURE = 3.0
 STACK_DUMP_TIMEOUT = 10.0
 
+FORGET = {"forget": "the last case"}
+"""The command, without an answer, that ranks get when all of them have answered."""
+
 Target = str | Callable[..., Any]
 
 
@@ -98,6 +101,8 @@ class RankPool:
         output = self._output(log_start)
         print(output, end="")
         if not tracebacks and not silent:
+            for rank in self._ranks:
+                rank.send(FORGET)
             return [values[rank] for rank in range(self.world_size)]
         stacks = self._stacks(silent)
         self.close()

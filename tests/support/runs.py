@@ -95,6 +95,11 @@ def run_sft_words(words: Sequence[str], kill_at: int | None = None, kill_rank: i
 def run_method_words(
     method: MethodName, words: Sequence[str], kill_at: int | None = None, kill_rank: int = 0
 ) -> dict[str, Any]:
+    """``run_recorded`` with a recorder that can end the run as a scheduler would."""
+    return run_recorded(method, words, Recorder(kill_at=kill_at, kill_rank=kill_rank))
+
+
+def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -> dict[str, Any]:
     """Runs ``hft-megatron METHOD WORDS`` on this rank of a pool; every rank must call it.
 
     Returns ``steps`` (one entry per step done here), ``state`` at the end, ``stopped`` (the signal's sentence or None)
@@ -111,7 +116,6 @@ def run_method_words(
     world_size = int(os.environ["WORLD_SIZE"])
     if shape is not None:
         validate(config, shape, world_size, method)
-    recorder = Recorder(kill_at=kill_at, kill_rank=kill_rank)
     stopped = None
     with _inside_a_pool(recorder) as said:
         try:

@@ -8,13 +8,14 @@ import torch
 
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
+from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
 from hft_megatron.data.order import SampleOrder, SampleStream
 from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.stores import ExamplesInMemory
-from hft_megatron.hft.plan import make_plan
+from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.objectives.next_token import NEXT_TOKEN
@@ -79,6 +80,12 @@ def toy_samples(*, packed: bool = False) -> SampleStream:
 def toy_batches(share: BatchShare, *, packed: bool = False) -> SftBatches:
     order = toy_samples(packed=packed)
     return SftBatches(dataset=toy_dataset(), pad_id=PAD, share=share, order=order, packed=packed)
+
+
+def toy_plan(folder: str, hft: HFTConfig) -> Plan:
+    """The plan of a run's first round."""
+    shape = ModelShape.from_hf_config(load_hf_config(folder), folder)
+    return make_plan(shape, hft, default_seed=SEED)
 
 
 def make_run(

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from hft_megatron.parallel import cpu_backend
+from tests.support.ranks import FORGET
 
 # Longer than any case: the launcher's own time-out must win, because only that one shows every rank's stack.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -34,18 +35,18 @@ def read_commands(stream: BinaryIO, commands: "queue.Queue[dict[str, Any]]") -> 
     os._exit(0)
 
 
-def forget_previous_case() -> None:
-    """Drop the process groups of the last case.
+def forget_case() -> None:
+    """Drop the process groups of the last case, which every rank must have left.
 
-    This runs when a case starts, not when one ends: only then has every rank left the last one, and a gloo group
-    that goes away on one rank breaks a neighbour which is still receiving.
+    A gloo group that goes away on one rank breaks a neighbour which is still receiving; one that stays has threads that
+    wake a hundred times a second for as long as the pool waits.
     """
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()
     rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
     if rotary is not None:
-        # Its cache holds models, and they their groups: threads of gloo that wake a hundred times a second each.
+        # Its cache holds models, and they their groups.
         rotary.RotaryEmbedding.forward.cache_clear()
     # destroy_model_parallel only forgets its groups; each would keep its sockets and threads for the whole session.
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -57,7 +58,6 @@ def forget_previous_case() -> None:
 def run_case(target: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Run ``module:function`` and return its JSON-able value, or the traceback of whatever it raised."""
     try:
-        forget_previous_case()
         module, _, name = target.partition(":")
         value = getattr(importlib.import_module(module), name)(**kwargs)
         json.dumps(value)
@@ -91,9 +91,10 @@ def main() -> None:
     reply({"rank": rank, "pid": os.getpid()})
     while True:
         command = commands.get()
-        outcome = run_case(command["target"], command["kwargs"])
-        gc.collect()
-        reply(outcome)
+        if command == FORGET:
+            forget_case()
+        else:
+            reply(run_case(command["target"], command["kwargs"]))
 
 
 if __name__ == "__main__":

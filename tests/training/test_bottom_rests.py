@@ -9,8 +9,7 @@ import torch
 from hft_megatron.config.schema import HFTConfig
 from hft_megatron.training.run import Run
 from tests.support.models import LAYOUTS, make_llama
-from tests.support.plain_training import toy_plan
-from tests.support.toy_training import TINY, local_weights, make_run, take_steps
+from tests.support.toy_training import TINY, local_weights, make_run, take_steps, toy_plan
 
 EMBEDDING, FIRST, SECOND = "model.embed_tokens", "model.layers.0.*", "model.layers.1.*"
 UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
@@ -20,20 +19,14 @@ SELECTIVE = {"recompute_granularity": "selective"}
 Case = tuple[int, str, int, dict[str, Any], list[str], list[int]]
 CASES: dict[str, Case] = {
     # Layers (from 1) whose input requires a gradient: by autograd's own rule, from above the first weight that trains.
-    "embedding": (1, "tp1", 1, {}, [EMBEDDING], [2, 3, 4]),
     "embedding and a layer": (1, "tp1", 4, {}, [EMBEDDING, FIRST], [3, 4]),
-    "embedding and two layers": (1, "tp1", 1, SELECTIVE, [EMBEDDING, FIRST, SECOND], [4]),
     "embedding, sequence parallel": (2, "tp2_sp", 4, {}, [EMBEDDING, FIRST], [3, 4]),
-    "first stage": (2, "pp2", 1, {}, [EMBEDDING, FIRST, SECOND], [3, 4]),
     "first chunk": (2, "pp2_vpp", 4, {}, [EMBEDDING, FIRST], [2, 3, 4]),
     # Recomputed layers train only if their input requires a gradient, so the lowest inputs do.
     "embedding, uniform": (1, "tp1", 1, UNIFORM, [EMBEDDING], [1, 2, 3, 4]),
-    "embedding and two layers, uniform": (1, "tp1", 4, UNIFORM, [EMBEDDING, FIRST, SECOND], [1, 2, 3, 4]),
     "embedding, block": (1, "tp1", 1, BLOCK, [EMBEDDING], [1, 2, 3, 4]),
     "all that is recomputed, block": (1, "tp1", 4, BLOCK, [EMBEDDING, FIRST, SECOND], [4]),
     "embedding, uniform, sequence parallel": (2, "tp2_sp", 1, UNIFORM, [EMBEDDING, FIRST], [1, 2, 3, 4]),
-    "embedding, uniform, pipeline": (2, "pp2", 4, UNIFORM, [EMBEDDING, FIRST], [1, 2, 3, 4]),
-    "first stage, uniform": (2, "pp2", 1, UNIFORM, [EMBEDDING, FIRST, SECOND], [3, 4]),
 }
 """Ranks, layout, micro-batch size (of 1 megatron-core makes the hidden state anew), recomputation, patterns of what
 rests besides the draw, layers whose input requires a gradient."""

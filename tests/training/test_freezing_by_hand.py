@@ -24,8 +24,7 @@ from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.training.run import Run
 from tests.support.models import make_llama
-from tests.support.plain_training import toy_plan
-from tests.support.toy_training import TINY, local_weights, make_run, take_steps
+from tests.support.toy_training import TINY, local_weights, make_run, take_steps, toy_plan
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 DECAYING = {"lr_warmup_iters": 0, "weight_decay": 0.1}

@@ -1,26 +1,20 @@
-"""Pre-training is the same run on a corpus: losses, resting shards, resume and layouts.
+"""Pre-training beside the rows of the run matrix: samples, validation, other corpora, mock data.
 
 Run: pytest tests/training/test_pretrain.py
 """
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from safetensors.torch import load_file
 
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.errors import UserError
 from tests.support.corpora import random_documents, write_corpus
-from tests.support.plain_training import plain_training, toy_plan
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, read_metrics, run_cli, run_method_words
-from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, OPTIMIZER, SEED, STEPS, TINY
 
 LENGTH = 32
@@ -53,84 +47,6 @@ def column(value: dict[str, Any], name: str) -> list[Any]:
     return [step[name] for step in value["steps"]]
 
 
-class Alone:
-    """All that megatron-core's GPTDataset asks of a tokenizer."""
-
-    vocab_size, eod = 334, 2
-    unique_identifiers = ("alone",)
-
-
-@pytest.fixture(scope="session")
-def references(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``references(ratio)``: losses, norms and weights of the plain loop over megatron-core's own data set."""
-    config = GPTDatasetConfig(
-        random_seed=SEED,
-        sequence_length=LENGTH,
-        blend=([str(inputs / "a"), str(inputs / "b")], [0.7, 0.3]),
-        split="90,10,0",
-        path_to_cache=str(tmp_path_factory.mktemp("cache")),
-        tokenizer=Alone(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-
-    def train(ratio: float) -> Any:
-        # A pool of ranks is another process: here is no process group, and no rank 0 but this one.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.distributed, "get_rank", lambda: 0)
-            builder = BlendedMegatronDatasetBuilder(GPTDataset, [STEPS * GLOBAL_BATCH, 8, 0], lambda: True, config)
-            samples = builder.build()[0]
-
-        def step_batches(step: int) -> list[dict[str, torch.Tensor]]:
-            rows = [samples[step * GLOBAL_BATCH + row] for row in range(GLOBAL_BATCH)]
-            return [{name: torch.stack([row[name] for row in rows]) for name in ("tokens", "labels", "loss_mask")}]
-
-        folder = str(inputs / "model")
-        return plain_training(folder, toy_plan(folder, HFTConfig(hft_ratio=ratio)), step_batches=step_batches)
-
-    return lru_cache(train)
-
-
-CASES: dict[str, tuple[int, float, list[str]]] = {
-    "tp2": (2, 0.5, [*TP2, "--micro-batch-size", "4"]),
-    "tp2 sp full": (2, 1.0, [*TP2, "--sequence-parallel", "--micro-batch-size", "2"]),
-    "pp2": (2, 0.5, [*PP2, "--micro-batch-size", "2"]),
-    "dp2": (2, 0.5, ["--micro-batch-size", "2"]),
-    "dp2 full": (2, 1.0, ["--overlap-grad-reduce", "--overlap-param-gather"]),
-    "tp2 dp2": (4, 0.5, [*TP2, "--micro-batch-size", "4"]),
-}
-"""Ranks, ratio and options."""
-
-
-@pytest.mark.parametrize("case", quick(CASES, ["pp2", "dp2 full"]))
-def test_twenty_steps_equal_a_plain_pytorch_loop_over_megatron_cores_samples(
-    case: str, ranks: RankPools, inputs: Path, references: Any, tmp_path: Path
-) -> None:
-    world_size, ratio, options = CASES[case]
-    losses, norms, weights = references(ratio)
-    assert losses[-1] < 0.8 * losses[0], "agreement means little where nothing is learned"
-    export = tmp_path / "export"
-    words = words_for(inputs, "--hft-ratio", ratio, *options, "--save-hf", export)
-    values = ranks(world_size).run(run_method_words, method="pretrain", words=words)
-    for value in values:
-        assert column(value, "grad_norm") == pytest.approx(norms, rel=TOLERANCE)
-        if value["steps"][0]["loss"] is not None:
-            assert column(value, "loss") == pytest.approx(losses, rel=TOLERANCE)
-    assert column(values[-1], "loss")[0] is not None
-    assert column(values[0], "consumed")[-1] == STEPS * GLOBAL_BATCH
-    exported, before = load_file(export / "model.safetensors"), load_file(inputs / "model" / "model.safetensors")
-    plan = toy_plan(str(inputs / "model"), HFTConfig(hft_ratio=ratio))
-    resting = {name for name in exported if name.removesuffix(".weight") not in plan.training}
-    assert bool(resting) == (ratio < 1)
-    for name, weight in exported.items():
-        if name in resting:
-            assert torch.equal(weight, before[name]), f"{name} rested"
-        else:
-            assert (weight - weights[name]).abs().max() < 5e-5, name
-
-
 def run_in_two(
     ranks: RankPools, worlds: tuple[int, int], words: tuple[list[str], list[str]], folder: Path, kill_at: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -139,27 +55,6 @@ def run_in_two(
     first = ranks(worlds[0]).run(run_method_words, method="pretrain", words=[*words[0], *saved], kill_at=kill_at)
     assert first[0]["stopped"] is not None
     return first, ranks(worlds[1]).run(run_method_words, method="pretrain", words=[*words[1], *saved])
-
-
-RESUMED = {
-    "one rank": (1, ["--micro-batch-size", "2"]),
-    "one rank, across rounds": (1, ROUNDS),
-    "dp2, across rounds": (2, [*ROUNDS, "--micro-batch-size", "2"]),
-    "tp2 full": (2, [*TP2, "--hft-ratio", "1"]),
-    "pp2": (2, [*PP2, "--eval-interval", "2", "--eval-iters", "1"]),
-}
-
-
-@pytest.mark.parametrize("case", quick(RESUMED, ["dp2, across rounds"]))
-def test_resume_equals_uninterrupted_to_the_last_bit(case: str, ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
-    world_size, options = RESUMED[case]
-    words = words_for(inputs, "--train-iters", 6, "--lr-warmup-iters", 2, *options)
-    whole = ranks(world_size).run(run_method_words, method="pretrain", words=words)
-    first, second = run_in_two(ranks, (world_size, world_size), (words, words), tmp_path, kill_at=3)
-    for rank in range(world_size):
-        assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
-        assert second[rank]["state"] == whole[rank]["state"]
-    assert column(whole[0], "iteration") == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), pytest.param((2, 1), marks=pytest.mark.slow)])

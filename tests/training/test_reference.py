@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.support.models import LAYOUTS
-from tests.support.preferences import flags, words_for_pairs, write_pairs
+from tests.support.models import LAYOUTS, flags
+from tests.support.preferences import words_for_pairs, write_pairs
 from tests.support.ranks import RankPools, RanksFailed
 from tests.support.runs import read_metrics, run_method_words
 from tests.support.tiers import quick
@@ -30,13 +30,9 @@ def losses(values: list[dict[str, Any]]) -> list[float]:
 
 
 CASES: dict[str, tuple[int, list[str]]] = {
-    "one rank": (1, ["--micro-batch-size", "2"]),
-    "tp2 sp": (2, flags(LAYOUTS["tp2_sp"])),
-    "pp2 interleaved": (2, [*flags(LAYOUTS["pp2_vpp"]), "--micro-batch-size", "2"]),
     "dp2 overlap": (2, OVERLAP),
     "packed dp2": (2, ["--packing"]),
     "packed pp2": (2, [*flags(LAYOUTS["pp2"]), "--packing"]),
-    "tp2 dp2 overlap": (4, [*flags(LAYOUTS["tp2_sp"]), *OVERLAP]),
     "tp2 pp2": (4, flags(LAYOUTS["tp2_pp2"])),
     "bf16": (2, ["--bf16", *OVERLAP]),
 }
@@ -63,22 +59,6 @@ def test_the_three_references_give_one_loss_which_is_ln_2_at_the_first_step(
     tolerance = 1e-2 if case == "bf16" else 1e-5
     assert losses(precomputed) == pytest.approx(losses(shared), rel=tolerance)
     assert len({step["grad_norm"] for step in shared[-1]["steps"]}) == 8
-
-
-@pytest.mark.parametrize("kind", quick(KINDS, ["shared"]))
-def test_a_tuning_that_stops_goes_on_to_the_last_bit_with_every_reference(
-    ranks: RankPools, pairs_folder: Path, tmp_path: Path, kind: str
-) -> None:
-    words = words_for_pairs(
-        pairs_folder, "--train-iters", 8, "--hft-round-interval", 3, kind=kind, cache=tmp_path / "cache"
-    )
-    saved = [*words, "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
-    whole = tune(ranks, 2, words)
-    first = tune(ranks, 2, [*saved, "--train-iters", "5"])
-    second = tune(ranks, 2, saved)
-    for rank in range(2):
-        assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
-        assert second[rank]["state"] == whole[rank]["state"]
 
 
 @pytest.mark.slow
