@@ -1,13 +1,13 @@
 """Who may import whom. Run: pytest tests/test_architecture.py
 
 The layers are those of the design: each row imports only rows below it, and parts of one row leave each other alone.
+Every file is parsed once, and a test that fails names all offenders with file and line.
 """
 
 import ast
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
+from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hft_megatron"
 
@@ -43,98 +43,6 @@ PURE = (
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 HEAVY = ("torch", "megatron", "transformer_engine", "apex")
 
-
-def modules() -> dict[str, Path]:
-    """Name below the package (``hft.plan``) and file of every module; a folder's __init__ has the folder's name."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-MODULES = modules()
-
-
-def imports(path: Path, *, with_lazy: bool = True) -> Iterator[str]:
-    """Dotted names that a file imports; ``from a import b`` gives ``a`` and ``a.b``. Lazy ones stand in functions."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    lazy = {
-        inner
-        for outer in ast.walk(tree)
-        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for inner in ast.walk(outer)
-    }
-    for node in ast.walk(tree):
-        if node in lazy and not with_lazy:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{name.name}" for name in node.names)
-
-
-def own_imports(path: Path, *, with_lazy: bool = True) -> set[str]:
-    """Modules of this package that a file imports, by their name below it."""
-    below = {name.removeprefix("hft_megatron.") for name in imports(path, with_lazy=with_lazy)}
-    return below & MODULES.keys()
-
-
-def is_pure(name: str) -> bool:
-    return any(f"{name}.".startswith(f"{pure}.") for pure in PURE)
-
-
-def row_of(part: str) -> int:
-    rows = [number for number, row in enumerate(ROWS) if part in row]
-    assert len(rows) == 1, f"{part} belongs to no row of the design: add it"
-    return rows[0]
-
-
-def test_the_package_is_found() -> None:
-    assert len(MODULES) >= 20
-    assert {"cli.entry", "config.schema", "hft.plan", "errors"} <= MODULES.keys()
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_its_own_part_and_rows_below(name: str) -> None:
-    part = name.partition(".")[0]
-    for imported in own_imports(MODULES[name]):
-        other = imported.partition(".")[0]
-        assert other == part or row_of(other) > row_of(part), f"{name} must not import {imported}"
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if is_pure(name)])
-def test_pure_modules_never_reach_torch_or_megatron(name: str) -> None:
-    reached, todo = set(), [name]
-    while todo:
-        current = todo.pop()
-        if current in reached:
-            continue
-        reached.add(current)
-        # Importing a module also runs the __init__ of every folder above it.
-        todo += [*own_imports(MODULES[current]), *(f for f in [current.partition(".")[0]] if f in MODULES)]
-        heavy = [imported for imported in imports(MODULES[current]) if imported.partition(".")[0] in HEAVY]
-        assert not heavy, f"{name} reaches {heavy[0]} through {current}"
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if name.partition(".")[0] in ("cli", "__main__")])
-def test_the_command_line_reaches_torch_only_inside_functions(name: str) -> None:
-    for imported in own_imports(MODULES[name], with_lazy=False):
-        allowed = is_pure(imported) or imported.partition(".")[0] in ("cli", "__init__")
-        assert allowed, f"{name} imports {imported}"
-    assert not [imported for imported in imports(MODULES[name]) if imported.partition(".")[0] in HEAVY]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_megatron_training_is_never_imported(name: str) -> None:
-    for imported in imports(MODULES[name]):
-        top, _, rest = imported.partition(".")
-        assert top != "megatron" or rest.partition(".")[0] in ("", "core"), f"{name} imports {imported}"
-
-
 CATCH_EVERYTHING = {
     "cli.boundary": "the edge of the process",
     "data.huggingface_tokenizer": "the tokenizers library raises plain Exception for a broken file",
@@ -142,12 +50,150 @@ CATCH_EVERYTHING = {
 """The modules that may, and why."""
 
 
+class Import(NamedTuple):
+    """A dotted name that a file imports; ``from a import b`` gives ``a`` and ``a.b``. Lazy ones stand in functions."""
+
+    name: str
+    place: str
+    lazy: bool
+
+    @property
+    def top(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def own(self) -> str | None:
+        """The module of this package that it is, by its name below the package."""
+        below = self.name.removeprefix("hft_megatron.")
+        return below if below in MODULES else None
+
+
+@dataclass
+class Module:
+    """What the tests look at in a file; places are ``cli/entry.py:12``."""
+
+    imports: list[Import]
+    relative_imports: list[str]
+    broad_handlers: list[str]
+    """Where an exception of every kind is caught."""
+
+
+def parse(path: Path) -> Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {
+        inner
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for inner in ast.walk(outer)
+    }
+    module = Module([], [], [])
+    for node in ast.walk(tree):
+        place = f"{path.relative_to(PACKAGE.parent)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            module.imports += [Import(alias.name, place, node in lazy) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            module.relative_imports.append(place)
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            module.imports += [Import(str(name), place, node in lazy) for name in names]
+        elif isinstance(node, ast.ExceptHandler):
+            caught = node.type
+            if caught is None or (isinstance(caught, ast.Name) and caught.id == "Exception"):
+                module.broad_handlers.append(place)
+    return module
+
+
+def modules() -> dict[str, Module]:
+    """Every module by its name below the package (``hft.plan``); a folder's __init__ has the folder's name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = parse(path)
+    return found
+
+
+MODULES = modules()
+
+
+def is_pure(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{pure}.") for pure in PURE)
+
+
+def row_of(part: str) -> int:
+    (row,) = (number for number, row in enumerate(ROWS) if part in row)
+    return row
+
+
+def shown(offenders: list[str]) -> str:
+    return "\n".join(["", *dict.fromkeys(offenders)])
+
+
+def test_the_package_is_found_and_each_of_its_parts_has_one_row() -> None:
+    assert len(MODULES) >= 20
+    assert {"cli.entry", "config.schema", "hft.plan", "errors"} <= MODULES.keys()
+    parts = sorted(part for row in ROWS for part in row)
+    assert parts == sorted({name.partition(".")[0] for name in MODULES})
+
+
+def test_a_module_imports_only_its_own_part_and_rows_below() -> None:
+    offenders = []
+    for name, module in MODULES.items():
+        part = name.partition(".")[0]
+        offenders += [f"{place}: a relative import" for place in module.relative_imports]
+        for imported in module.imports:
+            other = (imported.own or part).partition(".")[0]
+            if other != part and row_of(other) <= row_of(part):
+                offenders.append(f"{imported.place}: {name} must not import {imported.name}")
+    assert not offenders, shown(offenders)
+
+
+def test_pure_modules_never_reach_torch_or_megatron() -> None:
+    reached_from: dict[str, list[str]] = {}
+    for name in filter(is_pure, MODULES):
+        todo, reached = [name], {name}
+        while todo:
+            module = MODULES[current := todo.pop()]
+            heavy = [imported for imported in module.imports if imported.top in HEAVY]
+            for imported in heavy:
+                reached_from.setdefault(f"{imported.place}: {current} imports {imported.top}", []).append(name)
+            if heavy:
+                continue  # What lies behind it is reached through torch anyway, and would fill pages.
+            # Importing a module also runs the __init__ of every folder above it.
+            above = {current.partition(".")[0]} & MODULES.keys()
+            following = above.union(imported.own for imported in module.imports if imported.own) - reached
+            reached |= following
+            todo += following
+    offenders = [
+        f"{offence}, reached from {', '.join(dict.fromkeys(names))}" for offence, names in reached_from.items()
+    ]
+    assert not offenders, shown(offenders)
+
+
+def test_the_command_line_reaches_torch_only_inside_functions() -> None:
+    offenders = []
+    for name, module in MODULES.items():
+        if name.partition(".")[0] not in ("cli", "__main__"):
+            continue
+        for imported in module.imports:
+            own = imported.own
+            impure = own and not (is_pure(own) or own.partition(".")[0] in ("cli", "__init__"))
+            if imported.top in HEAVY or (impure and not imported.lazy):
+                offenders.append(f"{imported.place}: {name} imports {imported.name}")
+    assert not offenders, shown(offenders)
+
+
+def test_megatron_training_is_never_imported() -> None:
+    offenders = []
+    for module in MODULES.values():
+        for imported in module.imports:
+            below = imported.name.split(".")[1:2]
+            if imported.top == "megatron" and below not in ([], ["core"]):
+                offenders.append(f"{imported.place}: {imported.name}")
+    assert not offenders, shown(offenders)
+
+
 def test_exceptions_of_every_kind_are_caught_only_where_a_reason_is_given() -> None:
-    broad = set()
-    for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ExceptHandler):
-                caught = node.type
-                if caught is None or (isinstance(caught, ast.Name) and caught.id == "Exception"):
-                    broad.add(name)
-    assert broad == CATCH_EVERYTHING.keys()
+    broad = {name: module.broad_handlers for name, module in MODULES.items() if module.broad_handlers}
+    offenders = [place for name, places in broad.items() if name not in CATCH_EVERYTHING for place in places]
+    offenders += [f"{name} does it no longer" for name in CATCH_EVERYTHING.keys() - broad]
+    assert not offenders, shown(offenders)
