@@ -1,7 +1,9 @@
-"""Every outcome of every draw is equally likely: chi-square over 10,000 seeds. Run: pytest tests/hft/test_uniformity.py
+"""Every outcome of every draw is equally likely: chi-square over 3,000 seeds. Run: pytest tests/hft/test_uniformity.py
 
 A cell is a draw and what to look at in it, with the number of outcomes that must be equally likely. The seeds are
-fixed, so each is settled once: one false alarm in a thousand over all cells together (Bonferroni).
+fixed, so each is settled once: one false alarm in a thousand over all cells together (Bonferroni). The bound depends on
+outcomes and cells, not on the seeds; their number decides how small a bias shows. A draw of two outcomes with shares
+of 0.5 (1 + x) and 0.5 (1 - x) has a chi-square of about SEEDS x^2, and the bound for it is 16.8: x = 0.075 is on it.
 """
 
 from collections import Counter
@@ -18,7 +20,8 @@ from hft_megatron.hft.selection import RULES
 from hft_megatron.hft.units import Category, units_of
 from tests.support.shapes import tiny_shape
 
-SEEDS = 10_000
+SEEDS = 3_000
+"""The 70 outcomes of the largest cell are expected 43 times each; chi-square's approximation needs 5."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 Training = frozenset[str]
@@ -108,11 +111,13 @@ def chi_square(counts: Counter[Hashable], outcomes: int) -> float:
 def test_every_outcome_is_equally_likely(cell: str) -> None:
     outcomes, observe = CELLS[cell]
     counts = Counter(observe())
-    assert counts.total() > SEEDS / 3
+    # The two cells of one layer see the half of the seeds in which it trains as many; 5 deviations fewer are no chance.
+    assert counts.total() > SEEDS / 2 - 5 * (SEEDS / 4) ** 0.5
     assert len(counts) <= outcomes
     assert chi_square(counts, outcomes) < chi_square_bound(outcomes - 1, 0.001 / len(CELLS))
 
 
-def test_the_chi_square_bound_rejects_a_draw_that_is_five_in_a_hundred_off() -> None:
-    biased: Counter[Hashable] = Counter({"q": 5250, "k": 4750})
+def test_the_chi_square_bound_rejects_a_draw_that_is_eight_in_a_hundred_off() -> None:
+    biased: Counter[Hashable] = Counter({"q": 54 * SEEDS // 100, "k": 46 * SEEDS // 100})
+    assert biased.total() == SEEDS
     assert chi_square(biased, 2) > chi_square_bound(1, 0.001 / len(CELLS))
