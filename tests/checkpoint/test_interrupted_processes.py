@@ -1,8 +1,8 @@
 """Real processes that are killed or asked to stop, and go on to the same bits."""
 
 import contextlib
+import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hft_megatron.errors import EXIT_OK, EXIT_STOPPED
+from tests.support.forked import Started
 from tests.support.runs import losses_in, make_inputs, read_metrics, run_cli, start_cli, words_for
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,7 @@ CAUGHT_AT = 13
 """Line of metrics.jsonl at which the run is stopped: after a checkpoint, and not at one."""
 
 
-def wait_for_line(file: Path, number: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_for_line(file: Path, number: int, process: Started, log: Path) -> None:
     deadline = time.monotonic() + 180
     while not file.exists() or len(file.read_text().splitlines()) < number:
         assert process.poll() is None, log.read_text()[-4000:]
@@ -44,7 +45,7 @@ def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: sig
     try:
         wait_for_line(tmp_path / "stopped" / "metrics.jsonl", CAUGHT_AT, process, log)
         if how == signal.SIGTERM:
-            process.send_signal(how)  # torchrun passes it on
+            os.kill(process.pid, how)  # torchrun passes it on
             process.wait(60)
     finally:
         if process.poll() is None:
@@ -66,7 +67,7 @@ def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: sig
     assert all((exported[0][name] == exported[1][name]).all() for name in exported[0])
 
 
-def kill_all(process: "subprocess.Popen[bytes]") -> None:
+def kill_all(process: Started) -> None:
     """torchrun gives each worker a session of its own, so killing the launcher's group would leave them running."""
     launcher = psutil.Process(process.pid)
     family = [*launcher.children(recursive=True), launcher]
@@ -84,11 +85,11 @@ def test_sigterm_ends_a_single_process_with_exit_code_3_and_a_restart_goes_on(tm
     process = start_cli(words, log=log)
     try:
         wait_for_line(run / "metrics.jsonl", 3, process, log)
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         assert process.wait(60) == EXIT_STOPPED, log.read_text()[-4000:]
     finally:
         if process.poll() is None:
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)
     stopped_at = int((run / "latest_checkpointed_iteration.txt").read_text())
     assert f"SIGTERM stopped the run at iteration {stopped_at}" in log.read_text()
     assert (run / "status.json").read_text().startswith('{"exit_code": 3, "state": "stopped"')

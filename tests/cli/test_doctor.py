@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +14,8 @@ from hft_megatron import errors
 from hft_megatron.cli import main
 from hft_megatron.cli.doctor_text import diagnosis_text
 from hft_megatron.training.doctor.findings import Diagnosis, Finding, Row
-from tests.support.ranks import REPOSITORY, RankPools
+from tests.support import forked
+from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs
 
 
@@ -116,20 +115,9 @@ def test_the_table_has_the_fix_below_what_is_not_ok() -> None:
     ]
 
 
-def environment(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)} | more
-
-
-@pytest.mark.slow
-def test_alone_it_looks_at_the_machine_and_shows_no_secret() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "hft_megatron", "doctor", "--json"],
-        env=environment(WANDB_API_KEY="s3cret", NCCL_DEBUG="s3cret"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_alone_it_looks_at_the_machine_and_shows_no_secret(tmp_path: Path) -> None:
+    secrets = forked.clean_environment(WANDB_API_KEY="s3cret", NCCL_DEBUG="s3cret")
+    done = forked.run(["-m", "hft_megatron", "doctor", "--json"], tmp_path, environment=secrets)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {check["what"]: check for check in json.loads(done.stdout)["checks"]}
     assert found["all-reduce"]["value"] == "every group has one rank: nothing is sent"
@@ -144,29 +132,24 @@ from hft_megatron.training.doctor import examination, time_limit
 if os.environ["RANK"] == "1":
     examination.device_finding = lambda device, backend: threading.Event().wait()
 short = time_limit.TimeLimit
-examination.TimeLimit = lambda seconds, on_expiry: short(seconds=20.0, on_expiry=on_expiry)
+examination.TimeLimit = lambda seconds, on_expiry: short(seconds=10.0, on_expiry=on_expiry)
 sys.exit(main(["doctor", "--json"]))
 """
 
 
-def torchrun(*words: str) -> "subprocess.CompletedProcess[str]":
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launcher += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
-    return subprocess.run([*launcher, *words], env=environment(), capture_output=True, text=True, timeout=240)
-
-
 @pytest.mark.slow
-def test_under_torchrun_every_kind_of_group_is_timed_and_only_rank_0_speaks(inputs: Path) -> None:
-    done = torchrun("-m", "hft_megatron", "doctor", "--pipeline-model-parallel-size", "2", "--json")
+def test_under_torchrun_every_kind_of_group_is_timed_and_only_rank_0_speaks(tmp_path: Path) -> None:
+    words = ["-m", "hft_megatron", "doctor", "--pipeline-model-parallel-size", "2", "--json"]
+    done = forked.run([*forked.torchrun(2), *words], tmp_path)
     assert done.returncode == 0, done.stderr
     found = {check["what"] for check in json.loads(done.stdout)["checks"]}
     assert "all-reduce, pipeline" in found
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # The time limit, and the time that rank 0 then leaves to the others.
 def test_a_rank_that_hangs_is_named_and_the_others_do_not_wait_for_ever(tmp_path: Path) -> None:
     (tmp_path / "hangs.py").write_text(RANK_1_HANGS)
-    done = torchrun(str(tmp_path / "hangs.py"))
+    done = forked.run([*forked.torchrun(2), str(tmp_path / "hangs.py")], tmp_path)
     assert done.returncode == 1
     assert "rank 1 on " in done.stderr
     assert ": device: did not return in " in done.stderr

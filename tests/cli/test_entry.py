@@ -14,6 +14,7 @@ from hft_megatron import errors
 from hft_megatron.cli import boundary, main
 from hft_megatron.config.run_folder import write_atomically
 from tests.cli.conftest import LAUNCH_VARIABLES, SHAPE, Training
+from tests.support import forked
 
 
 @pytest.fixture
@@ -206,13 +207,9 @@ def test_another_rank_speaks_only_when_rank_0_has_nothing_to_say(
     assert f"hft-megatron: {status(tmp_path)['message']}\n" == err
 
 
-def test_two_ranks_with_the_same_mistake_say_it_once(model_folder: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "hft_megatron", "sft", "--load-hf", str(model_folder), "--hft-ratio", "2"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+def test_two_ranks_with_the_same_mistake_say_it_once(model_folder: Path, tmp_path: Path) -> None:
+    words = ["-m", "hft_megatron", "sft", "--load-hf", str(model_folder), "--hft-ratio", "2"]
+    ended = forked.run([*forked.torchrun(2), *words], tmp_path)
     assert ended.returncode == 1  # torchrun's own, for any failure
     assert ended.stderr.count("--hft-ratio 2.0 must be between 0 and 1") == 1
 

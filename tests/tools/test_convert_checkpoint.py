@@ -10,6 +10,7 @@ import convert_checkpoint
 import pytest
 
 from hft_megatron.errors import EXIT_OK, EXIT_USAGE
+from tests.support import forked
 from tests.support.ranks import REPOSITORY, RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 
@@ -77,13 +78,10 @@ def test_one_command_converts_a_run_and_checks_the_logits(ranks: RankPools, tmp_
     inputs = make_inputs(tmp_path)
     words = words_for(inputs, "--train-iters", 3, "--save", tmp_path / "run", "--tensor-model-parallel-size", 2)
     ranks(2).run(run_sft_words, words=words)
-    tool = [sys.executable, "tools/convert_checkpoint.py"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-    for options in (["--load", tmp_path / "run", "--save-hf", tmp_path / "out"], ["--load-hf", tmp_path / "out"]):
-        done = subprocess.run(
-            [*tool, *options, "--check"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
-        )
+    out = str(tmp_path / "out")
+    for options in (["--load", str(tmp_path / "run"), "--save-hf", out], ["--load-hf", out]):
+        done = forked.run(["tools/convert_checkpoint.py", *options, "--check"], tmp_path)
         assert done.returncode == EXIT_OK, done.stderr
-        assert f"check of {tmp_path / 'out'}: logits of 2 sequences differ" in done.stdout
+        assert f"check of {out}: logits of 2 sequences differ" in done.stdout
         assert "tolerance 0.0001" in done.stdout
     assert (tmp_path / "out" / "tokenizer.json").exists()

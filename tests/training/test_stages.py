@@ -4,8 +4,6 @@ Run: pytest tests/training/test_stages.py
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from hft_megatron.checkpoint.folders import complete_checkpoints
+from tests.support import forked
 from tests.support.preferences import make_pairs
-from tests.support.ranks import REPOSITORY
 from tests.support.runs import read_metrics, run_cli, write_data
 
 STAGES = """
@@ -65,8 +63,9 @@ def test_complementary_halves_of_the_layers_train_in_the_two_stages(inputs: Path
     steps = [record for record in read_metrics(folders[1]) if "grad norm" in record]
     assert [step["round"] for step in steps] == [1, 1, 1]
     assert steps[0]["rewards/margins"] == 0.0
-    tool = [sys.executable, "tools/convert_checkpoint.py", "--load", str(folders[0]), "--save-hf", str(middle)]
-    subprocess.run(tool, cwd=REPOSITORY, check=True, capture_output=True)
+    tool = ["tools/convert_checkpoint.py", "--load", str(folders[0]), "--save-hf", str(middle)]
+    done = forked.run(tool, tmp_path)
+    assert done.returncode == 0, done.stderr
     by_sft, by_dpo = changed(inputs / "model", middle), changed(middle, tuned)
     layers = {name for name in by_sft | by_dpo if ".layers." in name}
     assert not layers & by_sft & by_dpo
