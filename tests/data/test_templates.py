@@ -225,11 +225,11 @@ def test_real_conversations_train_exactly_what_the_assistant_says(
         assert trained_texts(dataset, tokenizer, index, template) == expected
 
 
-@pytest.mark.parametrize(
-    "task", quick(["C-STANCE", "FOMC", "Py150", "ScienceQA", "NumGLUE-cm", "20Minuten"], ["C-STANCE", "Py150"])
-)
-def test_real_trace_folders_train_exactly_the_answers(shared_data: Path, task: str) -> None:
-    tokenizer = load_tokenizer(None, shared_data / "tokenizers/llama2")
+@pytest.mark.parametrize("task", ["C-STANCE", "FOMC", "Py150", "ScienceQA", "NumGLUE-cm", "20Minuten"])
+def test_real_trace_folders_train_exactly_the_answers(
+    shared_data: Path, llama2: Callable[[str | None], Tokenizer], task: str
+) -> None:
+    tokenizer = llama2(None)
     folder = shared_data / "trace/mini" / task
     dataset = load(folder, tokenizer, seq_length=50_000)
     rows = json.loads((folder / "train.json").read_text(encoding="utf-8"))

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from hft_megatron.data.tokenizer import check_tokenizer_fits, choose_pad_id
+from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits, choose_pad_id
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts, write_rows
@@ -25,6 +26,14 @@ TEXTS = [
     "aaaa 1000000",
 ]
 LLAMA2_FORM = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+
+
+def real_tokenizers(shared_data: Path, llama2: Callable[[str | None], Tokenizer], folder: str) -> list[Tokenizer]:
+    """Of both kinds, first SentencePiece's."""
+    kinds = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    if folder == "tokenizers/llama2":
+        return [llama2(kind) for kind in kinds]
+    return [load_tokenizer(kind, shared_data / folder) for kind in kinds]
 
 
 def exported_ids(folder: Path, texts: list[str]) -> list[list[int]]:
@@ -69,12 +78,11 @@ def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers(
 
 @pytest.mark.parametrize("folder", ["stories260K", "tokenizers/llama2"])
 def test_real_llama_tokenizers_agree_in_both_kinds_and_after_export(
-    shared_data: Path, tmp_path: Path, folder: str
+    shared_data: Path, llama2: Callable[[str | None], Tokenizer], tmp_path: Path, folder: str
 ) -> None:
     lines = (shared_data / "gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     texts = TEXTS + [json.loads(line)["answer"] for line in lines]
-    sentencepiece = load_tokenizer("SentencePieceTokenizer", shared_data / folder)
-    huggingface = load_tokenizer("HuggingFaceTokenizer", shared_data / folder)
+    sentencepiece, huggingface = real_tokenizers(shared_data, llama2, folder)
     for continues in (False, True):
         expected = sentencepiece.encode_batch(texts, continues=continues)
         assert huggingface.encode_batch(texts, continues=continues) == expected
@@ -175,10 +183,9 @@ def test_every_text_comes_back_byte_for_byte(tmp_path: Path, kind: str) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_real_texts_come_back_byte_for_byte(shared_data: Path) -> None:
+def test_real_texts_come_back_byte_for_byte(shared_data: Path, llama2: Callable[[str | None], Tokenizer]) -> None:
     for folder in ("tokenizers/llama2", "stories260K"):
-        for kind in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
-            tokenizer = load_tokenizer(kind, shared_data / folder)
+        for tokenizer in real_tokenizers(shared_data, llama2, folder):
             for name in ("gsm8k/test.jsonl", "preference/hh_mixed_norm.jsonl", "trace/mini/C-STANCE/train.json"):
                 text = (shared_data / name).read_text(encoding="utf-8")[:5_000]
                 assert tokenizer.decode(tokenizer.encode(text)) == text
