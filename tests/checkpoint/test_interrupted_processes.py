@@ -30,20 +30,29 @@ def wait_for_line(file: Path, number: int, process: Started, log: Path) -> None:
         time.sleep(0.02)
 
 
+def command(folder: Path, name: str) -> list[str]:
+    """A run in ``folder/name`` on the inputs in ``folder``, one micro-batch a step."""
+    run = str(folder / name)
+    layout = ("--tensor-model-parallel-size", 2, "--micro-batch-size", 2, "--global-batch-size", 2)
+    folders = ("--save", run, "--load", run, "--save-interval", SAVE_INTERVAL, "--save-hf", f"{run}-hf")
+    return words_for(folder, "--train-iters", STEPS, *layout, *folders)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs, and the run that nobody stopped in ``whole``."""
+    folder = make_inputs(tmp_path_factory.mktemp("interrupted"))
+    log = folder / "log"
+    assert run_cli(command(folder, "whole"), ranks=2, log=log) == EXIT_OK, log.read_text()[-4000:]
+    return folder
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: signal.Signals, tmp_path: Path) -> None:
-    inputs = make_inputs(tmp_path)
-    words = words_for(inputs, "--train-iters", STEPS, "--tensor-model-parallel-size", 2, "--micro-batch-size", 2)
-    ranks = 2
-
-    def command(name: str) -> list[str]:
-        run = str(tmp_path / name)
-        return [*words, "--save", run, "--load", run, "--save-interval", str(SAVE_INTERVAL), "--save-hf", f"{run}-hf"]
-
-    log = tmp_path / "log"
-    process = start_cli(command("stopped"), ranks=ranks, log=log)
+def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: signal.Signals, folder: Path) -> None:
+    log, stopped = folder / "log", folder / how.name
+    process = start_cli(command(folder, how.name), ranks=2, log=log)
     try:
-        wait_for_line(tmp_path / "stopped" / "metrics.jsonl", CAUGHT_AT, process, log)
+        wait_for_line(stopped / "metrics.jsonl", CAUGHT_AT, process, log)
         if how == signal.SIGTERM:
             os.kill(process.pid, how)  # torchrun passes it on
             process.wait(60)
@@ -51,18 +60,17 @@ def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: sig
         if process.poll() is None:
             kill_all(process)
             process.wait()
-    done = len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines())
-    saved = int((tmp_path / "stopped" / "latest_checkpointed_iteration.txt").read_text())
+    done = len((stopped / "metrics.jsonl").read_text().splitlines())
+    saved = int((stopped / "latest_checkpointed_iteration.txt").read_text())
     assert SAVE_INTERVAL <= saved <= done < STEPS, "the run must be caught in the middle"
     assert saved == done or how == signal.SIGKILL, "a signal saves the step it ends with"
-    assert not (tmp_path / "stopped-hf").exists()
+    assert not (folder / f"{how.name}-hf").exists()
 
-    assert run_cli(command("stopped"), ranks=ranks, log=log, timeout=300) == EXIT_OK, log.read_text()[-4000:]
+    assert run_cli(command(folder, how.name), ranks=2, log=log) == EXIT_OK, log.read_text()[-4000:]
     assert "successfully loaded checkpoint" in log.read_text()
-    assert run_cli(command("whole"), ranks=ranks, log=log, timeout=300) == EXIT_OK, log.read_text()[-4000:]
-    assert len(losses_in(tmp_path / "whole")) == STEPS
-    assert losses_in(tmp_path / "stopped") == losses_in(tmp_path / "whole")
-    exported = [load_file(tmp_path / f"{name}-hf" / "model.safetensors") for name in ("stopped", "whole")]
+    assert len(losses_in(folder / "whole")) == STEPS
+    assert losses_in(stopped) == losses_in(folder / "whole")
+    exported = [load_file(folder / f"{name}-hf" / "model.safetensors") for name in (how.name, "whole")]
     assert exported[0].keys() == exported[1].keys()
     assert all((exported[0][name] == exported[1][name]).all() for name in exported[0])
 
