@@ -51,15 +51,22 @@ def test_a_run_on_preprocessed_data_has_the_losses_of_the_file_and_goes_on_with_
     assert second["state"] == constant["state"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, rows.jsonl, and what nobody interrupted under the prefix ``whole``."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = write_rows(folder / "rows.jsonl", conversations(15000))
+    assert preprocess_data.main(words(data, folder / "whole", make_byte_level(folder / "tokenizer"))) == EXIT_OK
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_same_bytes(
-    tmp_path: Path, number: signal.Signals
+    whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    tokenizer = make_byte_level(tmp_path / "tokenizer")
-    data = write_rows(tmp_path / "rows.jsonl", conversations(15000))
-    assert preprocess_data.main(words(data, tmp_path / "whole", tokenizer)) == EXIT_OK
-    command = [sys.executable, str(TOOL), *words(data, tmp_path / "killed", tokenizer, "--log-interval", 1000)]
+    given = words(whole / "rows.jsonl", tmp_path / "killed", whole / "tokenizer", "--log-interval", 1000)
+    command = [sys.executable, str(TOOL), *given]
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     # Its own process group: a signal of a terminal goes to workers as well.
     process = subprocess.Popen(
@@ -83,7 +90,7 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_sa
     assert not (tmp_path / "killed.idx").exists()
     again = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert number is signal.SIGKILL or "going on behind " in again.stdout
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(whole / "whole")
 
 
 def any_in_group(group: int) -> bool:
