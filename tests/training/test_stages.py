@@ -73,6 +73,13 @@ def test_complementary_halves_of_the_layers_train_in_the_two_stages(inputs: Path
     assert by_sft & by_dpo == {"model.embed_tokens", "model.norm", "lm_head"}
 
 
+@pytest.fixture(scope="module")
+def whole(inputs: Path) -> Path:
+    """What a run that nobody stopped exported."""
+    run(words_of(inputs, inputs / "run", "--save-hf", inputs / "whole"), inputs / "log")
+    return inputs / "whole"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stops", "folder"),
@@ -80,10 +87,9 @@ def test_complementary_halves_of_the_layers_train_in_the_two_stages(inputs: Path
     ids=["in the first", "between", "in the second, whose folder was moved"],
 )
 def test_a_run_of_stages_goes_on_to_the_last_bit(
-    inputs: Path, tmp_path: Path, stops: tuple[int, int], folder: str
+    inputs: Path, whole: Path, tmp_path: Path, stops: tuple[int, int], folder: str
 ) -> None:
-    whole, parted, log = tmp_path / "whole", tmp_path / "parted", tmp_path / "log"
-    run(words_of(inputs, tmp_path / "run", "--save-hf", whole), log)
+    parted, log = tmp_path / "parted", tmp_path / "log"
     short = (inputs / "stages.yaml").read_text()
     for now, later in zip((4, 3), stops, strict=True):
         short = short.replace(f"train_iters: {now}", f"train_iters: {later}")
