@@ -151,7 +151,8 @@ def test_a_run_that_lasts_as_long_as_it_may_reports_3_and_one_that_loses_a_rank_
 ) -> None:
     given = {"MODEL": str(clone.inputs / "model"), "DATA": str(clone.inputs / "data.jsonl"), "GPUS_PER_NODE": "2"}
     words = ("bash", "examples/finetune_llama_hft.sh", *SHORT, "--log-interval", "1", "--train-iters", "100000")
-    code, _, errors = clone.run(*words, "--exit-duration-in-mins", "0.05", SAVE=str(tmp_path / "late"), **given)
+    alone = {**given, "GPUS_PER_NODE": "1"}
+    code, _, errors = clone.run(*words, "--exit-duration-in-mins", "0.05", SAVE=str(tmp_path / "late"), **alone)
     assert code == 3, errors
     iteration = (tmp_path / "late" / "latest_checkpointed_iteration.txt").read_text().strip()
     assert errors.rstrip().endswith(
