@@ -343,7 +343,6 @@ def test_the_same_data_in_another_place_is_the_same_run(
     assert main([*words, "--load", str(saved_run), "--check"]) == EXIT_OK
 
 
-@pytest.mark.slow
 def test_two_ranks_say_a_mistake_in_the_data_once(command: list[str], tmp_path: Path) -> None:
     write_rows(tmp_path, GOOD, "{not json}")
     log = tmp_path / "log"

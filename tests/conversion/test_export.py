@@ -171,7 +171,6 @@ def run_and_fail_before_tokenizer(words: list[str]) -> bool:
     return False
 
 
-@pytest.mark.slow
 def test_one_command_on_one_process_converts_a_folder(tmp_path: Path) -> None:
     source = make_llama(tmp_path / "model", vocab_size=VOCAB_SIZE)
     make_byte_level(source)

@@ -17,7 +17,6 @@ from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_
 from hft_megatron.data.packing import PackedOrder, PackingRule, first_fit
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.data_files import load, write_rows
-from tests.support.tiers import quick
 
 ALGORITHMS: tuple[Any, ...] = ("first_fit_decreasing", "first_fit_shuffle")
 DEFAULT_WINDOW = DataConfig().packing_window
@@ -102,10 +101,9 @@ def test_the_packs_of_a_seed_never_change() -> None:
     assert [samples.sample(position) for position in range(8)] == [[4], [1], [2, 3], [0, 5], [0], [2, 3], [4, 1], [5]]
 
 
-@pytest.mark.parametrize("algorithm", quick(ALGORITHMS, ["first_fit_decreasing"]))
 @pytest.mark.parametrize(("name", "long_examples"), [("gsm8k", "error"), ("ultrafeedback", "split")])
 def test_real_data_fill_at_least_98_percent_of_2048_positions(
-    shared_data: Path, tmp_path: Path, name: str, long_examples: str, algorithm: str
+    shared_data: Path, tmp_path: Path, name: str, long_examples: str
 ) -> None:
     rows: list[dict[str, Any]] = []
     if name == "gsm8k":
@@ -117,8 +115,9 @@ def test_real_data_fill_at_least_98_percent_of_2048_positions(
         rows = [{"messages": json.loads(line)["chosen"]} for line in lines]
     tokenizer = load_tokenizer("SentencePieceTokenizer", shared_data / "tokenizers/llama2")
     dataset = load(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, 2048, long_examples)
-    samples = packed(dataset.lengths - 1, 2048, algorithm, DEFAULT_WINDOW, dataset.order(1234))
     assert dataset.parts[0].counts.lost_tokens == 0
     assert dataset.parts[0].counts.read == len(rows)
-    for epoch in range(3):
-        assert samples.fill(epoch) >= 0.98
+    for algorithm in ALGORITHMS:
+        samples = packed(dataset.lengths - 1, 2048, algorithm, DEFAULT_WINDOW, dataset.order(1234))
+        fills = [samples.fill(epoch) for epoch in range(3)]
+        assert min(fills) >= 0.98, f"{algorithm}: {fills}"

@@ -92,7 +92,6 @@ def trls(loss_type: str, beta: float) -> float:
     return float(DPOTrainer._compute_loss(trainer, trainer.model, inputs, return_outputs=False))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("loss_type", "rule"),

@@ -109,7 +109,6 @@ def test_a_run_of_stages_goes_on_to_the_last_bit(
     assert "stage_0_sft ended at iteration 4, from where" in log.read_text()
 
 
-@pytest.mark.slow
 def test_every_stage_is_checked_before_the_first_is_trained(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "stages.yaml").write_text(
         STAGES.format(sft=inputs / "data.jsonl", dpo=inputs / "data.jsonl")  # conversations, and no pairs
