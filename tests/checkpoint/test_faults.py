@@ -173,7 +173,7 @@ def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_r
     options, room = FULL[case]
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
-    with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
+    with launched(words(inputs, folder, *options), log=tmp_path / "log", mounts_of=disk.holder) as run:
         first, go_on = freeze_between_saves(run, save)
         disk.leave_free(room(first))
         go_on()
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_r
 
     disk.remount("size=256m")
     more = ["--train-iters", str(kept + 2), "--log-interval", "1"]
-    with launched(words(inputs, folder, *more), log=tmp_path / "log", prefix=disk.enter) as run:
+    with launched(words(inputs, folder, *more), log=tmp_path / "log", mounts_of=disk.holder) as run:
         assert run.end(within=START_TIMEOUT)[0] == EXIT_OK, run.text()
     assert f"successfully loaded checkpoint from {folder / first.name}" in run.text()
     assert [line["iteration"] for line in read_metrics(save)][-2:] == [kept + 1, kept + 2]
@@ -211,7 +211,7 @@ def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_roo
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     command = words(inputs, folder, "--save-interval", 50)
-    with launched(command, log=tmp_path / "log", prefix=disk.enter) as run:
+    with launched(command, log=tmp_path / "log", mounts_of=disk.holder) as run:
         newest, go_on = freeze_between_saves(run, save)
         disk.leave_free(0)
         go_on()
@@ -225,7 +225,7 @@ def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_roo
     assert not own_traces(run)
     assert is_whole(find_checkpoints(str(save)).newest)
 
-    with launched(command, log=tmp_path / "log", prefix=disk.enter) as run:
+    with launched(command, log=tmp_path / "log", mounts_of=disk.holder) as run:
         run.wait_for(run.sentences)
         ended(run, record_property, EXIT_USAGE)
     [sentence] = run.sentences()
@@ -239,7 +239,7 @@ def test_a_folder_that_becomes_read_only_is_one_sentence(
 ) -> None:
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
-    with launched(words(inputs, folder, *options), log=tmp_path / "log", prefix=disk.enter) as run:
+    with launched(words(inputs, folder, *options), log=tmp_path / "log", mounts_of=disk.holder) as run:
         _, go_on = freeze_between_saves(run, save)
         disk.become_read_only(folder)
         go_on()
@@ -263,7 +263,7 @@ def test_a_folder_that_is_read_only_from_the_start_is_one_sentence_before_a_mode
     folder = disk.mount_point / name
     log = tmp_path / "log"
     with launched(
-        words(inputs, folder, "--tensor-model-parallel-size", 1), ranks=None, log=log, prefix=disk.enter
+        words(inputs, folder, "--tensor-model-parallel-size", 1), ranks=None, log=log, mounts_of=disk.holder
     ) as run:
         code, seconds = run.end(within=START_TIMEOUT)
     print(f"ended after {seconds:.1f} s")

@@ -10,26 +10,26 @@ import pytest
 
 
 class Disk:
-    """What ``small_disk`` yields. Only commands that start with ``enter`` see it at ``mount_point``."""
+    """What ``small_disk`` yields. Only what is started on the file systems of ``holder`` sees it at ``mount_point``."""
 
     def __init__(self, mount_point: Path, holder: int) -> None:
         self.mount_point = mount_point
-        self._holder = holder
+        self.holder = holder
         user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        self.enter = ["nsenter", "--target", str(holder), "--mount", *user]
+        self._enter = ["nsenter", "--target", str(holder), "--mount", *user]
 
     def seen(self, path: Path) -> Path:
         """The same path from out here."""
-        return Path(f"/proc/{self._holder}/root{path}")
+        return Path(f"/proc/{self.holder}/root{path}")
 
     def remount(self, options: str) -> None:
         """Such as ``size=1m`` or ``ro``."""
-        subprocess.run([*self.enter, "mount", "-o", f"remount,{options}", str(self.mount_point)], check=True)
+        subprocess.run([*self._enter, "mount", "-o", f"remount,{options}", str(self.mount_point)], check=True)
 
     def become_read_only(self, folder: Path) -> None:
         """From now on nothing can be opened to be written; a plain remount is refused while a file is open."""
         for words in (["--bind", str(folder), str(folder)], ["-o", "remount,bind,ro", str(folder)]):
-            subprocess.run([*self.enter, "mount", *words], check=True)
+            subprocess.run([*self._enter, "mount", *words], check=True)
 
     def leave_free(self, size: int) -> None:
         """Shrinks or grows the disk so that ``size`` bytes (of whole pages of 4,096) are free.

@@ -8,6 +8,7 @@ ends without the interpreter's last clean-up. test_forked.py holds such a run ag
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import io
 import multiprocessing
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, process, resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -28,6 +29,10 @@ from unittest.mock import patch
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
 """What a started program finds; libraries have read the first two when they were imported."""
+RANK_NAME = "rank {}"
+"""The name in the process table of a rank that was forked: what stands there as its environment is the server's."""
+_PR_SET_NAME, _CLONE_NEWNS, _CLONE_NEWUSER = 15, 0x00020000, 0x10000000
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
 
@@ -49,11 +54,20 @@ def torchrun(ranks: int) -> list[str]:
 class Started:
     """A running program, with those methods of ``subprocess.Popen`` that tests use."""
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str], output: Path, errors: Path | None) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        output: Path,
+        errors: Path | None,
+        mounts_of: int | None,
+    ) -> None:
         self.args = list(words)
-        arguments = (self.args, dict(environment), str(output), str(errors or output))
+        arguments = (self.args, dict(environment), str(output), str(errors or output), mounts_of)
         self._process = _CONTEXT.Process(target=_run_in_server_s_child, args=arguments)
         self._process.start()
+        # A command that fails in this process kills the children that it finds here, which are not its own.
+        process._children.discard(self._process)  # type: ignore[attr-defined]
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
@@ -74,15 +88,21 @@ class Started:
 
 
 def start(
-    words: Sequence[str], *, output: Path, errors: Path | None = None, environment: Mapping[str, str] | None = None
+    words: Sequence[str],
+    *,
+    output: Path,
+    errors: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    mounts_of: int | None = None,
 ) -> Started:
     """Starts ``python WORDS`` (``-m MODULE ...`` or ``FILE ...``) in the repository, in a session of its own.
 
-    Both streams go to the file ``output``, or standard error to ``errors``; standard input is empty.
+    Both streams go to the file ``output``, or standard error to ``errors``; standard input is empty. The program sees
+    the file systems that the process ``mounts_of`` sees.
     """
     with patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
-    return Started(words, clean_environment() if environment is None else environment, output, errors)
+    return Started(words, clean_environment() if environment is None else environment, output, errors, mounts_of)
 
 
 def run(
@@ -100,7 +120,9 @@ def run(
     return subprocess.CompletedProcess(list(words), code, output.read_text(), errors.read_text())
 
 
-def _run_in_server_s_child(words: list[str], environment: dict[str, str], output: str, errors: str) -> NoReturn:
+def _run_in_server_s_child(
+    words: list[str], environment: dict[str, str], output: str, errors: str, mounts_of: int | None
+) -> NoReturn:
     os.setsid()
     for path, streams in ((output, (1, 2) if errors == output else (1,)), (errors, () if errors == output else (2,))):
         if streams:
@@ -108,7 +130,20 @@ def _run_in_server_s_child(words: list[str], environment: dict[str, str], output
             for stream in streams:
                 os.dup2(opened, stream)
             os.close(opened)
+    if mounts_of is not None:
+        _enter_mounts(mounts_of)
     _become(words, environment, unbuffered=False)
+
+
+def _enter_mounts(pid: int) -> None:
+    """As ``nsenter --mount`` would; whoever isn't root owns the namespace only within the process's user namespace."""
+    kinds = {"mnt": _CLONE_NEWNS} if os.geteuid() == 0 else {"user": _CLONE_NEWUSER, "mnt": _CLONE_NEWNS}
+    namespaces = [(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY), flag) for kind, flag in kinds.items()]
+    for opened, flag in namespaces:
+        if _LIBC.setns(opened, flag) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        os.close(opened)
 
 
 class _ForkedRank:
@@ -137,6 +172,7 @@ class _ForkedRank:
                 os.dup2(file.fileno(), stream)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         resource_tracker._resource_tracker._fd = None  # type: ignore[attr-defined]
+        _LIBC.prctl(_PR_SET_NAME, RANK_NAME.format(environment["RANK"]).encode(), 0, 0, 0)
         _become(words, environment, unbuffered=True)
 
     def poll(self) -> int | None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import psutil
 
+from tests.support.forked import RANK_NAME
 from tests.support.runs import start_cli
 
 Found = TypeVar("Found")
@@ -19,9 +20,9 @@ START_TIMEOUT = 180.0
 class Launched:
     """What ``launched`` yields."""
 
-    def __init__(self, words: Sequence[str], *, ranks: int | None, log: Path, prefix: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], *, ranks: int | None, log: Path, mounts_of: int | None) -> None:
         self.log = log
-        self._process = start_cli(words, ranks=ranks, log=log, prefix=prefix)
+        self._process = start_cli(words, ranks=ranks, log=log, mounts_of=mounts_of)
         self.launcher = psutil.Process(self._process.pid)
         self._ranks: dict[int, psutil.Process] = {}
 
@@ -29,8 +30,9 @@ class Launched:
         """The process of a rank, which must be there or have been."""
         if number not in self._ranks:
             for child in self.launcher.children():
-                with contextlib.suppress(psutil.NoSuchProcess, KeyError):
-                    self._ranks[int(child.environ()["RANK"])] = child
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name() == RANK_NAME.format(number):
+                        self._ranks[number] = child
         assert number in self._ranks, f"there is no rank {number}:\n{self.said()}"
         return self._ranks[number]
 
@@ -116,10 +118,10 @@ class Launched:
 
 @contextlib.contextmanager
 def launched(
-    words: Sequence[str], *, ranks: int | None = 2, log: Path, prefix: Sequence[str] = ()
+    words: Sequence[str], *, ranks: int | None = 2, log: Path, mounts_of: int | None = None
 ) -> Iterator[Launched]:
-    """Starts a run and leaves nothing of it behind."""
-    run = Launched(words, ranks=ranks, log=log, prefix=prefix)
+    """Starts a run, on the file systems of the process ``mounts_of``, and leaves nothing of it behind."""
+    run = Launched(words, ranks=ranks, log=log, mounts_of=mounts_of)
     try:
         yield run
     finally:

@@ -191,15 +191,17 @@ def start_cli(
     ranks: int | None = None,
     log: Path,
     prefix: Sequence[str] = (),
+    mounts_of: int | None = None,
     method: MethodName = "sft",
 ) -> "Started | subprocess.Popen[bytes]":
     """Starts ``python -m hft_megatron METHOD WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
 
     ``prefix`` stands in front of the command, such as one that enters another namespace; that one is really started.
+    Without it the run may have the file systems of the process ``mounts_of``.
     """
     command = [*(() if ranks is None else torchrun(ranks)), "-m", "hft_megatron", method, *words]
     if not prefix:
-        return start(command, output=log)
+        return start(command, output=log, mounts_of=mounts_of)
     with log.open("wb") as output:
         return subprocess.Popen(
             [*prefix, sys.executable, *command],
