@@ -24,9 +24,9 @@ if "rank" in sys.argv:
     sys.exit(int(os.environ["RANK"]) * 7)
 print(sys.argv[1:], __name__, os.getcwd(), os.environ["MINE"], os.path.isdir(sys.path[0] + "/ends"), flush=True)
 print("to the other stream", file=sys.stderr)
-threading.Thread(target=lambda: print("a thread is waited for")).start()
 {end}
 """
+THREAD = "threading.Thread(target=lambda: print('a thread is waited for')).start()\n"
 ENDS = {
     "by itself": "",
     "with a number": "sys.exit(5)",
@@ -41,7 +41,7 @@ ENDS = {
 def test_a_forked_program_has_the_words_streams_and_exit_code_of_a_started_one(end: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     (tmp_path / "ends").mkdir()
-    program.write_text(PROGRAM.format(end=ENDS[end]))
+    program.write_text(PROGRAM.format(end=("" if end == "by a signal" else THREAD) + ENDS[end]))
     words, environment = [str(program), "one", "two words"], clean_environment(MINE="set")
     done = forked.run(words, tmp_path, environment=environment)
     started = subprocess.run(
