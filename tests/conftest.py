@@ -46,7 +46,7 @@ class Account:
         for item in items:
             marks = {mark.name: mark for mark in item.iter_markers()}
             self._tiers[item.nodeid] = next((name for name in ("system", "slow") if name in marks), "quick")
-            if any("reason" in mark.kwargs for mark in marks.values()):
+            if any("reason" in marks[name].kwargs for name in ("system", "slow") if name in marks):
                 self._reasons.add(item.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

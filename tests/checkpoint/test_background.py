@@ -40,7 +40,7 @@ def run_with_a_slow_writer(
         return run_sft_words(words, kill_at=kill_at)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="writers are slowed down until two steps fit behind them")
 @pytest.mark.parametrize("options", [TP2, ["--overlap-grad-reduce", "--overlap-param-gather"]], ids=["tp2", "dp2"])
 def test_a_checkpoint_written_in_the_background_is_the_one_of_its_step(
     options: list[str], ranks: RankPools, inputs: Path, tmp_path: Path

@@ -14,7 +14,7 @@ from hft_megatron.errors import EXIT_OK, EXIT_STOPPED
 from tests.support.forked import Started
 from tests.support.runs import losses_in, make_inputs, read_metrics, run_cli, start_cli, words_for
 
-pytestmark = pytest.mark.slow  # Every run is 80 steps of two ranks long, so that a signal comes in its middle.
+pytestmark = pytest.mark.slow(reason="every run is 80 steps of two ranks long, so that a signal comes in its middle")
 
 STEPS = 80
 SAVE_INTERVAL = 10

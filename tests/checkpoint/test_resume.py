@@ -60,7 +60,10 @@ ROUND_CASES: dict[str, tuple[int, list[str]]] = {
 """World size and options of what tests/training/test_run_matrix.py has no column for."""
 
 
-@pytest.mark.parametrize("case", quick(ROUND_CASES, ["a rate of its own in every round"]))
+QUICK = ["groups in turn, so that one stage rests", "a rate of its own in every round"]
+
+
+@pytest.mark.parametrize("case", quick(ROUND_CASES, QUICK))
 def test_resume_equals_uninterrupted_across_rounds(case: str, ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     world_size, options = ROUND_CASES[case]
     whole = run_whole_and_in_two(ranks, world_size, words_for(inputs, *options), tmp_path, kill_at=3)

@@ -29,7 +29,7 @@ BOUND = 60.0
 """Seconds after a kill in which everything else must have ended. The process group's time-out is ten minutes."""
 
 
-@pytest.mark.slow  # Four runs of two ranks, two of which are the whole way.
+@pytest.mark.slow(reason="four runs of two ranks, two of which are the whole way")
 def test_a_run_whose_ranks_are_killed_again_and_again_ends_like_one_that_was_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 """A tiny model folder and stand-ins for training, so that the command line is tested without torch."""
 
 import json
-import multiprocessing
 import sys
 import types
 from collections.abc import Callable
@@ -32,12 +31,6 @@ def nobody_launched_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         # Set first, so that what a command puts into the environment is taken out again.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-
-
-@pytest.fixture(autouse=True)
-def only_the_pytest_process_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that fails kills what it writes in the background: here that would be the ranks of other tests."""
-    monkeypatch.setattr(multiprocessing, "active_children", list)
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_under_torchrun_every_kind_of_group_is_timed_and_only_rank_0_speaks(tmp_
     assert "all-reduce, pipeline" in found
 
 
-@pytest.mark.slow  # The time limit, and the time that rank 0 then leaves to the others.
+@pytest.mark.slow(reason="the time limit, and the time that rank 0 then leaves to the others")
 def test_a_rank_that_hangs_is_named_and_the_others_do_not_wait_for_ever(tmp_path: Path) -> None:
     (tmp_path / "hangs.py").write_text(RANK_1_HANGS)
     done = forked.run([*forked.torchrun(2), str(tmp_path / "hangs.py")], tmp_path)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hft_megatron.config.loading import help_text, load_options, read_resolved, write_resolved
 from hft_megatron.config.schema import (
@@ -39,6 +40,15 @@ def load(*words: str) -> RunConfig:
 
 def test_without_words_every_option_has_its_default() -> None:
     assert load_options(Options, []) == Options()
+
+
+def test_adamw_s_defaults_are_pytorch_s_and_clipping_is_megatron_s() -> None:
+    options = OptimizerConfig()
+    [group] = torch.optim.AdamW([torch.zeros(1)]).param_groups
+    assert (options.adam_beta1, options.adam_beta2) == group["betas"]
+    assert options.adam_eps == group["eps"]
+    assert options.weight_decay == group["weight_decay"]
+    assert options.clip_grad == 1.0
 
 
 def test_dashes_underscores_and_equals_signs_mean_the_same() -> None:

@@ -97,7 +97,7 @@ def anonymous_bytes(pid: int) -> float:
     return sum(int(line.split()[1]) * 1024.0 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
-@pytest.mark.slow  # 3 GB are read, written and compared.
+@pytest.mark.slow(reason="3 GB are read, written and compared")
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_a_run_that_converts_holds_its_slice_and_little_more(tensor_parallel: int, model: Path, tmp_path: Path) -> None:
     words = ["--train-iters", "0", "--load-hf", str(model), "--save-hf", str(tmp_path / "out"), "--bf16"]
@@ -113,7 +113,7 @@ def test_a_run_that_converts_holds_its_slice_and_little_more(tensor_parallel: in
     assert peak - MODEL_BYTES / tensor_parallel < LIMIT
 
 
-@pytest.mark.slow  # 3 GB are read twice, and written into a checkpoint and out of it.
+@pytest.mark.slow(reason="3 GB are read twice, and written into a checkpoint and out of it")
 def test_the_tool_holds_no_slice_at_all(model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.jsonl", 1)
     words = ["--load-hf", str(model), "--train-data-path", str(data), "--train-iters", "1", "--bf16"]

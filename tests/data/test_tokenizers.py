@@ -208,7 +208,7 @@ def llama3_folder(shared_data: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow  # building 280,000 merges takes transformers many seconds
+@pytest.mark.slow(reason="building 280,000 merges takes transformers many seconds")
 def test_llama_3s_own_file_is_loaded_by_transformers_with_tiktokens_ids(shared_data: Path, tmp_path: Path) -> None:
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed: make install brings it")
     from tiktoken.load import load_tiktoken_bpe

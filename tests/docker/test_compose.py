@@ -11,7 +11,7 @@ from tests.support.engine import Engine
 from tests.support.ranks import REPOSITORY
 from tests.support.runs import read_metrics
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.system(reason="two containers train")
 
 
 def test_two_containers_train_one_model_in_one_folder(engine: Engine, image: str, inputs: Path) -> None:

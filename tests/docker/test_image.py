@@ -14,7 +14,7 @@ from tests.support.engine import Engine
 from tests.support.leaks import files_with
 from tests.support.runs import losses_in, read_metrics
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.system(reason="images are built, and train")
 
 USER = 10001
 HARDENED = (

@@ -81,7 +81,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     return Clone(root=root, inputs=inputs)
 
 
-@pytest.mark.slow  # Real starts: torchrun, a check and every rank import everything.
+@pytest.mark.slow(reason="real starts: torchrun, a check and every rank import everything")
 @pytest.mark.parametrize(
     ("command", "layout"),
     [
@@ -124,7 +124,7 @@ def test_a_mistake_in_the_options_is_one_sentence_under_bash(
     assert named in errors
 
 
-@pytest.mark.slow  # Two real starts, each with a check, torchrun and two ranks.
+@pytest.mark.slow(reason="two real starts, each with a check, torchrun and two ranks")
 def test_a_stopped_run_reports_3_and_the_same_command_goes_on_with_it(clone: Clone, tmp_path: Path) -> None:
     given = {"MODEL": str(clone.inputs / "model"), "DATA": str(clone.inputs / "data.jsonl"), "GPUS_PER_NODE": "2"}
     words = ("bash", "examples/finetune_llama_hft.sh", *SHORT, "--log-interval", "1", "--train-iters")
@@ -145,7 +145,7 @@ def test_a_stopped_run_reports_3_and_the_same_command_goes_on_with_it(clone: Clo
     assert [record["iteration"] for record in read_metrics(tmp_path)] == list(range(1, stopped_at + 2))
 
 
-@pytest.mark.slow  # Two real starts, and three seconds of training.
+@pytest.mark.slow(reason="two real starts, and three seconds of training")
 def test_a_run_that_lasts_as_long_as_it_may_reports_3_and_one_that_loses_a_rank_reports_1(
     clone: Clone, tmp_path: Path
 ) -> None:

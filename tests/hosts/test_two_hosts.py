@@ -15,7 +15,7 @@ from tests.support.hosts import NAMES, Node, TwoHosts, wait_for
 from tests.support.ranks import REPOSITORY
 from tests.support.runs import losses_in, make_inputs
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.system(reason="two hosts train, and cables are pulled")
 
 SCRIPT = ("bash", str(REPOSITORY / "examples" / "finetune_llama_hft.sh"))
 ITERATIONS, SAVE_INTERVAL = 40, 5

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.models import LAYOUTS, VARIANTS, build_from_folder, forward_logits, make_llama, make_llama1
 from tests.support.tiers import quick
 
-WORLD_SIZE = {"tp1": 1, "tp2_pp2": 4}
+WORLD_SIZE = {"tp1": 1, "tp2": 2, "tp2_sp": 2, "pp2": 2, "pp2_vpp": 2, "tp2_pp2": 4}
 
 
 def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,9 +47,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("layout", quick([name for name in LAYOUTS if name != "dp2"], ["tp2_pp2"]))
+@pytest.mark.parametrize("layout", quick(WORLD_SIZE, ["tp2_pp2"]))
 def test_logits_equal_transformers_for_every_variant(ranks, folders, layout):
-    pool = ranks(WORLD_SIZE.get(layout, 2))
+    pool = ranks(WORLD_SIZE[layout])
     for variant, folder in folders.items():
         per_rank = pool.run(run_logits, folder=str(folder), layout=layout)
         differences = [difference for rank in per_rank for difference in rank]

@@ -29,9 +29,9 @@ def start(folder: str, layout: dict[str, Any], bf16: bool = False, **hft: Any) -
     return make_run(folder, layout, training=training, optimizer={"lr_warmup_iters": 0}, hft=EVERY_TWO | hft)
 
 
-def run_masters_after_a_switch(folder: str, layout: dict[str, Any], moments: str) -> dict[str, int]:
+def run_masters_after_a_switch(folder: str, moments: str) -> dict[str, int]:
     """How many elements of this rank's masters are not their weights in bf16, and how many are finer than bf16."""
-    run = start(folder, layout, bf16=True, hft_moments=moments)
+    run = start(folder, {}, bf16=True, hft_moments=moments)
     take_steps(run, 2)
     begin_round(run, 1)
     shards, found = run.wrapped.shards, {"elements": 0, "wrong": 0, "finer": 0}
@@ -50,7 +50,7 @@ def run_masters_after_a_switch(folder: str, layout: dict[str, Any], moments: str
 def test_bf16_masters_stay_with_their_weights_and_carried_ones_keep_all_their_digits(
     moments: str, ranks: RankPools, folder: str
 ) -> None:
-    for found in ranks(2).run(run_masters_after_a_switch, folder=folder, layout={}, moments=moments):
+    for found in ranks(2).run(run_masters_after_a_switch, folder=folder, moments=moments):
         assert found["wrong"] == 0
         assert found["elements"] > 0
         assert (found["finer"] > 0.1 * found["elements"]) == (moments == "carry")

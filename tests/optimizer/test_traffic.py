@@ -1,6 +1,6 @@
 """Bytes are counted through borrowed functions, over rounds, and who else uses megatron-core keeps its own.
 
-How many bytes there should be is checked in test_rank_costs.py, at every layout.
+How many bytes there should be is checked in tests/training/test_run_matrix.py.
 """
 
 from typing import Any

@@ -14,7 +14,7 @@ from tests.support.cluster import Cluster
 from tests.support.ranks import REPOSITORY
 from tests.support.runs import losses_in, make_inputs, read_metrics
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.system(reason="a scheduler runs whole jobs, and preempts one")
 
 FILE = REPOSITORY / "examples" / "slurm" / "finetune_llama_hft.sbatch"
 ITERATIONS = 40

@@ -115,7 +115,8 @@ def run(
         code = process.wait(timeout)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return subprocess.CompletedProcess(list(words), code, output.read_text(), errors.read_text())
 
@@ -239,7 +240,7 @@ def _exit_code_of(program: Callable[[], None]) -> int:
         program()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
-            return end.code or 0
+            return (end.code or 0) & 0xFF
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:

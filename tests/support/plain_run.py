@@ -24,6 +24,8 @@ from hft_megatron.cli.entry import COMMANDS
 from hft_megatron.config.loading import load_options
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import DpoConfig, MethodName, OptimizerConfig, RunConfig
+from hft_megatron.data.order import SampleOrder, SampleStream
+from hft_megatron.data.packing import PackedOrder, PackingRule
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.training.methods import METHODS
@@ -238,17 +240,24 @@ Samples = Callable[[int], list[list[Example]]]
 
 def _samples_of_files(method: MethodName, config: RunConfig, shape: ModelShape) -> Samples:
     tokenizer = load_tokenizer(None, str(config.model.load_hf), None)
-    data: Any = METHODS[method].read_data(config, tokenizer, shape, 1)
+    train: Any = METHODS[method].read_data(config, tokenizer, shape, 1).train
+    order: SampleStream = SampleOrder(num_examples=len(train), seed=config.training.seed)
+    if config.data.packing:
+        room, positions = config.training.seq_length, train.lengths - 1 if method == "sft" else None
+        assert room is not None
+        if method == "dpo":  # A pair has the room of two sequences.
+            room, positions = 2 * room, train.answers.lengths.reshape(-1, 2).sum(axis=1) - 2
+        order = PackedOrder(order, positions, PackingRule(capacity=room, algorithm="first_fit_decreasing", window=4096))
 
     def example(number: int) -> Example:
         if method == "sft":
-            return _shifted(*data.train.example(number))
-        return _shifted(*data.train.answers.example(2 * number)), _shifted(*data.train.answers.example(2 * number + 1))
+            return _shifted(*train.example(number))
+        return _shifted(*train.answers.example(2 * number)), _shifted(*train.answers.example(2 * number + 1))
 
     def of_step(step: int) -> list[list[Example]]:
         size = config.training.global_batch_size
         assert size is not None
-        return [[example(i) for i in data.samples.sample(at)] for at in range(step * size, (step + 1) * size)]
+        return [[example(i) for i in order.sample(at)] for at in range(step * size, (step + 1) * size)]
 
     return of_step
 

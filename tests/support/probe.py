@@ -107,7 +107,7 @@ class Probe(Recorder):
     def at_round_start(self, run: Run) -> None:
         super().at_round_start(run)
         self._before = local_weights(run)
-        self.rounds.append({"round": run.state.round, "digest": run.wrapped.plan.digest, "steps": []})
+        self.rounds.append({"digest": run.wrapped.plan.digest, "steps": []})
 
     def after_step(self, run: Run, result: Any) -> None:
         super().after_step(run, result)
@@ -131,7 +131,6 @@ class Probe(Recorder):
         moving = [slot for slot in trained if slot.parameter.dim() > 1 or slot.parameter.dtype == torch.float32]
         formula = costs_by_formula(run)
         self.rounds[-1] |= {
-            "frozen": len(frozen),
             "changed while frozen": [slot.hf_name for slot in frozen if not same[slot.unit, slot.local_name]],
             "unchanged while trained": [slot.hf_name for slot in moving if same[slot.unit, slot.local_name]],
             "leftovers": {slot.hf_name: found for slot in frozen if (found := leftovers(slot, run))},
@@ -139,6 +138,11 @@ class Probe(Recorder):
             "padding": sum(float(padded_rows(slot, run).abs().sum()) for slot in slots if slot.is_vocab),
             "wire by formula": [formula.reduce_scatter_bytes, formula.all_gather_bytes],
             "held": live_costs(run),
+            "reported as held": {
+                "trainable_parameters": sum(slot.parameter.numel() for slot in trained),
+                "gradient_bytes": run.wrapped.shards.gradient_bytes,
+                "optimizer_bytes": run.wrapped.shards.master_bytes + run.wrapped.shards.moment_bytes,
+            },
             "held by formula": {name: getattr(formula, name) for name in live_costs(run)},
         }
 

@@ -94,15 +94,13 @@ class RankPool:
             self._start()
         log_start = self._log.stat().st_size
         command = {"target": _name_of(target), "kwargs": kwargs}
-        for rank in self._ranks:
-            rank.send(command)
+        self._send(command)
         values, tracebacks = self._collect(timeout)
         silent = [rank for rank in range(self.world_size) if rank not in values and rank not in tracebacks]
         output = self._output(log_start)
         print(output, end="")
         if not tracebacks and not silent:
-            for rank in self._ranks:
-                rank.send(FORGET)
+            self._send(FORGET)
             return [values[rank] for rank in range(self.world_size)]
         stacks = self._stacks(silent)
         self.close()
@@ -110,6 +108,16 @@ class RankPool:
         if not tracebacks:
             title = f"{command['target']} did not finish in {timeout:g} s on ranks {silent} of {self.world_size}"
         raise RanksFailed(title, tracebacks, stacks, _tail(output))
+
+    def _send(self, command: dict[str, Any]) -> None:
+        """To all ranks. Raises RanksFailed, and the group is gone, where one of them is."""
+        try:
+            for rank in self._ranks:
+                rank.send(command)
+        except OSError:
+            output = self._output(0)
+            self.close()
+            raise RanksFailed(f"a rank of {self.world_size} died after its answer", {}, {}, _tail(output)) from None
 
     def close(self) -> None:
         """Kill the group: torchrun would give stuck ranks 30 seconds, and each rank has a session of its own."""

@@ -231,7 +231,8 @@ def run_cli(
         raise AssertionError(f"did not end in {timeout:g} s:\n{log.read_text()[-4000:]}") from None
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

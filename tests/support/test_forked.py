@@ -81,7 +81,7 @@ def test_a_forked_program_that_is_killed_is_gone_and_a_time_out_is_raised(tmp_pa
         time.sleep(0.01)
 
 
-@pytest.mark.slow  # Two ranks and their torchrun import everything.
+@pytest.mark.slow(reason="two ranks and their torchrun import everything")
 def test_ranks_with_hash_seeds_of_their_own_train_as_forked_ones_do(tmp_path: Path) -> None:
     """Orders that depend on hashes differ from rank to rank here, and from those of the forked run."""
     inputs = make_inputs(tmp_path)

@@ -32,7 +32,7 @@ SEED = 7
 PAD = 0
 LONGEST = 96
 OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=4, weight_decay=0.1, clip_grad=1.7)
-"""Fast enough to learn much in ``STEPS``; some steps are clipped and some are not."""
+"""Fast enough to learn much in ``STEPS``."""
 TINY = {"hidden_size": 32, "intermediate_size": 56}
 """Sizes for ``make_llama`` under which twenty steps take about a second."""
 
@@ -96,7 +96,6 @@ def make_run(
     training: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     hft: dict[str, Any] | None = None,
-    packed: bool = False,
 ) -> Run:
     """This rank's run over the toy data from a Hugging Face folder.
 
@@ -116,7 +115,7 @@ def make_run(
     schedule = RoundSchedule(
         interval=config.hft.hft_round_interval,
         train_iters=train_iters(config.training),
-        epoch_starts=toy_samples(packed=packed).epoch_starts(train_iters(config.training) * GLOBAL_BATCH),
+        epoch_starts=toy_samples().epoch_starts(train_iters(config.training) * GLOBAL_BATCH),
         global_batch_size=GLOBAL_BATCH,
     )
     rounds = Rounds(schedule, lambda round: make_plan(shape, config.hft, default_seed=SEED, round=round))
@@ -136,7 +135,7 @@ def make_run(
         rounds=rounds,
         wrapped=wrapped,
         objective=NEXT_TOKEN,
-        batches=toy_batches(share, packed=packed),
+        batches=toy_batches(share),
         validation=SftValidation(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
         learning_rate=learning_rate(wrapped, rounds, config, TrainState()),
         tracker=CompositeTracker(),

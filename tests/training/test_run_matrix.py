@@ -32,15 +32,15 @@ from tests.support.runs import make_inputs, read_metrics, run_recorded
 
 STEPS = 6
 BATCH = 8
-SEED = 38
-"""Under it all rounds of all rows have something to train, and those of a row differ."""
+SEED = 4
+"""Under it all rounds of all rows have something to train, and not the same."""
 UNEVEN = {"hidden_size": 36, "intermediate_size": 54, "head_dim": 10}
 """No parameter's size is a multiple of 64 or 128, so that every rule of padding shows in the sums of bytes."""
 LR = {"sft": 1e-2, "pretrain": 1e-2, "dpo": 5e-3}
 """Much is learned in six steps, yet not all: where a preference loss has come to zero nothing moves any more."""
 CLIP = {"sft": 1.0, "pretrain": 0.8, "dpo": 0.1}
 """Norms are near it: some steps are clipped and some are not."""
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.slow(reason="a row is two whole runs, and their reference")
 TOLERANCE = 1e-5
 """Relative, of losses and gradient norms in fp32. The promise is 1e-4."""
 LOSS_BF16, NORM_BF16 = 3e-3, 0.1
@@ -62,27 +62,26 @@ ROUNDS = {
     "host": ["--hft-round-interval", "2", "--hft-moments", "carry", "--hft-resting-moments", "host"],
 }
 PREFERENCE_LOSSES = (
-    ["--dpo-beta", "0.1"],
     ["--dpo-beta", "0.1", "--dpo-label-smoothing", "0.1"],
+    ["--dpo-beta", "0.1"],
     ["--dpo-beta", "0.1", "--dpo-sft-weight", "0.3"],
     ["--dpo-beta", "0.1", "--dpo-average-log-probs"],
     ["--dpo-beta", "0.05", "--dpo-loss", "hinge"],
     ["--dpo-beta", "0.1", "--dpo-loss", "ipo"],
 )
-"""The preference rows take them in turn."""
 
 
 def ranks_of(layout: str) -> int:
     sizes = LAYOUTS[layout]
     model = sizes.get("tensor_model_parallel_size", 1) * sizes.get("pipeline_model_parallel_size", 1)
-    return 2 if layout == "dp2" else int(model)
+    return {"dp2": 2, "dp4": 4}.get(layout, int(model))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table; the types are all that each column can hold."""
+    """One row of the table; the types are all that each column of ``TABLE`` can hold."""
 
-    method: Literal["sft", "pretrain", "dpo precompute", "dpo shared", "dpo model"]
+    method: Literal["sft", "pretrain", "dpo-precompute", "dpo-shared", "dpo-model"]
     """With the kind of reference, of preference pairs."""
     layout: Literal["tp1", "tp2", "tp2_sp", "pp2", "pp2_vpp", "dp2"]
     resumed: Literal["there", "tp1", "tp2_sp", "pp2_vpp", "dp2"]
@@ -97,7 +96,8 @@ class Row:
     """Only what is drawn, a whole pipeline stage, or the embedding and the first two layers."""
     overlap: bool
     recompute: Literal["none", "full", "selective"]
-    accumulation: Literal[1, 4]
+    micro: Literal[1, 4]
+    """Micro-batches of a step on a rank."""
     packing: bool
     decay: bool
     clip: bool
@@ -106,7 +106,7 @@ class Row:
 
     @property
     def command(self) -> MethodName:
-        name: Any = self.method.partition(" ")[0]
+        name: Any = self.method.partition("-")[0]
         return name
 
     @property
@@ -117,7 +117,7 @@ class Row:
     def micro_batch_size(self) -> int:
         """The reference takes the same: in bf16 it shows."""
         replicas = 2 if self.layout == "dp2" or self.overlap else 1
-        return BATCH // replicas // self.accumulation
+        return BATCH // replicas // self.micro
 
     def layout_words(self) -> list[str]:
         return [
@@ -145,7 +145,7 @@ class Row:
         if self.frozen == "stage" and self.layout == "pp2_vpp":
             layers = (0, 2)
         if self.frozen == "stage" and self.tied:  # A tied embedding is frozen on both stages: here the last one.
-            layers, other = (1, 3), ["model.norm"]
+            layers, other = (2, 3) if self.layout == "pp2" else (1, 3), ["model.norm"]
         patterns = ",".join([*(f"model.layers.{layer}.*" for layer in layers), *other])
         head = ["--hft-freeze-head"] if self.tied else []
         return [*level, "--hft-freeze-embedding", *head, "--hft-freeze", patterns]
@@ -155,7 +155,7 @@ Value = tuple[str, Any]
 FORBIDDEN: set[frozenset[Value]] = {
     *(frozenset({("frozen", "stage"), ("layout", layout)}) for layout in ("tp1", "tp2", "tp2_sp", "dp2")),
     # The interleaved schedule takes micro-batches two by two.
-    frozenset({("layout", "pp2_vpp"), ("accumulation", 1)}),
+    frozenset({("layout", "pp2_vpp"), ("micro", 1)}),
     frozenset({("packing", True), ("method", "pretrain")}),
     # Overlapped traffic needs two replicas to mean anything, and one rank is the simplest case of all.
     frozenset({("layout", "tp1"), ("overlap", True)}),
@@ -165,213 +165,67 @@ FORBIDDEN: set[frozenset[Value]] = {
 }
 """Pairs of values that no row can have."""
 
+
+def read_rows(text: str) -> list[Row]:
+    """One row per line, below the names of the columns."""
+    names, *lines = (line.split() for line in text.strip().splitlines())
+    assert names == list(get_type_hints(Row))
+    words: dict[str, Any] = {"yes": True, "-": False} | {str(number): number for number in (1, 3, 4)}
+    return [Row(*(words.get(word, word) for word in line)) for line in lines]
+
+
 # A covering array of strength two from a greedy search over random completions; 30 rows are the least for 5 x 6 values.
-TABLE = [
-    Row("sft", "tp1", "there", 3, "reset", "category", "drawn", False, "none", 4, True, True, True, False, False),
-    Row("sft", "tp1", "tp2_sp", 3, "carry", "category", "bottom", False, "full", 1, False, False, True, True, True),
-    Row(
-        "pretrain",
-        "tp1",
-        "there",
-        4,
-        "host",
-        "layer",
-        "bottom",
-        False,
-        "selective",
-        1,
-        False,
-        False,
-        False,
-        False,
-        False,
-    ),
-    Row(
-        "dpo precompute", "tp1", "dp2", 3, "reset", "model", "bottom", False, "full", 1, False, False, True, True, False
-    ),
-    Row(
-        "dpo shared",
-        "tp1",
-        "pp2_vpp",
-        3,
-        "reset",
-        "category",
-        "bottom",
-        False,
-        "selective",
-        1,
-        False,
-        False,
-        True,
-        True,
-        False,
-    ),
-    Row("dpo model", "tp1", "dp2", 4, "one", "full", "drawn", False, "selective", 4, False, False, False, True, False),
-    Row("sft", "tp2", "pp2_vpp", 4, "carry", "category", "bottom", True, "full", 4, True, False, True, True, False),
-    Row("pretrain", "tp2", "tp1", 4, "reset", "model", "bottom", False, "full", 4, False, True, False, False, False),
-    Row(
-        "dpo precompute",
-        "tp2",
-        "tp2_sp",
-        4,
-        "one",
-        "full",
-        "drawn",
-        True,
-        "selective",
-        1,
-        True,
-        True,
-        True,
-        True,
-        False,
-    ),
-    Row("dpo shared", "tp2", "there", 3, "host", "layer", "drawn", True, "none", 4, False, False, False, False, True),
-    Row("dpo model", "tp2", "dp2", 3, "one", "layer", "drawn", True, "none", 4, False, True, True, False, True),
-    Row("sft", "tp2_sp", "dp2", 3, "host", "layer", "drawn", False, "selective", 1, False, False, True, True, False),
-    Row(
-        "pretrain", "tp2_sp", "tp1", 3, "host", "category", "bottom", True, "full", 1, False, False, True, False, False
-    ),
-    Row(
-        "dpo precompute",
-        "tp2_sp",
-        "tp1",
-        3,
-        "reset",
-        "category",
-        "bottom",
-        True,
-        "full",
-        4,
-        False,
-        False,
-        False,
-        False,
-        True,
-    ),
-    Row(
-        "dpo precompute",
-        "tp2_sp",
-        "pp2_vpp",
-        3,
-        "reset",
-        "layer",
-        "bottom",
-        False,
-        "none",
-        1,
-        True,
-        True,
-        True,
-        True,
-        True,
-    ),
-    Row("dpo shared", "tp2_sp", "tp1", 3, "one", "full", "drawn", True, "selective", 4, True, True, False, True, False),
-    Row(
-        "dpo model", "tp2_sp", "there", 4, "carry", "model", "drawn", False, "full", 1, True, False, False, True, False
-    ),
-    Row("sft", "pp2", "tp1", 4, "one", "full", "drawn", True, "none", 1, True, False, True, False, True),
-    Row("pretrain", "pp2", "tp2_sp", 3, "carry", "model", "stage", False, "full", 1, False, True, True, True, True),
-    Row(
-        "dpo precompute", "pp2", "there", 3, "one", "category", "stage", True, "none", 1, False, True, True, False, True
-    ),
-    Row("dpo shared", "pp2", "dp2", 4, "host", "layer", "stage", False, "full", 1, True, False, False, False, False),
-    Row("dpo shared", "pp2", "dp2", 3, "host", "model", "bottom", False, "selective", 4, False, True, True, True, True),
-    Row(
-        "dpo model",
-        "pp2",
-        "pp2_vpp",
-        3,
-        "reset",
-        "category",
-        "stage",
-        True,
-        "none",
-        4,
-        True,
-        False,
-        False,
-        False,
-        False,
-    ),
-    Row("dpo model", "pp2", "tp2_sp", 4, "host", "layer", "stage", True, "none", 4, False, False, True, True, False),
-    Row(
-        "sft", "pp2_vpp", "tp2_sp", 4, "reset", "model", "stage", False, "selective", 4, True, False, False, False, True
-    ),
-    Row(
-        "pretrain", "pp2_vpp", "dp2", 3, "carry", "category", "stage", True, "none", 4, False, False, True, False, False
-    ),
-    Row(
-        "dpo precompute",
-        "pp2_vpp",
-        "dp2",
-        3,
-        "host",
-        "model",
-        "bottom",
-        True,
-        "full",
-        4,
-        True,
-        True,
-        False,
-        False,
-        False,
-    ),
-    Row("dpo shared", "pp2_vpp", "there", 3, "one", "full", "drawn", False, "full", 4, True, True, True, True, False),
-    Row(
-        "dpo model", "pp2_vpp", "tp1", 3, "carry", "layer", "stage", True, "selective", 4, False, True, True, True, True
-    ),
-    Row("sft", "dp2", "there", 4, "reset", "model", "drawn", True, "selective", 1, True, True, True, True, True),
-    Row("pretrain", "dp2", "pp2_vpp", 4, "one", "model", "bottom", True, "none", 1, False, False, False, True, True),
-    Row("pretrain", "dp2", "pp2_vpp", 3, "one", "full", "drawn", False, "full", 4, False, True, False, False, False),
-    Row(
-        "dpo precompute", "dp2", "tp1", 3, "carry", "model", "bottom", False, "none", 4, False, False, True, True, True
-    ),
-    Row("dpo shared", "dp2", "tp2_sp", 3, "carry", "layer", "drawn", True, "none", 4, False, False, True, True, False),
-    Row(
-        "dpo model",
-        "dp2",
-        "pp2_vpp",
-        4,
-        "host",
-        "category",
-        "bottom",
-        True,
-        "selective",
-        4,
-        True,
-        False,
-        True,
-        False,
-        False,
-    ),
-]
-QUICK = {0, 2, 4, 9, 11, 17, 18, 24, 26, 28, 31}
-"""Together they hold every value of every column."""
-BEYOND = [
-    Row("sft", "tp2_pp2", "pp4", 3, "host", "category", "drawn", True, "none", 1, False, True, True, True, False),
-    Row(
-        "dpo shared",
-        "tp2_pp2",
-        "there",
-        3,
-        "carry",
-        "category",
-        "drawn",
-        False,
-        "full",
-        4,
-        True,
-        True,
-        True,
-        True,
-        True,
-    ),
-    Row("pretrain", "pp4", "tp2_pp2", 4, "one", "none", "drawn", False, "none", 4, False, True, True, False, False),
-    Row("sft", "pp2_vpp", "pp4", 4, "one", "none", "drawn", False, "none", 4, False, True, True, True, False),
-]
-"""More ranks at once, up to 8, and no layer that trains at all, so that the ranks in the middle own nothing."""
+TABLE = read_rows("""
+method         layout  resumed saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
+sft            tp1     there   3        reset  category drawn  -       none      4     yes     yes   yes  -    -
+sft            tp1     tp2_sp  3        carry  category bottom -       full      1     -       -     yes  yes  yes
+pretrain       tp1     there   4        host   layer    bottom -       selective 1     -       -     -    -    -
+dpo-precompute tp1     dp2     3        reset  model    bottom -       full      1     -       -     yes  yes  -
+dpo-shared     tp1     pp2_vpp 3        reset  category bottom -       selective 1     -       -     yes  yes  -
+dpo-model      tp1     dp2     4        one    full     drawn  -       selective 4     -       -     -    yes  -
+sft            tp2     pp2_vpp 4        carry  category bottom yes     full      4     yes     -     yes  yes  -
+pretrain       tp2     tp1     4        reset  model    bottom -       full      4     -       yes   -    -    -
+dpo-precompute tp2     tp2_sp  4        one    full     drawn  yes     selective 1     yes     yes   yes  yes  -
+dpo-shared     tp2     there   3        host   layer    drawn  yes     none      4     -       -     -    -    yes
+dpo-model      tp2     dp2     3        one    layer    drawn  yes     none      4     -       yes   yes  -    yes
+sft            tp2_sp  dp2     3        host   layer    drawn  -       selective 1     -       -     yes  yes  -
+pretrain       tp2_sp  tp1     3        host   category bottom yes     full      1     -       -     yes  -    -
+dpo-precompute tp2_sp  tp1     3        reset  category bottom yes     full      4     -       -     -    -    yes
+dpo-precompute tp2_sp  pp2_vpp 3        reset  layer    bottom -       none      1     yes     yes   yes  yes  yes
+dpo-shared     tp2_sp  tp1     3        one    full     drawn  yes     selective 4     yes     yes   -    yes  -
+dpo-model      tp2_sp  there   4        carry  model    drawn  -       full      1     yes     -     -    yes  -
+sft            pp2     tp1     4        one    full     drawn  yes     none      1     yes     -     yes  -    yes
+pretrain       pp2     tp2_sp  3        carry  model    stage  -       full      1     -       yes   yes  yes  yes
+dpo-precompute pp2     there   3        one    category stage  yes     none      1     -       yes   yes  -    yes
+dpo-shared     pp2     dp2     4        host   layer    stage  -       full      1     yes     -     -    -    -
+dpo-shared     pp2     dp2     3        host   model    bottom -       selective 4     -       yes   yes  yes  yes
+dpo-model      pp2     pp2_vpp 3        reset  category stage  yes     none      4     yes     -     -    -    -
+dpo-model      pp2     tp2_sp  4        host   layer    stage  yes     none      4     -       -     yes  yes  -
+sft            pp2_vpp tp2_sp  4        reset  model    stage  -       selective 4     yes     -     -    -    yes
+pretrain       pp2_vpp dp2     3        carry  category stage  yes     none      4     -       -     yes  -    -
+dpo-precompute pp2_vpp dp2     3        host   model    bottom yes     full      4     yes     yes   -    -    -
+dpo-shared     pp2_vpp there   3        one    full     drawn  -       full      4     yes     yes   yes  yes  -
+dpo-model      pp2_vpp tp1     3        carry  layer    stage  yes     selective 4     -       yes   yes  yes  yes
+sft            dp2     there   4        reset  model    drawn  yes     selective 1     yes     yes   yes  yes  yes
+pretrain       dp2     pp2_vpp 4        one    model    bottom yes     none      1     -       -     -    yes  yes
+pretrain       dp2     pp2_vpp 3        one    full     drawn  -       full      4     -       yes   -    -    -
+dpo-precompute dp2     tp1     3        carry  model    bottom -       none      4     -       -     yes  yes  yes
+dpo-shared     dp2     tp2_sp  3        carry  layer    drawn  yes     none      4     -       -     yes  yes  -
+dpo-model      dp2     pp2_vpp 4        host   category bottom yes     selective 4     yes     -     yes  -    -
+""")
+QUICK = {0, 2, 4, 9, 11, 16, 17, 18, 24, 26, 27, 28, 31}
+"""Together they hold every value of every column, and a tied embedding that trains at both ends of a pipeline."""
+BEYOND = read_rows("""
+method     layout  resumed saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
+sft        tp2_pp2 pp4     3        host   category drawn  yes     none      1     -       yes   yes  yes  -
+dpo-shared tp2_pp2 there   3        carry  category drawn  -       full      4     yes     yes   yes  yes  yes
+pretrain   pp4     tp2_pp2 4        one    none     drawn  -       none      4     -       yes   yes  -    -
+sft        pp2_vpp pp4     4        one    none     drawn  -       none      4     -       yes   yes  yes  -
+sft        tp2_sp  dp4     3        host   category drawn  yes     full      1     -       yes   yes  -    -
+""")
+"""Values that no column has: more ranks, up to 8, and no layer that trains, so that ranks in the middle own nothing."""
+
+ROWS = [*TABLE, *BEYOND]
 
 
 def pairs_of(row: Row) -> set[frozenset[Value]]:
@@ -386,6 +240,12 @@ def test_the_table_holds_every_possible_pair_of_values_and_the_quick_rows_every_
     possible = {frozenset(pair) for two in combinations(columns, 2) for pair in product(*two)} - FORBIDDEN
     assert set().union(*map(pairs_of, TABLE)) == possible
     assert set().union(*(asdict(TABLE[number]).items() for number in QUICK)) == {*chain(*columns)}
+
+
+def test_every_preference_loss_has_a_row_in_fp32_and_the_usual_one_a_quick_row() -> None:
+    precise = [number for number, row in enumerate(ROWS) if row.command == "dpo" and not row.bf16]
+    assert all(any(preference_loss(number) is loss for number in precise) for loss in PREFERENCE_LOSSES)
+    assert any(preference_loss(number) == ["--dpo-beta", "0.1"] for number in QUICK.intersection(precise))
 
 
 @pytest.fixture(scope="session")
@@ -405,6 +265,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+def preference_loss(number: int) -> list[str]:
+    """Options of a row of preference pairs, which take ``PREFERENCE_LOSSES`` in turn."""
+    before = sum(row.command == "dpo" for row in ROWS[:number])
+    return PREFERENCE_LOSSES[before % len(PREFERENCE_LOSSES)]
+
+
 def words_of(row: Row, number: int, folder: Path) -> list[str]:
     """Everything but the layout and the folders of the run."""
     data: list[object] = {
@@ -413,8 +279,8 @@ def words_of(row: Row, number: int, folder: Path) -> list[str]:
         "pretrain": ["--data-path", 0.7, folder / "a", 0.3, folder / "b", "--split", "90,10", "--seq-length", 32],
     }[row.command]
     if row.command == "dpo":
-        kind = row.method.partition(" ")[2]
-        data += ["--dpo-reference", kind, *PREFERENCE_LOSSES[number % len(PREFERENCE_LOSSES)]]
+        kind = row.method.partition("-")[2]
+        data += ["--dpo-reference", kind, *preference_loss(number)]
         data += ["--dpo-reference-cache", folder / "cache"] if kind == "precompute" else []
     words = [*data, "--load-hf", folder / "model", "--train-iters", STEPS, "--global-batch-size", BATCH, "--seed", SEED]
     words += [
@@ -448,7 +314,7 @@ def test_what_is_kept_at_a_switch_and_who_shares_a_pack_show_in_the_losses(folde
     row, folder = TABLE[0], folders(False)
     assert (row.method, row.rounds, row.packing) == ("sft", "reset", True)
     runs = [
-        plain_run(row.command, [*words_of(replace(row, rounds=rounds, packing=packing), 0, folder)], "")
+        plain_run(row.command, words_of(replace(row, rounds=rounds, packing=packing), 0, folder), "")
         for rounds, packing in (("reset", True), ("carry", True), ("host", True), ("reset", False))
     ]
     losses = [[step.loss for step in run.steps] for run in runs]
@@ -469,7 +335,7 @@ def run_row(method: MethodName, words: list[str]) -> dict[str, Any]:
     ("number", "row"),
     [
         pytest.param(number, row, id=f"{number} {row.method} {row.layout}", marks=[] if number in QUICK else [SLOW])
-        for number, row in enumerate([*TABLE, *BEYOND])
+        for number, row in enumerate(ROWS)
     ],
 )
 def test_a_run_equals_plain_pytorch_costs_what_the_formula_says_and_resumes_anywhere(
@@ -502,6 +368,16 @@ def test_a_run_equals_plain_pytorch_costs_what_the_formula_says_and_resumes_anyw
     check_same_checkpoint(row, ranks, whole, resumed, expected)
 
 
+def check_reference(row: Row, expected: PlainRun) -> None:
+    """Agreement with it means something: it clips and packs, its rounds differ, it learns more than is tolerated."""
+    first, last = expected.steps[0].loss, expected.steps[-1].loss
+    loss, near_zero = (LOSS_BF16, NEAR_ZERO_BF16) if row.bf16 else (TOLERANCE, NEAR_ZERO)
+    assert first - last > 5 * (loss + near_zero) * first
+    assert not row.clip or max(step.grad_norm for step in expected.steps) > CLIP[row.command]
+    assert not row.packing or expected.examples > 1.5 * STEPS * BATCH
+    assert (len({step.plan.training for step in expected.steps}) > 1) == (row.rounds != "one")
+
+
 def check_run(
     row: Row, answers: Sequence[dict[str, Any]], expected: PlainRun, save: Path, *, begun: int, words: Sequence[str]
 ) -> None:
@@ -513,6 +389,8 @@ def check_run(
         assert [step["consumed"] for step in answer["steps"]] == [BATCH * i for i in range(begun + 1, STEPS + 1)]
         check_rounds(answer, steps, overlaps="--overlap-param-gather" in words)
         assert answer["table"] == answer["parameters"], "the table of names is the engine's order of registration"
+    idle = [answer for answer in answers if not any(seen["held"]["trainable_parameters"] for seen in answer["rounds"])]
+    assert idle or begun > 0 or (row.frozen != "stage" and row.layout != "pp4")
     assert json.loads(answers[0]["state"]["unit steps"]) == expected.updates
     check_replicas(answers)
     check_log(answers[-1], save, begun, steps)
@@ -536,7 +414,7 @@ def check_learning(
         for half, name in enumerate(("rewards/chosen", "rewards/rejected") if row.command == "dpo" else ()):
             seen = [step["measured"][name] for step in answer["steps"]]
             rewards = [step.rewards[half] for step in steps if step.rewards is not None]
-            assert seen == pytest.approx(rewards, rel=loss, abs=0.03 if row.bf16 else 1e-5)
+            assert seen == pytest.approx(rewards, rel=loss, abs=0.1 * max(map(abs, rewards)) if row.bf16 else 1e-5)
 
 
 def check_rounds(answer: dict[str, Any], steps: Sequence[PlainStep], *, overlaps: bool) -> None:
@@ -549,7 +427,7 @@ def check_rounds(answer: dict[str, Any], steps: Sequence[PlainStep], *, overlaps
         assert seen["leftovers"] == {}
         assert seen["kept gradients"] == []
         assert seen["padding"] == 0.0
-        assert seen["held"] == seen["held by formula"]
+        assert seen["held"] == seen["held by formula"] == seen["reported as held"]
         for number, step in enumerate(seen["steps"]):
             assert step["sent"] == step["reported"]
             assert step["sent"][0] == seen["wire by formula"][0]
