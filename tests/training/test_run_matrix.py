@@ -38,8 +38,8 @@ UNEVEN = {"hidden_size": 36, "intermediate_size": 54, "head_dim": 10}
 """No parameter's size is a multiple of 64 or 128, so that every rule of padding shows in the sums of bytes."""
 LR = {"sft": 1e-2, "pretrain": 1e-2, "dpo": 5e-3}
 """Much is learned in six steps, yet not all: where a preference loss has come to zero nothing moves any more."""
-CLIP = {"sft": 1.0, "pretrain": 0.8, "dpo": 0.1}
-"""Norms are near it: some steps are clipped and some are not."""
+CLIP = {"sft": 1.9, "pretrain": 1.0, "dpo": 0.3}
+"""Near the norms: there are rows where not every step is clipped."""
 SLOW = pytest.mark.slow(reason="a row is two whole runs, and their reference")
 TOLERANCE = 1e-5
 """Relative, of losses and gradient norms in fp32. The promise is 1e-4."""
@@ -283,28 +283,10 @@ def words_of(row: Row, number: int, folder: Path) -> list[str]:
         data += ["--dpo-reference", kind, *preference_loss(number)]
         data += ["--dpo-reference-cache", folder / "cache"] if kind == "precompute" else []
     words = [*data, "--load-hf", folder / "model", "--train-iters", STEPS, "--global-batch-size", BATCH, "--seed", SEED]
-    words += [
-        "--lr",
-        LR[row.command],
-        "--min-lr",
-        2e-4,
-        "--lr-warmup-iters",
-        1,
-        "--weight-decay",
-        0.1 if row.decay else 0.0,
-    ]
-    words += [
-        "--clip-grad",
-        CLIP[row.command] if row.clip else 0.0,
-        "--adam-eps",
-        EPSILON_BF16 if row.bf16 else EPSILON,
-    ]
-    words += [
-        "--bf16" if row.bf16 else "--no-bf16",
-        *RECOMPUTE[row.recompute],
-        *ROUNDS[row.rounds],
-        *row.freeze_words(),
-    ]
+    words += ["--lr", LR[row.command], "--min-lr", 2e-4, "--lr-warmup-iters", 1]
+    words += ["--weight-decay", 0.1 if row.decay else 0.0, "--clip-grad", CLIP[row.command] if row.clip else 0.0]
+    words += ["--bf16" if row.bf16 else "--no-bf16", "--adam-eps", EPSILON_BF16 if row.bf16 else EPSILON]
+    words += [*RECOMPUTE[row.recompute], *ROUNDS[row.rounds], *row.freeze_words()]
     words += ["--packing"] if row.packing else []
     return [str(word) for word in words]
 
@@ -345,10 +327,7 @@ def test_a_run_equals_plain_pytorch_costs_what_the_formula_says_and_resumes_anyw
     words = words_of(row, number, folder)
     sized = [*words, "--micro-batch-size", str(row.micro_batch_size)]
     expected = plain_run(row.command, sized, str(folder / "indices"))
-    assert not row.clip or max(step.grad_norm for step in expected.steps) > CLIP[row.command], (
-        "some step must be clipped"
-    )
-    assert expected.steps[-1].loss < expected.steps[0].loss, "agreement means little where nothing is learned"
+    check_reference(row, expected)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
 
     def run(world_size: int, layout: list[str], save: Path) -> list[dict[str, Any]]:
@@ -372,7 +351,7 @@ def check_reference(row: Row, expected: PlainRun) -> None:
     """Agreement with it means something: it clips and packs, its rounds differ, it learns more than is tolerated."""
     first, last = expected.steps[0].loss, expected.steps[-1].loss
     loss, near_zero = (LOSS_BF16, NEAR_ZERO_BF16) if row.bf16 else (TOLERANCE, NEAR_ZERO)
-    assert first - last > 5 * (loss + near_zero) * first
+    assert first - last > 3 * (loss + near_zero) * first
     assert not row.clip or max(step.grad_norm for step in expected.steps) > CLIP[row.command]
     assert not row.packing or expected.examples > 1.5 * STEPS * BATCH
     assert (len({step.plan.training for step in expected.steps}) > 1) == (row.rounds != "one")
