@@ -22,7 +22,7 @@ from tests.support.disks import Disk, small_disk
 from tests.support.launched import START_TIMEOUT, Launched, launched
 from tests.support.runs import make_inputs, read_metrics, words_for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(reason="real ranks train under torchrun until something happens to them")
 
 INTERVAL = 10
 BOUND = 60.0

@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="15,000 rows, so that a signal comes in their middle, are tokenized twice")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_same_bytes(
     whole: Path, tmp_path: Path, number: signal.Signals
