@@ -190,21 +190,20 @@ def start_cli(
     *,
     ranks: int | None = None,
     log: Path,
-    prefix: Sequence[str] = (),
+    forks: bool = True,
     mounts_of: int | None = None,
     method: MethodName = "sft",
 ) -> "Started | subprocess.Popen[bytes]":
     """Starts ``python -m hft_megatron METHOD WORDS``, under torchrun when ``ranks`` is given; output goes to ``log``.
 
-    ``prefix`` stands in front of the command, such as one that enters another namespace; that one is really started.
-    Without it the run may have the file systems of the process ``mounts_of``.
+    A run that ``forks`` may have the file systems of the process ``mounts_of``; any other really starts.
     """
     command = [*(() if ranks is None else torchrun(ranks)), "-m", "hft_megatron", method, *words]
-    if not prefix:
+    if forks:
         return start(command, output=log, mounts_of=mounts_of)
     with log.open("wb") as output:
         return subprocess.Popen(
-            [*prefix, sys.executable, *command],
+            [sys.executable, *command],
             cwd=REPOSITORY,
             env=clean_environment(),
             stdin=subprocess.DEVNULL,
@@ -220,11 +219,11 @@ def run_cli(
     ranks: int | None = None,
     log: Path,
     timeout: float = 300,
-    prefix: Sequence[str] = (),
+    forks: bool = True,
     method: MethodName = "sft",
 ) -> int:
     """``start_cli`` and wait; the exit code."""
-    process = start_cli(words, ranks=ranks, log=log, prefix=prefix, method=method)
+    process = start_cli(words, ranks=ranks, log=log, forks=forks, method=method)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:

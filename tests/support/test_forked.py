@@ -85,14 +85,14 @@ def test_a_forked_program_that_is_killed_is_gone_and_a_time_out_is_raised(tmp_pa
 def test_ranks_with_hash_seeds_of_their_own_train_as_forked_ones_do(tmp_path: Path) -> None:
     """Orders that depend on hashes differ from rank to rank here, and from those of the forked run."""
     inputs = make_inputs(tmp_path)
-    runs = {"forked": (), "started": ("env",)}
-    for name, prefix in runs.items():
+    runs = {"forked": True, "started": False}
+    for name, forks in runs.items():
         rounds = ["--hft-round-interval", 2, "--hft-moments", "carry", "--hft-resting-moments", "host"]
         words = words_for(
             inputs, *rounds, "--save", tmp_path / name, "--save-interval", 3, "--save-hf", f"{tmp_path}/{name}-hf"
         )
         log = tmp_path / f"{name}.log"
-        assert run_cli(words, ranks=2, log=log, prefix=prefix) == 0, log.read_text()[-4000:]
+        assert run_cli(words, ranks=2, log=log, forks=forks) == 0, log.read_text()[-4000:]
     assert len(losses_in(tmp_path / "forked")) == 6
     assert losses_in(tmp_path / "forked") == losses_in(tmp_path / "started")
     exported = [(tmp_path / f"{name}-hf" / "model.safetensors").read_bytes() for name in runs]
