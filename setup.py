@@ -27,7 +27,10 @@ setup(
     packages=find_packages(include=["hft_megatron", "hft_megatron.*"]),
     install_requires=[
         "torch>=2.9,<3",  # the first whose torchrun forwards SIGUSR1 (--signals-to-handle)
-        "megatron-core>=0.16,<1",
+        # The two lines of engine/lines.py: 0.16 is the last for Python below 3.12.
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
+        "triton>=3; python_version >= '3.12' and sys_platform == 'linux'",  # 0.19 imports it, also without a GPU
         "numpy>=1.26",
         "transformers>=4.51,<6",
         "safetensors>=0.4.3",

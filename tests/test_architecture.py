@@ -20,6 +20,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"hft"}),
     frozenset({"model", "data", "tracking"}),
     frozenset({"parallel"}),
+    frozenset({"engine"}),
     frozenset({"config"}),
     frozenset({"errors"}),
     frozenset({"__init__"}),

@@ -31,9 +31,9 @@ def run(options: AverageOptions, status: StatusFolder) -> None:
         )
     inputs = check_folders(options.folders)
     # Imported here, because a mistake in the options must not wait for torch.
-    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+    from hft_megatron.engine.start import prepare_engine
 
-    silence_engine_warnings()
+    prepare_engine()
     from hft_megatron.conversion.merging import average_weights
 
     average_weights(inputs, options.coefficient, show)

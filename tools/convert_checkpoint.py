@@ -48,9 +48,9 @@ class Options:
 def convert(options: Conversion) -> None:
     """Checks the options, then converts or compares."""
     _check(options)
-    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+    from hft_megatron.engine.start import prepare_engine
 
-    silence_engine_warnings()
+    prepare_engine()
     if options.check:
         launch.place_this_process()
     import torch

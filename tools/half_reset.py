@@ -49,9 +49,9 @@ def run(options: HalfResetOptions, status: StatusFolder) -> None:
         validate_plan(RunConfig(hft=hft), inputs.shape, world_size=1)
         plan = make_plan(inputs.shape, hft, default_seed=draw.seed)
     # Imported here, because a mistake in the options must not wait for torch.
-    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+    from hft_megatron.engine.start import prepare_engine
 
-    silence_engine_warnings()
+    prepare_engine()
     from hft_megatron.conversion.merging import half_reset
 
     half_reset(inputs, plan, show)

@@ -17,6 +17,7 @@ from hft_megatron.checkpoint.folders import DAMAGED, ITERATION_FOLDER, Checkpoin
 from hft_megatron.checkpoint.position import FILE_NAME as POSITION_FILE
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
+from hft_megatron.engine.lines import refuse_if_unreadable
 from hft_megatron.errors import UserError
 from hft_megatron.parallel.groups import Placement
 
@@ -28,7 +29,8 @@ def sound_checkpoint(
 
     Collective; ranks share the reading. A damaged checkpoint is UserError on every rank, naming the file and the newest
     good checkpoint, or with ``fallback`` (--load-fallback) that one is taken. ``put_aside`` renames the damaged ones,
-    so that the next start doesn't find them again.
+    so that the next start doesn't find them again. One of another megatron-core, which this one can't read, is
+    UserError, too.
     """
     damaged: list[tuple[Path, str]] = []
     if found.missing is not None:
@@ -41,6 +43,8 @@ def sound_checkpoint(
             good = path
             break
         damaged.append((path, damage))
+    if good is not None:
+        refuse_if_unreadable(good, read_digests(good))
     if not damaged:
         return good
     what = damaged[0][1]

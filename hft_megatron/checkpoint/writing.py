@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import save, serialization
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from hft_megatron.checkpoint.digests import Digest, digest_of
+from hft_megatron.engine.lines import COMMON_STATE_FILE, engine_line
 
 _PR_SET_PDEATHSIG = 1
 """Of Linux' prctl: which signal a process gets when its parent ends."""
@@ -72,12 +72,13 @@ def request_save(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) 
     report = WriterReport()
     filesystem_async._results_queue = report
     with _noting_failures(report):
-        request = save(state, str(folder), async_sharded_save=True, content_metadata=metadata)
+        options = engine_line().save_options
+        request = save(state, str(folder), async_sharded_save=True, content_metadata=metadata, **options)
     assert request is not None
     request = request._replace(finalize_fns=[partial(_finalize, step, report) for step in request.finalize_fns])
     if request.async_fn is None:
         return request, report
-    assert request.async_fn.func is FileSystemWriterAsync.write_preloaded_data_multiproc
+    assert request.async_fn.func is getattr(FileSystemWriterAsync, engine_line().writes_files)
     transforms, _ = request.async_fn.args
     return request._replace(async_fn=partial(_write, transforms)), report
 
@@ -104,10 +105,11 @@ def _noting_failures(report: WriterReport) -> Iterator[None]:
         return attempt
 
     alone: list[tuple[Any, str, Callable[..., None]]] = [
-        (TorchCommonSaveStrategy, "save_common", _save_common),
         (FileSystemWriterAsync, "finish", FileSystemWriterAsync.finish),
         (serialization, "save_config", serialization.save_config),
     ]
+    if engine_line().has_common_file:
+        alone.append((common.TorchCommonSaveStrategy, "save_common", _save_common))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in alone]
     try:
         for owner, name, write in alone:
@@ -118,13 +120,13 @@ def _noting_failures(report: WriterReport) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _save_common(strategy: TorchCommonSaveStrategy, state: dict[str, Any], folder: str) -> None:
+def _save_common(strategy: Any, state: dict[str, Any], folder: str) -> None:
     """As megatron-core's own, but through memory: torch.save into a file does not say why a write failed."""
     del strategy
     if dist.get_rank() == 0:
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        (Path(folder) / COMMON_STATE_FNAME).write_bytes(buffer.getvalue())
+        (Path(folder) / COMMON_STATE_FILE).write_bytes(buffer.getvalue())
 
 
 def reason_of(failures: Mapping[int, Any]) -> str:

@@ -43,9 +43,9 @@ def run(options: DoctorOptions, status: StatusFolder) -> None:
     has_model, has_data = _checked(options)
     validate_layout(config, world_size)
     # Imported here, because the checks above must not wait for torch and transformers.
-    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+    from hft_megatron.engine.start import prepare_engine
 
-    silence_engine_warnings()
+    prepare_engine()
     launch.place_this_process()
     from hft_megatron.training.doctor.examination import Examination
 

@@ -69,9 +69,9 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
         return
     validate(config, shape or _shape_before_the_tokenizer(config), world_size, method)
     # Imported here and below, because the checks above must not wait for torch and transformers.
-    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+    from hft_megatron.engine.start import prepare_engine
 
-    silence_engine_warnings()
+    prepare_engine()
     if options.check:
         from hft_megatron.training.checks import check_inputs
 
@@ -99,9 +99,9 @@ def _run_stages(
     stages = read_stages(path, config)
     for stage in with_rounds_in_turn(stages):
         validate(stage.config, shape or _shape_before_the_tokenizer(stage.config), world_size, stage.method)
-    from hft_megatron.parallel.engine_warnings import silence_engine_warnings
+    from hft_megatron.engine.start import prepare_engine
 
-    silence_engine_warnings()
+    prepare_engine()
     from hft_megatron.training.stage_sequence import check_stages, run_stages
 
     if check:

@@ -1,5 +1,7 @@
 """Builds this rank's part of a LLaMA for a layout, with uninitialised weights."""
 
+from typing import Any
+
 import torch
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -7,7 +9,6 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_first_stage,
     is_vp_last_stage,
 )
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hft_megatron.config.derived import padded_vocab_size, virtual_pipeline_size
@@ -101,7 +102,9 @@ def build_model(
         chunks.append(chunk.to(placement.device))
     for slot in parameter_slots(chunks):
         if slot.cut is not None:
-            # megatron-core marks shards only while it initialises them itself; an unmarked shard counts as a copy of
-            # rank 0's and drops out of the gradient norm, so clipping would depend on the layout.
-            set_tensor_model_parallel_attributes(slot.parameter, is_parallel=True, dim=slot.cut, stride=1)
+            # megatron-core marks shards only while it initialises them itself (0.19 in part also where it does not); an
+            # unmarked shard counts as a copy of rank 0's and drops out of the gradient norm, so clipping would depend
+            # on the layout.
+            shard: Any = slot.parameter
+            shard.tensor_model_parallel, shard.partition_dim, shard.partition_stride = True, slot.cut, 1
     return chunks

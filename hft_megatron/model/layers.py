@@ -48,6 +48,7 @@ class CategorySelfAttention(Attention):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **of_newer_engines: Any,
     ) -> None:
         super().__init__(
             config=config,
@@ -57,6 +58,7 @@ class CategorySelfAttention(Attention):
             attention_type="self",
             cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
+            **of_newer_engines,
         )
         self.linear_qkv = SharedInputColumnParallel(
             config,
@@ -85,8 +87,16 @@ class CategorySelfAttention(Attention):
 class LlamaMLP(MegatronModule):
     """SwiGLU feed-forward block, ``down(silu(gate(x)) * up(x))``, with gate and up as parameters of their own."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        # megatron-core 0.16 passes the configuration alone.
         super().__init__(config)
+        assert not is_mtp_layer
         tp_group = parallel_state.get_tensor_model_parallel_group()
         self.linear_fc1 = SharedInputColumnParallel(
             config,

@@ -27,7 +27,12 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    # After it what stood there: another line of megatron-core than the one that is installed, for one.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+}
 """What a started program finds; libraries have read the first two when they were imported."""
 RANK_NAME = "rank {}"
 """The name in the process table of a rank that was forked: what stands there as its environment is the server's."""

@@ -1,0 +1,41 @@
+"""What must happen before megatron-core is imported. Imports nothing of it."""
+
+import logging
+import warnings
+
+from hft_megatron.engine.lines import engine_line
+
+_SAID_BY_OUR_LOG_LINE = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+)
+_NOT_FOR_USERS = (
+    "full scope is deprecated",  # about megatron-core's own default
+    r"`torch\.distributed\..*` is deprecated",  # megatron-core's calls, on torch 2.13 and newer
+)
+_LOGGERS = (
+    "megatron.core.rerun_state_machine",
+    # That indices of samples are kept in memory.
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.datasets.blended_dataset",
+    # Takes the plan and position, which are written first, for the rests of another save.
+    "megatron.core.dist_checkpointing.serialization",
+    # 0.19: that GPTModel, its own way to save, and the common state of older checkpoints go away some day.
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.common",
+)
+"""Whose warnings are about the engine itself; their errors are still shown."""
+
+
+def prepare_engine() -> None:
+    """Makes sure that a supported megatron-core is there, and silences what it says about itself, from every rank.
+
+    Called by name from entry points, before anything imports megatron-core. Raises UserError for an engine that this
+    package doesn't run on. Warnings that are not listed here are still shown.
+    """
+    engine_line()
+    for message in (*_SAID_BY_OUR_LOG_LINE, *_NOT_FOR_USERS):
+        warnings.filterwarnings("ignore", message=message)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
