@@ -33,6 +33,7 @@ def test_this_version_leaves_a_checkpoint_to_later_ones() -> None:
     assert __version__ in VERSIONS, "run python -m tests.checkpoint.make_released"
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_checkpoint_of_a_released_version_goes_on(version: str, ranks: RankPools, tmp_path: Path) -> None:
     shutil.unpack_archive(RELEASED / f"{version}.tar.gz", tmp_path, filter="data")

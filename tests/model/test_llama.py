@@ -47,6 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("layout", quick(WORLD_SIZE, ["tp2_pp2"]))
 def test_logits_equal_transformers_for_every_variant(ranks, folders, layout):
     pool = ranks(WORLD_SIZE[layout])
