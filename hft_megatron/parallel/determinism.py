@@ -18,3 +18,5 @@ def make_deterministic() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
+    # It would fill every tensor that is made empty, and everything here writes before it reads.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

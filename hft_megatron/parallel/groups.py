@@ -53,12 +53,15 @@ def start_backend(parallel: ParallelConfig, meeting: Meeting | None = None) -> N
 
     A default group that exists is left as it is. Raises what ``meet`` does.
     """
-    # megatron-core's overlaps rely on kernels running in the order they were launched; read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     has_cuda = torch.cuda.is_available()
     if parallel.distributed_backend == "nccl" and not has_cuda:
         raise UserError(
             "--distributed-backend nccl needs a CUDA device, and torch finds none; use gloo or leave it out."
+        )
+    if parallel.distributed_backend == "gloo" and has_cuda:
+        raise UserError(
+            "--distributed-backend gloo lacks collectives for CUDA tensors, and torch finds a CUDA device; use nccl or "
+            "leave it out (with CUDA_VISIBLE_DEVICES= in the environment the run is on CPU)."
         )
     if has_cuda:
         local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -78,6 +81,8 @@ def start_backend(parallel: ParallelConfig, meeting: Meeting | None = None) -> N
             rank=meeting.rank,
             world_size=meeting.world_size,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            # NCCL then connects its ranks at once, and knows whose device a rank's barrier is on.
+            device_id=torch.device("cuda", torch.cuda.current_device()) if has_cuda else None,
         )
 
 
