@@ -8,6 +8,7 @@ from typing import Literal
 
 MethodName = Literal["sft", "dpo", "pretrain"]
 """The commands that train."""
+TransformerImpl = Literal["local", "transformer_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,9 @@ class TrainingConfig:
     """Longest training sequence in tokens; the model's limit when unset."""
     bf16: bool | None = None
     """bf16 weights with fp32 masters, or fp32 (--no-bf16). Unset: bf16 on CUDA and CPUs with AMX or AVX512-BF16."""
+    transformer_impl: TransformerImpl = "local"
+    """Whose kernels compute attention, norms, weight gradients and Adam: torch's, whatever else is installed, or those
+    of transformer-engine (needs CUDA and bf16) and, for weight gradients, of NVIDIA's Apex where it is installed."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None

@@ -44,6 +44,7 @@ def transformer_config(
         perform_initialization=False,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        transformer_impl=training.transformer_impl,
         pipeline_dtype=dtype,
         # Under the interleaved schedule of two stages a rank's neighbours before and after it are one rank, and in one
         # batch of sends and receives between them activations would be taken for gradients: each goes on its own.

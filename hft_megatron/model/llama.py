@@ -14,26 +14,37 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import TransformerImpl
+from hft_megatron.errors import UserError
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm
 from hft_megatron.model.rope import scaled_inverse_frequencies
 from hft_megatron.model.torch_attention import TorchAttention
 from hft_megatron.parallel.groups import Placement
 
 
-def transformer_engine_is_used(*, bf16: bool) -> bool:
-    """Whether transformer-engine's attention and norms replace torch's: they need CUDA, bf16 and the package.
+def check_implementation(implementation: TransformerImpl, *, bf16: bool) -> None:
+    """UserError where transformer-engine is asked for and its attention and norms can't run.
 
     megatron-core's own finding counts, because a package that is there but can't be imported is no use. In fp32
     transformer-engine has no attention that leaves the score matrix out.
     """
-    return torch.cuda.is_available() and bf16 and bool(HAVE_TE)
+    if implementation == "local":
+        return
+    lacks = {
+        "a CUDA device, and torch finds none": torch.cuda.is_available(),
+        "bf16; add --bf16": bf16,
+        "transformer-engine, which can't be imported; run `pip install 'transformer-engine[pytorch]'`": bool(HAVE_TE),
+    }
+    for what, is_there in lacks.items():
+        if not is_there:
+            raise UserError(f"--transformer-impl {implementation} needs {what}, or leave it out.")
 
 
-def layer_spec(*, bf16: bool) -> ModuleSpec:
-    """One LLaMA layer. With transformer-engine its attention and norms are used, else torch's."""
+def layer_spec(implementation: TransformerImpl) -> ModuleSpec:
+    """One LLaMA layer, with transformer-engine's attention and norms or with torch's."""
     norm: type = RMSNorm
     attention: type = TorchAttention
-    if transformer_engine_is_used(bf16=bf16):
+    if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
         norm, attention = TENorm, TEDotProductAttention
@@ -73,7 +84,7 @@ class LlamaModel(GPTModel):
         post_process: bool,
         virtual_stage: int | None,
     ) -> None:
-        spec = layer_spec(bf16=config.bf16)
+        spec = layer_spec(config.transformer_impl)
         layers = get_num_layers_to_build(config, virtual_stage, placement.pipeline_rank)
         assert spec.submodules is not None
         super().__init__(

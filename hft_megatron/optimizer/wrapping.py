@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from hft_megatron.config.schema import OptimizerConfig, ParallelConfig
+from hft_megatron.config.schema import OptimizerConfig, ParallelConfig, TransformerImpl
 from hft_megatron.hft.application import apply_plan
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel
@@ -85,9 +85,9 @@ def wrap(
 ) -> WrappedModel:
     """Applies the plan, then builds gradient buffers and optimizer state for its training units only.
 
-    With ``steps_per_unit`` (for carried moments) torch's AdamW is used even where a fused one is installed: those of
-    Apex and transformer-engine count steps by parameter group. ``traffic`` is the last round's, whose counts go on;
-    None for the first round of a run.
+    Adam is torch's, or under --transformer-impl transformer_engine what megatron-core finds of transformer-engine's and
+    Apex's; with ``steps_per_unit`` (for carried moments) torch's always, because those count steps by parameter group.
+    ``traffic`` is the last round's, whose counts go on; None for the first round of a run.
     """
     traffic = traffic or Traffic()
     slots = list(parameter_slots(chunks))
@@ -107,7 +107,8 @@ def wrap(
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         )
-    with _building_hft_optimizers(plan, slots, torch_adam=steps_per_unit):
+    torch_adam = steps_per_unit or config.transformer_impl == "local"
+    with _building_hft_optimizers(plan, slots, torch_adam=torch_adam):
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -188,9 +189,9 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
     return chunks
 
 
-def adam_in_use(*, steps_per_unit: bool = False) -> str:
-    """Whose Adam ``wrap`` takes: what megatron-core found at import (transformer-engine's, Apex's) or torch's."""
-    if steps_per_unit:
+def adam_in_use(implementation: TransformerImpl, *, steps_per_unit: bool) -> str:
+    """Whose Adam ``wrap`` takes: torch's, or what megatron-core found at import (transformer-engine's or Apex's)."""
+    if steps_per_unit or implementation == "local":
         return "torch"
     module = megatron_optimizer.Adam.__module__
     return "transformer-engine" if module.startswith("transformer_engine") else module.split(".")[0]

@@ -24,7 +24,7 @@ from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.build import build_model
 from hft_megatron.model.initialization import initialize_weights
-from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
+from hft_megatron.model.llama import LlamaModel, check_implementation
 from hft_megatron.optimizer.wrapping import WrappedModel, adam_in_use, wrap
 from hft_megatron.parallel import cpu_backend
 from hft_megatron.parallel.determinism import make_deterministic
@@ -70,6 +70,7 @@ def train_and_export(
         make_deterministic()
     company.join(inputs.config.parallel)
     config = _with_dtype(inputs.config)
+    check_implementation(config.training.transformer_impl, bf16=config.training.bf16 is True)
     placement = start_groups(config.parallel, inputs.shape.num_layers, config.training.seed)
     announce = _announcer(placement)
     _announce_start(config, inputs, placement, company, announce)
@@ -136,11 +137,13 @@ def _announce_start(
 ) -> None:
     for line in inputs.describe():
         announce(f"> {line}")
-    engine = "transformer-engine" if transformer_engine_is_used(bf16=config.training.bf16 is True) else "torch"
+    kernels = config.training.transformer_impl
+    engine = "torch" if kernels == "local" else "transformer-engine"
+    adam = adam_in_use(kernels, steps_per_unit=config.hft.hft_moments == "carry")
     announce(
         f"> TP {placement.tensor_size} x PP {placement.pipeline_size} x DP {placement.data_size} on "
         f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
-        f"attention and norms by {engine}, Adam by {adam_in_use(steps_per_unit=config.hft.hft_moments == 'carry')}"
+        f"attention and norms by {engine}, Adam by {adam}"
     )
     if len(company.hosts) > 1:
         announce(f"> {len(company.hosts)} hosts: {', '.join(str(host) for host in company.hosts)}")

@@ -21,7 +21,7 @@ from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import BatchShare
 from hft_megatron.errors import UserError
 from hft_megatron.model.build import build_model
-from hft_megatron.model.llama import LlamaModel, transformer_engine_is_used
+from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.training.inputs import Inputs
 from hft_megatron.training.preference_data import PreferenceData
@@ -107,7 +107,7 @@ def _arithmetic(inputs: Inputs, placement: Placement) -> str:
     changes an answer's log-probability by whole units, and margins that should be 0 with it.
     """
     config = inputs.config
-    engine = "transformer-engine" if transformer_engine_is_used(bf16=True) else "torch"
+    engine = "torch" if config.training.transformer_impl == "local" else "transformer-engine"
     sequence = ", SP" if config.parallel.sequence_parallel else ""
     packing = ", packed" if config.data.packing else ""
     return f"{placement.device.type}, {engine}, TP {placement.tensor_size}{sequence}{packing}"

@@ -8,6 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hft_megatron.errors import UserError
+from hft_megatron.model import llama
+from hft_megatron.model.layers import RMSNorm
+from hft_megatron.model.llama import check_implementation, layer_spec
 from tests.support.models import LAYOUTS, VARIANTS, build_from_folder, forward_logits, make_llama, make_llama1
 from tests.support.tiers import quick
 
@@ -85,3 +89,20 @@ def run_with_resting_weights(folder: str) -> list[int]:
 
 def test_a_resting_matrix_multiplies_one_sequence_at_once_and_not_token_by_token(ranks, folders):
     assert ranks(1).run(run_with_resting_weights, folder=str(folders["gqa"])) == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "needs"),
+    [
+        (False, True, "a CUDA device, and torch finds none"),
+        (True, False, "bf16; add --bf16"),
+        (True, True, "transformer-engine, which can't be imported"),
+    ],
+)
+def test_transformer_engine_is_refused_for_what_it_lacks_and_never_taken_unasked(monkeypatch, cuda, bf16, needs):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    with pytest.raises(UserError, match=f"^--transformer-impl transformer_engine needs {needs}.* or leave it out.$"):
+        check_implementation("transformer_engine", bf16=bf16)
+    check_implementation("local", bf16=bf16)
+    monkeypatch.setattr(llama, "HAVE_TE", True)
+    assert layer_spec("local").submodules.input_layernorm is RMSNorm

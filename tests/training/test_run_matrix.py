@@ -316,7 +316,9 @@ def run_row(method: MethodName, words: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("number", "row"),
     [
-        pytest.param(number, row, id=f"{number} {row.method} {row.layout}", marks=pytest.mark.engine if number in QUICK else SLOW)
+        pytest.param(
+            number, row, id=f"{number} {row.method} {row.layout}", marks=pytest.mark.engine if number in QUICK else SLOW
+        )
         for number, row in enumerate(ROWS)
     ],
 )

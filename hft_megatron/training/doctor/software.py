@@ -1,4 +1,4 @@
-"""Which packages are installed, whether they are recent enough, and what the optional ones would add."""
+"""Which packages are installed, whether they are recent enough, and what uses the optional ones."""
 
 import platform
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from packaging.requirements import InvalidRequirement, Requirement
 
 import hft_megatron
-from hft_megatron.optimizer.wrapping import adam_in_use
 from hft_megatron.training.doctor.findings import Finding
 
 DISTRIBUTION = "hft-megatron"
+OPTION = "--transformer-impl transformer_engine"
 OWN_ROW = ("torch", "megatron-core", "transformers")
 """What a report is asked for first; the other packages share a row."""
 
@@ -26,7 +26,6 @@ def software_findings() -> Iterator[Finding]:
     yield from package_findings(_requirements())
     yield _transformer_engine()
     yield _apex()
-    yield Finding(what="Adam", value=f"of {adam_in_use()}", same_everywhere=True)
 
 
 def package_findings(requirements: Sequence[Requirement]) -> Iterator[Finding]:
@@ -91,39 +90,30 @@ def _with_builds(name: str) -> str:
 
 
 def _transformer_engine() -> Finding:
-    adds = "fused attention and norms in bf16 on CUDA, and a fused Adam"
     return _optional(
         "transformer-engine",
         "transformer_engine",
-        is_used=bool(HAVE_TE),
-        adds=adds,
-        install="'transformer-engine[pytorch]'",
+        can_be_used=bool(HAVE_TE),
+        brings="attention, norms and a fused Adam in bf16 on CUDA",
     )
 
 
 def _apex() -> Finding:
-    adds = "weight gradients that are added to the fp32 buffer by the same kernel, and a fused Adam"
+    # `apex` on PyPI is another project.
     return _optional(
         "Apex",
         "apex",
-        is_used=bool(_grad_accum_fusion_available),
-        adds=adds,
-        install="from https://github.com/NVIDIA/apex with its CUDA extensions (`apex` on PyPI is another project)",
+        can_be_used=bool(_grad_accum_fusion_available),
+        brings="weight gradients that are added to the fp32 buffer by the same kernel, and a fused Adam",
     )
 
 
-def _optional(what: str, module: str, *, is_used: bool, adds: str, install: str) -> Finding:
+def _optional(what: str, module: str, *, can_be_used: bool, brings: str) -> Finding:
     """By what the engine found when it was imported: a package that is there but can't be loaded is no use."""
-    if is_used:
-        return Finding(what=what, value=f"found: {adds}", same_everywhere=True)
-    if not torch.cuda.is_available():
-        return Finding(what=what, value=f"not used without CUDA; it would add {adds}", same_everywhere=True)
-    command = f"run `pip install {install}`" if install.startswith("'") else f"install it {install}"
+    for_what = f"only {OPTION} uses it, for {brings}"
+    if can_be_used:
+        return Finding(what=what, value=f"found: {for_what}", same_everywhere=True)
     if find_spec(module) is not None:
-        value, fix = (
-            "installed, but its kernels can't be loaded",
-            f"It doesn't fit this torch or CUDA: {command} again.",
-        )
-    else:
-        value, fix = "not found", f"Training works without it; it would add {adds}: {command}."
-    return Finding(what=what, value=value, status="warning", fix=fix, same_everywhere=True)
+        value = f"installed, but its kernels can't be loaded here; {for_what}"
+        return Finding(what=what, value=value, same_everywhere=True)
+    return Finding(what=what, value=f"not installed: {for_what}", same_everywhere=True)

@@ -1,7 +1,6 @@
 """Versions and optional packages. Run: pytest tests/training/doctor/test_software.py"""
 
 import pytest
-import torch
 from packaging.requirements import Requirement
 
 from hft_megatron.training.doctor import software
@@ -24,26 +23,19 @@ def test_a_missing_package_is_named_among_the_others() -> None:
 
 def test_versions_are_compared_over_ranks() -> None:
     compared = {finding.what for finding in software_findings() if finding.same_everywhere}
-    assert {"hft-megatron", "torch", "megatron-core", "transformers", "Adam"} <= compared
+    assert {"hft-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "Apex"} <= compared
 
 
-def test_without_cuda_optional_packages_are_no_warning() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("here is CUDA")
-    found = {finding.what: finding for finding in software_findings()}
-    assert found["transformer-engine"].value.startswith("not used without CUDA; it would add fused attention")
-    assert found["Apex"].status == "ok"
-
-
-def test_with_cuda_a_missing_one_is_a_warning_with_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_optional_packages_are_no_warning_and_name_the_option_that_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "find_spec", lambda name: None)
     monkeypatch.setattr(software, "HAVE_TE", False)
     finding = software._transformer_engine()
-    assert (finding.status, finding.value) == ("warning", "not found")
-    assert "fused attention and norms" in str(finding.fix)
-    assert "`pip install 'transformer-engine[pytorch]'`" in str(finding.fix)
+    assert finding.status == software._apex().status == "ok"
+    for_what = (
+        "only --transformer-impl transformer_engine uses it, for attention, norms and a fused Adam in bf16 on CUDA"
+    )
+    assert finding.value == f"not installed: {for_what}"
     monkeypatch.setattr(software, "find_spec", lambda name: object())
-    assert software._transformer_engine().value == "installed, but its kernels can't be loaded"
+    assert software._transformer_engine().value == f"installed, but its kernels can't be loaded here; {for_what}"
     monkeypatch.setattr(software, "HAVE_TE", True)
-    assert software._transformer_engine().status == "ok"
+    assert software._transformer_engine().value == f"found: {for_what}"
