@@ -34,8 +34,6 @@ class StepBatch:
     micro_batches: list[dict[str, torch.Tensor]]
     """``tokens`` and ``labels`` int64, ``loss_mask`` float32, each of shape (sequences, seq_length). When packed also
     ``cu_seqlens`` int32, (segments + 1,): where each example, or stretch of padding, begins, and the end."""
-    trained_tokens: int
-    """Predicted tokens of the whole global batch: the sum of ``loss_mask`` over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +146,7 @@ class Batches(SampleBatches):
             if packed:
                 micro_batch["cu_seqlens"] = self._cu_seqlens(rows, length)
             micro_batches.append(micro_batch)
-        return StepBatch(
-            sequences=shape[0],
-            seq_length=shape[1],
-            micro_batches=micro_batches,
-            trained_tokens=sum(int(self.dataset.example(index)[1][1:].sum()) for sample in samples for index in sample),
-        )
+        return StepBatch(sequences=shape[0], seq_length=shape[1], micro_batches=micro_batches)
 
     def _padded_length(self, samples: Sequence[Sequence[int]]) -> int:
         longest = max(sum(self.dataset.num_positions(index) for index in sample) for sample in samples)

@@ -19,6 +19,7 @@ from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.data.batches import BatchShare
+from hft_megatron.data.prefetch import PrefetchedSteps
 from hft_megatron.errors import Stopped, UserError
 from hft_megatron.hft.agreement import check_agreement
 from hft_megatron.hft.plan import Plan
@@ -229,7 +230,9 @@ def _train(
         rounds=rounds,
         wrapped=wrapped,
         objective=inputs.method.objective(config),
-        batches=inputs.data.training(share),
+        batches=PrefetchedSteps(
+            inputs.data.training(share), stop=train_iters(config.training) * share.global_batch_size
+        ),
         validation=inputs.data.validation(share),
         reference=reference,
         learning_rate=learning_rate(wrapped, rounds, config, state),

@@ -180,11 +180,12 @@ def run_gradients(folder: str, size: int) -> dict[str, Any]:
     for step in steps:
         model.zero_grad()
         total = 0.0
+        trained = sum(float(micro_batch["loss_mask"].sum()) for micro_batch in step.micro_batches)
         for micro_batch in step.micro_batches:
             output, loss_function = forward_step(iter([micro_batch]), model)
             loss, _, _ = loss_function(output)
-            (loss / step.trained_tokens).backward()
-            total += float(loss) / step.trained_tokens
+            (loss / trained).backward()
+            total += float(loss) / trained
         losses.append(total)
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     packed, alone = gradients

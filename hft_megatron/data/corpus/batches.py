@@ -30,7 +30,6 @@ class CorpusBatches:
             sequences=self.share.micro_batch_size,
             seq_length=self.seq_length,
             micro_batches=micro_batches,
-            trained_tokens=self.share.global_batch_size * self.seq_length,
         )
 
 

@@ -46,7 +46,7 @@ def batches_of(dataset: SftDataset, *, packed: bool) -> list[Any]:
     batches = SftBatches(dataset=dataset, pad_id=0, share=share, order=order, packed=packed)
     steps = [batches.step(4 * number) for number in range(30)]
     return [
-        (step.trained_tokens, {name: tensor.tolist() for name, tensor in micro_batch.items()})
+        {name: tensor.tolist() for name, tensor in micro_batch.items()}
         for step in steps
         for micro_batch in step.micro_batches
     ]
