@@ -50,6 +50,8 @@ def transformer_config(
         # batch of sends and receives between them activations would be taken for gradients: each goes on its own.
         batch_p2p_comm=virtual_size is None,
         overlap_p2p_comm=virtual_size is not None,
+        # It would wait for the whole device after every transfer, for the sake of torch before 2.0.
+        batch_p2p_sync=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_size,

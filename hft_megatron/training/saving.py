@@ -128,7 +128,7 @@ class StopEarly(Hook):
         mine = [self._received, int(self._time_is_up()), int(run.failure is not None)]
         reasons = torch.tensor(mine, device=run.placement.device)
         dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
-        number, late, failed = (int(reason) for reason in reasons)
+        number, late, failed = reasons.tolist()
         if failed:
             self._fail_if_any(run)
         if not (number or late) or run.state.iteration == train_iters(run.config.training):
