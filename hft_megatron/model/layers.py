@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import Attention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hft_megatron.model.shared_input_linear import SharedInputColumnParallel
+from hft_megatron.model.shared_input_linear import RowParallel, SharedInputColumnParallel
 
 
 class RMSNorm(torch.nn.Module):
@@ -105,7 +104,7 @@ class LlamaMLP(MegatronModule):
             init_method=config.init_method,
             tp_group=tp_group,
         )
-        self.linear_fc2 = RowParallelLinear(
+        self.linear_fc2 = RowParallel(
             config.ffn_hidden_size,
             config.hidden_size,
             config=config,

@@ -10,47 +10,38 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import Parameter
 
-try:  # Apex's fused kernel; absent on CPU and in plain installs.
-    import fused_weight_gradient_mlp_cuda
-except ImportError:
-    fused_weight_gradient_mlp_cuda = None
+from hft_megatron.model.weight_gradient import WeightGradient
 
 
-def _gather_sequence(shard: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+def gather_sequence(shard: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
     """Starts the all-gather of (s / tp, b, h) along the sequence; returns (s, b, h) and its handle."""
     whole = torch.empty((shard.size(0) * group.size(), *shard.shape[1:]), dtype=shard.dtype, device=shard.device)
     return whole, dist.all_gather_into_tensor(whole, shard.contiguous(), group=group, async_op=True)
 
 
-def accumulate_weight_gradient(weight: Parameter, grad_output: Tensor, total_input: Tensor) -> Tensor:
-    """Adds ``grad_output.T @ total_input`` to ``weight.main_grad`` where DDP made one, else returns it.
-
-    grad_output: (tokens, out / tp), total_input: (tokens, in). The returned tensor is never None: with overlapped
-    reduction DDP's hook asserts a gradient, and None would keep the bucket from being sent.
-    """
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    if main_grad is None:
-        return grad_output.t().matmul(total_input)
-    if main_grad.dtype == grad_output.dtype:
-        main_grad.addmm_(grad_output.t(), total_input)
-    elif fused_weight_gradient_mlp_cuda is not None and main_grad.is_cuda and main_grad.dtype == torch.float32:
-        fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(total_input, grad_output, main_grad)
-    else:
-        # No addmm goes from bf16 into fp32 on CPU: the product rounds to bf16 first, as in Megatron's unfused path.
-        main_grad.add_(grad_output.t().matmul(total_input))
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # read by DDP's hook
-    return torch.empty_like(weight)
+def reduce_input_gradient(
+    gradient: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool
+) -> tuple[Tensor, dist.Work | None]:
+    """Starts the sum of (s, b, h) over tensor-parallel ranks, none without a group of several; returns the result,
+    (s / tp, b, h) under sequence parallelism, and the handle to wait for."""
+    if group is None or group.size() == 1:
+        return gradient, None
+    if not sequence_parallel:
+        return gradient, dist.all_reduce(gradient, group=group, async_op=True)
+    shape = (gradient.size(0) // group.size(), *gradient.shape[1:])
+    shard = torch.empty(shape, dtype=gradient.dtype, device=gradient.device)
+    return shard, dist.reduce_scatter_tensor(shard, gradient, group=group, async_op=True)
 
 
 class _SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, group: dist.ProcessGroup, sequence_parallel: bool, *weights: Tensor
+        ctx: Any, input: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         trains = ctx.needs_input_grad[3:]
         ctx.group, ctx.sequence_parallel, ctx.trains = group, sequence_parallel, trains
@@ -58,9 +49,12 @@ class _SharedInput(torch.autograd.Function):
         ctx.save_for_backward(*([input] if any(trains) else []), *weights)
         total = input
         if sequence_parallel:
-            total, gathered = _gather_sequence(input, group)
+            assert group is not None
+            total, gathered = gather_sequence(input, group)
             gathered.wait()
-        return tuple(total.matmul(weight.t()) for weight in weights)
+        # As matrices: matmul may take each token for a batch of its own where a dimension of one has an odd stride.
+        flat = total.reshape(-1, total.size(-1))
+        return tuple(flat.mm(weight.t()).view(*total.shape[:-1], -1) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,11 +64,13 @@ class _SharedInput(torch.autograd.Function):
         if some_train:
             total = ctx.saved_tensors[0]
             if ctx.sequence_parallel:
-                total, gathered = _gather_sequence(total, ctx.group)
+                total, gathered = gather_sequence(total, ctx.group)
 
         grad_input, reduced = None, None
         if ctx.needs_input_grad[0]:
-            grad_input, reduced = _input_gradient(grad_outputs, weights, ctx.group, ctx.sequence_parallel)
+            grad_input, reduced = reduce_input_gradient(
+                _input_gradient(grad_outputs, weights), ctx.group, ctx.sequence_parallel
+            )
 
         grad_weights: list[Tensor | None] = [None] * len(weights)
         if total is not None:
@@ -84,26 +80,38 @@ class _SharedInput(torch.autograd.Function):
             for i, grad_output in enumerate(grad_outputs):
                 if ctx.trains[i]:
                     flat_grad = grad_output.reshape(-1, grad_output.size(-1))
-                    grad_weights[i] = accumulate_weight_gradient(ctx.parameters[i], flat_grad, flat_input)
+                    gradient = WeightGradient(ctx.parameters[i])
+                    gradient.add(flat_grad, flat_input)
+                    grad_weights[i] = gradient.for_autograd()
         if reduced is not None:
             reduced.wait()
         return grad_input, None, None, *grad_weights
 
 
-def _input_gradient(
-    grad_outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], group: dist.ProcessGroup, sequence_parallel: bool
-) -> tuple[Tensor, dist.Work | None]:
-    """Sums the members' input gradients and starts their one reduction over tensor-parallel ranks."""
-    total = grad_outputs[0].matmul(weights[0])
-    for grad_output, weight in zip(grad_outputs[1:], weights[1:], strict=True):
-        flat = total.view(-1, total.size(-1))
-        flat.addmm_(grad_output.reshape(-1, grad_output.size(-1)), weight)
-    if group.size() == 1:
-        return total, None
-    if not sequence_parallel:
-        return total, dist.all_reduce(total, group=group, async_op=True)
-    shard = torch.empty((total.size(0) // group.size(), *total.shape[1:]), dtype=total.dtype, device=total.device)
-    return shard, dist.reduce_scatter_tensor(shard, total, group=group, async_op=True)
+def _input_gradient(grad_outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the members' input gradients, (s, b, h)."""
+    first, *others = (grad_output.reshape(-1, grad_output.size(-1)) for grad_output in grad_outputs)
+    total = first.mm(weights[0])
+    for grad_output, weight in zip(others, weights[1:], strict=True):
+        total.addmm_(grad_output, weight)
+    return total.view(*grad_outputs[0].shape[:-1], -1)
+
+
+def product(input: Tensor, weight: Tensor) -> Tensor:
+    """``input @ weight.T`` of one matrix on this rank alone, kept, skipped and accumulated by the group's rules."""
+    output: Tensor
+    (output,) = _SharedInput.apply(input, None, False, weight)
+    return output
+
+
+class RowParallel(RowParallelLinear):
+    """megatron-core's row-parallel matrix (o_proj, down_proj), whose product is ``product``.
+
+    Its weight gradient then goes straight into ``main_grad``, and no input gradient is computed that nothing needs.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
+        return product(input, weight)
 
 
 class _Member(ColumnParallelLinear):

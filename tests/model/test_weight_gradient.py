@@ -1,0 +1,72 @@
+"""Which way a weight gradient is added, and what autograd gets for it."""
+
+import pytest
+import torch
+
+from hft_megatron.model.weight_gradient import (
+    WeightGradient,
+    add_fp32_product,
+    add_half_to_fp32,
+    add_in_one_dtype,
+    add_rounded_product,
+    addition,
+)
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("total", "product", "device", "release", "expected"),
+    [
+        (FP32, BF16, "cuda", (2, 11), add_half_to_fp32),
+        (FP32, FP16, "cuda", (2, 13), add_half_to_fp32),
+        (FP32, BF16, "cuda", (2, 10), add_fp32_product),
+        (FP32, BF16, "cuda", (3, 0), add_half_to_fp32),
+        (FP32, BF16, "cpu", (2, 11), add_rounded_product),
+        (FP32, FP32, "cuda", (2, 11), add_in_one_dtype),
+        (BF16, BF16, "cuda", (2, 11), add_in_one_dtype),
+        (FP64, FP64, "cpu", (2, 11), add_in_one_dtype),
+    ],
+)
+def test_half_precision_is_added_to_fp32_without_rounding_where_torch_has_it(total, product, device, release, expected):
+    assert addition(total, product, device, release) is expected
+
+
+def test_a_sum_of_bf16_products_is_rounded_once():
+    weight = torch.nn.Parameter(torch.zeros(1, 1, dtype=BF16))
+    gradient = WeightGradient(weight)
+    for _ in range(512):  # bf16 counts only to 256
+        gradient.add(torch.ones(1, 1, dtype=BF16), torch.ones(1, 1, dtype=BF16))
+    found = gradient.for_autograd()
+    assert (found.dtype, found.item()) == (BF16, 512)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_main_grad_gets_the_sum_and_autograd_zeros_where_an_embedding_adds_its_own(shared: bool):
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.ones(3, 2), False, shared
+    gradient = WeightGradient(weight)
+    gradient.add(torch.ones(4, 3), torch.ones(4, 2))
+    assert torch.equal(weight.main_grad, torch.full((3, 2), 5.0))
+    assert not weight.grad_added_to_main_grad
+    found = gradient.for_autograd()
+    assert weight.grad_added_to_main_grad
+    assert found.shape == weight.shape
+    if shared:
+        assert torch.equal(found, torch.zeros(3, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_on_a_gpu_sixteen_products_add_up_as_in_fp32(dtype: torch.dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=dtype, device="cuda"))
+    weight.main_grad = torch.zeros(48, 32, device="cuda")
+    exact = torch.zeros(48, 32, device="cuda", dtype=FP64)
+    for _ in range(16):
+        left, right = (torch.randn(64, n, device="cuda", generator=generator).to(dtype) for n in (48, 32))
+        WeightGradient(weight).add(left, right)
+        exact += left.double().t() @ right.double()
+    assert (weight.main_grad - exact).norm() <= 1e-5 * exact.norm()
