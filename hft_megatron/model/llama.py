@@ -1,10 +1,11 @@
 """LLaMA on megatron-core's ``GPTModel``, through a layer spec that keeps one parameter per category matrix."""
 
+from typing import Any
+
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,8 +17,10 @@ from torch import Tensor
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import TransformerImpl
 from hft_megatron.errors import UserError
+from hft_megatron.model.head import VocabularyHead
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm
 from hft_megatron.model.rope import scaled_inverse_frequencies
+from hft_megatron.model.shared_input_linear import RowParallel
 from hft_megatron.model.torch_attention import TorchAttention
 from hft_megatron.parallel.groups import Placement
 
@@ -55,9 +58,7 @@ def layer_spec(implementation: TransformerImpl) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=CategorySelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=None, core_attention=attention, linear_proj=RowParallelLinear
-                ),
+                submodules=SelfAttentionSubmodules(linear_qkv=None, core_attention=attention, linear_proj=RowParallel),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
@@ -68,10 +69,7 @@ def layer_spec(implementation: TransformerImpl) -> ModuleSpec:
 
 
 class LlamaModel(GPTModel):
-    """One model chunk. Logits of padded vocabulary rows are minus infinity wherever they are made.
-
-    Without that the padded rows take part in the softmax, and the loss depends on the tensor-parallel size.
-    """
+    """One model chunk."""
 
     def __init__(
         self,
@@ -113,9 +111,8 @@ class LlamaModel(GPTModel):
             self.rotary_pos_emb.inv_freq = scaled_inverse_frequencies(self.rotary_pos_emb.inv_freq, shape.rope_scaling)
         if post_process:
             rows = padded_vocab // placement.tensor_size
-            self.real_rows = max(0, min(rows, shape.vocab_size - placement.tensor_rank * rows))
-            if self.real_rows < rows:
-                self.output_layer.register_forward_hook(self._hide_padded_rows)
+            real_rows = max(0, min(rows, shape.vocab_size - placement.tensor_rank * rows))
+            self.output_layer: VocabularyHead = VocabularyHead(self.output_layer, config, real_rows=real_rows)
 
     def _lay_out_one_sequence(self, module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
         """(s, 1, h) with the strides of a tensor made in that shape; the same memory.
@@ -140,6 +137,13 @@ class LlamaModel(GPTModel):
         if any(weight.requires_grad for layer in recomputed for weight in layer.parameters()):
             output.requires_grad_()
 
-    def _hide_padded_rows(self, module: torch.nn.Module, inputs: object, output: tuple[Tensor, object]) -> None:
-        logits, _ = output
-        logits[..., self.real_rows :] = float("-inf")
+    def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
+        """Hidden states before the last stage; there logits (b, s, rows), or with labels (b, s) losses (b, s)."""
+        if labels is None or not self.post_process:
+            output: Tensor = super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+            return output
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        losses: Tensor
+        losses, _ = self.output_layer(hidden_states, weight=weight, labels=labels.t())
+        return losses.t().contiguous()
