@@ -12,11 +12,25 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from hft_megatron.model.rope import rotate
 from hft_megatron.model.shared_input_linear import RowParallel, SharedInputColumnParallel
 
 
+def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, *, in_one_kernel: bool) -> Tensor:
+    """(..., h) over its root mean square, times weight (h,).
+
+    In one kernel the input and one number per token are kept for the backward pass, and a product in half precision is
+    rounded once. Otherwise the norm is rounded to the input's dtype before it is multiplied by the weight, as in
+    Hugging Face's LlamaRMSNorm, and the input is kept in fp32.
+    """
+    if in_one_kernel:
+        return F.rms_norm(hidden_states, weight.shape, weight, eps)
+    normed = F.rms_norm(hidden_states.float(), weight.shape, eps=eps)
+    return weight * normed.to(hidden_states.dtype)
+
+
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in fp32, rounded to the input's dtype before the weight, as in Hugging Face's LlamaRMSNorm.
+    """Root-mean-square norm, by one kernel on CUDA; on CPU with Hugging Face's roundings, see ``rms_norm``.
 
     megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism. There each rank normalises its part of the
     sequence, so the weight's gradient is a partial sum: ``weight.sequence_parallel`` has megatron-core all-reduce it.
@@ -32,8 +46,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., h) -> (..., h)."""
-        normed = F.rms_norm(hidden_states.float(), (hidden_states.size(-1),), eps=self.eps)
-        return self.weight * normed.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.eps, in_one_kernel=hidden_states.is_cuda)
 
 
 class CategorySelfAttention(Attention):
@@ -73,14 +86,42 @@ class CategorySelfAttention(Attention):
         # Read by the base class's forward pass; LLaMA norms neither queries nor keys.
         self.q_layernorm = self.k_layernorm = None
 
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, rotary_pos_emb: Tensor, **others: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(s, b, h) -> (s, b, h) and no bias; ``rotary_pos_emb`` is ``RotaryTable``'s.
+
+        The base class hands ``key_value_states``, which self-attention has no use for, to
+        ``get_query_key_value_tensors`` as they are, and rotates nothing where it gets no angles.
+        """
+        output: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states, attention_mask, key_value_states=rotary_pos_emb, **others
+        )
+        return output
+
     def get_query_key_value_tensors(
-        self, hidden_states: Tensor, key_value_states: Tensor | None = None, **kwargs: Any
+        self, hidden_states: Tensor, key_value_states: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, b, h) -> query (s, b, heads / tp, d), key and value (s, b, groups / tp, d)."""
+        """(s, b, h) and the rotary table -> query (s, b, heads / tp, d), key and value (s, b, groups / tp, d), of which
+        query and key are rotated."""
         q, k, v = self.linear_qkv(hidden_states)
         head = self.hidden_size_per_attention_head
         split = lambda t: t.view(*t.shape[:2], -1, head)  # noqa: E731
-        return split(q), split(k), split(v)
+        return rotate(split(q), key_value_states), rotate(split(k), key_value_states), split(v)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up``, all (s, b, ffn / tp). Keeps gate and up, and computes ``silu(gate)`` again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 class LlamaMLP(MegatronModule):
@@ -119,5 +160,5 @@ class LlamaMLP(MegatronModule):
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """(s, b, h) -> (s, b, h) and no bias."""
         gate, up = self.linear_fc1(hidden_states)
-        output, _ = self.linear_fc2(F.silu(gate) * up)
+        output, _ = self.linear_fc2(_SwiGLU.apply(gate, up))
         return output, None

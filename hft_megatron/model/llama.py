@@ -19,7 +19,7 @@ from hft_megatron.config.schema import TransformerImpl
 from hft_megatron.errors import UserError
 from hft_megatron.model.head import VocabularyHead
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm
-from hft_megatron.model.rope import scaled_inverse_frequencies
+from hft_megatron.model.rope import RotaryTable
 from hft_megatron.model.shared_input_linear import RowParallel
 from hft_megatron.model.torch_attention import TorchAttention
 from hft_megatron.parallel.groups import Placement
@@ -106,9 +106,7 @@ class LlamaModel(GPTModel):
             self.embedding.register_forward_hook(self._lay_out_one_sequence)
         if pre_process and config.recompute_granularity == "full":
             self.embedding.register_forward_hook(self._let_recomputed_layers_train)
-        if shape.rope_scaling is not None:
-            # GPTModel passes on the factor alone and fixes low, high and original length.
-            self.rotary_pos_emb.inv_freq = scaled_inverse_frequencies(self.rotary_pos_emb.inv_freq, shape.rope_scaling)
+        self.rotary_pos_emb = RotaryTable(shape, config.params_dtype)
         if post_process:
             rows = padded_vocab // placement.tensor_size
             real_rows = max(0, min(rows, shape.vocab_size - placement.tensor_rank * rows))

@@ -1,6 +1,9 @@
 """Causal attention by torch's kernels, also where one sequence holds several examples that see only themselves."""
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +19,24 @@ try:
 except ImportError:  # torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
-_WINDOW_AND_GROUPS = {"window_size", "enable_gqa"}
-"""Arguments that the first releases of ``varlen_attn`` lack."""
-HAVE_VARLEN = varlen_attn is not None and inspect.signature(varlen_attn).parameters.keys() >= _WINDOW_AND_GROUPS
+
+def has_causal_window(function: Callable[..., Any] | None) -> bool:
+    """Whether a ``varlen_attn`` can be causal by ``window_size``, as from torch 2.11 on."""
+    return function is not None and "window_size" in inspect.signature(function).parameters
+
+
+HAVE_VARLEN = has_causal_window(varlen_attn)
+
+
+@dataclass
+class PackedSegments(PackedSeqParams):
+    """megatron-core's description of a packed sequence, and what else its segments are known by without asking the
+    device for it."""
+
+    lengths: tuple[int, ...] = ()
+    """Of the segments, on the host."""
+    positions: Tensor | None = None
+    """(tokens,) on the device: each token's place in its segment."""
 
 
 class TorchAttention(MegatronModule):
@@ -56,6 +74,7 @@ class TorchAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, PackedSegments)
             return packed_attention(query, key, value, packed_seq_params, self.softmax_scale).flatten(1)
         # Padding stands on the right, where a causal mask already hides it from every real token.
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
@@ -63,48 +82,50 @@ class TorchAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
-def packed_seq_params(cu_seqlens: Tensor, device: torch.device) -> PackedSeqParams:
-    """What megatron-core needs to know of segments that begin at ``cu_seqlens``, int32 of shape (segments + 1,).
-
-    With these, rotary positions restart in every segment. ``max_seqlen`` must be the longest segment's true length: a
-    table of rotary angles as long as the whole sequence would be taken for that sequence's, and not restart.
-    """
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+def packed_seq_params(cu_seqlens: Tensor, device: torch.device) -> PackedSegments:
+    """Describes segments that begin at ``cu_seqlens``, int32 of shape (segments + 1,) on the host."""
+    lengths = cu_seqlens.diff()
+    positions = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(lengths)
     on_device = cu_seqlens.to(device, non_blocking=True)
-    return PackedSeqParams(
+    longest = int(lengths.max())
+    return PackedSegments(
         qkv_format="thd",
         cu_seqlens_q=on_device,
         cu_seqlens_kv=on_device,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        lengths=tuple(lengths.tolist()),
+        positions=positions.to(device, non_blocking=True),
     )
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams, scale: float | None) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, params: PackedSegments, scale: float | None) -> Tensor:
     """Query (t, heads, d), key and value (t, groups, d) -> (t, heads, d).
 
     By torch's variable-length flash kernel where it is there (CUDA, half precision); elsewhere example by example,
     which computes no scores between examples and needs no mask in memory.
     """
-    cu_seqlens, longest = params.cu_seqlens_q, params.max_seqlen_q
     if HAVE_VARLEN and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        out = varlen_attn(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            scale=scale,
-            window_size=(-1, 0),  # causal
-            enable_gqa=query.size(1) != key.size(1),
-        )
-        assert isinstance(out, Tensor)
-        return out
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    examples = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+        return by_varlen_kernel(varlen_attn, query, key, value, params, scale)
+    examples = zip(*(t.split(params.lengths) for t in (query, key, value)), strict=True)
     return torch.cat([_one_example(q, k, v, scale) for q, k, v in examples])
+
+
+def by_varlen_kernel(
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, params: PackedSegments, scale: float | None
+) -> Tensor:
+    """``packed_attention`` by a ``varlen_attn`` that has a causal window."""
+    groups: dict[str, bool] = {}
+    if query.size(1) != key.size(1):
+        if "enable_gqa" in inspect.signature(function).parameters:
+            groups = {"enable_gqa": True}
+        else:  # torch 2.11: nothing says that its kernel takes groups
+            key, value = (t.repeat_interleave(query.size(1) // t.size(1), dim=1) for t in (key, value))
+    causal = (-1, 0)
+    starts, longest = params.cu_seqlens_q, params.max_seqlen_q
+    out = function(query, key, value, starts, starts, longest, longest, scale=scale, window_size=causal, **groups)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _one_example(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -140,7 +140,7 @@ def run_rotated(folder: str, restart: bool) -> dict[str, bool]:
     first.register_forward_pre_hook(lambda module, inputs: seen.append([t.flatten(0, -3) for t in inputs[:2]]))
     params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
     if not restart:
-        params.max_seqlen_q = params.max_seqlen_kv = sum(LENGTHS)
+        params.positions = torch.arange(sum(LENGTHS))
     with torch.no_grad():
         model(tokens, torch.arange(tokens.size(1))[None], None, packed_seq_params=params)
         for part in tokens.split(LENGTHS, dim=1):
@@ -157,7 +157,7 @@ def run_rotated(folder: str, restart: bool) -> dict[str, bool]:
 def test_positions_restart_in_every_segment(ranks, tmp_path: Path, variant: str, restart: bool) -> None:
     folder = str(make_llama(tmp_path / "model", variant, **TINY))
     [same] = ranks(1).run(run_rotated, folder=folder, restart=restart)
-    # With the length of the whole sequence in max_seqlen they don't, which this must be able to see.
+    # With positions of the whole sequence they don't, which this must be able to see.
     assert same == {"query": restart, "key": restart}
 
 
@@ -200,9 +200,51 @@ def test_a_packed_step_has_the_loss_and_every_gradient_of_its_examples_alone(ran
     assert max(found["far"].values()) < 1e-5
 
 
-def test_the_longest_segment_is_its_true_length() -> None:
+def test_segments_are_known_by_lengths_and_positions() -> None:
     params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
     assert (params.qkv_format, params.max_seqlen_q, params.max_seqlen_kv) == ("thd", 40, 40)
+    assert params.lengths == tuple(LENGTHS)
+    assert params.positions is not None
+    assert params.positions.tolist() == [position for length in LENGTHS for position in range(length)]
+
+
+def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("it has no window, and no scale")
+
+
+def of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert query.shape == key.shape == value.shape
+    return stand_in(query, key, value, [cu_seq_q, cu_seq_k], [max_q, max_k], scale, window_size)
+
+
+def of_torch_2_12(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa == (query.shape != key.shape)
+    return stand_in(query, key, value, [cu_seq_q, cu_seq_k], [max_q, max_k], scale, window_size)
+
+
+def stand_in(query, key, value, starts, longest, scale, window_size):
+    assert all(tensor.tolist() == starts_of(LENGTHS).tolist() for tensor in starts)
+    assert (longest, window_size) == ([40, 40], (-1, 0))
+    params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
+    return packed_attention(query, key, value, params, scale)
+
+
+def test_the_kernel_of_a_torch_is_used_from_that_on_which_it_can_be_causal() -> None:
+    found = [torch_attention.has_causal_window(it) for it in (None, of_torch_2_10, of_torch_2_11, of_torch_2_12)]
+    assert found == [False, False, True, True]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("function", [of_torch_2_11, of_torch_2_12])
+def test_the_kernel_gets_groups_only_where_it_knows_them(function: Any, groups: int) -> None:
+    tensors = draw(4, groups)
+    params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
+    found = torch_attention.by_varlen_kernel(function, *tensors, params, 0.3)
+    assert torch.allclose(found, packed_attention(*tensors, params, 0.3), atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,54 @@
+"""Operator calls and host reads of a piece of code, counted: on a GPU a call is a kernel, and a read waits for all."""
+
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
+"""Of ``torch.Tensor``: what has the host wait for a tensor on a device."""
+WITHOUT_KERNEL = {
+    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze"),
+    *("t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
+    *("empty", "empty_like", "empty_strided", "new_empty"),
+}
+"""Views, and memory that nothing is written to."""
+
+
+class OperatorCalls(TorchDispatchMode):
+    """``calls``: operators that compute or copy, by name. ``reads``: tensors that the host looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self._stack = ExitStack()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in WITHOUT_KERNEL:
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> "OperatorCalls":
+        self._stack.enter_context(_Reads(self.reads))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._stack.close()
+
+
+class _Reads(TorchFunctionMode):
+    def __init__(self, reads: "Counter[str]") -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            self.reads[name] += 1
+        return func(*args, **(kwargs or {}))
