@@ -6,7 +6,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -28,6 +30,10 @@ from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
+from hft_megatron.parallel.store_barrier import wait_for_all_ranks
+
+_PAUSE_S = 0.05
+"""Between two looks whether the writers in the background are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,7 @@ class CheckpointWriter:
                 if self._options.async_save:
                     self._calls.schedule_async_request(in_background(request))
                 else:
-                    request.execute_sync()
+                    request._replace(async_fn=partial(_write_and_wait, request.async_fn)).execute_sync()
         save.stall_s = time.perf_counter() - save.begun
         if self._options.async_save:
             self._pending = save
@@ -111,7 +117,9 @@ class CheckpointWriter:
             return None
         begun = time.perf_counter()
         with self._failing(save):
-            done = self._calls.maybe_finalize_async_calls(blocking=wait)
+            # Without blocking, which would be inside a collective until the slowest rank has written.
+            while not (done := self._calls.maybe_finalize_async_calls()) and wait:
+                time.sleep(_PAUSE_S)
         save.stall_s += time.perf_counter() - begun
         if not done:
             return None
@@ -186,6 +194,7 @@ class CheckpointWriter:
                 act()
             except OSError as error:
                 reason = str(error)
+        wait_for_all_ranks()
         self._raise_if_any(save, reason)
 
     @contextlib.contextmanager
@@ -209,3 +218,10 @@ class CheckpointWriter:
             f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reasons[0]}; "
             f"{newest_in_words(str(self._folder))}."
         )
+
+
+def _write_and_wait(write: Callable[..., None] | None, *arguments: Any) -> None:
+    """Writes this rank's files, if it has any, and waits for the others': megatron-core would in a collective."""
+    if write is not None:
+        write(*arguments)
+    wait_for_all_ranks()

@@ -1,7 +1,10 @@
 """A checkpoint folder is complete or not there, whatever moment a run dies at. Run: pytest tests/checkpoint"""
 
 import json
+import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -66,3 +69,44 @@ def test_the_position_reads_back_as_it_was_written(tmp_path: Path) -> None:
     state = TrainState(iteration=7, consumed_samples=28, round=1, tensor_model_parallel_size=2)
     state.write(tmp_path)
     assert TrainState.read(tmp_path) == state
+
+
+def run_until_the_other_waits(words: list[str], flags: str) -> dict[str, Any]:
+    """Rank 1 writes its files only when rank 0 has written its own and waits where no collective is."""
+    from hft_megatron.checkpoint import writer, writing
+    from hft_megatron.parallel import store_barrier
+
+    rank, write = int(os.environ["RANK"]), writing._write
+    written, waits = Path(flags) / "written", Path(flags) / "waits"
+
+    def write_last(*arguments: Any) -> None:
+        deadline = time.monotonic() + 30
+        while rank == 1 and not waits.exists():
+            assert time.monotonic() < deadline, "rank 0 does not wait on the store"
+            time.sleep(0.01)
+        write(*arguments)
+        if rank == 0:
+            written.touch()
+
+    def pause(seconds: float) -> None:
+        if rank == 0 and written.exists():
+            waits.touch()
+        time.sleep(seconds)
+
+    clock = SimpleNamespace(sleep=pause, perf_counter=time.perf_counter)
+    with (
+        patch.object(writing, "_write", write_last),
+        patch.object(writer, "time", clock),
+        patch.object(store_barrier, "time", clock),
+    ):
+        return run_sft_words(words)
+
+
+@pytest.mark.parametrize("options", [[], ["--async-save"]], ids=["foreground", "background"])
+def test_a_rank_that_has_written_waits_for_the_others_files_in_no_collective(
+    options: list[str], ranks: RankPools, tmp_path: Path
+) -> None:
+    words = words_for(make_inputs(tmp_path), "--train-iters", 1, "--lr-warmup-iters", 0, *options)
+    save = tmp_path / "run"
+    ranks(2).run(run_until_the_other_waits, words=[*words, "--save", str(save)], flags=str(tmp_path), timeout=60)
+    assert find_checkpoints(str(save)).newest == save / "iter_0000001"
