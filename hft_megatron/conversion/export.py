@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
@@ -17,6 +16,7 @@ from hft_megatron.data.chat import end_token_ids
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
+from hft_megatron.parallel.store_barrier import wait_for_all_ranks
 
 
 def export_folder(
@@ -36,7 +36,7 @@ def export_folder(
     else:
         for _ in wholes:
             raise AssertionError("only rank 0 is given tensors")
-    dist.barrier()
+    wait_for_all_ranks()
 
 
 def export_tensors(

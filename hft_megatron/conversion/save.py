@@ -18,6 +18,7 @@ from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.parallel.groups import Placement
+from hft_megatron.parallel.store_barrier import wait_for_all_ranks
 
 Announce = Callable[[str], None]
 
@@ -95,6 +96,9 @@ def gathered_weights(
     dist.all_gather_object(owned, (placement.rank, list(slots)) if speaks else None)
     owner_of = {unit: rank for entry in owned if entry is not None for rank, units in [entry] for unit in units}
     for unit in (unit.name for unit in units_of(shape)):
+        # Rank 0 comes here when it has written the unit before. Until then the others hold no copies of theirs, and
+        # nothing waits for it in a collective, which would be cut off.
+        wait_for_all_ranks()
         whole = None
         if placement.data_rank == 0 and unit in slots:
             whole = _gather_tensor_ranks(slots[unit], shape, placement)
@@ -102,6 +106,7 @@ def gathered_weights(
             if placement.rank == owner_of[unit]:
                 assert whole is not None
                 dist.send(whole.contiguous(), 0)
+                torch.cuda.synchronize()  # On NCCL the send is only queued, and keeps its tensor.
             elif placement.rank == 0:
                 dtype = next(iter(slots.values())).parameter.dtype
                 whole = torch.empty(whole_shape(unit, shape), dtype=dtype, device=placement.device)

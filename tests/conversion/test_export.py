@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import EXIT_OK
 from hft_megatron.hft.plan import make_plan
-from tests.support.models import make_llama
+from hft_megatron.hft.units import units_of
+from hft_megatron.model.parameters import parameter_slots
+from tests.support.models import LAYOUTS, build_from_folder, make_llama
 from tests.support.ranks import RankPools
 from tests.support.runs import VOCAB_SIZE, make_inputs, run_cli, run_sft_words, words_for
 from tests.support.tokenizers import make_byte_level
@@ -196,3 +200,53 @@ def test_what_any_round_trained_is_exported_and_not_the_last_ones_alone(ranks: R
     ranks(1).run(run_sft_words, words=converted)
     again = weights(tmp_path / "converted")
     assert [name for name, tensor in trained.items() if not torch.equal(tensor, again[name])] == []
+
+
+def run_in_order(source: str, output: str) -> dict[str, Any]:
+    """Exports at two pipeline stages; ``taken`` and ``sent``: unit -> when rank 0 took it and rank 1 sent it.
+
+    Times are numbers that the store gives out, one after the other.
+    """
+    import torch.distributed as dist
+
+    from hft_megatron.conversion import export, save
+
+    chunks, shape, placement = build_from_folder(source, LAYOUTS["pp2"])
+    rules = save.ExportRules(source=source, trained=frozenset(), save_dtype=None)
+    store, gathered, send = dist.distributed_c10d._get_default_store(), save.gathered_weights, dist.send
+    answer: dict[str, Any] = {"taken": {}, "sent": {}, "finished sends": 0}
+    units = [unit.name for unit in units_of(shape)]
+    mine = [unit for unit in units if unit in {slot.unit for slot in parameter_slots(chunks)}]
+
+    def taking(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
+        for unit, whole in gathered(*arguments):
+            answer["taken"][unit] = store.add("export", 1)
+            yield unit, whole
+
+    def sending(tensor: Tensor, to: int) -> None:
+        answer["sent"][mine[len(answer["sent"])]] = store.add("export", 1)
+        send(tensor, to)
+
+    def finish() -> None:
+        answer["finished sends"] += 1
+
+    with (
+        patch.object(export, "gathered_weights", taking),
+        patch.object(dist, "send", sending),
+        patch.object(torch.cuda, "synchronize", finish),
+    ):
+        export.export_folder(output, chunks, shape, placement, rules, None, print)
+        answer["complete"] = (Path(output) / "model.safetensors").exists()
+    return answer | {"units": units}
+
+
+def test_no_rank_sends_a_matrix_before_the_first_has_written_the_one_before(ranks: RankPools, tmp_path: Path) -> None:
+    source = str(make_llama(tmp_path / "model"))
+    first, second = ranks(2).run(run_in_order, source=source, output=str(tmp_path / "out"))
+    units, taken, sent = first["units"], first["taken"], second["sent"]
+    assert list(taken) == units
+    assert 10 < len(sent) < len(units)
+    for unit, number in sent.items():
+        assert taken[units[units.index(unit) - 1]] < number < taken[unit]
+    assert second["finished sends"] == len(sent)
+    assert second["complete"], "no rank returns before the folder is there"
