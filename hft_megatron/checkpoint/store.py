@@ -3,7 +3,8 @@
 Tensors go through megatron-core's dist_checkpointing under their names in the whole model: any layout reads them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,22 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from hft_megatron.checkpoint.folders import ITERATION_FOLDER
+from hft_megatron.checkpoint.optimizer_state import (
+    Described,
+    empty_training_state,
+    flattened,
+    set_training_state,
+    sharded_resting_state,
+    sharded_training_state,
+)
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.random_state import set_random_state, sharded_random_state
-from hft_megatron.checkpoint.resting_state import flattened, sharded_resting_state
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.optimizer.carried import keepers
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 
@@ -29,10 +38,7 @@ METADATA = {
     "non_homogeneous_layers": True,
     "distrib_optim_sharding_type": "fully_reshardable",
 }
-"""How megatron-core lays the state out; the same at save and load."""
-
-Described = Mapping[str, dict[str, ShardedTensor]]
-"""Chunk -> local name -> description of the parameter."""
+"""How megatron-core describes the weights, and what it records of the layout; the same at save and load."""
 
 
 def sharded_state(
@@ -40,21 +46,22 @@ def sharded_state(
 ) -> dict[str, Any]:
     """Everything that a checkpoint holds, except the weights of the units in ``left_out``; collective."""
     described = _described(wrapped.modules)
-    state = _beside_weights(wrapped, described, placement, is_loading=False)
-    for (name, tensors), chunk in zip(described.items(), wrapped.modules, strict=True):
-        resting = {slot.local_name for slot in parameter_slots([chunk]) if slot.unit in left_out}
-        state[name] = {local: tensor for local, tensor in tensors.items() if local not in resting}
-    return state
-
-
-def _beside_weights(
-    wrapped: WrappedModel, described: Described, placement: Placement, *, is_loading: bool
-) -> dict[str, Any]:
-    return {
-        "optimizer": wrapped.optimizer.sharded_state_dict(described, is_loading, metadata=dict(METADATA)),
+    state: dict[str, Any] = {
+        "optimizer": sharded_training_state(wrapped, described, placement),
         "resting": sharded_resting_state(wrapped, described, placement),
         "random_state": sharded_random_state(placement),
     }
+    by_unit = keepers(list(parameter_slots(wrapped.modules)), placement.groups.dp)
+    for (name, tensors), chunk in zip(described.items(), wrapped.modules, strict=True):
+        written = {slot.local_name: slot.unit for slot in parameter_slots([chunk]) if slot.unit not in left_out}
+        state[name] = {local: _written_by(by_unit[unit], tensors[local], placement) for local, unit in written.items()}
+    return state
+
+
+def _written_by(keeper: int, tensor: ShardedTensor, placement: Placement) -> ShardedTensor:
+    """Has one data-parallel rank write a weight that all hold; by megatron-core the first one would write them all."""
+    *outer, _ = tensor.replica_id
+    return replace(tensor, replica_id=(*outer, (placement.data_rank - keeper) % placement.data_size))
 
 
 def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
@@ -81,17 +88,19 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> 
         placement.device.type,
     )
     load_weights(path, wrapped.modules)
-    training = wrapped.plan.training
-    wrapped.shards.start_steps = {unit: n for unit, n in state.unit_steps.items() if unit in training}
+    training, described = wrapped.plan.training, _described(wrapped.modules)
     wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
-    description = _beside_weights(wrapped, _described(wrapped.modules), placement, is_loading=True)
-    if not same_layout:
+    description: dict[str, Any] = {
+        "optimizer": empty_training_state(wrapped, described, placement),
+        "resting": sharded_resting_state(wrapped, described, placement),
+    }
+    if same_layout:
         # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start, so new
         # ones change nothing.
-        del description["random_state"]
+        description["random_state"] = sharded_random_state(placement)
     loaded: dict[str, Any] = dist_checkpointing.load(description, str(path))
-    # Absent on a rank that owns nothing to train: dist_checkpointing drops empty dictionaries.
-    wrapped.optimizer.load_state_dict(loaded.get("optimizer", {}))
+    # Absent on a rank that keeps nothing: dist_checkpointing drops empty dictionaries.
+    set_training_state(wrapped, loaded.get("optimizer", {}), state.unit_steps, placement)
     wrapped.resting.tensors = flattened(loaded.get("resting", {}))
     if same_layout:
         set_random_state({name: row.squeeze(0) for name, row in loaded["random_state"].items()})

@@ -1,7 +1,8 @@
-"""Optimizer state of units on its way from one round to the next, whole per unit, so that no bucket layout matters.
+"""Optimizer state outside the optimizer, whole per parameter, so that no bucket layout matters.
 
-Under ``--hft-moments carry`` AdamW's moments (and, for bf16, the fp32 master) of a unit outlive the buffers of a round:
-those of units that go on training always, those of units that rest only where ``--hft-resting-moments host`` asks.
+On its way from one round to the next: under ``--hft-moments carry`` AdamW's moments (and, for bf16, the fp32 master)
+of a unit outlive the buffers of a round: those of units that go on training always, those of units that rest only
+where ``--hft-resting-moments host`` asks. And on its way into checkpoints and back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
-from hft_megatron.hft.plan import Plan
 from hft_megatron.model.parameters import ParameterSlot
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
 
@@ -23,35 +24,38 @@ class CarriedState:
     steps: dict[str, int] = field(default_factory=dict)
     """Updates that each unit's moments have seen; the same on every rank, whoever holds the unit."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """unit -> name -> (elements,) fp32 in host memory: of the units that this data-parallel rank keeps, the part of its
-    tensor-parallel rank. Names are those of the optimizer's state: ``exp_avg``, ``exp_avg_sq`` and, for bf16,
-    ``param``."""
+    """unit -> name -> (elements,) fp32 of the units that this data-parallel rank keeps, the part of its tensor-parallel
+    rank: in host memory, but in a switch of rounds on the device if the unit goes on training. Names are those of the
+    optimizer's state: ``exp_avg``, ``exp_avg_sq`` and, for bf16, ``param``."""
 
     @property
     def bytes(self) -> int:
-        """Host memory of what this rank keeps."""
+        """Memory of what this rank keeps."""
         return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
 
 def take_state(
-    optimizer: HFTDistributedOptimizer, slots: Sequence[ParameterSlot], units: frozenset[str], group: dist.ProcessGroup
+    optimizer: HFTDistributedOptimizer,
+    slots: Sequence[ParameterSlot],
+    units: frozenset[str],
+    group: dist.ProcessGroup,
+    *,
+    going_on: frozenset[str],
 ) -> CarriedState:
     """Moves the state of the training ``units`` out of the optimizer, which cannot step after that.
 
     Collective over the data-parallel ``group``, of which each rank keeps about its share; ``slots`` are all of this
-    rank's parameters. One parameter at a time passes through device memory.
+    rank's parameters. What is of units ``going_on`` stays on the device, the rest goes to host memory.
     """
     carried = CarriedState(steps={unit: steps for unit in units if (steps := optimizer.steps_of(unit)) > 0})
-    for slot, keeper in _with_keepers(optimizer.plan, slots, frozenset(carried.steps), group):
-        shard = optimizer.take_shard(slot.parameter)
-        for name in optimizer.state_names:
-            whole = torch.zeros(slot.parameter.numel(), dtype=torch.float32, device=slot.parameter.device)
-            if shard is not None:
-                start, tensors = shard
-                whole[start : start + tensors[name].numel()] = tensors[name]
-            dist.reduce(whole, dst=dist.get_global_rank(group, keeper), group=group)
-            if group.rank() == keeper:
-                carried.tensors.setdefault(slot.unit, {})[name] = whole.cpu()
+    by_unit = keepers(slots, group)
+    for slot in slots:
+        if slot.unit not in carried.steps:
+            continue
+        for name, whole in gathered_state(optimizer, slot.parameter, by_unit[slot.unit], group):
+            kept = whole if slot.unit in going_on else in_host_memory(whole)
+            carried.tensors.setdefault(slot.unit, {})[name] = kept
+        optimizer.drop_shard(slot.parameter)
     return carried
 
 
@@ -60,33 +64,63 @@ def give_state(
 ) -> None:
     """Moves the state of units that train now from ``carried`` into a fresh optimizer; collective like ``take_state``.
 
-    What is left in ``carried`` belongs to resting units.
+    One parameter at a time passes through device memory. ``slots`` are those that ``keepers`` had. What is left in
+    ``carried`` belongs to resting units.
     """
     units = frozenset(carried.steps) & optimizer.plan.training
-    optimizer.start_steps = {unit: carried.steps.pop(unit) for unit in units}
-    for slot, keeper in _with_keepers(optimizer.plan, slots, units, group):
-        kept = carried.tensors.pop(slot.unit, None)
+    optimizer.begin({unit: carried.steps.pop(unit) for unit in units})
+    by_unit = keepers(slots, group)
+    for slot in slots:
+        if slot.unit not in units:
+            continue
+        kept, keeper = carried.tensors.pop(slot.unit, None), dist.get_global_rank(group, by_unit[slot.unit])
         wholes = {}
         for name in optimizer.state_names:
             if kept is None:
-                whole = torch.empty(slot.parameter.numel(), dtype=torch.float32, device=slot.parameter.device)
+                wholes[name] = torch.empty(slot.parameter.numel(), dtype=torch.float32, device=slot.parameter.device)
             else:
-                whole = kept[name].to(slot.parameter.device)
-            dist.broadcast(whole, src=dist.get_global_rank(group, keeper), group=group)
-            wholes[name] = whole
+                wholes[name] = kept[name].to(slot.parameter.device)
+            dist.broadcast(wholes[name], src=keeper, group=group)
         optimizer.set_shard(slot.parameter, wholes)
 
 
-def keepers(plan: Plan, group: dist.ProcessGroup) -> dict[str, int]:
-    """unit -> rank of the data-parallel ``group`` that keeps its state while no optimizer does; units take turns."""
-    return {unit.name: position % group.size() for position, unit in enumerate(plan.units)}
+def keepers(slots: Sequence[ParameterSlot], group: dist.ProcessGroup) -> dict[str, int]:
+    """unit -> rank of the data-parallel ``group`` that keeps its state outside an optimizer, for this rank's ``slots``.
+
+    The largest first, each to the rank with the least so far: all keep about as much.
+    """
+    found, kept = {}, [0] * group.size()
+    for slot in sorted(slots, key=lambda slot: slot.parameter.numel(), reverse=True):
+        found[slot.unit] = kept.index(min(kept))
+        kept[found[slot.unit]] += slot.parameter.numel()
+    return found
 
 
-def _with_keepers(
-    plan: Plan, slots: Sequence[ParameterSlot], units: frozenset[str], group: dist.ProcessGroup
-) -> Iterator[tuple[ParameterSlot, int]]:
-    """This rank's parameters of ``units``, in one order on all data-parallel ranks, each with its keeper."""
-    by_unit = keepers(plan, group)
-    for slot in slots:
-        if slot.unit in units:
-            yield slot, by_unit[slot.unit]
+def gathered_state(
+    optimizer: HFTDistributedOptimizer, parameter: Parameter, keeper: int, group: dist.ProcessGroup
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and whole state (elements,) of a training parameter on its keeper, on the device; elsewhere nothing.
+
+    Collective over the data-parallel ``group``, one tensor at a time. On a group of one they are the optimizer's own.
+    """
+    shard = optimizer.shard_of(parameter)
+    for name in optimizer.state_names:
+        if group.size() == 1:
+            assert shard is not None
+            _, tensors = shard
+            yield name, tensors[name]
+            continue
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if shard is not None:
+            start, tensors = shard
+            whole[start : start + tensors[name].numel()] = tensors[name]
+        dist.reduce(whole, dst=dist.get_global_rank(group, keeper), group=group)
+        if group.rank() == keeper:
+            yield name, whole
+        del whole  # or it would live while the next one is made
+
+
+def in_host_memory(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned where there is a GPU: it goes back to the device some day."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+    return copy.copy_(tensor)

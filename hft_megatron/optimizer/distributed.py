@@ -1,11 +1,8 @@
 """The distributed optimizer of a round: holds the plan, refuses resting shards, counts what it holds."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
@@ -14,9 +11,8 @@ from hft_megatron.hft.plan import Plan
 
 
 class HFTDistributedOptimizer(DistributedOptimizer):
-    """megatron-core's ``DistributedOptimizer`` for one plan, with checkpoints that torch's AdamW can resume from.
+    """megatron-core's ``DistributedOptimizer`` for one plan, whose state can be read and set by parameter.
 
-    Its state is written by parameter in the model's own space, without regard to buckets or data-parallel shards.
     Every unit has a step count of its own, because moments that were carried over from earlier rounds are older than
     those of units that rested: under an old count the first update of a fresh unit would be about 3 times too large.
     """
@@ -65,6 +61,10 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         self.updates += successful
         return successful
 
+    def begin(self, steps: dict[str, int]) -> None:
+        """Counts from here on; ``steps`` are the updates that units' moments have seen before, 0 where left out."""
+        self.start_steps, self.updates = steps, 0
+
     def steps_of(self, unit: str) -> int:
         """AdamW's step count of a training unit; the same on every rank, whether it holds the unit or not."""
         return self.start_steps.get(unit, 0) + self.updates
@@ -102,44 +102,44 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         group = self.optimizer.param_groups[group_index]
         return group, group["params"][order]
 
-    def take_shard(self, model_param: Parameter) -> tuple[int, dict[str, Tensor]] | None:
-        """Moves this rank's shard of a parameter's state out of the optimizer, which cannot step after that.
+    def shard_of(self, model_param: Parameter) -> tuple[int, dict[str, Tensor]] | None:
+        """Where this rank's shard starts in the flat parameter, and its state; None where this rank holds none of it.
 
-        Returns where the shard starts in the flat parameter and (elements,) fp32 tensors by ``state_names``; None where
-        this rank holds none of it.
+        The state are (elements,) fp32 tensors by ``state_names``, the optimizer's own; moments are zero before the
+        first update, which is what AdamW would start from.
         """
         if model_param not in self.model_param_gbuf_map:
             return None
         start: int = self._get_model_param_range_map(model_param)["param"].start
         _, main = self._main_param(model_param)
-        state = self.optimizer.state.pop(main)
-        return start, {name: main if name == "param" else state[name] for name in self.state_names}
+        state = self.optimizer.state.get(main) or {}
+        moments = {key: state[key] if state else torch.zeros_like(main) for key in ("exp_avg", "exp_avg_sq")}
+        tensors = moments | {"param": main}
+        return start, {name: tensors[name].detach() for name in self.state_names}
+
+    def drop_shard(self, model_param: Parameter) -> None:
+        """Frees this rank's shard of a parameter's state; the optimizer cannot step after that."""
+        if model_param not in self.model_param_gbuf_map:
+            return
+        _, main = self._main_param(model_param)
+        self.optimizer.state.pop(main, None)
+        if self.config.bf16:
+            main.data = main.data.new_empty(0)  # A view of the weights in fp32.
 
     def set_shard(self, model_param: Parameter, wholes: dict[str, Tensor]) -> None:
         """Copies this rank's shard out of a parameter's whole state: flat fp32 tensors by ``state_names``."""
         if model_param not in self.model_param_gbuf_map:
             return
         held = self._get_model_param_range_map(model_param)["param"]
-        shards = {name: whole[held.start : held.end] for name, whole in wholes.items()}
-        self._set_main_param_and_optimizer_states(model_param, shards)
-
-    def _get_main_param_and_optimizer_states(self, model_param: Parameter) -> dict[str, Tensor]:
-        _, main = self._main_param(model_param)
-        # Before the first update there is no state yet: zeros are what AdamW would start from.
-        state = self.optimizer.state.get(main, {})
-        moments = {key: state.get(key, torch.zeros_like(main)) for key in ("exp_avg", "exp_avg_sq")}
-        return {"param": main, **moments}
-
-    def _set_main_param_and_optimizer_states(self, model_param: Parameter, tensors: dict[str, Tensor]) -> None:
         group, main = self._main_param(model_param)
         steps = self.steps_of(self._unit_of[model_param])
         state = self.optimizer.state[main]
         with torch.no_grad():
-            for key, value in tensors.items():
-                if key == "param":
-                    main.copy_(value)
+            for name, whole in wholes.items():
+                if name == "param":
+                    main.copy_(whole[held.start : held.end])
                 elif steps > 0:
-                    state[key] = value.to(main.device, copy=True)
+                    state[name] = whole[held.start : held.end].to(main.device, copy=True)
         if steps == 0:
             return
         if isinstance(self.optimizer, torch.optim.AdamW):
@@ -147,50 +147,3 @@ class HFTDistributedOptimizer(DistributedOptimizer):
             state["step"] = torch.tensor(float(steps))
         else:
             group["step"] = steps  # Apex and transformer-engine keep it by group
-
-    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        """Master weights and moments of whole buffers, gathered over data-parallel ranks, padding included.
-
-        megatron-core 0.16 leaves the padding at bucket ends out here, and then cuts parameters out at positions that
-        count it: with more than one bucket, moments would go into checkpoints shifted and cut off.
-        """
-        with _counting_padding(self._live_buffers()):
-            state: dict[Any, Any] | None = super().get_parameter_state_dp_zero(*args, **kwargs)
-        return state
-
-    def sharded_state_dict(
-        self,
-        model_sharded_state_dict: ShardedStateDict,
-        is_loading: bool = False,
-        sharding_type: str | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> ShardedStateDict:
-        """The round's state in canonical form: per parameter its moments and (for bf16) its master."""
-        if self.is_stub_optimizer:
-            return {}
-        tensors = self.sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
-        if not self.config.bf16:
-            for per_param in tensors.values():
-                del per_param["param"]  # an fp32 parameter is its own master: the model's state holds it already
-        return {"param_state": tensors}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state that ``sharded_state_dict`` described and dist_checkpointing filled, ``start_steps`` old."""
-        self.updates = 0
-        if not self.is_stub_optimizer:
-            # Absent on a rank that owns nothing to train: dist_checkpointing drops empty dictionaries.
-            self.load_parameter_state_from_fully_reshardable(state_dict.get("param_state", {}))
-
-
-@contextlib.contextmanager
-def _counting_padding(buffers: Sequence[Any]) -> Iterator[None]:
-    """Within it buffers and buckets call their padded sizes unpadded."""
-    holders = [*buffers, *(bucket for buffer in buffers for bucket in buffer.buckets)]
-    unpadded = [holder.numel_unpadded for holder in holders]
-    for holder in holders:
-        holder.numel_unpadded = holder.grad_data.numel()
-    try:
-        yield
-    finally:
-        for holder, size in zip(holders, unpadded, strict=True):
-            holder.numel_unpadded = size

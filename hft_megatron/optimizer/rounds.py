@@ -31,7 +31,7 @@ def switch_round(
     if carries:
         keeps_resting = hft.hft_resting_moments == "host"
         units = wrapped.plan.training if keeps_resting else wrapped.plan.training & plan.training
-        fresh = take_state(wrapped.shards, slots, units, group)
+        fresh = take_state(wrapped.shards, slots, units, group, going_on=plan.training)
         resting = wrapped.resting
         carried = CarriedState(steps=resting.steps | fresh.steps, tensors=resting.tensors | fresh.tensors)
     chunks = unwrap(wrapped)
