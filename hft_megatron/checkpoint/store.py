@@ -32,6 +32,7 @@ from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 
 PLAN_FILE = "plan.json"
+_EXTRA_STATE = "_extra_state"
 
 METADATA = {
     # Plans differ from layer to layer: layers stacked into one global tensor would have holes, and the save would die.
@@ -121,9 +122,16 @@ def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
     for chunk, (name, tensors) in zip(chunks, wanted.items(), strict=True):
         answer = chunk.load_state_dict(loaded.get(name, {}), strict=False)
         assert not answer.unexpected_keys
-        assert not state.is_whole or not answer.missing_keys, f"{path} lacks {answer.missing_keys}"
+        missing = [key for key in answer.missing_keys if not key.endswith(_EXTRA_STATE)]
+        assert not state.is_whole or not missing, f"{path} lacks {missing}"
         assert loaded.get(name, {}).keys() == tensors.keys()
 
 
 def _described(chunks: Sequence[LlamaModel]) -> Described:
-    return {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}
+    """The weights alone. What transformer-engine's modules have beside them (``_extra_state``) is about FP8, which is
+    not in use: a checkpoint is the same whoever's norms the model has, and holds no pickles."""
+    states = {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}
+    return {
+        name: {local: entry for local, entry in state.items() if not local.endswith(_EXTRA_STATE)}
+        for name, state in states.items()
+    }

@@ -110,3 +110,30 @@ def test_a_rank_that_has_written_waits_for_the_others_files_in_no_collective(
     save = tmp_path / "run"
     ranks(2).run(run_until_the_other_waits, words=[*words, "--save", str(save)], flags=str(tmp_path), timeout=60)
     assert find_checkpoints(str(save)).newest == save / "iter_0000001"
+
+
+def run_with_norms_like_transformer_engines(words: list[str]) -> dict[str, Any]:
+    """Those have a state beside their weights (``_extra_state``), for FP8, which torch puts among the weights."""
+    from hft_megatron.model.layers import RMSNorm
+
+    with (
+        patch.object(RMSNorm, "get_extra_state", lambda norm: b"scales"),
+        patch.object(RMSNorm, "set_extra_state", lambda norm, state: None),
+    ):
+        return run_sft_words(words)
+
+
+def test_a_run_with_transformer_engines_norms_resumes_and_without_them_too(ranks: RankPools, tmp_path: Path) -> None:
+    words = words_for(make_inputs(tmp_path), "--lr-decay-style", "constant", "--lr-warmup-iters", 0)
+    saved = [*words, "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
+    [whole] = ranks(1).run(run_sft_words, words=words)
+    steps = []
+    for runs, iterations in (
+        (run_with_norms_like_transformer_engines, 2),
+        (run_with_norms_like_transformer_engines, 4),
+        (run_sft_words, 6),
+    ):
+        [part] = ranks(1).run(runs, words=[*saved, "--train-iters", str(iterations)])
+        steps += part["steps"]
+    assert steps == whole["steps"]
+    assert part["state"] == whole["state"]
