@@ -143,7 +143,8 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         if steps == 0:
             return
         if isinstance(self.optimizer, torch.optim.AdamW):
-            # A tensor of its own: megatron-core shares one, which AdamW then advances once per parameter.
-            state["step"] = torch.tensor(float(steps))
+            # A tensor of its own: megatron-core shares one, which AdamW then advances once per parameter. On the
+            # device, where the fused one reads it.
+            state["step"] = torch.tensor(float(steps), device=main.device)
         else:
             group["step"] = steps  # Apex and transformer-engine keep it by group

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -142,13 +143,25 @@ def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot], *, torc
         return HFTDistributedOptimizer(*args, plan=plan, unit_of=unit_of, **kwargs)
 
     use_torch = megatron_optimizer.USING_PYTORCH_OPTIMIZER or torch_adam
-    lent = {"DistributedOptimizer": build, "USING_PYTORCH_OPTIMIZER": use_torch}
+    lent: dict[str, Any] = {"DistributedOptimizer": build}
+    if use_torch:
+        # megatron-core passes no options on to torch's AdamW, so it takes ours for Apex'.
+        lent |= {"USING_PYTORCH_OPTIMIZER": False, "Adam": _torch_adamw}
     own = {name: getattr(megatron_optimizer, name) for name in lent}
     try:
         vars(megatron_optimizer).update(lent)
         yield
     finally:
         vars(megatron_optimizer).update(own)
+
+
+def _torch_adamw(params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
+    """torch's AdamW in the place of Apex'; fused on a GPU, where the default needs temporaries as large as its masters.
+
+    Not fused on a CPU, where the last bits of all published results would change.
+    """
+    assert adam_w_mode
+    return torch.optim.AdamW(params, fused=torch.cuda.is_available(), **options)
 
 
 def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer:

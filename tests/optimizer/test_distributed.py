@@ -1,12 +1,16 @@
 """The optimizer holds what the plan says: half of it, and no bucket with a frozen unit in it."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from hft_megatron.optimizer import wrapping
 from tests.support.models import make_llama
-from tests.support.toy_training import make_run
+from tests.support.toy_training import TINY, make_run, take_steps
 
 UNEVEN = {"hidden_size": 40, "intermediate_size": 56, "vocab_size": 97}
 
@@ -47,3 +51,38 @@ def test_the_optimizer_refuses_buckets_that_do_not_match_the_plan(ranks, tmp_pat
     folder = str(make_llama(tmp_path / "model", **UNEVEN))
     for answer in ranks(1).run(run_with_flags_that_differ_from_the_plan, folder=folder, rests=rests):
         assert answer.startswith(refusal)
+
+
+@contextlib.contextmanager
+def adamw_of_a_gpu() -> Iterator[None]:
+    """Within it, optimizers are built with the fused AdamW, which a CPU has as well."""
+    with patch.object(wrapping, "torch", wraps=torch) as seen:
+        seen.cuda.is_available = lambda: True
+        yield
+
+
+def run_rounds(folder: str, fused: bool) -> dict[str, Any]:
+    """Steps over rounds whose moments are carried: what they measured, which AdamW it was, and where its counts are."""
+    hft = {"hft_round_interval": "2", "hft_moments": "carry"}
+    with adamw_of_a_gpu() if fused else contextlib.nullcontext():
+        run = make_run(folder, {}, hft=hft, optimizer={"lr_warmup_iters": 0})
+        steps = take_steps(run, 6)
+    adamw = run.wrapped.optimizer.optimizer
+    counts = [state["step"] for state in adamw.state.values()]
+    return {
+        "steps": steps,
+        "fused": [group["fused"] for group in adamw.param_groups],
+        "counts": sorted({count.item() for count in counts}),
+        "own counts": len({count.data_ptr() for count in counts}) == len(counts),
+    }
+
+
+def test_a_gpu_gets_the_fused_adamw_and_it_counts_and_trains_like_the_other(ranks, tmp_path):
+    folder = str(make_llama(tmp_path / "model", **TINY))
+    [plain], [fused] = (ranks(1).run(run_rounds, folder=folder, fused=fused) for fused in (False, True))
+    assert (set(plain["fused"]), set(fused["fused"])) == ({False}, {True})
+    assert fused["own counts"]
+    assert fused["counts"] == plain["counts"]
+    assert len(fused["counts"]) > 1, "else every unit trains in all rounds, or no moments were carried"
+    for one, other in zip(fused["steps"], plain["steps"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
