@@ -1,12 +1,20 @@
 """The distributed optimizer of a round: holds the plan, refuses resting shards, counts what it holds."""
 
-from typing import Any
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
 
+from hft_megatron.errors import RunFailed
 from hft_megatron.hft.plan import Plan
 
 
@@ -55,6 +63,33 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
     def _live_buffers(self) -> list[Any]:
         return [] if self.is_stub_optimizer else list(self.buffers)
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float:
+        """2-norm of the whole model's gradients in fp32, the same on every rank, with one read by the host.
+
+        Raises RunFailed, on every rank, where the gradients hold infinite or undefined numbers.
+        """
+        with _norm_on_the_device():
+            norm: float = super().get_grad_norm()
+        if not math.isfinite(norm):
+            self._refuse_gradients(norm)
+        return norm
+
+    def _refuse_gradients(self, norm: float) -> NoReturn:
+        held = {} if self.is_stub_optimizer else self.model_param_gbuf_map
+        gradients = {self._unit_of[p]: self._main_param(p)[1].grad for p in held}
+        mine = {unit for unit, grad in gradients.items() if grad is not None and not grad.isfinite().all()}
+        found: list[set[str]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        units = [unit.name for unit in self.plan.units if any(unit.name in one for one in found)]
+        where = (
+            f"in {units[0]}{f' and {len(units) - 1} more' if len(units) > 1 else ''}" if units else "in the sum alone"
+        )
+        raise RunFailed(
+            f"the norm of the gradients is {norm:g} ({where}), and no update was made, because it would destroy the "
+            f"model; look at the data of this step and at the losses before it, and try a lower --lr"
+        )
 
     def step_with_ready_grads(self) -> bool:
         successful: bool = super().step_with_ready_grads()
@@ -148,3 +183,24 @@ class HFTDistributedOptimizer(DistributedOptimizer):
             state["step"] = torch.tensor(float(steps), device=main.device)
         else:
             group["step"] = steps  # Apex and transformer-engine keep it by group
+
+
+@contextlib.contextmanager
+def _norm_on_the_device() -> Iterator[None]:
+    """Within it, what megatron-core takes for a kernel of transformer-engine's or Apex' is not its own.
+
+    Its own reads every tensor's norm on the host. Those two packages' are left alone.
+    """
+    found = clip_grads.l2_norm_impl
+    if found is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+    try:
+        yield
+    finally:
+        clip_grads.l2_norm_impl = found
+
+
+def _l2_norm(chunk: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """In the place of Apex' ``multi_tensor_l2norm``: (1,), the 2-norm of all tensors of the one list."""
+    [gradients] = tensors
+    return get_total_norm(gradients).reshape(1), None

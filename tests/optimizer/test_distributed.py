@@ -7,10 +7,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hft_megatron.errors import RunFailed
+from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer import wrapping
+from hft_megatron.training.run import Run
+from hft_megatron.training.schedule import run_schedule
 from tests.support.models import make_llama
-from tests.support.toy_training import TINY, make_run, take_steps
+from tests.support.toy_training import TINY, local_weights, make_run, take_steps
 
 UNEVEN = {"hidden_size": 40, "intermediate_size": 56, "vocab_size": 97}
 
@@ -53,12 +59,54 @@ def test_the_optimizer_refuses_buckets_that_do_not_match_the_plan(ranks, tmp_pat
         assert answer.startswith(refusal)
 
 
+def accumulate(run: Run) -> None:
+    """Gradients of one step, reduced."""
+    run.wrapped.zero_gradients()
+    batch = run.batches.step(run.state.consumed_samples)
+    run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
+
+
 @contextlib.contextmanager
 def adamw_of_a_gpu() -> Iterator[None]:
     """Within it, optimizers are built with the fused AdamW, which a CPU has as well."""
     with patch.object(wrapping, "torch", wraps=torch) as seen:
         seen.cuda.is_available = lambda: True
         yield
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: each read of a tensor's value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def run_norms(folder: str) -> dict[str, Any]:
+    """The host's reads in the reduction of gradients and in a step, and the norm beside megatron-core's own."""
+    with adamw_of_a_gpu():
+        run = make_run(folder, {"overlap_grad_reduce": True, "ddp_bucket_size": 2000})
+    take_steps(run, 1)
+    with HostReads() as reducing:
+        accumulate(run)
+    shards = run.wrapped.shards
+    shards.prepare_grads()
+    own = DistributedOptimizer.get_grad_norm(shards)
+    with HostReads() as stepping:
+        _, norm, _ = run.wrapped.optimizer.step()
+    return {"reducing": reducing.count, "stepping": stepping.count, "norm": norm, "own": own}
+
+
+def test_the_host_reads_one_number_in_a_step_however_many_tensors_there_are(ranks, tmp_path):
+    folders = [str(make_llama(tmp_path / str(layers), **TINY, num_hidden_layers=layers)) for layers in (2, 4)]
+    small, large = (ranks(2).run(run_norms, folder=folder) for folder in folders)
+    for few, many in zip(small, large, strict=True):
+        assert few["reducing"] == many["reducing"]
+        assert few["stepping"] == many["stepping"] == 1
+        assert many["norm"] == pytest.approx(many["own"], rel=1e-6)
+    assert large[0]["norm"] == large[1]["norm"] > 0
 
 
 def run_rounds(folder: str, fused: bool) -> dict[str, Any]:
@@ -86,3 +134,38 @@ def test_a_gpu_gets_the_fused_adamw_and_it_counts_and_trains_like_the_other(rank
     assert len(fused["counts"]) > 1, "else every unit trains in all rounds, or no moments were carried"
     for one, other in zip(fused["steps"], plain["steps"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def run_with_an_undefined_gradient(folder: str, value: float) -> dict[str, Any]:
+    run = make_run(folder, {})
+    take_steps(run, 1)
+    before = local_weights(run)
+    accumulate(run)
+    held = run.wrapped.shards.model_param_gbuf_map
+    slot = next(
+        slot for slot in parameter_slots(run.wrapped.modules) if slot.unit.endswith("norm") and slot.parameter in held
+    )
+    if run.placement.rank == 1:
+        slot.parameter.main_grad.fill_(value)
+    with pytest.raises(RunFailed) as caught:
+        run.wrapped.optimizer.step()
+    after = local_weights(run)
+    return {
+        "said": str(caught.value),
+        "unit": slot.unit,
+        "kept": all(torch.equal(before[name], after[name]) for name in before),
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_gradient_that_is_no_number_is_one_sentence_on_all_ranks_and_changes_no_weight(ranks, tmp_path, value):
+    folder = str(make_llama(tmp_path / "model", **TINY))
+    first, second = ranks(2).run(run_with_an_undefined_gradient, folder=folder, value=value)
+    assert first["said"] == second["said"]
+    assert first["kept"]
+    assert second["kept"]
+    where = "(in the sum alone)" if value == 3e38 else f"(in {second['unit']})"
+    assert where in first["said"]
+    assert first["said"].startswith(
+        "the norm of the gradients is nan" if value != value else "the norm of the gradients is inf"
+    )
