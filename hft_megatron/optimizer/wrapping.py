@@ -187,11 +187,9 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
             chunk.disable_forward_pre_hook(param_sync=True)
         # The gradient accumulators hold the hooks of the round: under the next one they would swallow its gradients.
         chunk.grad_accs.clear()
-    for slot in parameter_slots(chunks):
-        parameter = slot.parameter
+    parameters = [slot.parameter for slot in parameter_slots(chunks)]
+    for parameter in parameters:
         parameter.grad = None
-        if parameter.requires_grad:
-            parameter.data = parameter.data.clone()
         # A stale main_grad keeps the whole gradient buffer alive, and a tied embedding would be reduced through it.
         for name in ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad"):
             if hasattr(parameter, name):
@@ -200,6 +198,10 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
         setattr(config, name, None)
     for part in (*wrapped.chunks, wrapped.optimizer, wrapped.shards):
         vars(part).clear()
+    # Last, so that the weights which are there twice take the place of gradients and state.
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
     return chunks
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.optimizer import rounds
+from hft_megatron.optimizer import carried, rounds
 from hft_megatron.training.loop import begin_round
 from hft_megatron.training.run import Run
 from tests.support.models import make_llama
@@ -92,3 +92,49 @@ def test_fifty_switches_leave_memory_where_two_left_it(ranks: RankPools, folder:
         # Before the next round's buffers are made, those of the last one and its moments are gone.
         (between,) = result["between"]
         assert late - between >= result["state"]
+
+
+def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
+    """Bytes alive before a switch and where it clones the first weight, and what went to host memory meanwhile."""
+    resting = {"hft_resting_moments": "host"} if moments == "carry" else {}
+    run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", **resting)
+    take_steps(run, 2)
+    shards, plan = run.wrapped.shards, run.wrapped.plan
+    answer: dict[str, Any] = {
+        "gradients": shards.gradient_bytes,
+        "state": shards.moment_bytes + shards.master_bytes,
+        "before": living_bytes(),
+        "to the host": 0,
+    }
+    at_clone: list[int] = []
+    clone, to_host = torch.Tensor.clone, carried.in_host_memory
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        at_clone.append(at_clone[0] if at_clone else living_bytes())
+        return clone(tensor)
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        answer["to the host"] += tensor.nbytes
+        return to_host(tensor)
+
+    with patch.object(torch.Tensor, "clone", look), patch.object(carried, "in_host_memory", count):
+        begin_round(run, 1)
+    answer["at the first clone"] = at_clone[0]
+    answer["resting"] = run.wrapped.resting.bytes
+    answer["go on"] = len(plan.training & run.wrapped.plan.training)
+    return answer
+
+
+@pytest.mark.parametrize(("world_size", "moments"), [(1, "carry"), (2, "carry"), (2, "reset")])
+def test_a_switch_frees_gradients_before_it_makes_anything_and_sends_to_the_host_what_rests(
+    world_size: int, moments: str, ranks: RankPools, folder: str
+) -> None:
+    answers = ranks(world_size).run(run_a_switch_and_look, folder=folder, moments=moments)
+    freed = sum(answer["before"] - answer["at the first clone"] for answer in answers)
+    # What is carried is somewhere else by then, and on other ranks; here the host's memory counts too.
+    gone = sum(answer["gradients"] + (answer["state"] if moments == "reset" else 0) for answer in answers)
+    assert freed >= 0.98 * gone
+    for answer in answers:
+        assert answer["to the host"] == answer["resting"]
+        assert (answer["resting"] > 0) == (moments == "carry")
+        assert answer["go on"] > 0
