@@ -1,14 +1,16 @@
 # Sets up .venv and runs what a newcomer runs; everything happens in this folder, nothing outside it changes.
 #
-#   make install   .venv with the pinned CPU versions (the other targets do it by themselves)
+#   make install   .venv with the pinned versions (the other targets do it by themselves)
 #   make demo      train, half fine-tune, fully fine-tune and compare; about ten minutes on two cores
 #   make test      linters, types and the quick tests
 #
-# PYTHON=python3.11 chooses the interpreter. PIP_ARGS goes to every pip call: on Linux,
-# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" avoids the large CUDA build of torch.
+# PYTHON=python3.11 chooses the interpreter; from 3.12 on the versions are those of constraints/cuda.txt. PIP_ARGS goes to
+# every pip call: on Linux, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" avoids the large CUDA build of
+# torch.
 
 PYTHON ?= python3
 PIP_ARGS ?=
+CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("cpu" if sys.version_info < (3, 12) else "cuda")').txt
 BIN := .venv/bin
 STAMP := .venv/installed
 
@@ -20,13 +22,13 @@ help:
 install: $(STAMP)
 	@echo "ready: source .venv/bin/activate"
 
-$(STAMP): setup.py constraints/cpu.txt
+$(STAMP): setup.py constraints/cpu.txt constraints/cuda.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "make: PYTHON=$(PYTHON) must be Python 3.10 or newer" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint constraints/cpu.txt setuptools
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint $(CONSTRAINTS) setuptools
 	@# Without build isolation, because a build environment of pip's own would ignore the constraints.
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint constraints/cpu.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
 	@touch $(STAMP)
 
 lint: $(STAMP)

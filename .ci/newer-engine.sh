@@ -2,7 +2,7 @@
 # Puts the newer line of megatron-core, as constraints/cuda.txt pins it, into a folder of the user's cache and prints the
 # folder: in front of PYTHONPATH it takes the place of the older line. Only the first call installs.
 #
-#   PYTHONPATH=$(.ci/other-engine.sh) .venv/bin/python -m pytest -m engine
+#   PYTHONPATH=$(.ci/newer-engine.sh) .venv/bin/python -m pytest -m engine
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
