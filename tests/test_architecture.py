@@ -38,6 +38,7 @@ PURE = (
     "hft.rounds",
     "hft.units",
     "model.parameter_names",
+    "optimizer.flops",
     "optimizer.rank_costs",
     "training.doctor.findings",
 )

@@ -1,0 +1,174 @@
+"""Floating-point operations of a training step by formula: no torch, no model, no ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from hft_megatron.config.derived import layers_per_chunk
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME
+from hft_megatron.model.parameter_names import whole_shape
+
+FORMULA = (
+    "model FLOPs = 6 x tokens x matrix parameters (lm_head included, embedding lookup not) "
+    "+ 6 x layers x heads x head size x sum of squared example lengths (causal: half of the scores); "
+    "actual FLOPs = model FLOPs - skipped weight and input gradients + recomputed forward products"
+)
+"""The rule in words, as every result file has it. Padding is in neither: neither as tokens nor in a length."""
+
+HEAD_FORWARD_PRODUCTS = 1
+"""How often the head's forward product is made: 2 where the loss is made in chunks and backward makes them again."""
+
+_BY_MEGATRON = ("o_proj", "down_proj", "lm_head")
+"""megatron-core's own parallel linear layers, which make their input gradient whenever they train, needed or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Of all ranks together: what a token costs in the matrices, and an example's squared length in attention."""
+
+    per_token: int
+    per_squared_length: int
+
+    def of(self, tokens: int, squared_lengths: int) -> int:
+        """Those of a step with so many real tokens, and the sum of the squared lengths of its examples."""
+        return self.per_token * tokens + self.per_squared_length * squared_lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    """By the two ways of counting."""
+
+    model: Flops
+    """What full fine-tuning needs without recomputation, whatever trains: comparable with everybody's figures."""
+    actual: Flops
+    """What the engine does under the plan."""
+
+
+def step_flops(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    trains: Callable[[str], bool],
+    *,
+    reference_forward: bool = False,
+) -> StepFlops:
+    """FLOPs of training the units for which ``trains`` is true.
+
+    Per token a matrix costs 2 FLOPs per parameter forward, 2 for the gradient of its input and 2 for its own. Per layer
+    the causal scores and their product with the values cost 2 x heads x head size x length^2 forward (every query meets
+    on average half of the keys) and twice that backward: Megatron-LM's count, and that of newer NeMo. Flash kernels make
+    the scores again in the backward pass, which by custom isn't counted.
+    ``reference_forward`` adds the second forward pass of a preference run whose reference is in memory.
+    """
+    count = _Count(shape=shape, parallel=parallel, training=training, trains=trains)
+    actual = count.run()
+    forward = count.forward()
+    return StepFlops(
+        model=Flops(per_token=3 * forward.per_token, per_squared_length=3 * forward.per_squared_length),
+        actual=Flops(
+            per_token=actual.per_token + reference_forward * forward.per_token,
+            per_squared_length=actual.per_squared_length + reference_forward * forward.per_squared_length,
+        ),
+    )
+
+
+@dataclass(kw_only=True)
+class _Count:
+    """Walks up the model as the engine's forward pass does, and notes which products its backward pass makes."""
+
+    shape: ModelShape
+    parallel: ParallelConfig
+    training: TrainingConfig
+    trains: Callable[[str], bool]
+    flows: bool = False
+    """Whether the hidden state at this point needs a gradient."""
+    per_token: int = 0
+    per_squared_length: int = 0
+
+    def forward(self) -> Flops:
+        """One forward pass."""
+        layer = [f"model.layers.0.{module}" for module in (*_ATTENTION_IN, _ATTENTION_OUT, *_MLP_IN, _MLP_OUT)]
+        matrices = self.shape.num_layers * sum(map(self._product, layer)) + self._product(LM_HEAD_NAME)
+        return Flops(per_token=matrices, per_squared_length=self.shape.num_layers * self._attention)
+
+    def run(self) -> Flops:
+        """All passes of a step."""
+        self.flows = self.trains(EMBEDDING_NAME) or self._recomputed_layers_train()
+        per_chunk = layers_per_chunk(self.parallel, self.shape.num_layers)
+        for layer in range(self.shape.num_layers):
+            if layer > 0 and layer % per_chunk == 0:
+                self.flows = True  # What a stage receives always needs a gradient: megatron-core sends it back.
+            self._layer(layer, is_recomputed=self._is_recomputed(layer % per_chunk) and self.flows)
+        self.flows |= self.trains(FINAL_NORM_NAME)
+        head = EMBEDDING_NAME if self.shape.tie_embeddings else LM_HEAD_NAME
+        self._matrix(LM_HEAD_NAME, unit=head, forwards=HEAD_FORWARD_PRODUCTS)
+        return Flops(per_token=self.per_token, per_squared_length=self.per_squared_length)
+
+    def _layer(self, layer: int, *, is_recomputed: bool) -> None:
+        forwards = 2 if is_recomputed else 1
+
+        def unit(module: str) -> str:
+            return f"model.layers.{layer}.{module}"
+
+        self.flows |= self.trains(unit("input_layernorm"))
+        self._group([unit(module) for module in _ATTENTION_IN], forwards)
+        attention_again = is_recomputed or (self.training.recompute_granularity == "selective" and self.flows)
+        self.per_squared_length += self._attention * (1 + attention_again + 2 * self.flows)
+        self._matrix(unit(_ATTENTION_OUT), forwards=forwards)
+        self.flows |= self.trains(unit("post_attention_layernorm"))
+        self._group([unit(module) for module in _MLP_IN], forwards)
+        self._matrix(unit(_MLP_OUT), forwards=forwards)
+
+    def _group(self, units: list[str], forwards: int) -> None:
+        """Matrices that share an input: its gradient is made by all of them or by none."""
+        for unit in units:
+            self.per_token += self._product(unit) * (forwards + self.flows + self.trains(unit))
+        self.flows |= any(map(self.trains, units))
+
+    def _matrix(self, name: str, *, forwards: int, unit: str | None = None) -> None:
+        assert name.rsplit(".", 1)[-1] in _BY_MEGATRON
+        is_trained = self.trains(unit or name)
+        self.flows |= is_trained
+        self.per_token += self._product(name) * (forwards + self.flows + is_trained)
+
+    def _is_recomputed(self, layer_of_chunk: int) -> bool:
+        """Whether a layer's whole forward pass is made again: the first ones of every chunk under ``block``."""
+        training = self.training
+        if training.recompute_granularity != "full":
+            return False
+        assert training.recompute_num_layers is not None, "validate() asks for it"
+        return training.recompute_method == "uniform" or layer_of_chunk < training.recompute_num_layers
+
+    def _recomputed_layers_train(self) -> bool:
+        """Then the lowest hidden state needs a gradient even above a frozen embedding (``LlamaModel``)."""
+        layers = [
+            layer
+            for layer in range(layers_per_chunk(self.parallel, self.shape.num_layers))
+            if self._is_recomputed(layer)
+        ]
+        return any(self.trains(f"model.layers.{layer}.{module}") for layer in layers for module in _LAYER)
+
+    def _product(self, unit: str) -> int:
+        """FLOPs per token of one product with the unit's matrix."""
+        return 2 * prod(whole_shape(unit, self.shape))
+
+    @property
+    def _attention(self) -> int:
+        """FLOPs per squared length of one layer's forward pass: half of QK^T and half of the product with V."""
+        return 2 * self.shape.num_attention_heads * self.shape.kv_channels
+
+
+_ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION_OUT = "self_attn.o_proj"
+_MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
+_MLP_OUT = "mlp.down_proj"
+_LAYER = (
+    "input_layernorm",
+    *_ATTENTION_IN,
+    _ATTENTION_OUT,
+    "post_attention_layernorm",
+    *_MLP_IN,
+    _MLP_OUT,
+)
