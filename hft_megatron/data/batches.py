@@ -34,6 +34,10 @@ class StepBatch:
     micro_batches: list[dict[str, torch.Tensor]]
     """``tokens`` and ``labels`` int64, ``loss_mask`` float32, each of shape (sequences, seq_length). When packed also
     ``cu_seqlens`` int32, (segments + 1,): where each example, or stretch of padding, begins, and the end."""
+    tokens: int
+    """Positions of the whole global batch that an example fills: all but the padding."""
+    squared_lengths: int
+    """Sum over the examples of the whole global batch of their positions squared: what attention costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,8 @@ class Batches(SampleBatches):
         When packed, the rows of a micro-batch are laid end to end, because the engine knows examples only within one
         sequence.
         """
-        length = self._padded_length(samples)
+        positions = [[self.dataset.num_positions(index) for index in sample] for sample in samples]
+        length = self._padded_length(positions)
         size = self.share.micro_batch_size
         shape = (1, size * length) if packed else (size, length)
         micro_batches = []
@@ -146,10 +151,16 @@ class Batches(SampleBatches):
             if packed:
                 micro_batch["cu_seqlens"] = self._cu_seqlens(rows, length)
             micro_batches.append(micro_batch)
-        return StepBatch(sequences=shape[0], seq_length=shape[1], micro_batches=micro_batches)
+        return StepBatch(
+            sequences=shape[0],
+            seq_length=shape[1],
+            micro_batches=micro_batches,
+            tokens=sum(map(sum, positions)),
+            squared_lengths=sum(length**2 for sample in positions for length in sample),
+        )
 
-    def _padded_length(self, samples: Sequence[Sequence[int]]) -> int:
-        longest = max(sum(self.dataset.num_positions(index) for index in sample) for sample in samples)
+    def _padded_length(self, positions: Sequence[Sequence[int]]) -> int:
+        longest = max(map(sum, positions))
         limit = _round_up(self.dataset.seq_length, self.share.length_multiple)
         return min(_round_up(longest, lcm(PADDING_MULTIPLE, self.share.length_multiple)), limit)
 

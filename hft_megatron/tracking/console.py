@@ -2,11 +2,13 @@
 
 import math
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TextIO
 
 from hft_megatron.tracking.tracker import (
+    ACTUAL_THROUGHPUT,
     CONSUMED_SAMPLES,
+    DEVICE_PEAK,
     FROZEN_PARAMETERS,
     GLOBAL_BATCH_SIZE,
     GRAD_NORM,
@@ -16,10 +18,14 @@ from hft_megatron.tracking.tracker import (
     OF_VALIDATION,
     PLAN_DIGEST,
     PREFERENCE_LOSS,
+    PROCESS_PEAK,
     REWARD_ACCURACY,
     REWARD_MARGIN,
     ROUND,
     ROUND_SWITCH_TIME,
+    THROUGHPUT,
+    TIME_LEFT,
+    TOKENS_PER_SECOND,
     TRAINABLE_PARAMETERS,
     Metrics,
 )
@@ -27,7 +33,7 @@ from hft_megatron.tracking.tracker import (
 _FIELDS: tuple[tuple[str, str], ...] = (
     (CONSUMED_SAMPLES, "12d"),
     (ITERATION_TIME, ".1f"),
-    ("throughput per GPU (TFLOP/s/GPU)", ".1f"),
+    (THROUGHPUT, ".1f"),
     (LEARNING_RATE, ".6E"),
     (GLOBAL_BATCH_SIZE, "5d"),
     (LOSS, ".6E"),
@@ -45,6 +51,10 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     (FROZEN_PARAMETERS, "d"),
     (PLAN_DIGEST, "s"),
     (ROUND_SWITCH_TIME, ".1f"),
+    (TOKENS_PER_SECOND, ".1f"),
+    (ACTUAL_THROUGHPUT, ".1f"),
+    (DEVICE_PEAK, ".2f"),
+    (PROCESS_PEAK, ".2f"),
 )
 """The log line's fields in Megatron's order and Megatron's formats, then ours; people grep and parse these lines."""
 
@@ -53,8 +63,13 @@ _LARGEST_EXPONENT = 20.0
 
 
 def iteration_line(step: int, train_iters: int, metrics: Metrics, *, now: datetime) -> str:
-    """Megatron's line of one iteration, with the fields that were measured; other metrics are not on it."""
+    """Megatron's line of one iteration, with the fields that were measured; other metrics are not on it.
+
+    It ends with the time left in hours, minutes and seconds.
+    """
     fields = "".join(f" {name}: {metrics[name]:{form}} |" for name, form in _FIELDS if name in metrics)
+    if TIME_LEFT in metrics:
+        fields += f" time left: {timedelta(seconds=round(float(metrics[TIME_LEFT])))} |"
     return f" [{now:%Y-%m-%d %H:%M:%S.%f}] iteration {step:8d}/{train_iters:8d} |{fields}"
 
 
@@ -105,9 +120,11 @@ class ConsoleTracker:
         if self._prints_lines:
             self._print(iteration_line(step, self._train_iters, metrics, now=datetime.now()))
         if self._bar is not None:
-            for name in (LOSS, PREFERENCE_LOSS):
-                if name in metrics:
-                    self._bar.set_postfix_str(f"{name} {metrics[name]:.4f}", refresh=False)
+            shown = [f"{name} {metrics[name]:.4f}" for name in (LOSS, PREFERENCE_LOSS) if name in metrics]
+            if TOKENS_PER_SECOND in metrics:
+                shown.append(f"{metrics[TOKENS_PER_SECOND]:,.0f} tokens/s/GPU")
+            # The bar's own estimate of the time left stands before it.
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
             self._bar.update(step - self._bar.n)
 
     def _print(self, text: str) -> None:

@@ -12,6 +12,14 @@ Metrics = Mapping[str, float | int | str]
 
 CONSUMED_SAMPLES = "consumed samples"
 ITERATION_TIME = "elapsed time per iteration (ms)"
+TIME_LEFT = "time left (s)"
+THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
+ACTUAL_THROUGHPUT = "actual throughput per GPU (TFLOP/s/GPU)"
+TOKENS_PER_SECOND = "tokens per GPU (tokens/s/GPU)"
+DEVICE_PEAK = "max allocated memory (GB)"
+"""Of a CUDA device, as torch's allocator counts it."""
+PROCESS_PEAK = "max resident memory of the process (GB)"
+"""Where there is no such device."""
 LEARNING_RATE = "learning rate"
 GLOBAL_BATCH_SIZE = "global batch size"
 LOSS = "lm loss"
@@ -74,21 +82,25 @@ class CompositeTracker:
             tracker.close()
 
 
-DASHBOARD_NAMES: Mapping[str, str] = {
-    LEARNING_RATE: "learning-rate",
-    GRAD_NORM: "grad-norm",
-    GLOBAL_BATCH_SIZE: "batch-size",
-    "loss scale": "loss-scale",
+DASHBOARD_NAMES: Mapping[str, tuple[str, float]] = {
+    ITERATION_TIME: ("iteration-time", 1e-3),
+    THROUGHPUT: ("throughput", 1),
+    ACTUAL_THROUGHPUT: ("actual-throughput", 1),
+    TOKENS_PER_SECOND: ("tokens-per-second-per-gpu", 1),
+    DEVICE_PEAK: ("mem-max-allocated-bytes", 1e9),
+    LEARNING_RATE: ("learning-rate", 1),
+    GRAD_NORM: ("grad-norm", 1),
+    GLOBAL_BATCH_SIZE: ("batch-size", 1),
+    "loss scale": ("loss-scale", 1),
 }
-"""Names of the log line that Megatron spells differently in TensorBoard and wandb."""
+"""Names of the log line that Megatron spells differently in TensorBoard and wandb (or whose slashes wandb would take
+for folders), and the factor to the unit there: milliseconds become seconds, gigabytes bytes."""
 
 
 def dashboard_metrics(metrics: Metrics) -> dict[str, float | int | str]:
-    """The record under the names (and in the units) that Megatron's dashboards use.
-
-    Megatron's log line has milliseconds per iteration, its ``iteration-time`` has seconds.
-    """
-    renamed = {DASHBOARD_NAMES.get(name, name): value for name, value in metrics.items() if name != ITERATION_TIME}
-    if ITERATION_TIME in metrics:
-        renamed["iteration-time"] = float(metrics[ITERATION_TIME]) / 1000.0
-    return renamed
+    """The record under the names, and in the units, that Megatron's dashboards use."""
+    shown: dict[str, float | int | str] = {}
+    for name, value in metrics.items():
+        spelled, factor = DASHBOARD_NAMES.get(name, (name, 1))
+        shown[spelled] = value if factor == 1 or isinstance(value, str) else value * factor
+    return shown

@@ -10,12 +10,14 @@ from typing import Any
 import torch.distributed as dist
 
 from hft_megatron.config.run_folder import BILL_FILE, write_atomically
+from hft_megatron.optimizer.flops import FORMULA, StepFlops
 from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.parallel.step_clock import OTHER, SECTIONS
 from hft_megatron.training.bill_table import render_bill
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult
+from hft_megatron.training.throughput import Work, flops_of, peak_memory, rates, work_of
 
 WARM_UP_STEPS = 2
 """Left out of the times: moments are made in the first step, and its reductions do not overlap yet."""
@@ -41,6 +43,9 @@ class Bill(Hook):
     _held: dict[int, dict[str, int]] = field(default_factory=dict)
     """round -> what was held in it at most."""
     _switch_ms: list[float] = field(default_factory=list)
+    _flops: StepFlops = field(init=False)
+    _work: list[Work] = field(default_factory=list)
+    """Of each step that the times may leave out, and then of all others together."""
     _times: "dict[str, array[float]]" = field(
         default_factory=lambda: {name: array("d") for name in (STEP, *SECTIONS, OTHER)}
     )
@@ -48,6 +53,7 @@ class Bill(Hook):
     def at_round_start(self, run: Run) -> None:
         if run.switch_ms is not None:
             self._switch_ms.append(run.switch_ms)
+        self._flops = flops_of(run)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         shards = run.wrapped.shards
@@ -61,6 +67,11 @@ class Bill(Hook):
         }
         before = self._held.setdefault(run.state.round, dict.fromkeys(HELD, 0))
         self._held[run.state.round] = {name: max(before[name], size) for name, size in held.items()}
+        work = work_of(result, self._flops)
+        if len(self._work) > WARM_UP_STEPS:
+            self._work[-1] += work
+        else:
+            self._work.append(work)
         for name, milliseconds in {STEP: result.times.total, OTHER: result.times.other}.items():
             self._times[name].append(milliseconds)
         for name, milliseconds in result.times.sections.items():
@@ -73,6 +84,8 @@ class Bill(Hook):
         accounts: list[Any] = [None] * run.placement.world_size
         dist.all_gather_object(accounts, self._account(run, steps))
         bill = _bill_of(run, accounts, steps=steps, timed_steps=steps - _warm_up(steps))
+        timed = self._work[_warm_up(steps) :]
+        bill["throughput"] = {**rates(timed, run.placement.world_size), "formula": FORMULA}
         bill["switches"] = {
             "count": len(self._switch_ms),
             "median_ms": median(self._switch_ms) if self._switch_ms else None,
@@ -92,6 +105,7 @@ class Bill(Hook):
             "data_rank": placement.data_rank,
             "bytes": {name: {"measured": measured[name], "full": full[name]} for name in measured},
             "held_by_round": self._held,
+            "peak": peak_memory(),
             "milliseconds": {name: median(values[_warm_up(steps) :]) for name, values in self._times.items()},
         }
 

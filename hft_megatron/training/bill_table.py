@@ -14,6 +14,7 @@ _BYTE_ROWS = (
     ("moments", "held as moments"),
     ("resting", "kept on the host"),
 )
+LABEL_WIDTH = 40
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -30,6 +31,8 @@ def render_bill(bill: Mapping[str, Any]) -> str:
     iterations = f"iterations {bill['first_iteration']} to {bill['last_iteration']}"
     title = f"> the bill of {iterations}, measured on {layout}; what full fine-tuning would cost is by formula"
     lines = [title, *_aligned(_byte_rows(bill)), *_aligned(_time_rows(bill))]
+    lines += _aligned([[name, f"{value:,.1f}"] for name, value in bill["throughput"].items() if name != "formula"])
+    lines += _aligned(_peak_rows(bill))
     switches = bill["switches"]
     if switches["count"]:
         lines += _aligned([[f"ms per switch, median of {switches['count']}", f"{switches['median_ms']:.1f}"]])
@@ -62,9 +65,14 @@ def _time_rows(bill: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _peak_rows(bill: Mapping[str, Any]) -> list[list[str]]:
+    peaks = [rank["peak"] for rank in bill["ranks"]]
+    return [[name, *(f"{pick(peak[name] for peak in peaks):.2f}" for pick in (mean, min, max))] for name in peaks[0]]
+
+
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left and padded alike in every table, the others to the right."""
-    return [f"    {row[0]:<32}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
+    return [f"    {row[0]:<{LABEL_WIDTH}}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
 
 
 def _size(size: float) -> str:

@@ -7,6 +7,7 @@ from statistics import mean
 from hft_megatron.checkpoint.writer import CheckpointWriter
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run_folder import same_folder
+from hft_megatron.optimizer.flops import StepFlops
 from hft_megatron.parallel import step_clock
 from hft_megatron.tracking import tracker as names
 from hft_megatron.training.audits import AuditRounds
@@ -15,6 +16,7 @@ from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
 from hft_megatron.training.saving import Base, SaveCheckpoints, StopEarly
 from hft_megatron.training.step import StepResult, validate
+from hft_megatron.training.throughput import TimeLeft, Work, flops_of, peak_memory, rates, work_of
 
 SECTION_METRICS = {
     step_clock.FORWARD: names.FORWARD_TIME,
@@ -29,23 +31,30 @@ SECTION_METRICS = {
 class LogSteps(Hook):
     """Records one line every --log-interval steps.
 
-    What the objective measures, times and bytes sent are means over those steps, as in Megatron; times, bytes and sizes
-    are the last rank's.
+    What the objective measures, times, rates and bytes sent are means over those steps, as in Megatron; times, bytes
+    and sizes are the last rank's.
     """
 
     interval: int
     _pending: list[StepResult] = field(default_factory=list)
+    _work: list[Work] = field(default_factory=list)
+    _time_left: TimeLeft = field(default_factory=TimeLeft)
+    _flops: StepFlops = field(init=False)
     _switch_ms: float | None = None
 
     def at_round_start(self, run: Run) -> None:
         self._switch_ms = run.switch_ms
+        self._flops = flops_of(run)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         self._pending.append(result)
+        self._work.append(work_of(result, self._flops))
+        self._time_left.add(result)
         last = run.state.iteration == train_iters(run.config.training)
         if run.state.iteration % self.interval == 0 or last:
             run.log(self._record(run, result))
             self._pending.clear()
+            self._work.clear()
 
     def _record(self, run: Run, result: StepResult) -> dict[str, float | int | str]:
         steps = self._pending
@@ -66,6 +75,9 @@ class LogSteps(Hook):
             names.MASTER_BYTES: shards.master_bytes,
             names.MOMENT_BYTES: shards.moment_bytes,
             names.OPTIMIZER_BYTES: shards.master_bytes + shards.moment_bytes,
+            names.TIME_LEFT: self._time_left.seconds(run),
+            **rates(self._work, run.placement.world_size),
+            **peak_memory(),
         }
         for section, name in SECTION_METRICS.items():
             record[name] = mean(step.times.sections[section] for step in steps)

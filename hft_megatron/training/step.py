@@ -21,6 +21,10 @@ class StepResult:
     """The objective's means over the global batch, by their names in the log; empty off the last stage."""
     grad_norm: float
     """Before clipping, over training parameters."""
+    tokens: int
+    """Positions of the global batch that examples fill; padding is not counted."""
+    squared_lengths: int
+    """Sum of the examples' squared positions over the global batch."""
     times: StepTimes
     """The whole step, with the assembly of its batch and the sum of the loss over ranks, and where it went."""
     reduce_scatter_bytes: int
@@ -51,6 +55,8 @@ def train_step(run: Run) -> StepResult:
         loss=measured.get(run.objective.loss_name),
         measured=measured,
         grad_norm=float(grad_norm),
+        tokens=batch.tokens,
+        squared_lengths=batch.squared_lengths,
         times=times,
         reduce_scatter_bytes=reduce_scatter_bytes,
         all_gather_bytes=all_gather_bytes,

@@ -78,6 +78,12 @@ def global_batch(parts: list[StepBatch], name: str) -> torch.Tensor:
     )
 
 
+def sampled(dataset: SftDataset, consumed: int) -> list[int]:
+    """Numbers of the examples of a step, without packing."""
+    order = training(dataset, GLOBAL_BATCH, 0, 1).order
+    return [order.sample(position)[0] for position in range(consumed, consumed + GLOBAL_BATCH)]
+
+
 @pytest.mark.parametrize(("size", "ranks"), LAYOUTS)
 def test_the_global_batch_is_the_same_in_every_layout(size: int, ranks: int) -> None:
     dataset = random_dataset(21)
@@ -87,6 +93,9 @@ def test_the_global_batch_is_the_same_in_every_layout(size: int, ranks: int) -> 
         assert {part.seq_length for part in parts} == {whole.seq_length}
         for name in ("tokens", "labels", "loss_mask"):
             assert torch.equal(global_batch(parts, name), whole.micro_batches[0][name])
+        lengths = [dataset.num_positions(index) for index in sampled(dataset, consumed)]
+        assert {part.tokens for part in parts} == {sum(lengths)}
+        assert {part.squared_lengths for part in parts} == {sum(length**2 for length in lengths)}
 
 
 def test_a_mean_over_the_global_mask_is_the_same_in_every_layout_and_a_mean_of_means_is_not() -> None:
@@ -166,6 +175,7 @@ def packed_training(dataset: SftDataset, size: int, rank: int, ranks: int, multi
 @pytest.mark.parametrize(("size", "ranks"), LAYOUTS)
 def test_packs_are_the_same_in_every_layout_and_lie_end_to_end_in_one_sequence(size: int, ranks: int) -> None:
     dataset = random_dataset(200)
+    order = packed_training(dataset, 1, 0, 1).order
     for consumed in (0, 8, 96):
         rows = packed_training(dataset, 1, 0, 1).step(consumed)
         parts = [packed_training(dataset, size, rank, ranks).step(consumed) for rank in range(ranks)]
@@ -173,6 +183,10 @@ def test_packs_are_the_same_in_every_layout_and_lie_end_to_end_in_one_sequence(s
         for name in ("tokens", "labels", "loss_mask"):
             whole = torch.cat([micro[name] for micro in rows.micro_batches]).view(GLOBAL_BATCH, -1)
             assert torch.equal(global_batch(parts, name).view(GLOBAL_BATCH, -1), whole)
+        examples = [index for position in range(GLOBAL_BATCH) for index in order.sample(consumed + position)]
+        lengths = [dataset.num_positions(index) for index in examples]
+        assert {part.tokens for part in parts} == {sum(lengths)}
+        assert {part.squared_lengths for part in parts} == {sum(length**2 for length in lengths)}
         for part in parts:
             for micro in part.micro_batches:
                 assert micro["tokens"].shape == (1, part.seq_length)

@@ -29,7 +29,13 @@ class Steps:
         self.threads.add(threading.get_ident())
         self.assembled.append(consumed_samples)
         self.is_next.set()
-        return StepBatch(sequences=1, seq_length=1, micro_batches=[{"tokens": torch.tensor([[consumed_samples]])}])
+        return StepBatch(
+            sequences=1,
+            seq_length=1,
+            tokens=1,
+            squared_lengths=1,
+            micro_batches=[{"tokens": torch.tensor([[consumed_samples]])}],
+        )
 
 
 def first_token(batch: StepBatch) -> int:

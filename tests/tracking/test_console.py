@@ -52,6 +52,34 @@ def test_megatrons_other_fields_stand_where_megatron_puts_them() -> None:
     )
 
 
+def test_the_rates_stand_where_megatron_puts_throughput_and_the_time_left_ends_the_line() -> None:
+    rates = {
+        "time left (s)": 90061.4,
+        "elapsed time per iteration (ms)": 812.3,
+        "throughput per GPU (TFLOP/s/GPU)": 401.23,
+        "actual throughput per GPU (TFLOP/s/GPU)": 334.5,
+        "tokens per GPU (tokens/s/GPU)": 9876.54,
+        "max allocated memory (GB)": 69.496,
+        "round": 2,
+    }
+    line = iteration_line(1, 1, rates, now=datetime(2026, 1, 1))
+    assert line.endswith(
+        "| elapsed time per iteration (ms): 812.3 | throughput per GPU (TFLOP/s/GPU): 401.2 | round: 2 |"
+        " tokens per GPU (tokens/s/GPU): 9876.5 | actual throughput per GPU (TFLOP/s/GPU): 334.5 |"
+        " max allocated memory (GB): 69.50 | time left: 1 day, 1:01:01 |"
+    )
+
+
+def test_the_bar_shows_the_loss_the_tokens_per_second_and_the_time_left() -> None:
+    progress = Terminal()
+    console = ConsoleTracker(train_iters=100, start_iteration=0, output=Terminal(), progress=progress)
+    console.log(50, {"lm loss": 1.25, "tokens per GPU (tokens/s/GPU)": 9876.54})
+    console.close()
+    last = progress.getvalue().split("\r")[-1]
+    assert "lm loss 1.2500, 9,877 tokens/s/GPU" in last
+    assert re.search(r"\[\d+:\d+<\d+:\d+,", last)
+
+
 def test_the_validation_line_is_megatrons_to_the_character() -> None:
     assert validation_line(100, {"lm loss validation": 1.2}) == (
         " validation loss at iteration 100 | lm loss value: 1.200000E+00 | lm loss PPL: 3.320117E+00 | "

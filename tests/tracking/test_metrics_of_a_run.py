@@ -32,6 +32,11 @@ KEYS = {
     "master weight bytes",
     "moment bytes",
     "optimizer bytes",
+    "throughput per GPU (TFLOP/s/GPU)",
+    "actual throughput per GPU (TFLOP/s/GPU)",
+    "tokens per GPU (tokens/s/GPU)",
+    "max resident memory of the process (GB)",
+    "time left (s)",
 }
 
 
@@ -55,9 +60,13 @@ def test_every_iteration_is_one_line_with_every_key(layout: list[str], ranks: Ra
     assert all(set(line) == KEYS for line in trained)
     assert all(set(line) == {"iteration", "lm loss validation"} for line in validated)
     assert all(math.isfinite(line["lm loss validation"]) for line in validated)
+    assert trained[-1]["time left (s)"] == 0 < trained[0]["time left (s)"]
     for line, step in zip(trained, reports[-1]["steps"], strict=True):
         # To the last digit: a resumed run is compared with these.
         assert line["lm loss"] == step["loss"]
+        tokens = line["tokens per GPU (tokens/s/GPU)"] * 2 * line["elapsed time per iteration (ms)"] / 1e3
+        assert tokens == pytest.approx(round(tokens), rel=1e-9)
+        assert 4 * 20 < tokens < 4 * 96  # four examples, and no padding
         assert line["grad norm"] == step["grad_norm"]
         assert line["learning rate"] == step["lr"]
         assert line["consumed samples"] == step["consumed"] == 4 * step["iteration"]

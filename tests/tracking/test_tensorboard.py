@@ -16,6 +16,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_event_files_read_back_under_megatrons_keys(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(str(tmp_path), start_iteration=0)
     metrics = {"lm loss": 2.5, "learning rate": 0.5, "grad norm": 1.25, "elapsed time per iteration (ms)": 250.0}
+    metrics |= {"throughput per GPU (TFLOP/s/GPU)": 2.0, "max allocated memory (GB)": 0.5}
     tracker.log(7, {**metrics, "plan digest": "5d29", "round": 1, "global batch size": 32})
     tracker.log(7, {"lm loss validation": 2.0})
     tracker.close()
@@ -24,6 +25,8 @@ def test_event_files_read_back_under_megatrons_keys(tmp_path: Path) -> None:
         "learning-rate": [(7, 0.5)],
         "grad-norm": [(7, 1.25)],
         "iteration-time": [(7, 0.25)],
+        "throughput": [(7, 2.0)],
+        "mem-max-allocated-bytes": [(7, 5e8)],
         "batch-size": [(7, 32.0)],
         "round": [(7, 1.0)],
         "lm loss validation": [(7, 2.0)],

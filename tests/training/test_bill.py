@@ -9,6 +9,7 @@ import pytest
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig, ParallelConfig
 from hft_megatron.hft.plan import make_plan
+from hft_megatron.optimizer.flops import FORMULA
 from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.training.bill_table import render_bill
 from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for, write_data
@@ -64,6 +65,22 @@ def test_the_bill_is_the_sum_of_the_log(runs, name):
     assert measured["gradients"] == lines[-1]["gradient buffer bytes"]
     assert measured["masters"] == lines[-1]["master weight bytes"] == 0
     assert measured["moments"] == lines[-1]["moment bytes"] == lines[-1]["optimizer bytes"]
+
+
+@pytest.mark.parametrize("name", ["half", "full", "overlap"])
+def test_the_throughput_of_the_bill_is_that_of_the_log_after_the_warm_up(runs, name):
+    lines = [line for line in read_metrics(runs[name][0]) if "lm loss" in line][2:]
+    milliseconds = [line["elapsed time per iteration (ms)"] for line in lines]
+    throughput = bill_of(runs, name)["throughput"]
+    assert throughput.pop("formula") == FORMULA
+    for rate, value in throughput.items():
+        # A mean over time: that of the last rank's clock in the log, of the first one's in the bill.
+        of_log = sum(line[rate] * ms for line, ms in zip(lines, milliseconds, strict=True)) / sum(milliseconds)
+        assert value == pytest.approx(of_log, rel=0.3)
+    model, actual = (throughput[f"{kind}throughput per GPU (TFLOP/s/GPU)"] for kind in ("", "actual "))
+    assert actual == model if name == "full" else actual < model
+    for rank in bill_of(runs, name)["ranks"]:
+        assert 0.1 < rank["peak"]["max resident memory of the process (GB)"] < 100
 
 
 def test_full_fine_tuning_costs_what_the_formula_says_and_half_costs_less(runs):
@@ -127,15 +144,22 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
         "overlap_param_gather": False,
         "total_bytes": dict.fromkeys(("reduced", "gathered", "gradients", "moments"), total)
         | {"masters": {"measured": 0, "full": 0}, "resting": {"measured": 40_000, "full": 0}},
+        "throughput": {"tokens per GPU (tokens/s/GPU)": 1234.56, "formula": "6 N"},
         "switches": {"count": 3, "median_ms": 12.34},
-        "ranks": [account(2_000_000, 3_000_000, 10.0), account(1_000_000, 5_000_000, 20.0)],
+        "ranks": [
+            account(2_000_000, 3_000_000, 10.0) | {"peak": {"max allocated memory (GB)": 70.0}},
+            account(1_000_000, 5_000_000, 20.0) | {"peak": {"max allocated memory (GB)": 60.0}},
+        ],
     }
-    rows = {line[4:36].strip(): line[36:].split() for line in render_bill(bill).splitlines()[1:]}
+    rows = {line[4:44].strip(): line[44:].split() for line in render_bill(bill).splitlines()[1:]}
     assert rows["reduced per step"] == ["500.0", "kB", "1.2", "MB", "750.0", "kB", "2.0", "MB", "37.5%"]
     assert rows["held as moments"] == ["2.0", "MB", "5.0", "MB", "3.0", "MB", "8.0", "MB", "37.5%"]
     assert rows["held as masters"][-1] == "-"
     assert rows["kept on the host"][-3:] == ["0", "B", "-"]
     assert rows["ms per switch, median of 3"] == ["12.3"]
+    assert rows["tokens per GPU (tokens/s/GPU)"] == ["1,234.6"]
+    assert rows["max allocated memory (GB)"] == ["65.00", "60.00", "70.00"]
+    assert "6 N" not in render_bill(bill)
     assert rows["reduce-scatter wait (exposed)"] == rows["all-gather wait (all of it)"] == ["15.0", "10.0", "20.0"]
 
 

@@ -30,6 +30,8 @@ class CorpusBatches:
             sequences=self.share.micro_batch_size,
             seq_length=self.seq_length,
             micro_batches=micro_batches,
+            tokens=self.share.global_batch_size * self.seq_length,
+            squared_lengths=self.share.global_batch_size * self.seq_length**2,
         )
 
 

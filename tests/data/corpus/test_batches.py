@@ -46,6 +46,7 @@ def test_a_step_holds_the_same_samples_in_the_same_order_in_every_layout(size: i
         assert samples_in(parts) == list(range(consumed, consumed + GLOBAL_BATCH))
         for part in parts:
             assert (part.sequences, part.seq_length) == (size, LENGTH)
+            assert (part.tokens, part.squared_lengths) == (GLOBAL_BATCH * LENGTH, GLOBAL_BATCH * LENGTH**2)
             assert {tuple(micro[name].shape) for micro in part.micro_batches for name in micro} == {(size, LENGTH)}
             assert {name for micro in part.micro_batches for name in micro} == {"tokens", "labels", "loss_mask"}
 
