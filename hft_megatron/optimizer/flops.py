@@ -58,7 +58,7 @@ def step_flops(
 
     Per token a matrix costs 2 FLOPs per parameter forward, 2 for the gradient of its input and 2 for its own. Per layer
     the causal scores and their product with the values cost 2 x heads x head size x length^2 forward (every query meets
-    on average half of the keys) and twice that backward: Megatron-LM's count, and that of newer NeMo. Flash kernels make
+    on average half of the keys) and twice that backward, as Megatron-LM and newer NeMo count. Flash kernels make
     the scores again in the backward pass, which by custom isn't counted.
     ``reference_forward`` adds the second forward pass of a preference run whose reference is in memory.
     """

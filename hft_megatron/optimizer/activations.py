@@ -1,0 +1,188 @@
+"""Bytes that a micro-batch's forward pass keeps for its backward pass, by formula: no torch, no model, no ranks.
+
+Counted from what our layers and megatron-core's save. A change of a layer is a change of the first constants here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hft_megatron.config.derived import padded_vocab_size
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME
+from hft_megatron.model.parameter_names import ChunkPlace
+
+NORM_INPUT_BYTES = 4
+"""Per element of what ``RMSNorm`` keeps of its input: an fp32 copy, or in fp32 the input itself."""
+SWIGLU_TENSORS = 3
+"""Of the feed-forward size: gate, silu(gate) and up."""
+ROPE_TENSORS = 4
+"""Of one head's channels and all positions, in every layer: cos and sin for queries and for keys."""
+BACKWARD_TENSORS = 1
+"""Of the feed-forward size: gradients in a layer's backward pass beyond the room of what it has let go of by then."""
+LOGIT_BYTES = {"bf16": 6, "fp32": 4}
+"""Per token and row of the vocabulary: an fp32 softmax, and beside it bf16 logits or their gradient."""
+LOSS_CHUNK: int | None = None
+"""Tokens whose logits are there at one time; None where the loss is made of all at once."""
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward pass on one data-parallel rank takes in."""
+
+    sequences: int
+    seq_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions, with the padding."""
+        return self.sequences * self.seq_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkActivations:
+    """Bytes of one micro-batch on one model chunk."""
+
+    kept: int
+    """From the forward pass until the backward pass."""
+    working: int
+    """In the backward pass of one layer, or of one recomputed unit of layers, at most."""
+    logits: int
+    """At the end of the forward pass, on the chunk with the head: logits, their softmax and gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationModel:
+    """What the activations of a rank depend on besides the plan and the place of its chunks."""
+
+    shape: ModelShape
+    parallel: ParallelConfig
+    training: TrainingConfig
+    """Its --recompute- options are read."""
+    bf16: bool
+    micro_batch: MicroBatch
+    vocab_multiple: int = 1
+
+    def of_chunk(self, place: ChunkPlace, trains: Callable[[str], bool]) -> ChunkActivations:
+        """Those of a chunk when the units train for which ``trains`` is true."""
+        layers = range(place.first_layer, place.first_layer + place.layers)
+        recomputed = self._recomputed(layers)
+        # What a later stage receives always needs a gradient; so does a frozen embedding's output below recomputation.
+        flows = not place.is_first or trains(EMBEDDING_NAME)
+        flows |= any(trains(f"model.layers.{layer}.{module}") for layer in recomputed for module in _LAYER)
+        received = 0 if place.is_first else self._hidden
+        kept, working = received, 0
+        unit = self._unit_of_recomputation()
+        for layer in layers:
+            full, flows_after = self._layer(layer, trains, flows)
+            if layer in recomputed:
+                # The input of a unit of layers stays; the rest of it is there again in its own backward pass.
+                is_first_of_unit = (layer - place.first_layer) % unit == 0
+                kept += self._hidden * (is_first_of_unit and flows)
+                working = max(working, full * unit) if flows else working
+            else:
+                kept += full
+            flows = flows_after if layer not in recomputed else flows
+        if flows:
+            working += self._backward + self._recomputed_attention
+        if not place.is_last:
+            return ChunkActivations(kept=kept, working=working, logits=0)
+        norm, _ = self._norm(trains(FINAL_NORM_NAME), flows)
+        head = EMBEDDING_NAME if self.shape.tie_embeddings else "lm_head"
+        return ChunkActivations(kept=kept + norm + self._hidden * trains(head), working=working, logits=self._logits())
+
+    def _layer(self, layer: int, trains: Callable[[str], bool], flows: bool) -> tuple[int, bool]:
+        """Bytes that a layer keeps, and whether its output needs a gradient when its input does or does not."""
+
+        def train(*modules: str) -> bool:
+            return any(trains(f"model.layers.{layer}.{module}") for module in modules)
+
+        shape, tokens, size = self.shape, self.micro_batch.tokens, self._size
+        queries = shape.num_attention_heads * shape.kv_channels // self._tensor_size
+        keys = shape.num_query_groups * shape.kv_channels // self._tensor_size
+        kept, flows = self._norm(train("input_layernorm"), flows)
+        kept += self._hidden * train(*_ATTENTION_IN)
+        flows |= train(*_ATTENTION_IN)
+        out = size * tokens * queries
+        if flows:
+            kept += size * tokens * (queries + 2 * keys)
+            kept += ROPE_TENSORS * size * shape.kv_channels * self.micro_batch.seq_length
+            if not self._attention_is_recomputed:
+                kept += out + self._log_sums
+        if train(_ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
+            kept += out  # elsewhere the attention keeps it already
+        flows |= train(_ATTENTION_OUT)
+        norm, flows = self._norm(train("post_attention_layernorm"), flows)
+        kept += norm + self._hidden * train(*_MLP_IN)
+        flows |= train(*_MLP_IN)
+        ffn = size * tokens * shape.ffn_hidden_size // self._tensor_size
+        kept += ffn * (SWIGLU_TENSORS * flows + train(_MLP_OUT))
+        return kept, flows or train(_MLP_OUT)
+
+    def _norm(self, is_trained: bool, flows: bool) -> tuple[int, bool]:
+        """Bytes that a norm keeps, and whether its output needs a gradient."""
+        elements = self._hidden // self._size
+        kept = (NORM_INPUT_BYTES * elements + FP32_BYTES * elements // self.shape.hidden_size) * flows
+        return kept + self._hidden * is_trained, flows or is_trained
+
+    def _logits(self) -> int:
+        tokens = self.micro_batch.tokens if LOSS_CHUNK is None else min(LOSS_CHUNK, self.micro_batch.tokens)
+        rows = padded_vocab_size(self.shape, self._tensor_size, self.vocab_multiple) // self._tensor_size
+        return LOGIT_BYTES["bf16" if self.bf16 else "fp32"] * tokens * rows
+
+    def _recomputed(self, layers: Sequence[int]) -> Sequence[int]:
+        """The layers of a chunk whose whole forward pass is made again."""
+        training = self.training
+        if training.recompute_granularity != "full":
+            return ()
+        return layers if training.recompute_method == "uniform" else layers[: training.recompute_num_layers]
+
+    def _unit_of_recomputation(self) -> int:
+        """Layers that are recomputed together."""
+        uniform = self.training.recompute_method == "uniform"
+        return (self.training.recompute_num_layers or 1) if uniform else 1
+
+    @property
+    def _attention_is_recomputed(self) -> bool:
+        return self.training.recompute_granularity == "selective"
+
+    @property
+    def _recomputed_attention(self) -> int:
+        """What selective recomputation has again, of one layer."""
+        queries = self.shape.num_attention_heads * self.shape.kv_channels // self._tensor_size
+        again = self._size * self.micro_batch.tokens * queries + self._log_sums
+        return again * self._attention_is_recomputed
+
+    @property
+    def _log_sums(self) -> int:
+        """The logarithms of the softmax's sums, one per head and query, in fp32."""
+        return FP32_BYTES * self.micro_batch.tokens * self.shape.num_attention_heads // self._tensor_size
+
+    @property
+    def _backward(self) -> int:
+        """Gradients in a layer's backward pass: of the feed-forward block, of its input, and of the residual."""
+        ffn = self.shape.ffn_hidden_size // self._tensor_size
+        return self._size * self.micro_batch.tokens * (BACKWARD_TENSORS * ffn + 2 * self.shape.hidden_size)
+
+    @property
+    def _hidden(self) -> int:
+        """Bytes of a hidden state as it is kept, which sequence parallelism cuts."""
+        cut = self._tensor_size if self.parallel.sequence_parallel else 1
+        return self._size * self.micro_batch.tokens * self.shape.hidden_size // cut
+
+    @property
+    def _size(self) -> int:
+        """Bytes of an element of the model's data type."""
+        return 2 if self.bf16 else FP32_BYTES
+
+    @property
+    def _tensor_size(self) -> int:
+        return self.parallel.tensor_model_parallel_size
+
+
+_ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION_OUT = "self_attn.o_proj"
+_MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
+_MLP_OUT = "mlp.down_proj"
+_LAYER = ("input_layernorm", *_ATTENTION_IN, _ATTENTION_OUT, "post_attention_layernorm", *_MLP_IN, _MLP_OUT)
