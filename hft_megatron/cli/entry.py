@@ -11,10 +11,12 @@ from typing import Any
 
 from hft_megatron.cli import doctor, dpo, plan, pretrain, sft, show_data
 from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
+from hft_megatron.cli.versions import version_text
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
 
 HELP_WORDS = ("-h", "--help")
+VERSION_WORD = "--version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in HELP_WORDS:
             show(_overview())
             return
+        if arguments[0] == VERSION_WORD:
+            show(version_text())
+            return
         name, *words = arguments
         if name not in COMMANDS:
             raise UserError(_unknown_command(name))
@@ -90,7 +95,10 @@ def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, pr
 def _overview() -> str:
     lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
     lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", f"`{PROG} COMMAND --help` lists a command's options."])
+    about = (
+        f"`{PROG} COMMAND --help` lists a command's options, `{PROG} {VERSION_WORD}` the versions that are installed."
+    )
+    return "\n".join([*lines, "", about])
 
 
 def _unknown_command(name: str) -> str:

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hft_megatron import errors
-from hft_megatron.cli import boundary, main
+from hft_megatron.cli import boundary, main, versions
 from hft_megatron.config.run_folder import write_atomically
 from tests.cli.conftest import LAUNCH_VARIABLES, SHAPE, Training
 from tests.support import forked
@@ -226,6 +228,23 @@ def test_help_lists_commands_and_options_within_two_seconds_of_work_and_without_
         assert ended.returncode == errors.EXIT_OK, ended.stderr
         assert shown in ended.stdout
         assert "Traceback" not in ended.stderr
+
+
+def test_the_version_is_a_line_per_thing_and_imports_none_of_them() -> None:
+    code = "import sys; from hft_megatron.cli import main; main(['--version']); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [line.split()[0] for line in said]
+    assert names == ["hft-megatron", "torch", "megatron-core", "transformer-engine", "Apex", "False"]
+    assert re.fullmatch(r"torch \d\S+, for (CPU|CUDA \d+\.\d+)", said[1])
+    assert said[2] == f"megatron-core {metadata.version('megatron-core')}"
+
+
+def test_an_apex_without_its_kernels_is_told_from_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_installed", lambda name: "0.9")
+    for found, kernels in ((None, "without"), (object(), "with")):
+        monkeypatch.setattr(versions, "find_spec", lambda name, found=found: found if name != "torch" else None)
+        assert versions.version_text().endswith(f"\nApex 0.9, {kernels} its CUDA kernels")
+        assert "\ntorch not installed\n" in versions.version_text()
 
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
