@@ -38,9 +38,13 @@ PURE = (
     "hft.rounds",
     "hft.units",
     "model.parameter_names",
+    "optimizer.activations",
     "optimizer.flops",
+    "optimizer.memory_fit",
     "optimizer.rank_costs",
+    "optimizer.rank_memory",
     "training.doctor.findings",
+    "training.doctor.model_memory",
 )
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 HEAVY = ("torch", "megatron", "transformer_engine", "apex")

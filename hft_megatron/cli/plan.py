@@ -1,16 +1,20 @@
 """``hft-megatron plan``: which units train in which round, and what every rank of a layout would hold and send.
 
 Run: ``hft-megatron plan --load-hf MODEL --tensor-model-parallel-size 8 --world-size 64 --rounds 2``. It needs a
-config.json but no weights, no GPU, no ranks and no torch.
+config.json but no weights, no GPU, no ranks and no torch (but for one line of --memory, about this machine).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.plan_json import report_json
+from hft_megatron.cli.plan_memory import MemoryReport, memory_report, memory_size
 from hft_megatron.cli.plan_report import make_report
 from hft_megatron.cli.plan_text import report_text
+from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import HFTConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -18,13 +22,23 @@ from hft_megatron.config.validation import shape_of, validate_plan
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans, plans_to_json
+from hft_megatron.optimizer.activations import MicroBatch
 from hft_megatron.optimizer.rank_costs import CostModel
+from hft_megatron.optimizer.rank_memory import MemoryModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTrainingConfig:
-    """What a plan depends on of a run's training options."""
+    """What a plan, and with --memory its memory, depends on of a run's training options."""
 
+    micro_batch_size: int = 1
+    """For --memory: sequences of one forward pass on one data-parallel rank."""
+    seq_length: int | None = None
+    """For --memory: the longest training sequence in tokens; the model's limit when unset."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """For --memory: what the backward pass makes again, as in a run."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
     bf16: bool = True
     """Costs with bf16 weights and fp32 masters, or with fp32 weights (--no-bf16)."""
     seed: int = 1234
@@ -39,6 +53,9 @@ class PlanOptions:
     """YAML file of a run, of which only the options below are read; the command line wins."""
     world_size: int | None = None
     """Ranks of the run; those of one replica (TP x PP) when unset."""
+    memory: str | None = None
+    """A device's memory, such as 80GB: what a rank of the plan and of full fine-tuning holds, whether that fits, and
+    the smallest layouts and nearest options that do."""
     rounds: int | None = None
     """Rounds to plan; all of --hft-plan's when that is given, else 1."""
     json: bool = False
@@ -55,7 +72,7 @@ class PlanOptions:
     @property
     def as_run(self) -> RunConfig:
         """The run that is planned for, as far as a plan knows it."""
-        training = TrainingConfig(bf16=self.training.bf16, seed=self.training.seed)
+        training = TrainingConfig(**vars(self.training))
         return RunConfig(parallel=self.parallel, model=self.model, training=training, hft=self.hft)
 
 
@@ -70,6 +87,7 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
         vocab_multiple=options.model.make_vocab_size_divisible_by,
     )
     report = make_report(_plans(options, shape), model)
+    memory = None if options.memory is None else _memory(options, options.memory, model, report.plans)
     if options.save is not None:
         _save(options.save, plans_to_json(report.plans))
     if options.png is not None:
@@ -80,7 +98,7 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
             draw_picture(report, Path(options.png))
         except OSError as error:
             raise UserError(f"--png {options.png} can't be written: {error.strerror}.") from None
-    show(report_json(report) if options.json else report_text(report))
+    show(report_json(report, memory) if options.json else report_text(report, memory))
 
 
 def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
@@ -94,7 +112,22 @@ def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
     world_size = replica if options.world_size is None else options.world_size
     validate_plan(options.as_run, shape, world_size)
+    if options.memory is not None:
+        memory_size(options.memory)
     return shape, world_size
+
+
+def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence[Plan]) -> MemoryReport:
+    training = options.as_run.training
+    model = MemoryModel(
+        costs=costs,
+        training=training,
+        micro_batch=MicroBatch(sequences=training.micro_batch_size, seq_length=sequence_length(training, costs.shape)),
+    )
+    # Imported here, because it takes torch's time.
+    from hft_megatron.training.doctor.machine import bf16_is_chosen_here
+
+    return memory_report(model, plans, memory_size(memory), bf16_here=bf16_is_chosen_here())
 
 
 def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:

@@ -5,15 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from hft_megatron.cli.plan_memory import MemoryReport, memory_record
 from hft_megatron.cli.plan_report import PlanReport, StageCosts
 from hft_megatron.hft.plan import CategoryCount, Plan
 
 
-def report_json(report: PlanReport) -> str:
+def report_json(report: PlanReport, memory: MemoryReport | None = None) -> str:
     """The report as JSON. ``digest`` is that of the first round, which a run that begins with it writes to its log;
     ``ranks`` are in the order of ranks, with bytes of one rank and step."""
     model, parallel = report.model, report.parallel
-    record = {
+    record: dict[str, Any] = {
         "digest": report.plans[0].digest,
         "model": {"layers": report.shape.num_layers, "parameters": report.shape.parameter_count()},
         "layout": {
@@ -29,6 +30,8 @@ def report_json(report: PlanReport) -> str:
         ],
         "full_fine_tuning": {"ranks": list(_ranks(report, report.full))},
     }
+    if memory is not None:
+        record["memory"] = memory_record(memory)
     return _compact(record)
 
 

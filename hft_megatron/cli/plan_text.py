@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
 
+from hft_megatron.cli.plan_memory import MemoryReport, memory_text
 from hft_megatron.cli.plan_report import PlanReport, StageCosts
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME
@@ -23,8 +24,8 @@ COLUMNS = ("stage", "DP ranks", "trainable", "gradients", "optimizer", "reduce-s
 _SEPARATOR = "   "
 
 
-def report_text(report: PlanReport) -> str:
-    """Everything about the plans, for a person: plans in words, grid, costs."""
+def report_text(report: PlanReport, memory: MemoryReport | None = None) -> str:
+    """Everything about the plans, for a person: plans in words, grid, costs, and what --memory asks for."""
     lines = [
         *_setting(report),
         "",
@@ -36,6 +37,8 @@ def report_text(report: PlanReport) -> str:
     for plan, costs in zip(report.plans, report.by_round, strict=True):
         lines += ["", f"round {plan.round}, per rank and step, and as a share of full fine-tuning:"]
         lines += _table(report, costs)
+    if memory is not None:
+        lines += ["", *memory_text(memory)]
     return "\n".join(lines)
 
 

@@ -62,6 +62,8 @@ PLAN_RULES: tuple[Rule, ...] = (
     layout_rules.pipeline_divides_the_layers,
     layout_rules.ranks_factor_into_the_layout,
     layout_rules.overlaps_fit_together,
+    layout_rules.recompute_options_fit_together,
+    training_rules.sequence_fits_the_model,
     *method_rules.METHOD_RULES,
 )
 """Those of ``_RULES``, in the same order, that don't need data, a tokenizer, a batch or a place for outputs."""

@@ -224,6 +224,81 @@ def test_the_file_of_a_run_serves_a_plan_and_its_other_options_are_passed_over(p
     assert not (tmp_path / "run").exists()
 
 
+def planned_70b(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the plan of LLaMA 70B at TP 8 x DP 16 prints with these words."""
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    layout = ["--tensor-model-parallel-size", "8", "--world-size", "128", "--seq-length", "2048"]
+    assert main(["plan", "--load-hf", str(folder), *layout, *words]) == errors.EXIT_OK
+    return capsys.readouterr().out
+
+
+def test_half_of_70b_needs_39_gb_before_activations_and_full_59(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = planned_70b(tmp_path, capsys, "--memory", "80GB", "--micro-batch-size", "2")
+    memory = {line[:22].strip(): line[22:].split() for line in text.split("\n\n")[-1].splitlines()}
+    assert memory["before activations"] == ["39.5", "GB", "59.5", "GB"]
+    parts = ("before activations", "activations", "logits")
+    for column in (0, 2):
+        total = sum(float(memory[part][column]) for part in parts)
+        assert float(memory["total"][column]) == pytest.approx(total, abs=0.2)
+    assert text.count("does not fit into 80.0 GB") == 2
+    assert "  it fits with --sequence-parallel (" in text
+    # What is proposed does fit.
+    assert "the plan fits into 80.0 GB" in planned_70b(
+        tmp_path, capsys, "--memory", "80GB", "--micro-batch-size", "2", "--sequence-parallel"
+    )
+
+
+def test_the_memory_in_json_has_every_part_and_a_smallest_layout_that_fits_where_half_of_it_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--memory",
+        "80GB",
+        "--recompute-granularity",
+        "full",
+        "--recompute-method",
+        "uniform",
+        "--recompute-num-layers",
+        "1",
+    ]
+    memory = json.loads(planned_70b(tmp_path, capsys, *words, "--json"))["memory"]
+    assert (memory["device_bytes"], memory["micro_batch_size"], memory["seq_length"]) == (80 * 10**9, 1, 2048)
+    for judged in (memory["plan"], memory["full"]):
+        assert judged["fits"]
+        assert judged["options"] == []
+        assert judged["total"] == sum(
+            judged[name] for name in ("weights", "gradients", "optimizer", "activations", "logits")
+        )
+    [smallest, *_] = memory["plan"]["smallest_layouts"]
+    assert smallest["words"] == "TP 8 x PP 1 x DP 2"
+    assert memory["full"]["smallest_layouts"][0]["words"] == "TP 8 x PP 2 x DP 2"
+    # On half of the ranks it would not.
+    layout = ["--tensor-model-parallel-size", "8", "--seq-length", "2048", "--world-size"]
+    for world, fits in (("8", False), ("16", True)):
+        assert main(["plan", "--load-hf", str(tmp_path), *layout, world, *words, "--json"]) == errors.EXIT_OK
+        assert json.loads(capsys.readouterr().out)["memory"]["plan"]["fits"] is fits
+
+
+def test_where_nothing_helps_the_plan_says_so(plan: Run) -> None:
+    text = plan("--memory", "0.01MB", "--micro-batch-size", "2")
+    assert text.count("neither recomputation nor a smaller micro-batch makes it fit") == 2
+    assert text.count("with these options it fits on no layout") == 2
+
+
+def test_the_data_type_that_a_run_here_would_choose_is_said(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hft_megatron.parallel import cpu_backend
+
+    for fast, dtype in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(cpu_backend, "cpu_has_fast_bf16", lambda fast=fast: fast)
+        assert (
+            plan("--memory", "1GB", "--no-bf16")
+            .rstrip()
+            .endswith(f"weights are counted in fp32; without --bf16 or --no-bf16 a run on this machine chooses {dtype}")
+        )
+
+
 SHAPE_FLAGS = "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 64"
 MISTAKES = [
     ("--load-hf MODEL --world-size 0", "--world-size 0: must be at least 1"),
@@ -236,6 +311,14 @@ MISTAKES = [
     ("--load-hf MODEL --hft-selection spectrum", "--hft-selection spectrum ranks a model's weights"),
     ("--load-hf MODEL --hft-plan absent.json", "--hft-plan absent.json is not a readable file"),
     ("--load-hf MODEL --save absent/plan.json", "--save absent/plan.json can't be written: No such file"),
+    ("--load-hf MODEL --memory 80", "--memory 80: must be a size such as 80GB"),
+    ("--load-hf MODEL --memory 0GB", "--memory 0GB: must be a size such as 80GB"),
+    ("--load-hf MODEL --memory 80GB --micro-batch-size 0", "--micro-batch-size 0: must be at least 1"),
+    ("--load-hf MODEL --memory 80GB --seq-length 129", "--seq-length 129 is beyond the model's 128 positions"),
+    (
+        "--load-hf MODEL --memory 80GB --recompute-granularity full",
+        "--recompute-granularity full needs --recompute-method",
+    ),
     ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png can't be written: No such file"),
     ("--load-hf MODEL --lr 1", "--lr is not an option"),
     ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate is not an option"),

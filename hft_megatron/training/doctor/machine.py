@@ -47,6 +47,18 @@ def host_findings() -> Iterator[Finding]:
     yield from settings_findings(os.environ)
 
 
+def bf16_is_chosen_here() -> bool:
+    """Whether a run of this machine alone takes bf16 where neither --bf16 nor --no-bf16 is given."""
+    return torch.cuda.is_available() or cpu_backend.cpu_has_fast_bf16()
+
+
+def device_memory(local_ranks: int) -> int:
+    """Bytes that one rank has: its device's, or an equal part of the host's memory that nobody uses."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return int(psutil.virtual_memory().available) // local_ranks
+
+
 def shared_memory_finding(total: int, free: int) -> Finding:
     """``total`` and ``free`` are bytes of /dev/shm."""
     value = f"{in_bytes(total)}, {in_bytes(free)} free in {SHARED_MEMORY}"

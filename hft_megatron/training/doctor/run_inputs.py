@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import torch
-
 from hft_megatron.checkpoint.size import checkpoint_bytes
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import MethodName, RunConfig
-from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.config.validation import shape_of, validate, validate_plan
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.data.tokenizer import check_tokenizer_fits
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
@@ -20,8 +18,9 @@ from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.hft.units import units_of
-from hft_megatron.parallel import cpu_backend
 from hft_megatron.training.doctor.findings import Finding, finding_of, in_bytes
+from hft_megatron.training.doctor.machine import bf16_is_chosen_here, device_memory
+from hft_megatron.training.doctor.model_memory import memory_finding, memory_model
 from hft_megatron.training.doctor.save_folder import checkpoints_at_a_time, space_finding
 from hft_megatron.training.inputs import read_inputs
 from hft_megatron.training.methods import METHODS
@@ -109,8 +108,13 @@ class RunInputs:
             except UserError as error:
                 if str(error) not in self.said:
                     yield self._noted(Finding(what="run", value=self.method, status="wrong", fix=str(error)))
-        if save is not None and self._shape is not None:
-            with suppress(UserError):  # about the plan, and said above
+        if self._shape is None:
+            return
+        with suppress(UserError):  # about the plan, and said above
+            if self.config.training.train_iters != 0:
+                validate_plan(config, self._shape, self.world_size)
+                yield self._look_at_memory(config, self._shape)
+            if save is not None:
                 yield self._look_at_space(config, self._shape, save)
 
     def _readable(self) -> RunConfig:
@@ -118,10 +122,13 @@ class RunInputs:
             return self.config
         return replace(self.config, training=replace(self.config.training, train_iters=0, train_epochs=None))
 
+    def _look_at_memory(self, config: RunConfig, shape: ModelShape) -> Finding:
+        model = memory_model(self.method, config, shape, self.world_size, bf16=_takes_bf16(config))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return memory_finding(model, _first_plan(config, shape), device_memory(local_ranks))
+
     def _look_at_space(self, config: RunConfig, shape: ModelShape, save: str) -> Finding:
-        bf16 = config.training.bf16
-        if bf16 is None:
-            bf16 = torch.cuda.is_available() or cpu_backend.cpu_has_fast_bf16()
+        bf16 = _takes_bf16(config)
         is_known = config.training.train_iters is not None and self.has_data
         kept = checkpoints_at_a_time(config.checkpoint, derived.train_iters(config.training)) if is_known else None
         return space_finding(save, checkpoint_bytes(_first_plan(config, shape), config, bf16=bf16), kept)
@@ -146,6 +153,10 @@ def wandb_finding(environment: Mapping[str, str]) -> Finding:
             return Finding(what="wandb", value="logged in by ~/.netrc")
     fix = "--wandb-project will be refused: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline."
     return Finding(what="wandb", value="no login is found", status="warning", fix=fix)
+
+
+def _takes_bf16(config: RunConfig) -> bool:
+    return bf16_is_chosen_here() if config.training.bf16 is None else config.training.bf16
 
 
 def _first_plan(config: RunConfig, shape: ModelShape) -> Plan:

@@ -1,10 +1,12 @@
 """What a host gives its ranks. Run: pytest tests/training/doctor/test_machine.py"""
 
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hft_megatron.training.doctor import machine
 from hft_megatron.training.doctor.machine import (
     device_finding,
     host_findings,
@@ -21,6 +23,21 @@ def test_less_than_a_gibibyte_of_free_shared_memory_is_a_warning(free: int, stat
     finding = shared_memory_finding(8 * GIB, free)
     assert finding.status == status
     assert finding.fix is None or "--shm-size" in finding.fix
+
+
+def test_ranks_without_a_device_share_the_hosts_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    assert machine.device_memory(local_ranks=4) == 2 * GIB
+
+
+def test_a_rank_with_a_device_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine.torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(
+        machine.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=(device + 79) * GIB)
+    )
+    assert machine.device_memory(local_ranks=4) == 80 * GIB
 
 
 def test_dockers_default_is_shown_with_its_size() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from hft_megatron.cli.doctor import DoctorOptions
 from hft_megatron.config.loading import load_options
+from hft_megatron.training.doctor import run_inputs
 from hft_megatron.training.doctor.findings import Finding
 from hft_megatron.training.doctor.run_inputs import RunInputs, wandb_finding
 from tests.support.runs import make_inputs
@@ -44,6 +45,7 @@ def test_parts_that_agree_are_ok_and_described(inputs: Path) -> None:
         ("tokenizer", "ok"),
         ("weights", "ok"),
         ("run", "ok"),
+        ("memory of a rank", "ok"),
     ]
     assert "24 examples" in found["run"].value
 
@@ -68,6 +70,7 @@ def test_broken_data_are_named_by_line_while_the_parts_are_ok(inputs: Path) -> N
 def test_options_that_do_not_fit_the_model_are_wrong_with_the_sentence_of_a_run(inputs: Path) -> None:
     found = look_at(*words_for(inputs, "--seq-length", 100000))
     assert str(found["run"].fix).startswith("--seq-length 100000 is beyond the model's ")
+    assert "memory of a rank" not in found
 
 
 def test_missing_weights_are_said_once(inputs: Path) -> None:
@@ -85,7 +88,7 @@ def test_a_model_folder_that_is_not_there_is_one_finding(tmp_path: Path) -> None
 
 def test_without_data_model_tokenizer_and_weights_are_looked_at(inputs: Path) -> None:
     found = look_at("--load-hf", inputs / "model", "--train-iters", 50, has_data=False)
-    assert [finding.status for finding in found.values()] == ["ok"] * 4
+    assert [finding.status for finding in found.values()] == ["ok"] * 5
     assert found["run"].value == "no data is given"
 
 
@@ -93,7 +96,8 @@ def test_without_data_model_tokenizer_and_weights_are_looked_at(inputs: Path) ->
 def test_a_model_of_sizes_without_a_tokenizer_gets_the_sentence_of_a_run(vocabulary: list[object]) -> None:
     sizes = ["--num-layers", 2, "--hidden-size", 64, "--num-attention-heads", 4, "--max-position-embeddings", 64]
     found = look_at(*sizes, *vocabulary, has_data=False)
-    assert [(what, finding.status) for what, finding in found.items()] == [("model", "ok"), ("run", "wrong")]
+    sized = [("memory of a rank", "ok")] if vocabulary else []  # without a vocabulary nobody knows
+    assert [(what, finding.status) for what, finding in found.items()] == [("model", "ok"), ("run", "wrong"), *sized]
     assert str(found["run"].fix).startswith("--tokenizer-model is missing")
 
 
@@ -119,6 +123,32 @@ def test_a_corpus_is_read_as_pretrain_reads_it(inputs: Path) -> None:
 def test_pairs_are_asked_for_by_dpo(inputs: Path) -> None:
     found = look_at(*words_for(inputs), method="dpo")
     assert (found["weights"].status, found["run"].status) == ("ok", "wrong")
+
+
+def test_a_conversion_is_not_judged_by_the_memory_of_training(inputs: Path) -> None:
+    found = look_at("--load-hf", inputs / "model", "--train-iters", 0, "--save-hf", inputs / "out", has_data=False)
+    assert "memory of a rank" not in found
+
+
+def test_a_model_too_large_for_its_device_is_wrong_and_one_with_too_long_sequences_a_warning(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = words_for(inputs, "--micro-batch-size", 4)
+    fits = look_at(*words)["memory of a rank"]
+    assert " x 96 tokens " in fits.value
+    # 178,624 weights, half of them trained with 16 bytes in fp32.
+    for room, status, fix in (
+        (3_400_000, "warning", "where sequences are as long as --seq-length allows: add --micro-batch-size 2"),
+        (2_000_000, "wrong", "It does not fit: use TP "),
+        (100_000, "wrong", "It does not fit: ask `hft-megatron plan --memory`"),
+    ):
+        monkeypatch.setattr(run_inputs, "device_memory", lambda local_ranks, room=room: room)
+        found = look_at(*words)["memory of a rank"]
+        assert (found.status, fix in str(found.fix)) == (status, True), found
+
+
+def test_a_pair_is_two_sequences_to_the_memory(inputs: Path) -> None:
+    assert " of 2 x 96 tokens " in look_at(*words_for(inputs), method="dpo")["memory of a rank"].value
 
 
 def test_wandb_needs_a_login_and_its_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
