@@ -112,13 +112,11 @@ def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
     world_size = replica if options.world_size is None else options.world_size
     validate_plan(options.as_run, shape, world_size)
-    if options.memory is not None:
-        memory_size(options.memory)
     return shape, world_size
 
 
 def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence[Plan]) -> MemoryReport:
-    training = options.as_run.training
+    device_bytes, training = memory_size(memory), options.as_run.training
     model = MemoryModel(
         costs=costs,
         training=training,
@@ -127,7 +125,7 @@ def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence
     # Imported here, because it takes torch's time.
     from hft_megatron.training.doctor.machine import bf16_is_chosen_here
 
-    return memory_report(model, plans, memory_size(memory), bf16_here=bf16_is_chosen_here())
+    return memory_report(model, plans, device_bytes, bf16_here=bf16_is_chosen_here())
 
 
 def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:

@@ -113,8 +113,9 @@ def _changes(model: MemoryModel) -> Iterator[tuple[list[str], MemoryModel]]:
     """Words to add to the command and the model under them: the least costly of each kind first."""
     parallel, sequences = model.costs.parallel, model.micro_batch.sequences
     can_cut = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    cutting = (False, True) if can_cut else (False,)
     halves = [sequences >> step for step in range(1, sequences.bit_length())]
-    for recompute, size, cuts in product(_more_recomputation(model.training), (None, *halves), (False, can_cut)):
+    for recompute, size, cuts in product(_more_recomputation(model.training), (None, *halves), cutting):
         words: list[str] = []
         candidate = model
         if cuts:
