@@ -61,7 +61,8 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, share: _Share) -> Tensor:
         ctx.share, ctx.parameter = share, weight
-        flat = _whole_sequence(hidden, share)
+        flat, gathered = _whole_sequence(hidden, share)
+        _wait_for(gathered)
         ctx.chunk = tokens_of_a_chunk(flat.size(0), weight.size(0))
         first_row = share.group.rank() * weight.size(0)
         ctx.is_kept = ctx.chunk == flat.size(0)
@@ -87,33 +88,32 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, elsewhere, column, maximum, total, exponentials = ctx.saved_tensors
-        flat = None if hidden is None else _whole_sequence(hidden, ctx.share)
+        flat, gathered = (None, None) if hidden is None else _whole_sequence(hidden, ctx.share)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = weight.new_empty((total.size(0), weight.size(1))) if needs_hidden else None
+        grad_hidden = weight.new_empty((*grad_losses.shape, weight.size(1))) if needs_hidden else None
         grad_weight = WeightGradient(ctx.parameter) if needs_weight else None
+        result, reduced = None, None
         for start in range(0, total.size(0), ctx.chunk):
             of_chunk = slice(start, start + ctx.chunk)
             if not ctx.is_kept:
                 assert flat is not None
+                _wait_for(gathered)
                 exponentials = _logits(flat[of_chunk], weight, ctx.share).float()
                 exponentials.sub_(maximum[of_chunk, None]).exp_()
             softmax = exponentials.div_(total[of_chunk, None])
             gradients = grad_losses.reshape(-1)[of_chunk]
             grad_logits = _logit_gradients(softmax, elsewhere[of_chunk], column[of_chunk], gradients).to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[of_chunk])
+                torch.mm(grad_logits, weight, out=grad_hidden.flatten(0, 1)[of_chunk])
+                if of_chunk.stop >= total.size(0):  # travels while the last weight gradient is computed
+                    result, reduced = reduce_input_gradient(grad_hidden, ctx.share.group, ctx.share.sequence_parallel)
             if grad_weight is not None:
                 assert flat is not None
+                _wait_for(gathered)
                 grad_weight.add(grad_logits, flat[of_chunk])
             del exponentials, softmax, grad_logits  # room for the next chunk's
-        weight_gradient = None if grad_weight is None else grad_weight.for_autograd()
-        if grad_hidden is None:
-            return None, weight_gradient, None, None
-        whole = grad_hidden.view(*grad_losses.shape, -1)
-        result, reduced = reduce_input_gradient(whole, ctx.share.group, ctx.share.sequence_parallel)
-        if reduced is not None:
-            reduced.wait()
-        return result, weight_gradient, None, None
+        _wait_for(reduced)
+        return result, None if grad_weight is None else grad_weight.for_autograd(), None, None
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> None:
@@ -121,12 +121,17 @@ def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.Process
         dist.all_reduce(tensor, op=op, group=group)
 
 
-def _whole_sequence(hidden: Tensor, share: _Share) -> Tensor:
-    """(s / tp or s, b, h) -> (s x b, h)."""
+def _whole_sequence(hidden: Tensor, share: _Share) -> tuple[Tensor, dist.Work | None]:
+    """(s / tp or s, b, h) -> (s x b, h), and what to wait for before it is read."""
+    gathered = None
     if share.sequence_parallel:
         hidden, gathered = gather_sequence(hidden, share.group)
-        gathered.wait()
-    return hidden.reshape(-1, hidden.size(-1))
+    return hidden.reshape(-1, hidden.size(-1)), gathered
+
+
+def _wait_for(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 def _logits(tokens: Tensor, weight: Tensor, share: _Share) -> Tensor:

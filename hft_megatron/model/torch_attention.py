@@ -28,14 +28,14 @@ def has_causal_window(function: Callable[..., Any] | None) -> bool:
 HAVE_VARLEN = has_causal_window(varlen_attn)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedSegments(PackedSeqParams):
     """megatron-core's description of a packed sequence, and what else its segments are known by without asking the
     device for it."""
 
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...]
     """Of the segments, on the host."""
-    positions: Tensor | None = None
+    positions: Tensor
     """(tokens,) on the device: each token's place in its segment."""
 
 

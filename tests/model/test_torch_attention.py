@@ -204,7 +204,6 @@ def test_segments_are_known_by_lengths_and_positions() -> None:
     params = packed_seq_params(starts_of(LENGTHS), torch.device("cpu"))
     assert (params.qkv_format, params.max_seqlen_q, params.max_seqlen_kv) == ("thd", 40, 40)
     assert params.lengths == tuple(LENGTHS)
-    assert params.positions is not None
     assert params.positions.tolist() == [position for length in LENGTHS for position in range(length)]
 
 
