@@ -2,9 +2,11 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -106,3 +108,36 @@ def test_transformer_engine_is_refused_for_what_it_lacks_and_never_taken_unasked
     check_implementation("local", bf16=bf16)
     monkeypatch.setattr(llama, "HAVE_TE", True)
     assert layer_spec("local").submodules.input_layernorm is RMSNorm
+
+
+def run_with_state_of_norms(folder: str) -> dict[str, Any]:
+    """Names of what a checkpoint has of a model whose norms have a state of their own, and whether it loads again."""
+    from hft_megatron.checkpoint.store import METADATA
+
+    class Norm(RMSNorm):
+        """As transformer-engine's, which keeps bytes beside its weight."""
+
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.tensor([7], dtype=torch.uint8)
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            assert state.tolist() == [7]
+
+    with patch.object(llama, "RMSNorm", Norm):
+        (model,), _, _ = build_from_folder(folder, {})
+    names = model.sharded_state_dict(metadata=dict(METADATA))
+    missing, unexpected = model.load_state_dict(model.state_dict())
+    return {
+        "states": sorted(name for name, value in names.items() if "norm" in name and isinstance(value, ShardedObject)),
+        "weights": [name for name, _ in model.named_parameters() if name not in names],
+        "does not fit": [*missing, *unexpected],
+    }
+
+
+def test_norms_with_a_state_of_their_own_are_described_and_loaded(ranks, folders):
+    [found] = ranks(1).run(run_with_state_of_norms, folder=str(folders["gqa"]))
+    norms = [
+        f"decoder.layers.{layer}.{name}" for layer in range(4) for name in ("input_layernorm", "pre_mlp_layernorm")
+    ]
+    assert found["states"] == sorted(f"{norm}._extra_state" for norm in [*norms, "decoder.final_layernorm"])
+    assert (found["weights"], found["does not fit"]) == ([], [])
