@@ -37,6 +37,7 @@ PURE = (
     "hft.plan_file",
     "hft.rounds",
     "hft.units",
+    "model.loss_chunks",
     "model.parameter_names",
     "optimizer.activations",
     "optimizer.flops",

@@ -123,9 +123,9 @@ def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence
         micro_batch=MicroBatch(sequences=training.micro_batch_size, seq_length=sequence_length(training, costs.shape)),
     )
     # Imported here, because it takes torch's time.
-    from hft_megatron.training.doctor.machine import bf16_is_chosen_here
+    from hft_megatron.parallel.cpu_backend import has_fast_bf16
 
-    return memory_report(model, plans, device_bytes, bf16_here=bf16_is_chosen_here())
+    return memory_report(model, plans, device_bytes, bf16_here=has_fast_bf16())
 
 
 def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:

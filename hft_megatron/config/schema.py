@@ -84,8 +84,8 @@ class TrainingConfig:
     bf16: bool | None = None
     """bf16 weights with fp32 masters, or fp32 (--no-bf16). Unset: bf16 on CUDA and CPUs with AMX or AVX512-BF16."""
     transformer_impl: TransformerImpl = "local"
-    """Whose kernels compute attention, norms, weight gradients and Adam: torch's, whatever else is installed, or those
-    of transformer-engine (needs CUDA and bf16) and, for weight gradients, of NVIDIA's Apex where it is installed."""
+    """Whose kernels compute attention, norms and Adam: torch's, whatever else is installed, or those of
+    transformer-engine (needs CUDA and bf16), or NVIDIA's Apex for Adam where it alone has one."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None

@@ -3,7 +3,8 @@
 Both are one autograd function that works through chunks of tokens. Logits of all tokens would be the largest tensor of
 a step: at 8,192 tokens and 128k rows 4 GiB in fp32, which the backward pass needs again as a softmax.
 
-- Up to ``WHOLE_BYTES`` of fp32 logits on a rank there is one chunk, and its softmax is kept: nothing is computed twice.
+- Up to ``WHOLE_BYTES`` (of ``loss_chunks``) of fp32 logits on a rank there is one chunk, and its softmax is kept:
+  nothing is computed twice.
 - Beyond, a chunk has at most ``CHUNK_BYTES``, nothing of it is kept but two numbers per token, and the backward pass
   computes its logits again: one more product to the three that a training head needs (two where it is frozen).
 
@@ -22,12 +23,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from torch import Tensor
 
+from hft_megatron.model.loss_chunks import tokens_of_a_chunk
 from hft_megatron.model.shared_input_linear import gather_sequence, reduce_input_gradient
 from hft_megatron.model.weight_gradient import WeightGradient
-
-WHOLE_BYTES = 2**30
-CHUNK_BYTES = 2**29
-_FP32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +36,6 @@ class _Share:
     sequence_parallel: bool
     real_rows: int
     """Rows of the weight that are tokens; those behind them only pad the vocabulary."""
-
-
-def tokens_of_a_chunk(tokens: int, rows: int) -> int:
-    """The tokens whose logits over ``rows`` of the vocabulary are in memory at once: all of them, or a chunk."""
-    row_bytes = rows * _FP32_BYTES
-    return tokens if tokens * row_bytes <= WHOLE_BYTES else max(1, CHUNK_BYTES // row_bytes)
 
 
 def hide_padded_rows(logits: Tensor, real_rows: int) -> None:

@@ -10,20 +10,17 @@ from hft_megatron.config.derived import padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
 from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME
+from hft_megatron.model.loss_chunks import tokens_of_a_chunk
 from hft_megatron.model.parameter_names import ChunkPlace
 
-NORM_INPUT_BYTES = 4
-"""Per element of what ``RMSNorm`` keeps of its input: an fp32 copy, or in fp32 the input itself."""
-SWIGLU_TENSORS = 3
-"""Of the feed-forward size: gate, silu(gate) and up."""
-ROPE_TENSORS = 4
-"""Of one head's channels and all positions, in every layer: cos and sin for queries and for keys."""
+SWIGLU_TENSORS = 2
+"""Of the feed-forward size: gate and up."""
+ROPE_TENSORS = 2
+"""Of one head's channels and all positions, once for all layers: cosines and sines."""
 BACKWARD_TENSORS = 1
 """Of the feed-forward size: gradients in a layer's backward pass beyond the room of what it has let go of by then."""
 LOGIT_BYTES = {"bf16": 6, "fp32": 4}
-"""Per token and row of the vocabulary: an fp32 softmax, and beside it bf16 logits or their gradient."""
-LOSS_CHUNK: int | None = None
-"""Tokens whose logits are there at one time; None where the loss is made of all at once."""
+"""Per token of a chunk and row of the vocabulary: fp32 softmax, and beside it bf16 logits or their gradient."""
 FP32_BYTES = 4
 
 
@@ -49,7 +46,7 @@ class ChunkActivations:
     working: int
     """In the backward pass of one layer, or of one recomputed unit of layers, at most."""
     logits: int
-    """At the end of the forward pass, on the chunk with the head: logits, their softmax and gradient."""
+    """On the chunk with the head: what there is of logits, softmax and gradients between forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +59,8 @@ class ActivationModel:
     """Its --recompute- options are read."""
     bf16: bool
     micro_batch: MicroBatch
+    on_cuda: bool
+    """There a norm keeps its input as it is, on a CPU in fp32."""
     vocab_multiple: int = 1
 
     def of_chunk(self, place: ChunkPlace, trains: Callable[[str], bool]) -> ChunkActivations:
@@ -72,7 +71,8 @@ class ActivationModel:
         flows = not place.is_first or trains(EMBEDDING_NAME)
         flows |= any(trains(f"model.layers.{layer}.{module}") for layer in recomputed for module in _LAYER)
         received = 0 if place.is_first else self._hidden
-        kept, working = received, 0
+        rope = ROPE_TENSORS * self._size * self.shape.kv_channels * self.micro_batch.seq_length
+        kept, working = received + rope, 0
         unit = self._unit_of_recomputation()
         for layer in layers:
             full, flows_after = self._layer(layer, trains, flows)
@@ -90,7 +90,8 @@ class ActivationModel:
             return ChunkActivations(kept=kept, working=working, logits=0)
         norm, _ = self._norm(trains(FINAL_NORM_NAME), flows)
         head = EMBEDDING_NAME if self.shape.tie_embeddings else "lm_head"
-        return ChunkActivations(kept=kept + norm + self._hidden * trains(head), working=working, logits=self._logits())
+        kept += norm + self._hidden * trains(head)
+        return ChunkActivations(kept=kept, working=working, logits=self._logits(is_trained=trains(head)))
 
     def _layer(self, layer: int, trains: Callable[[str], bool], flows: bool) -> tuple[int, bool]:
         """Bytes that a layer keeps, and whether its output needs a gradient when its input does or does not."""
@@ -107,7 +108,6 @@ class ActivationModel:
         out = size * tokens * queries
         if flows:
             kept += size * tokens * (queries + 2 * keys)
-            kept += ROPE_TENSORS * size * shape.kv_channels * self.micro_batch.seq_length
             if not self._attention_is_recomputed:
                 kept += out + self._log_sums
         if train(_ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
@@ -123,13 +123,17 @@ class ActivationModel:
     def _norm(self, is_trained: bool, flows: bool) -> tuple[int, bool]:
         """Bytes that a norm keeps, and whether its output needs a gradient."""
         elements = self._hidden // self._size
-        kept = (NORM_INPUT_BYTES * elements + FP32_BYTES * elements // self.shape.hidden_size) * flows
+        input_bytes = self._size if self.on_cuda else FP32_BYTES
+        kept = (input_bytes * elements + FP32_BYTES * elements // self.shape.hidden_size) * flows
         return kept + self._hidden * is_trained, flows or is_trained
 
-    def _logits(self) -> int:
-        tokens = self.micro_batch.tokens if LOSS_CHUNK is None else min(LOSS_CHUNK, self.micro_batch.tokens)
+    def _logits(self, *, is_trained: bool) -> int:
+        """With the gradients that the head's backward pass gives to autograd: of its input, and of its weight, whose
+        real one is in the gradient buffer."""
         rows = padded_vocab_size(self.shape, self._tensor_size, self.vocab_multiple) // self._tensor_size
-        return LOGIT_BYTES["bf16" if self.bf16 else "fp32"] * tokens * rows
+        tokens = tokens_of_a_chunk(self.micro_batch.tokens, rows)
+        gradients = self._size * self.shape.hidden_size * (self.micro_batch.tokens + rows * is_trained)
+        return LOGIT_BYTES["bf16" if self.bf16 else "fp32"] * tokens * rows + gradients
 
     def _recomputed(self, layers: Sequence[int]) -> Sequence[int]:
         """The layers of a chunk whose whole forward pass is made again."""

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from hft_megatron.config.derived import layers_per_chunk
+from hft_megatron.config.derived import layers_per_chunk, padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
 from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME
+from hft_megatron.model.loss_chunks import tokens_of_a_chunk
 from hft_megatron.model.parameter_names import whole_shape
 
 FORMULA = (
@@ -16,12 +17,6 @@ FORMULA = (
     "actual FLOPs = model FLOPs - skipped weight and input gradients + recomputed forward products"
 )
 """The rule in words, as every result file has it. Padding is in neither: neither as tokens nor in a length."""
-
-HEAD_FORWARD_PRODUCTS = 1
-"""How often the head's forward product is made: 2 where the loss is made in chunks and backward makes them again."""
-
-_BY_MEGATRON = ("o_proj", "down_proj", "lm_head")
-"""megatron-core's own parallel linear layers, which make their input gradient whenever they train, needed or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +47,14 @@ def step_flops(
     training: TrainingConfig,
     trains: Callable[[str], bool],
     *,
+    micro_batch_tokens: int,
+    vocab_multiple: int = 1,
     reference_forward: bool = False,
 ) -> StepFlops:
     """FLOPs of training the units for which ``trains`` is true.
+
+    ``micro_batch_tokens`` are the positions of a micro-batch, with its padding: of many the head's product is made
+    again in the backward pass (``model/loss_chunks.py``).
 
     Per token a matrix costs 2 FLOPs per parameter forward, 2 for the gradient of its input and 2 for its own. Per layer
     the causal scores and their product with the values cost 2 x heads x head size x length^2 forward (every query meets
@@ -62,7 +62,10 @@ def step_flops(
     the scores again in the backward pass, which by custom isn't counted.
     ``reference_forward`` adds the second forward pass of a preference run whose reference is in memory.
     """
-    count = _Count(shape=shape, parallel=parallel, training=training, trains=trains)
+    tensor_size = parallel.tensor_model_parallel_size
+    rows = padded_vocab_size(shape, tensor_size, vocab_multiple) // tensor_size
+    head_forwards = 1 if tokens_of_a_chunk(micro_batch_tokens, rows) == micro_batch_tokens else 2
+    count = _Count(shape=shape, parallel=parallel, training=training, trains=trains, head_forwards=head_forwards)
     actual = count.run()
     forward = count.forward()
     return StepFlops(
@@ -82,6 +85,8 @@ class _Count:
     parallel: ParallelConfig
     training: TrainingConfig
     trains: Callable[[str], bool]
+    head_forwards: int
+    """How often the head's forward product is made."""
     flows: bool = False
     """Whether the hidden state at this point needs a gradient."""
     per_token: int = 0
@@ -103,7 +108,7 @@ class _Count:
             self._layer(layer, is_recomputed=self._is_recomputed(layer % per_chunk) and self.flows)
         self.flows |= self.trains(FINAL_NORM_NAME)
         head = EMBEDDING_NAME if self.shape.tie_embeddings else LM_HEAD_NAME
-        self._matrix(LM_HEAD_NAME, unit=head, forwards=HEAD_FORWARD_PRODUCTS)
+        self._product_with(LM_HEAD_NAME, self.trains(head), self.head_forwards)
         return Flops(per_token=self.per_token, per_squared_length=self.per_squared_length)
 
     def _layer(self, layer: int, *, is_recomputed: bool) -> None:
@@ -116,22 +121,20 @@ class _Count:
         self._group([unit(module) for module in _ATTENTION_IN], forwards)
         attention_again = is_recomputed or (self.training.recompute_granularity == "selective" and self.flows)
         self.per_squared_length += self._attention * (1 + attention_again + 2 * self.flows)
-        self._matrix(unit(_ATTENTION_OUT), forwards=forwards)
+        self._group([unit(_ATTENTION_OUT)], forwards)
         self.flows |= self.trains(unit("post_attention_layernorm"))
         self._group([unit(module) for module in _MLP_IN], forwards)
-        self._matrix(unit(_MLP_OUT), forwards=forwards)
+        self._group([unit(_MLP_OUT)], forwards)
 
     def _group(self, units: list[str], forwards: int) -> None:
-        """Matrices that share an input: its gradient is made by all of them or by none."""
+        """Matrices that share an input, or one: its gradient is made by all of them or by none."""
         for unit in units:
-            self.per_token += self._product(unit) * (forwards + self.flows + self.trains(unit))
+            self._product_with(unit, self.trains(unit), forwards)
         self.flows |= any(map(self.trains, units))
 
-    def _matrix(self, name: str, *, forwards: int, unit: str | None = None) -> None:
-        assert name.rsplit(".", 1)[-1] in _BY_MEGATRON
-        is_trained = self.trains(unit or name)
-        self.flows |= is_trained
-        self.per_token += self._product(name) * (forwards + self.flows + is_trained)
+    def _product_with(self, unit: str, is_trained: bool, forwards: int) -> None:
+        """A matrix's products: forward, for the gradient of its input, and for its own."""
+        self.per_token += self._product(unit) * (forwards + self.flows + is_trained)
 
     def _is_recomputed(self, layer_of_chunk: int) -> bool:
         """Whether a layer's whole forward pass is made again: the first ones of every chunk under ``block``."""

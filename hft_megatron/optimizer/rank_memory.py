@@ -40,6 +40,8 @@ class MemoryModel:
     training: TrainingConfig
     """Its --recompute- options are read."""
     micro_batch: MicroBatch
+    on_cuda: bool = True
+    """Whether the rank's device is a GPU; on a CPU norms keep more."""
     micro_batches: int | None = None
     """Of a step on one data-parallel rank; None: as many as the pipeline can have in flight."""
 
@@ -64,6 +66,7 @@ class MemoryModel:
             training=self.training,
             bf16=costs.bf16,
             micro_batch=self.micro_batch,
+            on_cuda=self.on_cuda,
             vocab_multiple=costs.vocab_multiple,
         )
         chunks = [model.of_chunk(place, trains) for place in places]

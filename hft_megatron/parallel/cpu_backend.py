@@ -92,6 +92,11 @@ def activate() -> None:
     _active = True
 
 
+def has_fast_bf16() -> bool:
+    """Whether a run of this machine alone takes bf16 where neither --bf16 nor --no-bf16 is given."""
+    return torch.cuda.is_available() or cpu_has_fast_bf16()
+
+
 def cpu_has_fast_bf16() -> bool:
     """Whether bf16 matrix products are worth it here: AMX or AVX512-BF16, read from /proc/cpuinfo.
 

@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hft_megatron.config.derived import virtual_pipeline_size
@@ -117,8 +116,6 @@ def leave_groups() -> None:
     # A group that goes away on one rank breaks a neighbour which is still receiving.
     dist.barrier()
     parallel_state.destroy_model_parallel()
-    # Its cache holds models, and they their groups and memory.
-    RotaryEmbedding.forward.cache_clear()
     # destroy_model_parallel only forgets its groups; each would keep its sockets and threads.
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

@@ -119,7 +119,7 @@ def _with_dtype(config: RunConfig) -> RunConfig:
     """Settles bf16 where nothing said otherwise: only if every rank's processor is fast at it."""
     if config.training.bf16 is not None:
         return config
-    fast = torch.cuda.is_available() or cpu_backend.cpu_has_fast_bf16()
+    fast = cpu_backend.has_fast_bf16()
     answers: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(answers, fast)
     return replace(config, training=replace(config.training, bf16=all(answers)))

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from hft_megatron.config.derived import train_iters
+from hft_megatron.config.derived import sequence_length, train_iters
 from hft_megatron.optimizer.flops import StepFlops, step_flops
 from hft_megatron.tracking import tracker as names
 from hft_megatron.training.run import Run
@@ -33,11 +33,21 @@ class Work:
 
 
 def flops_of(run: Run) -> StepFlops:
-    """The counts of a step under the run's present plan."""
+    """The counts of a step under the run's present plan, whose micro-batches are as long as they can be."""
     config = run.config
     in_memory = run.reference is not None and config.dpo.dpo_reference != "precompute"
     shape, plan = run.wrapped.modules[0].shape, run.wrapped.plan
-    return step_flops(shape, config.parallel, config.training, plan.trains, reference_forward=in_memory)
+    # A pair is two sequences.
+    sequences = config.training.micro_batch_size * (2 if run.reference is not None else 1)
+    return step_flops(
+        shape,
+        config.parallel,
+        config.training,
+        plan.trains,
+        micro_batch_tokens=sequences * sequence_length(config.training, shape),
+        vocab_multiple=config.model.make_vocab_size_divisible_by,
+        reference_forward=in_memory,
+    )
 
 
 def work_of(result: StepResult, flops: StepFlops) -> Work:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.model import loss_chunks
 from hft_megatron.optimizer.flops import Flops, step_flops
 from hft_megatron.training.loop import next_step
 from tests.optimizer.test_rank_costs import SHAPE
@@ -45,13 +47,20 @@ CASES: dict[str, Case] = {
     "all that is recomputed rests": (1, "tp1", BLOCK, {"hft_freeze": f"{EMBEDDING},{FIRST},{SECOND}"}),
     "o_proj is the lowest": (1, "tp1", {}, {"hft_ratio": 1.0, "hft_freeze": f"{EMBEDDING},{OUTPUT_OF_FIRST}"}),
     "head rests": (1, "tp1", {}, {"hft_freeze_head": True}),
+    "loss in chunks": (2, "tp2", {}, {"whole_bytes": 2**13}),
+    "loss in chunks, head rests": (1, "tp1", {}, {"whole_bytes": 2**13, "hft_freeze_head": True}),
 }
 """Ranks, layout, recomputation, and what trains."""
 
 
 def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[str, int]:
     """One step: what this rank's matrices and its attention cost, and what the formula says of all ranks."""
-    ratio = hft.pop("hft_ratio", 0.5)
+    ratio, whole_bytes = hft.pop("hft_ratio", 0.5), hft.pop("whole_bytes", loss_chunks.WHOLE_BYTES)
+    with patch.multiple(loss_chunks, WHOLE_BYTES=whole_bytes, CHUNK_BYTES=whole_bytes):
+        return counted(folder, layout, recompute, hft, ratio)
+
+
+def counted(folder: str, layout: str, recompute: dict, hft: dict, ratio: float) -> dict[str, int]:
     run = make_run(folder, LAYOUTS[layout], ratio=ratio, training=recompute, hft=hft)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counts = {"forward": 0, "backward": 0}
@@ -78,7 +87,11 @@ def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[st
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         next_step(run)
     flops = step_flops(
-        run.wrapped.modules[0].shape, run.config.parallel, run.config.training, run.wrapped.plan.trains
+        run.wrapped.modules[0].shape,
+        run.config.parallel,
+        run.config.training,
+        run.wrapped.plan.trains,
+        micro_batch_tokens=batch.sequences * batch.seq_length,
     ).actual
     # The engine computes padding as well.
     tokens, squares = GLOBAL_BATCH * batch.seq_length, GLOBAL_BATCH * batch.seq_length**2
@@ -104,7 +117,7 @@ def test_the_engine_makes_exactly_the_products_that_the_formula_counts(ranks, fo
 
 
 def test_model_flops_are_6_per_matrix_parameter_and_token_and_as_megatron_lm_counts_attention():
-    flops = step_flops(LLAMA2_7B, ParallelConfig(), TrainingConfig(), lambda unit: True)
+    flops = step_flops(LLAMA2_7B, ParallelConfig(), TrainingConfig(), lambda unit: True, micro_batch_tokens=8)
     matrices = LLAMA2_7B.parameter_count() - (32000 + 65) * 4096  # without embedding and norms
     assert flops.model == flops.actual == Flops(per_token=6 * matrices, per_squared_length=6 * 32 * 4096)
     # NVIDIA's 39.8 GFLOP per token for SFT is that of short examples in a pack, here of 206 tokens.
@@ -113,32 +126,35 @@ def test_model_flops_are_6_per_matrix_parameter_and_token_and_as_megatron_lm_cou
 
 
 def test_whatever_trains_and_is_recomputed_the_model_flops_are_those_of_full_fine_tuning():
-    full = step_flops(SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True)
+    full = step_flops(SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True, micro_batch_tokens=8)
     recompute = TrainingConfig(**UNIFORM)
-    none = step_flops(SHAPE, ParallelConfig(), recompute, lambda unit: unit == "lm_head")
+    none = step_flops(SHAPE, ParallelConfig(), recompute, lambda unit: unit == "lm_head", micro_batch_tokens=8)
     assert none.model == full.model
-    # Nothing below the head needs a gradient: no backward pass goes there, and nothing is recomputed.
+    # Nothing below the head needs a gradient: none is made of its input, and nothing is recomputed.
     head = 2 * SHAPE.vocab_size * SHAPE.hidden_size
-    assert none.actual.per_token == full.model.per_token // 3 + 2 * head
+    assert none.actual.per_token == full.model.per_token // 3 + head
     assert 3 * none.actual.per_squared_length == full.model.per_squared_length
 
 
 def test_a_tied_head_is_counted_as_a_matrix_and_trains_with_the_embedding():
     tied = replace(SHAPE, tie_embeddings=True)
     for trains in (lambda unit: True, lambda unit: unit != "model.embed_tokens"):
-        flops = step_flops(tied, ParallelConfig(), TrainingConfig(), trains)
+        flops = step_flops(tied, ParallelConfig(), TrainingConfig(), trains, micro_batch_tokens=8)
         both = step_flops(
             SHAPE,
             ParallelConfig(),
             TrainingConfig(),
             lambda unit, trains=trains: trains("model.embed_tokens" if unit == "lm_head" else unit),
+            micro_batch_tokens=8,
         )
         assert flops == both
 
 
 def test_a_reference_in_memory_costs_one_forward_pass_more():
     once, twice = (
-        step_flops(SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True, reference_forward=extra)
+        step_flops(
+            SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True, micro_batch_tokens=8, reference_forward=extra
+        )
         for extra in (False, True)
     )
     assert twice.model == once.model

@@ -65,6 +65,7 @@ def run_measured(folder: str, layout: str, training: dict, hft: dict) -> list[in
         training=config.training,
         micro_batch=MicroBatch(sequences=batch.sequences, seq_length=batch.seq_length),
         micro_batches=len(batch.micro_batches),
+        on_cuda=False,
     )
     memory = model.stage(run.wrapped.plan.trains, run.placement.pipeline_rank)
     weights = sum(weight.nbytes for chunk in run.wrapped.modules for weight in chunk.parameters())

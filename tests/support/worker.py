@@ -44,10 +44,6 @@ def forget_case() -> None:
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()
-    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
-    if rotary is not None:
-        # Its cache holds models, and they their groups.
-        rotary.RotaryEmbedding.forward.cache_clear()
     # destroy_model_parallel only forgets its groups; each would keep its sockets and threads for the whole session.
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

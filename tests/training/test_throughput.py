@@ -52,7 +52,7 @@ def test_a_rate_is_a_mean_over_time_and_a_share_of_one_rank() -> None:
 @pytest.mark.parametrize(("kind", "passes"), [("precompute", 3), ("shared", 4), ("model", 4)])
 def test_a_reference_in_memory_is_a_forward_pass_more(kind: Any, passes: int) -> None:
     config = RunConfig(dpo=DpoConfig(dpo_reference=kind))
-    full = step_flops(SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True)
+    full = step_flops(SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True, micro_batch_tokens=8)
     assert flops_of(run_of(config)) == full  # fine-tuning has none, whatever that option is
     found = flops_of(run_of(config, reference=object()))
     assert found.model == full.model

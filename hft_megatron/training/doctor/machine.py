@@ -47,11 +47,6 @@ def host_findings() -> Iterator[Finding]:
     yield from settings_findings(os.environ)
 
 
-def bf16_is_chosen_here() -> bool:
-    """Whether a run of this machine alone takes bf16 where neither --bf16 nor --no-bf16 is given."""
-    return torch.cuda.is_available() or cpu_backend.cpu_has_fast_bf16()
-
-
 def device_memory(local_ranks: int) -> int:
     """Bytes that one rank has: its device's, or an equal part of the host's memory that nobody uses."""
     if torch.cuda.is_available():

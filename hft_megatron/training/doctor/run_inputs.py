@@ -18,8 +18,9 @@ from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.hft.units import units_of
+from hft_megatron.parallel.cpu_backend import has_fast_bf16
 from hft_megatron.training.doctor.findings import Finding, finding_of, in_bytes
-from hft_megatron.training.doctor.machine import bf16_is_chosen_here, device_memory
+from hft_megatron.training.doctor.machine import device_memory
 from hft_megatron.training.doctor.model_memory import memory_finding, memory_model
 from hft_megatron.training.doctor.save_folder import checkpoints_at_a_time, space_finding
 from hft_megatron.training.inputs import read_inputs
@@ -156,7 +157,7 @@ def wandb_finding(environment: Mapping[str, str]) -> Finding:
 
 
 def _takes_bf16(config: RunConfig) -> bool:
-    return bf16_is_chosen_here() if config.training.bf16 is None else config.training.bf16
+    return has_fast_bf16() if config.training.bf16 is None else config.training.bf16
 
 
 def _first_plan(config: RunConfig, shape: ModelShape) -> Plan:

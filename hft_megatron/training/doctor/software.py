@@ -104,7 +104,7 @@ def _apex() -> Finding:
         "Apex",
         "apex",
         can_be_used=bool(_grad_accum_fusion_available),
-        brings="weight gradients that are added to the fp32 buffer by the same kernel, and a fused Adam",
+        brings="a fused Adam",
     )
 
 
