@@ -242,14 +242,20 @@ def test_half_of_70b_needs_39_gb_before_activations_and_full_59(
     for column in (0, 2):
         total = sum(float(memory[part][column]) for part in parts)
         assert float(memory["total"][column]) == pytest.approx(total, abs=0.2)
+    assert "the plan fits into 80.0 GB" in text
+    assert "full fine-tuning does not fit into 80.0 GB" in text
+
+
+def test_what_is_proposed_where_a_plan_does_not_fit_is_named_once_and_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--memory", "80GB", "--micro-batch-size", "4"]
+    text = planned_70b(tmp_path, capsys, *words)
     assert text.count("does not fit into 80.0 GB") == 2
     assert "  it fits with --sequence-parallel (" in text
     proposed = [line for line in text.splitlines() if line.startswith("  it fits with ")]
     assert len(set(proposed)) == len(proposed)
-    # What is proposed does fit.
-    assert "the plan fits into 80.0 GB" in planned_70b(
-        tmp_path, capsys, "--memory", "80GB", "--micro-batch-size", "2", "--sequence-parallel"
-    )
+    assert "the plan fits into 80.0 GB" in planned_70b(tmp_path, capsys, *words, "--sequence-parallel")
 
 
 def test_the_memory_in_json_has_every_part_and_a_smallest_layout_that_fits_where_half_of_it_does_not(
