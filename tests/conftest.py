@@ -62,5 +62,15 @@ class Account:
             terminalreporter.write_line(line)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked ``gpu`` skips where there is none."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Account())

@@ -29,11 +29,12 @@ from unittest.mock import patch
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
+    # Ranks of other tests would crowd on one card; `HFT_TEST_CUDA=1 pytest -m gpu` runs those that need it.
+    **({} if os.environ.get("HFT_TEST_CUDA") == "1" else {"CUDA_VISIBLE_DEVICES": ""}),
     # After it what stood there: another line of megatron-core than the one that is installed, for one.
     "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 }
-"""What a started program finds; libraries have read the first two when they were imported."""
+"""What a started program finds; libraries have read these when they were imported, all but the last."""
 RANK_NAME = "rank {}"
 """The name in the process table of a rank that was forked: what stands there as its environment is the server's."""
 _PR_SET_NAME, _CLONE_NEWNS, _CLONE_NEWUSER = 15, 0x00020000, 0x10000000
