@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources .ci/* docker/*.sh docker/build/*.sh examples/*.sh examples/slurm/*.sbatch
+	$(BIN)/shellcheck --external-sources .ci/* docker/*.sh docker/build/*.sh examples/*.sh examples/slurm/*.sbatch tools/gpu/*.sh
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not system"
