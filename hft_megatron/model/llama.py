@@ -1,4 +1,9 @@
-"""LLaMA on megatron-core's ``GPTModel``, through a layer spec that keeps one parameter per category matrix."""
+"""LLaMA on megatron-core's ``GPTModel``, through a layer spec that keeps one parameter per category matrix.
+
+The only module that names ``GPTModel``, which 0.19 calls deprecated. Its successor there, ``HybridModel``, takes a spec
+for each kind of layer and a pattern of kinds (``*-``: attention, then MLP), and counts the two as layers of their own:
+with the first line that lacks ``GPTModel``, that pattern replaces the spec here, and ``parameter_names`` counts anew.
+"""
 
 from typing import Any
 
