@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 mapfile -t PINS < <(grep --extended-regexp '^(megatron-core|triton)==' constraints/cuda.txt)
-FOLDER=${XDG_CACHE_HOME:-$HOME/.cache}/hft_megatron/engine-${PINS[0]#*==}-$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2], sep=".")')
+PYTHON=$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2], sep=".")')
+FOLDER=${XDG_CACHE_HOME:-$HOME/.cache}/hft_megatron/engine-$(IFS=+ && echo "${PINS[*]#*==}")-python$PYTHON
 
 if [[ ! -e $FOLDER/complete ]]; then
     rm -rf "$FOLDER"

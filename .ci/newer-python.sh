@@ -16,15 +16,20 @@ DIGEST=$({ "$NEWER" --version && cat setup.py constraints/cuda.txt; } | sha256su
 FOLDER=$CACHE/python3.12-$DIGEST
 
 if [[ ! -e $FOLDER/complete ]]; then
-    if git diff --quiet HEAD~20 -- setup.py constraints hft_megatron/engine docker 2>/dev/null; then
+    if ! git rev-parse --quiet --verify HEAD~20 >/dev/null; then
+        echo "Python 3.12: this clone does not say what has changed within twenty commits, so it is tested" >&2
+    elif git diff --quiet HEAD~20 -- setup.py constraints hft_megatron/engine docker; then
         echo "Python 3.12: not tested, nothing that concerns it has changed and $FOLDER is not there" >&2
         exit
     fi
     rm -rf "$CACHE"/python3.12-*
     "$NEWER" -m venv "$FOLDER"
     "$FOLDER/bin/python" -m pip install --quiet --constraint constraints/cuda.txt setuptools >&2
-    # The package itself comes from the folder that PYTHONPATH names.
-    "$FOLDER/bin/python" -m pip install --quiet --constraint constraints/cuda.txt --no-build-isolation '.[dev]' >&2
+    # Of a copy, because pip leaves a build folder. The code that is run is that of the folder which PYTHONPATH names.
+    COPY=$(mktemp --directory)
+    trap 'rm -rf "$COPY"' EXIT
+    git archive HEAD | tar --extract --directory "$COPY"
+    "$FOLDER/bin/python" -m pip install --quiet --constraint constraints/cuda.txt --no-build-isolation "${COPY}[dev]" >&2
     touch "$FOLDER/complete"
 fi
 echo "$FOLDER"

@@ -179,7 +179,23 @@ def in_background(request: AsyncRequest) -> AsyncRequest:
     """The request for a fork of this process, that the signals which stop a run don't stop, and that ends with it."""
     if request.async_fn is None:
         return request
-    return request._replace(async_fn=partial(_write_as_fork, os.getpid(), request.async_fn))
+    write = partial(_write_as_fork, os.getpid(), request.async_fn)
+    return request._replace(async_fn=write, preload_fn=_kept(request.preload_fn))
+
+
+def _kept(stage: Callable[[], Any]) -> Callable[[], Any]:
+    """The function that copies tensors from the device, whose copies live as long as the request.
+
+    They are in pinned memory, which a fork shares with its parent: 0.16 lets go of them after the fork, and what the
+    parent pins next would take their place before they are written.
+    """
+    kept = []
+
+    def stage_and_keep() -> Any:
+        kept.append(stage())
+        return kept[0]
+
+    return stage_and_keep
 
 
 def _write_as_fork(parent: int, write: Any, *arguments: Any) -> None:

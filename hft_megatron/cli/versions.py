@@ -10,8 +10,8 @@ from pathlib import Path
 import hft_megatron
 
 ABSENT = "not installed"
-APEX_KERNELS = "fused_weight_gradient_mlp_cuda"
-"""The module of NVIDIA's Apex that training uses; the `apex` on PyPI is another project."""
+APEX_KERNELS = "amp_C"
+"""The module of NVIDIA's Apex by which it is told from the `apex` on PyPI, another project."""
 
 
 def version_text() -> str:

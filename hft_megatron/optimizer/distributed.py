@@ -71,7 +71,8 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         Raises RunFailed, on every rank, where the gradients hold infinite or undefined numbers.
         """
         with _norm_on_the_device():
-            norm: float = super().get_grad_norm()
+            # A tensor under 0.19 where transformer-engine is installed.
+            norm = float(super().get_grad_norm())
         if not math.isfinite(norm):
             self._refuse_gradients(norm)
         return norm
@@ -168,15 +169,15 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         held = self._get_model_param_range_map(model_param)["param"]
         group, main = self._main_param(model_param)
         steps = self.steps_of(self._unit_of[model_param])
-        state = self.optimizer.state[main]
         with torch.no_grad():
+            if "param" in wholes:
+                main.copy_(wholes["param"][held.start : held.end])
+            if steps == 0:
+                return
+            state = self.optimizer.state[main]
             for name, whole in wholes.items():
-                if name == "param":
-                    main.copy_(whole[held.start : held.end])
-                elif steps > 0:
+                if name != "param":
                     state[name] = whole[held.start : held.end].to(main.device, copy=True)
-        if steps == 0:
-            return
         if isinstance(self.optimizer, torch.optim.AdamW):
             # A tensor of its own: megatron-core shares one, which AdamW then advances once per parameter. On the
             # device, where the fused one reads it.

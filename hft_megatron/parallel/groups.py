@@ -53,6 +53,7 @@ def start_backend(parallel: ParallelConfig, meeting: Meeting | None = None) -> N
     A default group that exists is left as it is. Raises what ``meet`` does.
     """
     has_cuda = torch.cuda.is_available()
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
     if parallel.distributed_backend == "nccl" and not has_cuda:
         raise UserError(
             "--distributed-backend nccl needs a CUDA device, and torch finds none; use gloo or leave it out."
@@ -80,8 +81,9 @@ def start_backend(parallel: ParallelConfig, meeting: Meeting | None = None) -> N
             rank=meeting.rank,
             world_size=meeting.world_size,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-            # NCCL then connects its ranks at once, and knows whose device a rank's barrier is on.
-            device_id=torch.device("cuda", torch.cuda.current_device()) if has_cuda else None,
+            # NCCL then connects its ranks at once, and knows whose device a rank's barrier is on. Sends and receives
+            # that are not batched, those of the interleaved schedule, would then wait for each other in one stream.
+            device_id=torch.device("cuda", torch.cuda.current_device()) if has_cuda and not interleaved else None,
         )
 
 

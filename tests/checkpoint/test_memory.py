@@ -5,19 +5,21 @@ from typing import Any
 
 import pytest
 
+from tests.support.allocations import Allocations
 from tests.support.models import make_llama
-from tests.support.peak_memory import PeakMemory
 from tests.support.ranks import RankPools
 from tests.support.toy_training import make_run, take_steps
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 2000}
 """28 million parameters, of which half train: 170 MB of masters and moments."""
-SLACK = 6e6
-"""Bytes for what is not tensors."""
 
 
 def run_save_and_load(folder: str, save: str, asynchronous: bool) -> dict[str, Any]:
-    """Bytes of this rank's files, and what a save and a load held at most beyond what was there before."""
+    """Bytes of this rank's files, and of the tensors that a save and a load made and held at a time, at most.
+
+    Tensors, and not the process's memory: that grew by 50 to 80 MB for 57 MB of files, as the heap had more or less
+    room before.
+    """
     from hft_megatron.checkpoint.store import load_checkpoint
     from hft_megatron.checkpoint.writer import CheckpointWriter
     from hft_megatron.config.schema import CheckpointConfig
@@ -26,14 +28,15 @@ def run_save_and_load(folder: str, save: str, asynchronous: bool) -> dict[str, A
     run = make_run(folder, {}, training={"bf16": True, "global_batch_size": 4})
     take_steps(run, 1)
     writer = CheckpointWriter(CheckpointConfig(save=save, async_save=asynchronous), run.placement)
-    with PeakMemory() as saving:
+    with Allocations() as saving:
         writer.save(run.wrapped, run.state)
         writer.finish(wait=True)
     path = Path(save) / "iter_0000001"
     written = sum(file.stat().st_size for file in path.glob(f"__{run.placement.rank}_*.distcp"))
-    with PeakMemory() as loading:
+    with Allocations() as loading:
         load_checkpoint(path, run.wrapped, run.placement)
-    return {"written": written, "saving": saving.bytes, "loading": loading.bytes}
+    weights = sum(weight.nbytes for chunk in run.wrapped.modules for weight in chunk.parameters())
+    return {"weights": weights, "written": written, "saving": saving.most, "loading": loading.most}
 
 
 @pytest.mark.slow(reason="four ranks train, save and load 28 million parameters")
@@ -48,5 +51,6 @@ def test_a_rank_holds_what_it_writes_and_all_ranks_write_about_as_much(
     total = sum(answer["written"] for answer in answers)
     for answer in answers:
         assert answer["written"] == pytest.approx(total / 4, rel=0.25)
-        assert answer["saving"] < times * answer["written"] + SLACK
-        assert answer["loading"] < 1.3 * answer["written"] + SLACK
+        assert answer["saving"] < times * answer["written"]
+        # All weights pass through every rank, and its share of the state; all of the state would be four times that.
+        assert answer["loading"] < answer["weights"] + answer["written"]

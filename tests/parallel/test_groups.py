@@ -42,9 +42,11 @@ def test_gloo_is_refused_where_tensors_are_on_cuda(with_cuda: dict[str, Any]) ->
     assert not with_cuda
 
 
-def test_nccl_knows_the_device_of_this_rank(with_cuda: dict[str, Any]) -> None:
+def test_nccl_knows_the_device_of_this_rank_but_under_the_interleaved_schedule(with_cuda: dict[str, Any]) -> None:
     start_backend(ParallelConfig(), MEETING)
     assert (with_cuda["backend"], with_cuda["device_id"]) == ("nccl", torch.device("cuda", 1))
+    start_backend(ParallelConfig(num_layers_per_virtual_pipeline_stage=1), MEETING)
+    assert with_cuda["device_id"] is None
 
 
 def test_more_ranks_than_devices_are_refused(with_cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

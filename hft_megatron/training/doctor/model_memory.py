@@ -15,9 +15,9 @@ _ELSE = "ask `hft-megatron plan --memory` about larger layouts with recomputatio
 
 
 def memory_model(
-    method: MethodName, config: RunConfig, shape: ModelShape, world_size: int, *, bf16: bool
+    method: MethodName, config: RunConfig, shape: ModelShape, world_size: int, *, bf16: bool, on_cuda: bool
 ) -> MemoryModel:
-    """That of a run, whose longest sequences are --seq-length."""
+    """That of a run, whose longest sequences are --seq-length; without the reference of preference tuning."""
     training, data_size = config.training, derived.data_parallel_size(config.parallel, world_size)
     # A pair is two sequences.
     sequences = training.micro_batch_size * (2 if method == "dpo" else 1)
@@ -30,6 +30,7 @@ def memory_model(
             vocab_multiple=config.model.make_vocab_size_divisible_by,
         ),
         training=training,
+        on_cuda=on_cuda,
         micro_batch=MicroBatch(sequences=sequences, seq_length=derived.sequence_length(training, shape)),
         # None at all is the batch's mistake, and said elsewhere.
         micro_batches=max(1, derived.global_batch_size(config, world_size) // (training.micro_batch_size * data_size)),

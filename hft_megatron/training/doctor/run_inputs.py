@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import torch
+
 from hft_megatron.checkpoint.size import checkpoint_bytes
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
@@ -124,7 +126,8 @@ class RunInputs:
         return replace(self.config, training=replace(self.config.training, train_iters=0, train_epochs=None))
 
     def _look_at_memory(self, config: RunConfig, shape: ModelShape) -> Finding:
-        model = memory_model(self.method, config, shape, self.world_size, bf16=_takes_bf16(config))
+        on_cuda = torch.cuda.is_available()
+        model = memory_model(self.method, config, shape, self.world_size, bf16=_takes_bf16(config), on_cuda=on_cuda)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return memory_finding(model, _first_plan(config, shape), device_memory(local_ranks))
 

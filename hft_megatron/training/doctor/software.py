@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from packaging.requirements import InvalidRequirement, Requirement
 
 import hft_megatron
@@ -103,7 +102,7 @@ def _apex() -> Finding:
     return _optional(
         "Apex",
         "apex",
-        can_be_used=bool(_grad_accum_fusion_available),
+        can_be_used=find_spec("amp_C") is not None,
         brings="a fused Adam",
     )
 
