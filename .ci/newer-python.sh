@@ -7,7 +7,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if ! NEWER=$(command -v python3.12); then
+# A shim of pyenv's may be there that starts nothing; the interpreters are below it.
+NEWER=
+for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python3.12; do
+    if "$candidate" -c "" 2>/dev/null; then
+        NEWER=$candidate
+        break
+    fi
+done
+if [[ -z $NEWER ]]; then
     echo "Python 3.12: not tested, there is no python3.12 here" >&2
     exit
 fi
