@@ -215,6 +215,8 @@ dpo-model      dp2     pp2_vpp 4        host   category bottom yes     selective
 """)
 QUICK = {0, 2, 4, 9, 11, 16, 17, 18, 24, 26, 27, 28, 31}
 """Together they hold every value of every column, and a tied embedding that trains at both ends of a pipeline."""
+ENGINE = {11, 16, 17, 18, 24, 31}
+"""Of those, what also runs under the other line of megatron-core: several ranks, each method, resumed elsewhere."""
 BEYOND = read_rows("""
 method     layout  resumed saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
 sft        tp2_pp2 pp4     3        host   category drawn  yes     none      1     -       yes   yes  yes  -
@@ -305,6 +307,10 @@ def test_what_is_kept_at_a_switch_and_who_shares_a_pack_show_in_the_losses(folde
     assert runs[0].examples > 1.5 * runs[3].examples
 
 
+def marks_of(number: int) -> list[pytest.MarkDecorator]:
+    return [] if number in QUICK - ENGINE else [pytest.mark.engine if number in ENGINE else SLOW]
+
+
 def run_row(method: MethodName, words: list[str]) -> dict[str, Any]:
     """On a rank: what ``run_recorded`` returns, and what the probe has seen."""
     probe = Probe()
@@ -316,9 +322,7 @@ def run_row(method: MethodName, words: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("number", "row"),
     [
-        pytest.param(
-            number, row, id=f"{number} {row.method} {row.layout}", marks=pytest.mark.engine if number in QUICK else SLOW
-        )
+        pytest.param(number, row, id=f"{number} {row.method} {row.layout}", marks=marks_of(number))
         for number, row in enumerate(ROWS)
     ],
 )
