@@ -21,6 +21,15 @@ EMBEDDING_NAME = "model.embed_tokens"
 FINAL_NORM_NAME = "model.norm"
 LM_HEAD_NAME = "lm_head"
 
+ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""Names in a layer of the matrices that read the attention's input."""
+ATTENTION_OUT = "self_attn.o_proj"
+MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
+"""Of those that read the feed-forward block's input."""
+MLP_OUT = "mlp.down_proj"
+NAMES_IN_LAYER = ("input_layernorm", *ATTENTION_IN, ATTENTION_OUT, "post_attention_layernorm", *MLP_IN, MLP_OUT)
+"""All of a layer's units, in the order in which a forward pass meets them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:

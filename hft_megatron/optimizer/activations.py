@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from hft_megatron.config.derived import padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
-from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME
+from hft_megatron.hft.units import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    EMBEDDING_NAME,
+    FINAL_NORM_NAME,
+    MLP_IN,
+    MLP_OUT,
+    NAMES_IN_LAYER,
+)
 from hft_megatron.model.loss_chunks import tokens_of_a_chunk
 from hft_megatron.model.parameter_names import ChunkPlace
 
@@ -69,7 +77,7 @@ class ActivationModel:
         recomputed = self._recomputed(layers)
         # What a later stage receives always needs a gradient; so does a frozen embedding's output below recomputation.
         flows = not place.is_first or trains(EMBEDDING_NAME)
-        flows |= any(trains(f"model.layers.{layer}.{module}") for layer in recomputed for module in _LAYER)
+        flows |= any(trains(f"model.layers.{layer}.{module}") for layer in recomputed for module in NAMES_IN_LAYER)
         received = 0 if place.is_first else self._hidden
         rope = ROPE_TENSORS * self._size * self.shape.kv_channels * self.micro_batch.seq_length
         kept, working = received + rope, 0
@@ -103,22 +111,22 @@ class ActivationModel:
         queries = shape.num_attention_heads * shape.kv_channels // self._tensor_size
         keys = shape.num_query_groups * shape.kv_channels // self._tensor_size
         kept, flows = self._norm(train("input_layernorm"), flows)
-        kept += self._hidden * train(*_ATTENTION_IN)
-        flows |= train(*_ATTENTION_IN)
+        kept += self._hidden * train(*ATTENTION_IN)
+        flows |= train(*ATTENTION_IN)
         out = size * tokens * queries
         if flows:
             kept += size * tokens * (queries + 2 * keys)
             if not self._attention_is_recomputed:
                 kept += out + self._log_sums
-        if train(_ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
+        if train(ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
             kept += out  # elsewhere the attention keeps it already
-        flows |= train(_ATTENTION_OUT)
+        flows |= train(ATTENTION_OUT)
         norm, flows = self._norm(train("post_attention_layernorm"), flows)
-        kept += norm + self._hidden * train(*_MLP_IN)
-        flows |= train(*_MLP_IN)
+        kept += norm + self._hidden * train(*MLP_IN)
+        flows |= train(*MLP_IN)
         ffn = size * tokens * shape.ffn_hidden_size // self._tensor_size
-        kept += ffn * (SWIGLU_TENSORS * flows + train(_MLP_OUT))
-        return kept, flows or train(_MLP_OUT)
+        kept += ffn * (SWIGLU_TENSORS * flows + train(MLP_OUT))
+        return kept, flows or train(MLP_OUT)
 
     def _norm(self, is_trained: bool, flows: bool) -> tuple[int, bool]:
         """Bytes that a norm keeps, and whether its output needs a gradient."""
@@ -183,10 +191,3 @@ class ActivationModel:
     @property
     def _tensor_size(self) -> int:
         return self.parallel.tensor_model_parallel_size
-
-
-_ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_ATTENTION_OUT = "self_attn.o_proj"
-_MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
-_MLP_OUT = "mlp.down_proj"
-_LAYER = ("input_layernorm", *_ATTENTION_IN, _ATTENTION_OUT, "post_attention_layernorm", *_MLP_IN, _MLP_OUT)

@@ -7,7 +7,16 @@ from math import prod
 from hft_megatron.config.derived import layers_per_chunk, padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
-from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME
+from hft_megatron.hft.units import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    EMBEDDING_NAME,
+    FINAL_NORM_NAME,
+    LM_HEAD_NAME,
+    MLP_IN,
+    MLP_OUT,
+    NAMES_IN_LAYER,
+)
 from hft_megatron.model.loss_chunks import tokens_of_a_chunk
 from hft_megatron.model.parameter_names import whole_shape
 
@@ -94,7 +103,7 @@ class _Count:
 
     def forward(self) -> Flops:
         """One forward pass."""
-        layer = [f"model.layers.0.{module}" for module in (*_ATTENTION_IN, _ATTENTION_OUT, *_MLP_IN, _MLP_OUT)]
+        layer = [f"model.layers.0.{module}" for module in (*ATTENTION_IN, ATTENTION_OUT, *MLP_IN, MLP_OUT)]
         matrices = self.shape.num_layers * sum(map(self._product, layer)) + self._product(LM_HEAD_NAME)
         return Flops(per_token=matrices, per_squared_length=self.shape.num_layers * self._attention)
 
@@ -118,13 +127,13 @@ class _Count:
             return f"model.layers.{layer}.{module}"
 
         self.flows |= self.trains(unit("input_layernorm"))
-        self._group([unit(module) for module in _ATTENTION_IN], forwards)
+        self._group([unit(module) for module in ATTENTION_IN], forwards)
         attention_again = is_recomputed or (self.training.recompute_granularity == "selective" and self.flows)
         self.per_squared_length += self._attention * (1 + attention_again + 2 * self.flows)
-        self._group([unit(_ATTENTION_OUT)], forwards)
+        self._group([unit(ATTENTION_OUT)], forwards)
         self.flows |= self.trains(unit("post_attention_layernorm"))
-        self._group([unit(module) for module in _MLP_IN], forwards)
-        self._group([unit(_MLP_OUT)], forwards)
+        self._group([unit(module) for module in MLP_IN], forwards)
+        self._group([unit(MLP_OUT)], forwards)
 
     def _group(self, units: list[str], forwards: int) -> None:
         """Matrices that share an input, or one: its gradient is made by all of them or by none."""
@@ -151,7 +160,7 @@ class _Count:
             for layer in range(layers_per_chunk(self.parallel, self.shape.num_layers))
             if self._is_recomputed(layer)
         ]
-        return any(self.trains(f"model.layers.{layer}.{module}") for layer in layers for module in _LAYER)
+        return any(self.trains(f"model.layers.{layer}.{module}") for layer in layers for module in NAMES_IN_LAYER)
 
     def _product(self, unit: str) -> int:
         """FLOPs per token of one product with the unit's matrix."""
@@ -161,17 +170,3 @@ class _Count:
     def _attention(self) -> int:
         """FLOPs per squared length of one layer's forward pass: half of QK^T and half of the product with V."""
         return 2 * self.shape.num_attention_heads * self.shape.kv_channels
-
-
-_ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_ATTENTION_OUT = "self_attn.o_proj"
-_MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
-_MLP_OUT = "mlp.down_proj"
-_LAYER = (
-    "input_layernorm",
-    *_ATTENTION_IN,
-    _ATTENTION_OUT,
-    "post_attention_layernorm",
-    *_MLP_IN,
-    _MLP_OUT,
-)
