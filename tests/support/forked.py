@@ -9,6 +9,7 @@ ends without the interpreter's last clean-up. test_forked.py holds such a run ag
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import io
 import multiprocessing
@@ -217,6 +218,7 @@ def _become(words: Sequence[str], environment: Mapping[str, str], *, unbuffered:
         stream = io.TextIOWrapper(binary, line_buffering=name == "stderr", write_through=unbuffered)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    faulthandler.enable()
     SubprocessHandler._popen = _fork_rank  # type: ignore[method-assign, assignment]
     code = _exit_code_of(lambda: _run(words))
     threading._shutdown()  # type: ignore[attr-defined]

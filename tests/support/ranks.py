@@ -167,7 +167,8 @@ class RankPool:
         deadline = time.monotonic() + START_TIMEOUT
         while len(found) < self.world_size:
             if self._torchrun.poll() is not None or time.monotonic() > deadline:
-                raise RanksFailed(f"{self.world_size} ranks did not start", {}, {}, _tail(self._output(0)))
+                self._abort()
+                raise RanksFailed(f"{self.world_size} ranks did not start", {}, {}, self._output(0))
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
@@ -179,6 +180,19 @@ class RankPool:
             rank.process = psutil.Process(hello["pid"])
             found[hello["rank"]] = rank
         return [found[rank] for rank in range(self.world_size)]
+
+    def _abort(self) -> None:
+        """Make torchrun and every rank that it has started write the stacks of their threads, and end."""
+        assert self._torchrun is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self._torchrun.pid)
+            # torchrun first: it ends what it has started when one of them ends.
+            for process in (launcher, *launcher.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGABRT)
+                    deadline = time.monotonic() + STACK_DUMP_TIMEOUT
+                    while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+                        time.sleep(0.05)
 
     def _collect(self, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
         """Values and tracebacks by rank; a rank in neither was stuck until the time-out or the grace ran out."""

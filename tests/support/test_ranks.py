@@ -2,6 +2,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_every_rank_runs_the_body_and_returns_its_value(ranks: RankPools) -> Non
     values = ranks(2).run(run_rank_and_sum, offset=10)
     assert [value["rank"] for value in values] == [0, 1]
     assert [value["sum"] for value in values] == [21, 21]
+
+
+def test_ranks_that_never_come_show_where_each_of_their_processes_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stuck = tmp_path / "stuck.py"
+    stuck.write_text("import time\n\ndef wait_for_nobody():\n    time.sleep(3600)\n\nwait_for_nobody()\n")
+    monkeypatch.setattr("tests.support.ranks.WORKER", stuck)
+    monkeypatch.setattr("tests.support.ranks.START_TIMEOUT", 2.0)
+    pool = RankPool(2)
+    with pytest.raises(RanksFailed, match="2 ranks did not start") as failure:
+        pool.run(run_print_and_return)
+    assert str(failure.value).count("in wait_for_nobody") == 2
+    assert "in launch_agent" in str(failure.value)
 
 
 def test_ranks_are_kept_between_cases(ranks: RankPools) -> None:
