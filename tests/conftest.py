@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONG_S = 10.0
 """A test that takes longer says why: ``pytest.mark.slow(reason="...")``."""
+_HAS_REASON = ("has a reason", True)
 
 
 @pytest.fixture(scope="session")
@@ -38,21 +39,23 @@ class Account:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._tiers: dict[str, str] = {}
-        self._reasons: set[str] = set()
         self._long: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        long_files = set()
         for item in items:
-            marks = {mark.name: mark for mark in item.iter_markers()}
-            self._tiers[item.nodeid] = next((name for name in ("system", "slow") if name in marks), "quick")
-            if any("reason" in marks[name].kwargs for name in ("system", "slow") if name in marks):
-                self._reasons.add(item.nodeid)
+            if any("reason" in mark.kwargs for mark in item.iter_markers() if mark.name in ("system", "slow")):
+                # With the test's report, which is all that leaves a worker.
+                item.user_properties.append(_HAS_REASON)
+                long_files.add(item.path)
+        # Two workers take whole files in this order: a long one that came last would have a worker to itself.
+        items.sort(key=lambda item: item.path not in long_files)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        tier = self._tiers[report.nodeid]
+        tier = next((name for name in ("system", "slow") if name in report.keywords), "quick")
         self._seconds[tier] = self._seconds.get(tier, 0.0) + report.duration
-        if report.when == "call" and report.duration > LONG_S and report.nodeid not in self._reasons:
+        has_reason = _HAS_REASON in map(tuple, report.user_properties)
+        if report.when == "call" and report.duration > LONG_S and not has_reason:
             self._long.append(f"{report.nodeid} took {report.duration:.0f} s and gives no reason")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
