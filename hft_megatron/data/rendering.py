@@ -1,4 +1,9 @@
-"""Renders chat templates as transformers does: the same sandbox, names and ``{% generation %}`` tag."""
+"""Renders chat templates as transformers does: the same sandbox, names, variables and ``{% generation %}`` tag.
+
+transformers' own compiler has private names that changed between the versions supported here, and what it adds to
+messages changes as well. With a renderer of its own a template gives the same text under all of them, so that a run
+resumes on the same data; tests hold its text and marks against ``apply_chat_template`` of the version installed.
+"""
 
 import json
 import re
@@ -9,13 +14,18 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # Unicode keeps noncharacters for programs' own use; no text may contain them. They survive a template's trim filter.
 SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Templates that print the date get this one, Llama-3.1's default: today's would make other data of every day."""
+"""Templates that print the date get this one, Llama-3.1's default: today's would make other data of every day.
+
+The one thing that differs from transformers, and on purpose."""
+_ABSENT = {"tools": None, "documents": None}
+"""Variables that transformers passes to every template, also where nobody gave them; templates ask for None."""
 
 
 class TemplateError(ValueError):
@@ -35,7 +45,9 @@ class Renderer:
         """The text, with SPAN_START and SPAN_END around what is marked. Raises TemplateError."""
         template = compile_template(self._template)
         try:
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._variables)
+            return template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **_ABSENT, **self._variables
+            )
         except _REFUSALS as error:
             raise TemplateError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
 
@@ -80,6 +92,15 @@ class _GenerationTag(Extension):
         return SPAN_START + caller() + SPAN_END
 
 
+def reads_absent_variables(template: str) -> list[str]:
+    """Names among ``tools`` and ``documents`` that the template looks at; none of one that is not valid."""
+    try:
+        environment = compile_template(template).environment
+    except TemplateError:
+        return []
+    return sorted(find_undeclared_variables(environment.parse(template)) & _ABSENT.keys())
+
+
 @lru_cache(maxsize=8)
 def compile_template(template: str) -> jinja2.Template:
     """Compile in a sandbox with the few names that transformers gives to chat templates. Raises TemplateError."""
@@ -87,8 +108,10 @@ def compile_template(template: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
