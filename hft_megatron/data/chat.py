@@ -1,24 +1,25 @@
 """Turns messages into pieces of text, what the model has to produce for the assistant's turns marked as trained.
 
 That is the assistant's text and the special token that ends it. Where the template doesn't mark it itself
-(``{% generation %}``), it is found by rendering the conversation up to the turn and up to its end; a span that can't
-be found exactly is an error and never a guess.
+(``{% generation %}``), it is found by rendering parts of the conversation (``spans.py``); a span that can't be found
+exactly is an error and never a guess.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.printed_keys import PrintedKeys
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
+from hft_megatron.data.spans import SpanFinder
 from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
 from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
 
 RESERVED = re.compile(f"[{SPAN_START}{SPAN_END}{ESCAPE}]")
-_PROBE = SPAN_START + SPAN_END
-"""A text that no message can have, to see where a template puts an answer's."""
 
 
 class ChatError(ValueError):
@@ -29,6 +30,7 @@ class ChatError(ValueError):
 class _Turn:
     """Where one assistant's turn lies in the rendered text."""
 
+    message: int
     start: int
     text_end: int
     """Behind the text, before the end token."""
@@ -42,26 +44,54 @@ class ChatTemplate:
     def __init__(self, facts: TokenizerFacts, loss: LossRule) -> None:
         self._renderer = Renderer(facts.chat_template, facts.template_variables)
         self._tokens = SpecialTokens(facts.special_tokens)
+        self._spans = SpanFinder(self._renderer, self._tokens)
+        self._printed = PrintedKeys(self._renderer)
         self._loss = loss
-        self._well_marked: set[tuple[str, ...]] = set()
-        """Roles of the conversations of which the template is known to mark the assistant's turns."""
+        self._well_marked: set[tuple[tuple[str, bool], ...]] = set()
+        """Roles, and which texts were probed, of conversations whose answers the template is known to mark."""
 
-    def pieces(self, messages: Sequence[Mapping[str, Any]], *, given: int = 0) -> list[Piece]:
-        """The conversation as pieces; the first ``given`` messages are a prompt.
+    def pieces(
+        self, messages: Sequence[Mapping[str, Any]], *, given: int = 0, untrained: AbstractSet[int] = frozenset()
+    ) -> list[Piece]:
+        """The conversation as pieces; the first ``given`` messages are a prompt, and those ``untrained`` (indices) are
+        left out of what the loss rule asks for.
 
-        Raises ChatError when the template refuses it or a span isn't exact.
+        Raises ChatError when the template refuses it or loses a part of it, or a span isn't exact.
         """
         for message in messages:
             _refuse_reserved(message)
         hidden = self._tokens.hide([dict(message) for message in messages])
         try:
-            rendered, turns = self._render(hidden, given)
+            self._printed.check_keys(hidden)
+            rendered, turns = self._render(hidden, given, untrained)
+            self._printed.check_texts(hidden)
+            self._check_names(messages, hidden, rendered)
         except TemplateError as error:
             raise ChatError(str(error)) from error
-        return self._split(rendered, self._trained(turns, len(rendered)))
+        return self._split(rendered, self._trained(turns, untrained, len(rendered)))
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], given: int) -> tuple[str, list[_Turn]]:
-        """The text and those of the assistant's turns that the loss rule asks for."""
+    def unread_keys(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """The messages' harmless keys that the template doesn't print."""
+        return self._printed.harmless(messages)
+
+    def _check_names(
+        self, messages: Sequence[Mapping[str, Any]], hidden: Sequence[Mapping[str, Any]], rendered: str
+    ) -> None:
+        """Raise TemplateError where the names of special tokens in texts, which are hidden while they are rendered,
+        would have made another text: the template looks for them."""
+        if hidden == list(messages):
+            return
+        as_written, _ = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
+        if as_written != self._tokens.show(rendered):
+            raise TemplateError(
+                "the chat template looks for the name of a special token in a message's text, and would make another "
+                "text of it; remove the name from the text, or the rule from the template"
+            )
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], given: int, untrained: AbstractSet[int]
+    ) -> tuple[str, list[_Turn]]:
+        """The text, and those of the assistant's turns whose place decides what is trained."""
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         rendered, spans = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
         if self._renderer.marks_spans:
@@ -71,50 +101,31 @@ class ChatTemplate:
         first = {"all": 0, "last": len(answers) - 1}.get(self._loss.loss_on, sum(turn < given for turn in answers))
         turns = []
         for number, turn in list(enumerate(answers))[first:]:
+            if turn in untrained and self._loss.loss_on != "all":
+                continue
             if self._renderer.marks_spans:
                 span = _checked_mark(rendered, spans[number], messages[turn], turn)
             else:
-                span = self._find_span(messages, turn, rendered)
+                span = self._spans.find(messages, turn, rendered)
             turns.append(self._with_end_token(rendered, span, messages[: turn + 1]))
         return rendered, turns
 
     def _check_marks(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[int]) -> None:
         """Raise ChatError where the marks are around other turns; the texts alone could agree by chance."""
-        roles = tuple(message["role"] for message in messages)
-        if roles in self._well_marked:
+        # An answer without text may be nothing but a call of a tool, in whose place a text would be another answer.
+        probed = [bool(message["content"]) or message.keys() <= {"role", "content"} for message in messages]
+        shape = tuple((message["role"], probe) for message, probe in zip(messages, probed, strict=True))
+        if shape in self._well_marked:
             return
-        probes = [{**message, "content": f"{ESCAPE}{turn}{ESCAPE}"} for turn, message in enumerate(messages)]
+        probes = [
+            {**message, "content": f"{ESCAPE}{turn}{ESCAPE}"} if probed[turn] else message
+            for turn, message in enumerate(messages)
+        ]
         text, spans = cut_marks(self._renderer.render(probes, add_generation_prompt=False))
         if len(spans) == len(answers):
             for turn, span in zip(answers, spans, strict=True):
                 _checked_mark(text, span, probes[turn], turn)
-            self._well_marked.add(roles)
-
-    def _find_span(self, messages: Sequence[Mapping[str, Any]], turn: int, rendered: str) -> tuple[int, int]:
-        """Characters of ``rendered`` that the model produces in this turn, up to its end token."""
-        before = self._renderer.render(messages[:turn], add_generation_prompt=True)
-        after = self._renderer.render(messages[: turn + 1], add_generation_prompt=False)
-        exact = rendered.startswith(after) and after.startswith(before)
-        content = str(messages[turn]["content"]).strip()
-        body = rendered[len(before) : len(after)]
-        lead = len(body) - len(body.lstrip())
-        if not exact or not body.startswith(content, lead) or not self._is_put_there(messages[: turn + 1], before):
-            raise ChatError(
-                f"the chat template doesn't render message {turn + 1} as a continuation of the messages before it, so "
-                f"the trained span can't be found; mark it with {{% generation %}} in the template"
-            )
-        gap = re.compile(r"\s*").match(body, lead + len(content))
-        assert gap is not None
-        return len(before), len(before) + gap.end()
-
-    def _is_put_there(self, messages: Sequence[Mapping[str, Any]], before: str) -> bool:
-        """Whether nothing but white space is between ``before`` and the last message's text.
-
-        Its own text can't tell: a short or empty one may also be the beginning of the turn's header.
-        """
-        probed = [*messages[:-1], {**messages[-1], "content": _PROBE}]
-        head, found, _ = self._renderer.render(probed, add_generation_prompt=False).partition(_PROBE)
-        return bool(found) and head.startswith(before) and not head[len(before) :].strip()
+            self._well_marked.add(shape)
 
     def _with_end_token(self, rendered: str, span: tuple[int, int], messages: Sequence[Mapping[str, Any]]) -> _Turn:
         """The turn with the special token that ends the span, or that stands right behind it.
@@ -124,12 +135,12 @@ class ChatTemplate:
         start, end = span
         inside = list(self._tokens.pattern.finditer(rendered, start, end))
         if inside and inside[-1].end() == end:
-            return _Turn(start=start, text_end=inside[-1].start(), end=end)
+            return _Turn(message=len(messages) - 1, start=start, text_end=inside[-1].start(), end=end)
         behind = self._tokens.pattern.match(rendered, end)
         if behind is not None and self._ends(rendered, end, messages):
-            return _Turn(start=start, text_end=end, end=behind.end())
+            return _Turn(message=len(messages) - 1, start=start, text_end=end, end=behind.end())
         if not self._loss.train_on_eos:
-            return _Turn(start=start, text_end=end, end=end)
+            return _Turn(message=len(messages) - 1, start=start, text_end=end, end=end)
         raise ChatError(
             "the chat template puts no special token right behind the assistant's text, so the end of a turn can't be "
             "learned; end the turn with eos_token in the template, or choose --no-train-on-eos"
@@ -137,16 +148,33 @@ class ChatTemplate:
 
     def _ends(self, rendered: str, end: int, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a special token follows ``end`` also where ``messages`` are the whole conversation."""
-        whole, _ = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
+        try:
+            whole, _ = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
+        except TemplateError:
+            if len(messages) > 1:
+                raise
+            raise ChatError(
+                "the chat template refuses the assistant's first message alone, so where it ends can't be found; "
+                "remove the message, or mark it with {% generation %} in the template"
+            ) from None
         return rendered[:end] == whole[:end] and self._tokens.pattern.match(whole, end) is not None
 
-    def _trained(self, turns: Sequence[_Turn], length: int) -> list[tuple[int, int]]:
+    def _trained(self, turns: Sequence[_Turn], untrained: AbstractSet[int], length: int) -> list[tuple[int, int]]:
         """(start, end) of what is trained, in order and apart from each other."""
         if self._loss.loss_on != "all":
             return [(turn.start, turn.end if self._loss.train_on_eos else turn.text_end) for turn in turns]
-        if self._loss.train_on_eos:
-            return [(0, length)]
-        edges = [0, *(edge for turn in turns for edge in (turn.text_end, turn.end)), length]
+        for message in sorted(untrained - {turn.message for turn in turns}):
+            raise ChatError(
+                f"message {message + 1} is not to be trained, but --loss-on all trains all but answers; choose another "
+                f"--loss-on, or remove the message's key"
+            )
+        edges = [0]
+        for turn in turns:
+            if turn.message in untrained:
+                edges += [turn.start, turn.end]
+            elif not self._loss.train_on_eos:
+                edges += [turn.text_end, turn.end]
+        edges.append(length)
         return list(zip(edges[::2], edges[1::2], strict=True))
 
     def _split(self, rendered: str, spans: Sequence[tuple[int, int]]) -> list[Piece]:

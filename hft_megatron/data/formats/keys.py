@@ -1,0 +1,118 @@
+"""The keys of records and messages that mean something to some trainer, and what is made of them here.
+
+A record's key that stands neither here nor in its format is passed over and named in the log; a message's must be
+printed by the chat template. docs/data.md shows this table, and a test holds that it does.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hft_megatron.config.schema import DataFormat
+
+CHAT: tuple[DataFormat, ...] = ("messages", "sharegpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One or more keys of the same meaning."""
+
+    names: tuple[str, ...]
+    meaning: str
+    """As a noun."""
+    peers: str
+    """Who reads it."""
+    treatment: Literal["honoured", "printed", "refused", "harmless"]
+    """Read; an error unless the chat template prints it; an error; passed over and named in the log."""
+    formats: tuple[DataFormat, ...] = ()
+    """Of the records that this is about; empty for all whose format doesn't read the key."""
+    fix: str = "remove it"
+    """What to do about a refused key, besides passing over it."""
+    neutral: tuple[object, ...] = ()
+    """Values that change nothing, with which a refused key is harmless."""
+    may_be_a_copy: bool = False
+    """Whether a refused key is harmless where the record's other texts hold its value."""
+
+
+TURN_WEIGHTS = ("weight", "loss_mask")
+"""1 says no more than the options of the run do, so that all turns may have it."""
+TURN_SWITCHES = ("train", "training", "train_on_turn", "loss")
+"""True asks for the turn to be trained, whoever's it is."""
+
+RECORD_KEYS = (
+    Key(names=("system",), meaning="the system message", peers="LLaMA-Factory, ms-swift", treatment="honoured",
+        formats=("sharegpt", "alpaca")),
+    Key(names=("input", "history"), meaning="what the instruction is about, and earlier turns",
+        peers="Alpaca, LLaMA-Factory", treatment="honoured", formats=("alpaca",)),
+    Key(names=("prompt",), meaning="the question that both answers belong to", peers="TRL", treatment="honoured",
+        formats=("preference",)),
+    Key(names=("system", "history"), meaning="the system message and earlier turns", peers="LLaMA-Factory, ms-swift",
+        treatment="refused", fix="make messages of it", may_be_a_copy=True),
+    Key(names=("prompt", "completion"), meaning="another question and answer", peers="TRL", treatment="refused",
+        may_be_a_copy=True),
+    Key(names=("messages", "conversations"), meaning="another conversation", peers="ms-swift, LLaMA-Factory",
+        treatment="refused", formats=("preference",), may_be_a_copy=True),
+    Key(names=("chosen", "rejected", "rejected_response", "rejected_messages"),
+        meaning="the answers of a preference pair", peers="TRL, LLaMA-Factory, ms-swift", treatment="refused",
+        fix="learn of pairs with hft-megatron dpo"),
+    Key(names=("kto_tag", "label"), meaning="whether the answer is a good one, or a class",
+        peers="TRL, LLaMA-Factory, ms-swift", treatment="refused"),
+    Key(names=("margin", "score"), meaning="how much better the chosen answer is", peers="TRL, OpenRLHF",
+        treatment="refused", formats=("preference",)),
+    Key(names=("weight", "train", "loss"), meaning="how much the record is learned", peers="axolotl, ms-swift",
+        treatment="refused", neutral=(1,)),
+    Key(names=("loss_mask", "loss_scale", "mask"), meaning="what of the record is learned",
+        peers="LLaMA-Factory, ms-swift, NeMo", treatment="refused"),
+    Key(names=("segments",), meaning="texts with a label each", peers="axolotl", treatment="refused"),
+    Key(names=("input_ids", "labels", "assistant_masks", "completion_mask"), meaning="tokens, and which are learned",
+        peers="TRL, axolotl", treatment="refused"),
+    Key(names=("image", "images", "video", "videos", "audio", "audios", "objects"),
+        meaning="pictures, films, sounds or places in them", peers="LLaMA-Factory, ms-swift, TRL", treatment="refused"),
+    Key(names=("tools", "functions", "tool_choice", "parallel_tool_calls"), meaning="tools that the prompt describes",
+        peers="OpenAI, TRL, LLaMA-Factory, ms-swift", treatment="refused"),
+    Key(names=("documents", "chat_template", "chat_template_kwargs"), meaning="what the prompt is rendered with",
+        peers="TRL, ms-swift", treatment="refused"),
+    Key(names=("text",), meaning="the record as one text", peers="TRL, axolotl", treatment="harmless"),
+    Key(names=("id", "source", "score_chosen", "score_rejected"), meaning="where the record is from, how it was judged",
+        peers="none", treatment="harmless"),
+)  # fmt: skip
+MESSAGE_KEYS = (
+    Key(names=TURN_WEIGHTS, meaning="whether the turn is trained, 0 or 1", peers="OpenAI, axolotl, LLaMA-Factory",
+        treatment="honoured"),
+    Key(names=TURN_SWITCHES, meaning="whether the turn is trained, false or true", peers="axolotl, ms-swift",
+        treatment="honoured"),
+    Key(names=("train_detail", "training_detail", "loss_scale", "mask", "masked", "label"),
+        meaning="which part of the turn is trained, or how much", peers="axolotl, ms-swift, torchtune, NeMo",
+        treatment="refused"),
+    Key(names=("image", "images", "video", "videos", "audio", "audios"), meaning="pictures, films or sounds",
+        peers="LLaMA-Factory, ms-swift, OpenAI", treatment="refused"),
+    Key(names=("tool_calls", "function_call"), meaning="calls of tools", peers="OpenAI, TRL, axolotl",
+        treatment="printed"),
+    Key(names=("reasoning_content", "reasoning", "thinking"), meaning="thoughts before the answer",
+        peers="axolotl, Megatron-Bridge, TRL", treatment="printed"),
+    Key(names=("name",), meaning="who speaks, or whose result it is", peers="OpenAI", treatment="printed"),
+    Key(names=("tool_call_id",), meaning="the call that this is the result of, as the order says too", peers="OpenAI",
+        treatment="harmless"),
+)  # fmt: skip
+_EMPTY: tuple[object, ...] = (None, "", "[]", [], {})
+"""What a column without a value holds, here or there."""
+
+
+def refusal_of(key: str, value: object, format: DataFormat) -> Key | None:
+    """The row by which a record of ``format`` must not have ``key`` with this value, None where it may."""
+    for row in RECORD_KEYS:
+        if key in row.names and row.treatment == "refused" and (not row.formats or format in row.formats):
+            return None if value in (*_EMPTY, *row.neutral) else row
+    return None
+
+
+def message_row(key: str) -> Key | None:
+    """The row about a message's key, None for one that no trainer is known to read."""
+    return next((row for row in MESSAGE_KEYS if key in row.names), None)
+
+
+def without_nulls(value: Any) -> Any:
+    """``value`` without keys that are null, at any depth: a column that a row lacks is null in Parquet, and a record
+    has one meaning in every kind of file."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

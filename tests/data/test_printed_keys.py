@@ -1,0 +1,174 @@
+"""What a chat template doesn't print of a message is an error that names it.
+
+Run: pytest tests/data/test_printed_keys.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizers import load_tokenizer
+from tests.support.tokenizers import make_byte_level
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CALLING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' }}{% generation %}"
+    "{% if m.calls %}{{ m.calls[0].name }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endgeneration %}{% endfor %}"
+)
+ALL_CALLS = CALLING.replace("m.calls[0].name", "m.content + (m.calls | tojson)")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_byte_level(tmp_path_factory.mktemp("tokenizer"))
+
+
+def chat(folder: Path, template: str, **loss: Any) -> ChatTemplate:
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer: Tokenizer = load_tokenizer(None, folder)
+    return ChatTemplate(tokenizer.facts, LossRule(**loss))
+
+
+def answer(text: str = "b", **keys: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": text, **keys}]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tool_calls": [{"function": {"name": "f"}}]},
+        {"function_call": {"name": "f", "arguments": "{}"}},
+        {"reasoning_content": "so"},
+        {"name": "Ann"},
+        {"odd\nkey": 1},
+        {"flag": True},
+        {"number": 0},
+        {"list": [[]]},
+        {"nothing": {}},
+        {"punctuation": "!"},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_a_key_that_is_not_printed_is_named_with_its_message_and_the_option(folder: Path, keys: dict[str, Any]) -> None:
+    name = next(iter(keys)).replace("\n", "\\n")
+    with pytest.raises(ChatError) as caught:
+        chat(folder, CHATML).pieces(answer(**keys))
+    assert str(caught.value).startswith(f"the chat template doesn't print `{name}` of message 2, which would be lost; ")
+    assert str(caught.value).endswith(f"--ignore-keys {name}")
+    key = next(iter(keys))
+    template = CHATML.replace("m['role'] +", f"m['role'] + (m[{key!r}] | tojson if {key!r} in m else '') +")
+    asked = [{**answer()[0], **keys}, answer()[1]]
+    if keys[key] in ([[]], {}):  # nothing in these can be changed
+        return
+    text = "".join(piece.text for piece in chat(folder, template).pieces(asked))
+    assert text.startswith(f"<|im_start|>user{json.dumps(keys[key])}")
+
+
+def test_a_key_is_printed_for_one_role_and_not_for_another(folder: Path) -> None:
+    template = CHATML.replace("m['role'] +", "m['role'] + (m.name if m.role == 'user' and m.name else '') +")
+    pieces = chat(folder, template).pieces([{**answer()[0], "name": "Ann"}, answer()[1]])
+    assert "userAnn" in "".join(piece.text for piece in pieces)
+    with pytest.raises(ChatError, match="doesn't print `name` of message 2"):
+        chat(folder, template).pieces(answer(name="Ann"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_entry_of_a_list_must_be_printed(folder: Path, count: int) -> None:
+    turns = [{"role": "assistant", "content": "", "calls": [{"name": f"f{number}"} for number in range(count)]}]
+    assert "f2" in "".join(piece.text for piece in chat(folder, ALL_CALLS).pieces(turns)) or count < 3
+    if count == 1:
+        assert "f0" in "".join(piece.text for piece in chat(folder, CALLING).pieces(turns))
+        return
+    with pytest.raises(ChatError, match="doesn't print `calls` of message 1"):
+        chat(folder, CALLING).pieces(turns)
+
+
+def test_a_text_that_is_not_printed_is_named_with_its_role_and_keys(folder: Path) -> None:
+    deaf = CHATML.replace(
+        "{{ '<|im_start|>' +", "{% if 'name' in m %}{{ m.name }}{% elif m.role != 'system' %}{{ '<|im_start|>' +"
+    ).replace("}}{% endfor", "}}{% endif %}{% endfor")
+    told = [{"role": "system", "content": "Be brief."}, *answer()]
+    with pytest.raises(ChatError, match=r"text of message 1 \(of the role system\), which would be lost"):
+        chat(folder, deaf).pieces(told)
+    assert chat(folder, deaf).pieces([{"role": "system", "content": ""}, *answer()])
+    named = [{**answer()[0], "name": "Ann"}, answer()[1]]
+    with pytest.raises(ChatError, match=r"text of message 1 \(of the role user, with `name`\), which would be lost"):
+        chat(folder, deaf).pieces(named)
+
+
+def test_a_text_that_a_template_changes_is_printed(folder: Path) -> None:
+    template = CHATML.replace(
+        "m['content'] +", "(m['content'] | upper | tojson(true) if m.role == 'user' else m.content) +"
+    )
+    text = "".join(piece.text for piece in chat(folder, template).pieces(answer()))
+    assert '"A"' in text
+
+
+@pytest.mark.parametrize("key", ["train_detail", "loss_scale", "mask", "images"])
+def test_a_key_that_nothing_here_reads_is_an_error_also_where_it_is_printed(folder: Path, key: str) -> None:
+    template = CHATML.replace("m['role'] +", f"m['role'] + (m.{key} | string) +")
+    with pytest.raises(ChatError, match=f"`{key}` of message 2 stands for .*--ignore-keys {key}$"):
+        chat(folder, template).pieces(answer(**{key: ["x"]}))
+
+
+def test_a_harmless_key_that_is_not_printed_is_told(folder: Path) -> None:
+    turns = [{**answer()[0], "tool_call_id": "1"}, answer()[1]]
+    silent = chat(folder, CHATML)
+    assert silent.pieces(turns) == silent.pieces(answer())
+    assert list(silent.unread_keys(turns)) == ["tool_call_id"]
+    printing = chat(folder, CHATML.replace("m['role'] +", "m['role'] + (m.tool_call_id or '') +"))
+    assert list(printing.unread_keys(turns)) == []
+
+
+FIRST = [{"role": "assistant", "content": " Good evening.\n"}, {"role": "user", "content": "A lamp."}]
+FIRST += [{"role": "assistant", "content": "This."}]
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "spans"),
+    [
+        # A template with an error for a conversation without messages, and one that begins with the assistant alone.
+        ("{% if messages[0].role == 'x' %}{% endif %}" + CHATML, [" Good evening.\n", "This."]),
+        (LLAMA2, [" Good evening. ", " This. "]),
+        ("{{ bos_token + 'Shop' }}" + CHATML, [" Good evening.\n", "This."]),
+    ],
+    ids=["no empty conversation", "no header", "a text before all"],
+)
+def test_an_answer_that_nobody_asked_for_is_found_in_the_whole(folder: Path, template: str, spans: list[str]) -> None:
+    for before in ([], [{"role": "system", "content": "You sell."}]):
+        if before and template is LLAMA2:
+            continue
+        pieces = chat(folder, template, train_on_eos=False).pieces([*before, *FIRST])
+        assert [piece.text for piece in pieces if piece.trained] == spans
+        whole = chat(folder, template).pieces([*before, *FIRST])
+        assert [piece.text for piece in whole if piece.trained] == [spans[0], "<|im_end|>", spans[1], "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (CHATML.split("{% if add")[0], "doesn't render message 1"),
+        (CHATML.replace("m['content'] + '<", "'<think></think>' + m['content'] + '<"), "doesn't render message 1"),
+        (CHATML.replace("m['content'] + '<", "m['content'] + m['content'] + '<"), "doesn't render message 1"),
+        (CHATML.replace("m['content'] + '<", "m['content'] | upper + '<"), "doesn't render message 1"),
+        (LLAMA2.replace("{{ bos_token }}", "{{ bos_token + 'Answer:' }}"), "doesn't render message 1"),
+        (CHATML + "{{ messages[1].role[:0] }}{% if messages | length == 1 %}{{ messages[3].x }}{% endif %}", "alone"),
+    ],
+)
+def test_an_answer_that_nobody_asked_for_and_that_cannot_be_found_is_an_error(
+    folder: Path, template: str, sentence: str
+) -> None:
+    with pytest.raises(ChatError, match=sentence):
+        chat(folder, template).pieces(FIRST)
