@@ -13,6 +13,7 @@ from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.entry import Command, run_tool
+from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.schema import DataConfig, DataFormat, LongExamples
 from hft_megatron.errors import UserError
 
@@ -44,6 +45,8 @@ class ExamplesConfig:
 
     data_format: DataFormat | None = DataConfig.data_format
     """Layout of the records; recognised by the keys of a file's first record when unset."""
+    ignore_keys: str | None = DataConfig.ignore_keys
+    """Keys of records and messages to pass over, separated by commas."""
     chat_template: str | None = DataConfig.chat_template
     """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
     unset."""
@@ -113,6 +116,7 @@ def run(options: Options, status: StatusFolder) -> None:
             long_examples=examples.long_examples,
             loss=LossRule(loss_on=examples.loss_on, train_on_eos=examples.train_on_eos),
             data_format=examples.data_format,
+            ignore_keys=ignored_keys(examples.ignore_keys),
         ),
         append_eod=examples.append_eod,
         document_separator=files.document_separator,
@@ -122,7 +126,8 @@ def run(options: Options, status: StatusFolder) -> None:
     )
     loaded = load_tokenizer(tokenizer.tokenizer_type, Path(tokenizer.tokenizer_model), examples.chat_template)
     facts = preprocess(asked, loaded, show)
-    show(facts.summary(files.output_prefix))
+    for line in (facts.summary(files.output_prefix), *facts.counts.notes(files.output_prefix)):
+        show(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,7 +43,9 @@ def _lines(sources: Sequence[ShownSource]) -> Iterator[str]:
     yield f"<style>\n{STYLE}</style></head><body>"
     yield '<p><span class="t">trained</span> <span>not trained</span> <span class="s">special token</span></p>'
     for source in sources:
-        yield f"<h2>{escape(source.description)}</h2>"
+        title, *notes = source.account
+        yield f"<h2>{escape(title)}</h2>"
+        yield from (f"<p>{escape(note)}</p>" for note in notes)
         for example in source.examples:
             yield from _example(example)
     yield "</body></html>"

@@ -19,7 +19,7 @@ def data_text(sources: Sequence[ShownSource], *, colours: bool) -> str:
     legend = f"{TRAINED_SHADES[0]}trained{RESET} {RESTING_SHADES[0]}not trained{RESET}"
     lines = [legend if colours else f"{MARKS[0]}trained{MARKS[1]}"]
     for source in sources:
-        lines += ["", source.description]
+        lines += ["", *source.account]
         for example in source.examples:
             lines += ["", example.title, "".join(_coloured(example.tokens) if colours else _marked(example.tokens))]
     return "\n".join(lines)

@@ -47,6 +47,14 @@ def data_sources(option: str, words: Sequence[str]) -> tuple[DataSource, ...]:
     return tuple(sources)
 
 
+def ignored_keys(words: str | None) -> tuple[str, ...]:
+    """The keys that --ignore-keys names, sorted. Raises UserError for an empty name."""
+    keys = [] if words is None else [word.strip() for word in words.split(",")]
+    if not all(keys):
+        raise UserError(f"--ignore-keys {words!r} has an empty name; write the keys like `id,source`.")
+    return tuple(sorted(set(keys)))
+
+
 def check_sources(data: DataConfig) -> None:
     """Raise UserError where the words of a data option name no mixture, or validation has weights."""
     data_sources("--train-data-path", data.train_data_path)

@@ -137,6 +137,9 @@ class DataConfig:
     """Like --train-data-path, without weights; of a TRACE folder, eval.json."""
     data_format: DataFormat | None = None
     """Layout of the records; recognised by the keys of a file's first record when unset."""
+    ignore_keys: str | None = None
+    """Keys of records and messages to pass over, separated by commas, such as `chosen,name`: also those that would be
+    an error because nothing here reads them. How many records have them is in the log."""
     chat_template: str | None = None
     """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
     unset."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.formats.record import Chat, Completion, Preference, Record
+from hft_megatron.data.formats.record import NOTHING, Chat, Completion, PassedOver, Preference, Record
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.records import read_records
+from hft_megatron.data.stores import Encoded
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.errors import UserError
 
@@ -30,17 +31,71 @@ class Example:
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     """Of the same shape as ``ids``: (tokens,)."""
+    answers: int = 0
+    """Stretches that are trained, one per answer; 0 where everything is."""
+    empty_answers: int = 0
+    """Those without text: nothing but the end token is learned."""
+    untrained_turns: int = 0
+    """Turns of the assistant that the record itself takes out of what is learned."""
+    keys: PassedOver = NOTHING
 
 
 def read_examples(
-    source: SourceFiles, tokenizer: Tokenizer, loss: LossRule, data_format: DataFormat | None
+    source: SourceFiles,
+    tokenizer: Tokenizer,
+    loss: LossRule,
+    data_format: DataFormat | None,
+    ignored: frozenset[str] = frozenset(),
 ) -> Iterator[Example]:
     """The examples of a source in its order. Raises UserError naming the record that can't be one."""
     template = ChatTemplate(tokenizer.facts, loss)
-    for batch in _batched(read_records(source.files, data_format)):
+    for batch in _batched(read_records(source.files, data_format, ignored)):
         pieces = [pieces_of(record, tokenizer, template, loss) for _, record in batch]
-        for (known, record), (ids, trained) in zip(batch, tokenizer.encode_pieces(pieces), strict=True):
-            yield Example(place=record.place, format=known, ids=ids, trained=trained)
+        for (known, record), of_record, encoded in zip(batch, pieces, tokenizer.encode_pieces(pieces), strict=True):
+            yield example_of(record, known, of_record, encoded, template, loss)
+
+
+def example_of(
+    record: Record,
+    format: DataFormat,
+    pieces: Sequence[Piece],
+    encoded: Encoded,
+    template: ChatTemplate,
+    loss: LossRule,
+) -> Example:
+    """The example that a record became, with the account of what was made of it."""
+    ids, trained = encoded
+    answers, empty = (0, 0) if loss.loss_on == "all" else _count_answers(pieces)
+    return Example(
+        place=record.place,
+        format=format,
+        ids=ids,
+        trained=trained,
+        answers=answers,
+        empty_answers=empty,
+        untrained_turns=_count_untrained(record),
+        keys=passed_over(record, template),
+    )
+
+
+def passed_over(record: Record, template: ChatTemplate) -> PassedOver:
+    """The keys that nothing was made of, harmless ones of messages that the template doesn't print among them."""
+    if not isinstance(record, Chat):
+        return record.keys
+    unread = dict.fromkeys([*record.keys.unread, *template.unread_keys(record.messages)])
+    return PassedOver(unread=tuple(unread), ignored=record.keys.ignored)
+
+
+def _count_answers(pieces: Sequence[Piece]) -> tuple[int, int]:
+    runs = [list(run) for trained, run in groupby(pieces, key=lambda piece: piece.trained) if trained]
+    texts = ["".join(piece.text for piece in run if piece.place is not Place.SPECIAL) for run in runs]
+    return len(texts), sum(not text.strip() for text in texts)
+
+
+def _count_untrained(record: Record) -> int:
+    if not isinstance(record, Chat):
+        return 0
+    return sum(record.messages[index]["role"] == "assistant" for index in record.untrained if index >= record.given)
 
 
 def _batched(records: Iterable[tuple[DataFormat, Record]]) -> Iterator[Sequence[tuple[DataFormat, Record]]]:
@@ -60,7 +115,7 @@ def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss
         return completion_pieces(record, tokenizer, loss)
     assert isinstance(record, Chat)
     try:
-        return template.pieces(record.messages, given=record.given)
+        return template.pieces(record.messages, given=record.given, untrained=record.untrained)
     except ChatError as error:
         raise UserError(f"{record.place}: {error}.") from error
 

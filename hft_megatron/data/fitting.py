@@ -1,14 +1,16 @@
 """What is trained on of an example that may be too long, and the account of it."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
 from hft_megatron.config.schema import DataFormat, LongExamples
 from hft_megatron.data.examples import Example
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.printable import printable
 from hft_megatron.errors import UserError
 
 NO_LIMIT = sys.maxsize
@@ -27,6 +29,14 @@ class ExampleRules:
     loss: LossRule = field(default_factory=LossRule)
     data_format: DataFormat | None = None
     """That of all files; recognised file by file when None."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of records and messages that might as well be missing."""
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What a digest is made of: keys to ignore came later, and change no digest where there are none."""
+        values = asdict(self)
+        return values if self.ignore_keys else {name: value for name, value in values.items() if name != "ignore_keys"}
 
 
 @dataclass(kw_only=True)
@@ -44,10 +54,24 @@ class SftCounts:
     nothing is trained."""
     tokens: int = 0
     trained_tokens: int = 0
+    answers: int = 0
+    empty_answers: int = 0
+    """Those of which nothing but the end token is trained."""
+    untrained_turns: int = 0
+    """Turns of the assistant that their records take out of what is learned."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Records with each of the keys that nothing was made of."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """The same for keys of --ignore-keys."""
 
     def add(self, example: Example, spans: Sequence[Span], rules: ExampleRules) -> None:
         """Count one more record, whose examples are ``spans``."""
         self.read += 1
+        self.answers += example.answers
+        self.empty_answers += example.empty_answers
+        self.untrained_turns += example.untrained_turns
+        count_keys(self.unread, example.keys.unread)
+        count_keys(self.ignored, example.keys.ignored)
         for start, stop in spans:
             self.tokens += stop - start
             self.trained_tokens += int(np.count_nonzero(example.trained[start + 1 : stop]))
@@ -61,13 +85,63 @@ class SftCounts:
     def merge(self, other: "SftCounts") -> None:
         """Count another part of the source."""
         for each in fields(SftCounts):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, dict):
+                for key, count in theirs.items():
+                    mine[key] = mine.get(key, 0) + count
+            else:
+                setattr(self, each.name, mine + theirs)
+
+    @property
+    def origin(self) -> dict[str, int]:
+        """What a digest of the examples is made of, where records say more than their texts."""
+        return {"untrained_turns": self.untrained_turns} if self.untrained_turns else {}
+
+    def notes(self, path: str) -> list[str]:
+        """Lines for the log about the source ``path``: what its records have, and is not learned."""
+        lines = []
+        if self.untrained_turns:
+            lines.append(f"{path}: turns not trained, by a key of their own: {self.untrained_turns:,}")
+        if self.empty_answers:
+            lines.append(
+                f"{path}: {self.empty_answers:,} of {self.answers:,} answers are empty: only their end token is trained"
+            )
+        return lines + notes_of_keys(path, self.unread, self.ignored)
+
+    def check_answers(self, path: str) -> None:
+        """Raise UserError where every answer of the source ``path`` is empty."""
+        if 0 < self.answers == self.empty_answers:
+            raise UserError(
+                f"{path}: all {self.answers:,} answers are empty, so that nothing but end tokens would be learned; "
+                f"look for the key that has their text, or leave {path} out."
+            )
+
+
+def count_keys(counts: dict[str, int], keys: Iterable[str]) -> None:
+    """Count one more record with these keys."""
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+
+
+def notes_of_keys(path: str, unread: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:
+    """Lines for the log: the keys of records and messages that nothing is made of, and in how many records."""
+    return [
+        f"{path}: {what}: {', '.join(f'{printable(key)} ({count:,})' for key, count in counts.items())}"
+        for what, counts in (("keys that are not read", unread), ("keys passed over by --ignore-keys", ignored))
+        if counts
+    ]
 
 
 def check_predicts(example: Example) -> None:
     """Raise UserError for an example of which nothing can be learned."""
-    if not example.trained[1:].any():
-        raise UserError(f"{example.place}: the example has no token to predict; give it a prompt or remove it.")
+    if example.trained[1:].any():
+        return
+    if example.untrained_turns:
+        raise UserError(
+            f"{example.place}: the example has no token to predict, because its messages say that none of the answers "
+            f"is to be trained; correct them, or remove it."
+        )
+    raise UserError(f"{example.place}: the example has no token to predict; give it a prompt or remove it.")
 
 
 def spans_of(example: Example, rules: ExampleRules) -> list[Span]:

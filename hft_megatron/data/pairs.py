@@ -15,7 +15,7 @@ from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
+from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, count_keys, notes_of_keys
 from hft_megatron.data.formats.record import Completion, Message, Preference
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import Order, SourceMix
@@ -40,6 +40,8 @@ class PairSource:
     """Pairs that are too long."""
     bad: tuple[tuple[str, int], ...]
     """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
+    notes: tuple[str, ...]
+    """Lines about keys that nothing is made of."""
 
     def summary(self) -> str:
         """One line for the log, with everything that was shortened or left out."""
@@ -86,10 +88,17 @@ class PairDataset:
         """Which pair comes when in training."""
         return self.mix.order(seed)
 
-    def describe(self) -> list[str]:
-        """Lines for the log: each source, and what it has in an epoch where weights say so."""
+    def accounts(self) -> list[list[str]]:
+        """Lines about each source: its pairs, what it has in an epoch where weights say so, what is not learned."""
         limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
-        return [f"{source.summary()}{limit}{note}" for source, note in zip(self.sources, self.mix.notes(), strict=True)]
+        return [
+            [f"{source.summary()}{limit}{note}", *source.notes]
+            for source, note in zip(self.sources, self.mix.notes(), strict=True)
+        ]
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        return [line for account in self.accounts() for line in account]
 
 
 class _BadPair(Exception):
@@ -140,8 +149,12 @@ def _load_source(
     kept: list[Encoded] = []
     bad: Counter[str] = Counter()
     read = truncated = dropped = 0
-    for pair, halves in _encoded_pairs(source, tokenizer, rules.loss):
+    unread: dict[str, int] = {}
+    ignored: dict[str, int] = {}
+    for pair, halves in _encoded_pairs(source, tokenizer, rules):
         read += 1
+        count_keys(unread, pair.keys.unread)
+        count_keys(ignored, pair.keys.ignored)
         longest = max(len(ids) - 1 for ids, _ in halves)
         try:
             _check_record(pair)
@@ -170,14 +183,16 @@ def _load_source(
         truncated=truncated,
         dropped=dropped,
         bad=tuple(bad.most_common()),
+        notes=tuple(notes_of_keys(source.path, unread, ignored)),
     )
 
 
 def _encoded_pairs(
-    source: SourceFiles, tokenizer: Tokenizer, loss: LossRule
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules
 ) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
+    loss = rules.loss
     template = ChatTemplate(tokenizer.facts, loss)
-    records = read_records(source.files, "preference")
+    records = read_records(source.files, "preference", frozenset(rules.ignore_keys))
     while batch := [record for _, record in islice(records, RECORDS_PER_BATCH)]:
         pieces = []
         for pair in batch:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
@@ -62,4 +63,5 @@ def _rules(data: DataConfig, seq_length: int) -> ExampleRules:
         long_examples=data.long_examples,
         loss=LossRule(loss_on=data.loss_on, train_on_eos=data.train_on_eos),
         data_format=data.data_format,
+        ignore_keys=ignored_keys(data.ignore_keys),
     )

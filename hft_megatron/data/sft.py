@@ -8,7 +8,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -23,6 +23,7 @@ from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed
+from hft_megatron.data.rendering import reads_absent_variables
 from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
@@ -94,10 +95,17 @@ class SftDataset:
         """Which example comes when in training."""
         return self.mix.order(seed)
 
-    def describe(self) -> list[str]:
-        """Lines for the log: each source, and what it has in an epoch where weights say so."""
+    def accounts(self) -> list[list[str]]:
+        """Lines about each source: its examples, what it has in an epoch where weights say so, what is not learned."""
         limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
-        return [f"{part.summary()}{limit}{note}" for part, note in zip(self.parts, self.mix.notes(), strict=True)]
+        return [
+            [f"{part.summary()}{limit}{note}", *part.counts.notes(part.path)]
+            for part, note in zip(self.parts, self.mix.notes(), strict=True)
+        ]
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        return [line for account in self.accounts() for line in account]
 
 
 def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> SftDataset:
@@ -136,25 +144,28 @@ def _read_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules)
     kept: list[Encoded] = []
     formats: set[DataFormat] = set()
     counts = SftCounts()
-    for example in read_examples(source, tokenizer, rules.loss, rules.data_format):
+    ignored = frozenset(rules.ignore_keys)
+    for example in read_examples(source, tokenizer, rules.loss, rules.data_format, ignored):
         formats.add(example.format)
         check_predicts(example)
         spans = spans_of(example, rules)
         kept += [(example.ids[start:stop], example.trained[start:stop]) for start, stop in spans]
         counts.add(example, spans, rules)
     _check_not_empty(len(kept), source, counts, rules)
+    counts.check_answers(source.path)
     store = ExamplesInMemory(
         tokens=np.concatenate([ids for ids, _ in kept]),
         trained=np.concatenate([mask for _, mask in kept]),
         offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
     )
-    origin = {"weight": source.weight, "files": [file_digest(file) for file in source.files]}
+    origin = {"weight": source.weight, "files": [file_digest(file) for file in source.files], **counts.origin}
     return store, _part(source, tuple(sorted(formats)), len(kept), counts), origin
 
 
 def _open_source(source: SourceFiles, prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
     store, facts = open_preprocessed(prefix, tokenizer, rules)
     _check_not_empty(facts.examples, source, facts.counts, rules)
+    facts.counts.check_answers(source.path)
     return store, _part(source, facts.formats, facts.examples, facts.counts), {"weight": source.weight, **facts.origin}
 
 
@@ -176,6 +187,8 @@ def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: 
     decisive = {
         "sources": origins,
         "tokenizer": [facts.identity, facts.chat_template, dict(facts.template_variables)],
-        "rules": asdict(rules) | ({"others": others} if others else {}),
+        "rules": rules.decisive | ({"others": others} if others else {}),
     }
+    if variables := reads_absent_variables(facts.chat_template):
+        decisive["variables"] = variables  # which templates were once rendered without
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

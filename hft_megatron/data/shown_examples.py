@@ -27,21 +27,22 @@ class ShownExample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownSource:
-    """One source's counts, and its first examples."""
+    """One source's account, and its first examples."""
 
-    description: str
+    account: tuple[str, ...]
+    """Lines about it."""
     examples: tuple[ShownExample, ...]
 
 
 def shown_sources(dataset: SftDataset, tokenizer: Tokenizer, examples: int) -> list[ShownSource]:
     """Every source of ``dataset`` with its first ``examples``."""
     shown, start = [], 0
-    for part, description in zip(dataset.parts, dataset.describe(), strict=True):
+    for part, account in zip(dataset.parts, dataset.accounts(), strict=True):
         found = tuple(
             _shown(f"example {number + 1}", dataset.example(start + number), tokenizer)
             for number in range(min(examples, part.examples))
         )
-        shown.append(ShownSource(description=description, examples=found))
+        shown.append(ShownSource(account=tuple(account), examples=found))
         start += part.examples
     return shown
 
@@ -49,13 +50,13 @@ def shown_sources(dataset: SftDataset, tokenizer: Tokenizer, examples: int) -> l
 def shown_pairs(dataset: PairDataset, tokenizer: Tokenizer, pairs: int) -> list[ShownSource]:
     """Every source of ``dataset`` with the two answers of its first ``pairs``, the chosen one first."""
     shown, start = [], 0
-    for part, description in zip(dataset.sources, dataset.describe(), strict=True):
+    for part, account in zip(dataset.sources, dataset.accounts(), strict=True):
         found = tuple(
             _shown(f"pair {number + 1}, {name}", dataset.answers.example(2 * (start + number) + half), tokenizer)
             for number in range(min(pairs, part.pairs))
             for half, name in enumerate(("chosen", "rejected"))
         )
-        shown.append(ShownSource(description=description, examples=found))
+        shown.append(ShownSource(account=tuple(account), examples=found))
         start += part.pairs
     return shown
 

@@ -1,5 +1,6 @@
 """``show-data``: the examples, or preference pairs, that a run would train on, without the run."""
 
+from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.dpo_rules import check_pair_options
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import BadPairs, DataConfig
@@ -49,5 +50,6 @@ def _are_pairs(data: DataConfig) -> bool:
         *find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT),
         *find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT),
     )
-    first = next((format for format, _ in read_records(sources[0].files, None)), None)
+    records = read_records(sources[0].files, None, frozenset(ignored_keys(data.ignore_keys)))
+    first = next((format for format, _ in records), None)
     return first == "preference"

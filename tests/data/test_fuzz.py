@@ -109,7 +109,9 @@ def test_any_answer_is_trained_exactly_or_refused(
     tokenizer = tokenizers[number]
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     row = {"messages": messages} if chat else {"prompt": prompt, "completion": answer}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    answered = {"messages": [messages[0] | {"content": "a"}, messages[1] | {"content": "b"}]}
+    rows = [row, answered if chat else {"prompt": "a", "completion": "b"}]  # not all answers may be empty
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     template = next(name for name, text in BUILT_IN.items() if text == tokenizer.facts.chat_template)
     if accepted(tmp_path / "a.jsonl", tokenizer):
         dataset = load(tmp_path / "a.jsonl", tokenizer)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.formats.record import Chat, Completion, Preference
+from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Preference
 from hft_megatron.data.records import read_records
 from hft_megatron.errors import UserError
 
@@ -36,7 +36,7 @@ def read(path: Path, data_format: Any = None) -> list[Any]:
         ('{"prompt": "a"}', "the record has the keys `prompt`, but"),
         ('{"messages": []}', "the record has the keys `messages`, but the format prompt-completion needs"),
         ('{"prompt": 1, "completion": "b"}', "`prompt` is a number, but it must be text"),
-        ('{"prompt": "a", "completion": null}', "`completion` is null"),
+        ('{"prompt": "a", "completion": null}', r"the record has the keys `prompt`, `completion` \(null\), but"),
         ('{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
     ],
 )
@@ -61,7 +61,8 @@ def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path: Path, line: st
         ('{"prompt": "a", "answer": "b"}', "trace", Completion),
         ('{"input": "a", "output": "b"}', "input-output", Completion),
         ('{"text": "b", "id": 1}', "text", Completion),
-        (f'{{"messages": [{ANSWER}], "prompt": "x", "chosen": 1, "rejected": 2}}', "messages", Chat),
+        (f'{{"messages": [{ANSWER}], "prompt": "b"}}', "messages", Chat),
+        (f'{{"messages": null, "conversations": null, {GOOD[1:]}', "prompt-completion", Completion),
     ],
 )
 def test_a_format_is_known_by_its_keys_or_set(tmp_path: Path, row: str, known: Any, record: type) -> None:
@@ -104,7 +105,7 @@ def test_byte_order_mark_windows_line_ends_and_extra_keys_are_accepted(tmp_path:
     path.write_bytes(b"\xef\xbb\xbf" + f'{GOOD}\r\n\r\n{{"id": 7, "prompt": "b\\r\\n", "completion": ""}}'.encode())
     assert [record for _, record in read(path)] == [
         Completion(place=f"{path}:1", prompt="a", completion="b"),
-        Completion(place=f"{path}:3", prompt="b\r\n", completion=""),
+        Completion(place=f"{path}:3", prompt="b\r\n", completion="", keys=PassedOver(unread=("id",))),
     ]
 
 

@@ -185,6 +185,9 @@ def test_a_conversation_the_template_refuses_is_named_by_line(tmp_path: Path) ->
         load(path, load_tokenizer(None, folder), 8, "error")
 
 
+ANSWERED = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte level", "marked"])
 def test_any_text_is_trained_exactly_or_refused_by_line(tmp_path: Path, kind: str) -> None:
     if kind == "sentencepiece":
@@ -199,7 +202,7 @@ def test_any_text_is_trained_exactly_or_refused_by_line(tmp_path: Path, kind: st
     for _ in range(300):
         user, assistant = ("".join(rng.choices(parts, k=rng.randint(0, 6))) for _ in range(2))
         row = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
-        write_rows(path, [row])
+        write_rows(path, [row, ANSWERED])  # a source of empty answers alone would be refused
         if "\ufdd1" in user + assistant:
             with pytest.raises(UserError, match=r"rows.jsonl:1: the text contains a Unicode noncharacter"):
                 load(path, tokenizer, 512, "error")

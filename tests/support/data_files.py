@@ -24,6 +24,7 @@ def load(
     seq_length: int = 4096,
     long_examples: Any = "error",
     data_format: Any = None,
+    ignore_keys: tuple[str, ...] = (),
     **loss: Any,
 ) -> SftDataset:
     """The data set of --train-data-path ``words``, or of one path; ``loss`` are fields of LossRule."""
@@ -32,7 +33,11 @@ def load(
         find_sources("--train-data-path", [str(word) for word in listed], TRAIN_SPLIT),
         tokenizer,
         ExampleRules(
-            seq_length=seq_length, long_examples=long_examples, data_format=data_format, loss=LossRule(**loss)
+            seq_length=seq_length,
+            long_examples=long_examples,
+            data_format=data_format,
+            loss=LossRule(**loss),
+            ignore_keys=ignore_keys,
         ),
     )
 

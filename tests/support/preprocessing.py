@@ -28,13 +28,18 @@ def make(
     long_examples: Any = "error",
     data_format: Any = None,
     separator: str | None = None,
+    ignore_keys: tuple[str, ...] = (),
     **options: Any,
 ) -> Facts:
     """Preprocess ``files``; ``options`` are fields of Preprocessing or of LossRule."""
     words = [files] if isinstance(files, Path) else files
     loss = {name: options.pop(name) for name in ("loss_on", "train_on_eos") if name in options}
     rules = ExampleRules(
-        seq_length=seq_length, long_examples=long_examples, data_format=data_format, loss=LossRule(**loss)
+        seq_length=seq_length,
+        long_examples=long_examples,
+        data_format=data_format,
+        loss=LossRule(**loss),
+        ignore_keys=ignore_keys,
     )
     asked = Preprocessing(
         files=find_input("--input", [str(word) for word in words], TRAIN_SPLIT),

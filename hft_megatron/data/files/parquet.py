@@ -27,7 +27,7 @@ def find_in_parquet(path: Path) -> Iterator[Found]:
                 _check_sizes(batch, path, number)
                 for value in batch.to_pylist():
                     number += 1
-                    row = Row(place=f"{path}: row {number}", value=_without_nulls(value))
+                    row = Row(place=f"{path}: row {number}", value=value)
                     yield Found(item=row, size=batch.nbytes // batch.num_rows, position=size * number // rows)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -43,12 +43,3 @@ def _check_sizes(batch: Any, path: Path, before: int) -> None:
     for number in range(batch.num_rows):
         if batch.slice(number, 1).nbytes > MAX_RECORD_BYTES:
             raise too_long(f"{path}: row {before + number + 1}", "row")
-
-
-def _without_nulls(value: Any) -> Any:
-    """A column that a row lacks is null in Parquet; templates ask whether a key is there."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
-    return value

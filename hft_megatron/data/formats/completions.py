@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hft_megatron.data.formats.record import Chat, Completion, chat, checked_messages, refuse_unused, text_of
+from hft_megatron.data.formats.record import Chat, Completion, chat, checked_messages, text_of
 
 
 def parse_prompt_completion(row: Mapping[str, Any], place: str) -> Completion | Chat:
     """``{"prompt", "completion"}``: two texts, or two lists of messages as in TRL, of which the second is learned."""
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        refuse_unused(row, "tools", place)
         prompt = checked_messages(row["prompt"], place, key="prompt")
         completion = checked_messages(row["completion"], place, key="completion")
         chat(place, completion)

@@ -10,7 +10,6 @@ from hft_megatron.data.formats.record import (
     checked_messages,
     kind_of,
     optional_text_of,
-    refuse_unused,
 )
 from hft_megatron.errors import UserError
 
@@ -27,13 +26,11 @@ SHAREGPT_ROLES = {
 
 def parse_messages(row: Mapping[str, Any], place: str) -> Chat:
     """``{"messages": [{"role", "content"}]}``. Raises UserError naming the message that is wrong."""
-    refuse_unused(row, "tools", place)
     return chat(place, checked_messages(row["messages"], place))
 
 
 def parse_sharegpt(row: Mapping[str, Any], place: str) -> Chat:
     """``{"conversations": [{"from", "value"}]}``, with an optional ``system`` text, as ``messages``."""
-    refuse_unused(row, "tools", place)
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{place}: `conversations` is {kind_of(turns)}, but it must be a list of at least one turn.")
@@ -56,4 +53,10 @@ def _message(turn: object, number: int, place: str) -> Message:
     if not isinstance(text, str):
         kind = kind_of(text) if "value" in turn else "missing"
         raise UserError(f"{place}: the `value` of turn {number} is {kind}, but it must be text.")
-    return {"role": SHAREGPT_ROLES[speaker], "content": text}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    for key in ("role", "content"):
+        if key in others:
+            raise UserError(
+                f"{place}: turn {number} has `{key}` as well as `from` and `value`; keep one of the two forms."
+            )
+    return {"role": SHAREGPT_ROLES[speaker], "content": text, **others}

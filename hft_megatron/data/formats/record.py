@@ -11,6 +11,19 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassedOver:
+    """Keys of one record, or of its messages, that nothing is made of."""
+
+    unread: tuple[str, ...] = ()
+    """Those that are harmless, or that no trainer is known to read."""
+    ignored: tuple[str, ...] = ()
+    """Those that --ignore-keys names."""
+
+
+NOTHING = PassedOver()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chat:
     """A conversation; keys of a message other than ``role`` and ``content`` are for the chat template."""
 
@@ -19,6 +32,9 @@ class Chat:
     messages: tuple[Message, ...]
     given: int = 0
     """Messages at the beginning that are a prompt: what the assistant says there is not what is learned."""
+    untrained: frozenset[int] = frozenset()
+    """Indices of messages that the record itself takes out of what is learned."""
+    keys: PassedOver = NOTHING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +44,7 @@ class Completion:
     place: str
     prompt: str
     completion: str
+    keys: PassedOver = NOTHING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +57,7 @@ class Preference:
     rejected: str | tuple[Message, ...]
     fault: str | None = None
     """Why these are no two answers to one prompt, as a clause; None where they are."""
+    keys: PassedOver = NOTHING
 
 
 Record = Chat | Completion | Preference
@@ -58,12 +76,6 @@ def optional_text_of(row: Mapping[str, Any], key: str, place: str) -> str:
     return "" if row.get(key) is None else text_of(row, key, place)
 
 
-def refuse_unused(row: Mapping[str, Any], key: str, place: str) -> None:
-    """A key that changes what a record means, and that nothing here reads, must not be passed over in silence."""
-    if row.get(key) not in (None, "", "[]", [], {}):
-        raise UserError(f"{place}: `{key}` is not supported; remove it, or the record.")
-
-
 def checked_messages(messages: object, place: str, *, key: str = "messages") -> tuple[Message, ...]:
     """The list under ``key`` as messages with a known role and text. Raises UserError naming the message."""
     if not isinstance(messages, list) or not messages:
@@ -76,7 +88,7 @@ def checked_messages(messages: object, place: str, *, key: str = "messages") -> 
             )
         if message.get("role") not in ROLES:
             raise UserError(
-                f"{place}: message {number}{of} has the role {_shortened(message.get('role'))}, but it must be one of "
+                f"{place}: message {number}{of} has the role {shortened(message.get('role'))}, but it must be one of "
                 f"{', '.join(ROLES)}."
             )
         if not isinstance(message.get("content"), str):
@@ -102,6 +114,7 @@ def kind_of(value: object) -> str:
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
-def _shortened(value: object) -> str:
+def shortened(value: object) -> str:
+    """The value as Python writes it, cut to 40 characters."""
     shown = repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

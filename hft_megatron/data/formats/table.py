@@ -22,7 +22,9 @@ class Format:
     """One layout."""
 
     keys: tuple[str, ...]
-    """Those that a record of it has; others are passed over, or optional and read by the parser."""
+    """Those that a record of it has."""
+    reads: tuple[str, ...] = ()
+    """Those that it may have, and that the parser reads as well."""
     parse: Callable[[Mapping[str, Any], str], Record]
     """Takes a row with these keys and its place."""
 
@@ -34,9 +36,9 @@ class Format:
 
 FORMATS: dict[DataFormat, Format] = {
     "messages": Format(keys=("messages",), parse=parse_messages),
-    "sharegpt": Format(keys=("conversations",), parse=parse_sharegpt),
-    "alpaca": Format(keys=("instruction", "output"), parse=parse_alpaca),
-    "preference": Format(keys=("chosen", "rejected"), parse=parse_preference),
+    "sharegpt": Format(keys=("conversations",), reads=("system",), parse=parse_sharegpt),
+    "alpaca": Format(keys=("instruction", "output"), reads=("input", "system", "history"), parse=parse_alpaca),
+    "preference": Format(keys=("chosen", "rejected"), reads=("prompt",), parse=parse_preference),
     "prompt-completion": Format(keys=("prompt", "completion"), parse=parse_prompt_completion),
     "trace": Format(keys=("prompt", "answer"), parse=parse_trace),
     "input-output": Format(keys=("input", "output"), parse=parse_input_output),

@@ -27,7 +27,12 @@ class Chunk:
 
 
 def cut_chunks(
-    files: Sequence[Path], data_format: DataFormat | None, separator: str | None, *, skips: bool
+    files: Sequence[Path],
+    data_format: DataFormat | None,
+    separator: str | None,
+    *,
+    skips: bool,
+    ignored: frozenset[str] = frozenset(),
 ) -> Iterator[Chunk]:
     """The chunks of all files in order. Raises UserError for a file that can't be read on.
 
@@ -35,11 +40,11 @@ def cut_chunks(
     """
     before = 0
     for path in files:
-        layout = None if data_format is None else Layout(format=data_format)
+        layout = None if data_format is None else Layout(format=data_format, ignored=ignored)
         chunk, size = Chunk(layout=layout), 0
         for found in find_rows(path, separator):
             if layout is None:
-                chunk.layout = layout = _layout(found, skips=skips)
+                chunk.layout = layout = _layout(found, ignored, skips=skips)
             chunk.rows.append(found.item)
             chunk.position = before + found.position
             size += found.size
@@ -51,9 +56,9 @@ def cut_chunks(
             yield chunk
 
 
-def _layout(found: Found, *, skips: bool) -> Layout | None:
+def _layout(found: Found, ignored: frozenset[str], *, skips: bool) -> Layout | None:
     try:
-        return layout_of(row_of(found.item))
+        return layout_of(row_of(found.item), ignored)
     except UserError:
         if not skips:
             raise

@@ -13,7 +13,7 @@ from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
 from hft_megatron.data.tokenizer import TokenizerFacts
 from hft_megatron.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Job:
     data_format: str | None
     append_eod: bool
     document_separator: str | None
+    ignore_keys: tuple[str, ...]
 
     @staticmethod
     def of(
@@ -58,12 +59,13 @@ class Job:
             data_format=rules.data_format,
             append_eod=append_eod,
             document_separator=document_separator,
+            ignore_keys=rules.ignore_keys,
         )
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> "Job":
         """The inverse of ``asdict``, of JSON."""
-        return Job(**{**saved, "inputs": tuple(saved["inputs"])})
+        return Job(**{**saved, "inputs": tuple(saved["inputs"]), "ignore_keys": tuple(saved["ignore_keys"])})
 
     def first_difference(self, other: "Job") -> str | None:
         """What differs, in words, with this job's value first; None where nothing does."""
@@ -103,7 +105,8 @@ class Facts:
         """What the examples were made of, as for the same files read directly; more where they were read otherwise."""
         job = self.job
         more = {"bad_lines": self.bad_lines, "document_separator": job.document_separator}
-        return {"files": list(job.inputs), **{name: value for name, value in more.items() if value}}
+        more_or_none = {name: value for name, value in more.items() if value}
+        return {"files": list(job.inputs), **more_or_none, **self.counts.origin}
 
     def summary(self, prefix: str) -> str:
         """One line for a person."""
@@ -131,8 +134,11 @@ def read_facts(prefix: str) -> Facts:
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved.pop("format") != _FORMAT:
-            raise UserError(f"{path} is of another version; preprocess the data again.")
+        if (found := saved.pop("format")) != _FORMAT:
+            raise UserError(
+                f"{path} has format {found}, and this version of hft_megatron, which reads records by other rules, "
+                f"writes {_FORMAT}; preprocess the data again."
+            )
         job, counts = Job.from_dict(saved.pop("job")), SftCounts(**saved.pop("counts"))
         return Facts(job=job, counts=counts, formats=tuple(saved.pop("formats")), **saved)
     except FileNotFoundError:
@@ -173,7 +179,7 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
     if job.chat_template != run.chat_template:
         theirs, ours = _where_they_differ(job.chat_template, run.chat_template)
         yield "a --chat-template with", theirs, f"one with {ours}"
-    for name in ("loss_on", "train_on_eos"):
+    for name in ("loss_on", "train_on_eos", "ignore_keys"):
         if getattr(job, name) != getattr(run, name):
             yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
     if run.data_format is not None and facts.formats != (run.data_format,):
@@ -187,6 +193,8 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
 
 
 def _word(value: object) -> object:
+    if isinstance(value, tuple):
+        return ",".join(value) or "unset"
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 

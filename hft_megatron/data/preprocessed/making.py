@@ -115,6 +115,7 @@ def _check_not_empty(output: Output, asked: Preprocessing) -> None:
     if output.progress.documents == 0:
         bad = f"{output.progress.bad_lines} bad lines were passed over" if output.progress.bad_lines else "it is empty"
         raise UserError(f"--input {' '.join(map(str, asked.files))} holds no document: {bad}.")
+    output.progress.counts.check_answers(f"--input {' '.join(map(str, asked.files))}")
 
 
 def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: Announce) -> None:
@@ -122,7 +123,13 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
     # Workers have one thread each: there is one for every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     maker = DocumentMaker(tokenizer, asked.rules, append_eod=asked.append_eod, skips=asked.skips_bad_lines)
-    chunks = cut_chunks(asked.files, asked.rules.data_format, asked.document_separator, skips=asked.skips_bad_lines)
+    chunks = cut_chunks(
+        asked.files,
+        asked.rules.data_format,
+        asked.document_separator,
+        skips=asked.skips_bad_lines,
+        ignored=frozenset(asked.rules.ignore_keys),
+    )
     position = 0
     if output.progress.chunks:
         announce(f"going on behind {output.progress.documents:,} documents")

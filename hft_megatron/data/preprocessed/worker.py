@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.chat import ChatTemplate
-from hft_megatron.data.examples import Example, pieces_of
+from hft_megatron.data.examples import Example, example_of, pieces_of
 from hft_megatron.data.files.row import Line, Row
 from hft_megatron.data.files.rows import row_of
 from hft_megatron.data.fitting import ExampleRules, SftCounts, check_predicts, spans_of
+from hft_megatron.data.formats.record import Record
 from hft_megatron.data.preprocessed.chunks import Chunk
 from hft_megatron.data.preprocessed.index_file import token_dtype
 from hft_megatron.data.records import layout_of, record_of
@@ -79,20 +80,20 @@ class DocumentMaker:
         )
 
     def _kept(self, chunk: Chunk, bad: list[str]) -> Iterator[Example]:
-        found: list[tuple[Row | Line, DataFormat, list[Piece]]] = []
+        found: list[tuple[Row | Line, DataFormat, Record, list[Piece]]] = []
         refused: list[tuple[Row | Line, UserError]] = []
         for item in chunk.rows:
             try:
-                known, pieces = self._pieces(item, chunk)
+                known, record, pieces = self._pieces(item, chunk)
             except UserError as error:
                 refused.append((item, error))
                 if not self._skips:
                     break
             else:
-                found.append((item, known, pieces))
-        encoded = self._tokenizer.encode_pieces([pieces for _, _, pieces in found])
-        for (item, known, _), (ids, trained) in zip(found, encoded, strict=True):
-            example = Example(place=item.place, format=known, ids=ids, trained=trained)
+                found.append((item, known, record, pieces))
+        encoded = self._tokenizer.encode_pieces([pieces for *_, pieces in found])
+        for (item, known, record, pieces), of_record in zip(found, encoded, strict=True):
+            example = example_of(record, known, pieces, of_record, self._template, self._rules.loss)
             try:
                 check_predicts(example)
             except UserError as error:
@@ -106,13 +107,14 @@ class DocumentMaker:
         order = {item.place: number for number, item in enumerate(chunk.rows)}
         bad += [_bad_line(item, error) for item, error in sorted(refused, key=lambda pair: order[pair[0].place])]
 
-    def _pieces(self, item: Row | Line, chunk: Chunk) -> tuple[DataFormat, list[Piece]]:
+    def _pieces(self, item: Row | Line, chunk: Chunk) -> tuple[DataFormat, Record, list[Piece]]:
         row = row_of(item)
-        layout = layout_of(row) if chunk.layout is None else chunk.layout
-        pieces = pieces_of(record_of(row, layout), self._tokenizer, self._template, self._rules.loss)
+        layout = layout_of(row, frozenset(self._rules.ignore_keys)) if chunk.layout is None else chunk.layout
+        record = record_of(row, layout)
+        pieces = pieces_of(record, self._tokenizer, self._template, self._rules.loss)
         if layout.format == "text" and not self._append_eod:
             pieces = pieces[:-1]
-        return layout.format, pieces
+        return layout.format, record, pieces
 
 
 def _joined(arrays: Sequence[NDArray[np.generic]], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:

@@ -42,7 +42,6 @@ def test_of_messages_only_the_completion_is_learned(tmp_path: Path, given: int) 
         ({"prompt": [], "completion": MESSAGES}, "`prompt` is an empty list, but it must be a list of at least one"),
         ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:3]}, "the conversation has no assistant turn"),
         ({"prompt": [{"role": "robot"}], "completion": MESSAGES}, "message 1 of `prompt` has the role 'robot'"),
-        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "tools": [1]}, "`tools` is not supported"),
     ],
 )
 def test_a_wrong_value_is_named(row: dict[str, Any], sentence: str) -> None:

@@ -12,8 +12,14 @@ HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "wei
 
 
 def test_messages_are_kept_with_their_extra_keys() -> None:
-    chat = parse_messages({"messages": [USER, ANSWER, ANSWER], "tools": []}, "x:1")
+    chat = parse_messages({"messages": [USER, ANSWER, ANSWER]}, "x:1")
     assert chat.messages == (USER, ANSWER, ANSWER)
+
+
+def test_sharegpt_turns_keep_their_extra_keys() -> None:
+    assert parse_sharegpt({"conversations": [GPT]}, "x:1").messages == (
+        {"role": "assistant", "content": "b", "weight": 1},
+    )
 
 
 def test_sharegpt_turns_become_messages_in_their_order() -> None:
@@ -45,7 +51,6 @@ def test_sharegpt_turns_become_messages_in_their_order() -> None:
         ({"messages": [{"role": "user"}]}, "the `content` of message 1 is missing"),
         ({"messages": [{"role": "user", "content": []}]}, "the `content` of message 1 is an empty list"),
         ({"messages": [USER]}, "has no assistant turn"),
-        ({"messages": [ANSWER], "tools": [{"name": "f"}]}, "`tools` is not supported"),
     ],
 )
 def test_a_wrong_message_is_named(row: dict[str, Any], sentence: str) -> None:
@@ -66,7 +71,7 @@ def test_a_wrong_message_is_named(row: dict[str, Any], sentence: str) -> None:
         ({"conversations": [{"from": "gpt", "value": {}}]}, "the `value` of turn 1 is an object"),
         ({"conversations": [HUMAN]}, "has no assistant turn"),
         ({"conversations": [GPT], "system": 1}, "`system` is a number"),
-        ({"conversations": [GPT], "tools": "[{}]"}, "`tools` is not supported"),
+        ({"conversations": [{**GPT, "role": "user"}]}, "turn 1 has `role` as well as `from` and `value`; keep one"),
     ],
 )
 def test_a_wrong_turn_is_named(row: dict[str, Any], sentence: str) -> None:
