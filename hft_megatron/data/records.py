@@ -107,9 +107,11 @@ def _check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: s
     refusal = refusal_of(key, row[key], format)
     if refusal is None:
         return
-    read = [text for name in row if name not in unread for text in _texts(row[name])]
-    if refusal.may_be_a_copy and all(any(text in other for other in read) for text in _texts(row[key])):
-        return
+    if refusal.may_be_a_copy:
+        read = {text for name in row if name not in unread for text in _texts(row[name])}
+        texts = set(_texts(row[key]))
+        if texts and (texts <= read or (format == "text" and all(text in row["text"] for text in texts))):
+            return
     raise UserError(
         f"{place}: `{key}` stands for {refusal.meaning}, which a record of the format {format} has no place for; "
         f"{refusal.fix}, or pass over it with --ignore-keys {key}."

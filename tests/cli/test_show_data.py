@@ -91,6 +91,21 @@ def test_colours_show_every_token_and_hide_no_text(
     assert "\x1b" not in show_data()
 
 
+def test_what_is_not_learned_stands_under_the_counts(show_data: Show, tmp_path: Path) -> None:
+    rows = [{**row, "id": number, "label": 1} for number, row in enumerate(ROWS[:3])]
+    path = write_rows(tmp_path / "keys.jsonl", [*rows, {"prompt": "x", "completion": ""}])
+    words = ["--train-data-path", path, "--ignore-keys", "label", "--examples", 0]
+    notes = [
+        f"{path}: 1 of 4 answers are empty: only their end token is trained",
+        f"{path}: keys that are not read: id (3)",
+        f"{path}: keys passed over by --ignore-keys: label (3)",
+    ]
+    assert show_data(*words).splitlines()[3:] == notes
+    page = tmp_path / "keys.html"
+    show_data(*words, "--html", page)
+    assert all(f"<p>{note}</p>" in page.read_text(encoding="utf-8") for note in notes)
+
+
 class Page(HTMLParser):
     """The text of the tokens, trained or not, and every tag."""
 

@@ -1,0 +1,119 @@
+"""What is not learned of a source is told: empty answers, turns that are switched off, keys that nobody reads.
+
+Run: pytest tests/data/test_accounts.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hft_megatron.config.schema import DataConfig
+from hft_megatron.data.fitting import ExampleRules
+from hft_megatron.data.run_data import training_pairs
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.errors import UserError
+from tests.support.data_files import load, write_rows
+from tests.support.preprocessing import make
+from tests.support.tokenizers import make_byte_level
+
+
+@pytest.fixture(scope="module", params=["llama2", "tulu"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Llama 2's form trains spaces around an answer, also around none."""
+    return load_tokenizer(None, make_byte_level(tmp_path_factory.mktemp("tokenizer")), request.param)
+
+
+def answered(*texts: str) -> dict[str, Any]:
+    rounds = [({"role": "user", "content": "ask"}, {"role": "assistant", "content": text}) for text in texts]
+    return {"messages": [message for pair in rounds for message in pair]}
+
+
+EMPTY = {
+    "messages": (answered(""), answered("b", "\n")),
+    "prompt-completion": ({"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}),
+    "alpaca": ({"instruction": "a", "output": " "}, {"instruction": "a", "output": "b"}),
+    "text": ({"text": ""}, {"text": "a"}),
+}
+"""A record with an empty answer, and one with another."""
+
+
+@pytest.mark.parametrize("format", EMPTY)
+def test_empty_answers_are_counted(tmp_path: Path, tokenizer: Tokenizer, format: str) -> None:
+    empty, answers = (2, 3) if format == "messages" else (1, 2)
+    path = write_rows(tmp_path / "rows.jsonl", EMPTY[format])
+    dataset = load(path, tokenizer)
+    expected = f"{path}: {empty} of {answers} answers are empty: only their end token is trained"
+    assert dataset.describe()[1:] == [expected]
+    assert load(path, tokenizer, loss_on="all").describe()[1:] == []
+
+
+@pytest.mark.parametrize("format", EMPTY)
+def test_a_source_of_empty_answers_alone_is_an_error(tmp_path: Path, tokenizer: Tokenizer, format: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [EMPTY[format][0]] * 3)
+    with pytest.raises(UserError, match=r"rows.jsonl: all 3 answers are empty, so that nothing but end tokens would"):
+        load(path, tokenizer)
+    prefix = tmp_path / "prefix"
+    if format != "text":  # which has no end token there, unless it is asked for
+        with pytest.raises(UserError, match=r"^--input .*rows.jsonl: all 3 answers are empty"):
+            make(prefix, path, tokenizer)
+
+
+def rows_with_keys(count: int) -> list[dict[str, Any]]:
+    """Records of several chunks, with keys in some of them."""
+    rows = []
+    for number in range(count):
+        row = answered("x", "" if number % 10 == 0 else "y")
+        row["messages"][1]["weight"] = int(number % 4 > 0)
+        row |= {"id": number} if number % 2 else {"topic\n": "t"}
+        row |= {"label": 1} if number % 5 == 0 else {}
+        rows.append(row)
+    return rows
+
+
+def test_preprocessed_data_tell_the_same_as_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, prefix = write_rows(tmp_path / "rows.jsonl", rows_with_keys(1100)), tmp_path / "prefix"
+    facts = make(prefix, path, tokenizer, ignore_keys=("label",), workers=2)
+    read = load(path, tokenizer, ignore_keys=("label",))
+    mapped = load(prefix, tokenizer, ignore_keys=("label",))
+    notes = [
+        "turns not trained, by a key of their own: 275",
+        "110 of 1,925 answers are empty: only their end token is trained",
+        "keys that are not read: topic\\n (550), id (550)",
+        "keys passed over by --ignore-keys: label (220)",
+    ]
+    assert read.describe()[1:] == [f"{path}: {note}" for note in notes]
+    assert mapped.describe()[1:] == facts.counts.notes(str(prefix)) == [f"{prefix}: {note}" for note in notes]
+    assert mapped.digest == read.digest
+    assert mapped.parts[0].counts == read.parts[0].counts
+    with pytest.raises(
+        UserError, match="was preprocessed with --ignore-keys label, but the run has unset; give the run"
+    ):
+        load(prefix, tokenizer)
+
+
+def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, prefix = write_rows(tmp_path / "rows.jsonl", [answered("a")]), tmp_path / "prefix"
+    make(prefix, path, tokenizer)
+    facts = Path(f"{prefix}_preprocessed.json")
+    facts.write_text(facts.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(
+        UserError, match=r"has format 1, and this version of hft_megatron, .* preprocess the data again"
+    ):
+        load(prefix, tokenizer)
+
+
+def test_the_digests_of_before_hold_where_no_key_is_ignored() -> None:
+    known_before = {"seq_length", "long_examples", "loss", "data_format"}
+    assert ExampleRules(seq_length=5).decisive.keys() == known_before
+    assert ExampleRules(seq_length=5, ignore_keys=("a",)).decisive.keys() == {*known_before, "ignore_keys"}
+
+
+def test_pairs_tell_their_keys(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write_rows(tmp_path / "pairs.jsonl", [{**pair, "id": 1, "margin": 2}, pair])
+    notes = [f"{path}: keys that are not read: id (1)", f"{path}: keys passed over by --ignore-keys: margin (1)"]
+    pairs = training_pairs(DataConfig(train_data_path=(str(path),), ignore_keys="margin"), tokenizer, 512, "error")
+    assert pairs is not None
+    assert pairs.describe()[1:] == notes
