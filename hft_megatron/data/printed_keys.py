@@ -32,7 +32,7 @@ class PrintedKeys:
     def check_keys(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Raise TemplateError for a message with a key that is refused, or is not printed and not harmless."""
         for index, message in enumerate(messages):
-            for key in message:
+            for key in _others(message):
                 row = message_row(key)
                 if row is not None and row.treatment == "refused":
                     raise TemplateError(

@@ -45,6 +45,8 @@ def _without_weights(pair: Preference) -> Preference:
 def _take(messages: Sequence[Message], place: str, of: str = "") -> tuple[tuple[Message, ...], frozenset[int]]:
     """The messages without their weights, and the indices of those that are not to be trained."""
     kept, untrained = [], set()
+    if all(len(message) == 2 for message in messages):  # role and content, as nearly always
+        return tuple(messages), frozenset()
     for index, message in enumerate(messages):
         named = f"message {index + 1}{of}"
         said = {key: _is_trained(message, key, f"{place}: `{key}` of {named}") for key in _keys(message)}
