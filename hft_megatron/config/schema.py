@@ -117,7 +117,7 @@ class OptimizerConfig:
 
 
 DataFormat = Literal[
-    "messages", "sharegpt", "alpaca", "preference", "prompt-completion", "trace", "input-output", "text"
+    "messages", "preference", "sharegpt", "alpaca", "prompt-completion", "trace", "input-output", "text"
 ]
 """In the order in which they are tried: a record that has the keys of two is of the first."""
 LongExamples = Literal["error", "drop", "truncate", "split"]

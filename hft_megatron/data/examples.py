@@ -54,7 +54,7 @@ def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss
     if isinstance(record, Preference):
         raise UserError(
             f"{record.place}: the record is a preference pair (`chosen` and `rejected`), of which this command can't "
-            f"learn; give it records with one answer."
+            f"learn; train on pairs with hft-megatron dpo, or give records with one answer."
         )
     if isinstance(record, Completion):
         return completion_pieces(record, tokenizer, loss)

@@ -4,7 +4,7 @@ Trained are the answers' tokens alone, also where the prompt holds turns of the 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,7 +16,7 @@ from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
-from hft_megatron.data.formats.record import Completion, Message, Preference
+from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.records import read_records
@@ -40,14 +40,25 @@ class PairSource:
     """Pairs that are too long."""
     bad: tuple[tuple[str, int], ...]
     """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
+    forms: Mapping[PromptForm, int]
+    """Kept pairs by where their prompt was."""
 
     def summary(self) -> str:
-        """One line for the log, with everything that was shortened or left out."""
+        """One line for the log, with everything that was shortened or left out, and where prompts were."""
         bad = "".join(f", {count} left out: {reason}" for reason, count in self.bad)
+        moved = "".join(f", {self.forms[form]} {words}" for form, words in _FORMS.items() if self.forms.get(form))
         return (
             f"{self.path}: {self.pairs} pairs of {self.read} records, {self.truncated} truncated and {self.dropped} "
-            f"dropped{bad}"
+            f"dropped{bad}{moved}"
         )
+
+
+_FORMS: dict[PromptForm, str] = {
+    "stripped": "with a prompt that both answers repeated, where it was taken off",
+    "found": "with what both answers begin with as their prompt",
+    "in one answer": "with a prompt that one answer alone repeats, which was left as it is",
+}
+"""What stands behind their number in the summary; nothing is done to others."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +131,9 @@ def load_pair_dataset(
         offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
     )
     origins = [{"weight": one.weight, "files": [file_digest(file) for file in one.files]} for one in sources]
-    digest = data_digest(origins, tokenizer, rules, bad_pairs)
+    # Before prompts were taken off, the same files made other pairs, of which checkpoints and caches may be.
+    cut = ("cut",) if any(part.forms.get("stripped") for part in parts) else ()
+    digest = data_digest(origins, tokenizer, rules, bad_pairs, *cut)
     dataset = PairDataset(
         sources=tuple(parts),
         answers=SftDataset(parts=(), stores=(store,), seq_length=rules.seq_length, digest=digest),
@@ -139,6 +152,7 @@ def _load_source(
 ) -> tuple[list[Encoded], PairSource]:
     kept: list[Encoded] = []
     bad: Counter[str] = Counter()
+    forms: Counter[PromptForm] = Counter()
     read = truncated = dropped = 0
     for pair, halves in _encoded_pairs(source, tokenizer, rules.loss):
         read += 1
@@ -158,6 +172,7 @@ def _load_source(
             continue
         truncated += longest > rules.seq_length
         kept += fitting
+        forms[pair.form] += 1
     if not kept:
         left_out = dropped + bad.total()
         why = f"all {left_out} were left out" if left_out else "it is empty"
@@ -170,6 +185,7 @@ def _load_source(
         truncated=truncated,
         dropped=dropped,
         bad=tuple(bad.most_common()),
+        forms=forms,
     )
 
 

@@ -12,7 +12,8 @@ from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.files.row import Row
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.data.formats.record import Record, kind_of
-from hft_megatron.data.formats.table import COMPLETION_NAMES, FORMATS, PROMPT_NAMES, recognise
+from hft_megatron.data.formats.table import FORMATS, recognise
+from hft_megatron.data.formats.usual_names import COMPLETION_NAMES, PROMPT_NAMES
 from hft_megatron.data.printable import printable
 from hft_megatron.errors import UserError
 

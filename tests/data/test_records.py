@@ -62,6 +62,9 @@ def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path: Path, line: st
         ('{"input": "a", "output": "b"}', "input-output", Completion),
         ('{"text": "b", "id": 1}', "text", Completion),
         (f'{{"messages": [{ANSWER}], "prompt": "x", "chosen": 1, "rejected": 2}}', "messages", Chat),
+        (f'{{"messages": [{ANSWER}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
+        (f'{{"conversations": [{ANSWER}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
+        ('{"instruction": "a", "output": "d", "chosen": "b", "rejected": "c"}', "preference", Preference),
     ],
 )
 def test_a_format_is_known_by_its_keys_or_set(tmp_path: Path, row: str, known: Any, record: type) -> None:

@@ -40,20 +40,24 @@ def parse_sharegpt(row: Mapping[str, Any], place: str) -> Chat:
     system = optional_text_of(row, "system", place)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns, start=1):
-        messages.append(_message(turn, number, place))
+        messages.append(sharegpt_message(turn, number, place))
     return chat(place, messages)
 
 
-def _message(turn: object, number: int, place: str) -> Message:
+def sharegpt_message(turn: object, number: int, place: str, *, key: str = "conversations") -> Message:
+    """A turn of ``from`` and ``value`` as a message. Raises UserError naming it by its number within ``key``."""
+    of = "" if key == "conversations" else f" of `{key}`"
     if not isinstance(turn, dict):
-        raise UserError(f"{place}: turn {number} is {kind_of(turn)}, but it must be an object with `from` and `value`.")
+        raise UserError(
+            f"{place}: turn {number}{of} is {kind_of(turn)}, but it must be an object with `from` and `value`."
+        )
     speaker, text = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         shown = repr(speaker[:40]) if isinstance(speaker, str) else kind_of(speaker) if "from" in turn else "missing"
         raise UserError(
-            f"{place}: the `from` of turn {number} is {shown}, but it must be one of {', '.join(SHAREGPT_ROLES)}."
+            f"{place}: the `from` of turn {number}{of} is {shown}, but it must be one of {', '.join(SHAREGPT_ROLES)}."
         )
     if not isinstance(text, str):
         kind = kind_of(text) if "value" in turn else "missing"
-        raise UserError(f"{place}: the `value` of turn {number} is {kind}, but it must be text.")
+        raise UserError(f"{place}: the `value` of turn {number}{of} is {kind}, but it must be text.")
     return {"role": SHAREGPT_ROLES[speaker], "content": text}

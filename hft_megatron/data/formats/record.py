@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hft_megatron.errors import UserError
 
@@ -30,6 +30,11 @@ class Completion:
     completion: str
 
 
+PromptForm = Literal["given", "stripped", "found", "in one answer"]
+"""Where the prompt of a pair was: on its own; on its own and again in front of both answers, where it was taken off; in
+front of both answers alone; on its own and again in front of one answer, which was left as it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preference:
     """A prompt and two answers, of which the first is preferred; all three text, or all three messages."""
@@ -38,6 +43,7 @@ class Preference:
     prompt: str | tuple[Message, ...]
     chosen: str | tuple[Message, ...]
     rejected: str | tuple[Message, ...]
+    form: PromptForm = "given"
     fault: str | None = None
     """Why these are no two answers to one prompt, as a clause; None where they are."""
 

@@ -34,9 +34,9 @@ class Format:
 
 FORMATS: dict[DataFormat, Format] = {
     "messages": Format(keys=("messages",), parse=parse_messages),
+    "preference": Format(keys=("chosen", "rejected"), parse=parse_preference),
     "sharegpt": Format(keys=("conversations",), parse=parse_sharegpt),
     "alpaca": Format(keys=("instruction", "output"), parse=parse_alpaca),
-    "preference": Format(keys=("chosen", "rejected"), parse=parse_preference),
     "prompt-completion": Format(keys=("prompt", "completion"), parse=parse_prompt_completion),
     "trace": Format(keys=("prompt", "answer"), parse=parse_trace),
     "input-output": Format(keys=("input", "output"), parse=parse_input_output),
@@ -45,12 +45,11 @@ FORMATS: dict[DataFormat, Format] = {
 """The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of."""
 
 
-PROMPT_NAMES = ("prompt", "question", "query", "problem")
-COMPLETION_NAMES = ("completion", "answer", "response", "solution")
-"""What GSM8K, MetaMath and others call the halves of ``prompt-completion``. No format, since as often they mean a
-conversation."""
-
-
 def recognise(row: Mapping[str, Any]) -> DataFormat | None:
-    """The first format whose keys the row has."""
-    return next((name for name, format in FORMATS.items() if row.keys() >= set(format.keys)), None)
+    """The first format whose keys the row has.
+
+    ``messages`` beside two lists of messages repeat one of them, but beside two single messages they are the prompt.
+    """
+    is_ranking = all(isinstance(row.get(key), dict) for key in ("chosen", "rejected"))
+    formats = [name for name, format in FORMATS.items() if row.keys() >= set(format.keys)]
+    return next((name for name in formats if name != "messages" or not is_ranking), None)
