@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.printed_roles import PrintedRoles, unusual_roles
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
 from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
 from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
@@ -41,6 +42,7 @@ class ChatTemplate:
 
     def __init__(self, facts: TokenizerFacts, loss: LossRule) -> None:
         self._renderer = Renderer(facts.chat_template, facts.template_variables)
+        self._printed = PrintedRoles(self._renderer)
         self._tokens = SpecialTokens(facts.special_tokens)
         self._loss = loss
         self._well_marked: set[tuple[str, ...]] = set()
@@ -57,13 +59,14 @@ class ChatTemplate:
         try:
             rendered, turns = self._render(hidden, given)
         except TemplateError as error:
-            raise ChatError(str(error)) from error
+            raise ChatError(f"{error}{unusual_roles(messages)}") from error
         return self._split(rendered, self._trained(turns, len(rendered)))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], given: int) -> tuple[str, list[_Turn]]:
         """The text and those of the assistant's turns that the loss rule asks for."""
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        rendered, spans = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
+        marked = self._renderer.render(messages, add_generation_prompt=False)
+        rendered, spans = cut_marks(marked)
         if self._renderer.marks_spans:
             if len(spans) != len(answers):
                 raise ChatError(f"the chat template marks {len(spans)} trained spans, not one per assistant turn")
@@ -76,6 +79,7 @@ class ChatTemplate:
             else:
                 span = self._find_span(messages, turn, rendered)
             turns.append(self._with_end_token(rendered, span, messages[: turn + 1]))
+        self._printed.check(messages, marked)
         return rendered, turns
 
     def _check_marks(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[int]) -> None:

@@ -21,8 +21,15 @@ SHAREGPT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
 }
-"""ShareGPT's names of speakers; data sets made of it use Hugging Face's as well."""
+"""ShareGPT's names of speakers; data sets made of it use Hugging Face's as well.
+
+A ``function_call`` is what the assistant says and is trained as its text stands, where LLaMA-Factory would put it into
+the form that a model's tools have: a data set that wants one has it in the text, or ``tool_calls`` in ``messages``.
+"""
 
 
 def parse_messages(row: Mapping[str, Any], place: str) -> Chat:
