@@ -22,8 +22,8 @@ class FilesConfig:
     """What is read and written."""
 
     input: tuple[str, ...] = ()
-    """Files, globs or TRACE task folders (.jsonl, .json, .txt, each also with .gz or .zst, .parquet), one behind the
-    other. A .txt has one document per line."""
+    """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), one
+    behind the other. A .txt has one document per line."""
     output_prefix: str | None = None
     """PREFIX.bin and PREFIX.idx hold the tokens, PREFIX_loss_mask.* what of them is trained, PREFIX_boundaries.* where
     examples start and stop in a document, and PREFIX_preprocessed.json how they were made."""

@@ -130,9 +130,9 @@ class DataConfig:
     """What is trained on."""
 
     train_data_path: tuple[str, ...] = ()
-    """Files, globs or TRACE task folders (.jsonl, .json, .txt, each also with .gz or .zst, .parquet), or the prefix of
-    data from tools/preprocess_data.py. A number before each is its weight: the share of training samples drawn from
-    it, as in Megatron. Without weights every example comes once in an epoch."""
+    """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), or
+    the prefix of data from tools/preprocess_data.py. A number before each is its weight: the share of training samples
+    drawn from it, as in Megatron. Without weights every example comes once in an epoch."""
     valid_data_path: tuple[str, ...] = ()
     """Like --train-data-path, without weights; of a TRACE folder, eval.json."""
     data_format: DataFormat | None = None
