@@ -13,6 +13,7 @@ from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.entry import Command, run_tool
+from hft_megatron.config.data_keys import data_keys, prompt_separator
 from hft_megatron.config.schema import DataConfig, DataFormat, LongExamples
 from hft_megatron.errors import UserError
 
@@ -44,6 +45,10 @@ class ExamplesConfig:
 
     data_format: DataFormat | None = DataConfig.data_format
     """Layout of the records; recognised by the keys of a file's first record when unset."""
+    data_keys: str | None = DataConfig.data_keys
+    """KEY=NAME,... for records with other names: question=prompt,answer=completion reads `question` as `prompt`."""
+    prompt_separator: str = DataConfig.prompt_separator
+    """Text between a prompt and its completion, where they are texts of their own: \\n is a line end."""
     chat_template: str | None = DataConfig.chat_template
     """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
     unset."""
@@ -113,6 +118,8 @@ def run(options: Options, status: StatusFolder) -> None:
             long_examples=examples.long_examples,
             loss=LossRule(loss_on=examples.loss_on, train_on_eos=examples.train_on_eos),
             data_format=examples.data_format,
+            data_keys=data_keys(examples.data_keys),
+            prompt_separator=prompt_separator(examples.prompt_separator),
         ),
         append_eod=examples.append_eod,
         document_separator=files.document_separator,

@@ -137,6 +137,10 @@ class DataConfig:
     """Like --train-data-path, without weights; of a TRACE folder, eval.json."""
     data_format: DataFormat | None = None
     """Layout of the records; recognised by the keys of a file's first record when unset."""
+    data_keys: str | None = None
+    """KEY=NAME,... for records with other names: question=prompt,answer=completion reads `question` as `prompt`."""
+    prompt_separator: str = ""
+    """Text between a prompt and its completion or answers, where they are texts of their own: \\n is a line end."""
     chat_template: str | None = None
     """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
     unset."""

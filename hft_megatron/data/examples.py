@@ -1,6 +1,6 @@
 """Records to examples: token ids and which of them are trained."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.record import Chat, Completion, Preference, Record
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.records import read_records
+from hft_megatron.data.records import RecordReader
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.errors import UserError
 
@@ -33,20 +34,24 @@ class Example:
 
 
 def read_examples(
-    source: SourceFiles, tokenizer: Tokenizer, loss: LossRule, data_format: DataFormat | None
+    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
 ) -> Iterator[Example]:
-    """The examples of a source in its order. Raises UserError naming the record that can't be one."""
+    """The examples of a source in its order; records that can't be one are counted among the ``faults``.
+
+    Raises UserError for a file that can't be read on.
+    """
     template = ChatTemplate(tokenizer.facts, loss)
-    for batch in _batched(read_records(source.files, data_format)):
-        pieces = [pieces_of(record, tokenizer, template, loss) for _, record in batch]
-        for (known, record), (ids, trained) in zip(batch, tokenizer.encode_pieces(pieces), strict=True):
-            yield Example(place=record.place, format=known, ids=ids, trained=trained)
-
-
-def _batched(records: Iterable[tuple[DataFormat, Record]]) -> Iterator[Sequence[tuple[DataFormat, Record]]]:
-    rest = iter(records)
+    rest = reader.read(source.files, faults)
     while batch := list(islice(rest, RECORDS_PER_BATCH)):
-        yield batch
+        found: list[tuple[str, DataFormat, list[Piece]]] = []
+        for known, record in batch:
+            try:
+                found.append((record.place, known, pieces_of(record, tokenizer, template, loss)))
+            except UserError as error:
+                faults.add(record.place, error)
+        encoded = tokenizer.encode_pieces([pieces for _, _, pieces in found])
+        for (place, known, _), (ids, trained) in zip(found, encoded, strict=True):
+            yield Example(place=place, format=known, ids=ids, trained=trained)
 
 
 def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: LossRule) -> list[Piece]:

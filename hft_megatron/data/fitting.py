@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.config.schema import DataFormat, LongExamples
 from hft_megatron.data.examples import Example
+from hft_megatron.data.faults import RecordRefused
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.errors import UserError
+from hft_megatron.data.records import RecordRules
 
 NO_LIMIT = sys.maxsize
 """A sequence length for looking at data without a model."""
@@ -27,6 +29,13 @@ class ExampleRules:
     loss: LossRule = field(default_factory=LossRule)
     data_format: DataFormat | None = None
     """That of all files; recognised file by file when None."""
+    data_keys: DataKeys = ()
+    prompt_separator: str = ""
+
+    @property
+    def records(self) -> RecordRules:
+        """What decides which records come of which rows."""
+        return RecordRules(data_format=self.data_format, keys=self.data_keys, separator=self.prompt_separator)
 
 
 @dataclass(kw_only=True)
@@ -65,24 +74,26 @@ class SftCounts:
 
 
 def check_predicts(example: Example) -> None:
-    """Raise UserError for an example of which nothing can be learned."""
+    """Raise RecordRefused for an example of which nothing can be learned."""
     if not example.trained[1:].any():
-        raise UserError(f"{example.place}: the example has no token to predict; give it a prompt or remove it.")
+        raise RecordRefused(example.place, "the example has no token to predict; give it a prompt or remove it.")
 
 
 def spans_of(example: Example, rules: ExampleRules) -> list[Span]:
     """What is trained on of the example: all of it, and where it is too long what the rules say.
 
     A part of a split example begins with the token that the part before it predicted last, so that each token is
-    predicted once. Raises UserError for an example that is too long under ``error``.
+    predicted once. Raises RecordRefused for an example that is too long under ``error``.
     """
     size, length = len(example.ids), rules.seq_length
     if size - 1 <= length:
         return [(0, size)]
     if rules.long_examples == "error":
-        raise UserError(
-            f"{example.place}: the example has {size - 1} positions, but --seq-length is {length}; choose "
-            f"--long-examples drop, truncate or split, or raise it where the model has more positions."
+        raise RecordRefused(
+            example.place,
+            f"the example has {{}} positions, but --seq-length is {length}; choose --long-examples drop, truncate or "
+            f"split, or raise it where the model has more positions.",
+            size - 1,
         )
     starts = {"drop": range(0), "truncate": range(1), "split": range(0, size - 1, length)}[rules.long_examples]
     spans = [(start, min(start + length + 1, size)) for start in starts]

@@ -5,7 +5,7 @@ Trained are the answers' tokens alone, also where the prompt holds turns of the 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -13,13 +13,15 @@ import numpy as np
 from hft_megatron.config.schema import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
+from hft_megatron.data.faults import Faults, RecordRefused
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
 from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import Order, SourceMix
-from hft_megatron.data.records import read_records
+from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.records import RecordReader
 from hft_megatron.data.sft import SftDataset, data_digest
 from hft_megatron.data.stores import Encoded, ExamplesInMemory
 from hft_megatron.data.tokenizer import Piece, Tokenizer
@@ -42,6 +44,7 @@ class PairSource:
     """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
     forms: Mapping[PromptForm, int]
     """Kept pairs by where their prompt was."""
+    use: RecordUse
 
     def summary(self) -> str:
         """One line for the log, with everything that was shortened or left out, and where prompts were."""
@@ -49,7 +52,7 @@ class PairSource:
         moved = "".join(f", {self.forms[form]} {words}" for form, words in _FORMS.items() if self.forms.get(form))
         return (
             f"{self.path}: {self.pairs} pairs of {self.read} records, {self.truncated} truncated and {self.dropped} "
-            f"dropped{bad}{moved}"
+            f"dropped{bad}{moved}{self.use.words()}"
         )
 
 
@@ -112,19 +115,22 @@ def load_pair_dataset(
 ) -> PairDataset:
     """Read and tokenize all sources. Needs no model and no process group.
 
-    Raises UserError naming the place of a record that is malformed, can't be rendered, is too long under ``error`` or,
-    unless ``bad_pairs`` are skipped, that nothing can be learned of: equal answers, an empty one, a prompt that leaves
-    no room for an answer, answers to different prompts. Also for a source without pairs or with too small a weight.
+    Raises UserError with every kind of fault that records have, and the places of two: malformed, not to be rendered,
+    too long under ``error`` or, unless ``bad_pairs`` are skipped, nothing to learn (equal answers, an empty one, a
+    prompt that leaves no room for an answer, answers to different prompts). Also for a source without pairs or with too
+    small a weight.
     """
     assert rules.long_examples != "split"
+    faults = Faults()
     kept: list[Encoded] = []
     parts = []
     for source in sources:
         if source.prefix is not None:
             raise UserError(f"{source.path} is preprocessed data, which hold no pairs; give the files of pairs.")
-        answers, part = _load_source(source, tokenizer, rules, bad_pairs)
+        answers, part = _load_source(source, tokenizer, rules, bad_pairs, faults)
         kept += answers
         parts.append(part)
+    faults.raise_if_any()
     store = ExamplesInMemory(
         tokens=np.concatenate([ids for ids, _ in kept]),
         trained=np.concatenate([mask for _, mask in kept]),
@@ -148,13 +154,14 @@ def load_pair_dataset(
 
 
 def _load_source(
-    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs, faults: Faults
 ) -> tuple[list[Encoded], PairSource]:
     kept: list[Encoded] = []
     bad: Counter[str] = Counter()
     forms: Counter[PromptForm] = Counter()
     read = truncated = dropped = 0
-    for pair, halves in _encoded_pairs(source, tokenizer, rules.loss):
+    reader, faults_before = RecordReader(replace(rules.records, data_format="preference")), len(faults)
+    for pair, halves in _encoded_pairs(source, reader, tokenizer, rules.loss, faults):
         read += 1
         longest = max(len(ids) - 1 for ids, _ in halves)
         try:
@@ -163,17 +170,23 @@ def _load_source(
                 dropped += 1
                 continue
             _check_room(halves, rules)
-            fitting = [_fitting(half, pair.place, rules) for half in halves]
+            _check_length(longest, pair.place, rules)
+            fitting = [(ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]) for ids, mask in halves]
             _check_halves(fitting)
         except _BadPair as fault:
             if bad_pairs == "error":
-                raise UserError(f"{pair.place}: {fault}; correct the pair, or choose --dpo-bad-pairs skip.") from fault
-            bad[str(fault)] += 1
+                sentence = f"{fault}; correct the pair, or choose --dpo-bad-pairs skip."
+                faults.add(pair.place, RecordRefused(pair.place, sentence))
+            else:
+                bad[str(fault)] += 1
+            continue
+        except RecordRefused as refused:
+            faults.add(pair.place, refused)
             continue
         truncated += longest > rules.seq_length
         kept += fitting
         forms[pair.form] += 1
-    if not kept:
+    if not kept and len(faults) == faults_before:
         left_out = dropped + bad.total()
         why = f"all {left_out} were left out" if left_out else "it is empty"
         raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
@@ -186,22 +199,27 @@ def _load_source(
         dropped=dropped,
         bad=tuple(bad.most_common()),
         forms=forms,
+        use=reader.use(),
     )
 
 
 def _encoded_pairs(
-    source: SourceFiles, tokenizer: Tokenizer, loss: LossRule
+    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
 ) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
     template = ChatTemplate(tokenizer.facts, loss)
-    records = read_records(source.files, "preference")
+    records = reader.read(source.files, faults)
     while batch := [record for _, record in islice(records, RECORDS_PER_BATCH)]:
-        pieces = []
+        pairs: list[Preference] = []
+        pieces: list[list[Piece]] = []
         for pair in batch:
             assert isinstance(pair, Preference)
-            pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
+            try:
+                pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
+                pairs.append(pair)
+            except UserError as error:
+                faults.add(pair.place, error)
         encoded = tokenizer.encode_pieces(pieces)
-        for number, pair in enumerate(batch):
-            assert isinstance(pair, Preference)
+        for number, pair in enumerate(pairs):
             yield pair, (encoded[2 * number], encoded[2 * number + 1])
 
 
@@ -239,14 +257,14 @@ def _check_room(halves: Sequence[Encoded], rules: ExampleRules) -> None:
             raise _BadPair("the prompt leaves no room for an answer within --seq-length")
 
 
-def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
-    ids, mask = half
-    if len(ids) - 1 > rules.seq_length and rules.long_examples == "error":
-        raise UserError(
-            f"{place}: the prompt and an answer have {len(ids) - 1} positions, but --seq-length is {rules.seq_length}; "
-            f"choose --long-examples drop or truncate, or raise it where the model has more positions."
+def _check_length(positions: int, place: str, rules: ExampleRules) -> None:
+    if positions > rules.seq_length and rules.long_examples == "error":
+        raise RecordRefused(
+            place,
+            f"the prompt and an answer have {{}} positions, but --seq-length is {rules.seq_length}; choose "
+            f"--long-examples drop or truncate, or raise it where the model has more positions.",
+            positions,
         )
-    return ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]
 
 
 def _check_halves(halves: Sequence[Encoded]) -> None:

@@ -3,18 +3,21 @@
 A file has one format: that of --data-format, or the one that its first record's keys are known by.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.config.schema import DataFormat
+from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.row import Row
-from hft_megatron.data.files.rows import read_rows
-from hft_megatron.data.formats.record import Record, kind_of
+from hft_megatron.data.files.rows import find_rows, row_of
+from hft_megatron.data.formats.record import Chat, Completion, Record, kind_of
 from hft_megatron.data.formats.table import FORMATS, recognise
-from hft_megatron.data.formats.usual_names import COMPLETION_NAMES, PROMPT_NAMES
+from hft_megatron.data.formats.usual_names import COMPLETION_NAMES, PROMPT_NAMES, only_one_of
 from hft_megatron.data.printable import printable
+from hft_megatron.data.record_use import RecordUse
 from hft_megatron.errors import UserError
 
 
@@ -27,63 +30,136 @@ class Layout:
     """The place of the record that it was recognised by; empty where --data-format says it."""
 
 
-def read_records(files: Sequence[Path], data_format: DataFormat | None) -> Iterator[tuple[DataFormat, Record]]:
-    """Each record of each file in order, with its format. Raises UserError naming the file and the record's place."""
-    for path in files:
-        layout = None if data_format is None else Layout(format=data_format)
-        for row in read_rows(path):
-            if layout is None:
-                layout = layout_of(row)
-            yield layout.format, record_of(row, layout)
+@dataclass(frozen=True, kw_only=True)
+class RecordRules:
+    """What decides, next to its keys, what a row means."""
+
+    data_format: DataFormat | None = None
+    """That of all files; recognised file by file when None."""
+    keys: DataKeys = ()
+    separator: str = ""
+    """What stands between a prompt and its answers where both are texts of their own."""
 
 
-def layout_of(row: Row) -> Layout:
-    """The format that the row's keys are known by. Raises UserError for one of no format."""
-    value = _object(row)
-    known = recognise(value)
-    if known is None:
-        accepted = "; ".join(format.needs for format in FORMATS.values())
-        raise UserError(
-            f"{row.place}: the record has {_keys_in_words(value)}, which is no known format: "
-            f"{accepted}{_rename(value)}."
-        )
-    return Layout(format=known, since=row.place)
+class RecordReader:
+    """Makes records of rows, and keeps account of which rules did something."""
+
+    def __init__(self, rules: RecordRules) -> None:
+        self._rules = rules
+        self._names = dict(rules.keys)
+        self._found_keys: set[str] = set()
+        self._joined = False
+        """Whether a record has the separator in it."""
+
+    def use(self) -> RecordUse:
+        """What came of the rules so far."""
+        keys = tuple((key, known) for key, known in self._rules.keys if key in self._found_keys)
+        return RecordUse(keys=keys, separator=self._rules.separator if self._joined else "")
+
+    def read(self, files: Sequence[Path], faults: Faults | None = None) -> Iterator[tuple[DataFormat, Record]]:
+        """Each record of each file in order, with its format.
+
+        Raises UserError naming file and place for one that is wrong, or counts it among the ``faults``. A file that
+        can't be read on, or whose first record can't be read or is of no format, ends the reading in any case.
+        """
+        for path in files:
+            layout = None if self._rules.data_format is None else Layout(format=self._rules.data_format)
+            for found in find_rows(path):
+                if layout is None:
+                    layout = self.layout_of(row_of(found.item))
+                try:
+                    record = self.record_of(row_of(found.item), layout)
+                except UserError as error:
+                    if faults is None:
+                        raise
+                    faults.add(found.item.place, error)
+                else:
+                    yield layout.format, record
+
+    def layout_of(self, row: Row) -> Layout:
+        """The format that the row's keys are known by. Raises UserError for one of no format."""
+        value = self._renamed(row)
+        known = recognise(value)
+        if known is None:
+            accepted = "; ".join(format.needs for format in FORMATS.values())
+            raise UserError(
+                f"{row.place}: the record has {_keys_in_words(row.value)}, which is no known format: {accepted}. "
+                f"{_proposal(row.value)}."
+            )
+        return Layout(format=known, since=row.place)
+
+    def record_of(self, row: Row, layout: Layout) -> Record:
+        """The row as a record of its file's format. Raises UserError naming its place."""
+        value = self._renamed(row)
+        format = FORMATS[layout.format]
+        if not value.keys() >= set(format.keys):
+            raise UserError(_other_keys(row, layout))
+        try:
+            record = format.parse(value, row.place)
+        except UserError as error:
+            raise UserError(f"{str(error).removesuffix('.')}{self._named_by_user(str(error))}.") from error
+        return self._with_separator(record)
+
+    def _renamed(self, row: Row) -> dict[str, Any]:
+        """The row under the keys that the formats know."""
+        value = row.value
+        if not isinstance(value, dict):
+            raise UserError(f"{row.place}: the record is {kind_of(value)}, but it must be an object with keys.")
+        mapped = {key: known for key, known in self._names.items() if value.get(key) is not None}
+        for key, known in mapped.items():
+            if known not in mapped and value.get(known) is not None:
+                raise UserError(
+                    f"{row.place}: the record has the key `{known}` as well as `{key}`, which --data-keys calls so "
+                    f"too; map one of them to another name, or leave {key}={known} out."
+                )
+        self._found_keys |= value.keys() & self._names.keys()
+        renamed = {key: inner for key, inner in value.items() if key not in mapped and key not in mapped.values()}
+        return renamed | {known: value[key] for key, known in mapped.items()}
+
+    def _named_by_user(self, sentence: str) -> str:
+        """Which of the keys in a sentence the records call otherwise."""
+        named = [f"`{known}` is `{key}`" for key, known in self._names.items() if f"`{known}`" in sentence]
+        return f" ({', '.join(named)} by --data-keys)" if named else ""
+
+    def _with_separator(self, record: Record) -> Record:
+        separator = self._rules.separator
+        if not separator or isinstance(record, Chat) or not record.prompt or not isinstance(record.prompt, str):
+            return record
+        joined = record.prompt + separator
+        if isinstance(record, Completion) or record.form in ("given", "in one answer"):
+            self._joined = True
+            return replace(record, prompt=joined)
+        # Prompt and answers were one text already: what joins them there belongs to the prompt.
+        chosen, rejected = record.chosen, record.rejected
+        assert isinstance(chosen, str)
+        assert isinstance(rejected, str)
+        if not (chosen.startswith(separator) and rejected.startswith(separator)):
+            return record
+        self._joined = True
+        start = len(separator)
+        return replace(record, prompt=joined, chosen=chosen[start:], rejected=rejected[start:])
 
 
-def record_of(row: Row, layout: Layout) -> Record:
-    """The row as a record of its file's format. Raises UserError naming its place."""
-    value = _object(row)
-    format = FORMATS[layout.format]
-    if not value.keys() >= set(format.keys):
-        raise UserError(_other_keys(value, row.place, layout))
-    return format.parse(value, row.place)
-
-
-def _object(row: Row) -> dict[str, Any]:
-    if not isinstance(row.value, dict):
-        raise UserError(f"{row.place}: the record is {kind_of(row.value)}, but it must be an object with keys.")
-    return row.value
-
-
-def _other_keys(row: dict[str, Any], place: str, layout: Layout) -> str:
+def _other_keys(row: Row, layout: Layout) -> str:
+    found = f"{row.place}: the record has {_keys_in_words(row.value)}"
     needed = f"the format {layout.format} needs {FORMATS[layout.format].needs}"
     if layout.since:
         return (
-            f"{place}: the record has {_keys_in_words(row)}, but {needed}, and the file is in it since {layout.since}; "
-            f"put records of another format into a file of their own."
+            f"{found}, but {needed}, and the file is in it since {layout.since}; put records of another format into a "
+            f"file of their own."
         )
-    return f"{place}: the record has {_keys_in_words(row)}, but {needed}; correct --data-format or the record."
+    return f"{found}, but {needed}; correct --data-format or the record."
 
 
-def _rename(row: dict[str, Any]) -> str:
-    """Which keys to rename, where there is no doubt which are the prompt and its completion."""
-    halves = [[key for key in row if key in names] for names in (PROMPT_NAMES, COMPLETION_NAMES)]
-    if any(len(keys) != 1 for keys in halves):
-        return ""
-    pairs = zip((keys[0] for keys in halves), ("prompt", "completion"), strict=True)
-    return ". Rename " + " and ".join(f"`{key}` to `{name}`" for key, name in pairs if key != name)
+def _proposal(row: Mapping[str, Any]) -> str:
+    """What to write, with the record's own keys where there is no doubt which are the prompt and its completion."""
+    prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
+    if prompt is None or completion is None:
+        return "Say which keys are meant with --data-keys KEY=prompt,OTHER=completion"
+    pairs = ((prompt, "prompt"), (completion, "completion"))
+    return "Read it with --data-keys " + ",".join(f"{key}={name}" for key, name in pairs if key != name)
 
 
-def _keys_in_words(row: dict[str, Any]) -> str:
+def _keys_in_words(row: Mapping[str, Any]) -> str:
     shown = [f"`{printable(key[:40])}`" for key in list(row)[:10]] + ["..."] * (len(row) > 10)
     return "the keys " + ", ".join(shown) if shown else "no keys"

@@ -4,6 +4,7 @@ Run: pytest tests/data/test_pairs.py
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,34 @@ def test_long_answers_are_an_error_or_dropped_or_cut_in_both_halves_alike(tokeni
     cut = load_pairs(path, tokenizer, 64, long_examples="truncate")
     assert (len(cut), cut.sources[0].truncated) == (2, 1)
     assert cut.answers.num_positions(2) == 64
+
+
+def test_all_that_is_wrong_with_pairs_is_said_at_once_with_the_option_that_helps(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    long = [PAIR | {"chosen": "yes " * number} for number in (400, 500, 300)]
+    equal, odd = PAIR | {"rejected": "yes"}, PAIR | {"chosen": 1}
+    a = write_rows(tmp_path / "a.jsonl", [*long[:2], PAIR, equal])
+    b = write_rows(tmp_path / "b.jsonl", [equal, long[2], odd])
+    options = DataConfig(train_data_path=(str(a), str(b)))
+    with pytest.raises(UserError) as caught:
+        training_pairs(options, tokenizer, 64, "error")
+    first, second, third = re.split(r"(?<=\.) (?=\d|/)", str(caught.value))
+    assert first.startswith(f"3 records ({a}:1, {a}:2, ...): the prompt and an answer have up to ")
+    assert "choose --long-examples drop or truncate" in first
+    assert second.startswith(f"2 records ({a}:4, {b}:1): `chosen` and `rejected` are the same; correct the pair, or")
+    assert second.endswith("choose --dpo-bad-pairs skip.")
+    assert third.startswith(f"{b}:3: `chosen` is a number, but")
+
+
+def test_what_no_option_helps_is_said_also_where_bad_pairs_are_skipped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [PAIR | {"rejected": "yes"}, PAIR | {"chosen": None}, PAIR | {"rejected": "no " * 400}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as caught:
+        load_pairs(path, tokenizer, 64, bad_pairs="skip")
+    assert f"{path}:2: `chosen` is null" in str(caught.value)
+    assert f"{path}:3: the prompt and an answer have " in str(caught.value)
+    assert "are the same" not in str(caught.value)
 
 
 def test_a_file_without_a_usable_pair_is_one_sentence(tokenizer: Tokenizer, tmp_path: Path) -> None:

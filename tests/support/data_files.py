@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
@@ -24,6 +25,8 @@ def load(
     seq_length: int = 4096,
     long_examples: Any = "error",
     data_format: Any = None,
+    keys: DataKeys = (),
+    joined: str = "",
     **loss: Any,
 ) -> SftDataset:
     """The data set of --train-data-path ``words``, or of one path; ``loss`` are fields of LossRule."""
@@ -32,7 +35,12 @@ def load(
         find_sources("--train-data-path", [str(word) for word in listed], TRAIN_SPLIT),
         tokenizer,
         ExampleRules(
-            seq_length=seq_length, long_examples=long_examples, data_format=data_format, loss=LossRule(**loss)
+            seq_length=seq_length,
+            long_examples=long_examples,
+            data_format=data_format,
+            data_keys=keys,
+            prompt_separator=joined,
+            loss=LossRule(**loss),
         ),
     )
 

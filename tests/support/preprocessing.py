@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.data.files.prefixes import BOUNDARIES, LOSS_MASK
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_input
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
@@ -28,13 +29,20 @@ def make(
     long_examples: Any = "error",
     data_format: Any = None,
     separator: str | None = None,
+    keys: DataKeys = (),
+    joined: str = "",
     **options: Any,
 ) -> Facts:
     """Preprocess ``files``; ``options`` are fields of Preprocessing or of LossRule."""
     words = [files] if isinstance(files, Path) else files
     loss = {name: options.pop(name) for name in ("loss_on", "train_on_eos") if name in options}
     rules = ExampleRules(
-        seq_length=seq_length, long_examples=long_examples, data_format=data_format, loss=LossRule(**loss)
+        seq_length=seq_length,
+        long_examples=long_examples,
+        data_format=data_format,
+        data_keys=keys,
+        prompt_separator=joined,
+        loss=LossRule(**loss),
     )
     asked = Preprocessing(
         files=find_input("--input", [str(word) for word in words], TRAIN_SPLIT),
