@@ -20,6 +20,7 @@ from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
 from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import Order, SourceMix
+from hft_megatron.data.pair_checks import BadPair, check_halves, check_length, check_record, check_room
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.sft import SftDataset, data_digest
@@ -106,10 +107,6 @@ class PairDataset:
         return [f"{source.summary()}{limit}{note}" for source, note in zip(self.sources, self.mix.notes(), strict=True)]
 
 
-class _BadPair(Exception):
-    """A pair of which nothing can be learned; the message is a clause."""
-
-
 def load_pair_dataset(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
 ) -> PairDataset:
@@ -165,15 +162,15 @@ def _load_source(
         read += 1
         longest = max(len(ids) - 1 for ids, _ in halves)
         try:
-            _check_record(pair)
+            check_record(pair)
             if longest > rules.seq_length and rules.long_examples == "drop":
                 dropped += 1
                 continue
-            _check_room(halves, rules)
-            _check_length(longest, pair.place, rules)
+            check_room(halves, rules)
+            check_length(longest, pair.place, rules)
             fitting = [(ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]) for ids, mask in halves]
-            _check_halves(fitting)
-        except _BadPair as fault:
+            check_halves(fitting)
+        except BadPair as fault:
             if bad_pairs == "error":
                 sentence = f"{fault}; correct the pair, or choose --dpo-bad-pairs skip."
                 faults.add(pair.place, RecordRefused(pair.place, sentence))
@@ -238,40 +235,3 @@ def _pieces(
         return template.pieces([*pair.prompt, *answer], given=len(pair.prompt))
     except ChatError as error:
         raise UserError(f"{pair.place}: {error}.") from error
-
-
-def _check_record(pair: Preference) -> None:
-    if pair.fault is not None:
-        raise _BadPair(pair.fault)
-    for key, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        turns = [answer] if isinstance(answer, str) else [turn["content"] for turn in answer]
-        if not turns[-1].strip():
-            raise _BadPair(f"the answer in `{key}` is empty")
-    if pair.chosen == pair.rejected:
-        raise _BadPair("`chosen` and `rejected` are the same")
-
-
-def _check_room(halves: Sequence[Encoded], rules: ExampleRules) -> None:
-    for _, mask in halves:
-        if not mask[1 : rules.seq_length + 1].any():
-            raise _BadPair("the prompt leaves no room for an answer within --seq-length")
-
-
-def _check_length(positions: int, place: str, rules: ExampleRules) -> None:
-    if positions > rules.seq_length and rules.long_examples == "error":
-        raise RecordRefused(
-            place,
-            f"the prompt and an answer have {{}} positions, but --seq-length is {rules.seq_length}; choose "
-            f"--long-examples drop or truncate, or raise it where the model has more positions.",
-            positions,
-        )
-
-
-def _check_halves(halves: Sequence[Encoded]) -> None:
-    prompts = []
-    for ids, mask in halves:
-        prompts.append(ids[: int(np.argmax(mask))])
-    if not np.array_equal(prompts[0], prompts[1]):
-        raise _BadPair("the two answers follow different tokens: their prompts differ, or the chat template makes them")
-    if np.array_equal(halves[0][0], halves[1][0]):
-        raise _BadPair("`chosen` and `rejected` have the same tokens within --seq-length")
