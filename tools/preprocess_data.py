@@ -13,6 +13,7 @@ from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.entry import Command, run_tool
+from hft_megatron.config.data_keys import data_keys, prompt_separator
 from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.schema import DataConfig, DataFormat, LongExamples
 from hft_megatron.errors import UserError
@@ -23,8 +24,8 @@ class FilesConfig:
     """What is read and written."""
 
     input: tuple[str, ...] = ()
-    """Files, globs or TRACE task folders (.jsonl, .json, .txt, each also with .gz or .zst, .parquet), one behind the
-    other. A .txt has one document per line."""
+    """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), one
+    behind the other. A .txt has one document per line."""
     output_prefix: str | None = None
     """PREFIX.bin and PREFIX.idx hold the tokens, PREFIX_loss_mask.* what of them is trained, PREFIX_boundaries.* where
     examples start and stop in a document, and PREFIX_preprocessed.json how they were made."""
@@ -45,6 +46,10 @@ class ExamplesConfig:
 
     data_format: DataFormat | None = DataConfig.data_format
     """Layout of the records; recognised by the keys of a file's first record when unset."""
+    data_keys: str | None = DataConfig.data_keys
+    """KEY=NAME,... for records with other names: question=prompt,answer=completion reads `question` as `prompt`."""
+    prompt_separator: str = DataConfig.prompt_separator
+    """Text between a prompt and its completion, where they are texts of their own: \\n is a line end."""
     ignore_keys: str | None = DataConfig.ignore_keys
     """Keys of records and messages to pass over, separated by commas."""
     chat_template: str | None = DataConfig.chat_template
@@ -117,6 +122,8 @@ def run(options: Options, status: StatusFolder) -> None:
             loss=LossRule(loss_on=examples.loss_on, train_on_eos=examples.train_on_eos),
             data_format=examples.data_format,
             ignore_keys=ignored_keys(examples.ignore_keys),
+            data_keys=data_keys(examples.data_keys),
+            prompt_separator=prompt_separator(examples.prompt_separator),
         ),
         append_eod=examples.append_eod,
         document_separator=files.document_separator,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.config.data_keys import check_record_options
 from hft_megatron.config.data_sources import check_sources
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.run_folder import write_atomically
@@ -95,6 +96,7 @@ def _checked(options: ShowDataOptions) -> ModelShape | None:
     if not options.data.train_data_path and not options.data.valid_data_path:
         raise UserError("--train-data-path is missing: name the data to show.")
     check_sources(options.data)
+    check_record_options(options.data)
     folder = options.model.load_hf
     if folder is None and options.data.tokenizer_model is None:
         raise UserError("--tokenizer-model is missing: name a tokenizer, or the model folder by --load-hf.")

@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+from hft_megatron.config.data_keys import check_record_options
 from hft_megatron.config.data_sources import check_sources
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
@@ -44,8 +45,10 @@ def tokenizer_is_given(config: RunConfig, shape: ModelShape, world_size: int) ->
 
 
 def data_sources_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Weights stand before paths, for all or none; validation, which sees every example once, has none."""
+    """Weights stand before paths, for all or none; validation, which sees every example once, has none. What is said
+    about the keys of records has a meaning."""
     check_sources(config.data)
+    check_record_options(config.data)
 
 
 def packing_is_asked_for(config: RunConfig, shape: ModelShape, world_size: int) -> None:

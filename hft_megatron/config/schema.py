@@ -117,7 +117,7 @@ class OptimizerConfig:
 
 
 DataFormat = Literal[
-    "messages", "sharegpt", "alpaca", "preference", "prompt-completion", "trace", "input-output", "text"
+    "messages", "preference", "sharegpt", "alpaca", "prompt-completion", "trace", "input-output", "text"
 ]
 """In the order in which they are tried: a record that has the keys of two is of the first."""
 LongExamples = Literal["error", "drop", "truncate", "split"]
@@ -130,13 +130,17 @@ class DataConfig:
     """What is trained on."""
 
     train_data_path: tuple[str, ...] = ()
-    """Files, globs or TRACE task folders (.jsonl, .json, .txt, each also with .gz or .zst, .parquet), or the prefix of
-    data from tools/preprocess_data.py. A number before each is its weight: the share of training samples drawn from
-    it, as in Megatron. Without weights every example comes once in an epoch."""
+    """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), or
+    the prefix of data from tools/preprocess_data.py. A number before each is its weight: the share of training samples
+    drawn from it, as in Megatron. Without weights every example comes once in an epoch."""
     valid_data_path: tuple[str, ...] = ()
     """Like --train-data-path, without weights; of a TRACE folder, eval.json."""
     data_format: DataFormat | None = None
     """Layout of the records; recognised by the keys of a file's first record when unset."""
+    data_keys: str | None = None
+    """KEY=NAME,... for records with other names: question=prompt,answer=completion reads `question` as `prompt`."""
+    prompt_separator: str = ""
+    """Text between a prompt and its completion or answers, where they are texts of their own: \\n is a line end."""
     ignore_keys: str | None = None
     """Keys of records and messages to pass over, separated by commas, such as `chosen,name`: also those that would be
     an error because nothing here reads them. How many records have them is in the log."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.printed_keys import PrintedKeys
+from hft_megatron.data.printed_keys import PrintedKeys, unusual_roles
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
 from hft_megatron.data.spans import SpanFinder
 from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
@@ -67,7 +67,7 @@ class ChatTemplate:
             self._printed.check_texts(hidden)
             self._check_names(messages, hidden, rendered)
         except TemplateError as error:
-            raise ChatError(str(error)) from error
+            raise ChatError(f"{error}{unusual_roles(messages)}") from error
         return self._split(rendered, self._trained(turns, untrained, len(rendered)))
 
     def unread_keys(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -232,7 +232,7 @@ def _refuse_reserved(value: Any) -> None:
 
 def _checked_mark(rendered: str, span: tuple[int, int], message: Mapping[str, Any], turn: int) -> tuple[int, int]:
     """``span``, if it holds the turn's text: a template may mark more, such as a chain of thought, but not less."""
-    if str(message["content"]).strip() not in rendered[slice(*span)]:
+    if (message["content"] or "").strip() not in rendered[slice(*span)]:
         raise ChatError(
             f"what the chat template marks with {{% generation %}} for message {turn + 1} doesn't hold the message's "
             f"text; correct the template"

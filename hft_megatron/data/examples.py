@@ -1,6 +1,6 @@
 """Records to examples: token ids and which of them are trained."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.record import NOTHING, Chat, Completion, PassedOver, Preference, Record
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.records import read_records
+from hft_megatron.data.records import RecordReader
 from hft_megatron.data.stores import Encoded
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.errors import UserError
@@ -41,18 +42,24 @@ class Example:
 
 
 def read_examples(
-    source: SourceFiles,
-    tokenizer: Tokenizer,
-    loss: LossRule,
-    data_format: DataFormat | None,
-    ignored: frozenset[str] = frozenset(),
+    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
 ) -> Iterator[Example]:
-    """The examples of a source in its order. Raises UserError naming the record that can't be one."""
+    """The examples of a source in its order; records that can't be one are counted among the ``faults``.
+
+    Raises UserError for a file that can't be read on.
+    """
     template = ChatTemplate(tokenizer.facts, loss)
-    for batch in _batched(read_records(source.files, data_format, ignored)):
-        pieces = [pieces_of(record, tokenizer, template, loss) for _, record in batch]
-        for (known, record), of_record, encoded in zip(batch, pieces, tokenizer.encode_pieces(pieces), strict=True):
-            yield example_of(record, known, of_record, encoded, template, loss)
+    rest = reader.read(source.files, faults)
+    while batch := list(islice(rest, RECORDS_PER_BATCH)):
+        found: list[tuple[Record, DataFormat, list[Piece]]] = []
+        for known, record in batch:
+            try:
+                found.append((record, known, pieces_of(record, tokenizer, template, loss)))
+            except UserError as error:
+                faults.add(record.place, error)
+        encoded = tokenizer.encode_pieces([pieces for *_, pieces in found])
+        for (record, known, pieces), of_record in zip(found, encoded, strict=True):
+            yield example_of(record, known, pieces, of_record, template, loss)
 
 
 def example_of(
@@ -98,18 +105,12 @@ def _count_untrained(record: Record) -> int:
     return sum(record.messages[index]["role"] == "assistant" for index in record.untrained if index >= record.given)
 
 
-def _batched(records: Iterable[tuple[DataFormat, Record]]) -> Iterator[Sequence[tuple[DataFormat, Record]]]:
-    rest = iter(records)
-    while batch := list(islice(rest, RECORDS_PER_BATCH)):
-        yield batch
-
-
 def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: LossRule) -> list[Piece]:
     """The text of a record, cut where its tokens are. Raises UserError naming a record that can't be an example."""
     if isinstance(record, Preference):
         raise UserError(
             f"{record.place}: the record is a preference pair (`chosen` and `rejected`), of which this command can't "
-            f"learn; give it records with one answer."
+            f"learn; train on pairs with hft-megatron dpo, or give records with one answer."
         )
     if isinstance(record, Completion):
         return completion_pieces(record, tokenizer, loss)

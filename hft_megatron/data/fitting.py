@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.config.schema import DataFormat, LongExamples
 from hft_megatron.data.examples import Example
+from hft_megatron.data.faults import RecordRefused
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.printable import printable
+from hft_megatron.data.records import RecordRules
 from hft_megatron.errors import UserError
 
 NO_LIMIT = sys.maxsize
@@ -31,12 +34,27 @@ class ExampleRules:
     """That of all files; recognised file by file when None."""
     ignore_keys: tuple[str, ...] = ()
     """Keys of records and messages that might as well be missing."""
+    data_keys: DataKeys = ()
+    prompt_separator: str = ""
+
+    @property
+    def records(self) -> RecordRules:
+        """What decides which records come of which rows."""
+        return RecordRules(
+            data_format=self.data_format,
+            keys=self.data_keys,
+            separator=self.prompt_separator,
+            ignored=frozenset(self.ignore_keys),
+        )
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """What a digest is made of: keys to ignore came later, and change no digest where there are none."""
+        """What a digest is made of: options that came later change no digest where they are not used."""
         values = asdict(self)
-        return values if self.ignore_keys else {name: value for name, value in values.items() if name != "ignore_keys"}
+        for later in ("ignore_keys", "data_keys", "prompt_separator"):
+            if not values[later]:
+                del values[later]
+        return values
 
 
 @dataclass(kw_only=True)
@@ -133,30 +151,33 @@ def notes_of_keys(path: str, unread: Mapping[str, int], ignored: Mapping[str, in
 
 
 def check_predicts(example: Example) -> None:
-    """Raise UserError for an example of which nothing can be learned."""
+    """Raise RecordRefused for an example of which nothing can be learned."""
     if example.trained[1:].any():
         return
     if example.untrained_turns:
-        raise UserError(
-            f"{example.place}: the example has no token to predict, because its messages say that none of the answers "
-            f"is to be trained; correct them, or remove it."
+        raise RecordRefused(
+            example.place,
+            "the example has no token to predict, because its messages say that none of the answers is to be trained; "
+            "correct them, or remove it.",
         )
-    raise UserError(f"{example.place}: the example has no token to predict; give it a prompt or remove it.")
+    raise RecordRefused(example.place, "the example has no token to predict; give it a prompt or remove it.")
 
 
 def spans_of(example: Example, rules: ExampleRules) -> list[Span]:
     """What is trained on of the example: all of it, and where it is too long what the rules say.
 
     A part of a split example begins with the token that the part before it predicted last, so that each token is
-    predicted once. Raises UserError for an example that is too long under ``error``.
+    predicted once. Raises RecordRefused for an example that is too long under ``error``.
     """
     size, length = len(example.ids), rules.seq_length
     if size - 1 <= length:
         return [(0, size)]
     if rules.long_examples == "error":
-        raise UserError(
-            f"{example.place}: the example has {size - 1} positions, but --seq-length is {length}; choose "
-            f"--long-examples drop, truncate or split, or raise it where the model has more positions."
+        raise RecordRefused(
+            example.place,
+            f"the example has {{}} positions, but --seq-length is {length}; choose --long-examples drop, truncate or "
+            f"split, or raise it where the model has more positions.",
+            size - 1,
         )
     starts = {"drop": range(0), "truncate": range(1), "split": range(0, size - 1, length)}[rules.long_examples]
     spans = [(start, min(start + length + 1, size)) for start in starts]

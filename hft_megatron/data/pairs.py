@@ -4,8 +4,8 @@ Trained are the answers' tokens alone, also where the prompt holds turns of the 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -13,13 +13,16 @@ import numpy as np
 from hft_megatron.config.schema import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
+from hft_megatron.data.faults import Faults, RecordRefused
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, count_keys, notes_of_keys
-from hft_megatron.data.formats.record import Completion, Message, Preference
+from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.order import Order, SourceMix
-from hft_megatron.data.records import read_records
+from hft_megatron.data.pair_checks import BadPair, check_halves, check_length, check_record, check_room
+from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.records import RecordReader
 from hft_megatron.data.sft import SftDataset, data_digest
 from hft_megatron.data.stores import Encoded, ExamplesInMemory
 from hft_megatron.data.tokenizer import Piece, Tokenizer
@@ -42,14 +45,26 @@ class PairSource:
     """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
     notes: tuple[str, ...]
     """Lines about keys that nothing is made of."""
+    forms: Mapping[PromptForm, int]
+    """Kept pairs by where their prompt was."""
+    use: RecordUse
 
     def summary(self) -> str:
-        """One line for the log, with everything that was shortened or left out."""
+        """One line for the log, with everything that was shortened or left out, and where prompts were."""
         bad = "".join(f", {count} left out: {reason}" for reason, count in self.bad)
+        moved = "".join(f", {self.forms[form]} {words}" for form, words in _FORMS.items() if self.forms.get(form))
         return (
             f"{self.path}: {self.pairs} pairs of {self.read} records, {self.truncated} truncated and {self.dropped} "
-            f"dropped{bad}"
+            f"dropped{bad}{moved}{self.use.words()}"
         )
+
+
+_FORMS: dict[PromptForm, str] = {
+    "stripped": "with a prompt that both answers repeated, where it was taken off",
+    "found": "with what both answers begin with as their prompt",
+    "in one answer": "with a prompt that one answer alone repeats, which was left as it is",
+}
+"""What stands behind their number in the summary; nothing is done to others."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,35 +116,36 @@ class PairDataset:
         return [line for account in self.accounts() for line in account]
 
 
-class _BadPair(Exception):
-    """A pair of which nothing can be learned; the message is a clause."""
-
-
 def load_pair_dataset(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
 ) -> PairDataset:
     """Read and tokenize all sources. Needs no model and no process group.
 
-    Raises UserError naming the place of a record that is malformed, can't be rendered, is too long under ``error`` or,
-    unless ``bad_pairs`` are skipped, that nothing can be learned of: equal answers, an empty one, a prompt that leaves
-    no room for an answer, answers to different prompts. Also for a source without pairs or with too small a weight.
+    Raises UserError with every kind of fault that records have, and the places of two: malformed, not to be rendered,
+    too long under ``error`` or, unless ``bad_pairs`` are skipped, nothing to learn (equal answers, an empty one, a
+    prompt that leaves no room for an answer, answers to different prompts). Also for a source without pairs or with too
+    small a weight.
     """
     assert rules.long_examples != "split"
+    faults = Faults()
     kept: list[Encoded] = []
     parts = []
     for source in sources:
         if source.prefix is not None:
             raise UserError(f"{source.path} is preprocessed data, which hold no pairs; give the files of pairs.")
-        answers, part = _load_source(source, tokenizer, rules, bad_pairs)
+        answers, part = _load_source(source, tokenizer, rules, bad_pairs, faults)
         kept += answers
         parts.append(part)
+    faults.raise_if_any()
     store = ExamplesInMemory(
         tokens=np.concatenate([ids for ids, _ in kept]),
         trained=np.concatenate([mask for _, mask in kept]),
         offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
     )
     origins = [{"weight": one.weight, "files": [file_digest(file) for file in one.files]} for one in sources]
-    digest = data_digest(origins, tokenizer, rules, bad_pairs)
+    # Before prompts were taken off, the same files made other pairs, of which checkpoints and caches may be.
+    cut = ("cut",) if any(part.forms.get("stripped") for part in parts) else ()
+    digest = data_digest(origins, tokenizer, rules, bad_pairs, *cut)
     dataset = PairDataset(
         sources=tuple(parts),
         answers=SftDataset(parts=(), stores=(store,), seq_length=rules.seq_length, digest=digest),
@@ -144,34 +160,43 @@ def load_pair_dataset(
 
 
 def _load_source(
-    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs, faults: Faults
 ) -> tuple[list[Encoded], PairSource]:
     kept: list[Encoded] = []
     bad: Counter[str] = Counter()
+    forms: Counter[PromptForm] = Counter()
     read = truncated = dropped = 0
     unread: dict[str, int] = {}
     ignored: dict[str, int] = {}
-    for pair, halves in _encoded_pairs(source, tokenizer, rules):
+    reader, faults_before = RecordReader(replace(rules.records, data_format="preference")), len(faults)
+    for pair, halves in _encoded_pairs(source, reader, tokenizer, rules.loss, faults):
         read += 1
         count_keys(unread, pair.keys.unread)
         count_keys(ignored, pair.keys.ignored)
         longest = max(len(ids) - 1 for ids, _ in halves)
         try:
-            _check_record(pair)
+            check_record(pair)
             if longest > rules.seq_length and rules.long_examples == "drop":
                 dropped += 1
                 continue
-            _check_room(halves, rules)
-            fitting = [_fitting(half, pair.place, rules) for half in halves]
-            _check_halves(fitting)
-        except _BadPair as fault:
+            check_room(halves, rules)
+            check_length(longest, pair.place, rules)
+            fitting = [(ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]) for ids, mask in halves]
+            check_halves(fitting)
+        except BadPair as fault:
             if bad_pairs == "error":
-                raise UserError(f"{pair.place}: {fault}; correct the pair, or choose --dpo-bad-pairs skip.") from fault
-            bad[str(fault)] += 1
+                sentence = f"{fault}; correct the pair, or choose --dpo-bad-pairs skip."
+                faults.add(pair.place, RecordRefused(pair.place, sentence))
+            else:
+                bad[str(fault)] += 1
+            continue
+        except RecordRefused as refused:
+            faults.add(pair.place, refused)
             continue
         truncated += longest > rules.seq_length
         kept += fitting
-    if not kept:
+        forms[pair.form] += 1
+    if not kept and len(faults) == faults_before:
         left_out = dropped + bad.total()
         why = f"all {left_out} were left out" if left_out else "it is empty"
         raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
@@ -184,23 +209,28 @@ def _load_source(
         dropped=dropped,
         bad=tuple(bad.most_common()),
         notes=tuple(notes_of_keys(source.path, unread, ignored)),
+        forms=forms,
+        use=reader.use(),
     )
 
 
 def _encoded_pairs(
-    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules
+    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
 ) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
-    loss = rules.loss
     template = ChatTemplate(tokenizer.facts, loss)
-    records = read_records(source.files, "preference", frozenset(rules.ignore_keys))
+    records = reader.read(source.files, faults)
     while batch := [record for _, record in islice(records, RECORDS_PER_BATCH)]:
-        pieces = []
+        pairs: list[Preference] = []
+        pieces: list[list[Piece]] = []
         for pair in batch:
             assert isinstance(pair, Preference)
-            pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
+            try:
+                pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
+                pairs.append(pair)
+            except UserError as error:
+                faults.add(pair.place, error)
         encoded = tokenizer.encode_pieces(pieces)
-        for number, pair in enumerate(batch):
-            assert isinstance(pair, Preference)
+        for number, pair in enumerate(pairs):
             yield pair, (encoded[2 * number], encoded[2 * number + 1])
 
 
@@ -219,40 +249,3 @@ def _pieces(
         return template.pieces([*pair.prompt, *answer], given=len(pair.prompt))
     except ChatError as error:
         raise UserError(f"{pair.place}: {error}.") from error
-
-
-def _check_record(pair: Preference) -> None:
-    if pair.fault is not None:
-        raise _BadPair(pair.fault)
-    for key, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        turns = [answer] if isinstance(answer, str) else [turn["content"] for turn in answer]
-        if not turns[-1].strip():
-            raise _BadPair(f"the answer in `{key}` is empty")
-    if pair.chosen == pair.rejected:
-        raise _BadPair("`chosen` and `rejected` are the same")
-
-
-def _check_room(halves: Sequence[Encoded], rules: ExampleRules) -> None:
-    for _, mask in halves:
-        if not mask[1 : rules.seq_length + 1].any():
-            raise _BadPair("the prompt leaves no room for an answer within --seq-length")
-
-
-def _fitting(half: Encoded, place: str, rules: ExampleRules) -> Encoded:
-    ids, mask = half
-    if len(ids) - 1 > rules.seq_length and rules.long_examples == "error":
-        raise UserError(
-            f"{place}: the prompt and an answer have {len(ids) - 1} positions, but --seq-length is {rules.seq_length}; "
-            f"choose --long-examples drop or truncate, or raise it where the model has more positions."
-        )
-    return ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]
-
-
-def _check_halves(halves: Sequence[Encoded]) -> None:
-    prompts = []
-    for ids, mask in halves:
-        prompts.append(ids[: int(np.argmax(mask))])
-    if not np.array_equal(prompts[0], prompts[1]):
-        raise _BadPair("the two answers follow different tokens: their prompts differ, or the chat template makes them")
-    if np.array_equal(halves[0][0], halves[1][0]):
-        raise _BadPair("`chosen` and `rejected` have the same tokens within --seq-length")

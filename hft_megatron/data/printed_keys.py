@@ -19,6 +19,8 @@ _ROTATED = str.maketrans(
 )
 """Another letter or digit for each, so that a text of a given length or kind stays one."""
 
+_USUAL_ROLES = ("system", "user", "assistant")
+
 
 class PrintedKeys:
     """The answers for one template, kept for conversations of the same shape."""
@@ -101,6 +103,12 @@ class PrintedKeys:
             return self._renderer.render(changed, add_generation_prompt=False) != text
         except TemplateError:  # it has looked at the value
             return True
+
+
+def unusual_roles(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What to add to a template's refusal, which may be about these roles; empty without any."""
+    found = dict.fromkeys(message["role"] for message in messages if message["role"] not in _USUAL_ROLES)
+    return f" (messages have the role {' and '.join(found)}, which not every template has)" if found else ""
 
 
 def _others(message: Mapping[str, Any]) -> list[str]:

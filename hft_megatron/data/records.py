@@ -3,19 +3,24 @@
 A file has one format: that of --data-format, or the one that its first record's keys are known by.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.config.schema import DataFormat
+from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.row import Row
-from hft_megatron.data.files.rows import read_rows
-from hft_megatron.data.formats.keys import refusal_of, without_nulls
-from hft_megatron.data.formats.record import PassedOver, Record, kind_of
-from hft_megatron.data.formats.table import COMPLETION_NAMES, FORMATS, PROMPT_NAMES, recognise
+from hft_megatron.data.files.rows import find_rows, row_of
+from hft_megatron.data.formats.keys import without_nulls
+from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Record, kind_of
+from hft_megatron.data.formats.table import FORMATS, recognise
+from hft_megatron.data.formats.usual_names import COMPLETION_NAMES, PROMPT_NAMES, only_one_of
 from hft_megatron.data.formats.weights import weigh
 from hft_megatron.data.printable import printable
+from hft_megatron.data.record_keys import check_unread, without
+from hft_megatron.data.record_use import RecordUse
 from hft_megatron.errors import UserError
 
 
@@ -26,127 +31,151 @@ class Layout:
     format: DataFormat
     since: str = ""
     """The place of the record that it was recognised by; empty where --data-format says it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordRules:
+    """What decides, next to its keys, what a row means."""
+
+    data_format: DataFormat | None = None
+    """That of all files; recognised file by file when None."""
+    keys: DataKeys = ()
+    separator: str = ""
+    """What stands between a prompt and its answers where both are texts of their own."""
     ignored: frozenset[str] = frozenset()
-    """Those of --ignore-keys."""
+    """Keys of records and messages that might as well be missing."""
 
 
-def read_records(
-    files: Sequence[Path], data_format: DataFormat | None, ignored: frozenset[str] = frozenset()
-) -> Iterator[tuple[DataFormat, Record]]:
-    """Each record of each file in order, with its format; keys that are ``ignored`` might as well be missing.
+class RecordReader:
+    """Makes records of rows, and keeps account of which rules did something."""
 
-    Raises UserError naming the file and the record's place.
-    """
-    for path in files:
-        layout = None if data_format is None else Layout(format=data_format, ignored=ignored)
-        for row in read_rows(path):
-            if layout is None:
-                layout = layout_of(row, ignored)
-            yield layout.format, record_of(row, layout)
+    def __init__(self, rules: RecordRules) -> None:
+        self._rules = rules
+        self._names = dict(rules.keys)
+        self._found_keys: set[str] = set()
+        self._joined = False
+        """Whether a record has the separator in it."""
+
+    def use(self) -> RecordUse:
+        """What came of the rules so far."""
+        keys = tuple((key, known) for key, known in self._rules.keys if key in self._found_keys)
+        return RecordUse(keys=keys, separator=self._rules.separator if self._joined else "")
+
+    def read(self, files: Sequence[Path], faults: Faults | None = None) -> Iterator[tuple[DataFormat, Record]]:
+        """Each record of each file in order, with its format.
+
+        Raises UserError naming file and place for one that is wrong, or counts it among the ``faults``. A file that
+        can't be read on, or whose first record can't be read or is of no format, ends the reading in any case.
+        """
+        for path in files:
+            layout = None if self._rules.data_format is None else Layout(format=self._rules.data_format)
+            for found in find_rows(path):
+                if layout is None:
+                    layout = self.layout_of(row_of(found.item))
+                try:
+                    record = self.record_of(row_of(found.item), layout)
+                except UserError as error:
+                    if faults is None:
+                        raise
+                    faults.add(found.item.place, error)
+                else:
+                    yield layout.format, record
+
+    def layout_of(self, row: Row) -> Layout:
+        """The format that the row's keys are known by. Raises UserError for one of no format."""
+        value, _ = self._read_keys(row)
+        known = recognise(value)
+        if known is None:
+            accepted = "; ".join(format.needs for format in FORMATS.values())
+            raise UserError(
+                f"{row.place}: the record has {_keys_in_words(row.value)}, which is no known format: {accepted}. "
+                f"{_proposal(row.value)}."
+            )
+        return Layout(format=known, since=row.place)
+
+    def record_of(self, row: Row, layout: Layout) -> Record:
+        """The row as a record of its file's format, with the keys that nothing was made of.
+
+        Raises UserError naming its place, also for a key by which the record would mean something else.
+        """
+        value, ignored = self._read_keys(row)
+        format = FORMATS[layout.format]
+        if not value.keys() >= set(format.keys):
+            raise UserError(_other_keys(row, layout))
+        unread = format.unread(value)
+        try:
+            for key in unread:
+                check_unread(key, value, unread, row.place, layout.format)
+            record = weigh(format.parse(value, row.place))
+        except UserError as error:
+            raise UserError(f"{str(error).removesuffix('.')}{self._named_by_user(str(error))}.") from error
+        return self._with_separator(replace(record, keys=PassedOver(unread=unread, ignored=ignored)))
+
+    def _read_keys(self, row: Row) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The row's keys that are not null, under the names that the formats know and without those to be ignored, and
+        which of these it has, or its messages have."""
+        if not isinstance(row.value, dict):
+            raise UserError(f"{row.place}: the record is {kind_of(row.value)}, but it must be an object with keys.")
+        value, ignored = without(self._rules.ignored, without_nulls(row.value))
+        return self._renamed(value, row.place), ignored
+
+    def _renamed(self, value: dict[str, Any], place: str) -> dict[str, Any]:
+        mapped = {key: known for key, known in self._names.items() if key in value}
+        for key, known in mapped.items():
+            if known not in mapped and known in value:
+                raise UserError(
+                    f"{place}: the record has the key `{known}` as well as `{key}`, which --data-keys calls so, too; "
+                    f"map one of them to another name, or leave {key}={known} out."
+                )
+        self._found_keys |= mapped.keys()
+        renamed = {key: inner for key, inner in value.items() if key not in mapped}
+        return renamed | {known: value[key] for key, known in mapped.items()}
+
+    def _named_by_user(self, sentence: str) -> str:
+        """Which of the keys in a sentence the records call otherwise."""
+        named = [f"`{known}` is `{key}`" for key, known in self._names.items() if f"`{known}`" in sentence]
+        return f" ({', '.join(named)} by --data-keys)" if named else ""
+
+    def _with_separator(self, record: Record) -> Record:
+        separator = self._rules.separator
+        if not separator or isinstance(record, Chat) or not record.prompt or not isinstance(record.prompt, str):
+            return record
+        joined = record.prompt + separator
+        if isinstance(record, Completion) or record.form in ("given", "in one answer"):
+            self._joined = True
+            return replace(record, prompt=joined)
+        # Prompt and answers were one text already: what joins them there belongs to the prompt.
+        chosen, rejected = record.chosen, record.rejected
+        assert isinstance(chosen, str)
+        assert isinstance(rejected, str)
+        if not (chosen.startswith(separator) and rejected.startswith(separator)):
+            return record
+        self._joined = True
+        start = len(separator)
+        return replace(record, prompt=joined, chosen=chosen[start:], rejected=rejected[start:])
 
 
-def layout_of(row: Row, ignored: frozenset[str] = frozenset()) -> Layout:
-    """The format that the row's keys, but for those ``ignored``, are known by.
-
-    Raises UserError for one of no format.
-    """
-    value, _ = _object(row, ignored)
-    known = recognise(value)
-    if known is None:
-        accepted = "; ".join(format.needs for format in FORMATS.values())
-        raise UserError(
-            f"{row.place}: the record has {_keys_in_words(row.value)}, which is no known format: "
-            f"{accepted}{_rename(value)}."
-        )
-    return Layout(format=known, since=row.place, ignored=ignored)
-
-
-def record_of(row: Row, layout: Layout) -> Record:
-    """The row as a record of its file's format, with the keys that nothing was made of.
-
-    Raises UserError naming its place, also for a key by which the record would mean something else.
-    """
-    value, ignored = _object(row, layout.ignored)
-    format = FORMATS[layout.format]
-    if not value.keys() >= set(format.keys):
-        raise UserError(_other_keys(row.value, row.place, layout))
-    unread = tuple(key for key in value if key not in (*format.keys, *format.reads))
-    for key in unread:
-        _check_unread(key, value, unread, row.place, layout.format)
-    record = weigh(format.parse(value, row.place))
-    return replace(record, keys=PassedOver(unread=unread, ignored=ignored))
-
-
-def _object(row: Row, ignored: frozenset[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The row's keys that are not null, without those ``ignored``, and which of these it has, or its messages have."""
-    if not isinstance(row.value, dict):
-        raise UserError(f"{row.place}: the record is {kind_of(row.value)}, but it must be an object with keys.")
-    return _without(ignored, without_nulls(row.value))
-
-
-def _without(ignored: frozenset[str], row: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The row without the ``ignored`` keys of its own and of its messages, and those that were there."""
-    if not ignored:
-        return row, ()
-    found = ignored & row.keys()
-    kept: dict[str, Any] = {}
-    for key in row.keys() - found:
-        turns = row[key] if isinstance(row[key], list) else [row[key]]
-        found |= {name for turn in turns if isinstance(turn, dict) for name in turn.keys() & ignored}
-        rest = [_but(turn, ignored) for turn in turns]
-        kept[key] = rest if isinstance(row[key], list) else rest[0]
-    return {key: kept[key] for key in row if key in kept}, tuple(sorted(found))
-
-
-def _but(turn: Any, ignored: frozenset[str]) -> Any:
-    return {key: value for key, value in turn.items() if key not in ignored} if isinstance(turn, dict) else turn
-
-
-def _check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: str, format: DataFormat) -> None:
-    """Raise UserError for a key by which the record would mean something else, unless it repeats what is read."""
-    refusal = refusal_of(key, row[key], format)
-    if refusal is None:
-        return
-    if refusal.may_be_a_copy:
-        read = {text for name in row if name not in unread for text in _texts(row[name])}
-        texts = set(_texts(row[key]))
-        if texts and (texts <= read or (format == "text" and all(text in row["text"] for text in texts))):
-            return
-    raise UserError(
-        f"{place}: `{key}` stands for {refusal.meaning}, which a record of the format {format} has no place for; "
-        f"{refusal.fix}, or pass over it with --ignore-keys {key}."
-    )
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Every text in a value, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
-
-
-def _other_keys(row: dict[str, Any], place: str, layout: Layout) -> str:
+def _other_keys(row: Row, layout: Layout) -> str:
+    found = f"{row.place}: the record has {_keys_in_words(row.value)}"
     needed = f"the format {layout.format} needs {FORMATS[layout.format].needs}"
     if layout.since:
         return (
-            f"{place}: the record has {_keys_in_words(row)}, but {needed}, and the file is in it since {layout.since}; "
-            f"put records of another format into a file of their own."
+            f"{found}, but {needed}, and the file is in it since {layout.since}; put records of another format into a "
+            f"file of their own."
         )
-    return f"{place}: the record has {_keys_in_words(row)}, but {needed}; correct --data-format or the record."
+    return f"{found}, but {needed}; correct --data-format or the record."
 
 
-def _rename(row: dict[str, Any]) -> str:
-    """Which keys to rename, where there is no doubt which are the prompt and its completion."""
-    halves = [[key for key in row if key in names] for names in (PROMPT_NAMES, COMPLETION_NAMES)]
-    if any(len(keys) != 1 for keys in halves):
-        return ""
-    pairs = zip((keys[0] for keys in halves), ("prompt", "completion"), strict=True)
-    return ". Rename " + " and ".join(f"`{key}` to `{name}`" for key, name in pairs if key != name)
+def _proposal(row: Mapping[str, Any]) -> str:
+    """What to write, with the record's own keys where there is no doubt which are the prompt and its completion."""
+    prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
+    if prompt is None or completion is None:
+        return "Say which keys are meant with --data-keys KEY=prompt,OTHER=completion"
+    pairs = ((prompt, "prompt"), (completion, "completion"))
+    return "Read it with --data-keys " + ",".join(f"{key}={name}" for key, name in pairs if key != name)
 
 
-def _keys_in_words(row: dict[str, Any]) -> str:
+def _keys_in_words(row: Mapping[str, Any]) -> str:
     shown = [f"`{printable(key[:40])}`{' (null)' * (row[key] is None)}" for key in list(row)[:10]]
     shown += ["..."] * (len(row) > 10)
     return "the keys " + ", ".join(shown) if shown else "no keys"

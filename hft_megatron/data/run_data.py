@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+from hft_megatron.config.data_keys import data_keys, prompt_separator
 from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
+from hft_megatron.data.record_use import RecordUse, check_use
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 
@@ -41,7 +43,11 @@ def _load(
     option: str, words: Sequence[str], split: str, data: DataConfig, tokenizer: Tokenizer, seq_length: int
 ) -> SftDataset | None:
     sources = find_sources(option, words, split)
-    return load_sft_dataset(sources, tokenizer, _rules(data, seq_length)) if sources else None
+    if not sources:
+        return None
+    dataset = load_sft_dataset(sources, tokenizer, _rules(data, seq_length))
+    _check_use(option, data, [part.use for part in dataset.parts])
+    return dataset
 
 
 def _load_pairs(
@@ -54,7 +60,11 @@ def _load_pairs(
     bad_pairs: BadPairs,
 ) -> PairDataset | None:
     sources = find_sources(option, words, split)
-    return load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs) if sources else None
+    if not sources:
+        return None
+    dataset = load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs)
+    _check_use(option, data, [source.use for source in dataset.sources])
+    return dataset
 
 
 def _rules(data: DataConfig, seq_length: int) -> ExampleRules:
@@ -64,4 +74,13 @@ def _rules(data: DataConfig, seq_length: int) -> ExampleRules:
         loss=LossRule(loss_on=data.loss_on, train_on_eos=data.train_on_eos),
         data_format=data.data_format,
         ignore_keys=ignored_keys(data.ignore_keys),
+        data_keys=data_keys(data.data_keys),
+        prompt_separator=prompt_separator(data.prompt_separator),
     )
+
+
+def _check_use(option: str, data: DataConfig, uses: Sequence[RecordUse]) -> None:
+    """Raise UserError for a rule about records that did nothing. Validation data may do without what training has."""
+    if option == "--valid-data-path" and data.train_data_path:
+        return
+    check_use(data_keys(data.data_keys), prompt_separator(data.prompt_separator), uses, option)

@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.examples import read_examples
+from hft_megatron.data.faults import Faults, RecordRefused
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed
+from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.records import RecordReader
 from hft_megatron.data.rendering import reads_absent_variables
 from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore
 from hft_megatron.data.tokenizer import Tokenizer
@@ -39,6 +42,7 @@ class SourcePart:
     """Those of its files."""
     examples: int
     counts: SftCounts
+    use: RecordUse
 
     def summary(self) -> str:
         """One line for the log, with everything that was shortened or left out."""
@@ -46,8 +50,8 @@ class SourcePart:
         lost = f" with {counts.lost_tokens} tokens lost" if counts.lost_tokens else ""
         split = f", {counts.split} split" if counts.split else ""
         return (
-            f"{self.path} ({', '.join(self.formats)}): {self.examples} examples of {counts.read} records, "
-            f"{counts.trained_tokens} trained tokens of {counts.tokens}, {counts.truncated} truncated and "
+            f"{self.path} ({', '.join(self.formats)}{self.use.words()}): {self.examples} examples of {counts.read} "
+            f"records, {counts.trained_tokens} trained tokens of {counts.tokens}, {counts.truncated} truncated and "
             f"{counts.dropped} dropped{lost}{split}"
         )
 
@@ -111,15 +115,20 @@ class SftDataset:
 def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> SftDataset:
     """Read and tokenize all sources.
 
-    Needs no model and no process group. Raises UserError naming the place of a record that is malformed, can't be
-    rendered, or is too long under ``error``, and for a source without examples or with too small a weight.
+    Needs no model and no process group. Raises UserError with every kind of fault that records have (malformed, not to
+    be rendered, nothing to learn, too long under ``error``) and the places of two, and for a source without examples
+    or with too small a weight.
     """
-    loaded = [
-        _read_source(source, tokenizer, rules)
+    faults = Faults()
+    found = [
+        _read_source(source, tokenizer, rules, faults)
         if source.prefix is None
         else _open_source(source, source.prefix, tokenizer, rules)
         for source in sources
     ]
+    faults.raise_if_any()
+    loaded = [each for each in found if each is not None]
+    assert len(loaded) == len(sources)
     parts = tuple(part for _, part, _ in loaded)
     dataset = SftDataset(
         parts=parts,
@@ -140,17 +149,24 @@ _Loaded = tuple[ExampleStore, SourcePart, dict[str, Any]]
 """The examples of a source, their account, and what they were made of."""
 
 
-def _read_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
+def _read_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, faults: Faults) -> _Loaded | None:
+    """None where nothing is kept because all has a fault."""
     kept: list[Encoded] = []
     formats: set[DataFormat] = set()
     counts = SftCounts()
-    ignored = frozenset(rules.ignore_keys)
-    for example in read_examples(source, tokenizer, rules.loss, rules.data_format, ignored):
+    reader, faults_before = RecordReader(rules.records), len(faults)
+    for example in read_examples(source, reader, tokenizer, rules.loss, faults):
         formats.add(example.format)
-        check_predicts(example)
-        spans = spans_of(example, rules)
+        try:
+            check_predicts(example)
+            spans = spans_of(example, rules)
+        except RecordRefused as refused:
+            faults.add(example.place, refused)
+            continue
         kept += [(example.ids[start:stop], example.trained[start:stop]) for start, stop in spans]
         counts.add(example, spans, rules)
+    if not kept and len(faults) > faults_before:
+        return None
     _check_not_empty(len(kept), source, counts, rules)
     counts.check_answers(source.path)
     store = ExamplesInMemory(
@@ -159,14 +175,15 @@ def _read_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules)
         offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
     )
     origin = {"weight": source.weight, "files": [file_digest(file) for file in source.files], **counts.origin}
-    return store, _part(source, tuple(sorted(formats)), len(kept), counts), origin
+    return store, _part(source, tuple(sorted(formats)), len(kept), counts, reader.use()), origin
 
 
 def _open_source(source: SourceFiles, prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
     store, facts = open_preprocessed(prefix, tokenizer, rules)
     _check_not_empty(facts.examples, source, facts.counts, rules)
     facts.counts.check_answers(source.path)
-    return store, _part(source, facts.formats, facts.examples, facts.counts), {"weight": source.weight, **facts.origin}
+    part = _part(source, facts.formats, facts.examples, facts.counts, facts.use)
+    return store, part, {"weight": source.weight, **facts.origin}
 
 
 def _check_not_empty(examples: int, source: SourceFiles, counts: SftCounts, rules: ExampleRules) -> None:
@@ -176,8 +193,12 @@ def _check_not_empty(examples: int, source: SourceFiles, counts: SftCounts, rule
         raise UserError(f"the data file {source.path} holds no example to train on: {reason}.")
 
 
-def _part(source: SourceFiles, formats: tuple[DataFormat, ...], examples: int, counts: SftCounts) -> SourcePart:
-    return SourcePart(path=source.path, weight=source.weight, formats=formats, examples=examples, counts=counts)
+def _part(
+    source: SourceFiles, formats: tuple[DataFormat, ...], examples: int, counts: SftCounts, use: RecordUse
+) -> SourcePart:
+    return SourcePart(
+        path=source.path, weight=source.weight, formats=formats, examples=examples, counts=counts, use=use
+    )
 
 
 def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: ExampleRules, *others: str) -> str:

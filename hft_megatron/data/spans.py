@@ -38,7 +38,7 @@ class SpanFinder:
         before = self._renderer.render(messages[:turn], add_generation_prompt=True)
         after = self._renderer.render(messages[: turn + 1], add_generation_prompt=False)
         exact = rendered.startswith(after) and after.startswith(before)
-        content = str(messages[turn]["content"]).strip()
+        content = (messages[turn]["content"] or "").strip()
         body = rendered[len(before) : len(after)]
         lead = len(body) - len(body.lstrip())
         if not exact or not body.startswith(content, lead) or not self._is_put_there(messages[: turn + 1], before):
@@ -59,7 +59,7 @@ class SpanFinder:
         head, _, tail = self._probed(messages, turn)
         body = rendered[len(head) : max(len(head), len(rendered) - len(tail))]
         exact = head + body + tail == rendered and _PROBE not in tail
-        if not exact or body.strip() != str(messages[turn]["content"]).strip():
+        if not exact or body.strip() != (messages[turn]["content"] or "").strip():
             raise _not_found(turn)
         end = len(head) + len(body)
         gap = re.compile(r"\s*").match(rendered, end)

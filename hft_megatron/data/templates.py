@@ -1,7 +1,8 @@
 """The chat templates that come with the project, and where the one of a run is from.
 
 All of them render every text exactly as it is, whatever roles follow each other, and mark what the assistant produces
-with ``{% generation %}``, its end token included. The export writes the template in use next to the model.
+with ``{% generation %}``, its end token included. A role that the family of models doesn't have is refused. The export
+writes the template in use next to the model.
 """
 
 from collections.abc import Sequence
@@ -56,8 +57,9 @@ LLAMA2 = """\
 {%- generation %}{{- ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}
 {%- elif role == 'system' %}
 {{- '[INST] <<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' + ('' if after == 'user' else ' [/INST]') }}
-{%- else %}
+{%- elif role == 'user' %}
 {{- ('' if before == 'system' else '[INST] ') + message['content'] + ' [/INST]' }}
+{%- else %}{{- raise_exception('the role ' + message['role'] + ' is not one of system, user and assistant') }}
 {%- endif %}
 {%- endfor %}
 """
@@ -70,8 +72,12 @@ LLAMA3 = (
     _BEGIN
     + """\
 {%- for message in messages %}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-{%- if message['role'] == 'assistant' %}
+{%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}
+{%- if role not in ('system', 'user', 'assistant', 'ipython') %}
+{{- raise_exception('the role ' + message['role'] + ' is not one of system, user, assistant, tool and ipython') }}
+{%- endif %}
+{{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
+{%- if role == 'assistant' %}
 {%- generation %}{{- message['content'] + '<|eot_id|>' }}{% endgeneration %}
 {%- else %}{{- message['content'] + '<|eot_id|>' }}
 {%- endif %}
@@ -79,12 +85,15 @@ LLAMA3 = (
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
 """
 )
-"""Llama 3's headers, without the dates and tools that 3.1 adds."""
+"""Llama 3's headers, without the dates and definitions of tools that 3.1 adds; what a tool answers is ipython's."""
 
 CHATML = (
     _BEGIN
     + """\
 {%- for message in messages %}
+{%- if message['role'] not in ('system', 'user', 'assistant', 'tool') %}
+{{- raise_exception('the role ' + message['role'] + ' is not one of system, user, assistant and tool') }}
+{%- endif %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' %}
 {%- generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}

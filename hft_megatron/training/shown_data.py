@@ -1,12 +1,14 @@
 """``show-data``: the examples, or preference pairs, that a run would train on, without the run."""
 
+from hft_megatron.config.data_keys import data_keys
 from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.dpo_rules import check_pair_options
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import BadPairs, DataConfig
+from hft_megatron.data.files.rows import read_rows
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
 from hft_megatron.data.fitting import NO_LIMIT
-from hft_megatron.data.records import read_records
+from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.data.run_data import training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.shown_examples import ShownSource, shown_pairs, shown_sources
 from hft_megatron.data.tokenizer import check_tokenizer_fits
@@ -50,6 +52,8 @@ def _are_pairs(data: DataConfig) -> bool:
         *find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT),
         *find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT),
     )
-    records = read_records(sources[0].files, None, frozenset(ignored_keys(data.ignore_keys)))
-    first = next((format for format, _ in records), None)
-    return first == "preference"
+    reader = RecordReader(
+        RecordRules(keys=data_keys(data.data_keys), ignored=frozenset(ignored_keys(data.ignore_keys)))
+    )
+    row = next((row for file in sources[0].files for row in read_rows(file)), None)
+    return row is not None and reader.layout_of(row).format == "preference"

@@ -92,6 +92,9 @@ MISTAKES = [
         "--pipeline-model-parallel-size 2",
     ),
     (1, f"{GOOD} --seq-length 129", "--seq-length 129", "128 positions"),
+    # records
+    (1, f"{GOOD} --data-keys prompt=question", "'question' is no key that a format has", "such as question=prompt"),
+    (1, f"{GOOD} --prompt-separator \\x", "--prompt-separator \\x: a \\ stands before n, t or another"),
     # recomputation
     (1, f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
     (1, f"{GOOD} --recompute-granularity full --recompute-method block", "needs --recompute-num-layers"),
@@ -157,7 +160,7 @@ MISTAKES = [
     (1, f"{GOOD} --train-data-path 0 a.jsonl", "--train-data-path: the weight 0 must be a number above 0"),
     (1, f"{GOOD} --valid-data-path 2 a.jsonl", "--valid-data-path 2 a.jsonl: validation sees every example exactly"),
     (1, f"{GOOD} --loss-on users", "--loss-on users: the value must be one of assistant, all, last"),
-    (1, f"{GOOD} --data-format csv", "--data-format csv: the value must be one of messages, sharegpt, alpaca"),
+    (1, f"{GOOD} --data-format csv", "--data-format csv: the value must be one of messages, preference, sharegpt"),
     (1, f"{GOOD} --eval-interval 5", "--eval-interval 5 needs --valid-data-path"),
     (1, f"{GOOD} --eval-iters 5", "--eval-iters 5 needs --valid-data-path"),
     (1, f"{GOOD} --save-interval 5", "--save-interval 5 needs --save"),

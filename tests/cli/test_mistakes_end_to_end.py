@@ -74,9 +74,9 @@ DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ([{"question": "a"}], ["data.jsonl:1: the record has the keys `question`, which is no known format: `messages`"]),
     (
         [{"question": "a", "answer": "b"}],
-        ["data.jsonl:1: ", "`text`. Rename `question` to `prompt` and `answer` to `completion`."],
+        ["data.jsonl:1: ", "`text`. Read it with --data-keys question=prompt,answer=completion."],
     ),
-    ([{"prompt": "a", "response": "b"}], ["`text`. Rename `response` to `completion`."]),
+    ([{"prompt": "a", "response": "b"}], ["`text`. Read it with --data-keys response=completion."]),
     ([{"problem": "a", "solution": "b", "answer": "c"}], ["which is no known format: ", "; `text`."]),
     ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["data.jsonl:1: the record is a preference pair"]),
     (

@@ -69,6 +69,18 @@ def test_the_options_of_a_run_decide_what_is_shown(show_data: Show, tmp_path: Pa
     assert "<|bos|>{+2 + 2?" in show_data("--config", tmp_path / "run.yaml")
 
 
+def test_other_keys_and_what_joins_prompt_and_answer_are_shown(show_data: Show, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "b.jsonl", [{"question": "2 + 2?", "answer": "4"}])
+    shown = show_data(
+        "--train-data-path", path, "--data-keys", "question=prompt,answer=completion", "--prompt-separator", r"\n"
+    )
+    head = (
+        f"{path} (prompt-completion, `answer` as `completion`, `question` as `prompt`, '\\n' between prompt and answer)"
+    )
+    assert head in shown
+    assert "<|bos|>2 + 2?↵\n{+4<|im_end|>+}" in shown
+
+
 def test_every_source_is_shown_with_its_share(show_data: Show, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "b.jsonl", [{"text": "of b"}] * 2)
     shown = show_data("--train-data-path", 1, tmp_path / "a.jsonl", 2, path, "--valid-data-path", path, "--examples", 1)
@@ -226,11 +238,23 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
         ("--tokenizer-model MODEL --train-data-path DATA --chat-template x", "--chat-template x is neither a file nor"),
         ("--tokenizer-model MODEL --train-data-path DATA --valid-data-path 2 DATA", "takes no weights; leave 2 out."),
         ("--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html", "--html /absent/x.html can't be writ"),
+        (
+            "--tokenizer-model MODEL --train-data-path DATA --data-keys a=b",
+            "--data-keys a=b: 'b' is no key that a format",
+        ),
+        (
+            "--tokenizer-model MODEL --train-data-path DATA --data-keys a=text",
+            "no record of --train-data-path has the key",
+        ),
+        (
+            "--tokenizer-model MODEL --train-data-path DATA --prompt-separator \\x",
+            "--prompt-separator \\x: a \\ stands",
+        ),
         ("--tokenizer-model MODEL --train-data-path DATA --lr 1", "--lr is not an option"),
         ("--tokenizer-model MODEL --train-data-path PAIRS", "PAIRS:2: `chosen` and `rejected` are the same; correct"),
         ("--tokenizer-model MODEL --train-data-path PAIRS --loss-on all", "--loss-on all would compare the prompts"),
         ("--tokenizer-model MODEL --train-data-path PAIRS --long-examples split", "--long-examples split cuts an ans"),
-        ("--tokenizer-model MODEL --train-data-path DATA PAIRS", "PAIRS:1: the record is a preference pair"),
+        ("--tokenizer-model MODEL --train-data-path DATA PAIRS", "3 records (PAIRS:1, PAIRS:2, ...): the record is"),
     ],
 )
 def test_a_mistake_is_one_sentence(

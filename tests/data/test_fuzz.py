@@ -91,7 +91,9 @@ def test_no_record_ends_in_another_error(
 
 @FUZZ
 @given(
-    name=st.sampled_from(["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.parquet", "a"]),
+    name=st.sampled_from(
+        ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.parquet", "a.csv", "a.tsv.gz", "a"]
+    ),
     content=st.binary(max_size=60)
     | st.text(alphabet='{}[]":,\\\\u0d8 \\n\\ufefftextprom', max_size=60).map(str.encode)
     | st.binary(max_size=30).map(gzip.compress),

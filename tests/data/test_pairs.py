@@ -4,6 +4,7 @@ Run: pytest tests/data/test_pairs.py
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 
 from hft_megatron.config.schema import DataConfig
+from hft_megatron.data.files.digests import file_digest
+from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.run_data import training_pairs
+from hft_megatron.data.sft import data_digest
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -124,6 +128,34 @@ def test_long_answers_are_an_error_or_dropped_or_cut_in_both_halves_alike(tokeni
     assert cut.answers.num_positions(2) == 64
 
 
+def test_all_that_is_wrong_with_pairs_is_said_at_once_with_the_option_that_helps(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    long = [PAIR | {"chosen": "yes " * number} for number in (400, 500, 300)]
+    equal, odd = PAIR | {"rejected": "yes"}, PAIR | {"chosen": 1}
+    a = write_rows(tmp_path / "a.jsonl", [*long[:2], PAIR, equal])
+    b = write_rows(tmp_path / "b.jsonl", [equal, long[2], odd])
+    options = DataConfig(train_data_path=(str(a), str(b)))
+    with pytest.raises(UserError) as caught:
+        training_pairs(options, tokenizer, 64, "error")
+    first, second, third = re.split(r"(?<=\.) (?=\d|/)", str(caught.value))
+    assert first.startswith(f"3 records ({a}:1, {a}:2, ...): the prompt and an answer have up to ")
+    assert "choose --long-examples drop or truncate" in first
+    assert second.startswith(f"2 records ({a}:4, {b}:1): `chosen` and `rejected` are the same; correct the pair, or")
+    assert second.endswith("choose --dpo-bad-pairs skip.")
+    assert third.startswith(f"{b}:3: `chosen` is a number, but")
+
+
+def test_what_no_option_helps_is_said_also_where_bad_pairs_are_skipped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [PAIR | {"rejected": "yes"}, PAIR | {"chosen": 1}, PAIR | {"rejected": "no " * 400}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as caught:
+        load_pairs(path, tokenizer, 64, bad_pairs="skip")
+    assert f"{path}:2: `chosen` is a number" in str(caught.value)
+    assert f"{path}:3: the prompt and an answer have " in str(caught.value)
+    assert "are the same" not in str(caught.value)
+
+
 def test_a_file_without_a_usable_pair_is_one_sentence(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", [PAIR | {"rejected": "yes"}])
     with pytest.raises(UserError, match="holds no pair to train on: all 1 were left out"):
@@ -133,6 +165,17 @@ def test_a_file_without_a_usable_pair_is_one_sentence(tokenizer: Tokenizer, tmp_
 def test_other_rules_about_bad_pairs_are_other_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", [PAIR])
     assert load_pairs(path, tokenizer).digest != load_pairs(path, tokenizer, bad_pairs="skip").digest
+
+
+def test_pairs_whose_prompts_are_taken_off_are_other_data_than_they_were_before(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    repeated = PAIR | {"chosen": "Say it: yes", "rejected": "Say it: no"}
+    for row, differs in ((PAIR, False), (repeated, True)):
+        path = write_rows(tmp_path / "pairs.jsonl", [row])
+        before = [{"weight": None, "files": [file_digest(path)]}]
+        digest = data_digest(before, tokenizer, ExampleRules(seq_length=512), "error")
+        assert (load_pairs(path, tokenizer).digest != digest) == differs
 
 
 @pytest.mark.parametrize("name", ["ultrafeedback_train", "hh_mixed_norm", "dpo_en_demo_norm"])

@@ -6,16 +6,19 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Preference
-from hft_megatron.data.records import read_records
+from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.errors import UserError
+from tests.support.data_files import write_rows
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 ANSWER = '{"role": "assistant", "content": "b"}'
 
 
-def read(path: Path, data_format: Any = None) -> list[Any]:
-    return list(read_records([path], data_format))
+def read(path: Path, data_format: Any = None, **rules: Any) -> list[Any]:
+    return list(RecordReader(RecordRules(data_format=data_format, **rules)).read([path]))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,9 @@ def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path: Path, line: st
         ('{"text": "b", "id": 1}', "text", Completion),
         (f'{{"messages": [{ANSWER}], "prompt": "b"}}', "messages", Chat),
         (f'{{"messages": null, "conversations": null, {GOOD[1:]}', "prompt-completion", Completion),
+        (f'{{"messages": [{ANSWER}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
+        (f'{{"conversations": [{ANSWER}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
+        ('{"instruction": "a", "output": "d", "chosen": "b", "rejected": "c"}', "preference", Preference),
     ],
 )
 def test_a_format_is_known_by_its_keys_or_set(tmp_path: Path, row: str, known: Any, record: type) -> None:
@@ -96,7 +102,7 @@ def test_a_set_format_is_not_recognised_otherwise(tmp_path: Path) -> None:
 def test_each_file_of_a_source_has_its_own_format(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
-    records = list(read_records([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], None))
+    records = list(RecordReader(RecordRules()).read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
     assert [known for known, _ in records] == ["prompt-completion", "text"]
 
 
@@ -125,3 +131,75 @@ def test_no_damaged_line_ends_in_another_error(tmp_path: Path) -> None:
         except UserError:
             refused += 1
     assert refused > 250
+
+
+QUESTION = {"question": "a", "answer": "b", "id": 3}
+MAPPED = (("answer", "completion"), ("question", "prompt"))
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "known", "texts"),
+    [
+        (QUESTION, MAPPED, "prompt-completion", ("a", "b")),
+        (QUESTION, MAPPED[1:], "trace", ("a", "b")),
+        (QUESTION | {"prompt": None}, MAPPED, "prompt-completion", ("a", "b")),
+        ({"prompt": "b", "completion": "a"}, (("completion", "prompt"), ("prompt", "completion")), None, ("a", "b")),
+        ({"body": "b"}, (("body", "text"),), "text", ("", "b")),
+        ({"prompt": "a", "completion": "b"}, MAPPED, "prompt-completion", ("a", "b")),
+    ],
+)
+def test_a_mapped_key_is_read_under_the_name_that_a_format_has(
+    tmp_path: Path, row: dict[str, Any], keys: DataKeys, known: str | None, texts: tuple[str, str]
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [row])
+    [(found, record)] = read(path, keys=keys)
+    assert found == (known or "prompt-completion")
+    assert (record.prompt, record.completion) == texts
+
+
+def test_a_mapped_name_that_a_record_has_as_well_is_named(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [QUESTION, QUESTION | {"prompt": "z"}])
+    with pytest.raises(
+        UserError, match=r":2: the record has the key `prompt` as well as `question`, which --data-keys"
+    ):
+        read(path, keys=MAPPED)
+
+
+def test_an_error_says_what_the_records_call_a_mapped_key(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [QUESTION | {"question": 1}])
+    with pytest.raises(
+        UserError, match=r"`prompt` is a number, but it must be text \(`prompt` is `question` by --data-k"
+    ):
+        read(path, keys=MAPPED)
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"prompt": "a", "completion": "b"}, ("a\n", "b")),
+        ({"prompt": "a", "answer": "b"}, ("a\n", "b")),
+        ({"input": "a", "output": "b"}, ("a\n", "b")),
+        ({"prompt": "", "completion": "b"}, ("", "b")),
+        ({"text": "b"}, ("", "b")),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("a\n", "b", "c")),
+        ({"prompt": "a", "chosen": "a\nb", "rejected": "a\nc"}, ("a\n", "b", "c")),
+        ({"prompt": "a", "chosen": "a b", "rejected": "a c"}, ("a", " b", " c")),
+    ],
+)
+def test_a_separator_stands_between_a_prompt_and_answers_of_text_once(
+    tmp_path: Path, row: dict[str, Any], texts: tuple[str, ...]
+) -> None:
+    [(_, record)] = read(write_rows(tmp_path / "train.jsonl", [row]), separator="\n")
+    answers = [record.chosen, record.rejected] if isinstance(record, Preference) else [record.completion]
+    assert (record.prompt, *answers) == texts
+
+
+def test_conversations_take_no_separator(tmp_path: Path) -> None:
+    ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"prompt": [ask], "completion": [answer]}, {"prompt": [ask], "chosen": answer, "rejected": ask | answer}]
+    for row in rows:
+        reader = RecordReader(RecordRules(separator="\n"))
+        [(_, record)] = reader.read([write_rows(tmp_path / "train.jsonl", [row])])
+        messages = record.messages if isinstance(record, Chat) else (*record.prompt, *record.chosen)
+        assert messages == (ask, answer)
+        assert reader.use() == RecordUse()

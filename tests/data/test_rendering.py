@@ -152,9 +152,17 @@ CALL = {"type": "function", "function": {"name": "area", "arguments": {"a": 3, "
             "llama 3.1",
             [*turns(("u", "a"), ("a", ""), tool_calls=[CALL]), {"role": "tool", "content": "15"}, *turns(*ROUND)],
         ),
+        (
+            "llama 3.1",
+            [
+                *turns(("u", "a"), ("a", ""), content=None, tool_calls=[CALL]),
+                {"role": "tool", "content": "15"},
+                *turns(*ROUND),
+            ],
+        ),
         ("qwen", [*turns(("u", "a"), ("a", "b"), reasoning_content="so\n"), *turns(("a", "c"))]),
     ],
-    ids=["tool calls", "thoughts"],
+    ids=["tool calls", "tool calls without a text", "thoughts"],
 )
 def test_other_keys_are_printed_as_transformers_prints_them(both: Both, name: str, messages: Conversation) -> None:
     expected = both.theirs.apply_chat_template(messages, chat_template=SHAPES[name], tokenize=False)

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hft_megatron.config.schema import DataConfig
 from hft_megatron.data.examples import completion_pieces
 from hft_megatron.data.formats.record import Completion
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.run_data import training_data, validation_data
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
@@ -117,7 +119,7 @@ def test_the_length_limit_is_on_positions_and_long_examples_follow_the_option(
 ) -> None:
     rows, seq_length = long_rows(tokenizer)
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UserError, match=rf"rows.jsonl:2: the example has {seq_length + 1} positions, but --seq-length"):
+    with pytest.raises(UserError, match=r"^2 records \(.*rows.jsonl:2, .*:3\): the example has up to \d+ pos"):
         load(path, tokenizer, seq_length, "error")
 
     dropped = load(path, tokenizer, seq_length, "drop")
@@ -298,6 +300,63 @@ def test_the_loss_rule_is_part_of_the_digest(tmp_path: Path, tokenizer: Tokenize
     path = sources(tmp_path)[0]
     rules: list[dict[str, Any]] = [{}, {"loss_on": "all"}, {"loss_on": "last"}, {"train_on_eos": False}]
     assert len({load(path, tokenizer, **rule).digest for rule in rules}) == 4
+
+
+def test_keys_and_separator_are_part_of_the_digest_and_stand_in_the_log(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Q", "completion": "1", "title": "T"}])
+    loads = [
+        load(path, tokenizer),
+        load(path, tokenizer, joined="\n"),
+        load(path, tokenizer, keys=(("title", "text"),)),
+    ]
+    assert len({dataset.digest for dataset in loads}) == 3
+    notes = ["", ", '\\n' between prompt and answer", ", `title` as `text`"]
+    for dataset, note in zip(loads, notes, strict=True):
+        assert dataset.describe()[0].startswith(f"{path} (prompt-completion{note}): 1 examples of 1 records")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"data_keys": "titel=text"}, r"--data-keys titel=text: no record of --train-data-path has the key `titel`; "),
+        ({"prompt_separator": r"\n"}, r"--prompt-separator '\\n' stands between a prompt and an answer that are texts"),
+    ],
+)
+def test_an_option_about_records_that_does_nothing_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, options: dict[str, str], sentence: str
+) -> None:
+    text = str(write_rows(tmp_path / "text.jsonl", [{"text": "a"}]))
+    pair = str(write_rows(tmp_path / "pair.jsonl", [{"prompt": "Q", "completion": "1", "titel": "T"}]))
+    with pytest.raises(UserError, match=sentence):
+        training_data(DataConfig(train_data_path=(text,), **options), tokenizer, 99)
+    # Where something of a mixture has a use for it, it did something; validation data may do without.
+    data = DataConfig(train_data_path=(text, pair), valid_data_path=(text,), **options)
+    assert training_data(data, tokenizer, 99) is not None
+    assert validation_data(data, tokenizer, 99) is not None
+    with pytest.raises(UserError, match=sentence.replace("--train", "--valid")):
+        validation_data(DataConfig(valid_data_path=(text,), **options), tokenizer, 99)
+
+
+def test_all_that_is_wrong_with_records_is_said_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    long = [{"prompt": "Q", "completion": "7" * size} for size in (90, 40, 60)]
+    good = {"prompt": "Q", "completion": "1"}
+    a = write_rows(tmp_path / "a.jsonl", [good, long[0], {"prompt": 1, "completion": "1"}])
+    b = write_rows(tmp_path / "b.jsonl", long[1:])
+    with pytest.raises(UserError) as caught:
+        load([a, b], tokenizer, 20)
+    first, second = str(caught.value).split(". ")
+    assert first.startswith(f"3 records ({a}:2, {b}:1, ...): the example has up to ")
+    assert second.startswith(f"{a}:3: `prompt` is a number")
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "b"},
+    ]
+    path = write_rows(tmp_path / "tools.jsonl", [{"messages": messages}] * 3)
+    with pytest.raises(UserError, match=r"^3 records \(.*:1, .*:2, \.\.\.\): the chat template .*the role tool"):
+        load(path, tokenizer)
+    with pytest.raises(UserError, match=r"^2 records \(.*:1, .*:2\): the example has no token to predict"):
+        load(write_rows(tmp_path / "text.jsonl", [{"text": ""}] * 2), tokenizer, train_on_eos=False)
 
 
 def test_preference_pairs_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

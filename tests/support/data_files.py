@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
@@ -25,6 +26,8 @@ def load(
     long_examples: Any = "error",
     data_format: Any = None,
     ignore_keys: tuple[str, ...] = (),
+    keys: DataKeys = (),
+    joined: str = "",
     **loss: Any,
 ) -> SftDataset:
     """The data set of --train-data-path ``words``, or of one path; ``loss`` are fields of LossRule."""
@@ -36,6 +39,8 @@ def load(
             seq_length=seq_length,
             long_examples=long_examples,
             data_format=data_format,
+            data_keys=keys,
+            prompt_separator=joined,
             loss=LossRule(**loss),
             ignore_keys=ignore_keys,
         ),

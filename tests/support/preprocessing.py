@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.data.files.prefixes import BOUNDARIES, LOSS_MASK
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_input
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
@@ -29,6 +30,8 @@ def make(
     data_format: Any = None,
     separator: str | None = None,
     ignore_keys: tuple[str, ...] = (),
+    keys: DataKeys = (),
+    joined: str = "",
     **options: Any,
 ) -> Facts:
     """Preprocess ``files``; ``options`` are fields of Preprocessing or of LossRule."""
@@ -38,6 +41,8 @@ def make(
         seq_length=seq_length,
         long_examples=long_examples,
         data_format=data_format,
+        data_keys=keys,
+        prompt_separator=joined,
         loss=LossRule(**loss),
         ignore_keys=ignore_keys,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from hft_megatron.data.files.delimited import find_in_delimited
 from hft_megatron.data.files.json_array import find_in_array_or_lines
 from hft_megatron.data.files.json_lines import find_lines, text_of_line, value_of
 from hft_megatron.data.files.parquet import find_in_parquet
@@ -11,8 +12,8 @@ from hft_megatron.data.files.row import Found, Line, Row
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file in its order: Parquet, a JSON array (``.json``), text (``.txt``), or JSON Lines under any
-    other name.
+    """The rows of a file in its order: Parquet, a JSON array (``.json``), ``.csv``, ``.tsv``, text (``.txt``), or JSON
+    Lines under any other name.
 
     ``.gz`` and ``.zst`` behind the name are decompressed. Raises UserError naming the place for a file that can't be
     opened or read, or isn't what its name says.
@@ -26,9 +27,14 @@ def find_rows(path: Path, separator: str | None = None) -> Iterator[Found]:
     kind = kind_of_file(path)
     if kind == ".parquet":
         return find_in_parquet(path)
+    if kind in _DELIMITERS:
+        return find_in_delimited(path, _DELIMITERS[kind])
     if kind == ".txt":
         return find_documents(path, separator)
     return find_in_array_or_lines(path) if kind == ".json" else find_lines(path)
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def kind_of_file(path: Path) -> str:

@@ -12,6 +12,12 @@ def parse_alpaca(row: Mapping[str, Any], place: str) -> Chat:
 
     ``system`` (a text) and ``history`` (earlier pairs of question and answer) are optional, as in LLaMA-Factory.
     """
+    prompt = alpaca_prompt(row, place)
+    return chat(place, [*prompt, {"role": "assistant", "content": text_of(row, "output", place)}])
+
+
+def alpaca_prompt(row: Mapping[str, Any], place: str) -> list[Message]:
+    """The messages that the output answers, the user's with the instruction last."""
     instruction = text_of(row, "instruction", place)
     given = optional_text_of(row, "input", place)
     system = optional_text_of(row, "system", place)
@@ -19,8 +25,7 @@ def parse_alpaca(row: Mapping[str, Any], place: str) -> Chat:
     for question, answer in _history(row.get("history"), place):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     messages.append({"role": "user", "content": f"{instruction}\n{given}" if given else instruction})
-    messages.append({"role": "assistant", "content": text_of(row, "output", place)})
-    return chat(place, messages)
+    return messages
 
 
 def _history(pairs: object, place: str) -> list[tuple[str, str]]:

@@ -20,8 +20,15 @@ SHAREGPT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
 }
-"""ShareGPT's names of speakers; data sets made of it use Hugging Face's as well."""
+"""ShareGPT's names of speakers; data sets made of it use Hugging Face's as well.
+
+A ``function_call`` is what the assistant says and is trained as its text stands, where LLaMA-Factory would put it into
+the form that a model's tools have: a data set that wants one has it in the text, or ``tool_calls`` in ``messages``.
+"""
 
 
 def parse_messages(row: Mapping[str, Any], place: str) -> Chat:
@@ -37,26 +44,30 @@ def parse_sharegpt(row: Mapping[str, Any], place: str) -> Chat:
     system = optional_text_of(row, "system", place)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns, start=1):
-        messages.append(_message(turn, number, place))
+        messages.append(sharegpt_message(turn, number, place))
     return chat(place, messages)
 
 
-def _message(turn: object, number: int, place: str) -> Message:
+def sharegpt_message(turn: object, number: int, place: str, *, key: str = "conversations") -> Message:
+    """A turn of ``from`` and ``value`` as a message. Raises UserError naming it by its number within ``key``."""
+    of = "" if key == "conversations" else f" of `{key}`"
     if not isinstance(turn, dict):
-        raise UserError(f"{place}: turn {number} is {kind_of(turn)}, but it must be an object with `from` and `value`.")
+        raise UserError(
+            f"{place}: turn {number}{of} is {kind_of(turn)}, but it must be an object with `from` and `value`."
+        )
     speaker, text = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         shown = repr(speaker[:40]) if isinstance(speaker, str) else kind_of(speaker) if "from" in turn else "missing"
         raise UserError(
-            f"{place}: the `from` of turn {number} is {shown}, but it must be one of {', '.join(SHAREGPT_ROLES)}."
+            f"{place}: the `from` of turn {number}{of} is {shown}, but it must be one of {', '.join(SHAREGPT_ROLES)}."
         )
     if not isinstance(text, str):
         kind = kind_of(text) if "value" in turn else "missing"
-        raise UserError(f"{place}: the `value` of turn {number} is {kind}, but it must be text.")
+        raise UserError(f"{place}: the `value` of turn {number}{of} is {kind}, but it must be text.")
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
     for key in ("role", "content"):
         if key in others:
             raise UserError(
-                f"{place}: turn {number} has `{key}` as well as `from` and `value`; keep one of the two forms."
+                f"{place}: turn {number}{of} has `{key}` as well as `from` and `value`; keep one of the two forms."
             )
     return {"role": SHAREGPT_ROLES[speaker], "content": text, **others}

@@ -1,55 +1,124 @@
-"""Preference pairs: ``chosen`` and ``rejected``, with ``prompt`` or with the prompt inside both of them."""
+"""Preference pairs: ``chosen`` and ``rejected``, and a prompt in any of the forms that data sets have it in."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from hft_megatron.data.formats.record import Message, Preference, checked_messages, kind_of, text_of
+from hft_megatron.data.formats.alpaca import alpaca_prompt
+from hft_megatron.data.formats.conversations import SHAREGPT_ROLES, sharegpt_message
+from hft_megatron.data.formats.record import (
+    Message,
+    Preference,
+    checked_messages,
+    kind_of,
+    optional_text_of,
+)
+from hft_megatron.data.formats.shared_beginning import split_messages, split_texts
+from hft_megatron.data.formats.usual_names import PROMPT_NAMES, only_one_of
 from hft_megatron.errors import UserError
+
+_Prompt = str | tuple[Message, ...] | None
 
 
 def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
-    """Three texts; or two lists of messages, with the prompt as a list, as one user's text, or as their beginning.
+    """Answers are two texts, two messages, or two lists of them. The prompt is ``prompt`` (text or messages), what both
+    answers begin with, LLaMA-Factory's ``conversations``, or Alpaca's ``instruction``, ``input`` and ``history``.
 
-    Raises UserError where the parts are of the wrong or of different kinds. A record in which they are right, and the
-    answers don't belong to one prompt, is a pair with a fault.
+    A ``system`` text stands in front of the messages. Raises UserError where the parts are of the wrong or of different
+    kinds. A record in which they are right, and the answers don't belong to one prompt, is a pair with a fault.
     """
-    if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
-        return Preference(
-            place=place,
-            prompt=text_of(row, "prompt", place),
-            chosen=text_of(row, "chosen", place),
-            rejected=text_of(row, "rejected", place),
+    chosen, rejected = _answer(row, "chosen", place), _answer(row, "rejected", place)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise UserError(
+            f"{place}: `chosen` is {kind_of(row['chosen'])} and `rejected` is {kind_of(row['rejected'])}; write both "
+            f"alike."
         )
-    chosen = checked_messages(row["chosen"], place, key="chosen")
-    rejected = checked_messages(row["rejected"], place, key="rejected")
-    prompt, fault = row.get("prompt"), None
-    if isinstance(prompt, list):
-        shared = list(checked_messages(prompt, place, key="prompt"))
-    elif prompt is not None and not isinstance(prompt, str):
-        raise UserError(f"{place}: `prompt` is {kind_of(prompt)}, but it must be text or a list of messages.")
-    elif isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        shared = [{"role": "user", "content": prompt}]
-    else:
-        shared, chosen, rejected = _split_off_prompt(chosen, rejected)
-        fault = _fault_of_prompt(shared, prompt)
+    prompt = _prompt(row, place)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None or isinstance(prompt, str):
+            return _pair_of_texts(row, place, prompt, chosen, rejected)
+        chosen, rejected = (({"role": "assistant", "content": text},) for text in (chosen, rejected))
+    assert not isinstance(chosen, str)
+    assert not isinstance(rejected, str)
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer[-1]["role"] != "assistant":
             raise UserError(f"{place}: the last message of `{key}` is the {answer[-1]['role']}'s, not the assistant's.")
-    return Preference(place=place, prompt=tuple(shared), chosen=chosen, rejected=rejected, fault=fault)
+    pair = split_messages(place, prompt, chosen, rejected)
+    assert not isinstance(pair.prompt, str)
+    return replace(pair, prompt=_with_system(row, pair.prompt, place))
 
 
-def _split_off_prompt(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...]
-) -> tuple[list[Message], tuple[Message, ...], tuple[Message, ...]]:
-    """What both conversations begin with, and the rest of each: at least the last message, also of equal ones."""
-    most = min(len(chosen), len(rejected)) - 1
-    common = next((turn for turn in range(most) if chosen[turn] != rejected[turn]), most)
-    return list(chosen[:common]), chosen[common:], rejected[common:]
+def _pair_of_texts(row: Mapping[str, Any], place: str, prompt: str | None, chosen: str, rejected: str) -> Preference:
+    if optional_text_of(row, "system", place):
+        raise UserError(
+            f"{place}: `system` has no place beside a prompt and answers of text; make them a conversation with "
+            f"--data-keys {_prompt_name(row)}=instruction, or remove it."
+        )
+    pair = split_texts(place, prompt, chosen, rejected)
+    if pair is None:
+        raise UserError(
+            f"{place}: `prompt` is missing, and neither text has turns (\\n\\nHuman: and \\n\\nAssistant:) to find it "
+            f"by; name the key that holds it with --data-keys {_prompt_name(row)}=prompt, or write a `prompt`."
+        )
+    return pair
 
 
-def _fault_of_prompt(shared: list[Message], prompt: str | None) -> str | None:
-    if not shared:
-        return "`chosen` and `rejected` begin differently, so they are no answers to one prompt"
-    if prompt is not None and all(prompt != message["content"] for message in shared):
-        return "`prompt` is none of the messages that `chosen` and `rejected` begin with"
-    return None
+def _prompt_name(row: Mapping[str, Any]) -> str:
+    return only_one_of(PROMPT_NAMES, row) or "KEY"
+
+
+def _answer(row: Mapping[str, Any], key: str, place: str) -> str | tuple[Message, ...]:
+    value = row[key]
+    return value if isinstance(value, str) else _messages([value] if isinstance(value, dict) else value, key, place)
+
+
+def prompt_keys(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of the row that are read next to its answers: those of the first form there is of a prompt.
+
+    A conversation is one only where the answers begin with the assistant: others hold their prompts, and the
+    conversation beside them is often one of them.
+    """
+    if "prompt" in row:
+        return "prompt", "system"
+    for key in ("conversations", "messages"):
+        if key in row and _is_answer_alone(row["chosen"]):
+            return key, "system"
+    return ("instruction", "input", "history", "system") if "instruction" in row else ("system",)
+
+
+def _is_answer_alone(answer: object) -> bool:
+    first = answer[0] if isinstance(answer, list) and answer else answer
+    if not isinstance(first, dict):
+        return isinstance(first, str)
+    return first.get("role") == "assistant" or SHAREGPT_ROLES.get(str(first.get("from"))) == "assistant"
+
+
+def _prompt(row: Mapping[str, Any], place: str) -> _Prompt:
+    key, *_ = prompt_keys(row)
+    if key == "system":
+        return None
+    if key == "instruction":
+        return tuple(alpaca_prompt({key: value for key, value in row.items() if key != "system"}, place))
+    if key == "prompt" and isinstance(row[key], str):
+        return str(row[key])
+    if key == "prompt" and not isinstance(row[key], list):
+        raise UserError(f"{place}: `prompt` is {kind_of(row[key])}, but it must be text or a list of messages.")
+    return _messages(row[key], key, place)
+
+
+def _messages(value: object, key: str, place: str) -> tuple[Message, ...]:
+    """Messages of ``role`` and ``content``, or ShareGPT's turns of ``from`` and ``value``."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and "from" in turn for turn in value):
+        return tuple(sharegpt_message(turn, number, place, key=key) for number, turn in enumerate(value, start=1))
+    return checked_messages(value, place, key=key)
+
+
+def _with_system(row: Mapping[str, Any], prompt: tuple[Message, ...], place: str) -> tuple[Message, ...]:
+    system = optional_text_of(row, "system", place)
+    if not system:
+        return prompt
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"] == system:
+            return prompt
+        raise UserError(f"{place}: `system` is another text than the system message of the prompt; keep one of them.")
+    return ({"role": "system", "content": system}, *prompt)

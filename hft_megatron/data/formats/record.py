@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hft_megatron.errors import UserError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "developer", "tool", "ipython", "function", "observation")
+"""Those that published chat templates know. Which of them a run's template has is seen when it renders them."""
 Message = dict[str, Any]
 
 
@@ -47,6 +48,11 @@ class Completion:
     keys: PassedOver = NOTHING
 
 
+PromptForm = Literal["given", "stripped", "found", "in one answer"]
+"""Where the prompt of a pair was: on its own; on its own and again in front of both answers, where it was taken off; in
+front of both answers alone; on its own and again in front of one answer, which was left as it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preference:
     """A prompt and two answers, of which the first is preferred; all three text, or all three messages."""
@@ -55,6 +61,7 @@ class Preference:
     prompt: str | tuple[Message, ...]
     chosen: str | tuple[Message, ...]
     rejected: str | tuple[Message, ...]
+    form: PromptForm = "given"
     fault: str | None = None
     """Why these are no two answers to one prompt, as a clause; None where they are."""
     keys: PassedOver = NOTHING
@@ -81,6 +88,7 @@ def checked_messages(messages: object, place: str, *, key: str = "messages") -> 
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: `{key}` is {kind_of(messages)}, but it must be a list of at least one message.")
     of = "" if key == "messages" else f" of `{key}`"
+    checked = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise UserError(
@@ -91,10 +99,37 @@ def checked_messages(messages: object, place: str, *, key: str = "messages") -> 
                 f"{place}: message {number}{of} has the role {shortened(message.get('role'))}, but it must be one of "
                 f"{', '.join(ROLES)}."
             )
-        if not isinstance(message.get("content"), str):
-            kind = kind_of(message["content"]) if "content" in message else "missing"
+        content = message.get("content")
+        if isinstance(content, list) and content:
+            content = _joined_parts(content, f"{place}: the `content` of message {number}{of}")
+        # What OpenAI writes beside a call: the template gets it as it is.
+        is_call_alone = content is None and any(message.get(key) for key in ("tool_calls", "function_call"))
+        if not isinstance(content, str) and not is_call_alone:
+            kind = kind_of(content) if "content" in message else "missing"
             raise UserError(f"{place}: the `content` of message {number}{of} is {kind}, but it must be text.")
-    return tuple(messages)
+        checked.append({**message, "content": content})
+    return tuple(checked)
+
+
+def _joined_parts(parts: Sequence[object], whose: str) -> str:
+    """The text of OpenAI's and TRL's ``{"type": "text", "text"}``, with nothing between the parts, as templates print
+    them. Raises UserError for a part of another type, or with more in it."""
+    texts = []
+    for number, part in enumerate(parts, start=1):
+        if not isinstance(part, dict):
+            raise UserError(f"{whose} has {kind_of(part)} as part {number}, but a part must be an object with a type.")
+        # Parquet and some tools write every key that any part has.
+        keys = [key for key, value in part.items() if value is not None]
+        if part.get("type") != "text":
+            raise UserError(f"{whose} has the type {shortened(part.get('type'))} in part {number}; only text is read.")
+        if not isinstance(part.get("text"), str):
+            kind = kind_of(part["text"]) if "text" in part else "missing"
+            raise UserError(f"{whose} has a part {number} whose `text` is {kind}, but it must be text.")
+        if set(keys) != {"type", "text"}:
+            more = next(key for key in keys if key not in ("type", "text"))
+            raise UserError(f"{whose} has the key {shortened(more)} in part {number}, beside type and text; remove it.")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def chat(place: str, messages: Sequence[Message]) -> Chat:

@@ -13,7 +13,7 @@ from hft_megatron.data.formats.completions import (
     parse_trace,
 )
 from hft_megatron.data.formats.conversations import parse_messages, parse_sharegpt
-from hft_megatron.data.formats.preference import parse_preference
+from hft_megatron.data.formats.preference import parse_preference, prompt_keys
 from hft_megatron.data.formats.record import Record
 
 
@@ -25,8 +25,15 @@ class Format:
     """Those that a record of it has."""
     reads: tuple[str, ...] = ()
     """Those that it may have, and that the parser reads as well."""
+    reads_of: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    """Which of ``reads`` are read of a row, where some take the place of others; all of them when None."""
     parse: Callable[[Mapping[str, Any], str], Record]
     """Takes a row with these keys and its place."""
+
+    def unread(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The row's other keys."""
+        reads = self.reads if self.reads_of is None else self.reads_of(row)
+        return tuple(key for key in row if key not in (*self.keys, *reads))
 
     @property
     def needs(self) -> str:
@@ -36,9 +43,14 @@ class Format:
 
 FORMATS: dict[DataFormat, Format] = {
     "messages": Format(keys=("messages",), parse=parse_messages),
+    "preference": Format(
+        keys=("chosen", "rejected"),
+        reads=("prompt", "conversations", "messages", "instruction", "input", "history", "system"),
+        reads_of=prompt_keys,
+        parse=parse_preference,
+    ),
     "sharegpt": Format(keys=("conversations",), reads=("system",), parse=parse_sharegpt),
     "alpaca": Format(keys=("instruction", "output"), reads=("input", "system", "history"), parse=parse_alpaca),
-    "preference": Format(keys=("chosen", "rejected"), reads=("prompt",), parse=parse_preference),
     "prompt-completion": Format(keys=("prompt", "completion"), parse=parse_prompt_completion),
     "trace": Format(keys=("prompt", "answer"), parse=parse_trace),
     "input-output": Format(keys=("input", "output"), parse=parse_input_output),
@@ -47,12 +59,11 @@ FORMATS: dict[DataFormat, Format] = {
 """The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of."""
 
 
-PROMPT_NAMES = ("prompt", "question", "query", "problem")
-COMPLETION_NAMES = ("completion", "answer", "response", "solution")
-"""What GSM8K, MetaMath and others call the halves of ``prompt-completion``. No format, since as often they mean a
-conversation."""
-
-
 def recognise(row: Mapping[str, Any]) -> DataFormat | None:
-    """The first format whose keys the row has."""
-    return next((name for name, format in FORMATS.items() if row.keys() >= set(format.keys)), None)
+    """The first format whose keys the row has.
+
+    ``messages`` beside two lists of messages repeat one of them, but beside two single messages they are the prompt.
+    """
+    is_ranking = all(isinstance(row.get(key), dict) for key in ("chosen", "rejected"))
+    formats = [name for name, format in FORMATS.items() if row.keys() >= set(format.keys)]
+    return next((name for name in formats if name != "messages" or not is_ranking), None)

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.files.row import Found, Line, Row
 from hft_megatron.data.files.rows import find_rows, row_of
-from hft_megatron.data.records import Layout, layout_of
+from hft_megatron.data.records import Layout, RecordReader, RecordRules
 from hft_megatron.errors import UserError
 
 CHUNK_ROWS = 1000
@@ -26,25 +25,18 @@ class Chunk:
     """Bytes of all input that were read for it and all before it."""
 
 
-def cut_chunks(
-    files: Sequence[Path],
-    data_format: DataFormat | None,
-    separator: str | None,
-    *,
-    skips: bool,
-    ignored: frozenset[str] = frozenset(),
-) -> Iterator[Chunk]:
+def cut_chunks(files: Sequence[Path], rules: RecordRules, separator: str | None, *, skips: bool) -> Iterator[Chunk]:
     """The chunks of all files in order. Raises UserError for a file that can't be read on.
 
     A file's format is that of its first record; where bad ones are passed over (``skips``), of its first good one.
     """
-    before = 0
+    before, reader = 0, RecordReader(rules)
     for path in files:
-        layout = None if data_format is None else Layout(format=data_format, ignored=ignored)
+        layout = None if rules.data_format is None else Layout(format=rules.data_format)
         chunk, size = Chunk(layout=layout), 0
         for found in find_rows(path, separator):
             if layout is None:
-                chunk.layout = layout = _layout(found, ignored, skips=skips)
+                chunk.layout = layout = _layout(reader, found, skips=skips)
             chunk.rows.append(found.item)
             chunk.position = before + found.position
             size += found.size
@@ -56,9 +48,9 @@ def cut_chunks(
             yield chunk
 
 
-def _layout(found: Found, ignored: frozenset[str], *, skips: bool) -> Layout | None:
+def _layout(reader: RecordReader, found: Found, *, skips: bool) -> Layout | None:
     try:
-        return layout_of(row_of(found.item), ignored)
+        return reader.layout_of(row_of(found.item))
     except UserError:
         if not skips:
             raise

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.data_keys import data_keys
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.files.prefixes import BAD_LINES, FACTS, UNFINISHED
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
+from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.tokenizer import TokenizerFacts
 from hft_megatron.errors import UserError
 
@@ -35,6 +37,8 @@ class Job:
     append_eod: bool
     document_separator: str | None
     ignore_keys: tuple[str, ...]
+    data_keys: str | None
+    prompt_separator: str
 
     @staticmethod
     def of(
@@ -60,6 +64,8 @@ class Job:
             append_eod=append_eod,
             document_separator=document_separator,
             ignore_keys=rules.ignore_keys,
+            data_keys=",".join(f"{key}={known}" for key, known in rules.data_keys) or None,
+            prompt_separator=rules.prompt_separator,
         )
 
     @staticmethod
@@ -101,6 +107,11 @@ class Facts:
     counts: SftCounts
 
     @property
+    def use(self) -> RecordUse:
+        """What the job's rules about records did: nothing that did nothing was completed."""
+        return RecordUse(keys=data_keys(self.job.data_keys), separator=self.job.prompt_separator)
+
+    @property
     def origin(self) -> dict[str, Any]:
         """What the examples were made of, as for the same files read directly; more where they were read otherwise."""
         job = self.job
@@ -114,8 +125,8 @@ class Facts:
         long = f", {counts.truncated} truncated, {counts.dropped} dropped, {counts.split} split"
         bad = f"; {self.bad_lines:,} bad lines in {prefix}{BAD_LINES}" if self.bad_lines else ""
         return (
-            f"{prefix} ({', '.join(self.formats)}): {self.documents:,} documents, {self.examples:,} examples, "
-            f"{counts.trained_tokens:,} trained tokens of {counts.tokens:,}"
+            f"{prefix} ({', '.join(self.formats)}{self.use.words()}): {self.documents:,} documents, {self.examples:,} "
+            f"examples, {counts.trained_tokens:,} trained tokens of {counts.tokens:,}"
             f"{long if counts.truncated + counts.dropped + counts.split else ''}{bad}"
         )
 
@@ -179,7 +190,7 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
     if job.chat_template != run.chat_template:
         theirs, ours = _where_they_differ(job.chat_template, run.chat_template)
         yield "a --chat-template with", theirs, f"one with {ours}"
-    for name in ("loss_on", "train_on_eos", "ignore_keys"):
+    for name in ("loss_on", "train_on_eos", "ignore_keys", "data_keys", "prompt_separator"):
         if getattr(job, name) != getattr(run, name):
             yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
     if run.data_format is not None and facts.formats != (run.data_format,):
@@ -195,6 +206,8 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
 def _word(value: object) -> object:
     if isinstance(value, tuple):
         return ",".join(value) or "unset"
+    if isinstance(value, str) and not (value and value.isprintable()):
+        return repr(value)
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 

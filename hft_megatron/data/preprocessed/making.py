@@ -26,6 +26,7 @@ from hft_megatron.data.preprocessed.facts import Facts, Job, read_facts
 from hft_megatron.data.preprocessed.output import Output
 from hft_megatron.data.preprocessed.progress import ProgressReport
 from hft_megatron.data.preprocessed.worker import DocumentMaker, Documents, make_documents, start_worker
+from hft_megatron.data.record_use import check_use
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import RunFailed, Stopped, UserError
 
@@ -82,6 +83,7 @@ def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -
         if not output.progress.complete:
             _make(asked, tokenizer, output, announce)
         _check_not_empty(output, asked)
+        check_use(asked.rules.data_keys, asked.rules.prompt_separator, [output.progress.use], "--input")
         return output.finish()
     except OSError as error:
         raise UserError(
@@ -123,13 +125,7 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
     # Workers have one thread each: there is one for every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     maker = DocumentMaker(tokenizer, asked.rules, append_eod=asked.append_eod, skips=asked.skips_bad_lines)
-    chunks = cut_chunks(
-        asked.files,
-        asked.rules.data_format,
-        asked.document_separator,
-        skips=asked.skips_bad_lines,
-        ignored=frozenset(asked.rules.ignore_keys),
-    )
+    chunks = cut_chunks(asked.files, asked.rules.records, asked.document_separator, skips=asked.skips_bad_lines)
     position = 0
     if output.progress.chunks:
         announce(f"going on behind {output.progress.documents:,} documents")

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +22,7 @@ from hft_megatron.data.fitting import SftCounts
 from hft_megatron.data.preprocessed.facts import Facts, Job
 from hft_megatron.data.preprocessed.index_file import token_dtype, write_index
 from hft_megatron.data.preprocessed.worker import Documents
+from hft_megatron.data.record_use import RecordUse
 from hft_megatron.errors import UserError
 
 _JOURNAL, _LOCK = "journal.json", "lock"
@@ -45,6 +46,7 @@ class Progress:
     formats: tuple[DataFormat, ...]
     counts: SftCounts
     sizes: dict[str, int]
+    use: RecordUse = field(default_factory=RecordUse)
     complete: bool = False
     """Whether only the names are missing."""
 
@@ -125,6 +127,7 @@ class Output:
         progress.bad_lines += len(made.bad)
         progress.formats = tuple(sorted({*progress.formats, *made.formats}))
         progress.counts.merge(made.counts)
+        progress.use = progress.use.merged(made.use)
 
     def record(self) -> None:
         """Have all that was added on the disk, and then the journal. Raises OSError."""
@@ -182,7 +185,8 @@ class Output:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             job, counts = Job.from_dict(saved.pop("job")), SftCounts(**saved.pop("counts"))
-            return Progress(job=job, counts=counts, formats=tuple(saved.pop("formats")), **saved)
+            use = RecordUse.from_dict(saved.pop("use")) if "use" in saved else RecordUse()
+            return Progress(job=job, counts=counts, formats=tuple(saved.pop("formats")), use=use, **saved)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.chat import ChatTemplate
 from hft_megatron.data.examples import Example, example_of, pieces_of
+from hft_megatron.data.faults import Faults, RecordRefused
 from hft_megatron.data.files.row import Line, Row
 from hft_megatron.data.files.rows import row_of
 from hft_megatron.data.fitting import ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.formats.record import Record
 from hft_megatron.data.preprocessed.chunks import Chunk
 from hft_megatron.data.preprocessed.index_file import token_dtype
-from hft_megatron.data.records import layout_of, record_of
+from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.records import RecordReader
 from hft_megatron.data.tokenizer import Piece, Tokenizer
 from hft_megatron.errors import UserError
 
@@ -43,6 +45,8 @@ class Documents:
     formats: frozenset[DataFormat]
     longest: int
     """Positions of the longest document; 0 without one."""
+    use: RecordUse
+    """Of all chunks of the worker so far."""
     bad: list[str] = field(default_factory=list)
     """A line of JSON for each row that was passed over."""
 
@@ -55,17 +59,25 @@ class DocumentMaker:
         self._rules = rules
         self._append_eod = append_eod
         self._skips = skips
+        self._reader = RecordReader(rules.records)
         self._template = ChatTemplate(tokenizer.facts, rules.loss)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def documents(self, chunk: Chunk) -> Documents:
-        """All documents of a chunk. Raises UserError naming the first bad row, unless those are passed over."""
-        bad: list[str] = []
-        kept = list(self._kept(chunk, bad))
-        spans = [spans_of(example, self._rules) for example in kept]
-        counts = SftCounts()
-        for example, of_example in zip(kept, spans, strict=True):
-            counts.add(example, of_example, self._rules)
+        """All documents of a chunk. Raises UserError with what is wrong in it, unless bad rows are passed over."""
+        refused: list[tuple[Row | Line, UserError]] = []
+        kept = list(self._kept(chunk, refused))
+        spans, counts, too_long = [], SftCounts(), Faults()
+        for example in kept:
+            try:
+                spans.append(spans_of(example, self._rules))
+            except RecordRefused as error:
+                too_long.add(example.place, error)
+            else:
+                counts.add(example, spans[-1], self._rules)
+        self._stop_if_needed(refused, too_long)
+        order = {item.place: number for number, item in enumerate(chunk.rows)}
+        refused.sort(key=lambda pair: order[pair[0].place])
         lengths = np.array([len(example.ids) for example in kept], dtype=np.int32)
         return Documents(
             tokens=_joined([example.ids for example in kept], self._dtype),
@@ -76,19 +88,28 @@ class DocumentMaker:
             counts=counts,
             formats=frozenset(example.format for example in kept),
             longest=int(lengths.max(initial=1)) - 1,
-            bad=bad,
+            use=self._reader.use(),
+            bad=[_bad_line(item, error) for item, error in refused],
         )
 
-    def _kept(self, chunk: Chunk, bad: list[str]) -> Iterator[Example]:
+    def _stop_if_needed(self, refused: Sequence[tuple[Row | Line, UserError]], too_long: Faults) -> None:
+        """Raise UserError where a record is too long, or is refused and may not be passed over."""
+        faults = Faults()
+        for item, error in [] if self._skips else refused:
+            faults.add(item.place, error)
+        told = [f"{faults.told().removesuffix('.')}; or pass over it with --on-bad-line skip."] * (len(faults) > 0)
+        told += [too_long.told()] * (len(too_long) > 0)
+        if told:
+            raise UserError(" ".join(told))
+
+    def _kept(self, chunk: Chunk, refused: list[tuple[Row | Line, UserError]]) -> Iterator[Example]:
+        """The examples of the chunk's rows in order; the rows that can't be one are added to ``refused``."""
         found: list[tuple[Row | Line, DataFormat, Record, list[Piece]]] = []
-        refused: list[tuple[Row | Line, UserError]] = []
         for item in chunk.rows:
             try:
                 known, record, pieces = self._pieces(item, chunk)
             except UserError as error:
                 refused.append((item, error))
-                if not self._skips:
-                    break
             else:
                 found.append((item, known, record, pieces))
         encoded = self._tokenizer.encode_pieces([pieces for *_, pieces in found])
@@ -97,20 +118,14 @@ class DocumentMaker:
             try:
                 check_predicts(example)
             except UserError as error:
-                if not self._skips:
-                    raise _with_the_option(error) from None
                 refused.append((item, error))
             else:
                 yield example
-        if refused and not self._skips:
-            raise _with_the_option(refused[0][1])
-        order = {item.place: number for number, item in enumerate(chunk.rows)}
-        bad += [_bad_line(item, error) for item, error in sorted(refused, key=lambda pair: order[pair[0].place])]
 
     def _pieces(self, item: Row | Line, chunk: Chunk) -> tuple[DataFormat, Record, list[Piece]]:
         row = row_of(item)
-        layout = layout_of(row, frozenset(self._rules.ignore_keys)) if chunk.layout is None else chunk.layout
-        record = record_of(row, layout)
+        layout = self._reader.layout_of(row) if chunk.layout is None else chunk.layout
+        record = self._reader.record_of(row, layout)
         pieces = pieces_of(record, self._tokenizer, self._template, self._rules.loss)
         if layout.format == "text" and not self._append_eod:
             pieces = pieces[:-1]
@@ -119,10 +134,6 @@ class DocumentMaker:
 
 def _joined(arrays: Sequence[NDArray[np.generic]], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype=dtype)
-
-
-def _with_the_option(error: UserError) -> UserError:
-    return UserError(f"{str(error).removesuffix('.')}; or pass over it with --on-bad-line skip.")
 
 
 def _bad_line(item: Row | Line, error: UserError) -> str:

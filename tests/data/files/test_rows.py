@@ -1,6 +1,8 @@
 """The same rows come out of every kind of file; a damaged one is named with the place. Run: pytest tests/data/files"""
 
+import csv
 import gzip
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.files import json_array, json_lines, plain_text, stream
+from hft_megatron.data.files import delimited, json_array, json_lines, plain_text, stream
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.errors import UserError
 
@@ -66,6 +68,43 @@ def test_every_kind_of_file_gives_the_same_rows(
     monkeypatch.setattr(json_array, "CHUNK_BYTES", chunk if name != "pretty.json" else max(chunk, 8))
     (tmp_path / name).write_bytes(PLAIN[name]())
     assert values(tmp_path / name) == ROWS
+
+
+TABLE = [
+    {"prompt": 'a "quoted", word', "completion": "two\nlines\r\nand\ta tab"},
+    {"prompt": "", "completion": "é 🙂\u2028"},
+    {"prompt": " b", "completion": "x" * 200_000},
+]
+TABLES: dict[str, Callable[[], bytes]] = {
+    "a.csv": lambda: table(TABLE, ","),
+    "unix.csv": lambda: table(TABLE, ",", lineterminator="\n").rstrip(b"\n"),
+    "quoted.csv": lambda: b"\xef\xbb\xbf" + table(TABLE, ",", quoting=csv.QUOTE_ALL),
+    "blank.csv": lambda: b"\n" + table(TABLE, ",", lineterminator="\n") + b"\n\n",
+    "a.tsv": lambda: table(TABLE, "\t"),
+    "a.csv.gz": lambda: gzip.compress(table(TABLE, ",")),
+    "A.TSV.ZST": lambda: bytes(zstd().compress(table(TABLE, "\t"))),
+}
+
+
+def table(rows: list[dict[str, str]], delimiter: str, **options: Any) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], delimiter=delimiter, **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_gives_its_cells_as_texts_under_the_names_of_its_columns(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(TABLES[name]())
+    assert values(tmp_path / name) == TABLE
+
+
+def test_a_row_of_a_table_stands_in_the_line_that_it_begins_in(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text\n"a\nb\n\nc"\n\n\nd\n"e\n"\nf')
+    rows = list(read_rows(tmp_path / "a.csv"))
+    assert [row.place for row in rows] == [f"{tmp_path}/a.csv:{line}" for line in (2, 8, 9, 11)]
+    assert [row.value["text"] for row in rows] == ["a\nb\n\nc", "d", "e\n", "f"]
 
 
 def test_a_parquet_file_gives_the_same_rows_with_a_null_for_what_is_missing(tmp_path: Path) -> None:
@@ -126,6 +165,15 @@ DAMAGED: list[tuple[str, Callable[[], bytes], str]] = [
     ("a.jsonl", lambda: "{}\n{}".encode("utf-16"), r"a.jsonl:1: the line has a NUL byte"),
     ("a.jsonl", lambda: b"{}\n\0\0\0", r"a.jsonl:2: the line has a NUL byte"),
     ("a.jsonl", lambda: lines([{}]) + b'{"a": "b', r"a.jsonl:2: the line is not valid JSON \(Unterminated string"),
+    ("a.csv", lambda: b"a,b\n1,2\n3", r"a.csv:3: the row has 1 cells, but the file has 2 columns \(a, b\); put a cell"),
+    ("a.tsv", lambda: b"a\tb\n1\t2\t3", r"a.tsv:2: the row has 3 cells, .* a quote or a tab in quotes"),
+    ("a.csv", lambda: b"a,b,a\n1,2,3", r"a.csv:1: 2 columns have the name 'a'"),
+    ("a.csv", lambda: b'a,b\n1,"2"3\n', r"a.csv:2: the row can't be read \(',' expected after '\"'\)"),
+    ("a.csv", lambda: b'a,b\n1,"2\n\n3', r"a.csv:2: the row can't be read \(unexpected end of data\)"),
+    ("a.csv", lambda: b"a,b\r1,2\r", r"a.csv:1: the row can't be read \(new-line character seen in unquoted field"),
+    ("a.csv", lambda: b"a,b\n1,\xff", r"a.csv:2: byte 3 of the line is not UTF-8"),
+    ("a.csv", lambda: b"a,b\n1,\0", r"a.csv:2: the line has a NUL byte"),
+    ("a.csv.gz", lambda: gzip.compress(b"a\n" + bytes(range(97, 122)) * 999)[:-9], r"a.csv.gz:2: .* cut off"),
     ("a.json", lambda: array(LONG)[:-9], r"a.json:1, record 2000: not valid JSON \(Unterminated string starting at\)"),
     ("a.json", lambda: array(LONG)[:-1], r"a.json:1: after record 2000 comes the end of the file instead of a comma"),
     ("a.json", lambda: b"[{}\n{}]", r"a.json:2: after record 1 comes '{' instead of a comma or a \]"),
@@ -168,6 +216,8 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: Callable[[bytes
         ("a.jsonl", b'{"a": "' + b"x" * 3000 + b'"}\n', ":2: the line"),
         ("a.jsonl", b"x" * 9000, ":2: the line"),
         ("a.jsonl.gz", b'{"a": "' + b"x" * 3000 + b'"}\n', ":2: the line"),
+        ("a.csv", b"x" * 3000, ":2: the line"),
+        ("a.csv", b'"' + b"x\n" * 3000, ":2: the cell"),
         ("a.json", b'[{},\n{"a": "' + b"x" * 3000 + b'"}]', ":2, record 2: the record"),
         ("a.json", b'[{},\n{"a": "' + b"x" * 9000, ":2, record 2: the record"),
     ],
@@ -175,7 +225,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: Callable[[bytes
 def test_a_record_over_the_limit_is_refused_without_reading_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, place: str
 ) -> None:
-    for module in (stream, json_lines, json_array):
+    for module in (stream, json_lines, json_array, delimited):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
     # What comes before the [ must be in the first chunk.
     monkeypatch.setattr(json_array, "CHUNK_BYTES", 64)

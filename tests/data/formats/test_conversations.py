@@ -8,6 +8,7 @@ from hft_megatron.data.formats.conversations import parse_messages, parse_shareg
 from hft_megatron.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}
+TEXT_PART = {"type": "text", "text": "a"}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}
 
 
@@ -20,6 +21,31 @@ def test_sharegpt_turns_keep_their_extra_keys() -> None:
     assert parse_sharegpt({"conversations": [GPT]}, "x:1").messages == (
         {"role": "assistant", "content": "b", "weight": 1},
     )
+
+
+def test_parts_of_text_are_joined_with_nothing_between() -> None:
+    parts = [TEXT_PART, {"type": "text", "text": " b", "image_url": None}]
+    chat = parse_messages({"messages": [USER | {"content": parts}, ANSWER | {"content": [TEXT_PART]}]}, "x:1")
+    assert chat.messages == (USER | {"content": "a b"}, ANSWER | {"content": "a"})
+    assert len(parts) == 2  # the row is as it was
+
+
+def test_turns_of_tools_keep_their_roles_and_a_call_is_what_the_assistant_says() -> None:
+    turns = [("human", "a"), ("function_call", '{"name": "f"}'), ("observation", "3"), ("tool", "4"), ("gpt", "b")]
+    chat = parse_sharegpt({"conversations": [{"from": name, "value": text} for name, text in turns]}, "x:1")
+    roles = ["user", "assistant", "tool", "tool", "assistant"]
+    assert [(message["role"], message["content"]) for message in chat.messages] == list(
+        zip(roles, [text for _, text in turns], strict=True)
+    )
+    tool = {"role": "tool", "content": "3", "tool_call_id": "x"}
+    assert parse_messages({"messages": [USER, ANSWER, tool, ANSWER]}, "x:1").messages[2] == tool
+
+
+@pytest.mark.parametrize("text", [{}, {"content": None}])
+def test_a_call_of_a_tool_needs_no_text(text: dict[str, None]) -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    [_, message] = parse_messages({"messages": [USER, {**call, **text}]}, "x:1").messages
+    assert message == {**call, "content": None}
 
 
 def test_sharegpt_turns_become_messages_in_their_order() -> None:
@@ -51,6 +77,14 @@ def test_sharegpt_turns_become_messages_in_their_order() -> None:
         ({"messages": [{"role": "user"}]}, "the `content` of message 1 is missing"),
         ({"messages": [{"role": "user", "content": []}]}, "the `content` of message 1 is an empty list"),
         ({"messages": [USER]}, "has no assistant turn"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "the `content` of message 1 has text as part 1, but"),
+        (
+            {"messages": [ANSWER, {"role": "user", "content": [TEXT_PART, {"type": "image_url", "image_url": {}}]}]},
+            "the `content` of message 2 has the type 'image_url' in part 2; only text is read",
+        ),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "the type None in part 1"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a part 1 whose `text` is missing"),
+        ({"messages": [{"role": "user", "content": [{**TEXT_PART, "weight": 0}]}]}, "the key 'weight' in part 1"),
     ],
 )
 def test_a_wrong_message_is_named(row: dict[str, Any], sentence: str) -> None:
@@ -66,7 +100,8 @@ def test_a_wrong_message_is_named(row: dict[str, Any], sentence: str) -> None:
         ({"conversations": [HUMAN, None]}, "turn 2 is null"),
         ({"conversations": [{"value": "a"}]}, "the `from` of turn 1 is missing, but it must be one of system, human"),
         ({"conversations": [{"from": 1, "value": "a"}]}, "the `from` of turn 1 is a number"),
-        ({"conversations": [{"from": "observation", "value": "a"}]}, "the `from` of turn 1 is 'observation'"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "the `from` of turn 1 is 'bot'"),
+        ({"conversations": [{"from": "observation", "value": "a"}]}, "has no assistant turn"),
         ({"conversations": [{"from": "gpt"}]}, "the `value` of turn 1 is missing"),
         ({"conversations": [{"from": "gpt", "value": {}}]}, "the `value` of turn 1 is an object"),
         ({"conversations": [HUMAN]}, "has no assistant turn"),

@@ -20,7 +20,7 @@ from hft_megatron.data.files.row import Row
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
 from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.printable import printable
-from hft_megatron.data.records import Layout, record_of
+from hft_megatron.data.records import Layout, RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -156,18 +156,19 @@ def assert_same(one: Any, other: Any) -> None:
 def test_a_key_of_a_pair_is_treated_as_the_table_says(key: str) -> None:
     if key in PAIR:
         return
-    row, layout = Row(place="x:1", value={**PAIR, key: "unlike"}), Layout(format="preference")
+    row = {**PAIR, key: "unlike"}
     if expected_of_record(key, "unlike", "preference") == "refused":
-        with pytest.raises(UserError, match=f"^x:1: `{key}` stands for "):
-            record_of(row, layout)
+        says = "has no place beside a prompt" if key == "system" else "stands for"
+        with pytest.raises(UserError, match=f"^x:1: `{key}` {says} "):
+            record(row, "preference")
     else:
-        assert record_of(row, layout).keys.unread == (key,)
-    ignoring = Layout(format="preference", ignored=frozenset([key]))
-    assert record_of(row, ignoring).keys.ignored == (key,)
+        assert record(row, "preference").keys.unread == (key,)
+    assert record(row, "preference", key).keys.ignored == (key,)
 
 
-def record(row: dict[str, Any], format: Any) -> Any:
-    return record_of(Row(place="x:1", value=row), Layout(format=format))
+def record(row: dict[str, Any], format: Any, *ignored: str) -> Any:
+    reader = RecordReader(RecordRules(ignored=frozenset(ignored)))
+    return reader.record_of(Row(place="x:1", value=row), Layout(format=format))
 
 
 @pytest.mark.parametrize("empty", [None, "", [], {}, "[]"], ids=repr)

@@ -20,12 +20,31 @@ GOOD, BAD = {"role": "assistant", "content": "b"}, {"role": "assistant", "conten
         {"prompt": "a", "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": "a", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
         {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        {"prompt": [ASK], "chosen": GOOD, "rejected": BAD},
+        {"prompt": [ASK], "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "assistant", "value": "c"}},
+        {"prompt": [{"from": "human", "value": "a"}], "chosen": GOOD, "rejected": [BAD]},
+        {"conversations": [{"from": "human", "value": "a"}], "chosen": GOOD, "rejected": BAD},
+        {"messages": [ASK], "chosen": GOOD, "rejected": BAD},
+        {"messages": [ASK, BAD], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        {"instruction": "a", "input": "", "chosen": "b", "rejected": "c"},
+        {"instruction": "a", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
     ],
-    ids=["messages", "text and answers", "text and conversations", "conversations"],
+    ids=lambda row: " ".join(f"{key}:{type(value).__name__}" for key, value in row.items()),
 )
 def test_every_form_with_messages_is_the_same_pair(row: dict[str, Any]) -> None:
     pair = parse_preference(row, "x:1")
     assert (pair.prompt, pair.chosen, pair.rejected) == ((ASK,), (GOOD,), (BAD,))
+
+
+def test_a_system_text_stands_in_front_of_every_form_of_messages_once() -> None:
+    rows: list[dict[str, Any]] = [
+        {"instruction": "a", "chosen": "b", "rejected": "c", "system": "s"},
+        {"conversations": [{"from": "human", "value": "a"}], "chosen": GOOD, "rejected": BAD, "system": "s"},
+        {"prompt": [SYSTEM, ASK], "chosen": GOOD, "rejected": BAD, "system": "s"},
+        {"chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, ASK, BAD]},
+    ]
+    assert [parse_preference(row, "x:1").prompt for row in rows] == [(SYSTEM, ASK)] * len(rows)
 
 
 def test_three_texts_stay_texts() -> None:
@@ -58,7 +77,17 @@ def test_real_pairs_are_put_together_again(shared_data: Path, name: str) -> None
     ("row", "sentence"),
     [
         ({"chosen": "b", "rejected": "c"}, "`prompt` is missing"),
-        ({"prompt": "a", "chosen": "b", "rejected": [BAD]}, "`rejected` is a list, but it must be text"),
+        ({"chosen": "b", "rejected": "c", "query": "a"}, "name the key that holds it with --data-keys query=prompt"),
+        ({"chosen": "b\n\nAssistant: x", "rejected": "c", "n": 1}, "--data-keys KEY=prompt, or write a `prompt`"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": [BAD]},
+            "`chosen` is text and `rejected` is a list; write both alike",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "s"}, "with --data-keys prompt=instruction, or"),
+        ({"prompt": [SYSTEM, ASK], "chosen": "b", "rejected": "c", "system": "t"}, "`system` is another text than"),
+        ({"conversations": [{"from": "x"}], "chosen": "b", "rejected": "c"}, "turn 1 is 'x', but it must be one of"),
+        ({"prompt": "a", "chosen": {"from": "gpt"}, "rejected": BAD}, "`value` of turn 1 of `chosen` is missing"),
+        ({"instruction": 1, "chosen": "b", "rejected": "c"}, "`instruction` is a number"),
         ({"prompt": "a", "chosen": 1, "rejected": [BAD]}, "`chosen` is a number, but it must be a list"),
         ({"prompt": 1, "chosen": [GOOD], "rejected": [BAD]}, "`prompt` is a number"),
         ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "`prompt` is an empty list"),

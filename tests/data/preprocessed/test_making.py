@@ -308,6 +308,28 @@ def test_a_bad_line_stops_with_its_place_or_is_written_to_a_file_and_counted(
             assert sentence in entry["error"]
 
 
+def test_all_that_is_wrong_in_a_chunk_is_said_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good, long = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * 99}
+    path = write_rows(tmp_path / "rows.jsonl", [good, long, {"prompt": 1, "completion": "b"}, long, {"text": "x"}])
+    with pytest.raises(UserError) as caught:
+        make(tmp_path / "out", path, tokenizer, seq_length=20)
+    for part in (
+        f"{path}:3: `prompt` is a number",
+        f"{path}:5: the record has the keys `text`",
+        "; or pass over it with --on-bad-line skip.",
+        f"2 records ({path}:2, {path}:4): the example has ",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match=r"^2 records .* the example has "):
+        make(tmp_path / "out", path, tokenizer, seq_length=20, skips_bad_lines=True)
+
+
+def test_a_mapped_key_that_no_record_has_is_named_at_the_end(tmp_path: Path, rows: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="--data-keys qustion=prompt: no record of --input has the key `qustion`"):
+        make(tmp_path / "out", rows, tokenizer, keys=(("qustion", "prompt"),), workers=2)
+    assert not (tmp_path / "out.bin").exists()
+
+
 def test_a_file_that_breaks_off_is_an_error_behind_all_that_is_wrong_before_it(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

@@ -52,6 +52,24 @@ def batches_of(dataset: SftDataset, *, packed: bool) -> list[Any]:
     ]
 
 
+def test_keys_and_separator_make_the_examples_of_the_files_and_must_be_the_runs(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": f"{n}?", "answer": str(n)} for n in range(20)])
+    rules: dict[str, Any] = {"keys": (("answer", "completion"), ("question", "prompt")), "joined": "\n"}
+    facts = make(tmp_path / "made", rows, tokenizer, workers=2, **rules)
+    plain, made = load(rows, tokenizer, **rules), load(tmp_path / "made", tokenizer, **rules)
+    assert made.digest == plain.digest
+    assert made.describe()[0].partition(" (")[2] == plain.describe()[0].partition(" (")[2]
+    assert "`question` as `prompt`, '\\n' between prompt and answer" in facts.summary("made")
+    for index in range(20):
+        assert made.example(index)[0].tolist() == plain.example(index)[0].tolist()
+    with pytest.raises(UserError, match=r"with --prompt-separator '\\n', but the run has ''; give the run the same"):
+        load(tmp_path / "made", tokenizer, **rules | {"joined": ""})
+    with pytest.raises(UserError, match="with --data-keys answer=completion,question=prompt, but the run has unset"):
+        load(tmp_path / "made", tokenizer, joined="\n")
+
+
 @pytest.mark.parametrize("long_examples", ["drop", "truncate", "split"])
 def test_examples_batches_and_digest_are_those_of_the_files(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, long_examples: str

@@ -1,0 +1,86 @@
+"""What is wrong with the records of a data set, told at once: every kind of fault, with how many records have it."""
+
+import re
+from dataclasses import dataclass, field
+
+from hft_megatron.errors import UserError
+
+_MOST_KINDS, _TOLD_KINDS = 100, 8
+"""Kept apart, which bounds the memory, and told, the most frequent first."""
+
+
+class RecordRefused(UserError):
+    """A record that nothing can be learned of as the options stand."""
+
+    def __init__(self, place: str, sentence: str, size: int | None = None) -> None:
+        """``size`` stands where the sentence has ``{}``, so that records that differ in it alone have one fault."""
+        super().__init__(f"{place}: {_with_size(sentence, size)}")
+        self.sentence = sentence
+        self.size = size
+
+
+@dataclass(kw_only=True)
+class _Kind:
+    sentence: str
+    """Of the first record."""
+    size: int | None
+    """The largest."""
+    records: int = 0
+    places: list[str] = field(default_factory=list)
+    """Of the first two records."""
+    differ: bool = False
+    """Whether the sentences of other records have other numbers."""
+
+    def told(self) -> str:
+        if self.records == 1:
+            return f"{self.places[0]}: {_with_size(self.sentence, self.size)}"
+        more = ", ..." if self.records > 2 else ""
+        first = ", of which the first" if self.differ else ""
+        size = "" if self.size is None else f"up to {self.size}"
+        text = self.sentence.replace("{}", size, 1) if size else self.sentence
+        return f"{self.records:,} records ({', '.join(self.places)}{more}){first}: {text}"
+
+
+class Faults:
+    """Grows while records are read."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, _Kind] = {}
+        self._others = 0
+
+    def __len__(self) -> int:
+        """Records with a fault."""
+        return sum(kind.records for kind in self._kinds.values()) + self._others
+
+    def add(self, place: str, error: UserError) -> None:
+        """Count what refused the record at ``place``."""
+        sentence, size = str(error).removeprefix(f"{place}: "), None
+        if isinstance(error, RecordRefused):
+            sentence, size = error.sentence, error.size
+        name = re.sub(r"\d+", "0", sentence)
+        if name not in self._kinds and len(self._kinds) == _MOST_KINDS:
+            self._others += 1
+            return
+        kind = self._kinds.setdefault(name, _Kind(sentence=sentence, size=size))
+        kind.records += 1
+        kind.differ |= sentence != kind.sentence
+        if size is not None and kind.size is not None:
+            kind.size = max(kind.size, size)
+        if len(kind.places) < 2:
+            kind.places.append(place)
+
+    def told(self) -> str:
+        """A sentence for every kind of fault, the most frequent first; empty without any."""
+        kinds = sorted(self._kinds.values(), key=lambda kind: -kind.records)
+        sentences = [kind.told() for kind in kinds[:_TOLD_KINDS]]
+        others = len(self) - sum(kind.records for kind in kinds[:_TOLD_KINDS])
+        return " ".join(sentences + [f"{others:,} records have other faults."] * (others > 0))
+
+    def raise_if_any(self) -> None:
+        """Raise UserError with all of it."""
+        if self._kinds:
+            raise UserError(self.told())
+
+
+def _with_size(sentence: str, size: int | None) -> str:
+    return sentence if size is None else sentence.replace("{}", str(size), 1)

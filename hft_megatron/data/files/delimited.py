@@ -1,0 +1,74 @@
+"""Comma- and tab-separated files, read by Python's csv: the first line names the columns, and every cell is a text."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.data.files.json_lines import text_of_line
+from hft_megatron.data.files.row import Found, Line, Row
+from hft_megatron.data.files.stream import MAX_RECORD_BYTES, DataStream, too_long
+from hft_megatron.errors import UserError
+
+
+def find_in_delimited(path: Path, delimiter: str) -> Iterator[Found]:
+    """Each row that isn't blank, with the line that it begins in; cells in quotes may hold line ends.
+
+    Raises UserError naming file and line: for two columns of one name, for a row with more or fewer cells than there
+    are columns, for a wrong quote, and for a cell as long as no record may be.
+    """
+    stream = DataStream(path)
+    # It is the process's own limit: the default of 128 KiB is less than a document may have.
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    reader = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    before = position = 0
+    try:
+        while (cells := _next(reader, place := f"{path}:{before + 1}")) is not None:
+            before = reader.line_num
+            if not cells:
+                continue
+            if not columns:
+                columns = _checked_columns(cells, place)
+                continue
+            if len(cells) != len(columns):
+                raise UserError(
+                    f"{place}: the row has {len(cells)} cells, but the file has {len(columns)} columns "
+                    f"({', '.join(columns)}); put a cell that holds a line end, a quote or a {_NAMES[delimiter]} in "
+                    f"quotes."
+                )
+            size = max(1, stream.position - position)
+            position = stream.position
+            value = dict(zip(columns, cells, strict=True))
+            yield Found(item=Row(place=place, value=value), size=size, position=position)
+    finally:
+        stream.close()
+
+
+_NAMES = {",": "comma", "\t": "tab"}
+
+
+def _lines(stream: DataStream) -> Iterator[str]:
+    for number, raw in stream.lines():
+        yield text_of_line(Line(place=f"{stream.path}:{number}", raw=raw))
+
+
+def _next(reader: Any, place: str) -> list[str] | None:
+    try:
+        row: list[str] | None = next(reader, None)
+    except csv.Error as error:
+        if "field limit" in str(error):
+            raise too_long(place, "cell") from error
+        raise UserError(
+            f"{place}: the row can't be read ({error}); a cell that holds a quote stands in quotes, with the quote "
+            f"doubled."
+        ) from error
+    return row
+
+
+def _checked_columns(names: list[str], place: str) -> list[str]:
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{place}: {count} columns have the name {name!r}; the first line gives each one of its own.")
+    return names

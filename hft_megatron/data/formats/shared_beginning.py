@@ -1,0 +1,106 @@
+"""Splits preference pairs into a prompt and two answers: what they share is the prompt's, and stands there once.
+
+The rules follow TRL's ``extract_prompt`` where a prompt is missing. Unlike there, what a given prompt and both answers
+begin with is taken off the answers, and a text is cut at a turn and not wherever its letters begin to differ.
+"""
+
+import os.path
+from collections.abc import Sequence
+
+from hft_megatron.data.formats.record import Message, Preference, PromptForm
+
+HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
+"""How a transcript such as hh-rlhf's begins its turns."""
+_BEGIN_DIFFERENTLY = "`chosen` and `rejected` begin differently, so they are no answers to one prompt"
+
+
+def split_texts(place: str, prompt: str | None, chosen: str, rejected: str) -> Preference | None:
+    """The pair of a prompt and two texts. None where there is no prompt, and no transcript to find it in."""
+    asked = prompt or ""
+    repeats = [bool(asked.strip()) and answer.startswith(asked) for answer in (chosen, rejected)]
+    if all(repeats):
+        return _cut_texts(place, asked, chosen, rejected, "stripped")
+    shared = _transcript_prompt(chosen, rejected)
+    if shared and asked.strip() in shared:
+        return _cut_texts(place, shared, chosen, rejected, "stripped" if asked.strip() else "found")
+    if prompt is not None:
+        form: PromptForm = "in one answer" if any(repeats) else "given"
+        return Preference(place=place, prompt=prompt, chosen=chosen, rejected=rejected, form=form)
+    if ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected:
+        return Preference(place=place, prompt="", chosen=chosen, rejected=rejected, fault=_BEGIN_DIFFERENTLY)
+    return None
+
+
+def _transcript_prompt(chosen: str, rejected: str) -> str:
+    """What both transcripts begin with, up to the last turn of the assistant's that both begin; empty without one."""
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - characters are meant
+    before, turn, _ = shared.rpartition(ASSISTANT_TURN)
+    return before + turn
+
+
+def _cut_texts(place: str, prompt: str, chosen: str, rejected: str, form: PromptForm) -> Preference:
+    answers = chosen[len(prompt) :], rejected[len(prompt) :]
+    fault = None
+    if prompt.endswith(ASSISTANT_TURN) and any(HUMAN_TURN in answer for answer in answers):
+        fault = "the answers differ before the last turn of the assistant's, and a turn of the human's is in one"
+    return Preference(place=place, prompt=prompt, chosen=answers[0], rejected=answers[1], form=form, fault=fault)
+
+
+def split_messages(
+    place: str, prompt: str | Sequence[Message] | None, chosen: Sequence[Message], rejected: Sequence[Message]
+) -> Preference:
+    """The pair of a prompt and two conversations of at least one message each; a prompt of text is the user's."""
+    answers_begin = chosen[0]["role"] == rejected[0]["role"] == "assistant"
+    if isinstance(prompt, str) and answers_begin:
+        prompt = [{"role": "user", "content": prompt}]
+    shared = _common(chosen, rejected)
+    if prompt is None or isinstance(prompt, str):
+        fault = None if shared else _BEGIN_DIFFERENTLY
+        if prompt and shared and all(prompt != message["content"] for message in shared):
+            fault = "`prompt` is none of the messages that `chosen` and `rejected` begin with"
+        return _cut(place, shared, len(shared), chosen, rejected, "found", fault)
+    # First, because a person may ask the same thing twice.
+    if shared[-len(prompt) :] == list(prompt):
+        return _cut(place, shared, len(shared), chosen, rejected, "stripped")
+    repeated = [_overlap(prompt, answer) for answer in (chosen, rejected)]
+    if min(repeated) > 0:
+        return _cut(place, prompt, min(repeated), chosen, rejected, "stripped")
+    if max(repeated) > 0:
+        one, other = ("chosen", "rejected") if repeated[0] else ("rejected", "chosen")
+        fault = f"`{one}` repeats the prompt, and `{other}` doesn't"
+        return _cut(place, prompt, 0, chosen, rejected, "in one answer", fault)
+    if any(shared[at : at + len(prompt)] == list(prompt) for at in range(len(shared))):
+        return _cut(place, shared, len(shared), chosen, rejected, "stripped")
+    return _cut(place, prompt, 0, chosen, rejected, "given")
+
+
+def _cut(
+    place: str,
+    prompt: Sequence[Message],
+    start: int,
+    chosen: Sequence[Message],
+    rejected: Sequence[Message],
+    form: PromptForm,
+    fault: str | None = None,
+) -> Preference:
+    return Preference(
+        place=place,
+        prompt=tuple(prompt),
+        chosen=tuple(chosen[start:]),
+        rejected=tuple(rejected[start:]),
+        form=form,
+        fault=fault,
+    )
+
+
+def _common(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
+    """What both conversations begin with, without the last message of either, also of equal ones."""
+    most = min(len(chosen), len(rejected)) - 1
+    common = next((turn for turn in range(most) if chosen[turn] != rejected[turn]), most)
+    return list(chosen[:common])
+
+
+def _overlap(prompt: Sequence[Message], answer: Sequence[Message]) -> int:
+    """Messages at the end of the prompt that the answer begins with again, and doesn't consist of; the most."""
+    sizes = range(min(len(prompt), len(answer) - 1), 0, -1)
+    return next((size for size in sizes if list(prompt[-size:]) == list(answer[:size])), 0)

@@ -1,0 +1,173 @@
+"""What a prompt and its answers share stands there once, in whatever form a pair is written.
+
+Run: pytest tests/data/formats
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed: make install brings it")
+
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from hft_megatron.config.schema import DataConfig
+from hft_megatron.data.formats.preference import parse_preference
+from hft_megatron.data.formats.record import Preference
+from hft_megatron.data.run_data import training_pairs
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizers import load_tokenizer
+from tests.support.data_files import write_rows
+from tests.support.tokenizers import make_byte_level
+
+SYSTEM, ASK, AGAIN = ({"role": role, "content": text} for role, text in (("system", "s"), ("user", "a"), ("user", "z")))
+GOOD, BAD = {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}
+ASKED = "\n\nHuman: Name a bird.\n\nAssistant:"
+
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\ufdd0\ufdd1\ufdd2\r"), max_size=8)
+ANSWER = TEXT.filter(str.strip)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(None, make_byte_level(tmp_path_factory.mktemp("tokenizer")))
+
+
+def tokens(path: Path, tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> list[tuple[bytes, bytes]]:
+    """Ids and mask of both halves of every row, as one value for each row."""
+    options = DataConfig(train_data_path=(str(write_rows(path / "a.jsonl", rows)),))
+    pairs = training_pairs(options, tokenizer, 4096, "error")
+    assert pairs is not None
+    halves = [tuple(array.tobytes() for array in pairs.answers.example(half)) for half in range(2 * len(rows))]
+    return [(b"".join(halves[2 * row]), b"".join(halves[2 * row + 1])) for row in range(len(rows))]
+
+
+@FUZZ
+@given(
+    turns=st.lists(TEXT, min_size=1, max_size=4).map(lambda texts: texts[: len(texts) - 1 + len(texts) % 2]),
+    system=st.none() | ANSWER,
+    answers=st.tuples(ANSWER, ANSWER),
+)
+def test_every_form_of_messages_has_the_tokens_of_three_parts(
+    tmp_path: Path, tokenizer: Tokenizer, turns: list[str], system: str | None, answers: tuple[str, str]
+) -> None:
+    assume(answers[0] != answers[1])
+    prompt = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+    prompt = ([{"role": "system", "content": system}] if system else []) + prompt
+    chosen, rejected = ({"role": "assistant", "content": text} for text in answers)
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    sharegpt = [{"from": names[turn["role"]], "value": turn["content"]} for turn in [*prompt, chosen, rejected]]
+    history = list(zip(turns[:-1:2], turns[1::2], strict=True))
+    rows = [
+        {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]},
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected},
+        {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": prompt, "chosen": [*prompt, chosen], "rejected": [*prompt, rejected]},
+        {"prompt": prompt[-1:], "chosen": [*prompt, chosen], "rejected": [*prompt, rejected]},
+        {"prompt": prompt, "chosen": [prompt[-1], chosen], "rejected": [prompt[-1], rejected]},
+        {"prompt": turns[-1], "chosen": [*prompt, chosen], "rejected": [*prompt, rejected]},
+        {"chosen": [*prompt, chosen], "rejected": [*prompt, rejected]},
+        {"conversations": sharegpt[:-2], "chosen": sharegpt[-2], "rejected": sharegpt[-1]},
+        {"conversations": sharegpt[:-2], "chosen": chosen, "rejected": rejected},
+        {"chosen": sharegpt[:-1], "rejected": [*sharegpt[:-2], sharegpt[-1]]},
+        {"messages": prompt, "chosen": chosen, "rejected": rejected},
+        {"instruction": turns[-1], "history": history, "chosen": answers[0], "rejected": answers[1], "system": system},
+    ]
+    assert len(set(tokens(tmp_path, tokenizer, rows))) == 1
+
+
+@FUZZ
+@given(question=ANSWER, answers=st.tuples(ANSWER, ANSWER), earlier=st.booleans())
+def test_every_form_of_texts_has_the_tokens_of_three_parts(
+    tmp_path: Path, tokenizer: Tokenizer, question: str, answers: tuple[str, str], earlier: bool
+) -> None:
+    before = "\n\nHuman: hi\n\nAssistant: hello" if earlier else ""
+    prompt = f"{before}\n\nHuman: {question}\n\nAssistant:"
+    assume(answers[0] != answers[1])
+    whole = [prompt + answer for answer in answers]
+    rows = [
+        {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": prompt, "chosen": whole[0], "rejected": whole[1]},
+        {"prompt": question, "chosen": whole[0], "rejected": whole[1]},
+        {"prompt": "", "chosen": whole[0], "rejected": whole[1]},
+        {"chosen": whole[0], "rejected": whole[1]},
+    ]
+    found = tokens(tmp_path, tokenizer, rows)
+    # A question that all of the text begins with, such as a line end, is taken off as it stands.
+    assert len(set(found if not prompt.startswith(question) else [*found[:2], *found[3:]])) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}, "given"),
+        ({"prompt": [ASK], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "stripped"),
+        ({"prompt": [ASK], "chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, ASK, BAD]}, "stripped"),
+        ({"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "found"),
+        ({"prompt": "a", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "found"),
+        ({"prompt": "Say ", "chosen": "b", "rejected": "c"}, "given"),
+        ({"prompt": "Say ", "chosen": "Say b", "rejected": "Say c"}, "stripped"),
+        ({"prompt": "Say ", "chosen": "Say b", "rejected": "c"}, "in one answer"),
+        ({"prompt": " ", "chosen": " b", "rejected": " c"}, "given"),
+        ({"prompt": "a bird", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "stripped"),
+        ({"prompt": "a fish", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "given"),
+        ({"chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "found"),
+    ],
+)
+def test_a_pair_says_where_its_prompt_was(row: dict[str, Any], form: str) -> None:
+    pair = parse_preference(row, "x:1")
+    assert pair.fault is None
+    assert pair.form == form
+
+
+def test_a_transcript_is_cut_behind_the_last_turn_that_both_begin_and_not_within_a_word() -> None:
+    pair = parse_preference({"chosen": f"{ASKED} Owlet.", "rejected": f"{ASKED} Owl."}, "x:1")
+    assert pair == Preference(place="x:1", prompt=ASKED, chosen=" Owlet.", rejected=" Owl.", form="found")
+    longer = f"{ASKED} Owl.{ASKED}"
+    pair = parse_preference({"chosen": f"{longer} Owl", "rejected": f"{longer} Oak"}, "x:1")
+    assert (pair.prompt, pair.chosen, pair.rejected) == (longer, " Owl", " Oak")
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"chosen": f"{ASKED} Owl.{ASKED} x", "rejected": f"{ASKED} Oak.{ASKED} x"}, "a turn of the human's is in one"),
+        ({"chosen": f"{ASKED} Owl.", "rejected": f"\n\nHuman: Tree?{ASKED} Oak."}, "begin differently"),
+        (
+            {"prompt": [ASK], "chosen": [ASK, GOOD], "rejected": [BAD]},
+            "`chosen` repeats the prompt, and `rejected` doesn't",
+        ),
+        (
+            {"prompt": [ASK], "chosen": GOOD, "rejected": [ASK, BAD]},
+            "`rejected` repeats the prompt, and `chosen` doesn't",
+        ),
+        ({"prompt": "q", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "`prompt` is none of the messages"),
+        ({"chosen": [ASK, GOOD], "rejected": [AGAIN, BAD]}, "begin differently"),
+    ],
+)
+def test_answers_that_share_no_prompt_are_a_fault_of_the_pair(row: dict[str, Any], fault: str) -> None:
+    assert fault in (parse_preference(row, "x:1").fault or "")
+
+
+def test_the_log_counts_the_pairs_whose_prompts_were_taken_off_or_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [
+        {"prompt": [ASK], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        {"prompt": "Say ", "chosen": "Say b", "rejected": "Say c"},
+        {"chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."},
+        {"prompt": "Say ", "chosen": "Say b", "rejected": "c"},
+    ]
+
+    def described(count: int) -> str:
+        path = write_rows(tmp_path / "a.jsonl", [*rows[:count], {"prompt": "x", "chosen": "y", "rejected": "z"}])
+        pairs = training_pairs(DataConfig(train_data_path=(str(path),)), tokenizer, 512, "error")
+        assert pairs is not None
+        return pairs.describe()[0]
+
+    assert described(0).endswith(" dropped (sequence length 512)")
+    line = described(4)
+    assert ", 2 with a prompt that both answers repeated, where it was taken off" in line
+    assert ", 1 with what both answers begin with as their prompt" in line
+    assert ", 1 with a prompt that one answer alone repeats, which was left as it is" in line
