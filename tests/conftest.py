@@ -1,6 +1,7 @@
 """Fixtures that every part's tests share, and the account of how long each tier took."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from tests.support.ranks import RankPools
 
 # Before torch is imported: its threads wait for each other by spinning, which takes minutes where ranks want the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What runs keep for later ones; of a worker alone, and not the user's own.
+_CACHE = tempfile.TemporaryDirectory(prefix="tests-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONG_S = 10.0

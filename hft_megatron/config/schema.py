@@ -155,6 +155,9 @@ class DataConfig:
     """Found from the files when unset."""
     tokenizer_model: str | None = None
     """Hugging Face folder or SentencePiece .model file; the --load-hf folder when unset."""
+    data_cache_path: str | None = None
+    """Folder in which the first process of a start keeps what it has tokenized, for the others and for later starts;
+    hft_megatron/data in $XDG_CACHE_HOME, or in ~/.cache, when unset."""
     long_examples: LongExamples = "error"
     """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several
     examples of it (each begins where the last one ended, and sees nothing of it). All are counted and reported."""

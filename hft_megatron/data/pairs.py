@@ -3,29 +3,21 @@
 Trained are the answers' tokens alone, also where the prompt holds turns of the assistant.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from hft_megatron.config.schema import BadPairs
-from hft_megatron.data.chat import ChatError, ChatTemplate
-from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
-from hft_megatron.data.faults import Faults, RecordRefused
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, count_keys, notes_of_keys
-from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
-from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, notes_of_keys
+from hft_megatron.data.formats.record import PromptForm
 from hft_megatron.data.order import Order, SourceMix
-from hft_megatron.data.pair_checks import BadPair, check_halves, check_length, check_record, check_room
+from hft_megatron.data.pair_reading import tokenize_pairs
 from hft_megatron.data.record_use import RecordUse
-from hft_megatron.data.records import RecordReader
-from hft_megatron.data.sft import SftDataset, data_digest
-from hft_megatron.data.stores import Encoded, ExamplesInMemory
-from hft_megatron.data.tokenizer import Piece, Tokenizer
+from hft_megatron.data.sft import SftDataset, asked_of, data_digest
+from hft_megatron.data.token_cache import TokenCache, named, tokenized
+from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 
 
@@ -117,9 +109,14 @@ class PairDataset:
 
 
 def load_pair_dataset(
-    sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
+    sources: Sequence[SourceFiles],
+    tokenizer: Tokenizer,
+    rules: ExampleRules,
+    bad_pairs: BadPairs,
+    cache: TokenCache | None = None,
 ) -> PairDataset:
-    """Read and tokenize all sources. Needs no model and no process group.
+    """Read and tokenize all sources, or map what another process has put into ``cache``. Needs no model and no process
+    group.
 
     Raises UserError with every kind of fault that records have, and the places of two: malformed, not to be rendered,
     too long under ``error`` or, unless ``bad_pairs`` are skipped, nothing to learn (equal answers, an empty one, a
@@ -127,28 +124,21 @@ def load_pair_dataset(
     small a weight.
     """
     assert rules.long_examples != "split"
-    faults = Faults()
-    kept: list[Encoded] = []
-    parts = []
     for source in sources:
         if source.prefix is not None:
             raise UserError(f"{source.path} is preprocessed data, which hold no pairs; give the files of pairs.")
-        answers, part = _load_source(source, tokenizer, rules, bad_pairs, faults)
-        kept += answers
-        parts.append(part)
-    faults.raise_if_any()
-    store = ExamplesInMemory(
-        tokens=np.concatenate([ids for ids, _ in kept]),
-        trained=np.concatenate([mask for _, mask in kept]),
-        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
-    )
-    origins = [{"weight": one.weight, "files": [file_digest(file) for file in one.files]} for one in sources]
+    digests = [[file_digest(file) for file in source.files] for source in sources]
+    files = [named(*each) for each in zip(sources, digests, strict=True)]
+    decisive = ["pairs", bad_pairs, files, *asked_of(tokenizer, rules)]
+    found = tokenized(cache, decisive, lambda: tokenize_pairs(sources, tokenizer, rules, bad_pairs))
+    parts = [_part(*each) for each in zip(sources, found.account["sources"], strict=True)]
+    origins = [{"weight": each.weight, "files": files} for each, files in zip(sources, digests, strict=True)]
     # Before prompts were taken off, the same files made other pairs, of which checkpoints and caches may be.
     cut = ("cut",) if any(part.forms.get("stripped") for part in parts) else ()
     digest = data_digest(origins, tokenizer, rules, bad_pairs, *cut)
     dataset = PairDataset(
         sources=tuple(parts),
-        answers=SftDataset(parts=(), stores=(store,), seq_length=rules.seq_length, digest=digest),
+        answers=SftDataset(parts=(), stores=(found.store,), seq_length=rules.seq_length, digest=digest),
     )
     for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):
         if share == 0:
@@ -159,93 +149,12 @@ def load_pair_dataset(
     return dataset
 
 
-def _load_source(
-    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs, faults: Faults
-) -> tuple[list[Encoded], PairSource]:
-    kept: list[Encoded] = []
-    bad: Counter[str] = Counter()
-    forms: Counter[PromptForm] = Counter()
-    read = truncated = dropped = 0
-    unread: dict[str, int] = {}
-    ignored: dict[str, int] = {}
-    reader, faults_before = RecordReader(replace(rules.records, data_format="preference")), len(faults)
-    for pair, halves in _encoded_pairs(source, reader, tokenizer, rules.loss, faults):
-        read += 1
-        count_keys(unread, pair.keys.unread)
-        count_keys(ignored, pair.keys.ignored)
-        longest = max(len(ids) - 1 for ids, _ in halves)
-        try:
-            check_record(pair)
-            if longest > rules.seq_length and rules.long_examples == "drop":
-                dropped += 1
-                continue
-            check_room(halves, rules)
-            check_length(longest, pair.place, rules)
-            fitting = [(ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]) for ids, mask in halves]
-            check_halves(fitting)
-        except BadPair as fault:
-            if bad_pairs == "error":
-                sentence = f"{fault}; correct the pair, or choose --dpo-bad-pairs skip."
-                faults.add(pair.place, RecordRefused(pair.place, sentence))
-            else:
-                bad[str(fault)] += 1
-            continue
-        except RecordRefused as refused:
-            faults.add(pair.place, refused)
-            continue
-        truncated += longest > rules.seq_length
-        kept += fitting
-        forms[pair.form] += 1
-    if not kept and len(faults) == faults_before:
-        left_out = dropped + bad.total()
-        why = f"all {left_out} were left out" if left_out else "it is empty"
-        raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
-    return kept, PairSource(
+def _part(source: SourceFiles, account: Mapping[str, Any]) -> PairSource:
+    return PairSource(
         path=source.path,
         weight=source.weight,
-        pairs=len(kept) // 2,
-        read=read,
-        truncated=truncated,
-        dropped=dropped,
-        bad=tuple(bad.most_common()),
-        notes=tuple(notes_of_keys(source.path, unread, ignored)),
-        forms=forms,
-        use=reader.use(),
+        notes=tuple(notes_of_keys(source.path, account["unread"], account["ignored"])),
+        use=RecordUse.from_dict(account["use"]),
+        bad=tuple((reason, count) for reason, count in account["bad"]),
+        **{name: account[name] for name in ("pairs", "read", "truncated", "dropped", "forms")},
     )
-
-
-def _encoded_pairs(
-    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
-) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
-    template = ChatTemplate(tokenizer.facts, loss)
-    records = reader.read(source.files, faults)
-    while batch := [record for _, record in islice(records, RECORDS_PER_BATCH)]:
-        pairs: list[Preference] = []
-        pieces: list[list[Piece]] = []
-        for pair in batch:
-            assert isinstance(pair, Preference)
-            try:
-                pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
-                pairs.append(pair)
-            except UserError as error:
-                faults.add(pair.place, error)
-        encoded = tokenizer.encode_pieces(pieces)
-        for number, pair in enumerate(pairs):
-            yield pair, (encoded[2 * number], encoded[2 * number + 1])
-
-
-def _pieces(
-    pair: Preference,
-    answer: str | tuple[Message, ...],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    loss: LossRule,
-) -> list[Piece]:
-    if isinstance(answer, str):
-        assert isinstance(pair.prompt, str)
-        return completion_pieces(Completion(place=pair.place, prompt=pair.prompt, completion=answer), tokenizer, loss)
-    assert not isinstance(pair.prompt, str)
-    try:
-        return template.pieces([*pair.prompt, *answer], given=len(pair.prompt))
-    except ChatError as error:
-        raise UserError(f"{pair.place}: {error}.") from error

@@ -11,6 +11,7 @@ from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.record_use import RecordUse, check_use
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
+from hft_megatron.data.token_cache import TokenCache
 from hft_megatron.data.tokenizer import Tokenizer
 
 
@@ -45,7 +46,7 @@ def _load(
     sources = find_sources(option, words, split)
     if not sources:
         return None
-    dataset = load_sft_dataset(sources, tokenizer, _rules(data, seq_length))
+    dataset = load_sft_dataset(sources, tokenizer, _rules(data, seq_length), TokenCache(data.data_cache_path))
     _check_use(option, data, [part.use for part in dataset.parts])
     return dataset
 
@@ -62,7 +63,8 @@ def _load_pairs(
     sources = find_sources(option, words, split)
     if not sources:
         return None
-    dataset = load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs)
+    cache = TokenCache(data.data_cache_path)
+    dataset = load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs, cache)
     _check_use(option, data, [source.use for source in dataset.sources])
     return dataset
 

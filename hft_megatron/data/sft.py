@@ -7,8 +7,8 @@ and that number is what the sequence length limits.
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -28,6 +28,7 @@ from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.rendering import reads_absent_variables
 from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore
+from hft_megatron.data.token_cache import TokenCache, Tokenized, named, tokenized
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 
@@ -112,23 +113,20 @@ class SftDataset:
         return [line for account in self.accounts() for line in account]
 
 
-def load_sft_dataset(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> SftDataset:
-    """Read and tokenize all sources.
+def load_sft_dataset(
+    sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache | None = None
+) -> SftDataset:
+    """Read and tokenize all sources, or map what another process has put into ``cache``.
 
     Needs no model and no process group. Raises UserError with every kind of fault that records have (malformed, not to
     be rendered, nothing to learn, too long under ``error``) and the places of two, and for a source without examples
     or with too small a weight.
     """
-    faults = Faults()
-    found = [
-        _read_source(source, tokenizer, rules, faults)
-        if source.prefix is None
-        else _open_source(source, source.prefix, tokenizer, rules)
+    read = iter(_read_sources([source for source in sources if source.prefix is None], tokenizer, rules, cache))
+    loaded = [
+        next(read) if source.prefix is None else _open_source(source, source.prefix, tokenizer, rules)
         for source in sources
     ]
-    faults.raise_if_any()
-    loaded = [each for each in found if each is not None]
-    assert len(loaded) == len(sources)
     parts = tuple(part for _, part, _ in loaded)
     dataset = SftDataset(
         parts=parts,
@@ -149,8 +147,43 @@ _Loaded = tuple[ExampleStore, SourcePart, dict[str, Any]]
 """The examples of a source, their account, and what they were made of."""
 
 
-def _read_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, faults: Faults) -> _Loaded | None:
-    """None where nothing is kept because all has a fault."""
+def _read_sources(
+    sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache | None
+) -> Iterator[_Loaded]:
+    if not sources:
+        return
+    digests = [[file_digest(file) for file in source.files] for source in sources]
+    decisive = ["sft", [named(*each) for each in zip(sources, digests, strict=True)], *asked_of(tokenizer, rules)]
+    found = tokenized(cache, decisive, lambda: _tokenize(sources, tokenizer, rules))
+    first = 0
+    for source, files, account in zip(sources, digests, found.account["sources"], strict=True):
+        part = _part(
+            source,
+            tuple(account["formats"]),
+            account["examples"],
+            SftCounts(**account["counts"]),
+            RecordUse.from_dict(account["use"]),
+        )
+        origin = {"weight": source.weight, "files": files, **part.counts.origin}
+        yield found.store.part(first, part.examples), part, origin
+        first += part.examples
+
+
+def _tokenize(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> Tokenized:
+    faults, kept = Faults(), list[Encoded]()
+    accounts = []
+    for source in sources:
+        examples, account = _read_source(source, tokenizer, rules, faults)
+        kept += examples
+        accounts.append({"examples": len(examples), **account})
+    faults.raise_if_any()
+    return Tokenized(store=ExamplesInMemory.of(kept), account={"sources": accounts})
+
+
+def _read_source(
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, faults: Faults
+) -> tuple[list[Encoded], dict[str, Any]]:
+    """The examples of a source, and the account of it; no examples where all records have a fault."""
     kept: list[Encoded] = []
     formats: set[DataFormat] = set()
     counts = SftCounts()
@@ -165,17 +198,10 @@ def _read_source(source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules,
             continue
         kept += [(example.ids[start:stop], example.trained[start:stop]) for start, stop in spans]
         counts.add(example, spans, rules)
-    if not kept and len(faults) > faults_before:
-        return None
-    _check_not_empty(len(kept), source, counts, rules)
-    counts.check_answers(source.path)
-    store = ExamplesInMemory(
-        tokens=np.concatenate([ids for ids, _ in kept]),
-        trained=np.concatenate([mask for _, mask in kept]),
-        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in kept])]).astype(np.int64),
-    )
-    origin = {"weight": source.weight, "files": [file_digest(file) for file in source.files], **counts.origin}
-    return store, _part(source, tuple(sorted(formats)), len(kept), counts, reader.use()), origin
+    if kept or len(faults) == faults_before:
+        _check_not_empty(len(kept), source, counts, rules)
+        counts.check_answers(source.path)
+    return kept, {"formats": sorted(formats), "counts": asdict(counts), "use": asdict(reader.use())}
 
 
 def _open_source(source: SourceFiles, prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
@@ -204,12 +230,18 @@ def _part(
 def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: ExampleRules, *others: str) -> str:
     """sha256 (hex) over all that decides the examples: what each source was made of, the tokenizer, the rules, and
     ``others`` that not every method has."""
-    facts = tokenizer.facts
+    identity, decided = asked_of(tokenizer, rules)
     decisive = {
         "sources": origins,
-        "tokenizer": [facts.identity, facts.chat_template, dict(facts.template_variables)],
-        "rules": rules.decisive | ({"others": others} if others else {}),
+        "tokenizer": identity,
+        "rules": decided | ({"others": others} if others else {}),
     }
-    if variables := reads_absent_variables(facts.chat_template):
+    if variables := reads_absent_variables(tokenizer.facts.chat_template):
         decisive["variables"] = variables  # which templates were once rendered without
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def asked_of(tokenizer: Tokenizer, rules: ExampleRules) -> tuple[list[Any], dict[str, Any]]:
+    """What decides the examples that files become: the tokenizer with its template, and the rules. As JSON has it."""
+    facts = tokenizer.facts
+    return [facts.identity, facts.chat_template, dict(facts.template_variables)], rules.decisive

@@ -1,6 +1,7 @@
 """Where the tokens of a source's examples lie."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,19 @@ class ExamplesInMemory:
     trained: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     """Example i is ``tokens[offsets[i]:offsets[i + 1]]``; shape (examples + 1,)."""
+
+    @staticmethod
+    def of(examples: Sequence[Encoded]) -> "ExamplesInMemory":
+        """Copies of at least one example."""
+        return ExamplesInMemory(
+            tokens=np.concatenate([ids for ids, _ in examples]),
+            trained=np.concatenate([mask for _, mask in examples]),
+            offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in examples])]).astype(np.int64),
+        )
+
+    def part(self, first: int, count: int) -> "ExamplesInMemory":
+        """``count`` examples from ``first`` on, in the same memory."""
+        return replace(self, offsets=self.offsets[first : first + count + 1])
 
     @property
     def lengths(self) -> NDArray[np.int32]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,11 +38,6 @@ class CacheKey:
         """``part``: of a pass that has not come to its end, which another run goes on with."""
         words = json.dumps(asdict(self), sort_keys=True)
         return f"{hashlib.sha256(words.encode()).hexdigest()[:24]}{'.part' if part else ''}.safetensors"
-
-
-def default_cache() -> Path:
-    """Where caches of users belong by the XDG rules."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_megatron" / "reference"
 
 
 def read_cache(folder: Path, key: CacheKey, *, part: bool) -> Tensor | str | None:

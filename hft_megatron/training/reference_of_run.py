@@ -19,6 +19,7 @@ from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import BatchShare
+from hft_megatron.data.token_cache import user_cache
 from hft_megatron.errors import UserError
 from hft_megatron.model.build import build_model
 from hft_megatron.model.llama import LlamaModel
@@ -34,7 +35,6 @@ from hft_megatron.training.reference import (
 from hft_megatron.training.reference_cache import (
     CacheKey,
     check_cache_can_be_written,
-    default_cache,
     read_cache,
     write_cache,
 )
@@ -89,7 +89,7 @@ def reference_of_run(
     # The shape has what the weights don't tell, such as the base of the rotary embedding.
     words = json.dumps([digest, asdict(inputs.shape)], sort_keys=True)
     made = _Made(model=sha256(words.encode()).hexdigest(), dtype=str(dtype), arithmetic=arithmetic)
-    folder = Path(options.dpo_reference_cache or default_cache())
+    folder = Path(options.dpo_reference_cache or user_cache("reference"))
     return PrecomputedReference(_table(folder, data, made, reference_model, share, placement, announce))
 
 

@@ -23,7 +23,7 @@ from tests.support.ranks import REPOSITORY
 
 CLIENT = "/usr/bin/docker"
 """Debian's client, which speaks the engine's protocol; another one may be first on PATH."""
-KEPT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_megatron" / "docker-tests"
+KEPT = Path.home() / ".cache" / "hft_megatron" / "docker-tests"
 """Folder of what the next session need not make again; it may be removed at any time between two."""
 CACHE_LIMIT = "3gb"
 """Of the build cache; the CPU image needs 1.5 GB of it, and every change of the code as much again."""

@@ -1,0 +1,128 @@
+"""Reads preference pairs and tokenizes both of their halves."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from typing import Any
+
+from hft_megatron.config.schema import BadPairs
+from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
+from hft_megatron.data.faults import Faults, RecordRefused
+from hft_megatron.data.files.sources import SourceFiles
+from hft_megatron.data.fitting import ExampleRules, count_keys
+from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
+from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.pair_checks import BadPair, check_halves, check_length, check_record, check_room
+from hft_megatron.data.records import RecordReader
+from hft_megatron.data.stores import Encoded, ExamplesInMemory
+from hft_megatron.data.token_cache import Tokenized
+from hft_megatron.data.tokenizer import Piece, Tokenizer
+from hft_megatron.errors import UserError
+
+
+def tokenize_pairs(
+    sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
+) -> Tokenized:
+    """The answers of all sources, and an account of each source. Raises UserError with every kind of fault."""
+    faults, kept = Faults(), list[Encoded]()
+    accounts = []
+    for source in sources:
+        answers, account = _read_source(source, tokenizer, rules, bad_pairs, faults)
+        kept += answers
+        accounts.append(account)
+    faults.raise_if_any()
+    return Tokenized(store=ExamplesInMemory.of(kept), account={"sources": accounts})
+
+
+def _read_source(
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs, faults: Faults
+) -> tuple[list[Encoded], dict[str, Any]]:
+    """The answers of a source, and the account of it."""
+    kept: list[Encoded] = []
+    bad: Counter[str] = Counter()
+    forms: Counter[PromptForm] = Counter()
+    read = truncated = dropped = 0
+    unread: dict[str, int] = {}
+    ignored: dict[str, int] = {}
+    reader, faults_before = RecordReader(replace(rules.records, data_format="preference")), len(faults)
+    for pair, halves in _encoded_pairs(source, reader, tokenizer, rules.loss, faults):
+        read += 1
+        count_keys(unread, pair.keys.unread)
+        count_keys(ignored, pair.keys.ignored)
+        longest = max(len(ids) - 1 for ids, _ in halves)
+        try:
+            check_record(pair)
+            if longest > rules.seq_length and rules.long_examples == "drop":
+                dropped += 1
+                continue
+            check_room(halves, rules)
+            check_length(longest, pair.place, rules)
+            fitting = [(ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]) for ids, mask in halves]
+            check_halves(fitting)
+        except BadPair as fault:
+            if bad_pairs == "error":
+                sentence = f"{fault}; correct the pair, or choose --dpo-bad-pairs skip."
+                faults.add(pair.place, RecordRefused(pair.place, sentence))
+            else:
+                bad[str(fault)] += 1
+            continue
+        except RecordRefused as refused:
+            faults.add(pair.place, refused)
+            continue
+        truncated += longest > rules.seq_length
+        kept += fitting
+        forms[pair.form] += 1
+    if not kept and len(faults) == faults_before:
+        left_out = dropped + bad.total()
+        why = f"all {left_out} were left out" if left_out else "it is empty"
+        raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
+    return kept, {
+        "pairs": len(kept) // 2,
+        "read": read,
+        "truncated": truncated,
+        "dropped": dropped,
+        "bad": bad.most_common(),
+        "unread": unread,
+        "ignored": ignored,
+        "forms": forms,
+        "use": asdict(reader.use()),
+    }
+
+
+def _encoded_pairs(
+    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
+) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
+    template = ChatTemplate(tokenizer.facts, loss)
+    records = reader.read(source.files, faults)
+    while batch := [record for _, record in islice(records, RECORDS_PER_BATCH)]:
+        pairs: list[Preference] = []
+        pieces: list[list[Piece]] = []
+        for pair in batch:
+            assert isinstance(pair, Preference)
+            try:
+                pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
+                pairs.append(pair)
+            except UserError as error:
+                faults.add(pair.place, error)
+        encoded = tokenizer.encode_pieces(pieces)
+        for number, pair in enumerate(pairs):
+            yield pair, (encoded[2 * number], encoded[2 * number + 1])
+
+
+def _pieces(
+    pair: Preference,
+    answer: str | tuple[Message, ...],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    loss: LossRule,
+) -> list[Piece]:
+    if isinstance(answer, str):
+        assert isinstance(pair.prompt, str)
+        return completion_pieces(Completion(place=pair.place, prompt=pair.prompt, completion=answer), tokenizer, loss)
+    assert not isinstance(pair.prompt, str)
+    try:
+        return template.pieces([*pair.prompt, *answer], given=len(pair.prompt))
+    except ChatError as error:
+        raise UserError(f"{pair.place}: {error}.") from error
