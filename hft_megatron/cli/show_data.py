@@ -70,7 +70,7 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
         raise UserError(f"--html {options.html} holds something else already; choose another name, or remove it.")
     tokenizer = options.data.tokenizer_model or options.model.load_hf
     assert tokenizer is not None
-    sources = read_shown_data(
+    notes, sources = read_shown_data(
         options.data,
         tokenizer,
         shape,
@@ -79,10 +79,10 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
         options.dpo.dpo_bad_pairs,
     )
     if options.html is None:
-        show(_fit_for_output(data_text(sources, colours=_colours_are_wanted())))
+        show(_fit_for_output(data_text(sources, notes, colours=_colours_are_wanted())))
         return
     try:
-        write_atomically(Path(options.html), data_page(sources))
+        write_atomically(Path(options.html), data_page(sources, notes))
     except OSError as error:
         raise UserError(f"--html {options.html} can't be written: {error.strerror}.") from None
     show(f"{options.html}: {sum(len(source.examples) for source in sources)} examples")

@@ -32,16 +32,17 @@ def is_data_page(path: Path) -> bool:
         return False
 
 
-def data_page(sources: Sequence[ShownSource]) -> str:
-    """The page. Pointing at a token shows its id."""
-    return "\n".join([*_lines(sources), ""])
+def data_page(sources: Sequence[ShownSource], notes: Sequence[str] = ()) -> str:
+    """The page, with notes about the tokenizer first. Pointing at a token shows its id."""
+    return "\n".join([*_lines(sources, notes), ""])
 
 
-def _lines(sources: Sequence[ShownSource]) -> Iterator[str]:
+def _lines(sources: Sequence[ShownSource], notes: Sequence[str]) -> Iterator[str]:
     yield FIRST_LINE
     yield '<html lang="en"><head><meta charset="utf-8"><title>What is trained</title>'
     yield f"<style>\n{STYLE}</style></head><body>"
     yield '<p><span class="t">trained</span> <span>not trained</span> <span class="s">special token</span></p>'
+    yield from (f"<p>{escape(note)}</p>" for note in notes)
     for source in sources:
         title, *notes = source.account
         yield f"<h2>{escape(title)}</h2>"

@@ -14,10 +14,11 @@ RESTING_SHADES = ("\x1b[38;5;250;48;5;236m", "\x1b[38;5;250;48;5;239m")
 RESET = "\x1b[0m"
 
 
-def data_text(sources: Sequence[ShownSource], *, colours: bool) -> str:
-    """Counts and examples. A line end within an example is also shown as ↵."""
+def data_text(sources: Sequence[ShownSource], notes: Sequence[str] = (), *, colours: bool) -> str:
+    """Notes about the tokenizer, counts and examples. A line end within an example is also shown as ↵."""
     legend = f"{TRAINED_SHADES[0]}trained{RESET} {RESTING_SHADES[0]}not trained{RESET}"
     lines = [legend if colours else f"{MARKS[0]}trained{MARKS[1]}"]
+    lines += [line for note in notes for line in ("", note)]
     for source in sources:
         lines += ["", *source.account]
         for example in source.examples:

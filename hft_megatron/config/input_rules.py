@@ -108,6 +108,7 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
         ("--load-fallback", checkpoint.load_fallback, "--load", checkpoint.load),
         ("--finetune", checkpoint.finetune, "--load", checkpoint.load),
         ("--save-dtype", checkpoint.save_dtype, "--save-hf", checkpoint.save_hf),
+        ("--keep-source-tokenizer", checkpoint.keep_source_tokenizer, "--save-hf", checkpoint.save_hf),
         ("--wandb-exp-name", logging.wandb_exp_name, "--wandb-project", logging.wandb_project),
     )
     for option, value, needed, needed_value in needs:

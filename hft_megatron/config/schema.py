@@ -300,6 +300,9 @@ class CheckpointConfig:
     """Folder to export to in Hugging Face's format at the end."""
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Data type of all tensors in the export; each tensor's own in the source folder (or the run's) when unset."""
+    keep_source_tokenizer: bool = False
+    """Copy the source folder's tokenizer files to the export also where transformers makes other ids of them than were
+    trained. Without it the export then has files with which it gives those; a line in the log says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

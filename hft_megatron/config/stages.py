@@ -12,7 +12,7 @@ from hft_megatron.config.run_folder import same_folder
 from hft_megatron.config.schema import LoggingConfig, MethodName, RunConfig
 from hft_megatron.errors import UserError
 
-_OF_THE_WHOLE = ("save", "load", "finetune", "save_hf", "save_dtype")
+_OF_THE_WHOLE = ("save", "load", "finetune", "save_hf", "save_dtype", "keep_source_tokenizer")
 """Options that a stage can't set: stages follow one another in the folders below --save."""
 
 
@@ -67,6 +67,7 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
             save=folder,
             save_hf=whole.save_hf if number == len(read) - 1 else None,
             save_dtype=whole.save_dtype if number == len(read) - 1 else None,
+            keep_source_tokenizer=whole.keep_source_tokenizer and number == len(read) - 1,
         )
         if number > 0:
             own = replace(own, load=str(stages[-1].folder), finetune=True)

@@ -60,7 +60,8 @@ def export_tensors(
     dtype = write_weights(unfinished, wholes, shape, run_dtype, rules, announce)
     _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
     if tokenizer is not None:
-        tokenizer.export(unfinished)
+        for line in tokenizer.export(unfinished, keep_source=rules.keep_source_tokenizer):
+            announce(line)
     os.replace(unfinished, target)
     announce(f"exported the model to {target} in Hugging Face's format ({str(dtype).removeprefix('torch.')})")
     return dtype
@@ -72,7 +73,7 @@ def _write_configs(
     tokens = {}
     if tokenizer is not None:
         tokens = {
-            "bos_token_id": tokenizer.bos_id,
+            "bos_token_id": tokenizer.facts.named_id("bos_token"),
             "pad_token_id": tokenizer.pad_id,
         }
     config = load_hf_config(source) if source is not None else shape.to_hf_config()

@@ -20,7 +20,7 @@ from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.merge_inputs import MergeInputs, options_called
 from hft_megatron.conversion.save import Announce
 from hft_megatron.conversion.shard_writer import ShardWriter
-from hft_megatron.data.huggingface_tokenizer import CONFIG_FILE, COPIED_FILES, TEMPLATE_FILE
+from hft_megatron.data.tokenizer_files import CONFIG_FILE, COPIED_FILES, TEMPLATE_FILE
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import units_of

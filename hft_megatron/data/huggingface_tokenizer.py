@@ -1,41 +1,42 @@
-"""A tokenizer from a Hugging Face folder, read by transformers without running any code from the folder.
+"""A tokenizer from a Hugging Face folder, as the folder's own files have it; no code of the folder is run.
 
-Ids come from the Rust tokenizer inside it, used in two forms: as it is, and without its word-start mark for text that
-continues other text.
+Ids come from the Rust tokenizer, used in two forms: as it is, and without its word-start mark for text that continues
+other text.
 """
 
 import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data import templates
-from hft_megatron.data.special_tokens import SpecialToken
-from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id
+from hft_megatron.data import rust_pipeline
+from hft_megatron.data.chosen_template import choose_template
+from hft_megatron.data.sentencepiece_conversion import SPACES_AT_START
+from hft_megatron.data.tiktoken_conversion import BEGIN, END, llama3_special_tokens, read_ranks, tiktoken_pipeline
+from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id, fed_vocab_size
+from hft_megatron.data.tokenizer_export import FILE_CLASS, copy_files, write_files
+from hft_megatron.data.tokenizer_files import CONFIG_FILE, COPIED_FILES, TOKENIZER_FILE, TokenizerFiles
+from hft_megatron.data.transformers_view import TransformersView
 from hft_megatron.data.word_cache import WordCache, word_pattern
 from hft_megatron.errors import UserError
 
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
-COPIED_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
-
 
 class HuggingFaceTokenizer(Tokenizer):
-    """See Tokenizer; ``folder`` is where its files are copied from at export."""
+    """See Tokenizer; ``rust`` is the whole pipeline, and ``files`` are those beside it, which an export copies."""
 
-    def __init__(self, facts: TokenizerFacts, rust_json: str, folder: Path, pad_token: str) -> None:
+    def __init__(self, facts: TokenizerFacts, rust: RustTokenizer, files: TokenizerFiles) -> None:
         super().__init__(facts)
-        self._rust = _text_only(RustTokenizer.from_str(rust_json))
-        self._continuing = _text_only(RustTokenizer.from_str(_without_word_start(rust_json)))
+        rust_json = rust.to_str()
+        self._rust = rust
+        self._files = files
+        rust.encode_special_tokens = True
+        self._continuing = _without_word_start(rust, rust_json)
         words = word_pattern(rust_json)
         self._words = None if words is None else WordCache(words, self._rust, self._continuing)
-        self._folder = folder
-        self._pad_token = pad_token
-        self._after_special = self._find_rule_after_special(RustTokenizer.from_str(rust_json))
+        self._after_special = self._find_rule_after_special()
 
     @property
     def continues_after_special(self) -> bool:
@@ -50,38 +51,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._rust.decode(list(ids), skip_special_tokens=True))
 
-    def export(self, directory: Path) -> None:
-        """Copy the tokenizer's own files and add only what is missing.
+    def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
+        if keep_source or not self.facts.exports_own_files:
+            return copy_files(directory, self._files, self.facts, self._rust)
+        return write_files(directory, self._files, self.facts, self._rust)
 
-        transformers' ``save_pretrained`` would write the loading machine's settings into the config and a class name
-        that older versions don't know.
-        """
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in COPIED_FILES:
-            if (self._folder / name).exists():
-                shutil.copyfile(self._folder / name, directory / name)
-        if not (directory / "tokenizer.json").exists():
-            self._rust_with_special_tokens().save(str(directory / "tokenizer.json"))
-        config = _read_config(self._folder) or {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if config.get("pad_token") is None:
-            config["pad_token"] = self._pad_token
-        config.pop("chat_template", None)
-        for name in ("bos_token", "eos_token", "unk_token"):
-            if config.get(name) is None and name in self.facts.template_variables:
-                config[name] = self.facts.template_variables[name]
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (directory / TEMPLATE_FILE).write_text(self.facts.chat_template, encoding="utf-8")
-
-    def _rust_with_special_tokens(self) -> RustTokenizer:
-        rust = RustTokenizer.from_str(self._rust.to_str())
-        rust.encode_special_tokens = False
-        return rust
-
-    def _find_rule_after_special(self, reference: RustTokenizer) -> bool:
+    def _find_rule_after_special(self) -> bool:
         """Ask the tokenizer itself: "legacy" SentencePiece conversions mark a word start behind every special token."""
         probe = "a b"
         special = self.special(self.eos_id, trained=True)
-        ids = reference.encode(special.text + probe, add_special_tokens=False).ids
+        self._rust.encode_special_tokens = False
+        ids = self._rust.encode(special.text + probe, add_special_tokens=False).ids
+        self._rust.encode_special_tokens = True
         for continues in (True, False):
             if ids == [self.eos_id, *self.encode_batch([probe], continues=continues)[0]]:
                 return continues
@@ -91,104 +72,137 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
 
-def load_huggingface_tokenizer(folder: Path, chat_template: str | None) -> HuggingFaceTokenizer:
-    """Load the folder's tokenizer, with --chat-template in place of its own template where that is given.
+def load_huggingface_tokenizer(files: TokenizerFiles, chat_template: str | None) -> HuggingFaceTokenizer:
+    """The tokenizer of a folder with a tokenizer.json, or with other files of which transformers makes one.
 
-    Raises UserError when it is unreadable, slow-only or has no end token.
+    ``chat_template`` is --chat-template. Raises UserError for files that can't be read and for a tokenizer without an
+    end token.
     """
-    from transformers import AutoTokenizer  # here, because it costs seconds that --help shouldn't
+    folder = files.folder
+    view = TransformersView(folder)
+    if (folder / TOKENIZER_FILE).exists():
+        rust = rust_pipeline.read_pipeline(folder / TOKENIZER_FILE)
+        before = rust_pipeline.flags_of_added(rust)
+        rust_pipeline.add_tokens(rust, files)
+        identity = _identity(files)
+        if (after := rust_pipeline.flags_of_added(rust)) != before:
+            identity.append(after)
+        return view.compared(
+            _assembled(rust, files, view.names, identity, chat_template, source=str(folder)), TOKENIZER_FILE
+        )
+    if view.loaded is None:
+        raise UserError(
+            f"--tokenizer-model {folder} can't be read by transformers ({view.reason}); name a complete tokenizer "
+            f"folder."
+        )
+    if not getattr(view.loaded, "is_fast", False):
+        raise UserError(f"--tokenizer-model {folder} has no fast tokenizer; convert it to a {TOKENIZER_FILE} first.")
+    rust = view.loaded.backend_tokenizer
+    return _assembled(rust, files, view.names, [rust.to_str()], chat_template, source=str(folder))
 
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the Rust reader raises plain Exception for a broken tokenizer.json
-        reason = " ".join(str(error).split())[:200]
+
+def load_tiktoken_tokenizer(file: Path, files: TokenizerFiles, chat_template: str | None) -> HuggingFaceTokenizer:
+    """The tokenizer of Llama 3's own ``tokenizer.model``, with the special tokens that ``files`` list, or Llama 3's."""
+    ranks = read_ranks(file)
+    first = max(ranks.values()) + 1
+    added = {number: token for number, token in files.added.items() if number >= first}
+    rust = tiktoken_pipeline(ranks, added or llama3_special_tokens(first))
+    rust_pipeline.add_tokens(rust, files)
+    identity: list[str | bytes] = [file.read_bytes(), rust_pipeline.flags_of_added(rust)]
+    begins = files.config.get("add_bos_token", True)
+    source = str(files.folder if files.reads_folder else file)
+    tokenizer = _assembled(
+        rust, files, {"bos_token": BEGIN, "eos_token": END}, identity, chat_template, source=source, begins=bool(begins)
+    )
+    notes = tokenizer.facts.notes
+    if not added:
+        notes += (f"{source}: Llama 3's 256 special tokens are taken, as no file lists any",)
+    return tokenizer.with_facts(notes=notes, exports_own_files=True)
+
+
+def _assembled(
+    rust: RustTokenizer,
+    files: TokenizerFiles,
+    defaults: Mapping[str, str],
+    identity: Sequence[str | bytes],
+    chat_template: str | None,
+    *,
+    source: str,
+    begins: bool | None = None,
+) -> HuggingFaceTokenizer:
+    def is_known(name: str) -> bool:
+        return rust.token_to_id(name) is not None
+
+    names = files.resolve_names(is_known, defaults)
+    rust_pipeline.make_special(rust, list(names.values()))
+    ids = {key: number for key, name in names.items() if (number := rust.token_to_id(name)) is not None}
+    eos_id = ids.get("eos_token")
+    if eos_id is None:
         raise UserError(
-            f"--tokenizer-model {folder} can't be read by transformers ({reason}); name a complete tokenizer folder."
-        ) from error
-    if not getattr(loaded, "is_fast", False):
-        raise UserError(f"--tokenizer-model {folder} has no fast tokenizer; convert it to a tokenizer.json first.")
-    rust_json: str = loaded.backend_tokenizer.to_str()
-    special_tokens = _special_tokens(rust_json)
-    if loaded.eos_token_id not in {token.id for token in special_tokens}:
-        raise UserError(
-            f"--tokenizer-model {folder} names no special eos_token, but every example ends with one that is trained; "
+            f"--tokenizer-model {source} names no special eos_token, but every example ends with one that is trained; "
             f"set eos_token in {CONFIG_FILE}."
         )
-    pad_id = choose_pad_id(loaded.pad_token_id, loaded.unk_token_id, loaded.eos_token_id)
+    if begins is None:
+        begins = files.explicit("add_bos_token")
+    puts_begin = rust_pipeline.settle_begin_token(rust, names, begins, files.explicit("add_eos_token"))
+    bos_id = ids["bos_token"] if puts_begin else None
+    special_tokens = rust_pipeline.special_tokens(rust)
+    vocabulary = rust.get_vocab().values()
     facts = TokenizerFacts(
-        source=str(folder),
-        identity=_identity(folder, loaded),
-        vocab_size=max(loaded.get_vocab().values()) + 1,
-        bos_id=loaded.bos_token_id,
-        eos_id=loaded.eos_token_id,
-        pad_id=pad_id,
+        source=source,
+        identity=_digest([*identity, json.dumps([bos_id, eos_id])]),
+        vocab_size=max(vocabulary) + 1,
+        fed_vocab_size=fed_vocab_size(vocabulary, ids),
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=choose_pad_id(ids.get("pad_token"), ids.get("unk_token"), eos_id),
         special_tokens=special_tokens,
-        chat_template=_own_template(folder, loaded.chat_template)
-        if chat_template is None
-        else templates.read_template(chat_template, special_tokens),
-        template_variables={
-            name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)
-        },
+        chat_template=choose_template(chat_template, files, special_tokens, begins=puts_begin),
+        template_variables=names,
+        notes=files.notes(is_known),
     )
-    return HuggingFaceTokenizer(facts, rust_json, folder, str(loaded.convert_ids_to_tokens(pad_id)))
+    return HuggingFaceTokenizer(facts, rust, files)
 
 
-def _identity(folder: Path, loaded: Any) -> str:
-    """Hash the files, not transformers' view of them, so that another version of transformers agrees."""
-    digest = hashlib.sha256()
+def _identity(files: TokenizerFiles) -> list[str | bytes]:
+    """Of the files and not of the Rust tokenizer, whose form depends on its version.
+
+    For the class that every transformers reads as it stands, this is what earlier versions of the project had.
+    """
+    parts: list[str | bytes] = []
     for name in COPIED_FILES:
-        if (folder / name).exists():
-            digest.update(f"{name}\n".encode() + (folder / name).read_bytes())
-    digest.update(json.dumps([loaded.bos_token_id, loaded.eos_token_id]).encode())
+        if (files.folder / name).exists():
+            parts.append(f"{name}\n".encode() + (files.folder / name).read_bytes())
+    if files.config.get("tokenizer_class") != FILE_CLASS:
+        parts.append(f"the folder's own {TOKENIZER_FILE}")
+    return parts
+
+
+def _digest(parts: Sequence[str | bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
     return digest.hexdigest()
 
 
-def _special_tokens(rust_json: str) -> tuple[SpecialToken, ...]:
-    return tuple(
-        SpecialToken(
-            content=token["content"], id=token["id"], strips_left=token["lstrip"], strips_right=token["rstrip"]
-        )
-        for token in json.loads(rust_json)["added_tokens"]
-        if token["special"]
-    )
-
-
-def _own_template(folder: Path, template: object) -> str:
-    """The folder's chat template; it may hold several under names, of which transformers uses ``default``."""
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise UserError(
-                f"--tokenizer-model {folder} has chat templates named {', '.join(sorted(template))} but no `default`; "
-                f"name the one to use `default`, or give it by --chat-template."
-            )
-        template = template["default"]
-    return templates.DEFAULT if template is None else str(template)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def _text_only(rust: RustTokenizer) -> RustTokenizer:
-    """Make special tokens in a text ordinary characters, and undo limits that a tokenizer.json can carry."""
-    rust.encode_special_tokens = True
-    rust.no_truncation()
-    rust.no_padding()
-    return rust
-
-
-def _without_word_start(rust_json: str) -> str:
-    """The same tokenizer without the space (or its mark) that it puts before every text."""
+def _without_word_start(rust: RustTokenizer, rust_json: str) -> RustTokenizer:
+    """The same tokenizer without the space (or its mark) that it puts before every text; ``rust`` if it puts none."""
     state = json.loads(rust_json)
-    state["normalizer"] = _strip_prefix(state["normalizer"])
-    state["pre_tokenizer"] = _strip_prefix(state["pre_tokenizer"])
-    return json.dumps(state)
+    stripped = {key: _strip_prefix(state[key]) for key in ("normalizer", "pre_tokenizer")}
+    if all(state[key] == step for key, step in stripped.items()):
+        return rust
+    other = RustTokenizer.from_str(json.dumps({**state, **stripped}))
+    other.encode_special_tokens = True
+    return other
 
 
 def _strip_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
     if step is None or step["type"] == "Prepend":
         return None
+    if step["type"] == "Replace" and step["pattern"] == {"Regex": SPACES_AT_START}:
+        return None
+    if step["type"] == "Strip":
+        return {**step, "strip_left": False}
     if step["type"] == "Sequence":
         key = "normalizers" if "normalizers" in step else "pretokenizers"
         kept = [stripped for inner in step[key] if (stripped := _strip_prefix(inner)) is not None]

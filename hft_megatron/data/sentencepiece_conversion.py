@@ -9,15 +9,17 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
+from hft_megatron.data.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+
 SPACE_MARK = "▁"
-CONTROL, UNKNOWN, USER_DEFINED = 3, 2, 4
-"""SentencePiece's ``ModelProto.SentencePiece.Type``."""
+SPACES_AT_START = r"\A +"
 BPE = 2
 """SentencePiece's ``TrainerSpec.ModelType``."""
 
 
-def to_rust_tokenizer(proto: Any, *, bos_id: int | None) -> RustTokenizer:
-    """The tokenizer of a sentencepiece ``ModelProto``; encoding with special tokens puts the beginning token first."""
+def to_rust_tokenizer(vocabulary: Vocabulary, *, bos_id: int | None) -> RustTokenizer:
+    """The tokenizer of a SentencePiece model; encoding with special tokens puts the beginning token first."""
+    proto = vocabulary.proto
     rust = RustTokenizer(_model(proto))
     rust.normalizer = _normalizer(proto.normalizer_spec)
     steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -28,8 +30,16 @@ def to_rust_tokenizer(proto: Any, *, bos_id: int | None) -> RustTokenizer:
     rust.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
     defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     rust.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in defined])
+    for token in vocabulary.added.values():  # by id, which is the order in which the library numbers them
+        rust.add_tokens(
+            [
+                AddedToken(
+                    token.content, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False
+                )
+            ]
+        )
     if bos_id is not None:
-        bos = proto.pieces[bos_id].piece
+        bos = vocabulary.names[bos_id]
         rust.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
         )
@@ -75,7 +85,9 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))  # not Strip, which takes line ends too
+        # Not Strip, which takes line ends too. Two steps, as a text that continues another keeps a space at its start.
+        steps.append(normalizers.Replace(Regex(SPACES_AT_START), ""))
+        steps.append(normalizers.Replace(Regex(r" +\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE_MARK))

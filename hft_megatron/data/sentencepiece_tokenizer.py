@@ -1,6 +1,7 @@
 """A tokenizer from a SentencePiece ``tokenizer.model``, the format LLaMA 1 and 2 and our demo come with.
 
-The sentencepiece library makes the ids; the export is a conversion that gives the same ids in transformers.
+The sentencepiece library makes the ids; the export is a conversion that gives the same ids in transformers. Beside the
+file a Hugging Face folder may have JSON files, which name special tokens and add some to the vocabulary.
 """
 
 import hashlib
@@ -9,121 +10,139 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-
-from hft_megatron.data import templates
+from hft_megatron.data.chosen_template import choose_template
 from hft_megatron.data.sentencepiece_conversion import to_rust_tokenizer
-from hft_megatron.data.special_tokens import SpecialToken
-from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id
+from hft_megatron.data.sentencepiece_model import Vocabulary, read_vocabulary
+from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id, fed_vocab_size
+from hft_megatron.data.tokenizer_export import copy_files, write_files
+from hft_megatron.data.tokenizer_files import CONFIG_FILE, MODEL_FILE, TokenizerFiles
+from hft_megatron.data.transformers_view import TransformersView
 from hft_megatron.errors import UserError
 
 
 class SentencePieceTokenizer(Tokenizer):
     """See Tokenizer. Control pieces such as ``</s>`` never come from a text: the library itself sees to that."""
 
-    def __init__(self, facts: TokenizerFacts, proto: Any, file: Path) -> None:
+    def __init__(self, facts: TokenizerFacts, vocabulary: Vocabulary, file: Path, files: TokenizerFiles) -> None:
         super().__init__(facts)
-        self._proto = proto
+        self._vocabulary = vocabulary
         self._file = file
-        self._processor = SentencePieceProcessor(model_proto=proto.SerializeToString())
-        # The library can't switch the dummy prefix per call, so a second processor has it off.
-        continuing = type(proto).FromString(proto.SerializeToString())
-        continuing.normalizer_spec.add_dummy_prefix = False
-        self._continuing = SentencePieceProcessor(model_proto=continuing.SerializeToString())
+        self._files = files
+        # The library can't switch its rules per call, so there is a processor for each way to begin.
+        self._processor = vocabulary.processor()
+        self._continuing = vocabulary.processor(add_dummy_prefix=False)
+        if vocabulary.removes_spaces:
+            self._spaced = vocabulary.processor(add_dummy_prefix=True)
+            self._normalizer = vocabulary.processor(
+                add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=False
+            )
+        names = sorted(vocabulary.found_in_text, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, names))) if names else None
 
     @property
     def continues_after_special(self) -> bool:
         return False  # as the exported files do, and as LLaMA's first code did by encoding every turn on its own
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
-        processor = self._continuing if continues else self._processor
-        ids: list[list[int]] = processor.encode(list(texts))
-        return ids
+        if self._added is None:
+            return self._encode(texts, continues=continues)
+        return [self._encode_with_added(text, continues=continues) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._processor.decode([int(token) for token in ids])
-        return text
+        size = self._processor.get_piece_size()
+        text, run = "", list[int]()
+        for token in [int(token) for token in ids]:
+            if token < size:
+                run.append(token)
+                continue
+            is_special = self._vocabulary.added[token].special
+            text += str(self._processor.decode(run)) + ("" if is_special else self._vocabulary.names[token])
+            run = []
+        return text + str(self._processor.decode(run))
 
-    def export(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self._file, directory / "tokenizer.model")
-        to_rust_tokenizer(self._proto, bos_id=self.bos_id).save(str(directory / "tokenizer.json"))
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **self.facts.template_variables,
-            "add_bos_token": self.bos_id is not None,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "right",
-        }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (directory / "chat_template.jinja").write_text(self.facts.chat_template, encoding="utf-8")
+    def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
+        rust = to_rust_tokenizer(self._vocabulary, bos_id=self.bos_id)
+        if keep_source and self._files.reads_folder:
+            return copy_files(directory, self._files, self.facts, rust)
+        lines = write_files(directory, self._files, self.facts, rust)
+        shutil.copyfile(self._file, directory / MODEL_FILE)
+        return lines
+
+    def _encode(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
+        if not continues:
+            started: list[list[int]] = self._processor.encode(list(texts))
+            return started
+        encoded: list[list[int]] = self._continuing.encode(list(texts))
+        if self._vocabulary.removes_spaces:
+            # At the start of a text spaces are removed, but between two parts of one text a single one stays.
+            for position, text in enumerate(texts):
+                if self._normalizer.normalize(text).startswith(" "):
+                    encoded[position] = self._spaced.encode(text)
+        return encoded
+
+    def _encode_with_added(self, text: str, *, continues: bool) -> list[int]:
+        """Added tokens are found in the text; what stands between them is encoded on its own, as in transformers."""
+        assert self._added is not None
+        ids: list[int] = []
+        position = 0
+        for found in self._added.finditer(text):
+            if found.start() > position:
+                ids += self._encode([text[position : found.start()]], continues=continues)[0]
+            ids.append(self._vocabulary.found_in_text[found[0]])
+            continues, position = self.continues_after_special, found.end()
+        return ids + (self._encode([text[position:]], continues=continues)[0] if position < len(text) else [])
 
 
-def load_sentencepiece_tokenizer(file: Path, chat_template: str | None) -> SentencePieceTokenizer:
-    """Load a ``.model`` file, which has no template of its own: --chat-template, or the project's default.
+def load_sentencepiece_tokenizer(
+    file: Path, files: TokenizerFiles, chat_template: str | None
+) -> SentencePieceTokenizer:
+    """Load a ``.model`` file with the special and added tokens that ``files`` name.
 
-    Raises UserError when it isn't one, can't be exported or has no end token.
+    ``chat_template`` is --chat-template. Raises UserError when it isn't such a file, can't be exported or has no end
+    token.
     """
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from sentencepiece import sentencepiece_model_pb2 as model_pb2
-
-    content = file.read_bytes()
-    if not content:  # an empty file is a valid, empty message
-        raise UserError(f"--tokenizer-model {file} is empty; name a tokenizer.model.")
-    try:
-        proto: Any = model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
-        processor = SentencePieceProcessor(model_proto=content)
-    except (DecodeError, RuntimeError) as error:
-        if _is_tiktoken(content):
-            raise UserError(
-                f"--tokenizer-model {file} is a tiktoken file, which transformers reads from a folder: name the "
-                f"folder, with a tokenizer_config.json in it that lists the special tokens, and install tiktoken."
-            ) from error
-        raise UserError(f"--tokenizer-model {file} is not a SentencePiece model; name a tokenizer.model.") from error
-    _check_convertible(file, proto)
-    eos_id = processor.eos_id()
-    if eos_id < 0:
-        raise UserError(f"--tokenizer-model {file} has no end piece, which every example ends with; train one with it.")
-    bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
-    own_pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
-    pad_id = choose_pad_id(own_pad_id, processor.unk_id(), eos_id)
-    named = {"bos_token": bos_id, "eos_token": eos_id, "unk_token": processor.unk_id(), "pad_token": pad_id}
-    special_tokens = tuple(
-        SpecialToken(content=processor.id_to_piece(token), id=token)
-        for token in range(processor.get_piece_size())
-        if processor.is_control(token) or processor.is_unknown(token)
-    )
+    vocabulary = read_vocabulary(file, files)
+    names = files.resolve_names(lambda name: vocabulary.id_of(name) is not None, vocabulary.named)
+    ids = {key: number for key, name in names.items() if (number := vocabulary.id_of(name)) is not None}
+    if "eos_token" not in ids:
+        raise UserError(
+            f"--tokenizer-model {file} has no end piece, which every example ends with; train one with it, or name one "
+            f"by eos_token in {CONFIG_FILE}."
+        )
+    eos_id = ids["eos_token"]
+    pad_id = choose_pad_id(ids.get("pad_token"), vocabulary.unknown_id, eos_id)
+    puts_begin = "bos_token" in ids and bool(files.config.get("add_bos_token", True))
+    bos_id = ids["bos_token"] if puts_begin else None
+    if not files.reads_folder:
+        names["pad_token"] = vocabulary.names[pad_id]
+    special_tokens = vocabulary.special_tokens
     facts = TokenizerFacts(
-        source=str(file),
-        identity=hashlib.sha256(content).hexdigest(),
-        vocab_size=processor.get_piece_size(),
+        source=str(files.folder if files.reads_folder else file),
+        identity=_identity(file, vocabulary, json.dumps([bos_id, eos_id]) if files.reads_folder else ""),
+        vocab_size=len(vocabulary.names),
+        fed_vocab_size=fed_vocab_size(range(len(vocabulary.names)), ids),
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=pad_id,
         special_tokens=special_tokens,
-        chat_template=templates.DEFAULT
-        if chat_template is None
-        else templates.read_template(chat_template, special_tokens),
-        template_variables={name: processor.id_to_piece(token) for name, token in named.items() if token is not None},
+        chat_template=choose_template(chat_template, files, special_tokens, begins=puts_begin),
+        template_variables=names,
+        notes=files.notes(lambda name: vocabulary.id_of(name) is not None),
+        exports_own_files=True,
     )
-    return SentencePieceTokenizer(facts, proto, file)
+    tokenizer = SentencePieceTokenizer(facts, vocabulary, file, files)
+    return TransformersView(files.folder).compared(tokenizer, MODEL_FILE) if files.reads_folder else tokenizer
 
 
-def _is_tiktoken(content: bytes) -> bool:
-    """Whether the first line is a token in base64 and its rank, as in Llama 3's own ``tokenizer.model``."""
-    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content) is not None
-
-
-def _check_convertible(file: Path, proto: Any) -> None:
-    """Refuse at the start what the export at the end of the run couldn't reproduce."""
-    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
-    if kind not in ("BPE", "UNIGRAM"):
-        raise UserError(f"--tokenizer-model {file} is of type {kind}; only BPE and UNIGRAM models can be exported.")
-    if proto.trainer_spec.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
-        raise UserError(
-            f"--tokenizer-model {file} marks spaces in an unusual way that can't be exported; train it with "
-            f"treat_whitespace_as_suffix false and escape_whitespaces true."
-        )
+def _identity(file: Path, vocabulary: Vocabulary, of_files: str) -> str:
+    """For a file on its own that keeps spaces, this is what earlier versions of the project had."""
+    digest = hashlib.sha256(file.read_bytes())
+    if vocabulary.removes_spaces:
+        digest.update(b"a space between two parts of a text stays")
+    if of_files:
+        digest.update(of_files.encode())
+        for token in vocabulary.special_tokens:
+            digest.update(f"{token}".encode())
+        digest.update(json.dumps(vocabulary.found_in_text, sort_keys=True).encode())
+    return digest.hexdigest()

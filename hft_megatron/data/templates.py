@@ -45,13 +45,18 @@ TULU = (
 )
 """Tulu's form, whose tags are plain text in any vocabulary: the one for a tokenizer without a template of its own."""
 
-LLAMA2 = """\
-{%- set begin = bos_token if bos_token is defined else '' %}
+_LLAMA2_BEGIN = "{%- set begin = bos_token if bos_token is defined else '' %}\n"
+_LLAMA2_ROUND = "{%- if before in ('', 'assistant') %}{{- begin }}{% endif %}\n"
+LLAMA2 = (
+    _LLAMA2_BEGIN
+    + """\
 {%- for message in messages %}
 {%- set role = message['role'] %}
 {%- set before = '' if loop.first else loop.previtem['role'] %}
 {%- set after = '' if loop.last else loop.nextitem['role'] %}
-{%- if before in ('', 'assistant') %}{{- begin }}{% endif %}
+"""
+    + _LLAMA2_ROUND
+    + """\
 {%- if role == 'assistant' %}
 {{- '[INST]  [/INST]' if before in ('', 'assistant') else '' }}
 {%- generation %}{{- ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}
@@ -63,6 +68,7 @@ LLAMA2 = """\
 {%- endif %}
 {%- endfor %}
 """
+)
 """Llama 2's: a round between begin and end tokens, the system's text inside the instruction that follows it.
 
 An answer has one space on either side, as Meta's code has it; both belong to what the model produces. One that
@@ -104,10 +110,10 @@ CHATML = (
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
 )
-"""ChatML, after the begin token where the tokenizer has one."""
+"""ChatML, after the begin token where the tokenizer puts one."""
 
 BUILT_IN = {"plain": PLAIN, "tulu": TULU, "llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML}
-DEFAULT = TULU
+DEFAULT = "tulu"
 """For a tokenizer that brings none."""
 _NEEDS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -115,10 +121,22 @@ _NEEDS = {
 }
 
 
-def read_template(choice: str, special_tokens: Sequence[SpecialToken]) -> str:
+def built_in(name: str, *, begins: bool) -> str:
+    """A template of the project; without a begin token for a tokenizer that never puts one before a text.
+
+    Such a tokenizer may name one all the same: SmolLM2's is <|im_start|>, which opens a turn.
+    """
+    text = BUILT_IN[name]
+    if begins:
+        return text
+    return text.removeprefix(_BEGIN).replace(_LLAMA2_BEGIN, "").replace(_LLAMA2_ROUND, "")
+
+
+def read_template(choice: str, special_tokens: Sequence[SpecialToken], *, begins: bool) -> str:
     """The jinja text that --chat-template names: a built-in one, else a file.
 
-    Raises UserError for a built-in one whose tokens the tokenizer lacks, and for a file that isn't a template.
+    ``begins`` is whether the tokenizer puts a begin token before a text. Raises UserError for a built-in one whose
+    tokens the tokenizer lacks, and for a file that isn't a template.
     """
     if choice in BUILT_IN:
         names = {token.content for token in special_tokens}
@@ -128,7 +146,7 @@ def read_template(choice: str, special_tokens: Sequence[SpecialToken]) -> str:
                     f"--chat-template {choice} needs the special token {token}, which the tokenizer doesn't have; use "
                     f"tulu, whose tags are text, or the tokenizer that belongs to {choice}."
                 )
-        return BUILT_IN[choice]
+        return built_in(choice, begins=begins)
     try:
         text = Path(choice).read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -5,16 +5,20 @@ and never from a user's text, and a trained span is cut from its prompt exactly 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hft_megatron.data.special_tokens import SpecialToken
 from hft_megatron.errors import UserError
+
+AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer")
 
 
 class Place(Enum):
@@ -49,7 +53,10 @@ class TokenizerFacts:
     """sha256 of everything that decides the ids of a text."""
     vocab_size: int
     """Largest id plus one, added tokens included."""
+    fed_vocab_size: int
+    """The same without a token that is there for padding alone, which no model is fed."""
     bos_id: int | None
+    """The begin token where the tokenizer puts one before a text; None where it has none or never puts it."""
     eos_id: int
     pad_id: int
     special_tokens: tuple[SpecialToken, ...]
@@ -57,12 +64,24 @@ class TokenizerFacts:
     """The tokenizer's own jinja template, or the one that --chat-template or the project put in its place."""
     template_variables: Mapping[str, str] = field(default_factory=dict)
     """``bos_token``, ``eos_token`` and so on, as templates name them."""
+    notes: tuple[str, ...] = ()
+    """Lines for the log: what is not as one could expect it of the files."""
+    exports_own_files: bool = False
+    """Whether an export writes tokenizer files instead of copying the folder's, which transformers reads otherwise."""
+
+    def named_id(self, key: str) -> int | None:
+        """The special token of ``bos_token`` and so on; None where the tokenizer has none."""
+        name = self.template_variables.get(key)
+        return next((token.id for token in self.special_tokens if token.content == name), None)
 
 
 class Tokenizer(ABC):
     """Text to ids and back. Special tokens that stand in a text are ordinary characters of it."""
 
     def __init__(self, facts: TokenizerFacts) -> None:
+        self._set_facts(facts)
+
+    def _set_facts(self, facts: TokenizerFacts) -> None:
         self.facts = facts
         self.vocab_size = facts.vocab_size
         self.bos_id = facts.bos_id
@@ -82,11 +101,19 @@ class Tokenizer(ABC):
         """The text of ``ids``; special tokens are left out."""
 
     @abstractmethod
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
         """Write files from which transformers' ``AutoTokenizer`` loads an equal tokenizer.
 
         The exported one has a pad token and the chat template in use, so the model can be asked as it was trained.
+        ``keep_source`` copies the files of a Hugging Face folder as they are (--keep-source-tokenizer). Returns lines
+        for the log about files that are not the source's.
         """
+
+    def with_facts(self: AnyTokenizer, **changes: Any) -> AnyTokenizer:
+        """The same tokenizer with some of its facts changed."""
+        other = copy(self)
+        other._set_facts(replace(self.facts, **changes))
+        return other
 
     @property
     @abstractmethod
@@ -150,10 +177,36 @@ def choose_pad_id(pad_id: int | None, unk_id: int | None, eos_id: int) -> int:
     return unk_id if unk_id is not None else eos_id
 
 
-def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError when the tokenizer can produce an id that the model has no embedding row for."""
-    if tokenizer.vocab_size > vocab_size:
+def fed_vocab_size(ids: Iterable[int], named: Mapping[str, int]) -> int:
+    """Largest of ``ids`` plus one, without that of a pad token which is no other of the ``named`` ones as well."""
+    only_pad = {named.get("pad_token")} - {number for key, number in named.items() if key != "pad_token"}
+    return max(number for number in ids if number not in only_pad) + 1
+
+
+def fit_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The tokenizer for a model whose embedding has ``vocab_size`` rows.
+
+    A token for padding that has no row is replaced by another, since it is never fed. Raises UserError where another
+    token has none.
+    """
+    facts = tokenizer.facts
+    if facts.fed_vocab_size > vocab_size:
         raise UserError(
-            f"--tokenizer-model {tokenizer.facts.source} has ids up to {tokenizer.vocab_size - 1}, but the model's "
+            f"--tokenizer-model {facts.source} has ids up to {facts.fed_vocab_size - 1}, but the model's "
             f"vocabulary has {vocab_size} rows; use the tokenizer that belongs to the model."
         )
+    if facts.pad_id < vocab_size:
+        return tokenizer
+    names = {token.id: token.content for token in facts.special_tokens}
+    pad_id = choose_pad_id(None, facts.named_id("unk_token"), facts.eos_id)
+    note = (
+        f"{facts.source}: the pad token {names[facts.pad_id]} has the id {facts.pad_id}, for which the model's "
+        f"{vocab_size} rows have none; {names[pad_id]} takes its place, also in the export"
+    )
+    return tokenizer.with_facts(
+        pad_id=pad_id,
+        vocab_size=facts.fed_vocab_size,
+        special_tokens=tuple(token for token in facts.special_tokens if token.id != facts.pad_id),
+        notes=(*facts.notes, note),
+        exports_own_files=True,
+    )

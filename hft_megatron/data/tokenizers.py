@@ -2,23 +2,31 @@
 
 from pathlib import Path
 
-from hft_megatron.data.huggingface_tokenizer import load_huggingface_tokenizer
+from hft_megatron.data.huggingface_tokenizer import load_huggingface_tokenizer, load_tiktoken_tokenizer
 from hft_megatron.data.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from hft_megatron.data.tiktoken_conversion import is_tiktoken
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizer_files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    TokenizerFiles,
+    no_files,
+    read_tokenizer_files,
+)
 from hft_megatron.errors import UserError
 
 HUGGING_FACE = "HuggingFaceTokenizer"
 SENTENCEPIECE = "SentencePieceTokenizer"
-MODEL_FILE = "tokenizer.model"
-HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
+HUGGING_FACE_FILES = (TOKENIZER_FILE, CONFIG_FILE)
 
 
 def load_tokenizer(tokenizer_type: str | None, path: str | Path, chat_template: str | None = None) -> Tokenizer:
-    """Load the tokenizer at ``path``: a Hugging Face folder, or a SentencePiece ``.model`` file (or its folder).
+    """Load the tokenizer at ``path``: a Hugging Face folder, or a ``.model`` file (or its folder).
 
-    Without a type, a folder with tokenizer.json or tokenizer_config.json is Hugging Face's, anything else
-    SentencePiece's. ``chat_template`` is --chat-template, the tokenizer's own when None. Raises UserError for a
-    path that is missing, unreadable or of another kind.
+    Without a type, a folder with tokenizer.json or tokenizer_config.json is Hugging Face's; anything else is a file of
+    SentencePiece's or, as Llama 3 has it, tiktoken's. ``chat_template`` is --chat-template, the tokenizer's own when
+    None. Raises UserError for a path that is missing, unreadable or of another kind, and for mistakes in the files.
     """
     path = Path(path)
     if tokenizer_type not in (None, HUGGING_FACE, SENTENCEPIECE):
@@ -29,11 +37,23 @@ def load_tokenizer(tokenizer_type: str | None, path: str | Path, chat_template: 
     if kind == HUGGING_FACE:
         if not path.is_dir():
             raise UserError(f"--tokenizer-model {path} is a file, but {HUGGING_FACE} needs the folder that holds it.")
-        return load_huggingface_tokenizer(path, chat_template)
+        files = read_tokenizer_files(path)
+        if (path / TOKENIZER_FILE).exists() or not (path / MODEL_FILE).exists():
+            return load_huggingface_tokenizer(files, chat_template)
+        return _load_model_file(path / MODEL_FILE, files, chat_template)
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.exists():
         raise UserError(f"--tokenizer-model {path} has no {MODEL_FILE}, which {SENTENCEPIECE} needs.")
-    return load_sentencepiece_tokenizer(file, chat_template)
+    if tokenizer_type == SENTENCEPIECE:
+        return load_sentencepiece_tokenizer(file, no_files(file.parent), chat_template)
+    return _load_model_file(file, no_files(file.parent), chat_template)
+
+
+def _load_model_file(file: Path, files: TokenizerFiles, chat_template: str | None) -> Tokenizer:
+    with file.open("rb") as content:
+        holds_ranks = is_tiktoken(content.readline(1000))
+    load = load_tiktoken_tokenizer if holds_ranks else load_sentencepiece_tokenizer
+    return load(file, files, chat_template)
 
 
 def holds_tokenizer(path: str | Path) -> bool:

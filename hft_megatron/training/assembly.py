@@ -287,6 +287,9 @@ def _export(
         return
     asked = config.checkpoint.save_dtype
     rules = ExportRules(
-        source=config.model.load_hf, trained=trained, save_dtype=None if asked is None else getattr(torch, asked)
+        source=config.model.load_hf,
+        trained=trained,
+        save_dtype=None if asked is None else getattr(torch, asked),
+        keep_source_tokenizer=config.checkpoint.keep_source_tokenizer,
     )
     export_folder(folder, chunks, inputs.shape, placement, rules, inputs.tokenizer, announce)

@@ -15,7 +15,7 @@ from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.logits_check import LogitDifference, compare_logits
 from hft_megatron.conversion.save import Announce, ExportRules
-from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import RunFailed
 from hft_megatron.hft.units import units_of
@@ -45,7 +45,12 @@ def convert_checkpoint(
     )
     if source is None:
         announce(_without_source(run, tensors.dtype))
-    rules = ExportRules(source=source, trained=run.trained(), save_dtype=save_dtype)
+    rules = ExportRules(
+        source=source,
+        trained=run.trained(),
+        save_dtype=save_dtype,
+        keep_source_tokenizer=run.config.checkpoint.keep_source_tokenizer,
+    )
     with _reader(tensors, source) as read:
         wholes = ((unit.name, read(unit.name)) for unit in units_of(shape))
         written = export_tensors(save_hf, wholes, shape, tensors.dtype, rules, _tokenizer(run, announce), announce)
@@ -98,7 +103,8 @@ def _tokenizer(run: SavedRun, announce: Announce) -> Tokenizer | None:
     if path is None or not holds_tokenizer(path):
         announce("> the run's tokenizer is not there: the folder will have none")
         return None
-    return load_tokenizer(run.config.data.tokenizer_type, path)
+    tokenizer = load_tokenizer(run.config.data.tokenizer_type, path)
+    return fit_tokenizer(tokenizer, run.identity.shape.vocab_size)
 
 
 def _coarsest_rounding(run_dtype: torch.dtype, written: torch.dtype, *, has_source: bool) -> torch.dtype:

@@ -14,7 +14,7 @@ from hft_megatron.config.run_identity import RunIdentity, check_same_model, chec
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits
+from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
@@ -78,7 +78,7 @@ class Inputs:
 
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
-        lines = []
+        lines = [] if self.tokenizer is None else list(self.tokenizer.facts.notes)
         if self.data is not None:
             lines += self.data.describe()
             if self.data.samples is not None:
@@ -203,7 +203,7 @@ def _read_tokenizer_and_shape(options: RunConfig, shape: ModelShape | None) -> t
         shape = shape_of(options.model, vocab_size=tokenizer.vocab_size)
         assert shape is not None
     if tokenizer is not None:
-        check_tokenizer_fits(tokenizer, shape.vocab_size)
+        tokenizer = fit_tokenizer(tokenizer, shape.vocab_size)
     return tokenizer, shape
 
 

@@ -11,7 +11,7 @@ from hft_megatron.data.fitting import NO_LIMIT
 from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.data.run_data import training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.shown_examples import ShownSource, shown_pairs, shown_sources
-from hft_megatron.data.tokenizer import check_tokenizer_fits
+from hft_megatron.data.tokenizer import fit_tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 
 
@@ -22,8 +22,9 @@ def read_shown_data(
     seq_length: int | None,
     examples: int,
     bad_pairs: BadPairs,
-) -> list[ShownSource]:
-    """All sources, those of training first, each with its first ``examples``, or pairs where the data are pairs.
+) -> tuple[tuple[str, ...], list[ShownSource]]:
+    """Lines about the tokenizer, and all sources, those of training first, each with its first ``examples``, or pairs
+    where the data are pairs.
 
     ``shape`` is the model's where one is named: its vocabulary must hold the tokenizer's, and its positions are the
     limit unless ``seq_length`` is. Raises UserError for a mistake in tokenizer, template or data.
@@ -31,17 +32,19 @@ def read_shown_data(
     tokenizer = load_tokenizer(data.tokenizer_type, tokenizer_path, data.chat_template)
     limit = NO_LIMIT
     if shape is not None:
-        check_tokenizer_fits(tokenizer, shape.vocab_size)
+        tokenizer = fit_tokenizer(tokenizer, shape.vocab_size)
         limit = shape.max_position_embeddings
     if seq_length is not None:
         limit = seq_length
     if _are_pairs(data):
         check_pair_options(data)
         pairs = training_pairs(data, tokenizer, limit, bad_pairs), validation_pairs(data, tokenizer, limit, bad_pairs)
-        return [source for found in pairs if found is not None for source in shown_pairs(found, tokenizer, examples)]
+        found = [source for each in pairs if each is not None for source in shown_pairs(each, tokenizer, examples)]
+        return tokenizer.facts.notes, found
     read = training_data(data, tokenizer, limit), validation_data(data, tokenizer, limit)
     datasets = [dataset for dataset in read if dataset is not None]
-    return [source for dataset in datasets for source in shown_sources(dataset, tokenizer, examples)]
+    shown = [source for dataset in datasets for source in shown_sources(dataset, tokenizer, examples)]
+    return tokenizer.facts.notes, shown
 
 
 def _are_pairs(data: DataConfig) -> bool:

@@ -9,6 +9,7 @@ from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
+from hft_megatron.data.tokenizer import fit_tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.parallel.groups import leave_groups, stop_groups
@@ -31,8 +32,10 @@ def check_stages(stages: Sequence[Stage], world_size: int) -> list[str]:
         )
         shape = shape_of(stage.config.model, vocab_size=tokenizer.vocab_size)
         assert shape is not None
+        tokenizer = fit_tokenizer(tokenizer, shape.vocab_size)
         data = METHODS[stage.method].read_data(stage.config, tokenizer, shape, world_size)
-        lines += [f"stage {number} ({stage.method}): {line}" for line in data.describe()]
+        found = [*tokenizer.facts.notes, *data.describe()]
+        lines += [f"stage {number} ({stage.method}): {line}" for line in found]
     return lines
 
 

@@ -1,17 +1,15 @@
 """Ids equal the libraries' own, special tokens in a text stay text, and an export loads as an equal tokenizer."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from hft_megatron.data.tokenizer import Tokenizer, check_tokenizer_fits, choose_pad_id
+from hft_megatron.data.tokenizer import Tokenizer, choose_pad_id, fit_tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
-from tests.support.data_files import load, trained_texts, write_rows
 from tests.support.tokenizers import CORPUS, make_byte_level, train_sentencepiece
 
 TEXTS = [
@@ -137,9 +135,9 @@ def test_padding_is_the_own_token_then_unknown_then_end() -> None:
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(None, make_byte_level(tmp_path))
-    check_tokenizer_fits(tokenizer, tokenizer.vocab_size)
+    fit_tokenizer(tokenizer, tokenizer.vocab_size)
     with pytest.raises(UserError, match=f"has ids up to {tokenizer.vocab_size - 1}, .* vocabulary has 300 rows"):
-        check_tokenizer_fits(tokenizer, 300)
+        fit_tokenizer(tokenizer, 300)
 
 
 def test_wrong_tokenizer_paths_are_named_in_one_sentence(tmp_path: Path) -> None:
@@ -147,6 +145,8 @@ def test_wrong_tokenizer_paths_are_named_in_one_sentence(tmp_path: Path) -> None
     (tmp_path / "text.model").write_text("no model")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/tokenizer.json").write_text("{")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/tokenizer_config.json").write_text("{}")
     (tmp_path / "empty.model").write_bytes(b"")
     endless = make_byte_level(tmp_path / "endless", eos_token=None)
     words = train_sentencepiece(tmp_path / "words", model_type="char", byte_fallback=False)
@@ -158,7 +158,8 @@ def test_wrong_tokenizer_paths_are_named_in_one_sentence(tmp_path: Path) -> None
         ("HuggingFaceTokenizer", tmp_path / "text.model", "is a file, but HuggingFaceTokenizer needs the folder"),
         (None, tmp_path / "text.model", "is not a SentencePiece model"),
         (None, tmp_path / "empty.model", "empty.model is empty"),
-        (None, tmp_path / "broken", "can't be read by transformers"),
+        (None, tmp_path / "broken", "broken/tokenizer.json can't be read by the tokenizers library"),
+        (None, tmp_path / "bare", "can't be read by transformers"),
         (None, endless, "names no special eos_token"),
         (None, words, "is of type CHAR"),
     ]
@@ -191,49 +192,3 @@ def test_real_texts_come_back_byte_for_byte(shared_data: Path, llama2: Callable[
                 assert tokenizer.decode(tokenizer.encode(text)) == text
             for text in ROUND_TRIPS:
                 assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def llama3_folder(shared_data: Path, folder: Path) -> Path:
-    """Llama 3's own tokenizer.model (tiktoken's ranks) with the names of its special tokens, as Meta numbers them."""
-    folder.mkdir()
-    shutil.copyfile(shared_data / "tokenizers/llama3/tokenizer_llama3.tiktoken", folder / "tokenizer.model")
-    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{number}|>" for number in range(4))]
-    names += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
-    added = {
-        str(128_000 + number): {"content": name, "special": True, "normalized": False}
-        for number, name in enumerate(names)
-    }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0], "eos_token": names[1]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}))
-    return folder
-
-
-@pytest.mark.slow(reason="building 280,000 merges takes transformers many seconds")
-def test_llama_3s_own_file_is_loaded_by_transformers_with_tiktokens_ids(shared_data: Path, tmp_path: Path) -> None:
-    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed: make install brings it")
-    from tiktoken.load import load_tiktoken_bpe
-
-    folder = llama3_folder(shared_data, tmp_path / "in")
-    tokenizer = load_tokenizer(None, folder, "llama3")
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    ranks = load_tiktoken_bpe(str(folder / "tokenizer.model"))
-    reference = tiktoken.Encoding("llama3", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    lines = (shared_data / "gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()[:100]
-    for text in [*TEXTS, *ROUND_TRIPS, *lines, "<|eot_id|>"]:
-        assert tokenizer.encode(text) == reference.encode(text, disallowed_special=())
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    messages = [{"role": "user", "content": "hi <|eot_id|>"}, {"role": "assistant", "content": "\n\nHello"}]
-    dataset = load(write_rows(tmp_path / "rows.jsonl", [{"messages": messages}]), tokenizer)
-    assert trained_texts(dataset, tokenizer, 0, "llama3") == ["\n\nHello"]
-    assert dataset.example(0)[0][-1] == 128_009
-    tokenizer.export(tmp_path / "out")
-    exported = load_tokenizer(None, tmp_path / "out")
-    assert exported.encode("hi <|eot_id|>\n") == tokenizer.encode("hi <|eot_id|>\n")
-
-
-def test_a_bare_tiktoken_file_is_named(shared_data: Path) -> None:
-    with pytest.raises(UserError, match="is a tiktoken file, which transformers reads from a folder: name the folder"):
-        load_tokenizer(None, shared_data / "tokenizers/llama3/tokenizer_llama3.tiktoken")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "Once upon a time there was a little girl named Lily. She loved to play outside in the park.",
@@ -39,7 +39,7 @@ def train_sentencepiece(folder: Path, **options: object) -> Path:
 def make_byte_level(
     folder: Path, chat_template: str | None = None, special: Sequence[str] = (), **config: object
 ) -> Path:
-    """A folder like Llama-3's: byte-level BPE, special tokens outside the merges, no word-start mark.
+    """A folder like Llama-3's: byte-level BPE, a begin token, special tokens outside the merges, no word-start mark.
 
     ``special`` are tokens besides begin, end and padding.
     """
@@ -52,6 +52,8 @@ def make_byte_level(
     )
     names = dict.fromkeys(("<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>", *special))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    bos = ("<|bos|>", tokenizer.token_to_id("<|bos|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|im_end|>"}

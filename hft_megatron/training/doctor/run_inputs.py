@@ -14,7 +14,7 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.config.validation import shape_of, validate, validate_plan
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.data.tokenizer import check_tokenizer_fits
+from hft_megatron.data.tokenizer import fit_tokenizer
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
@@ -77,7 +77,7 @@ class RunInputs:
             if self._shape is None:
                 self._shape = shape_of(self.config.model, vocab_size=tokenizer.vocab_size)
             assert self._shape is not None
-            check_tokenizer_fits(tokenizer, self._shape.vocab_size)
+            tokenizer = fit_tokenizer(tokenizer, self._shape.vocab_size)
             return f"{path}: ids up to {tokenizer.vocab_size - 1:,} for {self._shape.vocab_size:,} rows of the model"
 
         finding = self._noted(finding_of("tokenizer", path, look))

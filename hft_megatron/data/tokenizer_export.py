@@ -1,0 +1,117 @@
+"""Writes tokenizer files from which transformers' ``AutoTokenizer`` gives the ids that were trained."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from hft_megatron.data.tokenizer import TokenizerFacts
+from hft_megatron.data.tokenizer_files import (
+    ADDED_TOKENS_FILE,
+    CONFIG_FILE,
+    COPIED_FILES,
+    MODEL_FILE,
+    NAME_KEYS,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    TokenizerFiles,
+)
+
+FILE_CLASS = "PreTrainedTokenizerFast"
+"""The class for which every version of transformers takes tokenizer.json as it stands."""
+_DECIDE_IDS = (
+    "added_tokens_decoder",
+    "add_prefix_space",
+    "auto_map",
+    "fix_mistral_regex",
+    "from_slow",
+    "legacy",
+    "sp_model_kwargs",
+    "split_special_tokens",
+)
+"""Settings of a class that would change the pipeline, or that tokenizer.json has already."""
+
+
+def copy_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, rust: RustTokenizer) -> list[str]:
+    """Copy the folder's own files and add only what is missing. Returns no lines, as nothing is changed.
+
+    transformers' ``save_pretrained`` would write the loading machine's settings into the config and a class name that
+    older versions don't know.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in COPIED_FILES:
+        if (files.folder / name).exists():
+            shutil.copyfile(files.folder / name, directory / name)
+    if not ((directory / TOKENIZER_FILE).exists() or (directory / MODEL_FILE).exists()):
+        _save(rust, facts, directory)
+    config = dict(files.config) or {"tokenizer_class": FILE_CLASS}
+    for key, name in _names(facts).items():
+        if config.get(key) is None:
+            config[key] = name
+    _write_config(directory, config, facts)
+    return []
+
+
+def write_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, rust: RustTokenizer) -> list[str]:
+    """Write ``rust``, and a config whose class takes it as it stands. Returns a line about what is not the folder's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if files.reads_folder and (files.folder / MODEL_FILE).exists():
+        shutil.copyfile(files.folder / MODEL_FILE, directory / MODEL_FILE)
+    _save(rust, facts, directory)
+    begins = facts.bos_id is not None
+    config = {
+        **{key: value for key, value in files.config.items() if key not in (*_DECIDE_IDS, *NAME_KEYS)},
+        **_names(facts),
+        "tokenizer_class": FILE_CLASS,
+        "add_bos_token": begins,
+        "add_eos_token": _ends(rust, facts),
+    }
+    _write_config(directory, config, facts)
+    return [_what_changed(files, config)] if files.config else []
+
+
+def _names(facts: TokenizerFacts) -> dict[str, str]:
+    """Special tokens by their keys, with the pad token in use."""
+    pad = next(token.content for token in facts.special_tokens if token.id == facts.pad_id)
+    named = {key: name for key, name in facts.template_variables.items() if facts.named_id(key) is not None}
+    return {**named, "pad_token": pad}
+
+
+def _ends(rust: RustTokenizer, facts: TokenizerFacts) -> bool:
+    return rust.encode("a").ids[-1:] == [facts.eos_id]
+
+
+def _save(rust: RustTokenizer, facts: TokenizerFacts, directory: Path) -> None:
+    """Write tokenizer.json, without a pad token that the model has no row for."""
+    state = json.loads(rust.to_str())
+    state["added_tokens"] = [
+        # Names that are looked for in normalized text are found elsewhere than where they were trained.
+        {**token, "normalized": token["normalized"] and not token["special"]}
+        for token in state["added_tokens"]
+        if token["id"] < facts.vocab_size
+    ]
+    text = json.dumps(state, ensure_ascii=False, indent=2)
+    (directory / TOKENIZER_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_config(directory: Path, config: dict[str, Any], facts: TokenizerFacts) -> None:
+    config.pop("chat_template", None)
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / TEMPLATE_FILE).write_text(facts.chat_template, encoding="utf-8")
+
+
+def _what_changed(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
+    old = {key: value for key, value in files.config.items() if key != "chat_template"}
+    gone = [key for key in old if key not in (*config, *NAME_KEYS)]
+    given = [key for key in config if key not in NAME_KEYS and old.get(key) != config[key]]
+    left_out = [name for name in (SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE) if (files.folder / name).exists()]
+    settings = ", ".join([*(f"{key} {json.dumps(config[key])}" for key in given), *(f"no {key}" for key in gone)])
+    without = f"; {' and '.join(left_out)} left out, as {TOKENIZER_FILE} has their tokens" if left_out else ""
+    return (
+        f"tokenizer files written so that transformers gives the ids that were trained: {TOKENIZER_FILE} with the "
+        f"pipeline in use, {CONFIG_FILE} with {settings}{without}"
+    )
