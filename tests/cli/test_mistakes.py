@@ -186,6 +186,7 @@ MISTAKES = [
     ),
     (1, f"{GOOD} --exit-duration-in-mins 0", "--exit-duration-in-mins 0.0: must be a number above 0"),
     (1, f"{GOOD} --save-dtype float32", "--save-dtype float32 needs --save-hf"),
+    (1, f"{GOOD} --keep-source-tokenizer", "--keep-source-tokenizer needs --save-hf"),
     (1, f"{GOOD} --wandb-exp-name x", "--wandb-exp-name x needs --wandb-project"),
     (1, f"{GOOD} --save-hf MODEL", "--save-hf MODEL is not empty"),
     (1, f"{GOOD} --save-hf MODEL/config.json", "--save-hf MODEL/config.json is a file"),

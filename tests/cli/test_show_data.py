@@ -57,6 +57,17 @@ def test_without_a_terminal_marks_stand_around_what_is_trained(show_data: Show, 
     assert lines[11:] == [""]
 
 
+def test_lines_about_the_tokenizer_come_first(tmp_path: Path, show_data: Show) -> None:
+    folder = make_byte_level(tmp_path / "padded")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    note = f"{folder}/special_tokens_map.json: pad_token is '[PAD]', which is not in the tokenizer's vocabulary"
+    lines = show_data("--tokenizer-model", folder, "--examples", 1).split("\n")
+    assert lines[2].startswith(note)
+    page = tmp_path / "page.html"
+    show_data("--tokenizer-model", folder, "--html", page)
+    assert f"<p>{note}" in unescape(page.read_text())
+
+
 def test_the_options_of_a_run_decide_what_is_shown(show_data: Show, tmp_path: Path) -> None:
     assert "<|bos|>{+2 + 2?" in show_data("--loss-on", "all")
     assert "& +}" not in show_data("--no-train-on-eos")

@@ -21,6 +21,7 @@ from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.parameters import parameter_slots
 from tests.support.models import LAYOUTS, build_from_folder, make_llama
+from tests.support.published_tokenizers import PublishedTokenizers
 from tests.support.ranks import RankPools
 from tests.support.runs import VOCAB_SIZE, make_inputs, run_cli, run_sft_words, words_for
 from tests.support.tokenizers import make_byte_level
@@ -96,6 +97,36 @@ def test_the_exported_folder_is_complete_for_transformers(
     with torch.no_grad():
         made = model.float().generate(**prompt, max_new_tokens=3, do_sample=False)
     assert made.shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2", "openllama", "smollm2"])
+def test_a_published_folder_comes_out_with_the_ids_that_were_trained(
+    ranks: RankPools, tmp_path: Path, name: str
+) -> None:
+    """Folder in, two steps, folder out; llama2's has a pad token more than its model has rows."""
+    from hft_megatron.data.transformers_view import TransformersView
+
+    model = PublishedTokenizers(tmp_path).path(name)
+    tokenizer = load_tokenizer(None, model)
+    make_llama(model, vocab_size=tokenizer.vocab_size)
+    extra = name == "llama2"
+    if extra:
+        (model / "added_tokens.json").write_text(json.dumps({"<pad>": tokenizer.vocab_size}))
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<pad>"}))
+    rows = [{"prompt": f"What is {number}?", "completion": " A number."} for number in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--load-hf", model, "--train-data-path", tmp_path / "data.jsonl", "--seq-length", 64, "--lr", 1e-3]
+    words += ["--train-iters", 2, "--global-batch-size", 4, "--lr-warmup-iters", 1, "--no-bf16"]
+    [report] = ranks(1).run(run_sft_words, words=[*map(str, words), "--save-hf", str(tmp_path / "out")])
+    assert len(report["steps"]) == 2
+    assert any("takes its place, also in the export" in line for line in report["said"]) == extra
+    assert any(line.startswith("tokenizer files written") for line in report["said"]) == (name != "smollm2")
+    assert TransformersView(tmp_path / "out").difference(tokenizer) is None
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["pad_token_id"] == tokenizer.pad_id < written["vocab_size"]
+    assert written["bos_token_id"] == tokenizer.facts.named_id("bos_token")
 
 
 def test_generation_stops_at_the_end_of_a_turn_too(ranks: RankPools, tmp_path: Path) -> None:

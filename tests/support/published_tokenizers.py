@@ -206,10 +206,8 @@ def _byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer, **model: bool) -> st
 
 
 def _token(content: str, **flags: bool) -> dict[str, Any]:
-    return {"__type": "AddedToken", "content": content, "lstrip": False, "rstrip": False, "single_word": False} | {
-        "normalized": False,
-        **flags,
-    }
+    token = {"content": content, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False, **flags}
+    return token if "special" in flags else {"__type": "AddedToken", **token}
 
 
 def _flags(token: AddedToken) -> str:
