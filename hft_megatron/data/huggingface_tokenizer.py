@@ -87,9 +87,12 @@ def load_huggingface_tokenizer(files: TokenizerFiles, chat_template: str | None)
         identity = _identity(files)
         if (after := rust_pipeline.flags_of_added(rust)) != before:
             identity.append(after)
-        return view.compared(
-            _assembled(rust, files, view.names, identity, chat_template, source=str(folder)), TOKENIZER_FILE
-        )
+        of_file = rust.encode("a").ids
+        tokenizer = _assembled(rust, files, view.names, identity, chat_template, source=str(folder))
+        # Versions 4 put another begin token than the file, and later ones of 5 drop a normalizer, without a difference
+        # under the one that is installed.
+        varies = files.has_llama_class and (rust.normalizer is not None or rust.encode("a").ids != of_file)
+        return view.compared(tokenizer.with_facts(exports_own_files=varies), TOKENIZER_FILE)
     if view.loaded is None:
         raise UserError(
             f"--tokenizer-model {folder} can't be read by transformers ({view.reason}); name a complete tokenizer "

@@ -25,7 +25,7 @@ COPIED_FILES = (TOKENIZER_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FI
 NAME_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 """Keys of the special tokens that transformers knows by name."""
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
-"""Classes, also with ``Fast`` behind them, for which add_bos_token decides, whatever tokenizer.json does."""
+"""Classes, also with ``Fast`` behind them, which build their pipeline and put a begin token by rules of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,15 @@ class TokenizerFiles:
             return ()
         return (f"{pad.place} is {pad.content!r}, which is not in the tokenizer's vocabulary; another pad is used",)
 
+    @property
+    def has_llama_class(self) -> bool:
+        """Whether the tokenizer's class is one whose pipeline depends on the version of transformers."""
+        return str(self.config.get("tokenizer_class")).removesuffix("Fast") in _LLAMA_CLASSES
+
     def explicit(self, key: str) -> bool | None:
         """``add_bos_token`` or ``add_eos_token`` where the class of the tokenizer heeds it, else None."""
         value = self.config.get(key)
-        is_llama = str(self.config.get("tokenizer_class")).removesuffix("Fast") in _LLAMA_CLASSES
-        return value if is_llama and isinstance(value, bool) else None
+        return value if self.has_llama_class and isinstance(value, bool) else None
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:

@@ -34,9 +34,10 @@ def llama3_folder(ranks: Path, folder: Path, first: int) -> Path:
 
 
 def make_ranks(file: Path) -> Path:
-    """A tiktoken file like Llama 3's, with 300 tokens: all bytes, then joined ones."""
+    """A tiktoken file like Llama 3's, with 276 tokens: all bytes, then joined ones."""
     joined = [b" t", b"th", b" th", b"the", b" the", b"an", b"and", b" and", b"\n\n", b"12", b"123", b"\xe6\x97", b"ll"]
-    joined += [b" w", b"or", b" wor", b"ld", b" world", b"  ", b"   "]
+    joined += [b" w", b"or", b" wor", b"ld", b" world", b"  "]
+    joined += [b"qzx"]  # no two others make it: whole words are looked up first
     tokens = [*(bytes([byte]) for byte in range(256)), *joined]
     lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)]
     file.write_bytes(b"".join(lines))
@@ -55,7 +56,7 @@ def test_a_bare_tiktoken_file_gives_tiktokens_ids_and_llama_3s_special_tokens(tm
     file = make_ranks(tmp_path / "ranks.model")
     tokenizer = load_tokenizer(None, file, "llama3")
     reading = tiktoken_reading(file)
-    for text in [*TEXTS, *ROUND_TRIPS, " the  world and 1234\n\n\nthe", "it's THE'LL", "<|eot_id|>"]:
+    for text in [*TEXTS, *ROUND_TRIPS, " the  world and 1234\n\n\nthe", "it's THE'LL qzx", "qzx", "<|eot_id|>"]:
         assert tokenizer.encode(text) == reading(text)
     named = {token.content: token.id for token in tokenizer.facts.special_tokens}
     first = tokenizer.bos_id or 0

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from hft_megatron.data.templates import BUILT_IN
@@ -38,6 +40,12 @@ def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
 
 
+@pytest.fixture
+def agreeing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a version that makes the same ids of every folder."""
+    monkeypatch.setattr(TransformersView, "difference", lambda *_: None)
+
+
 @pytest.mark.parametrize("name", PUTS_BEGIN)
 def test_a_difference_is_a_line_with_an_example_and_after_export_there_is_none(
     published: PublishedTokenizers, tmp_path: Path, name: str
@@ -66,11 +74,35 @@ def test_a_difference_is_a_line_with_an_example_and_after_export_there_is_none(
         assert all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in copied)
 
 
-def test_transformers_5_differs_where_it_builds_llamas_pipeline_anew(published: PublishedTokenizers) -> None:
-    if transformers.__version__.startswith("4."):
-        pytest.skip("transformers 4 takes tokenizer.json as it stands")
-    for name in ("llama2", "openllama", "deepseek"):
-        assert load_tokenizer(None, published.path(name)).facts.notes
+def test_the_line_has_the_text_and_both_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_byte_level(tmp_path / "in")
+    ours = load_tokenizer(None, folder).encode(" leading")
+    other = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    other.normalizer = normalizers.Strip()
+    theirs = other.encode(" leading", add_special_tokens=False).ids
+    fake = transformers.PreTrainedTokenizerFast(tokenizer_object=other)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: fake)
+    tokenizer = load_tokenizer(None, folder)
+    [note] = tokenizer.facts.notes
+    assert note.startswith(f"{folder}: the ids are those of its tokenizer.json, but transformers")
+    assert f"makes {theirs} of ' leading', without special tokens, instead of {ours}; an export has" in note
+    assert tokenizer.encode(" leading") == ours
+    tokenizer.export(tmp_path / "out")
+    monkeypatch.undo()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(" leading", add_special_tokens=False) == ours
+
+
+@pytest.mark.parametrize("name", ["llama2", "deepseek"])
+def test_an_export_does_not_depend_on_the_version_that_is_installed(
+    published: PublishedTokenizers, tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
+    load_tokenizer(None, published.path(name)).export(tmp_path / "a")
+    request.getfixturevalue("agreeing_transformers")
+    tokenizer = load_tokenizer(None, published.path(name))
+    assert tokenizer.facts.notes == ()
+    tokenizer.export(tmp_path / "b")
+    for file in sorted(path.name for path in (tmp_path / "a").iterdir()):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_keeping_the_source_copies_its_files(published: PublishedTokenizers, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from hft_megatron.data.tokenizers import load_tokenizer
@@ -125,6 +126,24 @@ def test_a_piece_that_the_files_name_special_comes_from_no_text(published: Publi
     ids = tokenizer.encode("a<|im_end|><|im_start|>")
     assert not {3, 4} & set(ids)
     assert tokenizer.decode(ids) == "a<|im_end|><|im_start|>"
+
+
+def test_a_piece_that_is_named_as_the_end_token_comes_from_no_text(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path, user_defined_symbols=["<|im_end|>"])
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>"})
+    tokenizer = load_tokenizer(None, tmp_path)
+    assert tokenizer.eos_id == 3
+    assert 3 not in tokenizer.encode("a<|im_end|>b")
+
+
+def test_a_list_of_added_tokens_without_flags_leaves_those_of_tokenizer_json(tmp_path: Path) -> None:
+    folder = make_byte_level(tmp_path)
+    rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    rust.add_tokens([AddedToken("<gap>", lstrip=True)])
+    rust.save(str(folder / "tokenizer.json"))
+    write(folder, "added_tokens.json", {"<gap>": 334})
+    tokenizer = load_tokenizer(None, folder)
+    assert tokenizer.encode("a  <gap>") == [*tokenizer.encode("a"), 334]
 
 
 LISTED = {"added_tokens_decoder": {}}
