@@ -147,8 +147,8 @@ def _named(path: Path, key: str, value: object) -> NamedToken | None:
 def _refuse_empty(path: Path, keys: Sequence[str]) -> None:
     if keys:
         raise UserError(
-            f"{path} has an empty {' and '.join(keys)}; give the text of a token of the vocabulary, such as </s> for "
-            f"eos_token, or remove the key."
+            f"{path}: {', '.join(keys)} {'is' if len(keys) == 1 else 'are'} empty; give the text of a token of the "
+            f"vocabulary, such as </s> for eos_token, or remove the key."
         )
 
 

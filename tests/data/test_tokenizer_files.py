@@ -36,9 +36,13 @@ def sentencepiece_folder(folder: Path, **config: Any) -> Path:
         (
             "tokenizer_config.json",
             {"bos_token": "", "eos_token": ""},
-            "config.json has an empty bos_token and eos_token",
+            "config.json: bos_token, eos_token are empty; give",
         ),
-        ("special_tokens_map.json", {"unk_token": {"content": ""}}, "special_tokens_map.json has an empty unk_token"),
+        (
+            "special_tokens_map.json",
+            {"unk_token": {"content": ""}},
+            "special_tokens_map.json: unk_token is empty; give",
+        ),
         ("tokenizer_config.json", {"eos_token": 2}, "tokenizer_config.json: eos_token is 2; give the token's text"),
         ("tokenizer_config.json", {"eos_token": {"content": {}}}, "tokenizer_config.json: eos_token is"),
         (
