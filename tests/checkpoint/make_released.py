@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from hft_megatron import __version__
 from tests.support.models import make_llama
@@ -41,6 +41,8 @@ def make_model(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|bos|>", "<|eos|>", "<|pad|>")])
+    bos = ("<|bos|>", tokenizer.token_to_id("<|bos|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
     sizes = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}
     make_llama(
         folder,
