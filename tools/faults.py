@@ -236,13 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE", type=Path, help="Markdown table to write")
     options = parser.parse_args(argv)
     # As an exception, so that a stop by a signal ends the tests and removes the copy too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         try_faults(read_faults(FAULTS, options.only), options.at, options.output)
         return 0
     except FaultError as error:
         print(f"faults.py: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

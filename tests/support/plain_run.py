@@ -264,7 +264,7 @@ def _samples_of_files(method: MethodName, config: RunConfig, shape: ModelShape) 
 
 def _shifted(ids: NDArray[Any], trained: NDArray[Any]) -> Answer:
     tokens = torch.from_numpy(ids.astype("int64"))
-    return Answer(tokens=tokens[:-1], labels=tokens[1:], mask=torch.from_numpy(trained[1:]))
+    return Answer(tokens=tokens[:-1], labels=tokens[1:], mask=torch.from_numpy(trained[1:].copy()))
 
 
 class _Alone:

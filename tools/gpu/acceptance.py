@@ -165,12 +165,14 @@ def _kill_family(process: "subprocess.Popen[bytes]") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 if all checks have passed, 1 if not, 2 for a mistake in the options."""
     # Its workers live in sessions of their own, and must not outlive it.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return _run(_options(argv))
     except WrongUse as mistake:
         print(f"acceptance.py: {mistake}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(options: argparse.Namespace) -> int:
