@@ -8,17 +8,15 @@ from hft_megatron.data.tokenizer_files import TEMPLATE_FILE, TokenizerFiles
 from hft_megatron.errors import UserError
 
 
-def choose_template(
-    choice: str | None, files: TokenizerFiles, special_tokens: Sequence[SpecialToken], *, begins: bool
-) -> str:
-    """The jinja text. ``begins`` is whether the tokenizer puts a begin token before a text.
+def choose_template(choice: str | None, files: TokenizerFiles, special_tokens: Sequence[SpecialToken]) -> str:
+    """The jinja text.
 
     Raises what ``read_template`` does, and UserError for a folder with several templates of which none is ``default``.
     """
     if choice is not None:
-        return templates.read_template(choice, special_tokens, begins=begins)
+        return templates.read_template(choice, special_tokens)
     own = _own_template(files)
-    return templates.built_in(templates.DEFAULT, begins=begins) if own is None else own
+    return templates.DEFAULT if own is None else own
 
 
 def _own_template(files: TokenizerFiles) -> str | None:

@@ -160,7 +160,7 @@ def _assembled(
         eos_id=eos_id,
         pad_id=choose_pad_id(ids.get("pad_token"), ids.get("unk_token"), eos_id),
         special_tokens=special_tokens,
-        chat_template=choose_template(chat_template, files, special_tokens, begins=puts_begin),
+        chat_template=choose_template(chat_template, files, special_tokens),
         template_variables=names,
         notes=files.notes(is_known),
     )

@@ -126,7 +126,7 @@ def load_sentencepiece_tokenizer(
         eos_id=eos_id,
         pad_id=pad_id,
         special_tokens=special_tokens,
-        chat_template=choose_template(chat_template, files, special_tokens, begins=puts_begin),
+        chat_template=choose_template(chat_template, files, special_tokens),
         template_variables=names,
         notes=files.notes(lambda name: vocabulary.id_of(name) is not None),
         exports_own_files=True,

@@ -12,7 +12,9 @@ from hft_megatron.data.rendering import TemplateError, compile_template
 from hft_megatron.data.special_tokens import SpecialToken
 from hft_megatron.errors import UserError
 
-_BEGIN = "{{- bos_token if bos_token is defined else '' }}\n"
+_BOS = "bos_token if bos_token is defined and bos_token not in (eos_token, '<|im_start|>') else ''"
+"""Not what tokenizers name that put no begin token before a text: GPT-2's ends texts, and SmolLM2's opens turns."""
+_BEGIN = f"{{{{- {_BOS} }}}}\n"
 
 PLAIN = (
     _BEGIN
@@ -45,18 +47,14 @@ TULU = (
 )
 """Tulu's form, whose tags are plain text in any vocabulary: the one for a tokenizer without a template of its own."""
 
-_LLAMA2_BEGIN = "{%- set begin = bos_token if bos_token is defined else '' %}\n"
-_LLAMA2_ROUND = "{%- if before in ('', 'assistant') %}{{- begin }}{% endif %}\n"
 LLAMA2 = (
-    _LLAMA2_BEGIN
+    f"{{%- set begin = {_BOS} %}}\n"
     + """\
 {%- for message in messages %}
 {%- set role = message['role'] %}
 {%- set before = '' if loop.first else loop.previtem['role'] %}
 {%- set after = '' if loop.last else loop.nextitem['role'] %}
-"""
-    + _LLAMA2_ROUND
-    + """\
+{%- if before in ('', 'assistant') %}{{- begin }}{% endif %}
 {%- if role == 'assistant' %}
 {{- '[INST]  [/INST]' if before in ('', 'assistant') else '' }}
 {%- generation %}{{- ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}
@@ -110,10 +108,10 @@ CHATML = (
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
 )
-"""ChatML, after the begin token where the tokenizer puts one."""
+"""ChatML, after the begin token where the tokenizer has one."""
 
 BUILT_IN = {"plain": PLAIN, "tulu": TULU, "llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML}
-DEFAULT = "tulu"
+DEFAULT = TULU
 """For a tokenizer that brings none."""
 _NEEDS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -121,22 +119,10 @@ _NEEDS = {
 }
 
 
-def built_in(name: str, *, begins: bool) -> str:
-    """A template of the project; without a begin token for a tokenizer that never puts one before a text.
-
-    Such a tokenizer may name one all the same: SmolLM2's is <|im_start|>, which opens a turn.
-    """
-    text = BUILT_IN[name]
-    if begins:
-        return text
-    return text.removeprefix(_BEGIN).replace(_LLAMA2_BEGIN, "").replace(_LLAMA2_ROUND, "")
-
-
-def read_template(choice: str, special_tokens: Sequence[SpecialToken], *, begins: bool) -> str:
+def read_template(choice: str, special_tokens: Sequence[SpecialToken]) -> str:
     """The jinja text that --chat-template names: a built-in one, else a file.
 
-    ``begins`` is whether the tokenizer puts a begin token before a text. Raises UserError for a built-in one whose
-    tokens the tokenizer lacks, and for a file that isn't a template.
+    Raises UserError for a built-in one whose tokens the tokenizer lacks, and for a file that isn't a template.
     """
     if choice in BUILT_IN:
         names = {token.content for token in special_tokens}
@@ -146,7 +132,7 @@ def read_template(choice: str, special_tokens: Sequence[SpecialToken], *, begins
                     f"--chat-template {choice} needs the special token {token}, which the tokenizer doesn't have; use "
                     f"tulu, whose tags are text, or the tokenizer that belongs to {choice}."
                 )
-        return built_in(choice, begins=begins)
+        return BUILT_IN[choice]
     try:
         text = Path(choice).read_text(encoding="utf-8")
     except FileNotFoundError:
