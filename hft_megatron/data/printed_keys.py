@@ -93,7 +93,12 @@ class PrintedKeys:
             len(value) if isinstance(value, list) else type(value),
         )
         if shape not in self._known:
-            text = self._renderer.render(messages, add_generation_prompt=False)
+            try:
+                text = self._renderer.render(messages, add_generation_prompt=False)
+            except TemplateError:
+                # It may have no place for a call without a text, of which the call is what would be lost.
+                messages = [{**message, "content": message["content"] or ""} for message in messages]
+                text = self._renderer.render(messages, add_generation_prompt=False)
             self._known[shape] = all(self._differs(messages, index, key, other, text) for other in _changed(value))
         return self._known[shape]
 

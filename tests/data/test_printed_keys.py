@@ -72,6 +72,13 @@ def test_a_key_that_is_not_printed_is_named_with_its_message_and_the_option(fold
     assert text.startswith(f"<|im_start|>user{json.dumps(keys[key])}")
 
 
+def test_a_call_without_a_text_is_named_where_the_template_has_no_place_for_it(folder: Path) -> None:
+    messages = answer(tool_calls=[{"function": {"name": "f"}}])
+    messages[1]["content"] = None
+    with pytest.raises(ChatError, match="doesn't print `tool_calls` of message 2, which would be lost"):
+        chat(folder, CHATML).pieces(messages)
+
+
 def test_a_key_is_printed_for_one_role_and_not_for_another(folder: Path) -> None:
     template = CHATML.replace("m['role'] +", "m['role'] + (m.name if m.role == 'user' and m.name else '') +")
     pieces = chat(folder, template).pieces([{**answer()[0], "name": "Ann"}, answer()[1]])
