@@ -48,7 +48,7 @@ def seven_b_layers(site: Site) -> Figures:
 
 def whole_seven_b(site: Site) -> Figures:
     """Check 9: half of 7B trains on one card, packed; all of it where the card's memory allows."""
-    shape, length, batch, steps = (TOY, 64, 2, 4) if site.toy else (SEVEN_B, 4096, 8, 5)
+    shape, length, batch, steps = (TOY, 320, 2, 4) if site.toy else (SEVEN_B, 4096, 8, 5)
     found = {"half": _whole(site, shape, length, batch, steps, ratio=0.5)}
     if site.toy or _card_bytes() >= FULL_NEEDS_BYTES:
         found["full"] = _whole(site, shape, length, batch, steps, ratio=1.0)

@@ -125,7 +125,8 @@ def write_even_examples(path: Path, *, tokens: int, count: int) -> Path:
     """Examples of exactly so many tokens each, begin and end included, for measuring packed sequences."""
     rows = []
     for number in range(count):
-        prompt = f"Count from {number}:"
+        prompt = f"{number}:"
+        assert tokens > len(prompt) + 2, f"{tokens} tokens have no room for an answer"
         words = " ".join(str(number + step) for step in range(tokens))
         rows.append({"prompt": prompt, "completion": words[: tokens - len(prompt) - 2]})
     return _write_rows(path, rows)
