@@ -2,8 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -46,15 +45,6 @@ class ExampleRules:
             separator=self.prompt_separator,
             ignored=frozenset(self.ignore_keys),
         )
-
-    @property
-    def decisive(self) -> dict[str, Any]:
-        """What a digest is made of: options that came later change no digest where they are not used."""
-        values = asdict(self)
-        for later in ("ignore_keys", "data_keys", "prompt_separator"):
-            if not values[later]:
-                del values[later]
-        return values
 
 
 @dataclass(kw_only=True)
@@ -109,11 +99,6 @@ class SftCounts:
                     mine[key] = mine.get(key, 0) + count
             else:
                 setattr(self, each.name, mine + theirs)
-
-    @property
-    def origin(self) -> dict[str, int]:
-        """What a digest of the examples is made of, where records say more than their texts."""
-        return {"untrained_turns": self.untrained_turns} if self.untrained_turns else {}
 
     def notes(self, path: str) -> list[str]:
         """Lines for the log about the source ``path``: what its records have, and is not learned."""

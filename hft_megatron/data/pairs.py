@@ -105,7 +105,7 @@ class PairDataset:
 
     def describe(self) -> list[str]:
         """Lines for the log."""
-        return [line for account in self.accounts() for line in account]
+        return [*(line for account in self.accounts() for line in account), *self.answers.origin()]
 
 
 def load_pair_dataset(
@@ -133,12 +133,12 @@ def load_pair_dataset(
     found = tokenized(cache, decisive, lambda: tokenize_pairs(sources, tokenizer, rules, bad_pairs))
     parts = [_part(*each) for each in zip(sources, found.account["sources"], strict=True)]
     origins = [{"weight": each.weight, "files": files} for each, files in zip(sources, digests, strict=True)]
-    # Before prompts were taken off, the same files made other pairs, of which checkpoints and caches may be.
-    cut = ("cut",) if any(part.forms.get("stripped") for part in parts) else ()
-    digest = data_digest(origins, tokenizer, rules, bad_pairs, *cut)
+    digest = data_digest(origins, tokenizer, rules, bad_pairs)
     dataset = PairDataset(
         sources=tuple(parts),
-        answers=SftDataset(parts=(), stores=(found.store,), seq_length=rules.seq_length, digest=digest),
+        answers=SftDataset(
+            parts=(), stores=(found.store,), seq_length=rules.seq_length, digest=digest, kept_in=found.kept_in
+        ),
     )
     for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):
         if share == 0:

@@ -14,7 +14,6 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # Unicode keeps noncharacters for programs' own use; no text may contain them. They survive a template's trim filter.
@@ -90,15 +89,6 @@ class _GenerationTag(Extension):
 
     def _mark(self, caller: Callable[[], str]) -> str:
         return SPAN_START + caller() + SPAN_END
-
-
-def reads_absent_variables(template: str) -> list[str]:
-    """Names among ``tools`` and ``documents`` that the template looks at; none of one that is not valid."""
-    try:
-        environment = compile_template(template).environment
-    except TemplateError:
-        return []
-    return sorted(find_undeclared_variables(environment.parse(template)) & _ABSENT.keys())
 
 
 @lru_cache(maxsize=8)

@@ -7,10 +7,11 @@ and that number is what the sequence length limits.
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,13 @@ from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader
-from hft_megatron.data.rendering import reads_absent_variables
 from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore
 from hft_megatron.data.token_cache import TokenCache, Tokenized, named, tokenized
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
+
+_READING = 2
+"""To be raised when the same files, tokenizer and rules become other examples: runs of before are of other data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class SftDataset:
     seq_length: int
     digest: str
     """sha256 over files, weights, template, tokenizer and rules: equal digests mean equal examples in equal order."""
+    kept_in: Path | None = None
+    """The entry of the token cache that the examples are mapped from."""
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -110,7 +115,11 @@ class SftDataset:
 
     def describe(self) -> list[str]:
         """Lines for the log."""
-        return [line for account in self.accounts() for line in account]
+        return [*(line for account in self.accounts() for line in account), *self.origin()]
+
+    def origin(self) -> list[str]:
+        """A line that says where tokens are that are kept for later starts."""
+        return [] if self.kept_in is None else [f"tokens are kept in {self.kept_in}"]
 
 
 def load_sft_dataset(
@@ -122,7 +131,8 @@ def load_sft_dataset(
     be rendered, nothing to learn, too long under ``error``) and the places of two, and for a source without examples
     or with too small a weight.
     """
-    read = iter(_read_sources([source for source in sources if source.prefix is None], tokenizer, rules, cache))
+    found, kept_in = _read_sources([each for each in sources if each.prefix is None], tokenizer, rules, cache)
+    read = iter(found)
     loaded = [
         next(read) if source.prefix is None else _open_source(source, source.prefix, tokenizer, rules)
         for source in sources
@@ -133,6 +143,7 @@ def load_sft_dataset(
         stores=tuple(store for store, _, _ in loaded),
         seq_length=rules.seq_length,
         digest=data_digest([origin for _, _, origin in loaded], tokenizer, rules),
+        kept_in=kept_in,
     )
     for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):
         if share == 0:
@@ -149,12 +160,14 @@ _Loaded = tuple[ExampleStore, SourcePart, dict[str, Any]]
 
 def _read_sources(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache | None
-) -> Iterator[_Loaded]:
+) -> tuple[list[_Loaded], Path | None]:
+    """All sources, and the entry of the cache that they are mapped from."""
     if not sources:
-        return
+        return [], None
     digests = [[file_digest(file) for file in source.files] for source in sources]
     decisive = ["sft", [named(*each) for each in zip(sources, digests, strict=True)], *asked_of(tokenizer, rules)]
     found = tokenized(cache, decisive, lambda: _tokenize(sources, tokenizer, rules))
+    loaded: list[_Loaded] = []
     first = 0
     for source, files, account in zip(sources, digests, found.account["sources"], strict=True):
         part = _part(
@@ -164,9 +177,10 @@ def _read_sources(
             SftCounts(**account["counts"]),
             RecordUse.from_dict(account["use"]),
         )
-        origin = {"weight": source.weight, "files": files, **part.counts.origin}
-        yield found.store.part(first, part.examples), part, origin
+        origin = {"weight": source.weight, "files": files}
+        loaded.append((found.store.part(first, part.examples), part, origin))
         first += part.examples
+    return loaded, found.kept_in
 
 
 def _tokenize(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> Tokenized:
@@ -231,17 +245,11 @@ def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: 
     """sha256 (hex) over all that decides the examples: what each source was made of, the tokenizer, the rules, and
     ``others`` that not every method has."""
     identity, decided = asked_of(tokenizer, rules)
-    decisive = {
-        "sources": origins,
-        "tokenizer": identity,
-        "rules": decided | ({"others": others} if others else {}),
-    }
-    if variables := reads_absent_variables(tokenizer.facts.chat_template):
-        decisive["variables"] = variables  # which templates were once rendered without
+    decisive = {"reading": _READING, "sources": origins, "tokenizer": identity, "rules": [decided, *others]}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def asked_of(tokenizer: Tokenizer, rules: ExampleRules) -> tuple[list[Any], dict[str, Any]]:
     """What decides the examples that files become: the tokenizer with its template, and the rules. As JSON has it."""
     facts = tokenizer.facts
-    return [facts.identity, facts.chat_template, dict(facts.template_variables)], rules.decisive
+    return [facts.identity, facts.chat_template, dict(facts.template_variables)], asdict(rules)

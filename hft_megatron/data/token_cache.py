@@ -8,8 +8,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,7 +28,10 @@ from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.stores import ExamplesInMemory
 from hft_megatron.errors import UserError
 
-_ACCOUNT, _MISTAKE = "account.json", ".mistake"
+_OPTION = "--data-cache-path"
+_ACCOUNT = "account.json"
+_UNUSED_S = 30 * 24 * 3600
+"""After this many seconds without a use an entry is removed."""
 _ARRAYS = ("tokens", "trained", "offsets")
 
 
@@ -37,11 +42,19 @@ class Tokenized:
     store: ExamplesInMemory
     account: dict[str, Any]
     """As JSON has it."""
+    kept_in: Path | None = None
+    """Where these are mapped from."""
 
 
-def user_cache(name: str) -> Path:
-    """The folder of this package's cache ``name``, where those of users belong by the XDG rules."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_megatron" / name
+def user_cache(name: str, option: str) -> Path:
+    """The folder of this package's cache ``name``, where those of users belong by the XDG rules.
+
+    Raises UserError where the user has no home directory, naming the ``option`` that gives another folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_megatron" / name
+    except RuntimeError:
+        raise UserError(f"{option} is missing, and there is no home directory for a cache; name a folder.") from None
 
 
 class TokenCache:
@@ -52,17 +65,21 @@ class TokenCache:
 
         Raises UserError for a given folder that can't be made or written.
         """
-        self._folder: Path | None = Path(folder) if folder is not None else user_cache("data")
+        self._folder: Path | None = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            writable = os.access(self._folder, os.W_OK)
-            reason = "it can't be written"
+            found = user_cache("data", _OPTION) if folder is None else Path(folder)
+            found.mkdir(parents=True, exist_ok=True)
+            if not os.access(found, os.W_OK):
+                raise UserError(f"{_OPTION} {folder} can't be used: it can't be written; name another folder.")
+            self._folder = found
+        except UserError:
+            if folder is not None:
+                raise
         except OSError as error:
-            writable, reason = False, error.strerror or str(error)
-        if not writable and folder is not None:
-            raise UserError(f"--data-cache-path {folder} can't be used: {reason}; name a folder that can be written.")
-        if not writable:
-            self._folder = None
+            if folder is not None:
+                raise UserError(
+                    f"{_OPTION} {folder} can't be used: {error.strerror}; name a folder that can be written."
+                ) from error
 
     def tokenized(self, decisive: object, make: Callable[[], Tokenized]) -> Tokenized:
         """The entry of ``decisive`` (JSON), made by ``make`` in one process, for which the others wait.
@@ -72,26 +89,32 @@ class TokenCache:
         if self._folder is None:
             return make()
         key = _digest([decisive, _code()])
-        mistake = self._folder / f"{key}{_MISTAKE}"
-        before = _version(mistake)
+        entry, mistake = self._folder / key, self._folder / f"{key}.mistake"
+        account_before, mistake_before = _version(entry / _ACCOUNT), _version(mistake)
+        # All ranks look at all of it, and not one after the other.
+        if (found := _read(entry)) is not None:
+            return found
+        made: Tokenized | None = None
         with _lock(self._folder / f"{key}.lock"):
-            entry = self._folder / key
-            found = _read(entry)
-            if found is not None:
-                return found
-            if _version(mistake) not in (before, None):
+            if _version(mistake) not in (mistake_before, None):
                 raise UserError(mistake.read_text(encoding="utf-8"))
-            try:
-                made = make()
-            except UserError as error:
-                with suppress(OSError):
-                    mistake.write_text(str(error), encoding="utf-8")
-                raise
-            with suppress(OSError):  # A full disk costs the next process its time, and nothing else.
-                _write(entry, made)
-                mistake.unlink(missing_ok=True)
+            if _version(entry / _ACCOUNT) == account_before:
+                made = self._make(entry, mistake, make)
         # As the others have it: this process' own copy goes.
-        return _read(entry) or made
+        return _read(entry) or made or make()
+
+    def _make(self, entry: Path, mistake: Path, make: Callable[[], Tokenized]) -> Tokenized:
+        try:
+            made = make()
+        except UserError as error:
+            with suppress(OSError):
+                mistake.write_text(str(error), encoding="utf-8")
+            raise
+        with suppress(OSError):  # A full disk costs the next process its time, and nothing else.
+            _remove_unused(entry.parent)
+            _write(entry, made)
+            mistake.unlink(missing_ok=True)
+        return made
 
 
 def tokenized(cache: TokenCache | None, decisive: object, make: Callable[[], Tokenized]) -> Tokenized:
@@ -127,16 +150,19 @@ def _read(entry: Path) -> Tokenized | None:
     try:
         account = json.loads((entry / _ACCOUNT).read_text(encoding="utf-8"))
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        if account.pop("sha256") != _digest_of(arrays):
+        if account["sha256"] != _digest_of(arrays):
             return None
+        with suppress(OSError):  # another user's
+            os.utime(entry)
     except (OSError, ValueError, KeyError, EOFError):
         return None
-    return Tokenized(store=ExamplesInMemory(**arrays), account=account["account"])
+    return Tokenized(store=ExamplesInMemory(**arrays), account=account["account"], kept_in=entry)
 
 
 def _write(entry: Path, made: Tokenized) -> None:
     arrays: dict[str, NDArray[Any]] = {name: getattr(made.store, name) for name in _ARRAYS}
-    part = Path(tempfile.mkdtemp(prefix=f".{entry.name[:8]}-", dir=entry.parent))
+    part = entry.with_name(f".{entry.name[:8]}-{secrets.token_hex(4)}")
+    part.mkdir()
     try:
         for name, array in arrays.items():
             np.save(part / f"{name}.npy", array, allow_pickle=False)
@@ -147,6 +173,16 @@ def _write(entry: Path, made: Tokenized) -> None:
         part.rename(entry)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Entries, what a stopped process left of one, locks and mistakes, all of long ago."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"[0-9a-f]{64}(\.lock|\.mistake)?|\.[0-9a-f]{8}-[0-9a-f]{8}", path.name) is None:
+            continue
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _UNUSED_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _version(path: Path) -> tuple[int, int] | None:

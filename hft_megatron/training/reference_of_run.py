@@ -89,7 +89,7 @@ def reference_of_run(
     # The shape has what the weights don't tell, such as the base of the rotary embedding.
     words = json.dumps([digest, asdict(inputs.shape)], sort_keys=True)
     made = _Made(model=sha256(words.encode()).hexdigest(), dtype=str(dtype), arithmetic=arithmetic)
-    folder = Path(options.dpo_reference_cache or user_cache("reference"))
+    folder = Path(options.dpo_reference_cache or user_cache("reference", "--dpo-reference-cache"))
     return PrecomputedReference(_table(folder, data, made, reference_model, share, placement, announce))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.schema import DataConfig
-from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.run_data import training_pairs
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
@@ -104,16 +103,10 @@ def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenize
         load(prefix, tokenizer)
 
 
-def test_the_digests_of_before_hold_where_no_key_is_ignored() -> None:
-    known_before = {"seq_length", "long_examples", "loss", "data_format"}
-    assert ExampleRules(seq_length=5).decisive.keys() == known_before
-    assert ExampleRules(seq_length=5, ignore_keys=("a",)).decisive.keys() == {*known_before, "ignore_keys"}
-
-
 def test_pairs_tell_their_keys(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = write_rows(tmp_path / "pairs.jsonl", [{**pair, "id": 1, "margin": 2}, pair])
     notes = [f"{path}: keys that are not read: id (1)", f"{path}: keys passed over by --ignore-keys: margin (1)"]
     pairs = training_pairs(DataConfig(train_data_path=(str(path),), ignore_keys="margin"), tokenizer, 512, "error")
     assert pairs is not None
-    assert pairs.describe()[1:] == notes
+    assert pairs.accounts()[0][1:] == notes

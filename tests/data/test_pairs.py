@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 
 from hft_megatron.config.schema import DataConfig
-from hft_megatron.data.files.digests import file_digest
-from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.run_data import training_pairs
-from hft_megatron.data.sft import data_digest
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -101,7 +98,7 @@ def test_a_pair_of_which_nothing_can_be_learned_is_one_sentence_or_left_out_and_
         load_pairs(path, tokenizer, long_examples="truncate")
     pairs = load_pairs(path, tokenizer, long_examples="truncate", bad_pairs="skip")
     assert len(pairs) == 2
-    [line] = pairs.describe()
+    [line] = pairs.accounts()[0]
     assert "2 pairs of 3 records" in line
     assert "1 left out: " in line
     assert sentence in line
@@ -165,17 +162,6 @@ def test_a_file_without_a_usable_pair_is_one_sentence(tokenizer: Tokenizer, tmp_
 def test_other_rules_about_bad_pairs_are_other_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", [PAIR])
     assert load_pairs(path, tokenizer).digest != load_pairs(path, tokenizer, bad_pairs="skip").digest
-
-
-def test_pairs_whose_prompts_are_taken_off_are_other_data_than_they_were_before(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    repeated = PAIR | {"chosen": "Say it: yes", "rejected": "Say it: no"}
-    for row, differs in ((PAIR, False), (repeated, True)):
-        path = write_rows(tmp_path / "pairs.jsonl", [row])
-        before = [{"weight": None, "files": [file_digest(path)]}]
-        digest = data_digest(before, tokenizer, ExampleRules(seq_length=512), "error")
-        assert (load_pairs(path, tokenizer).digest != digest) == differs
 
 
 @pytest.mark.parametrize("name", ["ultrafeedback_train", "hh_mixed_norm", "dpo_en_demo_norm"])

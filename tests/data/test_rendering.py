@@ -15,7 +15,7 @@ from transformers.utils import chat_template_utils
 
 from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.rendering import TEMPLATE_DATE, reads_absent_variables
+from hft_megatron.data.rendering import TEMPLATE_DATE
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Place, Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
@@ -182,14 +182,3 @@ def test_a_template_that_looks_for_a_special_token_in_a_text_is_an_error(both: B
         return
     with pytest.raises(ChatError, match="looks for the name of a special token"):
         both.template(cutting).pieces(messages)
-
-
-def test_templates_that_look_at_tools_or_documents_are_known() -> None:
-    read = {name: reads_absent_variables(template) for name, template in TEMPLATES.items()}
-    assert {name: names for name, names in read.items() if names} == {
-        "llama 3.1": ["tools"],
-        "mistral": ["tools"],
-        "qwen": ["tools"],
-        "documents": ["documents", "tools"],
-    }
-    assert reads_absent_variables("{% for") == []

@@ -1,5 +1,6 @@
 """Examples hold exactly the tokens they should, trained where they should, and every record is accounted for."""
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 
 from hft_megatron.config.schema import DataConfig
+from hft_megatron.data import sft as sft_module
 from hft_megatron.data.examples import completion_pieces
+from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
+from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.formats.record import Completion
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.pairs import load_pair_dataset
 from hft_megatron.data.run_data import training_data, validation_data
-from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -382,3 +387,55 @@ def test_the_loss_rule_decides_what_of_a_completion_is_trained(
     assert [(piece.text, piece.trained) for piece in pieces] == list(
         zip(["<s>", "7", "12", "</s>"], trained, strict=True)
     )
+
+
+MEANING = {2: "56ad15c2fa597c6f818079c5ad4c25f3f22b4e6fcac405e9b112a21816ea99a9"}
+"""sha256 of what the records below become, by the version of reading."""
+
+
+def test_the_same_records_become_the_same_examples_or_the_reading_has_another_version(tmp_path: Path) -> None:
+    """Where this fails, what records mean has changed: raise ``_READING``, so that runs of before are not resumed."""
+    tokenizer = load_tokenizer(None, make_byte_level(tmp_path / "bytes", merges=False))
+    asked, answer = {"role": "user", "content": "a \n"}, {"role": "assistant", "content": " b "}
+    sft: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                asked,
+                answer,
+                asked,
+                {**answer, "weight": 0},
+                asked,
+                answer,
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s", "id": 1},
+        {"instruction": "a", "input": "i", "output": "b", "history": [["c", "d"]]},
+        {"prompt": "a ", "completion": " b"},
+        {"prompt": "a", "answer": "b"},
+        {"input": "a", "output": "b"},
+        {"text": "a<|im_end|>b"},
+    ]
+    pairs: list[dict[str, Any]] = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a \n", "chosen": "a \nb", "rejected": "a \nc"},
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+        {"system": "s", "prompt": "a", "chosen": [answer], "rejected": [{**answer, "content": "c"}]},
+        {"chosen": [asked, answer], "rejected": [asked, {**answer, "content": "c"}]},
+        {"conversations": [asked], "chosen": answer, "rejected": {**answer, "content": "c"}},
+        {"instruction": "a", "input": "i", "chosen": "b", "rejected": "c"},
+    ]
+    digest = hashlib.sha256()
+    for number, row in enumerate([*sft, *pairs]):
+        path = write_rows(tmp_path / f"{number}.jsonl", [row])
+        sources = find_sources("--train-data-path", [str(path)], TRAIN_SPLIT)
+        rules = ExampleRules(seq_length=512)
+        found = (
+            load_sft_dataset(sources, tokenizer, rules)
+            if number < len(sft)
+            else load_pair_dataset(sources, tokenizer, rules, "error").answers
+        )
+        for index in range(len(found)):
+            for array in found.example(index):
+                digest.update(array.tobytes())
+    assert {sft_module._READING: digest.hexdigest()} == MEANING

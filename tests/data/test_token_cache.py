@@ -12,7 +12,7 @@ from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.pairs import load_pair_dataset
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.stores import ExamplesInMemory
-from hft_megatron.data.token_cache import TokenCache, Tokenized
+from hft_megatron.data.token_cache import TokenCache, Tokenized, user_cache
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -157,7 +157,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def _same(found: SftDataset, plain: SftDataset) -> None:
-    assert (found.digest, found.describe(), found.parts) == (plain.digest, plain.describe(), plain.parts)
+    assert (found.digest, found.accounts(), found.parts) == (plain.digest, plain.accounts(), plain.parts)
+    assert found.describe()[:-1] == plain.describe()
+    assert found.describe()[-1] == f"tokens are kept in {found.kept_in}"
     assert found.lengths.tolist() == plain.lengths.tolist()
     for index in range(len(plain)):
         for mine, theirs in zip(found.example(index), plain.example(index), strict=True):
@@ -186,7 +188,7 @@ def test_kept_pairs_are_those_that_the_files_give(tmp_path: Path, tokenizer: Tok
     plain = load_pair_dataset(sources, tokenizer, rules, "skip")
     for _ in range(2):
         found = load_pair_dataset(sources, tokenizer, rules, "skip", TokenCache(str(tmp_path / "cache")))
-        assert (found.sources, found.describe()) == (plain.sources, plain.describe())
+        assert (found.sources, found.describe()[:-1]) == (plain.sources, plain.describe())
         _same(found.answers, plain.answers)
 
 
@@ -210,3 +212,42 @@ def test_the_check_before_a_start_tokenizes_for_all_ranks(ranks: RankPools, tmp_
     ranks(2).run(run_sft_words, words=words)
     assert [found for found in cache.iterdir() if found.is_dir()] == [entry]
     assert (entry / "tokens.npy").stat().st_ino == written.st_ino
+
+
+def test_a_user_without_a_home_directory_tokenizes_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert ids_of(TokenCache(None).tokenized(DECISIVE, lambda: tokenized(1, 2))) == [[1], [2]]
+    with pytest.raises(UserError, match="--dpo-reference-cache is missing, and there is no home directory for a cache"):
+        user_cache("reference", "--dpo-reference-cache")
+
+
+def test_what_nobody_used_for_a_month_is_removed_and_nothing_of_others(tmp_path: Path) -> None:
+    cache = TokenCache(str(tmp_path))
+    for number in (1, 2):
+        cache.tokenized({"n": number}, lambda: tokenized(1, 2))
+    (tmp_path / ".0123abcd-0123abcd").mkdir()  # a process was killed in the middle
+    (tmp_path / "mine").mkdir()
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    cache.tokenized({"n": 1}, never)  # a use
+    cache.tokenized({"n": 3}, lambda: tokenized(5, 6))
+    kept = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert len(kept) == 3
+    assert "mine" in kept
+    cache.tokenized({"n": 1}, never)
+
+
+def test_an_entry_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        TokenCache(str(tmp_path)).tokenized(DECISIVE, lambda: tokenized(1, 2))
+    finally:
+        os.umask(before)
+    [entry] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert entry.stat().st_mode & 0o777 == 0o755

@@ -37,18 +37,25 @@ def train_sentencepiece(folder: Path, **options: object) -> Path:
 
 
 def make_byte_level(
-    folder: Path, chat_template: str | None = None, special: Sequence[str] = (), **config: object
+    folder: Path,
+    chat_template: str | None = None,
+    special: Sequence[str] = (),
+    *,
+    merges: bool = True,
+    **config: object,
 ) -> Path:
     """A folder like Llama-3's: byte-level BPE, a begin token, special tokens outside the merges, no word-start mark.
 
-    ``special`` are tokens besides begin, end and padding.
+    ``special`` are tokens besides begin, end and padding. Without ``merges`` the others are bytes, under any version of
+    the library that trains.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        CORPUS + ["\n\n\n"] * 50, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+        CORPUS + ["\n\n\n"] * 50,
+        trainers.BpeTrainer(vocab_size=330 if merges else 256, initial_alphabet=alphabet, show_progress=False),
     )
     names = dict.fromkeys(("<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>", *special))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])

@@ -116,8 +116,7 @@ class Facts:
         """What the examples were made of, as for the same files read directly; more where they were read otherwise."""
         job = self.job
         more = {"bad_lines": self.bad_lines, "document_separator": job.document_separator}
-        more_or_none = {name: value for name, value in more.items() if value}
-        return {"files": list(job.inputs), **more_or_none, **self.counts.origin}
+        return {"files": list(job.inputs), **{name: value for name, value in more.items() if value}}
 
     def summary(self, prefix: str) -> str:
         """One line for a person."""
