@@ -44,9 +44,9 @@ def _lines(sources: Sequence[ShownSource], notes: Sequence[str]) -> Iterator[str
     yield '<p><span class="t">trained</span> <span>not trained</span> <span class="s">special token</span></p>'
     yield from (f"<p>{escape(note)}</p>" for note in notes)
     for source in sources:
-        title, *notes = source.account
+        title, *lines = source.account
         yield f"<h2>{escape(title)}</h2>"
-        yield from (f"<p>{escape(note)}</p>" for note in notes)
+        yield from (f"<p>{escape(line)}</p>" for line in lines)
         for example in source.examples:
             yield from _example(example)
     yield "</body></html>"
