@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ def find_in_delimited(path: Path, delimiter: str) -> Iterator[Found]:
     """Each row that isn't blank, with the line that it begins in; cells in quotes may hold line ends.
 
     Raises UserError naming file and line: for two columns of one name, for a row with more or fewer cells than there
-    are columns, for a wrong quote, and for a cell as long as no record may be.
+    are columns, for a wrong quote, for a tab or a line end within quotes where tabs stand between cells, and for a cell
+    as long as no record may be.
     """
     stream = DataStream(path)
     # It is the process's own limit: the default of 128 KiB is less than a document may have.
@@ -29,14 +30,15 @@ def find_in_delimited(path: Path, delimiter: str) -> Iterator[Found]:
             before = reader.line_num
             if not cells:
                 continue
+            if delimiter == "\t":
+                _check_cells(cells, place)
             if not columns:
                 columns = _checked_columns(cells, place)
                 continue
             if len(cells) != len(columns):
                 raise UserError(
                     f"{place}: the row has {len(cells)} cells, but the file has {len(columns)} columns "
-                    f"({', '.join(columns)}); put a cell that holds a line end, a quote or a {_NAMES[delimiter]} in "
-                    f"quotes."
+                    f"({', '.join(columns)}); {_ADVICE[delimiter]}."
                 )
             size = max(1, stream.position - position)
             position = stream.position
@@ -46,7 +48,25 @@ def find_in_delimited(path: Path, delimiter: str) -> Iterator[Found]:
         stream.close()
 
 
-_NAMES = {",": "comma", "\t": "tab"}
+_ADVICE = {
+    ",": "put a cell that holds a line end, a quote or a comma in quotes",
+    "\t": "write cells that hold a line end or a tab as .csv or JSON Lines",
+}
+
+
+def _check_cells(cells: Sequence[str], place: str) -> None:
+    """Raise UserError for a cell of a ``.tsv`` that goes on behind a tab or a line end.
+
+    Some programs put such cells in quotes, and for others a quote is a character as any, so that two cells whose texts
+    begin and end with one would become one, together with all between them.
+    """
+    for number, cell in enumerate(cells, start=1):
+        if any(end in cell for end in "\t\r\n"):
+            raise UserError(
+                f"{place}: cell {number} begins with a quote and would go on behind a tab or a line end, to "
+                f"{cell[-20:]!r}; where that is meant, write the table as .csv or JSON Lines, else put the "
+                f"cell in quotes with its own quotes doubled."
+            )
 
 
 def _lines(stream: DataStream) -> Iterator[str]:

@@ -75,14 +75,16 @@ TABLE = [
     {"prompt": "", "completion": "é 🙂\u2028"},
     {"prompt": " b", "completion": "x" * 200_000},
 ]
+ON_ONE_LINE = [{**TABLE[0], "completion": "two lines"}, *TABLE[1:]]
 TABLES: dict[str, Callable[[], bytes]] = {
     "a.csv": lambda: table(TABLE, ","),
     "unix.csv": lambda: table(TABLE, ",", lineterminator="\n").rstrip(b"\n"),
     "quoted.csv": lambda: b"\xef\xbb\xbf" + table(TABLE, ",", quoting=csv.QUOTE_ALL),
     "blank.csv": lambda: b"\n" + table(TABLE, ",", lineterminator="\n") + b"\n\n",
-    "a.tsv": lambda: table(TABLE, "\t"),
+    "a.tsv": lambda: table(ON_ONE_LINE, "\t"),
+    "quoted.tsv": lambda: table(ON_ONE_LINE, "\t", quoting=csv.QUOTE_ALL),
     "a.csv.gz": lambda: gzip.compress(table(TABLE, ",")),
-    "A.TSV.ZST": lambda: bytes(zstd().compress(table(TABLE, "\t"))),
+    "A.TSV.ZST": lambda: bytes(zstd().compress(table(ON_ONE_LINE, "\t"))),
 }
 
 
@@ -97,7 +99,19 @@ def table(rows: list[dict[str, str]], delimiter: str, **options: Any) -> bytes:
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_gives_its_cells_as_texts_under_the_names_of_its_columns(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(TABLES[name]())
-    assert values(tmp_path / name) == TABLE
+    assert values(tmp_path / name) == (ON_ONE_LINE if ".tsv" in name.lower() else TABLE)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ['"Stop\tsaid he\nGo\tnow"\tyes\n', '"Stop\tsaid"\tyes\n', '"Stop\nGo"\tyes\n', 'a\t"Stop\r\nGo\tnow"\r\n'],
+)
+def test_quotes_of_a_tsv_never_join_cells_or_rows(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "a.tsv").write_bytes(f"prompt\tcompletion\n{rows}".encode())
+    with pytest.raises(
+        UserError, match=r"a.tsv:2: cell [12] begins with a quote and would go on behind a tab or a line"
+    ):
+        values(tmp_path / "a.tsv")
 
 
 def test_a_row_of_a_table_stands_in_the_line_that_it_begins_in(tmp_path: Path) -> None:
@@ -166,7 +180,7 @@ DAMAGED: list[tuple[str, Callable[[], bytes], str]] = [
     ("a.jsonl", lambda: b"{}\n\0\0\0", r"a.jsonl:2: the line has a NUL byte"),
     ("a.jsonl", lambda: lines([{}]) + b'{"a": "b', r"a.jsonl:2: the line is not valid JSON \(Unterminated string"),
     ("a.csv", lambda: b"a,b\n1,2\n3", r"a.csv:3: the row has 1 cells, but the file has 2 columns \(a, b\); put a cell"),
-    ("a.tsv", lambda: b"a\tb\n1\t2\t3", r"a.tsv:2: the row has 3 cells, .* a quote or a tab in quotes"),
+    ("a.tsv", lambda: b"a\tb\n1\t2\t3", r"a.tsv:2: the row has 3 cells, .* or a tab as .csv or JSON Lines"),
     ("a.csv", lambda: b"a,b,a\n1,2,3", r"a.csv:1: 2 columns have the name 'a'"),
     ("a.csv", lambda: b'a,b\n1,"2"3\n', r"a.csv:2: the row can't be read \(',' expected after '\"'\)"),
     ("a.csv", lambda: b'a,b\n1,"2\n\n3', r"a.csv:2: the row can't be read \(unexpected end of data\)"),
