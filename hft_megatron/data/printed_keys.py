@@ -4,22 +4,34 @@ It is asked by rendering the conversation again with a value changed: where the 
 would be lost, and the model would learn an answer without it.
 """
 
-import string
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.data.formats.keys import message_row
+from hft_megatron.data.formats.keys import is_empty, message_row
+from hft_megatron.data.nested_values import Path, changed, in_words, leaves_of, replaced, structure_of
 from hft_megatron.data.printable import printable
 from hft_megatron.data.rendering import Renderer, TemplateError
 from hft_megatron.data.special_tokens import ESCAPE
 
-_ROTATED = str.maketrans(
-    "".join((string.ascii_lowercase, string.ascii_uppercase, string.digits)),
-    "".join(part[1:] + part[0] for part in (string.ascii_lowercase, string.ascii_uppercase, string.digits)),
-)
-"""Another letter or digit for each, so that a text of a given length or kind stays one."""
-
 _USUAL_ROLES = ("system", "user", "assistant")
+_HARMLESS_OF_CALLS = ("id", "type")
+"""Keys of a call of a tool that say nothing which its place and its other keys don't."""
+_NUMBER = 8_461_730_000
+"""A number in place of another, so long that hardly a text has it; it is used where none has."""
+_MOST_KEPT = 20_000
+"""Shapes to keep the answers of: arguments of tools may have another one in every record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unprinted:
+    """A value that the text doesn't depend on."""
+
+    index: int
+    """Of the message."""
+    key: str
+    part: str = ""
+    """The part of the value that is meant, in words; empty for all of it."""
 
 
 class PrintedKeys:
@@ -27,8 +39,8 @@ class PrintedKeys:
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
-        self._known: dict[tuple[object, ...], bool] = {}
-        self._all_texts: set[tuple[object, ...]] = set()
+        self._known: dict[object, tuple[_Unprinted, ...]] = {}
+        self._all_texts: set[object] = set()
         """Shapes of conversations of which the template prints every text."""
 
     def check_keys(self, messages: Sequence[Mapping[str, Any]]) -> None:
@@ -36,78 +48,125 @@ class PrintedKeys:
         for index, message in enumerate(messages):
             for key in _others(message):
                 row = message_row(key)
-                if row is not None and row.treatment == "refused":
+                if row is not None and row.treatment == "refused" and not is_empty(message[key]):
                     raise TemplateError(
                         f"`{key}` of message {index + 1} stands for {row.meaning}, which nothing here reads; remove "
                         f"it, or pass over it with --ignore-keys {key}"
                     )
-        for index, key in self._unprinted(messages):
-            if not _is_harmless(key):
+        for found in self._unprinted(messages):
+            if not _is_harmless(messages, found):
+                key = printable(found.key)
+                part = f" (`{printable(found.part)}` in it)" if found.part else ""
                 raise TemplateError(
-                    f"the chat template doesn't print `{printable(key)}` of message {index + 1}, which would be lost; "
-                    f"choose a template that does, or pass over it with --ignore-keys {printable(key)}"
+                    f"the chat template doesn't print {'all of ' * bool(part)}`{key}` of message "
+                    f"{found.index + 1}{part}, which would be lost; choose a template that does, or pass over it with "
+                    f"--ignore-keys {key}"
                 )
 
     def harmless(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        """Keys that the template doesn't print, and that say nothing which the others don't."""
-        return (key for _, key in self._unprinted(messages) if _is_harmless(key))
+        """Keys that the template doesn't print, and that are empty or say nothing which the others don't."""
+        return (found.key for found in self._unprinted(messages) if _is_harmless(messages, found))
 
     def check_texts(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Raise TemplateError for a message whose text is not printed; all are looked for at once."""
-        shape = tuple((message["role"], bool(message["content"]), frozenset(message)) for message in messages)
+        shape = _shape(messages)
         if shape in self._all_texts:
             return
         marked = [
             {**message, "content": _mark(index)} if message["content"] else message
             for index, message in enumerate(messages)
         ]
-        try:
-            text = self._renderer.render(marked, add_generation_prompt=False)
-        except TemplateError:  # a template may want texts of a certain form
-            text = ""
+        text = self._rendered(marked)  # a template may want texts of a certain form
         for index, message in enumerate(messages):
-            if message["content"] and _mark(index) not in text and not self._prints(messages, index, "content"):
+            if message["content"] and _mark(index) not in text and not self._prints_text(messages, index):
                 raise TemplateError(
                     f"the chat template doesn't print the text of message {index + 1} (of the role "
                     f"{message['role']}{''.join(f', with `{printable(key)}`' for key in _others(message))}), which "
                     f"would be lost; choose a template that does, or remove the message"
                 )
+        _make_room(self._all_texts)
         self._all_texts.add(shape)
 
-    def _unprinted(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
-        """(index of the message, key) of every value, or entry of a list, that the text doesn't depend on."""
-        for index, message in enumerate(messages):
-            for key in _others(message):
-                if message[key] != "" and not self._prints(messages, index, key):
-                    yield index, key
+    def _prints_text(self, messages: Sequence[Mapping[str, Any]], index: int) -> bool:
+        text = self._renderer.render(messages, add_generation_prompt=False)
+        return self._differs(messages, index, "content", changed(messages[index]["content"]), text)
 
-    def _prints(self, messages: Sequence[Mapping[str, Any]], index: int, key: str) -> bool:
-        message = messages[index]
-        value = message[key]
-        shape = (
-            tuple(message["role"] for message in messages),
-            index,
-            key,
-            frozenset(message),
-            bool(message.get("content")),
-            len(value) if isinstance(value, list) else type(value),
-        )
+    def _unprinted(self, messages: Sequence[Mapping[str, Any]]) -> tuple[_Unprinted, ...]:
+        """Every key whose value, or a part of it, the text doesn't depend on."""
+        if all(message.keys() <= {"role", "content"} for message in messages):
+            return ()
+        shape = _shape(messages)
         if shape not in self._known:
-            try:
-                text = self._renderer.render(messages, add_generation_prompt=False)
-            except TemplateError:
-                # It may have no place for a call without a text, of which the call is what would be lost.
-                messages = [{**message, "content": message["content"] or ""} for message in messages]
-                text = self._renderer.render(messages, add_generation_prompt=False)
-            self._known[shape] = all(self._differs(messages, index, key, other, text) for other in _changed(value))
+            _make_room(self._known)
+            self._known[shape] = tuple(self._find_unprinted(messages))
         return self._known[shape]
 
-    def _differs(self, messages: Sequence[Mapping[str, Any]], index: int, key: str, value: object, text: str) -> bool:
-        changed = [{**message, key: value} if n == index else message for n, message in enumerate(messages)]
+    def _find_unprinted(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[_Unprinted]:
         try:
-            return self._renderer.render(changed, add_generation_prompt=False) != text
+            text = self._renderer.render(messages, add_generation_prompt=False)
+        except TemplateError:
+            # It may have no place for a call without a text, of which the call is what would be lost.
+            messages = [{**message, "content": message["content"] or ""} for message in messages]
+            text = self._renderer.render(messages, add_generation_prompt=False)
+        seen = self._leaves_seen(messages, text)
+        for index, message in enumerate(messages):
+            for key in _others(message):
+                left = [part for part in _telling(message[key]) if (index, key, part[0]) not in seen]
+                if (part := self._first_lost(messages, index, key, left, text)) is not None:
+                    yield _Unprinted(index=index, key=key, part=part)
+
+    def _leaves_seen(self, messages: Sequence[Mapping[str, Any]], text: str) -> set[tuple[int, str, Path]]:
+        """(index of the message, key, path) of leaves that are found in the text where each of them has a mark of its
+        own. The others, all of them where the template refuses the marks, are to be changed one by one."""
+        marks: dict[tuple[int, str, Path], str] = {}
+        marked = [dict(message) for message in messages]
+        for index, message in enumerate(messages):
+            for key in _others(message):
+                if _says_nothing(key):
+                    continue  # templates want ids of a certain form
+                for path, leaf in _telling(message[key]):
+                    mark = _mark_like(leaf, len(marks))
+                    if mark is not None and str(mark) not in text:
+                        marks[index, key, path] = str(mark)
+                        marked[index][key] = replaced(marked[index][key], path, mark)
+        found = self._rendered(marked)
+        return {place for place, mark in marks.items() if mark in found}
+
+    def _first_lost(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        index: int,
+        key: str,
+        parts: Sequence[tuple[Path, object]],
+        text: str,
+    ) -> str | None:
+        """Which of the value's parts is not printed, in words, empty where no part of the value is; None where all are.
+
+        The whole value counts first: that it isn't printed says more than that its first part isn't."""
+        value = messages[index][key]
+        everything = value
+        for path, leaf in _telling(value):
+            everything = replaced(everything, path, changed(leaf))
+        if parts and not self._differs(messages, index, key, everything, text):
+            return ""
+        for path, leaf in parts:
+            if not self._differs(messages, index, key, replaced(value, path, changed(leaf)), text):
+                return in_words(path)
+        return None
+
+    def _differs(self, messages: Sequence[Mapping[str, Any]], index: int, key: str, value: object, text: str) -> bool:
+        other = [{**message, key: value} if n == index else message for n, message in enumerate(messages)]
+        try:
+            return self._renderer.render(other, add_generation_prompt=False) != text
         except TemplateError:  # it has looked at the value
             return True
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text; an empty one where the template refuses the messages."""
+        try:
+            return self._renderer.render(messages, add_generation_prompt=False)
+        except TemplateError:
+            return ""
 
 
 def unusual_roles(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -120,34 +179,51 @@ def _others(message: Mapping[str, Any]) -> list[str]:
     return [key for key in message if key not in ("role", "content")]
 
 
+def _shape(messages: Sequence[Mapping[str, Any]]) -> object:
+    """What the answers depend on: of a message its role, whether it has a text, and the structure of its other keys."""
+    return tuple(
+        (
+            message["role"],
+            bool(message["content"]),
+            structure_of({key: message[key] for key in _others(message)}),
+        )
+        for message in messages
+    )
+
+
+def _telling(value: object) -> list[tuple[Path, object]]:
+    """(path, leaf) of all that would be lost with the value; a value without such leaves is one itself."""
+    leaves = [(path, leaf) for path, leaf in leaves_of(value) if not _names_a_call(path)]
+    return leaves or [((), value)]
+
+
+def _names_a_call(path: Path) -> bool:
+    """Whether it is a key of the value, or of an entry of it, and not one of a tool's arguments."""
+    keys = path[1:] if path and isinstance(path[0], int) else path
+    return len(keys) == 1 and keys[0] in _HARMLESS_OF_CALLS
+
+
+def _make_room(kept: dict[object, Any] | set[object]) -> None:
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+
+
 def _mark(index: int) -> str:
-    return f"{ESCAPE}{index}{ESCAPE}"
+    """A text that no message has; the names of special tokens are hidden behind others."""
+    return f"{ESCAPE}.{index}{ESCAPE}"
 
 
-def _is_harmless(key: str) -> bool:
+def _mark_like(leaf: object, number: int) -> str | int | None:
+    """A text or a number to know the leaf's place by; None for what has no place in a text."""
+    if isinstance(leaf, str) and leaf:
+        return _mark(number)
+    return _NUMBER + number if isinstance(leaf, int | float) and not isinstance(leaf, bool) else None
+
+
+def _is_harmless(messages: Sequence[Mapping[str, Any]], found: _Unprinted) -> bool:
+    return _says_nothing(found.key) or is_empty(messages[found.index][found.key])
+
+
+def _says_nothing(key: str) -> bool:
     row = message_row(key)
     return row is not None and row.treatment == "harmless"
-
-
-def _changed(value: object) -> Iterator[object]:
-    """``value`` with other texts and numbers in it; of a list, with each of its entries changed in turn."""
-    if isinstance(value, list):
-        for index, entry in enumerate(value):
-            yield [*value[:index], _other(entry), *value[index + 1 :]]
-    else:
-        yield _other(value)
-
-
-def _other(value: object) -> object:
-    if isinstance(value, str):
-        rotated = value.translate(_ROTATED)
-        return f"{value}x" if rotated == value else rotated
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value + 1
-    if isinstance(value, Mapping):
-        return {key: _other(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_other(inner) for inner in value]
-    return value

@@ -11,6 +11,7 @@ import pytest
 
 from hft_megatron.data.chat import ChatError, ChatTemplate
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.rendering import Renderer
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.tokenizers import make_byte_level
@@ -52,7 +53,6 @@ def answer(text: str = "b", **keys: Any) -> list[dict[str, Any]]:
         {"flag": True},
         {"number": 0},
         {"list": [[]]},
-        {"nothing": {}},
         {"punctuation": "!"},
     ],
     ids=lambda keys: next(iter(keys)),
@@ -66,7 +66,7 @@ def test_a_key_that_is_not_printed_is_named_with_its_message_and_the_option(fold
     key = next(iter(keys))
     template = CHATML.replace("m['role'] +", f"m['role'] + (m[{key!r}] | tojson if {key!r} in m else '') +")
     asked = [{**answer()[0], **keys}, answer()[1]]
-    if keys[key] in ([[]], {}):  # nothing in these can be changed
+    if keys[key] == [[]]:  # nothing in these can be changed
         return
     text = "".join(piece.text for piece in chat(folder, template).pieces(asked))
     assert text.startswith(f"<|im_start|>user{json.dumps(keys[key])}")
@@ -94,8 +94,133 @@ def test_every_entry_of_a_list_must_be_printed(folder: Path, count: int) -> None
     if count == 1:
         assert "f0" in "".join(piece.text for piece in chat(folder, CALLING).pieces(turns))
         return
-    with pytest.raises(ChatError, match="doesn't print `calls` of message 1"):
+    with pytest.raises(ChatError, match=r"doesn't print all of `calls` of message 1 \(`\[1\].name` in it\)"):
         chat(folder, CALLING).pieces(turns)
+
+
+FLAT = CALLING.replace("m.calls[0].name", "m.calls[0].name ~ '(' ~ m.calls[0].arguments ~ ')'")
+NESTED = {"calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1, "id": "z"}}}]}
+"""A call as OpenAI has it, of which FLAT prints nothing but brackets."""
+
+
+@pytest.mark.parametrize("first", [[], ["flat"]], ids=["alone", "behind another"])
+def test_a_call_of_another_structure_is_looked_at_anew(folder: Path, first: list[str]) -> None:
+    template = chat(folder, FLAT)
+    for _ in first:
+        pieces = template.pieces(answer("", calls=[{"name": "f", "arguments": {"a": 1}}])[1:])
+        assert "f({'a': 1})" in "".join(piece.text for piece in pieces)
+    with pytest.raises(ChatError, match="doesn't print `calls` of message 1, which would be lost"):
+        template.pieces(answer("", **NESTED)[1:])
+
+
+VALUES: list[Any] = [
+    "u",
+    "",
+    7,
+    0,
+    True,
+    [],
+    {},
+    ["u"],
+    {"k": "v"},
+    {"k": ""},
+    {"k": {"k": "v"}},
+    [{"k": "v"}],
+    {"j": 0},
+]
+
+
+@pytest.mark.parametrize(
+    "printing",
+    [
+        "{% if m.x is mapping %}{{ m.x.k }}{% elif m.x is string %}{{ m.x }}{% endif %}",
+        "{% if m.x %}{{ m.x }}{% endif %}",
+    ],
+)
+def test_the_verdict_on_a_value_does_not_depend_on_the_values_before_it(folder: Path, printing: str) -> None:
+    def verdict(template: ChatTemplate, value: object) -> str:
+        try:
+            return "".join(piece.text for piece in template.pieces([{**answer()[0], "x": value}, answer()[1]]))
+        except ChatError as error:
+            return str(error)
+
+    template = CHATML.replace("{{ '<|im_start|>'", printing + "{{ '<|im_start|>'")
+    alone = [verdict(chat(folder, template), value) for value in VALUES]
+    assert len(set(alone)) > 4
+    for reverse in (False, True):
+        together = chat(folder, template)
+        order = sorted(range(len(VALUES)), reverse=reverse)
+        assert {at: verdict(together, VALUES[at]) for at in order} == dict(enumerate(alone))
+
+
+def test_the_verdict_on_a_text_does_not_depend_on_the_values_of_other_keys_before_it(folder: Path) -> None:
+    template = chat(folder, CHATML.replace("m['content'] +", "(m.flag if m.flag else m['content']) ~"))
+    template.pieces([{**answer()[0], "flag": False}, answer()[1]])
+    with pytest.raises(ChatError, match=r"text of message 1 \(of the role user, with `flag`\)"):
+        template.pieces([{**answer()[0], "flag": True}, answer()[1]])
+
+
+@pytest.mark.parametrize(
+    ("printed", "part"),
+    [
+        ("c.name", "[0].arguments.a"),
+        ("c.arguments", "[0].name"),
+        ("c.name ~ c.arguments.a", "[0].arguments.id"),
+        ("c.name ~ c.arguments.a ~ c.arguments.id", "[0].arguments.b[0]"),
+        ("c.name ~ c.arguments", ""),
+        ("c.id ~ c.name ~ c.arguments | upper", ""),
+        ("c.name ~ c.arguments | tojson", ""),
+    ],
+)
+def test_every_part_of_a_call_must_be_printed_but_its_id_and_type(folder: Path, printed: str, part: str) -> None:
+    arguments = {"a": 1, "id": "z", "b": [True, 2.5], "none": None, "empty": ""}
+    calls = [{"id": "1", "type": "function", "name": "f", "arguments": arguments}]
+    template = chat(folder, CALLING.replace("m.calls[0].name", printed.replace("c.", "m.calls[0].")))
+    messages = answer("", calls=calls)[1:]
+    if not part:
+        assert "2.5" in "".join(piece.text for piece in template.pieces(messages))
+        return
+    with pytest.raises(ChatError) as caught:
+        template.pieces(messages)
+    assert f"doesn't print all of `calls` of message 1 (`{part}` in it), which would be lost; " in str(caught.value)
+
+
+def test_numbers_that_a_text_holds_already_are_told_apart(folder: Path) -> None:
+    numbers = [8_461_730_000 + index for index in range(3)]
+    with pytest.raises(ChatError, match="doesn't print `calls` of message 2"):
+        chat(folder, CHATML).pieces(answer(" ".join(map(str, numbers)), calls=numbers))
+
+
+def test_verdicts_take_few_renderings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for a new structure of whatever size, and none for a known one."""
+    rendered = []
+    plain = Renderer.render
+
+    def render(self: Renderer, messages: Any, **options: Any) -> str:
+        rendered.append(messages)
+        return plain(self, messages, **options)
+
+    monkeypatch.setattr(Renderer, "render", render)
+    template = chat(folder, ALL_CALLS)
+    counts = []
+    for number in range(3):
+        rendered.clear()
+        calls = [{"name": f"f{number}", "arguments": {str(n): n + number + 1 for n in range(50)}}] * 4
+        template.pieces(answer("", calls=calls)[1:])
+        counts.append(len(rendered))
+    assert counts[1] == counts[2]
+    assert counts[0] - counts[1] <= 4
+
+
+@pytest.mark.parametrize("empty", ["", "[]", [], {}], ids=repr)
+@pytest.mark.parametrize("key", ["images", "name", "loss_scale", "tool_calls"])
+def test_a_key_without_a_value_is_no_reason_to_refuse(folder: Path, key: str, empty: Any) -> None:
+    template = chat(folder, CHATML)
+    messages = answer(**{key: empty})
+    assert template.pieces(messages) == template.pieces(answer())
+    assert list(template.unread_keys(messages)) == [key]
+    with pytest.raises(ChatError, match=f"`{key}` of message 2"):
+        template.pieces(answer(**{key: False}))
 
 
 def test_a_text_that_is_not_printed_is_named_with_its_role_and_keys(folder: Path) -> None:

@@ -94,15 +94,18 @@ MESSAGE_KEYS = (
     Key(names=("tool_call_id",), meaning="the call that this is the result of, as the order says too", peers="OpenAI",
         treatment="harmless"),
 )  # fmt: skip
-_EMPTY: tuple[object, ...] = (None, "", "[]", [], {})
-"""What a column without a value holds, here or there."""
+
+
+def is_empty(value: object) -> bool:
+    """Whether the value is one that columns without a value hold, here or there: its key might as well be missing."""
+    return value in (None, "", "[]", [], {})
 
 
 def refusal_of(key: str, value: object, format: DataFormat) -> Key | None:
     """The row by which a record of ``format`` must not have ``key`` with this value, None where it may."""
     for row in RECORD_KEYS:
         if key in row.names and row.treatment == "refused" and (not row.formats or format in row.formats):
-            return None if value in (*_EMPTY, *row.neutral) else row
+            return None if is_empty(value) or value in row.neutral else row
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from hft_megatron.data.formats.keys import TURN_SWITCHES, TURN_WEIGHTS
+from hft_megatron.data.formats.keys import TURN_SWITCHES, TURN_WEIGHTS, is_empty
 from hft_megatron.data.formats.record import Chat, Completion, Message, Preference, Record, shortened
 from hft_megatron.errors import UserError
 
@@ -60,12 +60,12 @@ def _take(messages: Sequence[Message], place: str, of: str = "") -> tuple[tuple[
 
 
 def _is_nothing(key: str, value: object) -> bool:
-    """Whether the key might as well be missing: templates ask whether one is there."""
-    return key not in ("role", "content") and value in ([], {})
+    """Whether the key is left out: templates ask whether one is there. An empty text stays, whose type they ask for."""
+    return key not in ("role", "content") and is_empty(value) and not isinstance(value, str)
 
 
 def _keys(message: Message) -> list[str]:
-    return [key for key in (*TURN_WEIGHTS, *TURN_SWITCHES) if key in message]
+    return [key for key in (*TURN_WEIGHTS, *TURN_SWITCHES) if not is_empty(message.get(key))]
 
 
 def _is_trained(message: Message, key: str, named: str) -> bool:
