@@ -100,6 +100,8 @@ class RecordReader:
         """
         value, ignored = self._read_keys(row)
         format = FORMATS[layout.format]
+        if row.kind == "table":
+            value = {key: cell for key, cell in value.items() if cell != "" or key in format.keys}
         if not value.keys() >= set(format.keys):
             raise UserError(_other_keys(row, layout))
         unread = format.unread(value)
@@ -116,7 +118,7 @@ class RecordReader:
         which of these it has, or its messages have."""
         if not isinstance(row.value, dict):
             raise UserError(f"{row.place}: the record is {kind_of(row.value)}, but it must be an object with keys.")
-        value, ignored = without(self._rules.ignored, without_nulls(row.value))
+        value, ignored = without(self._rules.ignored, without_nulls(row.value, at_any_depth=row.kind == "parquet"))
         return self._renamed(value, row.place), ignored
 
     def _renamed(self, value: dict[str, Any], place: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def find_in_delimited(path: Path, delimiter: str) -> Iterator[Found]:
             size = max(1, stream.position - position)
             position = stream.position
             value = dict(zip(columns, cells, strict=True))
-            yield Found(item=Row(place=place, value=value), size=size, position=position)
+            yield Found(item=Row(place=place, value=value, kind="table"), size=size, position=position)
     finally:
         stream.close()
 

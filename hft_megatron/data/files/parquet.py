@@ -27,7 +27,7 @@ def find_in_parquet(path: Path) -> Iterator[Found]:
                 _check_sizes(batch, path, number)
                 for value in batch.to_pylist():
                     number += 1
-                    row = Row(place=f"{path}: row {number}", value=value)
+                    row = Row(place=f"{path}: row {number}", value=value, kind="parquet")
                     yield Found(item=row, size=batch.nbytes // batch.num_rows, position=size * number // rows)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

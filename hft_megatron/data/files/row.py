@@ -1,7 +1,7 @@
 """What the readers of data files yield."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +11,8 @@ class Row:
     place: str
     """``file:line`` or the like, which stands in front of a sentence about the row."""
     value: Any
+    kind: Literal["json", "parquet", "table"] = "json"
+    """How the file writes what is missing: without its key, as a null at any depth, or as an empty cell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,21 +126,26 @@ def test_pairs_have_no_use_for_weights_of_their_answers() -> None:
         weigh(off)
 
 
+PRINTING = "{% for m in messages %}{{ m | tojson }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+PRINTING += "{% endfor %}"
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"name": "f", "arguments": arguments}
+
+
 def test_a_record_means_the_same_in_parquet_and_in_json(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
 
-    template = "{% for m in messages %}{{ m | tojson }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
-    template += "{% endfor %}"
-    tokenizer = load_tokenizer(None, make_byte_level(tmp_path / "tokenizer", chat_template=template))
-    call = {"name": "f", "arguments": {"a": 1, "b": None}}
-    rows: list[Any] = [
-        {
-            "messages": [{"role": "assistant", "content": "b", "weight": 1, "calls": [call], "list": None}],
-            "label": None,
-        },
-        {"messages": [{"role": "assistant", "content": "c", "weight": None, "calls": [], "list": [1]}], "label": None},
+    tokenizer = load_tokenizer(None, make_byte_level(tmp_path / "tokenizer", chat_template=PRINTING))
+    # Parquet has both arguments in both calls, and a null for the one that is missing.
+    turns: list[Any] = [
+        {"role": "assistant", "content": "b", "weight": 1, "calls": [call(a=1)], "list": None},
+        {"role": "assistant", "content": "c", "weight": None, "calls": [call(b={"c": 2}), call()], "list": [1]},
+        {"role": "assistant", "content": "d", "weight": None, "calls": [], "list": [1]},
     ]
+    rows = [{"messages": [turn], "label": None} for turn in turns]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     sets = [load(tmp_path / name, tokenizer) for name in ("rows.parquet", "rows.json")]
@@ -148,5 +153,23 @@ def test_a_record_means_the_same_in_parquet_and_in_json(tmp_path: Path) -> None:
         one, other = (dataset.example(index) for dataset in sets)
         assert one[0].tolist() == other[0].tolist()
         assert one[1].tolist() == other[1].tolist()
-    assert "null" not in tokenizer.decode(sets[0].example(0)[0].tolist())
-    assert '"calls"' not in tokenizer.decode(sets[0].example(1)[0].tolist())
+    texts = [tokenizer.decode(sets[0].example(index)[0].tolist()) for index in range(len(rows))]
+    assert not any("null" in text for text in texts)
+    assert '{"c": 2}' in texts[1]
+    assert '"calls"' not in texts[2]
+
+
+def test_a_null_that_an_argument_has_in_json_is_printed_as_transformers_does(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(None, make_byte_level(tmp_path / "tokenizer", chat_template=PRINTING))
+    parts = [{"type": "text", "text": "b", "image_url": None}]
+    message = {"role": "assistant", "content": parts, "name": None, "calls": [call(unit=None, city=[{"d": None}])]}
+    dataset = load(write_rows(tmp_path / "rows.jsonl", [{"messages": [message], "topic": None}]), tokenizer)
+    text = tokenizer.decode(dataset.example(0)[0].tolist())
+    assert '"arguments": {"unit": null, "city": [{"d": null}]}' in text
+    assert '"name": null' not in text
+
+
+def test_a_weight_without_a_value_might_as_well_be_missing() -> None:
+    weighed = weigh(Chat(place="x:1", messages=tuple(conversation(a1={"weight": "", "train": []}, a3={"loss": 0}))))
+    assert isinstance(weighed, Chat)
+    assert weighed.untrained == {3}
