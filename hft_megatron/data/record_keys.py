@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hft_megatron.config.schema import DataFormat
-from hft_megatron.data.formats.keys import refusal_of
+from hft_megatron.data.formats.keys import Key, refusal_of
 from hft_megatron.errors import UserError
 
 
@@ -31,15 +31,29 @@ def check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: st
     refusal = refusal_of(key, row[key], format)
     if refusal is None:
         return
-    if refusal.may_be_a_copy:
-        read = {text for name in row if name not in unread for text in _texts(row[name])}
-        texts = set(_texts(row[key]))
-        if texts and (texts <= read or (format == "text" and all(text in row["text"] for text in texts))):
-            return
+    if refusal.may_be_a_copy and _is_repeated(refusal, row[key], row, unread, format):
+        return
     raise UserError(
         f"{place}: `{key}` stands for {refusal.meaning}, which a record of the format {format} has no place for; "
         f"{refusal.fix}, or pass over it with --ignore-keys {key}."
     )
+
+
+def _is_repeated(key: Key, value: object, row: dict[str, Any], unread: Sequence[str], format: DataFormat) -> bool:
+    """Whether the value says nothing that what is read of the record doesn't."""
+    read = {text for name in row if name not in unread for text in _texts(row[name])}
+    texts = set(_texts(value))
+    if texts and (texts <= read or (format == "text" and all(text in row["text"] for text in texts))):
+        return True
+    if key.may_be_within:
+        return bool(texts) and any(all(text in other for text in texts) for other in read)
+    return format == "alpaca" and isinstance(value, str) and _is_rendered(value, row)
+
+
+def _is_rendered(text: str, row: dict[str, Any]) -> bool:
+    """Whether the text is all of an instruction with its input and output, among the words of a prompt template."""
+    parts = [row[name] for name in ("instruction", "input", "output") if isinstance(row.get(name), str)]
+    return all(part.strip() for part in parts[:1]) and all(part in text for part in parts)
 
 
 def _texts(value: object) -> Iterator[str]:

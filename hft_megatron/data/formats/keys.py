@@ -31,7 +31,9 @@ class Key:
     neutral: tuple[object, ...] = ()
     """Values that change nothing, with which a refused key is harmless."""
     may_be_a_copy: bool = False
-    """Whether a refused key is harmless where the record's other texts hold its value."""
+    """Whether a refused key is harmless where its texts are among the record's other texts."""
+    may_be_within: bool = False
+    """Whether it is also harmless where another text of the record holds all of its texts."""
 
 
 TURN_WEIGHTS = ("weight", "loss_mask")
@@ -49,6 +51,24 @@ RECORD_KEYS = (
         peers="TRL, LLaMA-Factory", treatment="honoured", formats=("preference",)),
     Key(names=("system", "history"), meaning="the system message and earlier turns", peers="LLaMA-Factory, ms-swift",
         treatment="refused", fix="make messages of it", may_be_a_copy=True),
+    Key(names=("system_prompt",), meaning="the system message", peers="axolotl, ms-swift", treatment="refused",
+        formats=("sharegpt", "alpaca", "preference"), fix="read it with --data-keys system_prompt=system",
+        may_be_a_copy=True),
+    Key(names=("system_prompt",), meaning="the system message", peers="axolotl, ms-swift", treatment="refused",
+        fix="make messages of it, or name it with --data-keys system_prompt=system beside an `instruction` and an "
+        "`output`", may_be_a_copy=True),
+    Key(names=("context",), meaning="what the instruction is about", peers="Dolly, axolotl", treatment="refused",
+        formats=("alpaca", "preference"), fix="read it with --data-keys context=input beside an `instruction`",
+        may_be_a_copy=True, may_be_within=True),
+    Key(names=("context",), meaning="what the question is about", peers="Dolly, axolotl", treatment="refused",
+        formats=("prompt-completion", "trace", "input-output"),
+        fix="name it with --data-keys context=input beside an `instruction` and an `output`",
+        may_be_a_copy=True, may_be_within=True),
+    Key(names=("choices", "options"), meaning="the answers to choose from", peers="axolotl", treatment="refused",
+        formats=("alpaca", "preference", "prompt-completion", "trace", "input-output"),
+        fix="write them into the question", may_be_a_copy=True, may_be_within=True),
+    Key(names=("reflection", "corrected"), meaning="what follows the answer, and is learned too", peers="axolotl",
+        treatment="refused", formats=("alpaca",), fix="write it into the output", may_be_a_copy=True),
     Key(names=("prompt", "completion"), meaning="another question and answer", peers="TRL", treatment="refused",
         may_be_a_copy=True),
     Key(names=("messages", "conversations", "instruction", "input"), meaning="another prompt",
@@ -61,7 +81,7 @@ RECORD_KEYS = (
     Key(names=("margin", "score"), meaning="how much better the chosen answer is", peers="TRL, OpenRLHF",
         treatment="refused", formats=("preference",)),
     Key(names=("weight", "train", "loss"), meaning="how much the record is learned", peers="axolotl, ms-swift",
-        treatment="refused", neutral=(1,)),
+        treatment="refused", neutral=(1, "1", "1.0", "true", "True")),
     Key(names=("loss_mask", "loss_scale", "mask"), meaning="what of the record is learned",
         peers="LLaMA-Factory, ms-swift, NeMo", treatment="refused"),
     Key(names=("segments",), meaning="texts with a label each", peers="axolotl", treatment="refused"),

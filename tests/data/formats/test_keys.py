@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.data.files.row import Row
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
+from hft_megatron.data.formats.record import Chat
 from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.printable import printable
 from hft_megatron.data.records import Layout, RecordReader, RecordRules
@@ -61,7 +62,9 @@ def shown_table() -> str:
 
 def _treatment(row: Key) -> str:
     words = {"printed": "printed by the chat template, or refused", "harmless": "named in the log"}
-    unless = [f"it is {value}" for value in row.neutral] + ["it repeats another text"] * row.may_be_a_copy
+    *values, last = (repr(value) for value in row.neutral) if row.neutral else [""]
+    unless = [f"it is {', '.join(values)} or {last}"] * bool(last)
+    unless += [f"it repeats {'or stands within ' * row.may_be_within}another text"] * row.may_be_a_copy
     return words.get(row.treatment, row.treatment) + (f", unless {' or '.join(unless)}" if unless else "")
 
 
@@ -203,6 +206,56 @@ def test_what_only_resembles_a_text_of_the_record_is_no_copy(value: Any) -> None
         return
     with pytest.raises(UserError, match=r"^x:1: `prompt` stands for another question and answer"):
         record({"messages": TURNS, "prompt": value}, "messages")
+
+
+PYTHON = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
+RENDERED = "Below is a task.\n\n### Instruction:\nAdd them.\n\n### Input:\n1, 2\n\n### Output:\n3"
+
+
+def test_an_instruction_rendered_with_its_answer_is_a_copy_and_every_other_prompt_is_refused() -> None:
+    assert record({**PYTHON, "prompt": RENDERED}, "alpaca").keys.unread == ("prompt",)
+    for part in PYTHON.values():
+        with pytest.raises(UserError, match="`prompt` stands for another question and answer"):
+            record({**PYTHON, "prompt": RENDERED.replace(part, "x")}, "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "row", "format", "fix"),
+    [
+        ("system_prompt", "Be brief.", {"instruction": "a", "output": "b"}, "alpaca", "system_prompt=system"),
+        ("system_prompt", "Be brief.", {"prompt": "a", "completion": "b"}, "prompt-completion", "system_prompt=system"),
+        ("context", "Birds fly.", {"instruction": "a", "output": "b"}, "alpaca", "context=input"),
+        ("context", "Birds fly.", {"prompt": "a", "completion": "b"}, "prompt-completion", "context=input"),
+    ],
+)
+def test_a_key_that_peers_read_is_refused_with_a_fix_that_works(
+    key: str, value: str, row: dict[str, Any], format: Any, fix: str
+) -> None:
+    with pytest.raises(UserError, match=f"^x:1: `{key}` stands for .*--data-keys {fix}"):
+        record({**row, key: value}, format)
+    names = dict([fix.split("=")]) | {"prompt": "instruction", "completion": "output"}
+    mapped = RecordReader(RecordRules(keys=tuple((name, names[name]) for name in names if name in {**row, key: 1})))
+    found = mapped.record_of(Row(place="x:1", value={**row, key: value}), Layout(format="alpaca"))
+    assert isinstance(found, Chat)
+    assert any(value in message["content"] for message in found.messages)
+
+
+@pytest.mark.parametrize("options", [["3", "4"], {"A": "3", "B": "4"}])
+def test_options_must_stand_in_the_question(options: Any) -> None:
+    asked = {"prompt": "1+2? 3 or 4.", "completion": "3", "options": options}
+    assert record(asked, "prompt-completion").keys.unread == ("options",)
+    with pytest.raises(UserError, match=r"`options` stands for the answers to choose from.*write them into the quest"):
+        record({**asked, "prompt": "1+2?"}, "prompt-completion")
+    # Nor are they in the question where one is in the question and one in the answer.
+    with pytest.raises(UserError, match="`options`"):
+        record({**asked, "prompt": "1+2? 4?"}, "prompt-completion")
+
+
+@pytest.mark.parametrize("value", [1, 1.0, True, "1", "1.0"])
+def test_a_weight_of_one_changes_nothing_also_where_it_is_a_text(value: Any) -> None:
+    assert record({**RECORDS["alpaca"], "weight": value}, "alpaca").keys.unread == ("weight",)
+    with pytest.raises(UserError, match="`weight` stands for"):
+        record({**RECORDS["alpaca"], "weight": "0.5"}, "alpaca")
 
 
 def test_keys_of_ranking_data_are_not_passed_over() -> None:
