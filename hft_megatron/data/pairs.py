@@ -55,6 +55,7 @@ _FORMS: dict[PromptForm, str] = {
     "stripped": "with a prompt that both answers repeated, where it was taken off",
     "found": "with what both answers begin with as their prompt",
     "in one answer": "with a prompt that one answer alone repeats, which was left as it is",
+    "in both answers": "with a prompt of a few words that both answers begin with, which were left as they are",
 }
 """What stands behind their number in the summary; nothing is done to others."""
 

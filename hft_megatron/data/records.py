@@ -143,7 +143,7 @@ class RecordReader:
         if not separator or isinstance(record, Chat) or not record.prompt or not isinstance(record.prompt, str):
             return record
         joined = record.prompt + separator
-        if isinstance(record, Completion) or record.form in ("given", "in one answer"):
+        if isinstance(record, Completion) or record.form not in ("stripped", "found"):
             self._joined = True
             return replace(record, prompt=joined)
         # Prompt and answers were one text already: what joins them there belongs to the prompt.

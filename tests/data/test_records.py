@@ -182,8 +182,9 @@ def test_an_error_says_what_the_records_call_a_mapped_key(tmp_path: Path) -> Non
         ({"prompt": "", "completion": "b"}, ("", "b")),
         ({"text": "b"}, ("", "b")),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("a\n", "b", "c")),
-        ({"prompt": "a", "chosen": "a\nb", "rejected": "a\nc"}, ("a\n", "b", "c")),
-        ({"prompt": "a", "chosen": "a b", "rejected": "a c"}, ("a", " b", " c")),
+        ({"prompt": "a:", "chosen": "a:\nb", "rejected": "a:\nc"}, ("a:\n", "b", "c")),
+        ({"prompt": "a:", "chosen": "a: b", "rejected": "a: c"}, ("a:", " b", " c")),
+        ({"prompt": "a", "chosen": "a b", "rejected": "a c"}, ("a\n", "a b", "a c")),
     ],
 )
 def test_a_separator_stands_between_a_prompt_and_answers_of_text_once(

@@ -43,6 +43,10 @@ def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer[-1]["role"] != "assistant":
             raise UserError(f"{place}: the last message of `{key}` is the {answer[-1]['role']}'s, not the assistant's.")
+    if prompt is None and chosen[0]["role"] == rejected[0]["role"] == "assistant" and chosen[0] != rejected[0]:
+        raise UserError(
+            f"{place}: `prompt` is missing, and both conversations begin with the assistant; {_name_it(row)}."
+        )
     pair = split_messages(place, prompt, chosen, rejected)
     assert not isinstance(pair.prompt, str)
     return replace(pair, prompt=_with_system(row, pair.prompt, place))
@@ -58,9 +62,13 @@ def _pair_of_texts(row: Mapping[str, Any], place: str, prompt: str | None, chose
     if pair is None:
         raise UserError(
             f"{place}: `prompt` is missing, and neither text has turns (\\n\\nHuman: and \\n\\nAssistant:) to find it "
-            f"by; name the key that holds it with --data-keys {_prompt_name(row)}=prompt, or write a `prompt`."
+            f"by; {_name_it(row)}."
         )
     return pair
+
+
+def _name_it(row: Mapping[str, Any]) -> str:
+    return f"name the key that holds it with --data-keys {_prompt_name(row)}=prompt, or write a `prompt`"
 
 
 def _prompt_name(row: Mapping[str, Any]) -> str:

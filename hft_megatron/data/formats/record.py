@@ -48,9 +48,10 @@ class Completion:
     keys: PassedOver = NOTHING
 
 
-PromptForm = Literal["given", "stripped", "found", "in one answer"]
+PromptForm = Literal["given", "stripped", "found", "in one answer", "in both answers"]
 """Where the prompt of a pair was: on its own; on its own and again in front of both answers, where it was taken off; in
-front of both answers alone; on its own and again in front of one answer, which was left as it is."""
+front of both answers alone; on its own and again in front of one answer, which was left as it is; on its own and again
+in front of both, which were left because answers may begin with such a prompt themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,34 +1,63 @@
 """Splits preference pairs into a prompt and two answers: what they share is the prompt's, and stands there once.
 
 The rules follow TRL's ``extract_prompt`` where a prompt is missing. Unlike there, what a given prompt and both answers
-begin with is taken off the answers, and a text is cut at a turn and not wherever its letters begin to differ.
+begin with is taken off the answers, unless it is but a greeting, and a text is cut at a turn and not wherever its
+letters begin to differ.
 """
 
 import os.path
+import re
 from collections.abc import Sequence
 
 from hft_megatron.data.formats.record import Message, Preference, PromptForm
 
 HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
 """How a transcript such as hh-rlhf's begins its turns."""
+_TURN = re.compile(f"{HUMAN_TURN}|{ASSISTANT_TURN}")
+_CUES = (":", "\uff1a", "=", ">", "]")
+"""What a prompt ends with that asks for an answer right behind it: a colon, an equals sign, a template's last token."""
+_MOST_WORDS_OF_A_GREETING = 4
 _BEGIN_DIFFERENTLY = "`chosen` and `rejected` begin differently, so they are no answers to one prompt"
 
 
 def split_texts(place: str, prompt: str | None, chosen: str, rejected: str) -> Preference | None:
     """The pair of a prompt and two texts. None where there is no prompt, and no transcript to find it in."""
     asked = prompt or ""
-    repeats = [bool(asked.strip()) and answer.startswith(asked) for answer in (chosen, rejected)]
-    if all(repeats):
+    repeats = [bool(asked.strip()) and _stands_in_front(asked, answer) for answer in (chosen, rejected)]
+    if all(repeats) and _is_more_than_a_greeting(asked):
         return _cut_texts(place, asked, chosen, rejected, "stripped")
     shared = _transcript_prompt(chosen, rejected)
-    if shared and asked.strip() in shared:
+    if shared and (not asked.strip() or _is_turn_of(shared, asked)):
         return _cut_texts(place, shared, chosen, rejected, "stripped" if asked.strip() else "found")
     if prompt is not None:
-        form: PromptForm = "in one answer" if any(repeats) else "given"
+        form: PromptForm = "in both answers" if all(repeats) else "in one answer" if any(repeats) else "given"
         return Preference(place=place, prompt=prompt, chosen=chosen, rejected=rejected, form=form)
     if ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected:
         return Preference(place=place, prompt="", chosen=chosen, rejected=rejected, fault=_BEGIN_DIFFERENTLY)
     return None
+
+
+def _stands_in_front(prompt: str, answer: str) -> bool:
+    """Whether the answer is the prompt and what follows it, and not a longer word, or a sentence that goes on."""
+    rest = answer[len(prompt) :]
+    return answer.startswith(prompt) and (not prompt[-1].isalnum() or not rest or rest[0].isspace())
+
+
+def _is_more_than_a_greeting(prompt: str) -> bool:
+    """Whether no answer begins with these words by itself, as one to "Hi" or "Good morning!" may.
+
+    Those are left: what both answers begin with is learned of neither, and an answer without its first word would be
+    another text.
+    """
+    ends_in_cue = prompt[-1].isspace() or prompt.endswith(_CUES)
+    return ends_in_cue or "\n" in prompt or len(prompt.split()) > _MOST_WORDS_OF_A_GREETING
+
+
+def _is_turn_of(transcript: str, asked: str) -> bool:
+    """Whether it is one whole turn of the transcript or several, with or without the names of who speaks."""
+    turns, mine = ([turn.strip() for turn in _TURN.split(f"\n\n{text.strip()}")] for text in (transcript, asked))
+    mine = mine if mine[0] else mine[1:]
+    return any(turns[at : at + len(mine)] == mine for at in range(len(turns)))
 
 
 def _transcript_prompt(chosen: str, rejected: str) -> str:

@@ -78,6 +78,12 @@ def test_real_pairs_are_put_together_again(shared_data: Path, name: str) -> None
     [
         ({"chosen": "b", "rejected": "c"}, "`prompt` is missing"),
         ({"chosen": "b", "rejected": "c", "query": "a"}, "name the key that holds it with --data-keys query=prompt"),
+        (
+            {"chosen": [GOOD], "rejected": [BAD], "question": "a"},
+            "`prompt` is missing, and both conversations begin with the assistant; name the key that holds it with "
+            "--data-keys question=prompt, or write a `prompt`",
+        ),
+        ({"chosen": GOOD, "rejected": [BAD, ASK, GOOD], "system": "s"}, "`prompt` is missing, and both conversations"),
         ({"chosen": "b\n\nAssistant: x", "rejected": "c", "n": 1}, "--data-keys KEY=prompt, or write a `prompt`"),
         (
             {"prompt": "a", "chosen": "b", "rejected": [BAD]},
@@ -103,7 +109,7 @@ def test_a_wrong_pair_is_named(row: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"chosen": [GOOD], "rejected": [BAD]}, "`chosen` and `rejected` begin differently"),
+        ({"chosen": [GOOD, ASK, GOOD], "rejected": [GOOD, ASK, BAD]}, None),
         ({"chosen": [SYSTEM, GOOD], "rejected": [ASK, BAD]}, "`chosen` and `rejected` begin differently"),
         ({"prompt": "z", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "`prompt` is none of the messages"),
         ({"prompt": "a", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, None),

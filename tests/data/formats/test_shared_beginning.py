@@ -112,7 +112,38 @@ def test_every_form_of_texts_has_the_tokens_of_three_parts(
         ({"prompt": "Say ", "chosen": "Say b", "rejected": "Say c"}, "stripped"),
         ({"prompt": "Say ", "chosen": "Say b", "rejected": "c"}, "in one answer"),
         ({"prompt": " ", "chosen": " b", "rejected": " c"}, "given"),
-        ({"prompt": "a bird", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "stripped"),
+        ({"prompt": "Name a bird.", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "stripped"),
+        ({"prompt": ASKED.strip(), "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "stripped"),
+        ({"prompt": "Human: Name a bird.", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "stripped"),
+        ({"prompt": "a bird", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "given"),
+        ({"prompt": "a", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "given"),
+        ({"prompt": "Hi", "chosen": "Hi! How can I help?", "rejected": "High five."}, "given"),
+        ({"prompt": "Hi", "chosen": "Hi there!", "rejected": "Hi you!"}, "in both answers"),
+        (
+            {"prompt": "Good morning!", "chosen": "Good morning! Tea?", "rejected": "Good morning! No."},
+            "in both answers",
+        ),
+        (
+            {
+                "prompt": "Tell me what a cat is",
+                "chosen": "Tell me what a cat isn't",
+                "rejected": "Tell me what a cat is",
+            },
+            "in one answer",
+        ),
+        (
+            {
+                "prompt": "Tell me what a cat is",
+                "chosen": "Tell me what a cat is An animal",
+                "rejected": "Tell me what a cat is\nA fish",
+            },
+            "stripped",
+        ),
+        (
+            {"prompt": "What is a cat, dear?", "chosen": "What is a cat, dear?A", "rejected": "What is a cat, dear?B"},
+            "stripped",
+        ),
+        ({"prompt": "2+2=", "chosen": "2+2=4", "rejected": "2+2=5"}, "stripped"),
         ({"prompt": "a fish", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "given"),
         ({"chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "found"),
     ],
@@ -121,6 +152,13 @@ def test_a_pair_says_where_its_prompt_was(row: dict[str, Any], form: str) -> Non
     pair = parse_preference(row, "x:1")
     assert pair.fault is None
     assert pair.form == form
+
+
+@pytest.mark.parametrize("prompt", ["Hi", "Hi!", "Good morning!"])
+def test_an_answer_that_greets_back_stays_whole(prompt: str) -> None:
+    for chosen, rejected in ((f"{prompt} Tea?", f"{prompt} No."), (f"{prompt}gh five.", f"{prompt}\n\nWell.")):
+        pair = parse_preference({"prompt": prompt, "chosen": chosen, "rejected": rejected}, "x:1")
+        assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, chosen, rejected)
 
 
 def test_a_transcript_is_cut_behind_the_last_turn_that_both_begin_and_not_within_a_word() -> None:
@@ -158,6 +196,7 @@ def test_the_log_counts_the_pairs_whose_prompts_were_taken_off_or_found(tmp_path
         {"prompt": "Say ", "chosen": "Say b", "rejected": "Say c"},
         {"chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."},
         {"prompt": "Say ", "chosen": "Say b", "rejected": "c"},
+        {"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi"},
     ]
 
     def described(count: int) -> str:
@@ -167,7 +206,8 @@ def test_the_log_counts_the_pairs_whose_prompts_were_taken_off_or_found(tmp_path
         return pairs.describe()[0]
 
     assert described(0).endswith(" dropped (sequence length 512)")
-    line = described(4)
+    line = described(5)
     assert ", 2 with a prompt that both answers repeated, where it was taken off" in line
     assert ", 1 with what both answers begin with as their prompt" in line
     assert ", 1 with a prompt that one answer alone repeats, which was left as it is" in line
+    assert ", 1 with a prompt of a few words that both answers begin with, which were left as they are" in line
