@@ -3,6 +3,7 @@
 A file has one format: that of --data-format, or the one that its first record's keys are known by.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,7 +111,7 @@ class RecordReader:
                 check_unread(key, value, unread, row.place, layout.format)
             record = weigh(format.parse(value, row.place))
         except UserError as error:
-            raise UserError(f"{str(error).removesuffix('.')}{self._named_by_user(str(error))}.") from error
+            raise UserError(self._in_users_names(str(error))) from error
         return self._with_separator(replace(record, keys=PassedOver(unread=unread, ignored=ignored)))
 
     def _read_keys(self, row: Row) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -133,10 +134,13 @@ class RecordReader:
         renamed = {key: inner for key, inner in value.items() if key not in mapped}
         return renamed | {known: value[key] for key, known in mapped.items()}
 
-    def _named_by_user(self, sentence: str) -> str:
-        """Which of the keys in a sentence the records call otherwise."""
-        named = [f"`{known}` is `{key}`" for key, known in self._names.items() if f"`{known}`" in sentence]
-        return f" ({', '.join(named)} by --data-keys)" if named else ""
+    def _in_users_names(self, sentence: str) -> str:
+        """The sentence with the records' own keys in what it says of options, which are about these, and at its end
+        which of the keys in it the records call otherwise."""
+        own = {known: key for key, known in self._names.items()}
+        told = _OPTION_OF_KEY.sub(lambda found: found[1] + own.get(found[2], found[2]), sentence)
+        named = [f"`{known}` is `{key}`" for key, known in self._names.items() if f"`{known}`" in told]
+        return f"{told.removesuffix('.')} ({', '.join(named)} by --data-keys)." if named else told
 
     def _with_separator(self, record: Record) -> Record:
         separator = self._rules.separator
@@ -157,6 +161,10 @@ class RecordReader:
         return replace(record, prompt=joined, chosen=chosen[start:], rejected=rejected[start:])
 
 
+_OPTION_OF_KEY = re.compile(r"(--(?:data|ignore)-keys )(\w+)")
+"""An option in a sentence, and the record's key that it is given."""
+
+
 def _other_keys(row: Row, layout: Layout) -> str:
     found = f"{row.place}: the record has {_keys_in_words(row.value)}"
     needed = f"the format {layout.format} needs {FORMATS[layout.format].needs}"
@@ -171,6 +179,8 @@ def _other_keys(row: Row, layout: Layout) -> str:
 def _proposal(row: Mapping[str, Any]) -> str:
     """What to write, with the record's own keys where there is no doubt which are the prompt and its completion."""
     prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
+    if "instruction" in row and completion is not None:
+        return f"Read it with --data-keys {completion}=output" + ",context=input" * ("context" in row)
     if prompt is None or completion is None:
         return "Say which keys are meant with --data-keys KEY=prompt,OTHER=completion"
     pairs = ((prompt, "prompt"), (completion, "completion"))

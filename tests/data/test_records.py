@@ -1,12 +1,13 @@
 """A file has one format, and every malformed record is named by its place in one sentence; what is harmless passes."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hft_megatron.config.data_keys import DataKeys
+from hft_megatron.config.data_keys import DataKeys, data_keys
 from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Preference
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader, RecordRules
@@ -171,6 +172,63 @@ def test_an_error_says_what_the_records_call_a_mapped_key(tmp_path: Path) -> Non
         UserError, match=r"`prompt` is a number, but it must be text \(`prompt` is `question` by --data-k"
     ):
         read(path, keys=MAPPED)
+
+
+ORCA = {"question": "a", "chosen": "b", "rejected": "c", "system": "s"}
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "sentence"),
+    [
+        (ORCA, {"question": "prompt"}, "with --data-keys question=instruction, or remove it"),
+        ({"input": "a", "output": "b", "q": "c"}, {"q": "prompt"}, "pass over it with --ignore-keys q "),
+        ({"query": "Q", "chosen": [json.loads(ANSWER)], "rejected": [{"role": "assistant", "content": "c"}]}, {},
+         "begin with the assistant; name the key that holds it with --data-keys query=prompt, or write a `prompt`"),
+    ],
+)  # fmt: skip
+def test_advice_names_the_keys_that_the_records_have(
+    tmp_path: Path, row: dict[str, Any], keys: dict[str, str], sentence: str
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [row])
+    with pytest.raises(UserError, match=sentence):
+        read(path, keys=tuple(keys.items()))
+
+
+def test_advice_for_pairs_with_a_system_text_works(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [ORCA])
+    [(_, record)] = read(path, keys=(("question", "instruction"),))
+    assert [message["content"] for message in record.prompt] == ["s", "a"]
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"instruction": "a", "response": "b", "context": "c"}, "response=output,context=input"),
+        ({"instruction": "a", "response": "b"}, "response=output"),
+    ],
+)
+def test_an_instruction_with_another_name_for_its_output_is_read_as_proposed(
+    tmp_path: Path, row: dict[str, str], advice: str
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [row])
+    with pytest.raises(UserError, match=f"Read it with --data-keys {advice}\\.$"):
+        read(path)
+    [(found, record)] = read(path, keys=data_keys(advice))
+    assert found == "alpaca"
+    assert record.messages[0]["content"] == "\n".join(row[key] for key in ("instruction", "context") if key in row)
+
+
+def test_an_empty_cell_of_a_table_might_as_well_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("instruction,input,history,weight,topic,output\nadd,,,1,,2\nsub,3,,,x,\n")
+    (_, first), (_, second) = read(path)
+    assert [message["content"] for message in first.messages] == ["add", "2"]
+    assert [message["content"] for message in second.messages] == ["sub\n3", ""]
+    assert first.keys.unread == ("weight",)
+    assert second.keys.unread == ("topic",)
+    as_json = write_rows(tmp_path / "train.jsonl", [{"instruction": "add", "history": "", "output": "2"}])
+    with pytest.raises(UserError, match="`history` is text, but it must be a list"):
+        read(as_json)
 
 
 @pytest.mark.parametrize(
