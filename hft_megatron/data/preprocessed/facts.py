@@ -11,6 +11,7 @@ from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.files.prefixes import BAD_LINES, FACTS, UNFINISHED
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
+from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.tokenizer import TokenizerFacts
 from hft_megatron.errors import UserError
@@ -189,7 +190,8 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
     if job.chat_template != run.chat_template:
         theirs, ours = _where_they_differ(job.chat_template, run.chat_template)
         yield "a --chat-template with", theirs, f"one with {ours}"
-    for name in ("loss_on", "train_on_eos", "ignore_keys", "data_keys", "prompt_separator"):
+    of_records = ["data_keys"] * _reads_other_keys(facts, run) + ["prompt_separator"] * _joins(facts)
+    for name in ("loss_on", "train_on_eos", "ignore_keys", *of_records):
         if getattr(job, name) != getattr(run, name):
             yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
     if run.data_format is not None and facts.formats != (run.data_format,):
@@ -200,6 +202,19 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
             for name in ("seq_length", "long_examples"):
                 if getattr(job, name) != getattr(run, name):
                     yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
+
+
+def _reads_other_keys(facts: Facts, run: Job) -> bool:
+    """Whether the run's --data-keys would make other records of the inputs: each of the data's own did something, and
+    more of them do where a record has the key."""
+    own, asked = set(facts.use.keys), set(data_keys(run.data_keys))
+    there = {key for format in facts.formats for key in (*FORMATS[format].keys, *FORMATS[format].reads)}
+    return not own <= asked or any(key in there or key in facts.counts.unread for key, _ in asked - own)
+
+
+def _joins(facts: Facts) -> bool:
+    """Whether another --prompt-separator would make other records, as far as formats say: some have no place for it."""
+    return not set(facts.formats) <= {"messages", "sharegpt", "alpaca", "text"}
 
 
 def _word(value: object) -> object:

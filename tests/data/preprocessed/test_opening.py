@@ -70,6 +70,36 @@ def test_keys_and_separator_make_the_examples_of_the_files_and_must_be_the_runs(
         load(tmp_path / "made", tokenizer, joined="\n")
 
 
+def test_data_that_rules_of_records_change_nothing_of_are_mixed_with_files_that_need_them(
+    tmp_path: Path, rows: Path, tokenizer: Tokenizer
+) -> None:
+    make(tmp_path / "made", rows, tokenizer)
+    raw = write_rows(tmp_path / "raw.jsonl", [{"question": f"{n}?", "answer": str(n)} for n in range(20)])
+    rules: dict[str, Any] = {"keys": (("answer", "completion"), ("question", "prompt")), "joined": "\n"}
+    mixed = load([tmp_path / "made", raw], tokenizer, **rules)
+    assert mixed.digest == load([rows, raw], tokenizer, **rules).digest
+    # More keys than those that the data have.
+    make(tmp_path / "asked", raw, tokenizer, **rules)
+    more = {**rules, "keys": (*rules["keys"], ("reply", "output"))}
+    assert len(load(tmp_path / "asked", tokenizer, **more)) == 20
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"prompt": "a", "completion": "b", "topic": "c"}, (("topic", "text"),)),
+        ({"instruction": "a", "output": "b", "input": "c"}, (("input", "system"),)),
+        ({"instruction": "a", "output": "b"}, (("output", "input"), ("answer", "output"))),
+    ],
+)
+def test_keys_that_the_records_of_the_data_have_must_be_mapped_alike(
+    tmp_path: Path, tokenizer: Tokenizer, row: dict[str, str], keys: Any
+) -> None:
+    make(tmp_path / "made", write_rows(tmp_path / "rows.jsonl", [row] * 3), tokenizer)
+    with pytest.raises(UserError, match="made was preprocessed with --data-keys unset, but the run has "):
+        load(tmp_path / "made", tokenizer, keys=keys)
+
+
 @pytest.mark.parametrize("long_examples", ["drop", "truncate", "split"])
 def test_examples_batches_and_digest_are_those_of_the_files(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, long_examples: str
