@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.logits_check import LogitDifference, compare_logits
 from hft_megatron.conversion.save import Announce, ExportRules
+from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
-from hft_megatron.errors import RunFailed
+from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.hft.units import units_of
 from hft_megatron.training.saved_run import SavedRun
 
@@ -103,7 +105,13 @@ def _tokenizer(run: SavedRun, announce: Announce) -> Tokenizer | None:
     if path is None or not holds_tokenizer(path):
         announce("> the run's tokenizer is not there: the folder will have none")
         return None
-    tokenizer = load_tokenizer(run.config.data.tokenizer_type, path)
+    template = run.config.data.chat_template
+    if template is not None and template not in BUILT_IN and not Path(template).is_file():
+        raise UserError(
+            f"--load {run.folder}: its run was trained with --chat-template {template}, which is not there; put the "
+            f"file back, so that the folder gets the template that was trained."
+        )
+    tokenizer = load_tokenizer(run.config.data.tokenizer_type, path, template)
     return fit_tokenizer(tokenizer, run.identity.shape.vocab_size)
 
 

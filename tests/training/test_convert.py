@@ -21,7 +21,7 @@ ROUNDS = ["--hft-round-interval", "2", "--hft-rotation", "complementary"]
 SPECTRUM = ["--hft-selection", "spectrum", "--hft-round-interval", "epoch", "--hft-lr-schedule", "round"]
 
 CASES: dict[str, tuple[int, str, torch.dtype, list[str]]] = {
-    "tp2 of a padded vocabulary": (2, "gqa", torch.float32, [*TP2, "--no-bf16"]),
+    "tp2 of a padded vocabulary": (2, "gqa", torch.float32, [*TP2, "--no-bf16", "--chat-template", "chatml"]),
     "tp2 bf16 from fp16": (2, "gqa", torch.float16, [*TP2, "--bf16"]),
     "pp2 tied from bf16": (2, "tied", torch.bfloat16, [*PP2, "--bf16"]),
     "pp2 vpp of a mistral": (
@@ -85,6 +85,8 @@ def test_every_file_is_the_one_that_the_run_exported(case: str, ranks: RankPools
     expected, found = files(own), files(tmp_path / "out")
     assert len(expected) >= 5
     assert found == expected
+    asks = "--chat-template" in CASES[case][3]  # the default is no template that writes this
+    assert (b"<|im_start|>" in found["chat_template.jinja"]) == asks
 
 
 @pytest.fixture(scope="session")
@@ -174,6 +176,13 @@ def leave_no_digests(folder: Path) -> None:
         path.unlink()
 
 
+def name_a_template_that_is_gone(folder: Path) -> None:
+    path = folder / "run" / "resolved_config.yaml"
+    text = path.read_text()
+    assert "chat_template: null" in text
+    path.write_text(text.replace("chat_template: null", "chat_template: gone.jinja"))
+
+
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
@@ -185,6 +194,7 @@ def leave_no_digests(folder: Path) -> None:
         (remove_the_newest, "choose one that is there with --iteration: 2."),
         (remove_the_identity, "run_identity.json, which says what run its checkpoints are of, can't be read"),
         (leave_no_digests, "holds no complete checkpoint"),
+        (name_a_template_that_is_gone, "trained with --chat-template gone.jinja, which is not there; put the file"),
     ],
 )
 def test_a_run_that_cannot_be_converted_is_one_sentence(
