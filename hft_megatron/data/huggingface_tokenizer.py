@@ -54,7 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
         if keep_source or not self.facts.exports_own_files:
             return copy_files(directory, self._files, self.facts, self._rust)
-        return write_files(directory, self._files, self.facts, self._rust)
+        return write_files(directory, self._files, self, self._rust)
 
     def _find_rule_after_special(self) -> bool:
         """Ask the tokenizer itself: "legacy" SentencePiece conversions mark a word start behind every special token."""
@@ -160,6 +160,7 @@ def _assembled(
         eos_id=eos_id,
         pad_id=choose_pad_id(ids.get("pad_token"), ids.get("unk_token"), eos_id),
         special_tokens=special_tokens,
+        names_in_text=rust_pipeline.names_in_text(rust),
         chat_template=choose_template(chat_template, files, special_tokens),
         template_variables=names,
         notes=files.notes(is_known),

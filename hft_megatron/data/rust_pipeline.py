@@ -83,6 +83,11 @@ def special_tokens(rust: RustTokenizer) -> tuple[SpecialToken, ...]:
     )
 
 
+def names_in_text(rust: RustTokenizer) -> tuple[str, ...]:
+    """Names of all added tokens of ``rust`` that are not special, by id: a text that holds one has the token."""
+    return tuple(token.content for _, token in sorted(rust.get_added_tokens_decoder().items()) if not token.special)
+
+
 def settle_begin_token(rust: RustTokenizer, names: Mapping[str, str], begins: bool | None, ends: bool | None) -> bool:
     """Make ``rust`` put the begin token before a text, and the end token behind it, or not; None leaves it as it is.
 

@@ -6,35 +6,38 @@ that makes Hugging Face's BPE do the same holds every way to split a piece into 
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from hft_megatron.data.sentencepiece_cuts import cuts
+from hft_megatron.data.sentencepiece_model import BPE, CONTROL, SPACE_MARK, UNKNOWN, USER_DEFINED, Vocabulary
 
-SPACE_MARK = "▁"
 SPACES_AT_START = r"\A +"
-BPE = 2
-"""SentencePiece's ``TrainerSpec.ModelType``."""
 
 
 def to_rust_tokenizer(vocabulary: Vocabulary, *, bos_id: int | None) -> RustTokenizer:
     """The tokenizer of a SentencePiece model; encoding with special tokens puts the beginning token first."""
     proto = vocabulary.proto
-    rust = RustTokenizer(_model(proto))
+    rust = RustTokenizer(_model(vocabulary))
     rust.normalizer = _normalizer(proto.normalizer_spec)
+    if steps_before := cuts(vocabulary):
+        rust.pre_tokenizer = pre_tokenizers.Sequence(steps_before)
     steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     rust.decoder = decoders.Sequence(steps)
     special = [piece.piece for piece in proto.pieces if piece.type in (CONTROL, UNKNOWN)]
     rust.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
-    defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
-    rust.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in defined])
     for token in vocabulary.added.values():  # by id, which is the order in which the library numbers them
         rust.add_tokens(
             [
                 AddedToken(
-                    token.content, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False
+                    token.content,
+                    special=token.special,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=False,
                 )
             ]
         )
@@ -46,11 +49,16 @@ def to_rust_tokenizer(vocabulary: Vocabulary, *, bos_id: int | None) -> RustToke
     return rust
 
 
-def _model(proto: Any) -> models.Model:
+def _model(vocabulary: Vocabulary) -> models.Model:
+    proto = vocabulary.proto
     byte_fallback = bool(proto.trainer_spec.byte_fallback)
     unknown = next(index for index, piece in enumerate(proto.pieces) if piece.type == UNKNOWN)
     if proto.trainer_spec.model_type != BPE:
-        scored = [(piece.piece, piece.score) for piece in proto.pieces]
+        scored = [
+            # The library prefers them to whatever else could be in their place, with just this score.
+            (piece.piece, -0.1 if piece.type == USER_DEFINED else piece.score)
+            for piece in proto.pieces
+        ]
         return models.Unigram(scored, unk_id=unknown, byte_fallback=byte_fallback)
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     return models.BPE(
@@ -59,6 +67,7 @@ def _model(proto: Any) -> models.Model:
         unk_token=proto.pieces[unknown].piece,
         fuse_unk=True,
         byte_fallback=byte_fallback,
+        ignore_merges=bool(vocabulary.defined),
     )
 
 

@@ -16,6 +16,10 @@ from hft_megatron.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """SentencePiece's ``ModelProto.SentencePiece.Type``."""
+BPE = 2
+"""SentencePiece's ``TrainerSpec.ModelType``."""
+SPACE_MARK = "▁"
+"""Stands for a space in a piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +74,23 @@ class Vocabulary:
         return (*pieces, *added)
 
     @cached_property
-    def found_in_text(self) -> dict[str, int]:
-        """Ids of the added tokens that are no special ones: a text that holds their names has them."""
-        return {token.content: number for number, token in self.added.items() if not token.special}
+    def found_in_text(self) -> dict[int, AddedToken]:
+        """The added tokens that are no special ones, by id: a text that holds their names has them."""
+        return {number: token for number, token in self.added.items() if not token.special}
+
+    @cached_property
+    def defined(self) -> tuple[str, ...]:
+        """The user-defined pieces, which the library finds in a text before all others."""
+        return tuple(piece.piece for piece in self.proto.pieces if piece.type == USER_DEFINED)
 
     @property
     def removes_spaces(self) -> bool:
         """Whether spaces at the ends of a text are dropped, and several in a row become one."""
         return bool(self.proto.normalizer_spec.remove_extra_whitespaces)
 
-    def processor(self, **normalizer: bool) -> SentencePieceProcessor:
+    def processor(self, **normalizer: bool | bytes) -> SentencePieceProcessor:
         """The library's encoder, with some of the normalizer's settings changed."""
-        proto = type(self.proto).FromString(self.proto.SerializeToString())
-        for setting, value in normalizer.items():
-            setattr(proto.normalizer_spec, setting, value)
-        return SentencePieceProcessor(model_proto=proto.SerializeToString())
+        return SentencePieceProcessor(model_proto=_changed(self.proto, **normalizer).SerializeToString())
 
 
 def read_vocabulary(file: Path, files: TokenizerFiles) -> Vocabulary:
@@ -105,6 +111,7 @@ def read_vocabulary(file: Path, files: TokenizerFiles) -> Vocabulary:
     for piece in proto.pieces:
         if piece.piece in special and piece.type in (NORMAL, USER_DEFINED):
             piece.type = CONTROL
+    _check_defined(file, proto)
     added = _added_tokens(proto, files, special)
     return Vocabulary(proto=proto, added=added)
 
@@ -160,3 +167,27 @@ def _check_convertible(file: Path, proto: Any) -> None:
             f"--tokenizer-model {file} marks spaces in an unusual way that can't be exported; train it with "
             f"treat_whitespace_as_suffix false and escape_whitespaces true."
         )
+
+
+def _check_defined(file: Path, proto: Any) -> None:
+    """Refuse user-defined pieces that the library alone spares: the export would change the text before it looks."""
+    bare = _changed(proto, add_dummy_prefix=False)
+    defined = [piece for piece in bare.pieces if piece.type == USER_DEFINED]
+    for piece in defined:
+        piece.type = NORMAL
+    normalizer = SentencePieceProcessor(model_proto=bare.SerializeToString())
+    for piece in defined:
+        if normalizer.normalize(piece.piece) != piece.piece.replace(" ", SPACE_MARK):
+            raise UserError(
+                f"--tokenizer-model {file} has the user-defined piece {piece.piece!r}, which its own normalization "
+                f"would change after an export; train it without that piece, or with normalization_rule_name "
+                f"identity and remove_extra_whitespaces false."
+            )
+
+
+def _changed(proto: Any, **normalizer: bool | bytes) -> Any:
+    """A copy with some of the normalizer's settings changed."""
+    copied = type(proto).FromString(proto.SerializeToString())
+    for setting, value in normalizer.items():
+        setattr(copied.normalizer_spec, setting, value)
+    return copied

@@ -6,17 +6,19 @@ file a Hugging Face folder may have JSON files, which name special tokens and ad
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer as RustTokenizer
+
+from hft_megatron.data.added_tokens import AddedTokens
 from hft_megatron.data.chosen_template import choose_template
 from hft_megatron.data.sentencepiece_conversion import to_rust_tokenizer
 from hft_megatron.data.sentencepiece_model import Vocabulary, read_vocabulary
 from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id, fed_vocab_size
-from hft_megatron.data.tokenizer_export import copy_files, write_files
-from hft_megatron.data.tokenizer_files import CONFIG_FILE, MODEL_FILE, TokenizerFiles
+from hft_megatron.data.tokenizer_export import copy_files, pipeline_difference, write_files
+from hft_megatron.data.tokenizer_files import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, TokenizerFiles
 from hft_megatron.data.transformers_view import TransformersView
 from hft_megatron.errors import UserError
 
@@ -24,9 +26,12 @@ from hft_megatron.errors import UserError
 class SentencePieceTokenizer(Tokenizer):
     """See Tokenizer. Control pieces such as ``</s>`` never come from a text: the library itself sees to that."""
 
-    def __init__(self, facts: TokenizerFacts, vocabulary: Vocabulary, file: Path, files: TokenizerFiles) -> None:
+    def __init__(
+        self, facts: TokenizerFacts, vocabulary: Vocabulary, rust: RustTokenizer, file: Path, files: TokenizerFiles
+    ) -> None:
         super().__init__(facts)
         self._vocabulary = vocabulary
+        self._rust = rust
         self._file = file
         self._files = files
         # The library can't switch its rules per call, so there is a processor for each way to begin.
@@ -37,15 +42,14 @@ class SentencePieceTokenizer(Tokenizer):
             self._normalizer = vocabulary.processor(
                 add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=False
             )
-        names = sorted(vocabulary.found_in_text, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, names))) if names else None
+        self._added = AddedTokens(vocabulary.found_in_text)
 
     @property
     def continues_after_special(self) -> bool:
         return False  # as the exported files do, and as LLaMA's first code did by encoding every turn on its own
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
-        if self._added is None:
+        if not self._vocabulary.found_in_text:
             return self._encode(texts, continues=continues)
         return [self._encode_with_added(text, continues=continues) for text in texts]
 
@@ -62,10 +66,9 @@ class SentencePieceTokenizer(Tokenizer):
         return text + str(self._processor.decode(run))
 
     def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
-        rust = to_rust_tokenizer(self._vocabulary, bos_id=self.bos_id)
         if keep_source and self._files.reads_folder:
-            return copy_files(directory, self._files, self.facts, rust)
-        lines = write_files(directory, self._files, self.facts, rust)
+            return copy_files(directory, self._files, self.facts, self._rust)
+        lines = write_files(directory, self._files, self, self._rust)
         shutil.copyfile(self._file, directory / MODEL_FILE)
         return lines
 
@@ -83,15 +86,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_with_added(self, text: str, *, continues: bool) -> list[int]:
         """Added tokens are found in the text; what stands between them is encoded on its own, as in transformers."""
-        assert self._added is not None
         ids: list[int] = []
-        position = 0
-        for found in self._added.finditer(text):
-            if found.start() > position:
-                ids += self._encode([text[position : found.start()]], continues=continues)[0]
-            ids.append(self._vocabulary.found_in_text[found[0]])
-            continues, position = self.continues_after_special, found.end()
-        return ids + (self._encode([text[position:]], continues=continues)[0] if position < len(text) else [])
+        for part in self._added.cut(text):
+            ids += [part] if isinstance(part, int) else self._encode([part], continues=continues)[0]
+            continues = self.continues_after_special
+        return ids
 
 
 def load_sentencepiece_tokenizer(
@@ -126,12 +125,17 @@ def load_sentencepiece_tokenizer(
         eos_id=eos_id,
         pad_id=pad_id,
         special_tokens=special_tokens,
+        names_in_text=(*vocabulary.defined, *(token.content for token in vocabulary.found_in_text.values())),
         chat_template=choose_template(chat_template, files, special_tokens),
         template_variables=names,
         notes=files.notes(lambda name: vocabulary.id_of(name) is not None),
         exports_own_files=True,
     )
-    tokenizer = SentencePieceTokenizer(facts, vocabulary, file, files)
+    rust = to_rust_tokenizer(vocabulary, bos_id=bos_id)
+    tokenizer = SentencePieceTokenizer(facts, vocabulary, rust, file, files)
+    if difference := pipeline_difference(tokenizer, rust):
+        note = f"{facts.source}: an export's {TOKENIZER_FILE} {difference}; it can't give what SentencePiece does"
+        tokenizer = tokenizer.with_facts(notes=(*facts.notes, note))
     return TransformersView(files.folder).compared(tokenizer, MODEL_FILE) if files.reads_folder else tokenizer
 
 
@@ -142,7 +146,9 @@ def _identity(file: Path, vocabulary: Vocabulary, of_files: str) -> str:
         digest.update(b"a space between two parts of a text stays")
     if of_files:
         digest.update(of_files.encode())
-        for token in vocabulary.special_tokens:
-            digest.update(f"{token}".encode())
-        digest.update(json.dumps(vocabulary.found_in_text, sort_keys=True).encode())
+        for special in vocabulary.special_tokens:
+            digest.update(f"{special}".encode())
+        for number, token in vocabulary.found_in_text.items():
+            flags = [number, token.content, token.lstrip, token.rstrip, token.single_word]
+            digest.update(json.dumps(flags).encode())
     return digest.hexdigest()

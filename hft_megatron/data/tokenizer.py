@@ -62,6 +62,8 @@ class TokenizerFacts:
     special_tokens: tuple[SpecialToken, ...]
     chat_template: str
     """The tokenizer's own jinja template, or the one that --chat-template or the project put in its place."""
+    names_in_text: tuple[str, ...] = ()
+    """Names of tokens that are not special and that are looked for in a text as a whole."""
     template_variables: Mapping[str, str] = field(default_factory=dict)
     """``bos_token``, ``eos_token`` and so on, as templates name them."""
     notes: tuple[str, ...] = ()

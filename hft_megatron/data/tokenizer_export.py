@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.tokenizer import TokenizerFacts
+from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts
 from hft_megatron.data.tokenizer_files import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -20,6 +20,7 @@ from hft_megatron.data.tokenizer_files import (
     TOKENIZER_FILE,
     TokenizerFiles,
 )
+from hft_megatron.data.tokenizer_probes import first_difference
 
 FILE_CLASS = "PreTrainedTokenizerFast"
 """The class for which every version of transformers takes tokenizer.json as it stands."""
@@ -56,8 +57,13 @@ def copy_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, ru
     return []
 
 
-def write_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, rust: RustTokenizer) -> list[str]:
-    """Write ``rust``, and a config whose class takes it as it stands. Returns a line about what is not the folder's."""
+def write_files(directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, rust: RustTokenizer) -> list[str]:
+    """Write ``rust``, and a config whose class takes it as it stands.
+
+    Returns a line about what is not the folder's, and one about a text of which the files written make other ids than
+    ``tokenizer``, on which was trained.
+    """
+    facts = tokenizer.facts
     directory.mkdir(parents=True, exist_ok=True)
     if files.reads_folder and (files.folder / MODEL_FILE).exists():
         shutil.copyfile(files.folder / MODEL_FILE, directory / MODEL_FILE)
@@ -71,7 +77,21 @@ def write_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, r
         "add_eos_token": _ends(rust, facts),
     }
     _write_config(directory, config, facts)
-    return [_what_changed(files, config)] if files.config else []
+    changes = [_what_changed(files, config)] if files.config else []
+    difference = pipeline_difference(tokenizer, RustTokenizer.from_file(str(directory / TOKENIZER_FILE)))
+    if difference is None:
+        return [f"tokenizer files written so that transformers gives the ids that were trained: {it}" for it in changes]
+    return [
+        *(f"tokenizer files written: {it}" for it in changes),
+        f"the ids of the exported {TOKENIZER_FILE} are not in every text those that were trained: it {difference}",
+    ]
+
+
+def pipeline_difference(tokenizer: Tokenizer, rust: RustTokenizer) -> str | None:
+    """A clause about the first text of which ``rust`` makes other ids than ``tokenizer``; None where there is none."""
+    return first_difference(
+        tokenizer, lambda text, with_special: rust.encode(text, add_special_tokens=with_special).ids
+    )
 
 
 def _names(facts: TokenizerFacts) -> dict[str, str]:
@@ -111,7 +131,4 @@ def _what_changed(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
     left_out = [name for name in (SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE) if (files.folder / name).exists()]
     settings = ", ".join([*(f"{key} {json.dumps(config[key])}" for key in given), *(f"no {key}" for key in gone)])
     without = f"; {' and '.join(left_out)} left out, as {TOKENIZER_FILE} has their tokens" if left_out else ""
-    return (
-        f"tokenizer files written so that transformers gives the ids that were trained: {TOKENIZER_FILE} with the "
-        f"pipeline in use, {CONFIG_FILE} with {settings}{without}"
-    )
+    return f"{TOKENIZER_FILE} with the pipeline in use, {CONFIG_FILE} with {settings}{without}"

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizer_probes import trained_ids
 from hft_megatron.data.tokenizers import load_tokenizer
-from hft_megatron.data.transformers_view import trained_ids
 from tests.support.published_tokenizers import PUTS_BEGIN, PublishedTokenizers
 
 ATOMS = (
