@@ -36,6 +36,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._continuing = _without_word_start(rust, rust_json)
         words = word_pattern(rust_json)
         self._words = None if words is None else WordCache(words, self._rust, self._continuing)
+        if rust.normalizer is not None:
+            self._normalize = rust.normalizer.normalize_str
+            if not self._lost_at_end(" "):
+                self._normalize = None
         self._after_special = self._find_rule_after_special()
 
     @property

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as RustTokenizer
 
 from hft_megatron.data.sentencepiece_cuts import cuts
-from hft_megatron.data.sentencepiece_model import BPE, CONTROL, SPACE_MARK, UNKNOWN, USER_DEFINED, Vocabulary
+from hft_megatron.data.sentencepiece_model import BPE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from hft_megatron.data.tokenizer import SPACE_MARK
 
 SPACES_AT_START = r"\A +"
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from hft_megatron.data.special_tokens import SpecialToken
 from hft_megatron.data.tiktoken_conversion import is_tiktoken
+from hft_megatron.data.tokenizer import SPACE_MARK
 from hft_megatron.data.tokenizer_files import TokenizerFiles
 from hft_megatron.errors import UserError
 
@@ -18,8 +19,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """SentencePiece's ``ModelProto.SentencePiece.Type``."""
 BPE = 2
 """SentencePiece's ``TrainerSpec.ModelType``."""
-SPACE_MARK = "▁"
-"""Stands for a space in a piece."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._continuing = vocabulary.processor(add_dummy_prefix=False)
         if vocabulary.removes_spaces:
             self._spaced = vocabulary.processor(add_dummy_prefix=True)
-            self._normalizer = vocabulary.processor(
+            self._normalize = vocabulary.processor(add_dummy_prefix=False).normalize
+            self._spacing = vocabulary.processor(
                 add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=False
             )
         self._added = AddedTokens(vocabulary.found_in_text)
@@ -80,7 +81,7 @@ class SentencePieceTokenizer(Tokenizer):
         if self._vocabulary.removes_spaces:
             # At the start of a text spaces are removed, but between two parts of one text a single one stays.
             for position, text in enumerate(texts):
-                if self._normalizer.normalize(text).startswith(" "):
+                if self._spacing.normalize(text).startswith(" "):
                     encoded[position] = self._spaced.encode(text)
         return encoded
 
@@ -143,7 +144,7 @@ def _identity(file: Path, vocabulary: Vocabulary, of_files: str) -> str:
     """For a file on its own that keeps spaces, this is what earlier versions of the project had."""
     digest = hashlib.sha256(file.read_bytes())
     if vocabulary.removes_spaces:
-        digest.update(b"a space between two parts of a text stays")
+        digest.update(b"a space between two parts of a text stays, on either side")
     if of_files:
         digest.update(of_files.encode())
         for special in vocabulary.special_tokens:

@@ -5,7 +5,7 @@ and never from a user's text, and a trained span is cut from its prompt exactly 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -19,6 +19,8 @@ from hft_megatron.data.special_tokens import SpecialToken
 from hft_megatron.errors import UserError
 
 AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer")
+SPACE_MARK = "▁"
+"""Stands for a space in the pieces of SentencePiece and in what is made of them."""
 
 
 class Place(Enum):
@@ -80,6 +82,9 @@ class TokenizerFacts:
 class Tokenizer(ABC):
     """Text to ids and back. Special tokens that stand in a text are ordinary characters of it."""
 
+    _normalize: Callable[[str], str] | None = None
+    """Of a tokenizer that removes white space at the end of a text: what it makes of the text before it cuts it."""
+
     def __init__(self, facts: TokenizerFacts) -> None:
         self._set_facts(facts)
 
@@ -129,36 +134,58 @@ class Tokenizer(ABC):
     def encode_pieces(self, examples: Sequence[Sequence[Piece]]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
         """Ids and trained mask of each example, both of shape (tokens,).
 
-        Pieces are encoded in two batches and each distinct one only once: templates repeat the same few.
+        Pieces are encoded in two batches and each distinct one only once: templates repeat the same few. White space
+        that the tokenizer removes at the end of a piece begins the next one: a prompt's ids are those that inference
+        sends, and the answer still is a word of its own.
         """
+        settled = [self._settle(pieces) for pieces in examples]
         wanted: dict[bool, dict[str, int]] = {False: {}, True: {}}
-        for pieces in examples:
-            for piece in pieces:
-                if piece.place is not Place.SPECIAL:
-                    texts = wanted[self._continues(piece.place)]
-                    texts.setdefault(piece.text, len(texts))
+        for pieces in settled:
+            for text, continues, is_special in pieces:
+                if not is_special:
+                    wanted[continues].setdefault(text, len(wanted[continues]))
         encoded = {
             key: [np.array(ids, dtype=np.int32) for ids in self.encode_batch(list(texts), continues=key)]
             for key, texts in wanted.items()
         }
         special = {name: np.array([token], dtype=np.int32) for name, token in self._special_ids.items()}
 
-        def ids_of(piece: Piece) -> NDArray[np.int32]:
-            if piece.place is Place.SPECIAL:
-                return special[piece.text]
-            continues = self._continues(piece.place)
-            return encoded[continues][wanted[continues][piece.text]]
-
         results = []
-        for pieces in examples:
-            parts = [(ids_of(piece), piece.trained) for piece in pieces]
-            ids = np.concatenate([np.empty(0, dtype=np.int32), *(part for part, _ in parts)])
+        for example, pieces in zip(examples, settled, strict=True):
+            parts = [
+                special[text] if is_special else encoded[continues][wanted[continues][text]]
+                for text, continues, is_special in pieces
+            ]
+            ids = np.concatenate([np.empty(0, dtype=np.int32), *parts])
             mask = np.repeat(
-                np.array([trained for _, trained in parts], dtype=np.bool_),
-                np.array([len(part) for part, _ in parts], dtype=np.int64),
+                np.array([piece.trained for piece in example], dtype=np.bool_),
+                np.array([len(part) for part in parts], dtype=np.int64),
             )
             results.append((ids, mask))
         return results
+
+    def _settle(self, pieces: Sequence[Piece]) -> list[tuple[str, bool, bool]]:
+        """Of each piece the text to be encoded, whether that continues another, and whether it is a special token."""
+        settled = []
+        carried, nothing_yet = "", False
+        for piece in pieces:
+            if piece.place is Place.SPECIAL:
+                settled.append((piece.text, False, True))
+                carried, nothing_yet = "", False
+                continue
+            text, continues = carried + piece.text, self._continues(piece.place) and not nothing_yet
+            settled.append((text, continues, False))
+            carried = self._lost_at_end(text)
+            nothing_yet = carried != "" and not continues and text.isspace()
+        return settled
+
+    def _lost_at_end(self, text: str) -> str:
+        """The white space that is removed at the end of ``text``, and would not be in front of more text."""
+        if self._normalize is None or "!" <= text[-1:] <= "~":  # no normalization makes white space of these
+            return ""
+        # A letter on either side, as white space is removed at the start, too.
+        at_end, kept = self._normalize(f"a{text}"), self._normalize(f"a{text}a")[:-1]
+        return kept.removeprefix(at_end).replace(SPACE_MARK, " ") if kept.startswith(at_end) else ""
 
     def _continues(self, place: Place) -> bool:
         return place is Place.INSIDE or (place is Place.AFTER_SPECIAL and self.continues_after_special)
