@@ -47,7 +47,7 @@ class PrintedKeys:
         """Raise TemplateError for a message with a key that is refused, or is not printed and not harmless."""
         for index, message in enumerate(messages):
             for key in _others(message):
-                row = message_row(key)
+                row = message_row(key, message["role"])
                 if row is not None and row.treatment == "refused" and not is_empty(message[key]):
                     raise TemplateError(
                         f"`{key}` of message {index + 1} stands for {row.meaning}, which nothing here reads; remove "
@@ -122,7 +122,7 @@ class PrintedKeys:
         marked = [dict(message) for message in messages]
         for index, message in enumerate(messages):
             for key in _others(message):
-                if _says_nothing(key):
+                if _says_nothing(key, message["role"]):
                     continue  # templates want ids of a certain form
                 for path, leaf in _telling(message[key]):
                     mark = _mark_like(leaf, len(marks))
@@ -221,9 +221,10 @@ def _mark_like(leaf: object, number: int) -> str | int | None:
 
 
 def _is_harmless(messages: Sequence[Mapping[str, Any]], found: _Unprinted) -> bool:
-    return _says_nothing(found.key) or is_empty(messages[found.index][found.key])
+    message = messages[found.index]
+    return _says_nothing(found.key, message["role"]) or is_empty(message[found.key])
 
 
-def _says_nothing(key: str) -> bool:
-    row = message_row(key)
+def _says_nothing(key: str, role: str) -> bool:
+    row = message_row(key, role)
     return row is not None and row.treatment == "harmless"

@@ -260,6 +260,15 @@ def test_a_harmless_key_that_is_not_printed_is_told(folder: Path) -> None:
     assert list(printing.unread_keys(turns)) == []
 
 
+def test_a_name_is_harmless_where_it_is_a_tools_and_not_where_it_is_who_speaks(folder: Path) -> None:
+    named = {"role": "tool", "content": "3", "name": "add"}
+    silent = chat(folder, CHATML)
+    assert list(silent.unread_keys([answer()[0], named, answer()[1]])) == ["name"]
+    silent.pieces([answer()[0], named, answer()[1]])
+    with pytest.raises(ChatError, match="doesn't print `name` of message 2"):
+        silent.pieces([answer()[0], {**named, "role": "user"}, answer()[1]])
+
+
 FIRST = [{"role": "assistant", "content": " Good evening.\n"}, {"role": "user", "content": "A lamp."}]
 FIRST += [{"role": "assistant", "content": "This."}]
 LLAMA2 = (

@@ -26,6 +26,8 @@ class Key:
     """Read; an error unless the chat template prints it; an error; passed over and named in the log."""
     formats: tuple[DataFormat, ...] = ()
     """Of the records that this is about; empty for all whose format doesn't read the key."""
+    roles: tuple[str, ...] = ()
+    """Of the messages that this is about; empty for all others."""
     fix: str = "remove it"
     """What to do about a refused key, besides passing over it."""
     neutral: tuple[object, ...] = ()
@@ -36,6 +38,7 @@ class Key:
     """Whether it is also harmless where another text of the record holds all of its texts."""
 
 
+TOOL_ROLES = ("tool", "ipython", "function", "observation")
 TURN_WEIGHTS = ("weight", "loss_mask")
 """1 says no more than the options of the run do, so that all turns may have it."""
 TURN_SWITCHES = ("train", "training", "train_on_turn", "loss")
@@ -111,7 +114,9 @@ MESSAGE_KEYS = (
         treatment="printed"),
     Key(names=("reasoning_content", "reasoning", "thinking"), meaning="thoughts before the answer",
         peers="axolotl, Megatron-Bridge, TRL", treatment="printed"),
-    Key(names=("name",), meaning="who speaks, or whose result it is", peers="OpenAI", treatment="printed"),
+    Key(names=("name",), meaning="the tool whose result it is, which the call before says too", peers="OpenAI",
+        treatment="harmless", roles=TOOL_ROLES),
+    Key(names=("name",), meaning="who speaks", peers="OpenAI", treatment="printed"),
     Key(names=("tool_call_id",), meaning="the call that this is the result of, as the order says too", peers="OpenAI",
         treatment="harmless"),
 )  # fmt: skip
@@ -130,9 +135,9 @@ def refusal_of(key: str, value: object, format: DataFormat) -> Key | None:
     return None
 
 
-def message_row(key: str) -> Key | None:
-    """The row about a message's key, None for one that no trainer is known to read."""
-    return next((row for row in MESSAGE_KEYS if key in row.names), None)
+def message_row(key: str, role: str) -> Key | None:
+    """The row about a key of a message of this role, None for one that no trainer is known to read."""
+    return next((row for row in MESSAGE_KEYS if key in row.names and (not row.roles or role in row.roles)), None)
 
 
 def without_nulls(row: dict[str, Any], *, at_any_depth: bool) -> dict[str, Any]:
