@@ -13,8 +13,6 @@ from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.entry import Command, run_tool
-from hft_megatron.config.data_keys import data_keys, prompt_separator
-from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.schema import DataConfig, DataFormat, LongExamples
 from hft_megatron.errors import UserError
 
@@ -111,6 +109,7 @@ def run(options: Options, status: StatusFolder) -> None:
     from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
     from hft_megatron.data.loss_rule import LossRule
     from hft_megatron.data.preprocessed.making import Preprocessing, preprocess
+    from hft_megatron.data.run_data import record_rules
     from hft_megatron.data.tokenizers import load_tokenizer
 
     asked = Preprocessing(
@@ -120,10 +119,7 @@ def run(options: Options, status: StatusFolder) -> None:
             seq_length=NO_LIMIT if examples.seq_length is None else examples.seq_length,
             long_examples=examples.long_examples,
             loss=LossRule(loss_on=examples.loss_on, train_on_eos=examples.train_on_eos),
-            data_format=examples.data_format,
-            ignore_keys=ignored_keys(examples.ignore_keys),
-            data_keys=data_keys(examples.data_keys),
-            prompt_separator=prompt_separator(examples.prompt_separator),
+            records=record_rules(examples),
         ),
         append_eod=examples.append_eod,
         document_separator=files.document_separator,

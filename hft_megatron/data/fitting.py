@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from hft_megatron.config.data_keys import DataKeys
-from hft_megatron.config.schema import DataFormat, LongExamples
+from hft_megatron.config.schema import LongExamples
 from hft_megatron.data.examples import Example
 from hft_megatron.data.faults import RecordRefused
 from hft_megatron.data.loss_rule import LossRule
@@ -29,22 +28,7 @@ class ExampleRules:
     """Longest example, in positions."""
     long_examples: LongExamples = "error"
     loss: LossRule = field(default_factory=LossRule)
-    data_format: DataFormat | None = None
-    """That of all files; recognised file by file when None."""
-    ignore_keys: tuple[str, ...] = ()
-    """Keys of records and messages that might as well be missing."""
-    data_keys: DataKeys = ()
-    prompt_separator: str = ""
-
-    @property
-    def records(self) -> RecordRules:
-        """What decides which records come of which rows."""
-        return RecordRules(
-            data_format=self.data_format,
-            keys=self.data_keys,
-            separator=self.prompt_separator,
-            ignored=frozenset(self.ignore_keys),
-        )
+    records: RecordRules = field(default_factory=RecordRules)
 
 
 @dataclass(kw_only=True)

@@ -40,10 +40,10 @@ class RecordRules:
 
     data_format: DataFormat | None = None
     """That of all files; recognised file by file when None."""
-    keys: DataKeys = ()
-    separator: str = ""
+    data_keys: DataKeys = ()
+    prompt_separator: str = ""
     """What stands between a prompt and its answers where both are texts of their own."""
-    ignored: frozenset[str] = frozenset()
+    ignore_keys: tuple[str, ...] = ()
     """Keys of records and messages that might as well be missing."""
 
 
@@ -52,15 +52,15 @@ class RecordReader:
 
     def __init__(self, rules: RecordRules) -> None:
         self._rules = rules
-        self._names = dict(rules.keys)
+        self._names = dict(rules.data_keys)
         self._found_keys: set[str] = set()
         self._joined = False
         """Whether a record has the separator in it."""
 
     def use(self) -> RecordUse:
         """What came of the rules so far."""
-        keys = tuple((key, known) for key, known in self._rules.keys if key in self._found_keys)
-        return RecordUse(keys=keys, separator=self._rules.separator if self._joined else "")
+        keys = tuple((key, known) for key, known in self._rules.data_keys if key in self._found_keys)
+        return RecordUse(keys=keys, separator=self._rules.prompt_separator if self._joined else "")
 
     def read(self, files: Sequence[Path], faults: Faults | None = None) -> Iterator[tuple[DataFormat, Record]]:
         """Each record of each file in order, with its format.
@@ -119,7 +119,9 @@ class RecordReader:
         which of these it has, or its messages have."""
         if not isinstance(row.value, dict):
             raise UserError(f"{row.place}: the record is {kind_of(row.value)}, but it must be an object with keys.")
-        value, ignored = without(self._rules.ignored, without_nulls(row.value, at_any_depth=row.kind == "parquet"))
+        value, ignored = without(
+            frozenset(self._rules.ignore_keys), without_nulls(row.value, at_any_depth=row.kind == "parquet")
+        )
         return self._renamed(value, row.place), ignored
 
     def _renamed(self, value: dict[str, Any], place: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class RecordReader:
         return f"{told.removesuffix('.')} ({', '.join(named)} by --data-keys)." if named else told
 
     def _with_separator(self, record: Record) -> Record:
-        separator = self._rules.separator
+        separator = self._rules.prompt_separator
         if not separator or isinstance(record, Chat) or not record.prompt or not isinstance(record.prompt, str):
             return record
         joined = record.prompt + separator

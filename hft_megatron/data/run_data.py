@@ -1,15 +1,17 @@
 """The data sets that the data options of a run name."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from hft_megatron.config.data_keys import data_keys, prompt_separator
 from hft_megatron.config.data_sources import ignored_keys
-from hft_megatron.config.schema import BadPairs, DataConfig
+from hft_megatron.config.schema import BadPairs, DataConfig, DataFormat
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.record_use import RecordUse, check_use
+from hft_megatron.data.records import RecordRules
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.token_cache import TokenCache
 from hft_megatron.data.tokenizer import Tokenizer
@@ -74,10 +76,30 @@ def _rules(data: DataConfig, seq_length: int) -> ExampleRules:
         seq_length=seq_length,
         long_examples=data.long_examples,
         loss=LossRule(loss_on=data.loss_on, train_on_eos=data.train_on_eos),
-        data_format=data.data_format,
-        ignore_keys=ignored_keys(data.ignore_keys),
-        data_keys=data_keys(data.data_keys),
-        prompt_separator=prompt_separator(data.prompt_separator),
+        records=record_rules(data),
+    )
+
+
+class RecordOptions(Protocol):
+    """The options that decide what a row means."""
+
+    @property
+    def data_format(self) -> DataFormat | None: ...
+    @property
+    def data_keys(self) -> str | None: ...
+    @property
+    def prompt_separator(self) -> str: ...
+    @property
+    def ignore_keys(self) -> str | None: ...
+
+
+def record_rules(options: RecordOptions) -> RecordRules:
+    """The rules that the words of the options stand for. Raises UserError for one that is none."""
+    return RecordRules(
+        data_format=options.data_format,
+        data_keys=data_keys(options.data_keys),
+        prompt_separator=prompt_separator(options.prompt_separator),
+        ignore_keys=ignored_keys(options.ignore_keys),
     )
 
 

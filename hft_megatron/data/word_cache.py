@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-MARK = "▁"
-"""Stands for a space; SentencePiece's."""
+from hft_megatron.data.tokenizer import SPACE_MARK
+
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 MAX_CHARACTERS = 2**20
 """Of the words that are kept, which are 2**17 in English, or 30 MB with their ids."""
@@ -76,7 +76,7 @@ def word_pattern(rust_json: str) -> re.Pattern[str] | None:
     if model["type"] != "BPE":
         return None
     merged = ["".join(pair) for pair in model["merges"]]
-    joined = re.escape("".join(sorted(set("".join(merged)) - {MARK})))
+    joined = re.escape("".join(sorted(set("".join(merged)) - {SPACE_MARK})))
     if not (
         joined
         and not model["dropout"]
@@ -86,16 +86,18 @@ def word_pattern(rust_json: str) -> re.Pattern[str] | None:
         and not model["end_of_word_suffix"]
         # Every character has ids of its own: unknown ones in a row would become one.
         and model["byte_fallback"]
-        and {MARK, *(f"<0x{byte:02X}>" for byte in range(256))} <= model["vocab"].keys()
+        and {SPACE_MARK, *(f"<0x{byte:02X}>" for byte in range(256))} <= model["vocab"].keys()
         # Bytes that merge stand for characters that are in no merge.
         and not any(_BYTE.search(token) for token in merged)
-        and not any(before != MARK and after == MARK for token in merged for before, after in pairwise(token))
+        and not any(
+            before != SPACE_MARK and after == SPACE_MARK for token in merged for before, after in pairwise(token)
+        )
         and all(_only_marks(step) for step in (state["normalizer"], state["pre_tokenizer"]))
         # Any other is looked for in the text, and may hold spaces.
         and all(token["special"] for token in state["added_tokens"])
     ):
         return None
-    return re.compile(rf"[ {MARK}]+[{joined}]*|[{joined}]+|.", re.DOTALL)
+    return re.compile(rf"[ {SPACE_MARK}]+[{joined}]*|[{joined}]+|.", re.DOTALL)
 
 
 def _only_marks(step: dict[str, Any] | None) -> bool:
@@ -104,7 +106,7 @@ def _only_marks(step: dict[str, Any] | None) -> bool:
     if step["type"] == "Sequence":
         return all(map(_only_marks, step["normalizers" if "normalizers" in step else "pretokenizers"]))
     if step["type"] == "Metaspace":
-        return bool(step["replacement"] == MARK and not step["split"])
+        return bool(step["replacement"] == SPACE_MARK and not step["split"])
     if step["type"] == "Replace":
-        return bool(step["pattern"] == {"String": " "} and step["content"] == MARK)
-    return step == {"type": "Prepend", "prepend": MARK}
+        return bool(step["pattern"] == {"String": " "} and step["content"] == SPACE_MARK)
+    return step == {"type": "Prepend", "prepend": SPACE_MARK}

@@ -1,15 +1,13 @@
 """``show-data``: the examples, or preference pairs, that a run would train on, without the run."""
 
-from hft_megatron.config.data_keys import data_keys
-from hft_megatron.config.data_sources import ignored_keys
 from hft_megatron.config.dpo_rules import check_pair_options
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.files.rows import read_rows
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
 from hft_megatron.data.fitting import NO_LIMIT
-from hft_megatron.data.records import RecordReader, RecordRules
-from hft_megatron.data.run_data import training_data, training_pairs, validation_data, validation_pairs
+from hft_megatron.data.records import RecordReader
+from hft_megatron.data.run_data import record_rules, training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.shown_examples import ShownSource, shown_pairs, shown_sources
 from hft_megatron.data.tokenizer import fit_tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
@@ -55,8 +53,6 @@ def _are_pairs(data: DataConfig) -> bool:
         *find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT),
         *find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT),
     )
-    reader = RecordReader(
-        RecordRules(keys=data_keys(data.data_keys), ignored=frozenset(ignored_keys(data.ignore_keys)))
-    )
+    reader = RecordReader(record_rules(data))
     row = next((row for file in sources[0].files for row in read_rows(file)), None)
     return row is not None and reader.layout_of(row).format == "preference"

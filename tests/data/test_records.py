@@ -153,7 +153,7 @@ def test_a_mapped_key_is_read_under_the_name_that_a_format_has(
     tmp_path: Path, row: dict[str, Any], keys: DataKeys, known: str | None, texts: tuple[str, str]
 ) -> None:
     path = write_rows(tmp_path / "train.jsonl", [row])
-    [(found, record)] = read(path, keys=keys)
+    [(found, record)] = read(path, data_keys=keys)
     assert found == (known or "prompt-completion")
     assert (record.prompt, record.completion) == texts
 
@@ -163,7 +163,7 @@ def test_a_mapped_name_that_a_record_has_as_well_is_named(tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r":2: the record has the key `prompt` as well as `question`, which --data-keys"
     ):
-        read(path, keys=MAPPED)
+        read(path, data_keys=MAPPED)
 
 
 def test_an_error_says_what_the_records_call_a_mapped_key(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_an_error_says_what_the_records_call_a_mapped_key(tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"`prompt` is a number, but it must be text \(`prompt` is `question` by --data-k"
     ):
-        read(path, keys=MAPPED)
+        read(path, data_keys=MAPPED)
 
 
 ORCA = {"question": "a", "chosen": "b", "rejected": "c", "system": "s"}
@@ -191,12 +191,12 @@ def test_advice_names_the_keys_that_the_records_have(
 ) -> None:
     path = write_rows(tmp_path / "train.jsonl", [row])
     with pytest.raises(UserError, match=sentence):
-        read(path, keys=tuple(keys.items()))
+        read(path, data_keys=tuple(keys.items()))
 
 
 def test_advice_for_pairs_with_a_system_text_works(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", [ORCA])
-    [(_, record)] = read(path, keys=(("question", "instruction"),))
+    [(_, record)] = read(path, data_keys=(("question", "instruction"),))
     assert [message["content"] for message in record.prompt] == ["s", "a"]
 
 
@@ -213,7 +213,7 @@ def test_an_instruction_with_another_name_for_its_output_is_read_as_proposed(
     path = write_rows(tmp_path / "train.jsonl", [row])
     with pytest.raises(UserError, match=f"Read it with --data-keys {advice}\\.$"):
         read(path)
-    [(found, record)] = read(path, keys=data_keys(advice))
+    [(found, record)] = read(path, data_keys=data_keys(advice))
     assert found == "alpaca"
     assert record.messages[0]["content"] == "\n".join(row[key] for key in ("instruction", "context") if key in row)
 
@@ -248,7 +248,7 @@ def test_an_empty_cell_of_a_table_might_as_well_be_missing(tmp_path: Path) -> No
 def test_a_separator_stands_between_a_prompt_and_answers_of_text_once(
     tmp_path: Path, row: dict[str, Any], texts: tuple[str, ...]
 ) -> None:
-    [(_, record)] = read(write_rows(tmp_path / "train.jsonl", [row]), separator="\n")
+    [(_, record)] = read(write_rows(tmp_path / "train.jsonl", [row]), prompt_separator="\n")
     answers = [record.chosen, record.rejected] if isinstance(record, Preference) else [record.completion]
     assert (record.prompt, *answers) == texts
 
@@ -257,7 +257,7 @@ def test_conversations_take_no_separator(tmp_path: Path) -> None:
     ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [{"prompt": [ask], "completion": [answer]}, {"prompt": [ask], "chosen": answer, "rejected": ask | answer}]
     for row in rows:
-        reader = RecordReader(RecordRules(separator="\n"))
+        reader = RecordReader(RecordRules(prompt_separator="\n"))
         [(_, record)] = reader.read([write_rows(tmp_path / "train.jsonl", [row])])
         messages = record.messages if isinstance(record, Chat) else (*record.prompt, *record.chosen)
         assert messages == (ask, answer)

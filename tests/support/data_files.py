@@ -9,6 +9,7 @@ from hft_megatron.config.data_keys import DataKeys
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.records import RecordRules
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 
@@ -38,11 +39,10 @@ def load(
         ExampleRules(
             seq_length=seq_length,
             long_examples=long_examples,
-            data_format=data_format,
-            data_keys=keys,
-            prompt_separator=joined,
             loss=LossRule(**loss),
-            ignore_keys=ignore_keys,
+            records=RecordRules(
+                data_format=data_format, data_keys=keys, prompt_separator=joined, ignore_keys=ignore_keys
+            ),
         ),
     )
 

@@ -15,6 +15,7 @@ from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.preprocessed.facts import Facts, Job
 from hft_megatron.data.preprocessed.index_file import token_dtype, write_index
 from hft_megatron.data.preprocessed.making import Preprocessing, preprocess
+from hft_megatron.data.records import RecordRules
 from hft_megatron.data.tokenizer import Tokenizer
 
 ENDS = (".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx", "_boundaries.bin", "_boundaries.idx", "_preprocessed.json")
@@ -40,11 +41,8 @@ def make(
     rules = ExampleRules(
         seq_length=seq_length,
         long_examples=long_examples,
-        data_format=data_format,
-        data_keys=keys,
-        prompt_separator=joined,
         loss=LossRule(**loss),
-        ignore_keys=ignore_keys,
+        records=RecordRules(data_format=data_format, data_keys=keys, prompt_separator=joined, ignore_keys=ignore_keys),
     )
     asked = Preprocessing(
         files=find_input("--input", [str(word) for word in words], TRAIN_SPLIT),

@@ -61,12 +61,12 @@ class Job:
             long_examples=rules.long_examples,
             loss_on=rules.loss.loss_on,
             train_on_eos=rules.loss.train_on_eos,
-            data_format=rules.data_format,
+            data_format=rules.records.data_format,
             append_eod=append_eod,
             document_separator=document_separator,
-            ignore_keys=rules.ignore_keys,
-            data_keys=",".join(f"{key}={known}" for key, known in rules.data_keys) or None,
-            prompt_separator=rules.prompt_separator,
+            ignore_keys=rules.records.ignore_keys,
+            data_keys=",".join(f"{key}={known}" for key, known in rules.records.data_keys) or None,
+            prompt_separator=rules.records.prompt_separator,
         )
 
     @staticmethod

@@ -83,7 +83,7 @@ def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -
         if not output.progress.complete:
             _make(asked, tokenizer, output, announce)
         _check_not_empty(output, asked)
-        check_use(asked.rules.data_keys, asked.rules.prompt_separator, [output.progress.use], "--input")
+        check_use(asked.rules.records.data_keys, asked.rules.records.prompt_separator, [output.progress.use], "--input")
         return output.finish()
     except OSError as error:
         raise UserError(

@@ -174,7 +174,7 @@ def test_a_key_of_a_pair_is_treated_as_the_table_says(key: str) -> None:
 
 
 def record(row: dict[str, Any], format: Any, *ignored: str) -> Any:
-    reader = RecordReader(RecordRules(ignored=frozenset(ignored)))
+    reader = RecordReader(RecordRules(ignore_keys=ignored))
     return reader.record_of(Row(place="x:1", value=row), Layout(format=format))
 
 
@@ -235,7 +235,9 @@ def test_a_key_that_peers_read_is_refused_with_a_fix_that_works(
     with pytest.raises(UserError, match=f"^x:1: `{key}` stands for .*--data-keys {fix}"):
         record({**row, key: value}, format)
     names = dict([fix.split("=")]) | {"prompt": "instruction", "completion": "output"}
-    mapped = RecordReader(RecordRules(keys=tuple((name, names[name]) for name in names if name in {**row, key: 1})))
+    mapped = RecordReader(
+        RecordRules(data_keys=tuple((name, names[name]) for name in names if name in {**row, key: 1}))
+    )
     found = mapped.record_of(Row(place="x:1", value={**row, key: value}), Layout(format="alpaca"))
     assert isinstance(found, Chat)
     assert any(value in message["content"] for message in found.messages)
