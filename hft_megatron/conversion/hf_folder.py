@@ -1,6 +1,7 @@
 """Reads the weights of a Hugging Face folder, tensor by tensor and slice by slice. Never unpickles."""
 
-import json
+import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hft_megatron.conversion.weight_files import INDEX_FILE, find_weight_files
 from hft_megatron.errors import UserError
+from hft_megatron.hft.units import EMBEDDING_NAME, LM_HEAD_NAME
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-"""Endings of weight files that are pickles, which can run code when they are opened, or of other programs."""
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_LAYER = re.compile(r"\.\d+\.")
+"""The part of a tensor's name that says its layer."""
 
 
 class HuggingFaceWeights:
     """The safetensors of one folder, single or sharded. Use as a context manager.
 
-    Raises UserError when the folder has no safetensors, its index names a missing file, a file can't be read, or a
-    tensor is absent, quantised or of another shape than the model's.
+    Raises UserError when the folder's weight files are not one clear set (``find_weight_files``), a file can't be read,
+    two files hold one tensor, the index says otherwise than the files, or when a tensor that is asked for is absent,
+    quantised or of another shape than the model's.
     """
 
     def __init__(self, folder: str, *, option: str = "--load-hf") -> None:
@@ -32,7 +33,12 @@ class HuggingFaceWeights:
         self.option = option
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
-        self._file_of = self._read_index()
+        found = find_weight_files(self.folder, option=option)
+        with ExitStack() as unless_all_is_well:
+            unless_all_is_well.callback(self._stack.close)
+            self._file_of = self._read_headers(found.files)
+            self._check_index(found.index)
+            unless_all_is_well.pop_all()
 
     def __enter__(self) -> "HuggingFaceWeights":
         return self
@@ -41,24 +47,44 @@ class HuggingFaceWeights:
         self._stack.close()
         self._files.clear()
 
-    def _read_index(self) -> dict[str, str]:
-        index = self.folder / INDEX_FILE
-        if index.exists():
-            try:
-                weight_map = dict[str, str](json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+    def _read_headers(self, files: tuple[str, ...]) -> dict[str, str]:
+        """The file of every tensor, by what the files say."""
+        file_of: dict[str, str] = {}
+        for file in files:
+            names = self._open(file).keys()
+            for name in names:
+                if name in file_of:
+                    raise UserError(
+                        f"{self.option} {self.folder}: {name} is in {file_of[name]} and in {file}; these files are of "
+                        "two exports, so copy the model folder again."
+                    )
+                file_of[name] = file
+        return file_of
+
+    def _check_index(self, index: Mapping[str, str]) -> None:
+        for name, file in index.items():
+            held_by = self._file_of.get(name)
+            if held_by != file:
+                found = "is in no file" if held_by is None else f"is in {held_by}"
                 raise UserError(
-                    f"{self.option} {self.folder}: {INDEX_FILE} can't be read ({error}); copy the model folder again."
-                ) from error
-            return weight_map
-        if not (self.folder / SINGLE_FILE).exists():
-            others = sorted(path.name for path in self.folder.glob("*") if path.suffix in _OTHER_FORMATS)
-            found = f" (found: {others[0]}, which is never opened)" if others else ""
-            raise UserError(
-                f"{self.option} {self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}; "
-                "only safetensors are read, so convert other weight files with transformers' save_pretrained first."
-            )
-        return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+                    f"{self.option} {self.folder}: {INDEX_FILE} says that {name} is in {file}, but it {found}; the "
+                    "index is of another export, so copy the model folder again."
+                )
+
+    def check_one_export(self) -> None:
+        """Raises UserError where matrices of one kind have another data type in another file.
+
+        Within a file, an export may have chosen that; between files it shows a shard that another export left.
+        """
+        first_of: dict[str, str] = {}
+        for name in self.names():
+            first = first_of.setdefault(_LAYER.sub(".*.", name), name)
+            if self._file_of[first] != self._file_of[name] and self._stored_dtype(first) != self._stored_dtype(name):
+                described = [f"{each} is {self._stored_dtype(each)} in {self._file_of[each]}" for each in (first, name)]
+                raise UserError(
+                    f"{self.option} {self.folder}: {described[0]}, but {described[1]}; these files are of two exports, "
+                    "so copy the model folder again."
+                )
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -72,12 +98,30 @@ class HuggingFaceWeights:
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
-            raise UserError(f"{self.option} {self.folder}: the tensor {name} is missing, but config.json asks for it.")
+            raise UserError(
+                f"{self.option} {self.folder}: the tensor {name} is missing, but config.json asks for "
+                f"it{self._fix_of_missing(name)}."
+            )
         return self._open(self._file_of[name]).get_slice(name)
+
+    def _fix_of_missing(self, name: str) -> str:
+        head, embedding = f"{LM_HEAD_NAME}.weight", f"{EMBEDDING_NAME}.weight"
+        if name == head:
+            return "; set tie_word_embeddings to true if the head is the embedding"
+        if name == embedding and head in self._file_of:
+            return f"; if {head}, which is there, is the tied matrix, store it as {embedding}"
+        return ""
+
+    def _stored_dtype(self, name: str) -> str:
+        return str(self._slice(name).get_dtype())
 
     def files(self) -> list[Path]:
         """The files that the tensors are in, sorted; others in the folder are not looked at."""
         return [self.folder / file for file in sorted(set(self._file_of.values()))]
+
+    def file(self, name: str) -> str:
+        """The file that a tensor is in."""
+        return self._file_of[name]
 
     def names(self) -> list[str]:
         """Every tensor of the folder, sorted."""
@@ -85,7 +129,7 @@ class HuggingFaceWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """Data type of a tensor as stored."""
-        stored = self._slice(name).get_dtype()
+        stored = self._stored_dtype(name)
         if stored not in _DTYPES:
             raise UserError(
                 f"{self.option} {self.folder}: {name} is stored as {stored}, but only F32, F16 and BF16 are read; "

@@ -24,8 +24,9 @@ _ROWS_AT_ONCE = 4096
 def check_weights(folder: str, shape: ModelShape, *, option: str = "--load-hf") -> str:
     """Raises UserError unless ``folder`` holds the model's tensors, and no others, in shapes and types that are read.
 
-    Returns a sha256 over the first entries of every tensor, which tells models of one shape apart. Reads the files'
-    headers and those entries only, so that a mistake is found before a model is built.
+    Files of two exports are an error too (``HuggingFaceWeights``). Returns a sha256 over the first entries of every
+    tensor, which tells models of one shape apart. Reads the files' headers and those entries only, so that a mistake is
+    found before a model is built.
     """
     digest = hashlib.sha256()
     with HuggingFaceWeights(folder, option=option) as weights:
@@ -34,6 +35,7 @@ def check_weights(folder: str, shape: ModelShape, *, option: str = "--load-hf") 
             weights.check_shape(name, whole_shape(unit.name, shape))
             first = weights.read(name, dim=0, start=0, length=1)
             digest.update(f"{name} {first.dtype}".encode() + first.float().numpy().tobytes())
+        weights.check_one_export()
         _check_no_others(weights, shape)
     return digest.hexdigest()
 
@@ -50,7 +52,9 @@ def _check_no_others(weights: HuggingFaceWeights, shape: ModelShape) -> None:
         reason = "this model has no biases" if name.endswith(".bias") else "config.json describes no such tensor"
         if any(part in name for part in _QUANTISED):
             reason = "quantised weights are not read; dequantise the model first"
-        raise UserError(f"{weights.option} {weights.folder}: there is a tensor {name}, but {reason}.")
+        raise UserError(
+            f"{weights.option} {weights.folder}: there is a tensor {name} in {weights.file(name)}, but {reason}."
+        )
 
 
 def _check_tied_head(weights: HuggingFaceWeights, shape: ModelShape) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hft_megatron.config.model_shape import HF_CONFIG_FILE
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.conversion.merge_inputs import MergeInputs, options_called
+from hft_megatron.conversion.merge_inputs import MergeInputs
 from hft_megatron.conversion.save import Announce
 from hft_megatron.conversion.shard_writer import ShardWriter
 from hft_megatron.data.tokenizer_files import CONFIG_FILE, COPIED_FILES, TEMPLATE_FILE
@@ -111,8 +111,7 @@ def _check_both(inputs: MergeInputs) -> dict[str, str]:
     """The digest of each folder by ``check_weights``, whose errors it has."""
     digests = {}
     for name, folder in (("tuned", inputs.tuned), ("base", inputs.base)):
-        with options_called({"--load-hf": f"--{name}"}):
-            digests[name] = check_weights(folder, inputs.shape)
+        digests[name] = check_weights(folder, inputs.shape, option=f"--{name}")
     return digests
 
 
@@ -124,8 +123,8 @@ def _merge(
         announce(note)
     shapes = {f"{unit.name}.weight": whole_shape(unit.name, inputs.shape) for unit in units_of(inputs.shape)}
     with (
-        HuggingFaceWeights(inputs.tuned) as tuned,
-        HuggingFaceWeights(inputs.base) as base,
+        HuggingFaceWeights(inputs.tuned, option="--tuned") as tuned,
+        HuggingFaceWeights(inputs.base, option="--base") as base,
         _appears_whole(Path(inputs.output).resolve()) as folder,
     ):
         dtypes = {name: tuned.dtype(name) for name in shapes}

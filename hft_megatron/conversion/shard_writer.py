@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hft_megatron.config.run_folder import sync
-from hft_megatron.conversion.hf_folder import INDEX_FILE, SINGLE_FILE
+from hft_megatron.conversion.weight_files import INDEX_FILE, SINGLE_FILE
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Size of the tensors in one output file; Hugging Face's usual shard size."""

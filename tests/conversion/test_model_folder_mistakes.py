@@ -51,8 +51,10 @@ def keep_only_a_pickle(folder: Path) -> None:
 
 
 def name_a_missing_shard(folder: Path) -> None:
-    names = load_file(folder / WEIGHTS)
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00002-of-00002.safetensors")}))
+    places = dict.fromkeys(load_file(folder / WEIGHTS), "model-00001-of-00002.safetensors")
+    places["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 def break_the_index(folder: Path) -> None:
@@ -106,7 +108,7 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str]]] = [
         keep_only_a_pickle,
         [f"neither {WEIGHTS} nor {INDEX} is there", "found: pytorch_model.bin", "only safetensors are read"],
     ),
-    (name_a_missing_shard, ["model-00002-of-00002.safetensors can't be read"]),
+    (name_a_missing_shard, ["names model-00002-of-00002.safetensors, and it is missing"]),
     (break_the_index, [f"{INDEX} can't be read"]),
     (leave_out_the_weight_map, [f"{INDEX} can't be read"]),
     (make_the_index_a_list, [f"{INDEX} can't be read"]),
