@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
@@ -71,16 +72,39 @@ def _check_tied_head(weights: HuggingFaceWeights, shape: ModelShape) -> None:
             )
 
 
-def load_weights(folder: str, chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement) -> None:
+def load_weights(
+    folder: str,
+    chunks: Sequence[LlamaModel],
+    shape: ModelShape,
+    placement: Placement,
+    *,
+    option: str = "--load-hf",
+) -> None:
     """Fills every parameter of this rank from safetensors, rounding to the parameter's dtype where it is coarser.
 
-    Rows that only pad the vocabulary become zero. Raises UserError for a missing or misshapen tensor.
+    Rows that only pad the vocabulary become zero. Collective. Raises UserError on all ranks, with the sentence of the
+    first rank that has one, for a missing or misshapen tensor and for a value that is not finite.
     """
-    with HuggingFaceWeights(folder) as weights:
-        for slot in parameter_slots(chunks):
-            weights.check_shape(slot.hf_name, whole_shape(slot.unit, shape))
-            with torch.no_grad():
-                _fill(slot, weights, shape, placement)
+    mistakes: list[str | None] = [None] * placement.world_size
+    dist.all_gather_object(mistakes, _mistake_of_loading(folder, chunks, shape, placement, option))
+    for mistake in mistakes:
+        if mistake is not None:
+            raise UserError(mistake)
+
+
+def _mistake_of_loading(
+    folder: str, chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement, option: str
+) -> str | None:
+    """Fills what this rank holds; the sentence about what is wrong with that part of the folder, if anything is."""
+    try:
+        with HuggingFaceWeights(folder, option=option) as weights:
+            for slot in parameter_slots(chunks):
+                weights.check_shape(slot.hf_name, whole_shape(slot.unit, shape))
+                with torch.no_grad():
+                    _fill(slot, weights, shape, placement)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _fill(slot: ParameterSlot, weights: HuggingFaceWeights, shape: ModelShape, placement: Placement) -> None:

@@ -215,7 +215,7 @@ def _second_model(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Place
         vocab_multiple=config.model.make_vocab_size_divisible_by,
     )
     if folder is not None:
-        load_weights(folder, second, inputs.shape, placement)
+        load_weights(folder, second, inputs.shape, placement, option="--dpo-reference-model")
     else:
         for copy, chunk in zip(second, chunks, strict=True):
             copy.load_state_dict(chunk.state_dict())

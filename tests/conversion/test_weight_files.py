@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.weight_files import INDEX_FILE, SINGLE_FILE, find_weight_files
 from hft_megatron.errors import UserError
-from tests.support.models import make_llama
+from tests.support.models import build_from_folder, make_llama
+from tests.support.ranks import RankPools
 
 TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 THREE = tuple(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
@@ -187,3 +189,38 @@ def test_a_head_that_is_missing_or_all_there_is_comes_with_what_may_be_meant(tmp
     del weights["model.embed_tokens.weight"]
     save_file(weights, tmp_path / SINGLE_FILE)
     assert "if lm_head.weight, which is there, is the tied matrix, store it as model.embed_tokens" in check(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan"), (float("-inf"), "-inf")])
+def test_a_value_that_is_not_finite_is_named_at_its_place_in_the_whole_tensor(
+    value: float, shown: str, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensor = torch.zeros(8, 12, dtype=dtype)
+        tensor[5, 7] = value
+        save_file({name: tensor}, tmp_path / SINGLE_FILE)
+        with HuggingFaceWeights(str(tmp_path)) as weights:
+            for part in ({}, {"dim": 0, "start": 4, "length": 2}, {"dim": 1, "start": 6, "length": 3}):
+                with pytest.raises(UserError, match=rf"{name} in {SINGLE_FILE} has the value {shown} at \[5, 7\]"):
+                    weights.read(name, **part)
+            assert weights.read(name, dim=0, start=0, length=5).count_nonzero() == 0
+
+
+def run_load(folder: str) -> str:
+    try:
+        build_from_folder(folder, {"tensor_model_parallel_size": 2})
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_value_that_one_rank_reads_ends_all_with_its_sentence(ranks: RankPools, tmp_path: Path) -> None:
+    make_llama(tmp_path)
+    weights = load_file(tmp_path / SINGLE_FILE)
+    name = "model.layers.2.self_attn.q_proj.weight"
+    weights[name][-1, 3] = float("nan")  # a row of the second rank
+    save_file(weights, tmp_path / SINGLE_FILE)
+    messages = ranks(2).run(run_load, folder=str(tmp_path))
+    assert f"{name} in {SINGLE_FILE} has the value nan at [63, 3]" in messages[0]
+    assert messages[0] == messages[1]
