@@ -30,6 +30,7 @@ ROWS: tuple[frozenset[str], ...] = (
 PURE = (
     "checkpoint.size",
     "config",
+    "conversion.model_folder",
     "conversion.weight_files",
     "data.shown_examples",
     "data.visible_tokens",

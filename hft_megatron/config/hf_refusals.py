@@ -1,7 +1,7 @@
-"""What a ``config.json`` may ask for that this project's model does not compute. Imports no torch.
+"""Refuses a ``config.json`` that asks for what this project's model does not compute, and names what it can't judge.
 
-A folder that loads and then computes something slightly different is the worst outcome, so every key that would change
-the result is refused by name, also those that only relatives of LLaMA have and transformers' LLaMA would ignore.
+The keys and their values are those of the table in ``hf_keys``; here are the rules that need more than one value.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hft_megatron.config.hf_keys import HF_KEYS, unknown_keys
 from hft_megatron.errors import UserError
 
 ARCHITECTURES = {"llama": ("LlamaForCausalLM", "LLaMAForCausalLM"), "mistral": ("MistralForCausalLM",)}
@@ -17,71 +18,6 @@ ARCHITECTURES = {"llama": ("LlamaForCausalLM", "LLaMAForCausalLM"), "mistral": (
 MISTRAL_WINDOW = 4096
 """``sliding_window`` of a Mistral whose config.json does not name it, by transformers' MistralConfig."""
 
-_OFF = (False, None)
-_ONE = (1, None)
-_NONE = (None,)
-_NO_EXPERTS = (None, 0)
-
-_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    # Biases.
-    "attention_bias": _OFF,
-    "mlp_bias": _OFF,
-    "qkv_bias": _OFF,
-    "use_qkv_bias": _OFF,
-    "attention_out_bias": _OFF,
-    "lm_head_bias": _OFF,
-    "use_bias": _OFF,
-    "bias": _OFF,
-    # Who attends to whom, and from where.
-    "attention_chunk_size": _NONE,
-    "sliding_window_pattern": _NONE,
-    "alibi": _OFF,
-    "position_embedding_type": ("rope", None),
-    "rope_interleave": _OFF,
-    "rope_interleaved": _OFF,
-    "no_rope_layers": _NONE,
-    "no_rope_layer_interval": (None, 0),
-    "partial_rotary_factor": _ONE,
-    "rotary_pct": _ONE,
-    "rope_percent": _ONE,
-    "rotary_dim": _NONE,
-    # Other blocks than LLaMA's.
-    "use_parallel_residual": _OFF,
-    "parallel_attn": _OFF,
-    "use_qk_norm": _OFF,
-    "qk_norm": _OFF,
-    "qk_layernorm": _OFF,
-    "num_experts": _NO_EXPERTS,
-    "num_local_experts": _NO_EXPERTS,
-    "n_routed_experts": _NO_EXPERTS,
-    "moe_num_experts": _NO_EXPERTS,
-    # Scales and caps (Granite, Cohere, Gemma, MiniCPM, OLMo, Llama 4).
-    "attention_multiplier": _NONE,
-    "embedding_multiplier": _ONE,
-    "residual_multiplier": _ONE,
-    "logits_scaling": _ONE,
-    "logit_scale": _ONE,
-    "lm_head_multiplier": _ONE,
-    "scale_emb": _ONE,
-    "scale_depth": _NONE,
-    "dim_model_base": _NONE,
-    "scale_embedding": _OFF,
-    "mup_enabled": _OFF,
-    "query_pre_attn_scalar": _NONE,
-    "attn_temperature_tuning": _OFF,
-    "final_logit_softcapping": _NONE,
-    "attn_logit_softcapping": _NONE,
-    "logits_soft_cap": _NONE,
-    "clip_qkv": _NONE,
-    # What the numbers are and how they are multiplied.
-    "attention_dropout": (0, None),
-    "pretraining_tp": _ONE,
-    "quantization_config": _NONE,
-    "compression_config": _NONE,
-}
-"""Keys that change what a model computes, and the values under which it is LLaMA's; an absent key is the first."""
-
 
 def refuse_other_models(config: Mapping[str, Any], source: str) -> None:
     """Raise UserError naming the key of a ``config.json`` that asks for something else than a LLaMA.
@@ -89,10 +25,13 @@ def refuse_other_models(config: Mapping[str, Any], source: str) -> None:
     ``source`` is how errors call the file. Mistral is a LLaMA where its sliding window is off.
     """
     _refuse_other_architectures(config, source)
-    for key, allowed in _ONLY_VALUES.items():
-        if config.get(key, allowed[0]) not in allowed:
-            shown = "a quantized model" if "quant" in key or "compress" in key else f"{key} = {config[key]!r}"
-            raise UserError(f"{source}: {shown} is not supported; only {key} = {allowed[0]!r} is.")
+    for row in HF_KEYS:
+        for key in row.names if row.treatment == "refused" else ():
+            if config.get(key, row.neutral[0]) not in row.neutral:
+                shown = "a quantized model" if row.meaning.startswith("quantised") else f"{key} = {config[key]!r}"
+                raise UserError(
+                    f"{source}: {shown} is not supported ({row.meaning}); only {key} = {row.neutral[0]!r} is."
+                )
     _refuse_windows(config, source)
 
 
@@ -133,3 +72,11 @@ def _refuse_windows(config: Mapping[str, Any], source: str) -> None:
                 f"{source}: layer_types has {kind!r} in layer {layer}, which is not supported; "
                 "only 'full_attention' is."
             )
+
+
+def note_unknown_keys(config: Mapping[str, Any], source: str) -> list[str]:
+    """A line for the log where a ``config.json`` has keys that this project doesn't know, else nothing."""
+    unknown = unknown_keys(config)
+    if not unknown:
+        return []
+    return [f"{source}: keys that are not known and not read: {', '.join(unknown)} (a LLaMA is computed without them)"]

@@ -207,6 +207,13 @@ def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, Llama3
             f"{source}: high_freq_factor {scaling.high_freq_factor} must be larger than "
             f"low_freq_factor {scaling.low_freq_factor}."
         )
+    # transformers takes the one or the other, depending on where the config was made.
+    outside = config.get("original_max_position_embeddings")
+    if outside not in (None, scaling.original_max_position_embeddings):
+        raise UserError(
+            f"{source}: original_max_position_embeddings is {outside!r}, and "
+            f"{scaling.original_max_position_embeddings} in rope_scaling; remove the one that is wrong."
+        )
     return base, scaling
 
 

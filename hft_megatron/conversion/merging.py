@@ -18,6 +18,7 @@ from hft_megatron.config.model_shape import HF_CONFIG_FILE
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.merge_inputs import MergeInputs
+from hft_megatron.conversion.model_folder import notes_on_folder
 from hft_megatron.conversion.save import Announce
 from hft_megatron.conversion.shard_writer import ShardWriter
 from hft_megatron.data.tokenizer_files import CONFIG_FILE, COPIED_FILES, TEMPLATE_FILE
@@ -119,7 +120,7 @@ def _merge(
     inputs: MergeInputs, combine: Combine, *, record: tuple[str, str], metadata: Mapping[str, str], announce: Announce
 ) -> None:
     """Writes the whole folder; ``record`` is a file of it, by name and text, and ``metadata`` goes into the headers."""
-    for note in inputs.notes:
+    for note in (*inputs.notes, *notes_on_folder(inputs.tuned), *notes_on_folder(inputs.base)):
         announce(note)
     shapes = {f"{unit.name}.weight": whole_shape(unit.name, inputs.shape) for unit in units_of(inputs.shape)}
     with (

@@ -15,6 +15,7 @@ from hft_megatron.conversion.export import export_tensors
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.logits_check import LogitDifference, compare_logits
+from hft_megatron.conversion.model_folder import notes_on_folder
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
@@ -69,6 +70,8 @@ def check_model_folder(load_hf: str, announce: Announce) -> None:
     shape = ModelShape.from_hf_config(load_hf_config(load_hf), source=f"{load_hf}/{HF_CONFIG_FILE}")
     heads_fit_the_model(RunConfig(), shape, 1)
     check_weights(load_hf, shape)
+    for note in notes_on_folder(load_hf):
+        announce(f"> {note}")
     with HuggingFaceWeights(load_hf) as weights:
         difference = compare_logits(
             load_hf, shape, lambda unit: weights.read(f"{unit}.weight"), rounded_to=torch.float32

@@ -14,6 +14,7 @@ from hft_megatron.config.run_identity import RunIdentity, check_same_model, chec
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.load import check_weights
+from hft_megatron.conversion.model_folder import notes_on_folder
 from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
 from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
@@ -78,7 +79,9 @@ class Inputs:
 
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
-        lines = [] if self.tokenizer is None else list(self.tokenizer.facts.notes)
+        folders = (self.config.model.load_hf, self.config.dpo.dpo_reference_model)
+        lines = [note for folder in folders if folder is not None for note in notes_on_folder(folder)]
+        lines += [] if self.tokenizer is None else self.tokenizer.facts.notes
         if self.data is not None:
             lines += self.data.describe()
             if self.data.samples is not None:

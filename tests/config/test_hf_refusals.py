@@ -27,7 +27,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ({"rotary_pct": 0.25}, "rotary_pct = 0.25"),
     ({"no_rope_layers": [1, 0]}, "no_rope_layers = [1, 0]"),
-    ({"pretraining_tp": 2}, "pretraining_tp = 2"),
+    ({"is_causal": False}, "is_causal = False"),
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights = 'other.safetensors'"),
     ({"logits_scaling": 8.0}, "logits_scaling = 8.0"),
     ({"logit_scale": 0.0625}, "logit_scale = 0.0625"),
     ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0"),
@@ -63,6 +64,8 @@ def test_what_the_model_does_not_compute_is_refused_by_name(change: dict[str, An
         {"layer_types": ["full_attention", "full_attention"]},
         {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}},
         {"logits_scaling": 1.0, "num_local_experts": 0, "rope_interleaved": False, "attention_dropout": 0.0},
+        {"pretraining_tp": 2},
+        {"hidden_act": "swish"},
         {"max_window_layers": 2, "unsloth_version": "2024.9", "_name_or_path": "x", "use_cache": True},
     ],
 )

@@ -6,140 +6,10 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.hf_refusals import note_unknown_keys
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
-
-_LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "use_cache": True,
-    "tie_word_embeddings": False,
-}
-_LLAMA1 = {
-    **_LLAMA,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 2048,
-    "max_sequence_length": 2048,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "pad_token_id": 0,
-    "rms_norm_eps": 1e-06,
-    "torch_dtype": "float16",
-    "transformers_version": "4.28.0.dev0",
-    "vocab_size": 32000,
-}
-_LLAMA2 = {
-    **_LLAMA,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_position_embeddings": 4096,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "torch_dtype": "float16",
-    "vocab_size": 32000,
-}
-_LLAMA3 = {
-    **_LLAMA,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 8192,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
-_ROPE_31 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "LLaMA-7B": _LLAMA1,
-    "Llama-2-7B": {
-        **_LLAMA2,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-    },
-    "Llama-2-70B": {
-        **_LLAMA2,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_attention_heads": 64,
-        "num_hidden_layers": 80,
-        "num_key_value_heads": 8,
-    },
-    "Llama-3-8B": _LLAMA3,
-    "Llama-3.1-8B": {**_LLAMA3, "max_position_embeddings": 131072, "mlp_bias": False, "rope_scaling": _ROPE_31},
-    "Llama-3.2-1B": {
-        **_LLAMA3,
-        "head_dim": 64,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "num_hidden_layers": 16,
-        "rope_scaling": {**_ROPE_31, "factor": 32.0},
-        "tie_word_embeddings": True,
-    },
-    "TinyLlama-1.1B": {
-        **_LLAMA,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "max_position_embeddings": 2048,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 22,
-        "num_key_value_heads": 4,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "torch_dtype": "float32",
-        "vocab_size": 32000,
-    },
-    "Mistral-7B-v0.3": {
-        "architectures": ["MistralForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 32768,
-        "model_type": "mistral",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": 32768,
-    },
-}
+from hft_megatron.errors import UserError
+from tests.support.published_configs import CONFIGS, REFUSED
 
 # layers, hidden, feed-forward, heads, groups, channels, vocabulary, positions, epsilon, base, factor, tied, parameters
 EXPECTED: dict[str, tuple[Any, ...]] = {
@@ -151,6 +21,14 @@ EXPECTED: dict[str, tuple[Any, ...]] = {
     "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 64, 128256, 131072, 1e-5, 5e5, 32.0, True, 1_235_814_400),
     "TinyLlama-1.1B": (22, 2048, 5632, 32, 4, 64, 32000, 2048, 1e-5, 1e4, None, False, 1_100_048_384),
     "Mistral-7B-v0.3": (32, 4096, 14336, 32, 8, 128, 32768, 32768, 1e-5, 1e6, None, False, 7_248_023_552),
+    "Llama-2-13B": (40, 5120, 13824, 40, 40, 128, 32000, 4096, 1e-5, 1e4, None, False, 13_015_864_320),
+    "SmolLM2-135M": (30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, None, True, 134_515_008),
+    "Yi-6B": (32, 4096, 11008, 32, 4, 128, 64000, 4096, 1e-5, 5e6, None, False, 6_061_035_520),
+    "Vicuna-7B-v1.5": (32, 4096, 11008, 32, 32, 128, 32000, 4096, 1e-5, 1e4, None, False, 6_738_415_616),
+    "CodeLlama-7B": (32, 4096, 11008, 32, 32, 128, 32016, 16384, 1e-5, 1e6, None, False, 6_738_546_688),
+    "OpenLLaMA-3B": (26, 3200, 8640, 32, 32, 100, 32000, 2048, 1e-6, 1e4, None, False, 3_426_473_600),
+    "DeepSeek-LLM-7B": (30, 4096, 11008, 32, 32, 128, 102400, 4096, 1e-6, 1e4, None, False, 6_910_365_696),
+    "Phi-4 as LLaMA": (40, 5120, 17920, 40, 10, 128, 100352, 16384, 1e-5, 25e4, None, False, 14_659_507_200),
 }
 
 
@@ -176,6 +54,7 @@ def test_a_published_config_gives_its_shape_and_number_of_parameters(name: str) 
         rotary_base=base,
         rope_scaling=scaling,
         tie_embeddings=tied,
+        init_method_std=CONFIGS[name]["initializer_range"],
     )
     assert shape.parameter_count() == count
 
@@ -208,3 +87,16 @@ def test_keys_that_a_mistral_leaves_out_have_mistrals_defaults() -> None:
     assert shape.max_position_embeddings == defaults.max_position_embeddings
     assert shape.norm_epsilon == defaults.rms_norm_eps
     assert shape.rotary_base == defaults.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_key_of_an_accepted_config_is_unknown(name: str) -> None:
+    assert note_unknown_keys(CONFIGS[name], "config.json") == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_published_config_of_another_model_is_refused_by_what_differs(name: str) -> None:
+    config, said = REFUSED[name]
+    with pytest.raises(UserError) as error:
+        ModelShape.from_hf_config(config, "config.json")
+    assert said in str(error.value)

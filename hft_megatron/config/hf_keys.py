@@ -1,0 +1,127 @@
+"""The keys of a LLaMA's ``config.json`` and what is made of them. Imports no torch.
+
+A folder that loads and then computes something slightly different is the worst outcome, so a key that changes what a
+model computes is used, or refused by name; so are keys that only relatives of LLaMA have and transformers' LLaMA would
+ignore. A key that stands nowhere here is named in the log. docs/models.md shows this
+table, and a test holds that it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_OFF = (False, None)
+_ONE = (1, None)
+_NONE = (None,)
+_ZERO = (0, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfKey:
+    """One or more keys of ``config.json`` of the same meaning."""
+
+    names: tuple[str, ...]
+    meaning: str
+    """As a noun."""
+    treatment: Literal["used", "harmless", "refused"]
+    """Decides the model or what else is read; changes nothing that is trained; an error that names the key."""
+    neutral: tuple[Any, ...] = ()
+    """Of a refused key: the values under which it changes nothing. An absent key counts as the first."""
+
+
+def _used(meaning: str, *names: str) -> HfKey:
+    return HfKey(names=names, meaning=meaning, treatment="used")
+
+
+def _harmless(meaning: str, *names: str) -> HfKey:
+    return HfKey(names=names, meaning=meaning, treatment="harmless")
+
+
+def _refused(meaning: str, neutral: tuple[Any, ...], *names: str) -> HfKey:
+    return HfKey(names=names, meaning=meaning, treatment="refused", neutral=neutral)
+
+
+HF_KEYS = (
+    _used("what kind of model it is", "model_type", "architectures"),
+    _used("sizes of the layers, and how many", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    _used("heads, those of keys and values, channels of one", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    _used("rows of the embedding", "vocab_size"),
+    _used("longest sequence", "max_position_embeddings"),
+    _used("epsilon of the norms", "rms_norm_eps"),
+    _used("rotary embedding: base, and none or Llama 3's scaling", "rope_theta", "rope_scaling", "rope_parameters"),
+    _used("longest sequence before Llama 3's scaling, equal to the one in `rope_scaling`",
+          "original_max_position_embeddings"),
+    _used("whether the head is the embedding", "tie_word_embeddings"),
+    _used("width of random weights", "initializer_range"),
+    _used("whose code computes the model: its own is refused", "auto_map"),
+    _used("a window of attention, in which layers: any is refused", "sliding_window", "use_sliding_window",
+          "layer_types"),
+    _used("tokens that begin, end and pad a text", "bos_token_id", "eos_token_id", "pad_token_id"),
+    _used("data type, that an export names anew", "torch_dtype", "dtype"),
+    _harmless("slices in which transformers 4 computed the same sums", "pretraining_tp"),
+    _harmless("layers below a window that is off", "max_window_layers"),
+    _harmless("longest sequence in early exports, which transformers never read", "max_sequence_length", "max_seq_len",
+              "seq_length", "model_max_length"),
+    _harmless("where the export is from, and by which program", "_name_or_path", "name_or_path", "_commit_hash",
+              "transformers_version", "is_llama_config", "unsloth_fixed", "unsloth_version", "finetuning_task",
+              "model_name"),
+    _harmless("the tokenizer's class and texts put before prompts", "tokenizer_class", "prefix",
+              "task_specific_params"),
+    _harmless("other special tokens", "sep_token_id", "cls_token_id", "unk_token_id", "mask_token_id",
+              "decoder_start_token_id", "pad_token", "bos_token", "eos_token"),
+    _harmless("what transformers returns and keeps", "use_cache", "return_dict", "output_attentions",
+              "output_hidden_states", "torchscript", "keys_to_ignore_at_inference"),
+    _harmless("which kernels transformers takes", "_attn_implementation", "_attn_implementation_autoset",
+              "attn_implementation", "_flash_attn_2_enabled", "use_flash_attention", "fused_rms_norm", "use_bfloat16",
+              "gradient_checkpointing"),
+    _harmless("labels of classifiers", "id2label", "label2id", "num_labels", "problem_type"),
+    _harmless("parts of encoders that no LLaMA has", "is_decoder", "is_encoder_decoder", "add_cross_attention",
+              "cross_attention_hidden_size", "tie_encoder_decoder", "chunk_size_feed_forward", "pruned_heads",
+              "tf_legacy_loss"),
+    _harmless("settings of generation", "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping",
+              "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+              "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+              "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate",
+              "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+              "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    _harmless("noise and losses of the training that it is from", "neftune_noise_alpha", "use_reentrant_checkpointing"),
+    _refused("activation of the feed-forward", ("silu", "swish", None), "hidden_act", "hidden_activation",
+             "activation_function"),
+    _refused("biases", _OFF, "attention_bias", "mlp_bias", "qkv_bias", "use_qkv_bias", "attention_out_bias",
+             "lm_head_bias", "use_bias", "bias"),
+    _refused("attention to what comes after", (True, None), "is_causal"),
+    _refused("attention to what comes after", _OFF, "use_bidirectional_attention"),
+    _refused("attention to a part of what was before", _NONE, "attention_chunk_size", "sliding_window_pattern"),
+    _refused("positions by other means than rotation", _OFF, "alibi"),
+    _refused("positions by other means than rotation", ("rope", None), "position_embedding_type"),
+    _refused("channels of a rotation that lie side by side", _OFF, "rope_interleave", "rope_interleaved"),
+    _refused("layers without positions", _NONE, "no_rope_layers"),
+    _refused("layers without positions", _ZERO, "no_rope_layer_interval"),
+    _refused("rotation of some channels alone", _ONE, "partial_rotary_factor", "rotary_pct", "rope_percent"),
+    _refused("rotation of some channels alone", _NONE, "rotary_dim"),
+    _refused("rotary base under another name", _NONE, "rotary_emb_base", "rope_base"),
+    _refused("attention and feed-forward side by side", _OFF, "use_parallel_residual", "parallel_attn"),
+    _refused("norms of queries and keys", _OFF, "use_qk_norm", "qk_norm", "qk_layernorm", "qk_layer_norms"),
+    _refused("experts", _ZERO, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    _refused("scales (Granite, Cohere, Gemma, MiniCPM)", _NONE, "attention_multiplier", "scale_depth",
+             "dim_model_base", "query_pre_attn_scalar"),
+    _refused("scales (Granite, Cohere, Gemma, MiniCPM)", _ONE, "embedding_multiplier", "residual_multiplier",
+             "logits_scaling", "logit_scale", "lm_head_multiplier", "scale_emb"),
+    _refused("scales (Granite, Cohere, Gemma, MiniCPM)", _OFF, "scale_embedding", "mup_enabled",
+             "attn_temperature_tuning"),
+    _refused("caps of logits, queries, keys and values", _NONE, "final_logit_softcapping", "attn_logit_softcapping",
+             "logits_soft_cap", "clip_qkv"),
+    _refused("dropout", _ZERO, "attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"),
+    _refused("quantised weights", _NONE, "quantization_config", "compression_config"),
+    _refused("another file of weights", _NONE, "transformers_weights"),
+)  # fmt: skip
+"""In the order of the documentation."""
+
+_KNOWN = frozenset(name for row in HF_KEYS for name in row.names)
+
+
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a ``config.json`` that stand nowhere in the table, sorted; null might as well be absent."""
+    return sorted(key for key, value in config.items() if key not in _KNOWN and value is not None)
