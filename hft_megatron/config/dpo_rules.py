@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
-from hft_megatron.config.schema import DataConfig, RunConfig
+from hft_megatron.config.schema import DataConfig, DpoConfig, RunConfig
 from hft_megatron.errors import UserError
 
 
@@ -44,11 +44,6 @@ def check_pair_options(data: DataConfig) -> None:
 def reference_is_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """A reference model of its own is a folder of the same shape, and needs room of its own."""
     dpo = config.dpo
-    if dpo.dpo_reference_cache is not None and dpo.dpo_reference != "precompute":
-        raise UserError(
-            f"--dpo-reference-cache {dpo.dpo_reference_cache} is for --dpo-reference precompute, and this run's is "
-            f"{dpo.dpo_reference}; leave it out."
-        )
     folder = dpo.dpo_reference_model
     if folder is None:
         return
@@ -68,8 +63,23 @@ def reference_is_clear(config: RunConfig, shape: ModelShape, world_size: int) ->
 def cache_can_be_written(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """What would fail only after the pass over all data is found now."""
     folder = config.dpo.dpo_reference_cache
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+    if (
+        folder is not None
+        and config.dpo.dpo_reference == "precompute"
+        and Path(folder).exists()
+        and not Path(folder).is_dir()
+    ):
         raise UserError(f"--dpo-reference-cache {folder} is a file, not a folder; choose another.")
+
+
+def note_unused_cache(dpo: DpoConfig) -> list[str]:
+    """A line for the log where --dpo-reference-cache is given to a run that keeps no log-probabilities."""
+    if dpo.dpo_reference_cache is None or dpo.dpo_reference == "precompute":
+        return []
+    return [
+        f"--dpo-reference-cache {dpo.dpo_reference_cache} is not used: --dpo-reference {dpo.dpo_reference} keeps no "
+        "log-probabilities"
+    ]
 
 
 DPO_RULES = (loss_options_fit_together, pairs_can_be_read, reference_is_clear, cache_can_be_written)

@@ -7,6 +7,7 @@ from pathlib import Path
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
+from hft_megatron.config.dpo_rules import note_unused_cache
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
@@ -82,6 +83,8 @@ class Inputs:
         folders = (self.config.model.load_hf, self.config.dpo.dpo_reference_model)
         lines = [note for folder in folders if folder is not None for note in notes_on_folder(folder)]
         lines += [] if self.tokenizer is None else self.tokenizer.facts.notes
+        if self.method.name == "dpo":
+            lines += note_unused_cache(self.config.dpo)
         if self.data is not None:
             lines += self.data.describe()
             if self.data.samples is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.dpo_rules import DPO_RULES, reference_is_clear
+from hft_megatron.config.dpo_rules import DPO_RULES, note_unused_cache, reference_is_clear
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import DataConfig, DpoConfig, ModelConfig, RunConfig
 from hft_megatron.errors import UserError
@@ -28,6 +28,8 @@ def check(data: dict[str, Any] | None = None, **options: Any) -> None:
         {"loss": "ipo", "average_log_probs": False},
         {"sft_weight": 1.0, "reference": "shared"},
         {"reference_cache": "somewhere/new"},
+        {"reference_cache": "c", "reference": "shared"},
+        {"reference_cache": __file__, "reference": "model"},
         {"data": {"data_format": "preference", "long_examples": "truncate", "loss_on": "last"}},
     ],
 )
@@ -42,7 +44,6 @@ def test_options_that_go_together_are_accepted(options: dict[str, Any]) -> None:
         ({"label_smoothing": 0.5}, "--dpo-label-smoothing 0.5 must be from 0 to below 0.5"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "defined for --dpo-loss sigmoid and not for ipo"),
         ({"sft_weight": -1.0}, "--dpo-sft-weight -1.0 must not be below 0"),
-        ({"reference_cache": "c", "reference": "shared"}, "--dpo-reference-cache c is for --dpo-reference precompute"),
         ({"reference_model": "m", "reference": "shared"}, "--dpo-reference shared shares the weights that rest"),
         ({"reference_cache": __file__}, "is a file, not a folder"),
         ({"data": {"data_format": "messages"}}, "--data-format messages has no pairs"),
@@ -62,3 +63,11 @@ def test_a_reference_of_another_shape_is_refused_by_name(tmp_path: Path) -> None
     same = ModelShape.from_hf_config(load_hf_config(folder), folder)
     config = RunConfig(model=ModelConfig(load_hf="model"), dpo=DpoConfig(dpo_reference_model=folder))
     reference_is_clear(config, same, 1)
+
+
+def test_a_cache_that_another_kind_of_reference_leaves_alone_is_a_line() -> None:
+    assert note_unused_cache(DpoConfig(dpo_reference_cache="c", dpo_reference="precompute")) == []
+    assert note_unused_cache(DpoConfig(dpo_reference="shared")) == []
+    for kind in ("shared", "model"):
+        [line] = note_unused_cache(DpoConfig(dpo_reference_cache="c", dpo_reference=kind))
+        assert line == f"--dpo-reference-cache c is not used: --dpo-reference {kind} keeps no log-probabilities"
