@@ -1,4 +1,4 @@
-# Sets up .venv and runs what a newcomer runs; everything happens in this folder, nothing outside it changes.
+# Sets up .venv and runs what a newcomer runs, in this folder. Runs keep tokens in ~/.cache/hft_megatron.
 #
 #   make install   .venv with the pinned versions (the other targets do it by themselves)
 #   make demo      train, half fine-tune, fully fine-tune and compare; about ten minutes on two cores
@@ -27,6 +27,7 @@ install: $(STAMP)
 $(STAMP): setup.py constraints/cpu.txt constraints/cuda.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "make: PYTHON=$(PYTHON) must be Python 3.10 or newer" >&2; exit 2; }
+	@echo "installing the pinned versions into .venv: some minutes, and 2 to 6 GB"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint $(CONSTRAINTS) setuptools
 	@# Without build isolation, because a build environment of pip's own would ignore the constraints.

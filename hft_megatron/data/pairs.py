@@ -106,7 +106,7 @@ class PairDataset:
 
     def describe(self) -> list[str]:
         """Lines for the log."""
-        return [*(line for account in self.accounts() for line in account), *self.answers.origin()]
+        return [*(line for account in self.accounts() for line in account), *filter(None, [self.answers.note])]
 
 
 def load_pair_dataset(
@@ -138,7 +138,7 @@ def load_pair_dataset(
     dataset = PairDataset(
         sources=tuple(parts),
         answers=SftDataset(
-            parts=(), stores=(found.store,), seq_length=rules.seq_length, digest=digest, kept_in=found.kept_in
+            parts=(), stores=(found.store,), seq_length=rules.seq_length, digest=digest, note=found.note
         ),
     )
     for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,8 +69,8 @@ class SftDataset:
     seq_length: int
     digest: str
     """sha256 over files, weights, template, tokenizer and rules: equal digests mean equal examples in equal order."""
-    kept_in: Path | None = None
-    """The entry of the token cache that the examples are mapped from."""
+    note: str = ""
+    """A line about where the tokens are mapped from."""
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -115,11 +114,7 @@ class SftDataset:
 
     def describe(self) -> list[str]:
         """Lines for the log."""
-        return [*(line for account in self.accounts() for line in account), *self.origin()]
-
-    def origin(self) -> list[str]:
-        """A line that says where tokens are that are kept for later starts."""
-        return [] if self.kept_in is None else [f"tokens are kept in {self.kept_in}"]
+        return [*(line for account in self.accounts() for line in account), *filter(None, [self.note])]
 
 
 def load_sft_dataset(
@@ -131,7 +126,7 @@ def load_sft_dataset(
     be rendered, nothing to learn, too long under ``error``) and the places of two, and for a source without examples
     or with too small a weight.
     """
-    found, kept_in = _read_sources([each for each in sources if each.prefix is None], tokenizer, rules, cache)
+    found, note = _read_sources([each for each in sources if each.prefix is None], tokenizer, rules, cache)
     read = iter(found)
     loaded = [
         next(read) if source.prefix is None else _open_source(source, source.prefix, tokenizer, rules)
@@ -143,7 +138,7 @@ def load_sft_dataset(
         stores=tuple(store for store, _, _ in loaded),
         seq_length=rules.seq_length,
         digest=data_digest([origin for _, _, origin in loaded], tokenizer, rules),
-        kept_in=kept_in,
+        note=note,
     )
     for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):
         if share == 0:
@@ -160,10 +155,10 @@ _Loaded = tuple[ExampleStore, SourcePart, dict[str, Any]]
 
 def _read_sources(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache | None
-) -> tuple[list[_Loaded], Path | None]:
-    """All sources, and the entry of the cache that they are mapped from."""
+) -> tuple[list[_Loaded], str]:
+    """All sources, and where they are mapped from, for the log."""
     if not sources:
-        return [], None
+        return [], ""
     digests = [[file_digest(file) for file in source.files] for source in sources]
     decisive = ["sft", [named(*each) for each in zip(sources, digests, strict=True)], *asked_of(tokenizer, rules)]
     found = tokenized(cache, decisive, lambda: _tokenize(sources, tokenizer, rules))
@@ -180,7 +175,7 @@ def _read_sources(
         origin = {"weight": source.weight, "files": files}
         loaded.append((found.store.part(first, part.examples), part, origin))
         first += part.examples
-    return loaded, found.kept_in
+    return loaded, found.note
 
 
 def _tokenize(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> Tokenized:

@@ -42,8 +42,8 @@ class Tokenized:
     store: ExamplesInMemory
     account: dict[str, Any]
     """As JSON has it."""
-    kept_in: Path | None = None
-    """Where these are mapped from."""
+    note: str = ""
+    """Where these are mapped from, and who made them, as a line for the log."""
 
 
 def user_cache(name: str, option: str) -> Path:
@@ -93,7 +93,7 @@ class TokenCache:
         account_before, mistake_before = _version(entry / _ACCOUNT), _version(mistake)
         # All ranks look at all of it, and not one after the other.
         if (found := _read(entry)) is not None:
-            return found
+            return replace(found, note=f"tokens are taken from {entry}, where an earlier process has kept them")
         made: Tokenized | None = None
         with _lock(self._folder / f"{key}.lock"):
             if _version(mistake) not in (mistake_before, None):
@@ -156,7 +156,7 @@ def _read(entry: Path) -> Tokenized | None:
             os.utime(entry)
     except (OSError, ValueError, KeyError, EOFError):
         return None
-    return Tokenized(store=ExamplesInMemory(**arrays), account=account["account"], kept_in=entry)
+    return Tokenized(store=ExamplesInMemory(**arrays), account=account["account"], note=f"tokens are kept in {entry}")
 
 
 def _write(entry: Path, made: Tokenized) -> None:

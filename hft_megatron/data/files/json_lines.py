@@ -62,5 +62,7 @@ def _parse(text: str, place: str) -> Any:
         if "\\u" in text:
             check_text(value, place)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: the line is not valid JSON ({error}); every line is one JSON object.") from error
+        # Not the decoder's own line, which counts from this one.
+        reason = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{place}: the line is not valid JSON ({reason}); every line is one JSON object.") from error
     return value
