@@ -8,19 +8,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
 from hft_megatron.data import rust_pipeline
 from hft_megatron.data.chosen_template import choose_template
-from hft_megatron.data.sentencepiece_conversion import SPACES_AT_START
 from hft_megatron.data.tiktoken_conversion import BEGIN, END, llama3_special_tokens, read_ranks, tiktoken_pipeline
 from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id, fed_vocab_size
 from hft_megatron.data.tokenizer_export import FILE_CLASS, copy_files, write_files
 from hft_megatron.data.tokenizer_files import CONFIG_FILE, COPIED_FILES, TOKENIZER_FILE, TokenizerFiles
 from hft_megatron.data.transformers_view import TransformersView
 from hft_megatron.data.word_cache import WordCache, word_pattern
+from hft_megatron.data.word_start import ContinuingPipeline
 from hft_megatron.errors import UserError
 
 
@@ -29,13 +28,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, facts: TokenizerFacts, rust: RustTokenizer, files: TokenizerFiles) -> None:
         super().__init__(facts)
-        rust_json = rust.to_str()
         self._rust = rust
         self._files = files
         rust.encode_special_tokens = True
-        self._continuing = _without_word_start(rust, rust_json)
-        words = word_pattern(rust_json)
-        self._words = None if words is None else WordCache(words, self._rust, self._continuing)
+        self._continuing = ContinuingPipeline(rust)
+        words = word_pattern(rust.to_str())
+        self._words = None if words is None else WordCache(words, rust, self._continuing.head)
         if rust.normalizer is not None:
             self._normalize = rust.normalizer.normalize_str
             if not self._lost_at_end(" "):
@@ -49,8 +47,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
         if self._words is not None:
             return self._words.encode_batch(texts, continues=continues)
-        rust = self._continuing if continues else self._rust
-        return [encoding.ids for encoding in rust.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if continues:
+            return self._continuing.encode_batch(texts)
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._rust.decode(list(ids), skip_special_tokens=True))
@@ -153,6 +152,8 @@ def _assembled(
         begins = files.explicit("add_bos_token")
     puts_begin = rust_pipeline.settle_begin_token(rust, names, begins, files.explicit("add_eos_token"))
     bos_id = ids["bos_token"] if puts_begin else None
+    if ContinuingPipeline(rust).differs_behind_added:
+        identity = [*identity, "a text that continues another has its word starts behind added tokens"]
     special_tokens = rust_pipeline.special_tokens(rust)
     vocabulary = rust.get_vocab().values()
     facts = TokenizerFacts(
@@ -191,32 +192,3 @@ def _digest(parts: Sequence[str | bytes]) -> str:
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
     return digest.hexdigest()
-
-
-def _without_word_start(rust: RustTokenizer, rust_json: str) -> RustTokenizer:
-    """The same tokenizer without the space (or its mark) that it puts before every text; ``rust`` if it puts none."""
-    state = json.loads(rust_json)
-    stripped = {key: _strip_prefix(state[key]) for key in ("normalizer", "pre_tokenizer")}
-    if all(state[key] == step for key, step in stripped.items()):
-        return rust
-    other = RustTokenizer.from_str(json.dumps({**state, **stripped}))
-    other.encode_special_tokens = True
-    return other
-
-
-def _strip_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    if step is None or step["type"] == "Prepend":
-        return None
-    if step["type"] == "Replace" and step["pattern"] == {"Regex": SPACES_AT_START}:
-        return None
-    if step["type"] == "Strip":
-        return {**step, "strip_left": False}
-    if step["type"] == "Sequence":
-        key = "normalizers" if "normalizers" in step else "pretokenizers"
-        kept = [stripped for inner in step[key] if (stripped := _strip_prefix(inner)) is not None]
-        return {**step, key: kept}
-    if step["type"] == "Metaspace":
-        return {**step, "prepend_scheme": "never"}
-    if step["type"] == "ByteLevel":
-        return {**step, "add_prefix_space": False}
-    return step
