@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import AutoTokenizer
 
 from hft_megatron.data.templates import BUILT_IN
@@ -90,6 +90,16 @@ def test_the_line_has_the_text_and_both_ids(tmp_path: Path, monkeypatch: pytest.
     tokenizer.export(tmp_path / "out")
     monkeypatch.undo()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(" leading", add_special_tokens=False) == ours
+
+
+def test_an_end_token_behind_every_text_is_no_difference(tmp_path: Path) -> None:
+    folder = make_byte_level(tmp_path)
+    rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [(name, rust.token_to_id(name)) for name in ("<|bos|>", "<|im_end|>")]
+    rust.post_processor = processors.TemplateProcessing(single="<|bos|> $A <|im_end|>", special_tokens=special)
+    rust.save(str(folder / "tokenizer.json"))
+    facts = load_tokenizer(None, folder).facts
+    assert (facts.notes, facts.exports_own_files) == ((), False)
 
 
 @pytest.mark.parametrize("name", ["llama2", "deepseek"])
