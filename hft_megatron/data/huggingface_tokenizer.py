@@ -150,8 +150,8 @@ def _assembled(
         )
     if begins is None:
         begins = files.explicit("add_bos_token")
-    puts_begin = rust_pipeline.settle_begin_token(rust, names, begins, files.explicit("add_eos_token"))
-    bos_id = ids["bos_token"] if puts_begin else None
+    begin = rust_pipeline.settle_begin_token(rust, names, begins, files.explicit("add_eos_token"))
+    bos_id = None if begin is None else rust.token_to_id(begin)
     if ContinuingPipeline(rust).differs_behind_added:
         identity = [*identity, "a text that continues another has its word starts behind added tokens"]
     special_tokens = rust_pipeline.special_tokens(rust)

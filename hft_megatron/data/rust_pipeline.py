@@ -12,7 +12,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from hft_megatron.data.special_tokens import SpecialToken
-from hft_megatron.data.tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILE, TokenizerFiles
+from hft_megatron.data.tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles
 from hft_megatron.errors import UserError
 
 
@@ -88,24 +88,40 @@ def names_in_text(rust: RustTokenizer) -> tuple[str, ...]:
     return tuple(token.content for _, token in sorted(rust.get_added_tokens_decoder().items()) if not token.special)
 
 
-def settle_begin_token(rust: RustTokenizer, names: Mapping[str, str], begins: bool | None, ends: bool | None) -> bool:
+def settle_begin_token(
+    rust: RustTokenizer, names: Mapping[str, str], begins: bool | None, ends: bool | None
+) -> str | None:
     """Make ``rust`` put the begin token before a text, and the end token behind it, or not; None leaves it as it is.
 
-    ``names`` has the tokens by key. Returns whether it puts a begin token.
+    ``names`` has the tokens by key. Returns the token that it puts before a text, which need not be named there and is
+    special from now on; None where it puts none. Raises UserError where it puts several.
     """
-    bos, eos = names.get("bos_token"), names.get("eos_token")
-    ids = rust.encode("a").ids
-    begins_now = bos is not None and ids[:1] == [rust.token_to_id(bos)]
-    ends_now = eos is not None and ids[-1:] == [rust.token_to_id(eos)]
-    begins = bos is not None and (begins_now if begins is None else begins)
-    ends = eos is not None and (ends_now if ends is None else ends)
-    if (begins, ends) != (begins_now, ends_now):
-        first, last = (f"{bos} " if begins else ""), (f" {eos}" if ends else "")
-        rust.post_processor = processors.TemplateProcessing(
-            single=f"{first}$A{last}",
-            pair=f"{first}$A{last} {first}$B{last}",
-            special_tokens=[
-                (name, rust.token_to_id(name)) for name, is_put in ((bos, begins), (eos, ends)) if name and is_put
-            ],
+    now = _put_around(rust)
+    if begins is None and len(now[0]) > 1:
+        raise UserError(
+            f"--tokenizer-model puts {' '.join(now[0])} before every text, but only one begin token can be trained; "
+            f"leave one of them in the post_processor of {TOKENIZER_FILE}."
         )
-    return begins
+    first, last = _chosen(now[0], names.get("bos_token"), begins), _chosen(now[1], names.get("eos_token"), ends)
+    if (first, last) != now:
+        before, behind = "".join(f"{name} " for name in first), "".join(f" {name}" for name in last)
+        rust.post_processor = processors.TemplateProcessing(
+            single=f"{before}$A{behind}",
+            pair=f"{before}$A{behind} {before}$B{behind}",
+            special_tokens=[(name, rust.token_to_id(name)) for name in dict.fromkeys((*first, *last))],
+        )
+    make_special(rust, first)
+    return first[0] if first else None
+
+
+def _chosen(now: tuple[str, ...], name: str | None, is_put: bool | None) -> tuple[str, ...]:
+    if is_put is None or (is_put and name is None):
+        return now
+    return (name,) if is_put and name is not None else ()
+
+
+def _put_around(rust: RustTokenizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tokens that ``rust`` itself puts before and behind a text, whatever other files call them."""
+    text, whole = rust.encode("a", add_special_tokens=False).tokens, rust.encode("a").tokens
+    start = next(at for at in range(len(whole) + 1) if whole[at : at + len(text)] == text)
+    return tuple(whole[:start]), tuple(whole[start + len(text) :])

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as RustTokenizer
+from transformers import AutoTokenizer
 
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -156,8 +157,6 @@ LISTED = {"added_tokens_decoder": {}}
 
 @pytest.mark.parametrize(("config", "eos"), [({}, "<|im_start|>"), (LISTED, "<|im_end|>")], ids=["map", "config"])
 def test_which_file_names_a_token_is_transformers_rule(tmp_path: Path, config: dict[str, Any], eos: str) -> None:
-    from transformers import AutoTokenizer
-
     folder = make_byte_level(tmp_path, **config)
     write(folder, "special_tokens_map.json", {"eos_token": "<|im_start|>"})
     assert load_tokenizer(None, folder).facts.template_variables["eos_token"] == eos
@@ -189,6 +188,46 @@ def test_a_begin_token_is_put_as_the_config_of_a_llama_class_or_the_file_says(
     assert tokenizer.facts.template_variables["bos_token"] == "<|bos|>"
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "What?", "completion": "This."}])
     assert bool(load(rows, tokenizer).example(0)[0][0] == named) == begins
+
+
+@pytest.mark.parametrize("bos_token", [None, "<|im_end|>", "<|pad|>"])
+def test_a_begin_token_that_only_tokenizer_json_has_is_put(tmp_path: Path, bos_token: str | None) -> None:
+    folder = make_byte_level(tmp_path / "in", bos_token=bos_token)
+    tokenizer = load_tokenizer(None, folder)
+    rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.bos_id == rust.token_to_id("<|bos|>")
+    assert tokenizer.facts.template_variables.get("bos_token") == bos_token
+    assert tokenizer.facts.notes == ()
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "What?", "completion": " This."}])
+    assert load(rows, tokenizer).example(0)[0].tolist() == [
+        *rust.encode("What?").ids,
+        *rust.encode(" This.", add_special_tokens=False).ids,
+        tokenizer.eos_id,
+    ]
+    for keep in (True, False):
+        tokenizer.with_facts(exports_own_files=True).export(tmp_path / str(keep), keep_source=keep)
+        assert load_tokenizer(None, tmp_path / str(keep)).bos_id == tokenizer.bos_id
+        assert AutoTokenizer.from_pretrained(tmp_path / str(keep)).encode("a") == rust.encode("a").ids
+
+
+def test_a_begin_token_that_is_no_special_one_comes_from_no_text_once_it_is_put(tmp_path: Path) -> None:
+    folder = make_byte_level(tmp_path, bos_token=None)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["added_tokens"][0]["special"] = False
+    write(folder, "tokenizer.json", state)
+    tokenizer = load_tokenizer(None, folder)
+    assert tokenizer.bos_id == state["added_tokens"][0]["id"]
+    assert tokenizer.bos_id not in tokenizer.encode("a<|bos|>b")
+
+
+def test_several_tokens_before_every_text_are_refused(tmp_path: Path) -> None:
+    folder = make_byte_level(tmp_path)
+    rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [(name, rust.token_to_id(name)) for name in ("<|bos|>", "<|pad|>")]
+    rust.post_processor = processors.TemplateProcessing(single="<|pad|> <|bos|> $A", special_tokens=special)
+    rust.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"puts <\|pad\|> <\|bos\|> before every text, but only one begin token"):
+        load_tokenizer(None, folder)
 
 
 @pytest.mark.parametrize(
