@@ -133,17 +133,24 @@ def read_template(choice: str, special_tokens: Sequence[SpecialToken]) -> str:
                     f"tulu, whose tags are text, or the tokenizer that belongs to {choice}."
                 )
         return BUILT_IN[choice]
-    try:
-        text = Path(choice).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not Path(choice).exists():
         raise UserError(
             f"--chat-template {choice} is neither a file nor one of {', '.join(BUILT_IN)}; name one of them."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise UserError(f"--chat-template {choice} can't be read: {reason}; name a jinja file.") from error
+        )
+    text = read_text(Path(choice), f"--chat-template {choice}")
+    if not text:
+        raise UserError(f"--chat-template {choice} is empty; name a jinja file with a template.")
     try:
         compile_template(text)
     except TemplateError as error:
         raise UserError(f"--chat-template {choice}: {error}; correct the file.") from error
     return text
+
+
+def read_text(path: Path, place: str) -> str:
+    """The text of a jinja file. Raises UserError, which begins with ``place``, where it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise UserError(f"{place} can't be read: {reason}; name a jinja file.") from error

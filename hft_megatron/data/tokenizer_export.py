@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from hft_megatron.data.chosen_template import other_templates
 from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts
 from hft_megatron.data.tokenizer_files import (
     ADDED_TOKENS_FILE,
@@ -17,6 +18,7 @@ from hft_megatron.data.tokenizer_files import (
     NAME_KEYS,
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
+    TEMPLATES_FOLDER,
     TOKENIZER_FILE,
     TokenizerFiles,
 )
@@ -53,7 +55,7 @@ def copy_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, ru
     for key, name in _names(facts).items():
         if config.get(key) is None:
             config[key] = name
-    _write_config(directory, config, facts)
+    _write_config(directory, config, files, facts)
     return []
 
 
@@ -76,7 +78,7 @@ def write_files(directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, ru
         "add_bos_token": begins,
         "add_eos_token": _ends(rust, facts),
     }
-    _write_config(directory, config, facts)
+    _write_config(directory, config, files, facts)
     changes = [_what_changed(files, config)] if files.config else []
     difference = pipeline_difference(tokenizer, RustTokenizer.from_file(str(directory / TOKENIZER_FILE)))
     if difference is None:
@@ -118,10 +120,13 @@ def _save(rust: RustTokenizer, facts: TokenizerFacts, directory: Path) -> None:
     (directory / TOKENIZER_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_config(directory: Path, config: dict[str, Any], facts: TokenizerFacts) -> None:
+def _write_config(directory: Path, config: dict[str, Any], files: TokenizerFiles, facts: TokenizerFacts) -> None:
     config.pop("chat_template", None)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (directory / TEMPLATE_FILE).write_text(facts.chat_template, encoding="utf-8")
+    for name, text in other_templates(files).items():
+        (directory / TEMPLATES_FOLDER).mkdir(exist_ok=True)
+        (directory / TEMPLATES_FOLDER / f"{name}.jinja").write_bytes(text)
 
 
 def _what_changed(files: TokenizerFiles, config: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES_FOLDER = "additional_chat_templates"
 COPIED_FILES = (TOKENIZER_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
 """Files that decide ids, and that an export copies as they are."""
 NAME_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

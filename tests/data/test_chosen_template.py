@@ -1,0 +1,110 @@
+"""Which of a folder's chat templates is used is what transformers uses, and an export keeps the others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from hft_megatron.data.rendering import Renderer
+from hft_megatron.data.templates import PLAIN
+from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.errors import UserError
+from tests.support.tokenizers import make_byte_level
+
+MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+DEFAULT, TOOLS, FILE, EXTRA = (f"{name}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}" for name in "DTFX")
+LISTED = [{"name": "tool_use", "template": TOOLS}, {"name": "default", "template": DEFAULT}]
+PLACES: dict[str, tuple[object, dict[str, str], set[str]]] = {
+    "object": ({"default": DEFAULT, "tool_use": TOOLS}, {}, {"tool_use"}),
+    "list": (LISTED, {}, {"tool_use"}),
+    "text": (DEFAULT, {}, set()),
+    "file before list": (LISTED, {"chat_template.jinja": FILE}, set()),
+    "folder alone": (None, {"additional_chat_templates/default.jinja": EXTRA}, set()),
+    "folder before list": (LISTED, {"additional_chat_templates/default.jinja": EXTRA}, set()),
+    "folder before file": (
+        None,
+        {"chat_template.jinja": FILE, "additional_chat_templates/default.jinja": EXTRA},
+        set(),
+    ),
+    "file and others": (None, {"chat_template.jinja": FILE, "additional_chat_templates/rag.jinja": EXTRA}, {"rag"}),
+}
+"""By kind chat_template of the config, files, and the names of the others."""
+
+
+def make_folder(folder: Path, template: object, files: dict[str, str]) -> Path:
+    make_byte_level(folder)
+    if template is not None:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_conversation_is_rendered_as_transformers_renders_it_before_and_after_export(
+    tmp_path: Path, place: str
+) -> None:
+    template, files, others = PLACES[place]
+    folder = make_folder(tmp_path / "in", template, files)
+    tokenizer = load_tokenizer(None, folder)
+    facts = tokenizer.facts
+    ours = Renderer(facts.chat_template, facts.template_variables).render(MESSAGES, add_generation_prompt=False)
+    for keep in (True, False):
+        tokenizer.with_facts(exports_own_files=True).export(tmp_path / str(keep), keep_source=keep)
+        kept = (tmp_path / str(keep) / "additional_chat_templates").glob("*")
+        assert {path.stem for path in kept} == others
+    for each in (folder, tmp_path / "True", tmp_path / "False"):
+        loaded = AutoTokenizer.from_pretrained(each)
+        assert loaded.apply_chat_template(MESSAGES, tokenize=False) == ours
+        assert set(loaded.chat_template if others else {}) - {"default"} == others
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("", "chat_template is empty; write the template, remove it, or name one by --chat-template"),
+        ({"default": ""}, "chat_template named default is empty; write the template"),
+        ({"default": {"a": 1}}, r'chat_template named default is \{"a": 1\}; give its text'),
+        ([{"name": "default"}], "chat_template named default is null; give its text"),
+        ({"tool_use": TOOLS}, "has chat templates named tool_use but no `default`; name the one"),
+        ([{"name": "b", "template": "B"}, {"name": "a", "template": "A"}], "named a, b but no `default`"),
+        (
+            ["{{ messages }}"],
+            r'chat_template is \["\{\{ messages \}\}"\]; give its text, or a list of objects with name',
+        ),
+        ({}, r"chat_template is \{\}; give its text, or a list"),
+        (7, "chat_template is 7; give its text, or remove the key"),
+        (True, "chat_template is true; give its text"),
+    ],
+)
+def test_a_template_of_the_config_that_is_no_text_is_one_sentence(
+    tmp_path: Path, template: object, sentence: str
+) -> None:
+    folder = make_folder(tmp_path, template, {})
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_tokenizer(None, folder)
+    assert "\n" not in str(caught.value)
+    assert load_tokenizer(None, folder, "plain").facts.chat_template == PLAIN
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/default.jinja"])
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(b"\xe9{{ x }}", "can't be read: it is not text in UTF-8"), (b"", "is empty; write the")]
+)
+def test_a_template_file_that_is_no_text_is_one_sentence(
+    tmp_path: Path, name: str, content: bytes, sentence: str
+) -> None:
+    folder = make_folder(tmp_path, None, {name: ""})
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} {sentence}"):
+        load_tokenizer(None, folder)
+
+
+def test_a_name_that_leads_out_of_the_folder_is_not_written(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", {"default": DEFAULT, "../evil": TOOLS}, {})
+    load_tokenizer(None, folder).export(tmp_path / "out")
+    assert not list(tmp_path.rglob("evil.jinja"))
+    assert "chat_template" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
