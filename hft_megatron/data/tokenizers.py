@@ -7,8 +7,12 @@ from hft_megatron.data.sentencepiece_tokenizer import load_sentencepiece_tokeniz
 from hft_megatron.data.tiktoken_conversion import is_tiktoken
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizer_files import (
+    ADDED_TOKENS_FILE,
     CONFIG_FILE,
     MODEL_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TEMPLATES_FOLDER,
     TOKENIZER_FILE,
     TokenizerFiles,
     no_files,
@@ -19,13 +23,15 @@ from hft_megatron.errors import UserError
 HUGGING_FACE = "HuggingFaceTokenizer"
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE_FILES = (TOKENIZER_FILE, CONFIG_FILE)
+_BESIDE_MODEL = (SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER)
+"""What transformers reads beside a ``.model`` file also where there is no config."""
 
 
 def load_tokenizer(tokenizer_type: str | None, path: str | Path, chat_template: str | None = None) -> Tokenizer:
     """Load the tokenizer at ``path``: a Hugging Face folder, or a ``.model`` file (or its folder).
 
-    Without a type, a folder with tokenizer.json or tokenizer_config.json is Hugging Face's; anything else is a file of
-    SentencePiece's or, as Llama 3 has it, tiktoken's. ``chat_template`` is --chat-template, the tokenizer's own when
+    Without a type, a folder with any of Hugging Face's files for tokenizers is Hugging Face's; anything else is a file
+    of SentencePiece's or, as Llama 3 has it, tiktoken's. ``chat_template`` is --chat-template, the tokenizer's own when
     None. Raises UserError for a path that is missing, unreadable or of another kind, and for mistakes in the files.
     """
     path = Path(path)
@@ -68,7 +74,7 @@ def _find_kind(path: Path) -> str:
     if any((path / name).exists() for name in HUGGING_FACE_FILES):
         return HUGGING_FACE
     if (path / MODEL_FILE).exists():
-        return SENTENCEPIECE
+        return HUGGING_FACE if any((path / name).exists() for name in _BESIDE_MODEL) else SENTENCEPIECE
     raise UserError(
         f"--tokenizer-model {path} holds no tokenizer: it needs tokenizer.json (Hugging Face) or {MODEL_FILE}."
     )

@@ -1,6 +1,7 @@
 """Which of a folder's chat templates is used is what transformers uses, and an export keeps the others."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hft_megatron.data.rendering import Renderer
 from hft_megatron.data.templates import PLAIN
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
-from tests.support.tokenizers import make_byte_level
+from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 DEFAULT, TOOLS, FILE, EXTRA = (f"{name}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}" for name in "DTFX")
@@ -60,6 +61,26 @@ def test_a_conversation_is_rendered_as_transformers_renders_it_before_and_after_
         loaded = AutoTokenizer.from_pretrained(each)
         assert loaded.apply_chat_template(MESSAGES, tokenize=False) == ours
         assert set(loaded.chat_template if others else {}) - {"default"} == others
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/default.jinja"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_template_beside_a_model_file_is_used_without_a_config(tmp_path: Path, name: str, keep: bool) -> None:
+    folder = tmp_path / "in"
+    train_sentencepiece(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(FILE)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = load_tokenizer(None, folder)
+    assert tokenizer.facts.chat_template == FILE
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(folder / "config.json", tmp_path / "out/config.json")
+    tokenizer.export(tmp_path / "out", keep_source=keep)
+    for each in (folder, tmp_path / "out"):
+        loaded = AutoTokenizer.from_pretrained(each)
+        assert loaded.chat_template == FILE
+    if not keep:
+        assert loaded.encode("one two") == [1, *tokenizer.encode("one two")]
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,17 @@ def test_tokens_that_only_the_files_beside_it_have_are_added(tmp_path: Path, fil
     assert tokenizer.encode("a<tool>b<end>") == [*plain.encode("a"), 334, *plain.encode("b<end>")]
 
 
+def test_files_beside_a_model_file_are_read_without_a_config(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path, user_defined_symbols=["<end>"])
+    alone = load_tokenizer(None, tmp_path)
+    write(tmp_path, "added_tokens.json", {"<tool>": alone.vocab_size})
+    added = load_tokenizer(None, tmp_path)
+    assert added.encode("a<tool>") == [*alone.encode("a"), alone.vocab_size]
+    write(tmp_path, "special_tokens_map.json", {"eos_token": "<end>"})
+    assert load_tokenizer(None, tmp_path).eos_id == alone.encode_batch(["<end>"], continues=True)[0][0]
+    assert load_tokenizer("SentencePieceTokenizer", tmp_path).facts == alone.facts
+
+
 def test_added_tokens_of_a_sentencepiece_folder_are_found_in_a_text(published: PublishedTokenizers) -> None:
     tokenizer = load_tokenizer(None, published.path("vicuna"))
     ids = tokenizer.encode("one <pad> two")
