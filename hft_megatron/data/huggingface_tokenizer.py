@@ -167,7 +167,7 @@ def _assembled(
         special_tokens=special_tokens,
         names_in_text=rust_pipeline.names_in_text(rust),
         chat_template=choose_template(chat_template, files, special_tokens),
-        template_variables=names,
+        template_variables={**files.variables, **names},
         notes=files.notes(is_known),
     )
     return HuggingFaceTokenizer(facts, rust, files)

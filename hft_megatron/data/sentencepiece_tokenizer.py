@@ -128,7 +128,7 @@ def load_sentencepiece_tokenizer(
         special_tokens=special_tokens,
         names_in_text=(*vocabulary.defined, *(token.content for token in vocabulary.found_in_text.values())),
         chat_template=choose_template(chat_template, files, special_tokens),
-        template_variables=names,
+        template_variables={**files.variables, **names},
         notes=files.notes(lambda name: vocabulary.id_of(name) is not None),
         exports_own_files=True,
     )

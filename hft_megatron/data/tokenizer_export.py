@@ -78,6 +78,9 @@ def write_files(directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, ru
         "add_bos_token": begins,
         "add_eos_token": _ends(rust, facts),
     }
+    if files.variables:
+        has_list = isinstance(config.get("extra_special_tokens"), list)
+        config["model_specific_special_tokens" if has_list else "extra_special_tokens"] = dict(files.variables)
     _write_config(directory, config, files, facts)
     changes = [_what_changed(files, config)] if files.config else []
     difference = pipeline_difference(tokenizer, RustTokenizer.from_file(str(directory / TOKENIZER_FILE)))
@@ -99,7 +102,8 @@ def pipeline_difference(tokenizer: Tokenizer, rust: RustTokenizer) -> str | None
 def _names(facts: TokenizerFacts) -> dict[str, str]:
     """Special tokens by their keys, with the pad token in use."""
     pad = next(token.content for token in facts.special_tokens if token.id == facts.pad_id)
-    named = {key: name for key, name in facts.template_variables.items() if facts.named_id(key) is not None}
+    variables = facts.template_variables
+    named = {key: variables[key] for key in NAME_KEYS if facts.named_id(key) is not None}
     return {**named, "pad_token": pad}
 
 

@@ -25,6 +25,8 @@ COPIED_FILES = (TOKENIZER_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FI
 """Files that decide ids, and that an export copies as they are."""
 NAME_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 """Keys of the special tokens that transformers knows by name."""
+_FURTHER_KEYS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+"""Keys of lists of further special tokens, or of objects that give them names for templates."""
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 """Classes, also with ``Fast`` behind them, which build their pipeline and put a begin token by rules of their own."""
 
@@ -51,6 +53,8 @@ class TokenizerFiles:
     """Tokens that the files add to the vocabulary, or name in it, by id."""
     extra: tuple[str, ...]
     """Further special tokens, which have no id in these files."""
+    variables: Mapping[str, str]
+    """Names under which templates use some of the further ones, such as ``image_token``."""
     reads_folder: bool
     """False where a file was given on its own and what stands beside it is not read."""
 
@@ -101,12 +105,16 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
             if key in values:
                 names[key] = _named(folder / file, key, values[key])
         _refuse_empty(folder / file, [key for key, token in names.items() if token is not None and not token.content])
-    extra = [
-        token
-        for values in named.values()
-        for key in ("additional_special_tokens", "extra_special_tokens")
-        for token in _listed(values.get(key))
-    ]
+    further = [values.get(key) for values in named.values() for key in _FURTHER_KEYS]
+    extra = [token for value in further for token in _listed(value)]
+    variables = {
+        key: token
+        for value in further
+        if isinstance(value, dict)
+        for key, each in value.items()
+        for token in _listed([each])
+        if key not in NAME_KEYS
+    }
     special = {token.content for token in names.values() if token is not None} | set(extra)
     return TokenizerFiles(
         folder=folder,
@@ -114,13 +122,14 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         names=names,
         added=_added_tokens(folder, config, special),
         extra=tuple(dict.fromkeys(extra)),
+        variables=variables,
         reads_folder=True,
     )
 
 
 def no_files(folder: Path) -> TokenizerFiles:
     """For a file that is read on its own, whatever stands beside it in its folder."""
-    return TokenizerFiles(folder=folder, config={}, names={}, added={}, extra=(), reads_folder=False)
+    return TokenizerFiles(folder=folder, config={}, names={}, added={}, extra=(), variables={}, reads_folder=False)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

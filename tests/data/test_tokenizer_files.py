@@ -9,6 +9,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
+from hft_megatron.data.rendering import Renderer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, write_rows
@@ -135,6 +136,43 @@ def test_added_tokens_of_a_sentencepiece_folder_are_found_in_a_text(published: P
     ids = tokenizer.encode("one <pad> two")
     assert ids == [*tokenizer.encode("one "), 360, *tokenizer.encode(" two")]
     assert tokenizer.decode(ids) == "one <pad> two"
+
+
+NAMED = {"image_token": "<|pad|>", "end_of_part": {"__type": "AddedToken", "content": "<part>", "special": True}}
+"""Further tokens, one of which only this names."""
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"extra_special_tokens": NAMED}),
+        ("tokenizer_config.json", {"model_specific_special_tokens": dict.fromkeys(NAMED, "<|pad|>")}),
+        (
+            "tokenizer_config.json",
+            {"model_specific_special_tokens": {"image_token": "<|pad|>"}, "extra_special_tokens": ["<part>"]},
+        ),
+        ("special_tokens_map.json", {"extra_special_tokens": dict.fromkeys(NAMED, "<|pad|>")}),
+    ],
+    ids=["extra", "model specific", "beside a list", "map"],
+)
+def test_further_tokens_that_have_names_are_variables_of_templates(
+    tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    folder = make_byte_level(
+        tmp_path / "in", chat_template="{{ image_token }}|{{ end_of_part }}|{{ messages[0].content }}"
+    )
+    path = folder / file
+    write(folder, file, {**(json.loads(path.read_text()) if path.exists() else {}), **content})
+    tokenizer = load_tokenizer(None, folder)
+    messages = [{"role": "user", "content": "a"}]
+    ours = Renderer(tokenizer.facts.chat_template, tokenizer.facts.template_variables)
+    rendered = ours.render(messages, add_generation_prompt=False)
+    assert rendered.startswith("<|pad|>|")
+    for keep in (True, False):
+        tokenizer.with_facts(exports_own_files=True).export(tmp_path / str(keep), keep_source=keep)
+    for each in (folder, tmp_path / "True", tmp_path / "False"):
+        assert AutoTokenizer.from_pretrained(each).apply_chat_template(messages, tokenize=False) == rendered
+        assert load_tokenizer(None, each).facts.special_tokens == tokenizer.facts.special_tokens
 
 
 def test_a_piece_that_the_files_name_special_comes_from_no_text(published: PublishedTokenizers) -> None:
