@@ -182,7 +182,9 @@ class ChatTemplate:
         position = 0
         for found in self._tokens.pattern.finditer(rendered):
             pieces.extend(self._plain(rendered, position, found.start(), spans, bool(pieces)))
-            trained = any(start < found.end() <= end for start, end in spans)
+            # Not the match's end: white space behind the name may be the beginning of a span, or behind one.
+            name_end = self._tokens.name_end(found)
+            trained = any(start < name_end <= end for start, end in spans)
             pieces.append(Piece(text=self._tokens.found(found).content, place=Place.SPECIAL, trained=trained))
             position = found.end()
         pieces.extend(self._plain(rendered, position, len(rendered), spans, bool(pieces)))

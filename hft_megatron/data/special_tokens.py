@@ -34,6 +34,11 @@ class SpecialTokens:
         """The token that ``pattern`` matched."""
         return self._by_name.get(match[0]) or self._by_name[match[0].strip()]
 
+    def name_end(self, match: re.Match[str]) -> int:
+        """Where the name of the token that ``pattern`` matched ends, before the white space that belongs to it."""
+        name = self.found(match).content
+        return match.start() + match[0].index(name) + len(name)
+
     def hide(self, value: Any) -> Any:
         """``value`` with every token's name in its texts replaced, at any depth, so that ``pattern`` doesn't match."""
         if isinstance(value, str):

@@ -1,5 +1,6 @@
 """The trained spans of a rendered conversation are the assistant's texts and their end tokens, or there is an error."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,38 @@ def test_a_template_that_prints_the_date_renders_the_same_every_day(tmp_path: Pa
     _, chat = load(tmp_path, "{{ strftime_now('%d %b %Y') }}" + CHATML)
     pieces = chat.pieces([{"role": "assistant", "content": "x"}])
     assert pieces[0].text == "26 Jul 2024"
+
+
+def swallowing(folder: Path, template: str, **loss: Any) -> ChatTemplate:
+    """A template's conversations where every special token takes the white space behind it, as Phi-3's do."""
+    tokenizer, _ = load(folder, template)
+    special = tuple(replace(token, strips_right=True) for token in tokenizer.facts.special_tokens)
+    return ChatTemplate(replace(tokenizer.facts, special_tokens=special), LossRule(**loss))
+
+
+TAGGED = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>\\n' }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [TAGGED, MARKED.replace(" + m['role'] + '\\n' }}", " }}").removeprefix("{{ bos_token }}")],
+    ids=["found", "marked"],
+)
+@pytest.mark.parametrize("text", ["b", " b", "\n\nb\n", ""])
+def test_white_space_that_a_special_token_takes_decides_nothing_about_it(
+    tmp_path: Path, template: str, text: str
+) -> None:
+    messages = [{"role": "user", "content": " a"}, {"role": "assistant", "content": text}]
+    messages += [messages[0], {"role": "assistant", "content": "c"}]
+
+    def special(**loss: Any) -> list[tuple[str, bool]]:
+        pieces = swallowing(tmp_path, template, **loss).pieces(messages)
+        return [(piece.text, piece.trained) for piece in pieces if piece.place is Place.SPECIAL]
+
+    asked, answer = [("<|im_start|>", False), ("<|im_end|>", False)], [("<|im_start|>", False), ("<|im_end|>", True)]
+    assert special() == [*asked, *answer] * 2
+    assert special(train_on_eos=False) == asked * 4
+    spared = special(loss_on="all", train_on_eos=False)
+    assert [trained for _, trained in spared] == [True, True, True, False] * 2
