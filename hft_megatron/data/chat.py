@@ -8,14 +8,13 @@ exactly is an error and never a guess.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.printed_keys import PrintedKeys, unusual_roles
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
-from hft_megatron.data.spans import SpanFinder
+from hft_megatron.data.spans import SpanFinder, Turn
 from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
 from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
 
@@ -24,18 +23,6 @@ RESERVED = re.compile(f"[{SPAN_START}{SPAN_END}{ESCAPE}]")
 
 class ChatError(ValueError):
     """A conversation that can't be made an example; the message is a clause to follow ``file:line:``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """Where one assistant's turn lies in the rendered text."""
-
-    message: int
-    start: int
-    text_end: int
-    """Behind the text, before the end token."""
-    end: int
-    """Behind the end token."""
 
 
 class ChatTemplate:
@@ -90,7 +77,7 @@ class ChatTemplate:
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], given: int, untrained: AbstractSet[int]
-    ) -> tuple[str, list[_Turn]]:
+    ) -> tuple[str, list[Turn]]:
         """The text, and those of the assistant's turns whose place decides what is trained."""
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         rendered, spans = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
@@ -105,9 +92,13 @@ class ChatTemplate:
                 continue
             if self._renderer.marks_spans:
                 span = _checked_mark(rendered, spans[number], messages[turn], turn)
+                found = self._spans.with_end_token(messages[: turn + 1], span, rendered)
             else:
-                span = self._spans.find(messages, turn, rendered)
-            turns.append(self._with_end_token(rendered, span, messages[: turn + 1]))
+                found = self._spans.find(messages, turn, rendered)
+                if turn + 1 < len(messages):
+                    # What is printed with a later message alone is no part of this turn, and would not be learned.
+                    self._printed.check_keys(messages[: turn + 1], first=turn)
+            turns.append(self._checked_end(found))
         return rendered, turns
 
     def _check_marks(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[int]) -> None:
@@ -127,39 +118,16 @@ class ChatTemplate:
                 _checked_mark(text, span, probes[turn], turn)
             self._well_marked.add(shape)
 
-    def _with_end_token(self, rendered: str, span: tuple[int, int], messages: Sequence[Mapping[str, Any]]) -> _Turn:
-        """The turn with the special token that ends the span, or that stands right behind it.
-
-        One behind it ends it only if it is there before the next turn is: the next turn may begin with one.
-        """
-        start, end = span
-        inside = list(self._tokens.pattern.finditer(rendered, start, end))
-        if inside and inside[-1].end() == end:
-            return _Turn(message=len(messages) - 1, start=start, text_end=inside[-1].start(), end=end)
-        behind = self._tokens.pattern.match(rendered, end)
-        if behind is not None and self._ends(rendered, end, messages):
-            return _Turn(message=len(messages) - 1, start=start, text_end=end, end=behind.end())
-        if not self._loss.train_on_eos:
-            return _Turn(message=len(messages) - 1, start=start, text_end=end, end=end)
-        raise ChatError(
-            "the chat template puts no special token right behind the assistant's text, so the end of a turn can't be "
-            "learned; end the turn with eos_token in the template, or choose --no-train-on-eos"
-        )
-
-    def _ends(self, rendered: str, end: int, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether a special token follows ``end`` also where ``messages`` are the whole conversation."""
-        try:
-            whole, _ = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
-        except TemplateError:
-            if len(messages) > 1:
-                raise
+    def _checked_end(self, turn: Turn) -> Turn:
+        """``turn``, if its end token is there or is not to be trained."""
+        if turn.end == turn.text_end and self._loss.train_on_eos:
             raise ChatError(
-                "the chat template refuses the assistant's first message alone, so where it ends can't be found; "
-                "remove the message, or mark it with {% generation %} in the template"
-            ) from None
-        return rendered[:end] == whole[:end] and self._tokens.pattern.match(whole, end) is not None
+                "the chat template puts no special token right behind the assistant's text, so the end of a turn can't "
+                "be learned; end the turn with eos_token in the template, or choose --no-train-on-eos"
+            )
+        return turn
 
-    def _trained(self, turns: Sequence[_Turn], untrained: AbstractSet[int], length: int) -> list[tuple[int, int]]:
+    def _trained(self, turns: Sequence[Turn], untrained: AbstractSet[int], length: int) -> list[tuple[int, int]]:
         """(start, end) of what is trained, in order and apart from each other."""
         if self._loss.loss_on != "all":
             return [(turn.start, turn.end if self._loss.train_on_eos else turn.text_end) for turn in turns]

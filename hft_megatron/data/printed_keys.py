@@ -43,8 +43,9 @@ class PrintedKeys:
         self._all_texts: set[object] = set()
         """Shapes of conversations of which the template prints every text."""
 
-    def check_keys(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Raise TemplateError for a message with a key that is refused, or is not printed and not harmless."""
+    def check_keys(self, messages: Sequence[Mapping[str, Any]], *, first: int = 0) -> None:
+        """Raise TemplateError for a message, from the index ``first`` on, with a key that is refused, or is not printed
+        and not harmless."""
         for index, message in enumerate(messages):
             for key in _others(message):
                 row = message_row(key, message["role"])
@@ -54,7 +55,7 @@ class PrintedKeys:
                         f"it, or pass over it with --ignore-keys {key}"
                     )
         for found in self._unprinted(messages):
-            if not _is_harmless(messages, found):
+            if found.index >= first and not _is_harmless(messages, found):
                 key = printable(found.key)
                 part = f" (`{printable(found.part)}` in it)" if found.part else ""
                 raise TemplateError(

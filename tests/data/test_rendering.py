@@ -166,8 +166,7 @@ CALL = {"type": "function", "function": {"name": "area", "arguments": {"a": 3, "
 )
 def test_other_keys_are_printed_as_transformers_prints_them(both: Both, name: str, messages: Conversation) -> None:
     expected = both.theirs.apply_chat_template(messages, chat_template=SHAPES[name], tokenize=False)
-    # A call or a thought is no continuation by its text, so that only the last answer can be found.
-    pieces = both.template(SHAPES[name], loss_on="last").pieces(messages)
+    pieces = both.template(SHAPES[name]).pieces(messages)
     assert "".join(piece.text for piece in pieces) == expected
 
 
