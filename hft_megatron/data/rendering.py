@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -18,7 +19,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # Unicode keeps noncharacters for programs' own use; no text may contain them. They survive a template's trim filter.
 SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"
-GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """Templates that print the date get this one, Llama-3.1's default: today's would make other data of every day.
 
@@ -37,7 +37,7 @@ class Renderer:
     def __init__(self, template: str, variables: Mapping[str, str]) -> None:
         self._template = template
         self._variables = variables
-        self.marks_spans = GENERATION_TAG.search(template) is not None
+        self.marks_spans = _has_generation_tag(template)
         """Whether what the assistant produces is marked by ``{% generation %}``."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
@@ -89,6 +89,15 @@ class _GenerationTag(Extension):
 
     def _mark(self, caller: Callable[[], str]) -> str:
         return SPAN_START + caller() + SPAN_END
+
+
+def _has_generation_tag(template: str) -> bool:
+    """Whether the template has the tag as code, and not in a comment or a text; False for one that isn't a template."""
+    try:
+        tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(template) if kind != "whitespace"]
+    except jinja2.TemplateSyntaxError:
+        return False
+    return any(before[0] == "block_begin" and name == ("name", "generation") for before, name in pairwise(tokens))
 
 
 @lru_cache(maxsize=8)

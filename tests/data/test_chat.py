@@ -264,3 +264,20 @@ def test_white_space_that_a_special_token_takes_decides_nothing_about_it(
     assert special(train_on_eos=False) == asked * 4
     spared = special(loss_on="all", train_on_eos=False)
     assert [trained for _, trained in spared] == [True, True, True, False] * 2
+
+
+@pytest.mark.parametrize(
+    "aside", ["{# {% generation %} #}", "{% raw %}{% generation %}{% endraw %}", "{{ '{%generation%}' }}"]
+)
+def test_a_generation_tag_that_is_no_code_marks_nothing(tmp_path: Path, aside: str) -> None:
+    _, chat = load(tmp_path, aside + CHATML)
+    assert trained_texts(chat.pieces(CONVERSATION[:3])) == [CONVERSATION[2]["content"]]
+
+
+@pytest.mark.parametrize(
+    "tag", ["{%generation%}", "{%- generation -%}", "{%+ generation %}", "{# a #}{% generation %}"]
+)
+def test_a_generation_tag_is_found_in_any_form(tmp_path: Path, tag: str) -> None:
+    _, chat = load(tmp_path, MARKED.replace("{% generation %}", "<b>" + tag))
+    text = "".join(piece.text for piece in chat.pieces(CONVERSATION[:3]) if piece.trained)
+    assert text == CONVERSATION[2]["content"] + "<|im_end|>"
