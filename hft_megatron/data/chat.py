@@ -12,12 +12,15 @@ from itertools import pairwise
 from typing import Any
 
 from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.printable import printable
 from hft_megatron.data.printed_keys import PrintedKeys, unusual_roles
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
 from hft_megatron.data.spans import SpanFinder, Turn
 from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
 from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
 
+_DEEPEST = 100
+"""Levels of lists and objects in a message; what walks through them has a limit as well, a few times as high."""
 RESERVED = re.compile(f"[{SPAN_START}{SPAN_END}{ESCAPE}]")
 
 
@@ -45,7 +48,14 @@ class ChatTemplate:
 
         Raises ChatError when the template refuses it or loses a part of it, or a span isn't exact.
         """
-        for message in messages:
+        for index, message in enumerate(messages):
+            for key, value in message.items():
+                if _is_deeper(value, _DEEPEST):
+                    key = printable(key)
+                    raise ChatError(
+                        f"`{key}` of message {index + 1} has more than {_DEEPEST} lists and objects inside each other; "
+                        f"write it with fewer, or pass over it with --ignore-keys {key}"
+                    )
             _refuse_reserved(message)
         hidden = self._tokens.hide([dict(message) for message in messages])
         try:
@@ -185,6 +195,12 @@ def end_token_ids(facts: TokenizerFacts) -> list[int]:
     trained = {piece.text for piece in pieces if piece.trained and piece.place is Place.SPECIAL}
     ends = [token.id for token in facts.special_tokens if token.content in trained]
     return list(dict.fromkeys([facts.eos_id, *ends]))
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether ``value`` has more than ``levels`` lists and objects inside each other."""
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+    return inside is not None and (levels == 0 or any(_is_deeper(inner, levels - 1) for inner in inside))
 
 
 def _refuse_reserved(value: Any) -> None:

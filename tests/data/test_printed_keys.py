@@ -313,3 +313,17 @@ def test_an_answer_that_nobody_asked_for_and_that_cannot_be_found_is_an_error(
 ) -> None:
     with pytest.raises(ChatError, match=sentence):
         chat(folder, template).pieces(FIRST)
+
+
+@pytest.mark.parametrize("kind", ["lists", "objects"])
+def test_a_value_of_many_levels_is_one_sentence(folder: Path, kind: str) -> None:
+    value: Any = "x"
+    for level in range(900):
+        value = [value] if kind == "lists" else {"k": value}
+        if level == 99:
+            assert chat(folder, ALL_CALLS).pieces(answer("", calls=value)[1:])
+        elif level == 100:
+            with pytest.raises(ChatError, match=r"^`calls` of message 1 has more than 100 .*--ignore-keys calls$"):
+                chat(folder, ALL_CALLS).pieces(answer("", calls=value)[1:])
+    with pytest.raises(ChatError, match=r"^`calls` of message 1 has more than 100 lists and objects inside each other"):
+        chat(folder, ALL_CALLS).pieces(answer("", calls=value)[1:])
