@@ -64,7 +64,7 @@ class ChatTemplate:
             self._printed.check_texts(hidden)
             self._check_names(messages, hidden, rendered)
         except TemplateError as error:
-            raise ChatError(f"{error}{unusual_roles(messages)}") from error
+            raise ChatError(f"{self._tokens.show(str(error))}{unusual_roles(messages)}") from error
         return self._split(rendered, self._trained(turns, untrained, len(rendered)))
 
     def unread_keys(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:

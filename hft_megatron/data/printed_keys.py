@@ -56,8 +56,8 @@ class PrintedKeys:
                     )
         for found in self._unprinted(messages):
             if found.index >= first and not _is_harmless(messages, found):
-                key = printable(found.key)
-                part = f" (`{printable(found.part)}` in it)" if found.part else ""
+                key = printable(found.key, keep=ESCAPE)
+                part = f" (`{printable(found.part, keep=ESCAPE)}` in it)" if found.part else ""
                 raise TemplateError(
                     f"the chat template doesn't print {'all of ' * bool(part)}`{key}` of message "
                     f"{found.index + 1}{part}, which would be lost; choose a template that does, or pass over it with "
@@ -80,10 +80,10 @@ class PrintedKeys:
         text = self._rendered(marked)  # a template may want texts of a certain form
         for index, message in enumerate(messages):
             if message["content"] and _mark(index) not in text and not self._prints_text(messages, index):
+                others = "".join(f", with `{printable(key, keep=ESCAPE)}`" for key in _others(message))
                 raise TemplateError(
-                    f"the chat template doesn't print the text of message {index + 1} (of the role "
-                    f"{message['role']}{''.join(f', with `{printable(key)}`' for key in _others(message))}), which "
-                    f"would be lost; choose a template that does, or remove the message"
+                    f"the chat template doesn't print the text of message {index + 1} (of the role {message['role']}"
+                    f"{others}), which would be lost; choose a template that does, or remove the message"
                 )
         _make_room(self._all_texts)
         self._all_texts.add(shape)

@@ -48,7 +48,7 @@ class Renderer:
                 messages=messages, add_generation_prompt=add_generation_prompt, **_ABSENT, **self._variables
             )
         except _REFUSALS as error:
-            raise TemplateError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
+            raise TemplateError(f"the chat template refuses the messages: {_in_line(str(error))}") from error
 
 
 _REFUSALS = (
@@ -61,6 +61,11 @@ _REFUSALS = (
     RecursionError,
 )
 """What a template's own expressions can raise on messages that it doesn't expect."""
+
+
+def _in_line(sentence: str) -> str:
+    """A library's sentence as a part of another."""
+    return " ".join(sentence.split()).removesuffix(".")
 
 
 def cut_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
@@ -103,6 +108,10 @@ def _has_generation_tag(template: str) -> bool:
 @lru_cache(maxsize=8)
 def compile_template(template: str) -> jinja2.Template:
     """Compile in a sandbox with the few names that transformers gives to chat templates. Raises TemplateError."""
+    if not template.strip():
+        raise TemplateError(
+            "the chat template is empty text, which prints no message (--chat-template chooses another)"
+        )
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -121,4 +130,6 @@ def compile_template(template: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"the chat template is not valid jinja: line {error.lineno}: {error.message}") from error
+        raise TemplateError(
+            f"the chat template is not valid jinja: line {error.lineno}: {_in_line(str(error.message))}"
+        ) from error

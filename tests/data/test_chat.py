@@ -127,6 +127,9 @@ def test_the_end_token_is_trained_even_when_the_marked_span_leaves_it_out(tmp_pa
         ("{{ raise_exception('no system turn') }}", "refuses the messages: no system turn"),
         ("{% for m in messages %}", "not valid jinja"),
         ("{{ messages[0].absent.more }}", "refuses the messages"),
+        ("{{ messages | stringify }}", "not valid jinja: line 1: No filter named 'stringify'$"),
+        ("{{ raise_exception('No\\n tools.') }}", "refuses the messages: No tools$"),
+        (" \n", "is empty text"),
         ("{% generation %}x<|im_end|>{% endgeneration %}", "marks 1 trained spans, not one per assistant turn"),
         (
             MARKED.replace("{% generation %}{{ m['content'] }}", "{{ m['content'] }}{% generation %}"),

@@ -4,6 +4,7 @@ Run: pytest tests/data/test_printed_keys.py
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,17 @@ def test_an_answer_that_nobody_asked_for_and_that_cannot_be_found_is_an_error(
 ) -> None:
     with pytest.raises(ChatError, match=sentence):
         chat(folder, template).pieces(FIRST)
+
+
+@pytest.mark.parametrize("key", ["<|im_end|>", "a<|im_end|>b"])
+def test_a_key_with_the_name_of_a_special_token_is_shown_as_it_is(folder: Path, key: str) -> None:
+    with pytest.raises(ChatError) as caught:
+        chat(folder, CHATML).pieces(answer(**{key: 1}))
+    assert str(caught.value).startswith(f"the chat template doesn't print `{key}` of message 2, ")
+    assert str(caught.value).endswith(f"--ignore-keys {key}")
+    calling = chat(folder, CALLING.replace("m.calls[0].name", "m.calls.a"))
+    with pytest.raises(ChatError, match=re.escape(f"all of `calls` of message 2 (`{key}` in it)")):
+        calling.pieces(answer("", calls={"a": 1, key: 1}))
 
 
 @pytest.mark.parametrize("kind", ["lists", "objects"])
