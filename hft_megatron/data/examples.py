@@ -38,6 +38,8 @@ class Example:
     """Those without text: nothing but the end token is learned."""
     untrained_turns: int = 0
     """Turns of the assistant that the record itself takes out of what is learned."""
+    repeated_prompt: bool = False
+    """Whether the completion repeated the prompt, and it was taken off."""
     keys: PassedOver = NOTHING
 
 
@@ -81,6 +83,7 @@ def example_of(
         answers=answers,
         empty_answers=empty,
         untrained_turns=_count_untrained(record),
+        repeated_prompt=not isinstance(record, Preference) and record.repeated,
         keys=passed_over(record, template),
     )
 

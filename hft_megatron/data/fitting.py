@@ -51,6 +51,8 @@ class SftCounts:
     """Those of which nothing but the end token is trained."""
     untrained_turns: int = 0
     """Turns of the assistant that their records take out of what is learned."""
+    repeated_prompts: int = 0
+    """Records whose completion repeated the prompt, where it was taken off."""
     unread: dict[str, int] = field(default_factory=dict)
     """Records with each of the keys that nothing was made of."""
     ignored: dict[str, int] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class SftCounts:
         self.answers += example.answers
         self.empty_answers += example.empty_answers
         self.untrained_turns += example.untrained_turns
+        self.repeated_prompts += example.repeated_prompt
         count_keys(self.unread, example.keys.unread)
         count_keys(self.ignored, example.keys.ignored)
         for start, stop in spans:
@@ -89,6 +92,10 @@ class SftCounts:
         lines = []
         if self.untrained_turns:
             lines.append(f"{path}: turns not trained, by a key of their own: {self.untrained_turns:,}")
+        if self.repeated_prompts:
+            lines.append(
+                f"{path}: prompts that their completions repeated, which were taken off them: {self.repeated_prompts:,}"
+            )
         if self.empty_answers:
             lines.append(
                 f"{path}: {self.empty_answers:,} of {self.answers:,} answers are empty: only their end token is trained"

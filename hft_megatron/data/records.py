@@ -149,18 +149,17 @@ class RecordReader:
         if not separator or isinstance(record, Chat) or not record.prompt or not isinstance(record.prompt, str):
             return record
         joined = record.prompt + separator
-        if isinstance(record, Completion) or record.form not in ("stripped", "found"):
+        one_text = record.repeated if isinstance(record, Completion) else record.form in ("stripped", "found")
+        if not one_text:
             self._joined = True
             return replace(record, prompt=joined)
         # Prompt and answers were one text already: what joins them there belongs to the prompt.
-        chosen, rejected = record.chosen, record.rejected
-        assert isinstance(chosen, str)
-        assert isinstance(rejected, str)
-        if not (chosen.startswith(separator) and rejected.startswith(separator)):
+        names = ("completion",) if isinstance(record, Completion) else ("chosen", "rejected")
+        answers: dict[str, str] = {name: getattr(record, name) for name in names}
+        if not all(answer.startswith(separator) for answer in answers.values()):
             return record
         self._joined = True
-        start = len(separator)
-        return replace(record, prompt=joined, chosen=chosen[start:], rejected=rejected[start:])
+        return replace(record, prompt=joined, **{name: text.removeprefix(separator) for name, text in answers.items()})
 
 
 _OPTION_OF_KEY = re.compile(r"(--(?:data|ignore)-keys )(\w+)")

@@ -92,6 +92,23 @@ def test_preprocessed_data_tell_the_same_as_the_files(tmp_path: Path, tokenizer:
         load(prefix, tokenizer)
 
 
+def test_repeated_prompts_are_counted_in_files_and_in_preprocessed_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ask, answer = answered("b")["messages"]
+    rows = [
+        {"prompt": [ask], "completion": [ask, answer]},
+        {"prompt": "Say it:", "completion": "Say it: b"},
+        {"prompt": "Say it:", "completion": " b"},
+    ]
+    path, prefix = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "prefix"
+    make(prefix, path, tokenizer)
+    read, mapped = load(path, tokenizer), load(prefix, tokenizer)
+    note = "prompts that their completions repeated, which were taken off them: 2"
+    assert read.describe()[1:] == [f"{path}: {note}"]
+    assert mapped.describe()[1:] == [f"{prefix}: {note}"]
+    assert read.example(1)[0].tolist() == read.example(2)[0].tolist()
+    assert read.example(1)[1].tolist() == read.example(2)[1].tolist()
+
+
 def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, prefix = write_rows(tmp_path / "rows.jsonl", [answered("a")]), tmp_path / "prefix"
     make(prefix, path, tokenizer)

@@ -35,6 +35,8 @@ class Chat:
     """Messages at the beginning that are a prompt: what the assistant says there is not what is learned."""
     untrained: frozenset[int] = frozenset()
     """Indices of messages that the record itself takes out of what is learned."""
+    repeated: bool = False
+    """Whether the completion repeated the prompt, and it was taken off."""
     keys: PassedOver = NOTHING
 
 
@@ -45,6 +47,8 @@ class Completion:
     place: str
     prompt: str
     completion: str
+    repeated: bool = False
+    """Whether the completion repeated the prompt, and it was taken off."""
     keys: PassedOver = NOTHING
 
 
@@ -138,6 +142,16 @@ def chat(place: str, messages: Sequence[Message]) -> Chat:
     if all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{place}: the conversation has no assistant turn, so there is nothing to learn; remove it.")
     return Chat(place=place, messages=tuple(messages))
+
+
+def check_seam(prompt: Sequence[Message], answer: Sequence[Message], place: str, key: str, answer_key: str) -> None:
+    """Raise UserError where an answer would be a second turn of the assistant's behind the prompt's last one."""
+    if prompt and prompt[-1]["role"] == answer[0]["role"] == "assistant":
+        raise UserError(
+            f"{place}: the last message of `{key}` is the assistant's, and `{answer_key}` begins with the assistant, "
+            f"too: these would be two turns, for no answer continues one here; take that message out of `{key}`, and "
+            f"write an answer that it begins whole."
+        )
 
 
 def kind_of(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Splits preference pairs into a prompt and two answers: what they share is the prompt's, and stands there once.
+"""Cuts pairs and completions where their prompt ends: what prompt and answers share is the prompt's, and stands once.
 
 The rules follow TRL's ``extract_prompt`` where a prompt is missing. Unlike there, what a given prompt and both answers
 begin with is taken off the answers, unless it is but a greeting, and a text is cut at a turn and not wherever its
@@ -23,9 +23,10 @@ _BEGIN_DIFFERENTLY = "`chosen` and `rejected` begin differently, so they are no 
 def split_texts(place: str, prompt: str | None, chosen: str, rejected: str) -> Preference | None:
     """The pair of a prompt and two texts. None where there is no prompt, and no transcript to find it in."""
     asked = prompt or ""
-    repeats = [bool(asked.strip()) and _stands_in_front(asked, answer) for answer in (chosen, rejected)]
-    if all(repeats) and _is_more_than_a_greeting(asked):
-        return _cut_texts(place, asked, chosen, rejected, "stripped")
+    repeats = [_repeated(asked, answer) for answer in (chosen, rejected)]
+    repeated = min(repeats, key=len)
+    if repeated and _is_more_than_a_greeting(repeated):
+        return _cut_texts(place, repeated, chosen, rejected, "stripped")
     shared = _transcript_prompt(chosen, rejected)
     if shared and (not asked.strip() or _is_turn_of(shared, asked)):
         return _cut_texts(place, shared, chosen, rejected, "stripped" if asked.strip() else "found")
@@ -35,6 +36,25 @@ def split_texts(place: str, prompt: str | None, chosen: str, rejected: str) -> P
     if ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected:
         return Preference(place=place, prompt="", chosen=chosen, rejected=rejected, fault=_BEGIN_DIFFERENTLY)
     return None
+
+
+def split_completion(prompt: str, completion: str) -> tuple[str, str, bool]:
+    """A prompt, what follows it, and whether the prompt was taken off the completion, which repeated it.
+
+    A completion that is nothing but the prompt stays: it is an answer that gives a text back, as corrections may.
+    """
+    repeated = _repeated(prompt, completion)
+    rest = completion[len(repeated) :]
+    if repeated and rest.strip() and _is_more_than_a_greeting(repeated):
+        return repeated, rest, True
+    return prompt, completion, False
+
+
+def _repeated(prompt: str, answer: str) -> str:
+    """The prompt as the answer begins with it, without white space at its end where the answer has other there; empty
+    where the answer doesn't."""
+    forms = [prompt, prompt.rstrip()] if prompt.strip() else []
+    return next((form for form in forms if _stands_in_front(form, answer)), "")
 
 
 def _stands_in_front(prompt: str, answer: str) -> bool:
@@ -101,6 +121,20 @@ def split_messages(
     if any(shared[at : at + len(prompt)] == list(prompt) for at in range(len(shared))):
         return _cut(place, shared, len(shared), chosen, rejected, "stripped")
     return _cut(place, prompt, 0, chosen, rejected, "given")
+
+
+def split_completion_messages(
+    prompt: Sequence[Message], completion: Sequence[Message]
+) -> tuple[list[Message], list[Message], bool]:
+    """A prompt, the messages that follow it, and whether the completion repeated it: the end of the prompt, or a whole
+    conversation that has the prompt in it."""
+    if size := _overlap(prompt, completion):
+        return list(prompt), list(completion[size:]), True
+    if completion[0]["role"] != "assistant":
+        for end in range(len(prompt), len(completion)):
+            if list(completion[end - len(prompt) : end]) == list(prompt):
+                return list(completion[:end]), list(completion[end:]), True
+    return list(prompt), list(completion), False
 
 
 def _cut(

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.formats.completions import parse_prompt_completion
+from hft_megatron.data.formats.completions import parse_input_output, parse_prompt_completion, parse_trace
+from hft_megatron.data.formats.record import Chat, Completion
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts, write_rows
@@ -38,7 +39,15 @@ def test_of_messages_only_the_completion_is_learned(tmp_path: Path, given: int) 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"prompt": MESSAGES[:1], "completion": "2"}, "`prompt` is a list, but it must be text"),
+        ({"prompt": MESSAGES[:1], "completion": "2"}, "`prompt` is a list and `completion` is text; write both alike"),
+        (
+            {"prompt": "1+1?", "completion": MESSAGES[1:2]},
+            "`prompt` is text and `completion` is a list; write both ali",
+        ),
+        (
+            {"prompt": MESSAGES[:2], "completion": MESSAGES[3:]},
+            "the last message of `prompt` is the assistant's, and `c",
+        ),
         ({"prompt": [], "completion": MESSAGES}, "`prompt` is an empty list, but it must be a list of at least one"),
         ({"prompt": MESSAGES[:2], "completion": MESSAGES[2:3]}, "the conversation has no assistant turn"),
         ({"prompt": [{"role": "robot"}], "completion": MESSAGES}, "message 1 of `prompt` has the role 'robot'"),
@@ -47,3 +56,69 @@ def test_of_messages_only_the_completion_is_learned(tmp_path: Path, given: int) 
 def test_a_wrong_value_is_named(row: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=f"^x:1: {sentence}"):
         parse_prompt_completion(row, "x:1")
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "given", "whole"),
+    [
+        (MESSAGES[:1], MESSAGES[:2], 1, MESSAGES[:2]),
+        ([SYSTEM, *MESSAGES[:1]], MESSAGES[:2], 2, [SYSTEM, *MESSAGES[:2]]),
+        (MESSAGES[:1], [SYSTEM, *MESSAGES[:2]], 2, [SYSTEM, *MESSAGES[:2]]),
+        (MESSAGES[2:3], MESSAGES, 3, MESSAGES),
+        (MESSAGES[:3], MESSAGES, 3, MESSAGES),
+        (MESSAGES[:2], MESSAGES[1:4], 2, MESSAGES[:4]),
+        (MESSAGES[:1], MESSAGES, 1, MESSAGES),
+    ],
+)
+def test_messages_that_the_completion_repeats_stand_there_once(
+    prompt: list[Any], completion: list[Any], given: int, whole: list[Any]
+) -> None:
+    chat = parse_prompt_completion({"prompt": prompt, "completion": completion}, "x:1")
+    assert chat == Chat(place="x:1", messages=tuple(whole), given=given, repeated=True)
+
+
+def test_a_question_that_is_asked_twice_is_no_repetition() -> None:
+    completion = [MESSAGES[1], MESSAGES[0], MESSAGES[3]]
+    chat = parse_prompt_completion({"prompt": MESSAGES[:1], "completion": completion}, "x:1")
+    assert chat == Chat(place="x:1", messages=(MESSAGES[0], *completion), given=1)
+
+
+QUESTION = "What is the name of it?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "asked", "answer"),
+    [
+        (QUESTION, f"{QUESTION} Bo.", QUESTION, " Bo."),
+        (f"{QUESTION}\n", f"{QUESTION}\nBo.", f"{QUESTION}\n", "Bo."),
+        (f"{QUESTION}\n\n", f"{QUESTION} Bo.", QUESTION, " Bo."),
+        ("Q:", "Q: Bo.", "Q:", " Bo."),
+    ],
+)
+def test_a_text_that_the_completion_repeats_stands_there_once(
+    prompt: str, completion: str, asked: str, answer: str
+) -> None:
+    expected = Completion(place="x:1", prompt=asked, completion=answer, repeated=True)
+    assert parse_prompt_completion({"prompt": prompt, "completion": completion}, "x:1") == expected
+    assert parse_input_output({"input": prompt, "output": completion}, "x:1") == expected
+    assert parse_trace({"prompt": prompt, "answer": completion}, "x:1") == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("Hi", "Hi there."),
+        (QUESTION, QUESTION),
+        (QUESTION, f"{QUESTION}\n"),
+        ("He sees what is on the table", "He sees what is on the tables."),
+        (QUESTION, f" {QUESTION} Bo."),
+        ("", "Bo."),
+        (" \n", " \nBo."),
+    ],
+)
+def test_a_completion_that_may_begin_with_these_words_itself_stays(prompt: str, completion: str) -> None:
+    expected = Completion(place="x:1", prompt=prompt, completion=completion)
+    assert parse_prompt_completion({"prompt": prompt, "completion": completion}, "x:1") == expected

@@ -143,6 +143,9 @@ def test_every_form_of_texts_has_the_tokens_of_three_parts(
             {"prompt": "What is a cat, dear?", "chosen": "What is a cat, dear?A", "rejected": "What is a cat, dear?B"},
             "stripped",
         ),
+        ({"prompt": "Say it: \n", "chosen": "Say it: a", "rejected": "Say it: \nb"}, "stripped"),
+        ({"prompt": "Say it: \n", "chosen": "Say it: a", "rejected": "b"}, "in one answer"),
+        ({"prompt": "Hi  ", "chosen": "Hi you!", "rejected": "Hi there!"}, "in both answers"),
         ({"prompt": "2+2=", "chosen": "2+2=4", "rejected": "2+2=5"}, "stripped"),
         ({"prompt": "a fish", "chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "given"),
         ({"chosen": f"{ASKED} Owl.", "rejected": f"{ASKED} Oak."}, "found"),
@@ -152,6 +155,14 @@ def test_a_pair_says_where_its_prompt_was(row: dict[str, Any], form: str) -> Non
     pair = parse_preference(row, "x:1")
     assert pair.fault is None
     assert pair.form == form
+
+
+@pytest.mark.parametrize("end", [" ", "\n", "  \n\t"])
+def test_white_space_at_the_end_of_a_prompt_is_that_of_the_answers_that_repeat_it(end: str) -> None:
+    question = "What is the first of these?"
+    row = {"prompt": f"{question}{end}", "chosen": f"{question}\n\nOne.", "rejected": f"{question} Two."}
+    pair = parse_preference(row, "x:1")
+    assert pair == Preference(place="x:1", prompt=question, chosen="\n\nOne.", rejected=" Two.", form="stripped")
 
 
 @pytest.mark.parametrize("prompt", ["Hi", "Hi!", "Good morning!"])
