@@ -16,6 +16,7 @@ from tests.support.data_files import write_rows
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 ANSWER = '{"role": "assistant", "content": "b"}'
+ASK = '{"role": "user", "content": "a"}'
 
 
 def read(path: Path, data_format: Any = None, **rules: Any) -> list[Any]:
@@ -67,8 +68,8 @@ def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path: Path, line: st
         ('{"text": "b", "id": 1}', "text", Completion),
         (f'{{"messages": [{ANSWER}], "prompt": "b"}}', "messages", Chat),
         (f'{{"messages": null, "conversations": null, {GOOD[1:]}', "prompt-completion", Completion),
-        (f'{{"messages": [{ANSWER}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
-        (f'{{"conversations": [{ANSWER}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
+        (f'{{"messages": [{ASK}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
+        (f'{{"conversations": [{ASK}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
         ('{"instruction": "a", "output": "d", "chosen": "b", "rejected": "c"}', "preference", Preference),
     ],
 )
@@ -239,6 +240,8 @@ def test_an_empty_cell_of_a_table_might_as_well_be_missing(tmp_path: Path) -> No
         ({"input": "a", "output": "b"}, ("a\n", "b")),
         ({"prompt": "", "completion": "b"}, ("", "b")),
         ({"text": "b"}, ("", "b")),
+        ({"prompt": "a:", "completion": "a:\nb"}, ("a:\n", "b")),
+        ({"prompt": "a:", "completion": "a: b"}, ("a:", " b")),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("a\n", "b", "c")),
         ({"prompt": "a:", "chosen": "a:\nb", "rejected": "a:\nc"}, ("a:\n", "b", "c")),
         ({"prompt": "a:", "chosen": "a: b", "rejected": "a: c"}, ("a:", " b", " c")),

@@ -9,6 +9,7 @@ from hft_megatron.data.formats.conversations import SHAREGPT_ROLES, sharegpt_mes
 from hft_megatron.data.formats.record import (
     Message,
     Preference,
+    check_seam,
     checked_messages,
     kind_of,
     optional_text_of,
@@ -49,6 +50,9 @@ def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
         )
     pair = split_messages(place, prompt, chosen, rejected)
     assert not isinstance(pair.prompt, str)
+    if pair.form == "given":
+        for answer_key, answer in (("chosen", chosen), ("rejected", rejected)):
+            check_seam(pair.prompt, answer, place, prompt_keys(row)[0], answer_key)
     return replace(pair, prompt=_with_system(row, pair.prompt, place))
 
 

@@ -89,6 +89,15 @@ def test_real_pairs_are_put_together_again(shared_data: Path, name: str) -> None
             {"prompt": "a", "chosen": "b", "rejected": [BAD]},
             "`chosen` is text and `rejected` is a list; write both alike",
         ),
+        (
+            {"messages": [ASK, GOOD], "chosen": "b", "rejected": "c"},
+            "the last message of `messages` is the assistant's",
+        ),
+        ({"prompt": [ASK, BAD], "chosen": [ASK], "rejected": GOOD}, "the last message of `chosen` is the user's"),
+        (
+            {"prompt": [ASK, BAD], "chosen": [ASK, GOOD], "rejected": GOOD},
+            "and `rejected` begins with the assistant, t",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "s"}, "with --data-keys prompt=instruction, or"),
         ({"prompt": [SYSTEM, ASK], "chosen": "b", "rejected": "c", "system": "t"}, "`system` is another text than"),
         ({"conversations": [{"from": "x"}], "chosen": "b", "rejected": "c"}, "turn 1 is 'x', but it must be one of"),
