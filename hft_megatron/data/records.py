@@ -155,7 +155,7 @@ class RecordReader:
             return replace(record, prompt=joined)
         # Prompt and answers were one text already: what joins them there belongs to the prompt.
         names = ("completion",) if isinstance(record, Completion) else ("chosen", "rejected")
-        answers: dict[str, str] = {name: getattr(record, name) for name in names}
+        answers: dict[str, Any] = {name: getattr(record, name) for name in names}
         if not all(answer.startswith(separator) for answer in answers.values()):
             return record
         self._joined = True

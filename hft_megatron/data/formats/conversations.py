@@ -1,6 +1,6 @@
 """Conversations: ``messages`` as OpenAI and Hugging Face write them, and ShareGPT's ``conversations``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hft_megatron.data.formats.record import (
@@ -41,11 +41,21 @@ def parse_sharegpt(row: Mapping[str, Any], place: str) -> Chat:
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{place}: `conversations` is {kind_of(turns)}, but it must be a list of at least one turn.")
+    messages = [sharegpt_message(turn, number, place) for number, turn in enumerate(turns, start=1)]
+    return chat(place, with_system(row, messages, place))
+
+
+def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: str) -> tuple[Message, ...]:
+    """The messages behind the row's ``system`` text, where it has one, once. Raises UserError where they begin with
+    another one."""
     system = optional_text_of(row, "system", place)
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for number, turn in enumerate(turns, start=1):
-        messages.append(sharegpt_message(turn, number, place))
-    return chat(place, messages)
+    if not system or (messages and messages[0]["role"] == "system" and messages[0]["content"] == system):
+        return tuple(messages)
+    if messages and messages[0]["role"] == "system":
+        raise UserError(
+            f"{place}: `system` is another text than the system message of the conversation; keep one of them."
+        )
+    return ({"role": "system", "content": system}, *messages)
 
 
 def sharegpt_message(turn: object, number: int, place: str, *, key: str = "conversations") -> Message:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from hft_megatron.data.formats.alpaca import alpaca_prompt
-from hft_megatron.data.formats.conversations import SHAREGPT_ROLES, sharegpt_message
+from hft_megatron.data.formats.conversations import SHAREGPT_ROLES, sharegpt_message, with_system
 from hft_megatron.data.formats.record import (
     Message,
     Preference,
@@ -53,7 +53,7 @@ def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
     if pair.form == "given":
         for answer_key, answer in (("chosen", chosen), ("rejected", rejected)):
             check_seam(pair.prompt, answer, place, prompt_keys(row)[0], answer_key)
-    return replace(pair, prompt=_with_system(row, pair.prompt, place))
+    return replace(pair, prompt=with_system(row, pair.prompt, place))
 
 
 def _pair_of_texts(row: Mapping[str, Any], place: str, prompt: str | None, chosen: str, rejected: str) -> Preference:
@@ -123,14 +123,3 @@ def _messages(value: object, key: str, place: str) -> tuple[Message, ...]:
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "from" in turn for turn in value):
         return tuple(sharegpt_message(turn, number, place, key=key) for number, turn in enumerate(value, start=1))
     return checked_messages(value, place, key=key)
-
-
-def _with_system(row: Mapping[str, Any], prompt: tuple[Message, ...], place: str) -> tuple[Message, ...]:
-    system = optional_text_of(row, "system", place)
-    if not system:
-        return prompt
-    if prompt and prompt[0]["role"] == "system":
-        if prompt[0]["content"] == system:
-            return prompt
-        raise UserError(f"{place}: `system` is another text than the system message of the prompt; keep one of them.")
-    return ({"role": "system", "content": system}, *prompt)

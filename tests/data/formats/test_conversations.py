@@ -9,6 +9,7 @@ from hft_megatron.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}
 TEXT_PART = {"type": "text", "text": "a"}
+SYSTEM = {"from": "system", "value": "s"}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}
 
 
@@ -64,6 +65,12 @@ def test_sharegpt_turns_become_messages_in_their_order() -> None:
     }
 
 
+def test_a_system_text_beside_a_system_turn_stands_there_once() -> None:
+    chat = parse_sharegpt({"conversations": [SYSTEM, HUMAN, GPT], "system": "s"}, "x:1")
+    assert chat == parse_sharegpt({"conversations": [HUMAN, GPT], "system": "s"}, "x:1")
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
@@ -106,6 +113,7 @@ def test_a_wrong_message_is_named(row: dict[str, Any], sentence: str) -> None:
         ({"conversations": [{"from": "gpt", "value": {}}]}, "the `value` of turn 1 is an object"),
         ({"conversations": [HUMAN]}, "has no assistant turn"),
         ({"conversations": [GPT], "system": 1}, "`system` is a number"),
+        ({"conversations": [SYSTEM, GPT], "system": "t"}, "`system` is another text than the system message of the co"),
         ({"conversations": [{**GPT, "role": "user"}]}, "turn 1 has `role` as well as `from` and `value`; keep one"),
     ],
 )

@@ -93,7 +93,6 @@ def test_real_pairs_are_put_together_again(shared_data: Path, name: str) -> None
             {"messages": [ASK, GOOD], "chosen": "b", "rejected": "c"},
             "the last message of `messages` is the assistant's",
         ),
-        ({"prompt": [ASK, BAD], "chosen": [ASK], "rejected": GOOD}, "the last message of `chosen` is the user's"),
         (
             {"prompt": [ASK, BAD], "chosen": [ASK, GOOD], "rejected": GOOD},
             "and `rejected` begins with the assistant, t",
