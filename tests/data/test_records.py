@@ -219,6 +219,25 @@ def test_an_instruction_with_another_name_for_its_output_is_read_as_proposed(
     assert record.messages[0]["content"] == "\n".join(row[key] for key in ("instruction", "context") if key in row)
 
 
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        ({"input": "1 2", "output": "3"}, "choose --data-format alpaca and write an empty `instruction` where none is"),
+        ({"prompt": "1 2", "completion": "3"}, "write it into the prompt"),
+        ({"prompt": "1 2", "answer": "3"}, "write it into the prompt"),
+    ],
+)
+def test_an_instruction_of_a_file_that_began_without_one_is_read_or_named(
+    tmp_path: Path, row: dict[str, str], fix: str
+) -> None:
+    copied = {"instruction": "1 2", **row}
+    path = write_rows(tmp_path / "train.jsonl", [{"instruction": None, **row}, copied, {**row, "instruction": "add"}])
+    reader = RecordReader(RecordRules()).read([path])
+    assert (next(reader)[1].keys, next(reader)[1].keys) == (PassedOver(), PassedOver(unread=("instruction",)))
+    with pytest.raises(UserError, match=rf":3: `instruction` stands for .*; {fix}"):
+        next(reader)
+
+
 def test_an_empty_cell_of_a_table_might_as_well_be_missing(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("instruction,input,history,weight,topic,output\nadd,,,1,,2\nsub,3,,,x,\n")

@@ -8,7 +8,8 @@ from hft_megatron.errors import UserError
 
 
 def parse_alpaca(row: Mapping[str, Any], place: str) -> Chat:
-    """The user says the instruction and, on the next line, the input where there is one; the output is the answer.
+    """The user says the instruction and, on the next line, the input, or the one of them that isn't empty; the output
+    is the answer.
 
     ``system`` (a text) and ``history`` (earlier pairs of question and answer) are optional, as in LLaMA-Factory.
     """
@@ -24,7 +25,7 @@ def alpaca_prompt(row: Mapping[str, Any], place: str) -> list[Message]:
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for question, answer in _history(row.get("history"), place):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    messages.append({"role": "user", "content": f"{instruction}\n{given}" if given else instruction})
+    messages.append({"role": "user", "content": "\n".join(text for text in (instruction, given) if text)})
     return messages
 
 

@@ -21,6 +21,10 @@ def test_the_input_follows_the_instruction_on_a_line_of_its_own() -> None:
     assert texts({"instruction": "add", "input": "1 2", "output": "3"})[0] == ("user", "add\n1 2")
 
 
+def test_without_an_instruction_the_user_says_the_input() -> None:
+    assert texts({"instruction": "", "input": "1+2", "output": "3"}) == [("user", "1+2"), ("assistant", "3")]
+
+
 def test_system_and_history_come_first() -> None:
     row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
     assert texts(row) == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
