@@ -43,6 +43,8 @@ TURN_WEIGHTS = ("weight", "loss_mask")
 """1 says no more than the options of the run do, so that all turns may have it."""
 TURN_SWITCHES = ("train", "training", "train_on_turn", "loss")
 """True asks for the turn to be trained, whoever's it is."""
+TURN_MASKS = ("masked",)
+"""The opposite: true takes the turn out."""
 
 RECORD_KEYS = (
     Key(names=("system",), meaning="the system message", peers="LLaMA-Factory, ms-swift", treatment="honoured",
@@ -110,8 +112,10 @@ MESSAGE_KEYS = (
         treatment="honoured"),
     Key(names=TURN_SWITCHES, meaning="whether the turn is trained, false or true", peers="axolotl, ms-swift",
         treatment="honoured"),
-    Key(names=("train_detail", "training_detail", "loss_scale", "mask", "masked", "label"),
-        meaning="which part of the turn is trained, or how much", peers="axolotl, ms-swift, torchtune, NeMo",
+    Key(names=TURN_MASKS, meaning="whether the turn is left out of what is trained, false or true", peers="torchtune",
+        treatment="honoured"),
+    Key(names=("train_detail", "training_detail", "loss_scale", "mask", "label"),
+        meaning="which part of the turn is trained, or how much", peers="axolotl, ms-swift, NeMo",
         treatment="refused"),
     Key(names=("image", "images", "video", "videos", "audio", "audios"), meaning="pictures, films or sounds",
         peers="LLaMA-Factory, ms-swift, OpenAI", treatment="refused"),
@@ -129,7 +133,7 @@ MESSAGE_KEYS = (
 
 def is_empty(value: object) -> bool:
     """Whether the value is one that columns without a value hold, here or there: its key might as well be missing."""
-    return value in (None, "", "[]", [], {})
+    return value in (None, "", "[]", "{}", "null", [], {})
 
 
 def refusal_of(key: str, value: object, format: DataFormat) -> Key | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from hft_megatron.data.formats.keys import TURN_SWITCHES, TURN_WEIGHTS, is_empty
+from hft_megatron.data.formats.keys import TURN_MASKS, TURN_SWITCHES, TURN_WEIGHTS, is_empty
 from hft_megatron.data.formats.record import Chat, Completion, Message, Preference, Record, shortened
 from hft_megatron.errors import UserError
 
@@ -65,7 +65,7 @@ def _is_nothing(key: str, value: object) -> bool:
 
 
 def _keys(message: Message) -> list[str]:
-    return [key for key in (*TURN_WEIGHTS, *TURN_SWITCHES) if not is_empty(message.get(key))]
+    return [key for key in (*TURN_WEIGHTS, *TURN_SWITCHES, *TURN_MASKS) if not is_empty(message.get(key))]
 
 
 def _is_trained(message: Message, key: str, named: str) -> bool:
@@ -75,7 +75,9 @@ def _is_trained(message: Message, key: str, named: str) -> bool:
             f"{named} is {shortened(value)}, but it must be 0 or 1, or false or true: the loss has no weights between "
             f"them; correct it, or pass over it with --ignore-keys {key}."
         )
-    if value and key in TURN_SWITCHES and message["role"] != "assistant":
+    if key in TURN_MASKS:
+        value = not value
+    if value and key not in TURN_WEIGHTS and message["role"] != "assistant":
         raise UserError(
             f"{named} asks for the {message['role']}'s turn to be trained, but only the assistant's are; remove it, or "
             f"pass over it with --ignore-keys {key} and train everything with --loss-on all."

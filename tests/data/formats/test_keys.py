@@ -44,7 +44,7 @@ KNOWN = {
     of: sorted({name for row in table for name in row.names})
     for of, table in (("record", RECORD_KEYS), ("message", MESSAGE_KEYS))
 }
-EMPTY: list[Any] = ["", "[]", [], {}]
+EMPTY: list[Any] = ["", "[]", "{}", "null", [], {}]
 """What columns without a value hold, besides nulls."""
 VALUES = [["u"], "unlike", {"k": "v"}, 7, True, [{"role": "user", "content": "other"}], [[{"k": None}, 0]], *EMPTY]
 

@@ -47,12 +47,12 @@ def sharegpt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 OFF = [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"training": 0}, {"train_on_turn": False}]
-OFF += [{"loss_mask": 0}, {"weight": 0, "train": False}, {"weight": None, "loss": False}]
+OFF += [{"loss_mask": 0}, {"weight": 0, "train": False}, {"weight": None, "loss": False}, {"masked": True}]
 
 
 @pytest.mark.parametrize("off", OFF, ids=str)
 def test_a_turn_that_is_switched_off_is_read_and_not_trained(tmp_path: Path, tokenizer: Tokenizer, off: Any) -> None:
-    messages = conversation(a1=off, a3={"weight": 1}, a5={"train": True})
+    messages = conversation(a1=off, a3={"weight": 1, "masked": False}, a5={"train": True}, u0={"masked": True})
     plain = load(write_rows(tmp_path / "plain.jsonl", [{"messages": conversation()}]), tokenizer)
     for row in ({"messages": messages}, {"conversations": sharegpt(messages)}):
         dataset = load(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)
@@ -90,6 +90,8 @@ def test_an_ignored_weight_trains_the_turn_and_is_named(tmp_path: Path, tokenize
         ({"a1": {"train": "false"}}, "`train` of message 2 is 'false', but"),
         ({"a1": {"loss_mask": [0, 1]}}, r"`loss_mask` of message 2 is \[0, 1\], but"),
         ({"a1": {"weight": 1, "loss": False}}, "`weight` 1 and `loss` False of message 2 contradict each other"),
+        ({"u2": {"masked": False}}, "`masked` of message 3 asks for the user's turn to be trained, but only the assis"),
+        ({"a1": {"masked": 0, "train": False}}, "`train` False and `masked` 0 of message 2 contradict each other"),
         ({"u2": {"train": True}}, "`train` of message 3 asks for the user's turn to be trained, but only the assis"),
     ],
 )
