@@ -71,6 +71,10 @@ class ChatTemplate:
         """The messages' harmless keys that the template doesn't print."""
         return self._printed.harmless(messages)
 
+    def named_in(self, *texts: str) -> bool:
+        """Whether a text has the name of a special token."""
+        return self._tokens.named_in(*texts)
+
     def _check_names(
         self, messages: Sequence[Mapping[str, Any]], hidden: Sequence[Mapping[str, Any]], rendered: str
     ) -> None:

@@ -53,6 +53,8 @@ class SftCounts:
     """Turns of the assistant that their records take out of what is learned."""
     repeated_prompts: int = 0
     """Records whose completion repeated the prompt, where it was taken off."""
+    token_names: int = 0
+    """Records of verbatim texts that have names of special tokens in them."""
     unread: dict[str, int] = field(default_factory=dict)
     """Records with each of the keys that nothing was made of."""
     ignored: dict[str, int] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class SftCounts:
         self.empty_answers += example.empty_answers
         self.untrained_turns += example.untrained_turns
         self.repeated_prompts += example.repeated_prompt
+        self.token_names += example.has_token_names
         count_keys(self.unread, example.keys.unread)
         count_keys(self.ignored, example.keys.ignored)
         for start, stop in spans:
@@ -100,7 +103,7 @@ class SftCounts:
             lines.append(
                 f"{path}: {self.empty_answers:,} of {self.answers:,} answers are empty: only their end token is trained"
             )
-        return lines + notes_of_keys(path, self.unread, self.ignored)
+        return lines + notes_of_token_names(path, self.token_names) + notes_of_keys(path, self.unread, self.ignored)
 
     def check_answers(self, path: str) -> None:
         """Raise UserError where every answer of the source ``path`` is empty."""
@@ -115,6 +118,19 @@ def count_keys(counts: dict[str, int], keys: Iterable[str]) -> None:
     """Count one more record with these keys."""
     for key in keys:
         counts[key] = counts.get(key, 0) + 1
+
+
+def notes_of_token_names(path: str, count: int) -> list[str]:
+    """A line for the log about records of verbatim texts that a template may have rendered; none where there are none.
+
+    Without it such data would be trained to the end with turns that no generation has.
+    """
+    if not count:
+        return []
+    return [
+        f"{path}: records with names of special tokens in their texts, where these are ordinary characters: {count:,}; "
+        f"give conversations as messages, which the chat template renders"
+    ]
 
 
 def notes_of_keys(path: str, unread: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:

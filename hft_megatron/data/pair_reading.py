@@ -16,6 +16,7 @@ from hft_megatron.data.formats.record import Completion, Message, Preference, Pr
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pair_checks import BadPair, check_halves, check_length, check_record, check_room
 from hft_megatron.data.records import RecordReader
+from hft_megatron.data.special_tokens import SpecialTokens
 from hft_megatron.data.stores import Encoded, ExamplesInMemory
 from hft_megatron.data.token_cache import Tokenized
 from hft_megatron.data.tokenizer import Piece, Tokenizer
@@ -43,7 +44,8 @@ def _read_source(
     kept: list[Encoded] = []
     bad: Counter[str] = Counter()
     forms: Counter[PromptForm] = Counter()
-    read = truncated = dropped = 0
+    read = truncated = dropped = token_names = 0
+    tokens = SpecialTokens(tokenizer.facts.special_tokens)
     unread: dict[str, int] = {}
     ignored: dict[str, int] = {}
     reader, faults_before = RecordReader(replace(rules.records, data_format="preference")), len(faults)
@@ -51,6 +53,8 @@ def _read_source(
         read += 1
         count_keys(unread, pair.keys.unread)
         count_keys(ignored, pair.keys.ignored)
+        texts = [part for part in (pair.prompt, pair.chosen, pair.rejected) if isinstance(part, str)]
+        token_names += tokens.named_in(*texts)
         longest = max(len(ids) - 1 for ids, _ in halves)
         try:
             check_record(pair)
@@ -86,6 +90,7 @@ def _read_source(
         "bad": bad.most_common(),
         "unread": unread,
         "ignored": ignored,
+        "token_names": token_names,
         "forms": forms,
         "use": asdict(reader.use()),
     }

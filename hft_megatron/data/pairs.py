@@ -10,7 +10,7 @@ from typing import Any
 from hft_megatron.config.schema import BadPairs
 from hft_megatron.data.files.digests import file_digest
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, notes_of_keys
+from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, notes_of_keys, notes_of_token_names
 from hft_megatron.data.formats.record import PromptForm
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs
@@ -36,7 +36,7 @@ class PairSource:
     bad: tuple[tuple[str, int], ...]
     """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
     notes: tuple[str, ...]
-    """Lines about keys that nothing is made of."""
+    """Lines about names of special tokens in texts, and keys that nothing is made of."""
     forms: Mapping[PromptForm, int]
     """Kept pairs by where their prompt was."""
     use: RecordUse
@@ -154,7 +154,10 @@ def _part(source: SourceFiles, account: Mapping[str, Any]) -> PairSource:
     return PairSource(
         path=source.path,
         weight=source.weight,
-        notes=tuple(notes_of_keys(source.path, account["unread"], account["ignored"])),
+        notes=(
+            *notes_of_token_names(source.path, account["token_names"]),
+            *notes_of_keys(source.path, account["unread"], account["ignored"]),
+        ),
         use=RecordUse.from_dict(account["use"]),
         bad=tuple((reason, count) for reason, count in account["bad"]),
         **{name: account[name] for name in ("pairs", "read", "truncated", "dropped", "forms")},

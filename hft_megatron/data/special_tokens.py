@@ -39,6 +39,10 @@ class SpecialTokens:
         name = self.found(match).content
         return match.start() + match[0].index(name) + len(name)
 
+    def named_in(self, *texts: str) -> bool:
+        """Whether a text has the name of a token."""
+        return bool(self._names) and any(self._in_text.search(text) for text in texts)
+
     def hide(self, value: Any) -> Any:
         """``value`` with every token's name in its texts replaced, at any depth, so that ``pattern`` doesn't match."""
         if isinstance(value, str):

@@ -109,6 +109,49 @@ def test_repeated_prompts_are_counted_in_files_and_in_preprocessed_data(tmp_path
     assert read.example(1)[1].tolist() == read.example(2)[1].tolist()
 
 
+RENDERED = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\nb"
+
+
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [
+        ([{"text": RENDERED}, {"text": "a <b> | im_start"}, {"text": f"a {RENDERED}"}], 2),
+        ([{"prompt": RENDERED, "completion": "b"}, {"prompt": "a", "completion": "b"}], 1),
+        ([{"input": "a", "output": "b<|im_end|>"}], 1),
+        ([{"prompt": "a", "answer": "b<|im_end|>"}], 1),
+        ([{"messages": [{"role": "user", "content": RENDERED}, {"role": "assistant", "content": "b"}]}], 0),
+    ],
+)
+def test_rendered_conversations_in_verbatim_texts_are_counted(
+    tmp_path: Path, rows: list[dict[str, Any]], count: int
+) -> None:
+    tokenizer = load_tokenizer(None, make_byte_level(tmp_path / "tokenizer"), "chatml")
+    path, prefix = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "prefix"
+    make(prefix, path, tokenizer, append_eod=True)
+    note = (
+        f"records with names of special tokens in their texts, where these are ordinary characters: {count}; give con"
+    )
+    for source in (path, prefix):
+        lines = load(source, tokenizer).describe()[1:]
+        assert len(lines) == (count > 0)
+        assert all(line.startswith(f"{source}: {note}") for line in lines)
+
+
+def test_rendered_conversations_in_pairs_are_counted(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(None, make_byte_level(tmp_path / "tokenizer"), "chatml")
+    ask = {"role": "user", "content": RENDERED}
+    rows = [
+        {"prompt": RENDERED, "chosen": "b", "rejected": "c"},
+        {"prompt": [ask], "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "c<|im_end|>"},
+    ]
+    options = DataConfig(train_data_path=(str(write_rows(tmp_path / "pairs.jsonl", rows)),))
+    pairs = training_pairs(options, tokenizer, 512, "error")
+    assert pairs is not None
+    [line] = pairs.accounts()[0][1:]
+    assert "texts, where these are ordinary characters: 2; give conversations as messages" in line
+
+
 def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, prefix = write_rows(tmp_path / "rows.jsonl", [answered("a")]), tmp_path / "prefix"
     make(prefix, path, tokenizer)
