@@ -24,6 +24,7 @@ from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_text, write_rows
+from tests.support.preprocessing import make
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 MARKED = (
@@ -190,6 +191,23 @@ def test_a_conversation_the_template_refuses_is_named_by_line(tmp_path: Path) ->
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}])
     with pytest.raises(UserError, match=r"rows.jsonl:1: the chat template refuses the messages: roles must alternate"):
         load(path, load_tokenizer(None, folder), 8, "error")
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [("one by one!", "one by one."), ("No.", "No."), ("user/assistant/...", "user/assistant/..."), ("so", "so.")],
+)
+def test_a_templates_own_words_end_with_one_stop(tmp_path: Path, words: str, end: str) -> None:
+    folder = make_byte_level(tmp_path / "hf", chat_template=f"{{{{ raise_exception('{words}') }}}}")
+    path = write_rows(tmp_path / "rows.jsonl", [ANSWERED])
+    tokenizer = load_tokenizer(None, folder)
+    with pytest.raises(UserError) as caught:
+        load(path, tokenizer)
+    assert str(caught.value).endswith(f"refuses the messages: {end}")
+    with pytest.raises(UserError) as caught:
+        make(tmp_path / "prefix", path, tokenizer)
+    stem = end if end.endswith("...") else end[:-1]
+    assert f"refuses the messages: {stem}; or pass over it with --on-bad-line skip." in str(caught.value)
 
 
 ANSWERED = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
