@@ -5,6 +5,7 @@ from typing import Any
 
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.formats.keys import Key, refusal_of
+from hft_megatron.data.formats.preference import is_answer_alone, prompt_keys
 from hft_megatron.errors import UserError
 
 
@@ -33,6 +34,11 @@ def check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: st
         return
     if refusal.may_be_a_copy and _is_repeated(refusal, row[key], row, unread, format):
         return
+    if format == "preference" and key == "input" and prompt_keys(row) == ("system",) and is_answer_alone(row["chosen"]):
+        raise UserError(
+            f"{place}: `input` stands for the prompt of a pair, which must be in `prompt`; read it with --data-keys "
+            f"input=prompt, or pass over it with --ignore-keys input."
+        )
     raise UserError(
         f"{place}: `{key}` stands for {refusal.meaning}, which a record of the format {format} has no place for; "
         f"{refusal.fix}, or pass over it with --ignore-keys {key}."

@@ -17,9 +17,9 @@ from hft_megatron.data.files.rows import find_rows, row_of
 from hft_megatron.data.formats.keys import without_nulls
 from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Record, kind_of
 from hft_megatron.data.formats.table import FORMATS, recognise
-from hft_megatron.data.formats.usual_names import COMPLETION_NAMES, PROMPT_NAMES, only_one_of
 from hft_megatron.data.formats.weights import weigh
-from hft_megatron.data.printable import printable
+from hft_megatron.data.layout_advice import PAIR_LAYOUTS, proposal
+from hft_megatron.data.printable import printable, without_stop
 from hft_megatron.data.record_keys import check_unread, without
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.errors import UserError
@@ -90,7 +90,7 @@ class RecordReader:
             accepted = "; ".join(format.needs for format in FORMATS.values())
             raise UserError(
                 f"{row.place}: the record has {_keys_in_words(row.value)}, which is no known format: {accepted}. "
-                f"{_proposal(row.value)}."
+                f"{proposal(row.value)}."
             )
         return Layout(format=known, since=row.place)
 
@@ -142,7 +142,7 @@ class RecordReader:
         own = {known: key for key, known in self._names.items()}
         told = _OPTION_OF_KEY.sub(lambda found: found[1] + own.get(found[2], found[2]), sentence)
         named = [f"`{known}` is `{key}`" for key, known in self._names.items() if f"`{known}`" in told]
-        return f"{told.removesuffix('.')} ({', '.join(named)} by --data-keys)." if named else told
+        return f"{without_stop(told)} ({', '.join(named)} by --data-keys)." if named else told
 
     def _with_separator(self, record: Record) -> Record:
         separator = self._rules.prompt_separator
@@ -174,18 +174,12 @@ def _other_keys(row: Row, layout: Layout) -> str:
             f"{found}, but {needed}, and the file is in it since {layout.since}; put records of another format into a "
             f"file of their own."
         )
+    if layout.format == "preference":  # dpo asks for it without an option
+        return (
+            f"{found}, but {PAIR_LAYOUTS}; name the keys that hold the answers with --data-keys "
+            f"KEY=chosen,OTHER=rejected, or correct the record."
+        )
     return f"{found}, but {needed}; correct --data-format or the record."
-
-
-def _proposal(row: Mapping[str, Any]) -> str:
-    """What to write, with the record's own keys where there is no doubt which are the prompt and its completion."""
-    prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
-    if "instruction" in row and completion is not None:
-        return f"Read it with --data-keys {completion}=output" + ",context=input" * ("context" in row)
-    if prompt is None or completion is None:
-        return "Say which keys are meant with --data-keys KEY=prompt,OTHER=completion"
-    pairs = ((prompt, "prompt"), (completion, "completion"))
-    return "Read it with --data-keys " + ",".join(f"{key}={name}" for key, name in pairs if key != name)
 
 
 def _keys_in_words(row: Mapping[str, Any]) -> str:

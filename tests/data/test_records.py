@@ -238,6 +238,69 @@ def test_an_instruction_of_a_file_that_began_without_one_is_read_or_named(
         next(reader)
 
 
+TURNS = [json.loads(ASK), json.loads(ANSWER)]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "advice", "known"),
+    [
+        ({"conversation": TURNS}, "conversation=messages", "messages"),
+        ({"dialog": SHAREGPT, "topic": ["x"]}, "dialog=conversations", "sharegpt"),
+        ({"conversations": TURNS}, "conversations=messages", "messages"),
+        ({"messages": SHAREGPT}, "messages=conversations", "sharegpt"),
+    ],
+)
+def test_a_conversation_under_another_name_is_read_as_proposed(
+    tmp_path: Path, row: dict[str, Any], advice: str, known: str
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [row])
+    with pytest.raises(UserError, match=rf"[Rr]ead it with --data-keys {advice}\.$"):
+        read(path)
+    [(found, record)] = read(path, data_keys=data_keys(advice))
+    assert found == known
+    assert record.messages == tuple(TURNS)
+
+
+def test_two_conversations_leave_a_doubt(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [{"turns": TURNS, "items": TURNS, "words": ["a"]}])
+    with pytest.raises(UserError, match="Say which keys are meant"):
+        read(path)
+
+
+def test_a_conversation_of_another_form_is_named_by_the_records_own_key(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [{"turns": TURNS}])
+    with pytest.raises(UserError, match=r"read it with --data-keys turns=messages \(`conversations` is `turns` by"):
+        read(path, data_keys=(("turns", "conversations"),))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS, "rejected_response": "c"},
+        {"input": {"messages": TURNS[:1]}, "preferred_output": TURNS[1:], "non_preferred_output": TURNS[1:]},
+        {"prompt": "a", "completion": "b", "label": True},
+        {"question": "a", "response_j": "b", "response_k": "c"},
+    ],
+    ids=lambda row: " ".join(row),
+)
+def test_a_record_that_is_no_pair_is_told_what_a_pair_has(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [row])
+    with pytest.raises(UserError, match=r"but a pair has `chosen` and `rejected`, and its prompt in .* KEY=chosen,OTH"):
+        read(path, "preference")
+
+
+def test_the_input_of_a_pair_without_another_prompt_is_read_as_proposed(tmp_path: Path) -> None:
+    row = {"input": "a", "chosen": "b", "rejected": "c"}
+    path = write_rows(tmp_path / "train.jsonl", [row])
+    with pytest.raises(UserError, match=r"`input` stands for the prompt of a pair, .* --data-keys input=prompt, or"):
+        read(path)
+    [(_, record)] = read(path, data_keys=(("input", "prompt"),))
+    assert (record.prompt, record.chosen, record.rejected) == ("a", "b", "c")
+    with pytest.raises(UserError, match="`input` stands for another prompt"):
+        read(write_rows(path, [{**row, "prompt": "q"}]))
+
+
 def test_an_empty_cell_of_a_table_might_as_well_be_missing(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("instruction,input,history,weight,topic,output\nadd,,,1,,2\nsub,3,,,x,\n")

@@ -9,6 +9,7 @@ from hft_megatron.data.formats.record import (
     chat,
     checked_messages,
     kind_of,
+    list_within_text,
     optional_text_of,
 )
 from hft_megatron.errors import UserError
@@ -33,6 +34,7 @@ the form that a model's tools have: a data set that wants one has it in the text
 
 def parse_messages(row: Mapping[str, Any], place: str) -> Chat:
     """``{"messages": [{"role", "content"}]}``. Raises UserError naming the message that is wrong."""
+    _check_layout(row["messages"], "messages", "role", "conversations", "from", place)
     return chat(place, checked_messages(row["messages"], place))
 
 
@@ -40,9 +42,24 @@ def parse_sharegpt(row: Mapping[str, Any], place: str) -> Chat:
     """``{"conversations": [{"from", "value"}]}``, with an optional ``system`` text, as ``messages``."""
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{place}: `conversations` is {kind_of(turns)}, but it must be a list of at least one turn.")
+        raise UserError(
+            f"{place}: `conversations` is {kind_of(turns)}, but it must be a list of at least one turn"
+            f"{list_within_text(turns)}."
+        )
+    _check_layout(turns, "conversations", "from", "messages", "role", place)
     messages = [sharegpt_message(turn, number, place) for number, turn in enumerate(turns, start=1)]
     return chat(place, with_system(row, messages, place))
+
+
+def _check_layout(turns: object, key: str, name: str, other_key: str, other_name: str, place: str) -> None:
+    """Raise UserError for turns that are all in the form of the other layout."""
+    if not isinstance(turns, list) or not turns:
+        return
+    if all(isinstance(turn, dict) and other_name in turn and name not in turn for turn in turns):
+        raise UserError(
+            f"{place}: the turns of `{key}` have `{other_name}` and no `{name}`, which is the form of `{other_key}`; "
+            f"read it with --data-keys {key}={other_key}."
+        )
 
 
 def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: str) -> tuple[Message, ...]:

@@ -93,12 +93,13 @@ def prompt_keys(row: Mapping[str, Any]) -> tuple[str, ...]:
     if "prompt" in row:
         return "prompt", "system"
     for key in ("conversations", "messages"):
-        if key in row and _is_answer_alone(row["chosen"]):
+        if key in row and is_answer_alone(row["chosen"]):
             return key, "system"
     return ("instruction", "input", "history", "system") if "instruction" in row else ("system",)
 
 
-def _is_answer_alone(answer: object) -> bool:
+def is_answer_alone(answer: object) -> bool:
+    """Whether an answer doesn't begin with its prompt, as far as roles say: a text may."""
     first = answer[0] if isinstance(answer, list) and answer else answer
     if not isinstance(first, dict):
         return isinstance(first, str)

@@ -91,7 +91,10 @@ def optional_text_of(row: Mapping[str, Any], key: str, place: str) -> str:
 def checked_messages(messages: object, place: str, *, key: str = "messages") -> tuple[Message, ...]:
     """The list under ``key`` as messages with a known role and text. Raises UserError naming the message."""
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{place}: `{key}` is {kind_of(messages)}, but it must be a list of at least one message.")
+        raise UserError(
+            f"{place}: `{key}` is {kind_of(messages)}, but it must be a list of at least one message"
+            f"{list_within_text(messages)}."
+        )
     of = "" if key == "messages" else f" of `{key}`"
     checked = []
     for number, message in enumerate(messages, start=1):
@@ -162,6 +165,12 @@ def kind_of(value: object) -> str:
         return "a list" if value else "an empty list"
     names: dict[type, str] = {bool: "a truth value", int: "a number", float: "a number", str: "text", dict: "an object"}
     return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def list_within_text(value: object) -> str:
+    """What to add where a list was asked for and ``value`` is a text that holds one; empty for anything else."""
+    is_json = isinstance(value, str) and value.lstrip().startswith("[")
+    return "; the text holds JSON: write the list itself, in a file of JSON Lines" if is_json else ""
 
 
 def shortened(value: object) -> str:

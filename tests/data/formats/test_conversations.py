@@ -76,6 +76,8 @@ def test_a_system_text_beside_a_system_turn_stands_there_once() -> None:
     [
         ({"messages": {}}, "`messages` is an object, but it must be a list"),
         ({"messages": []}, "`messages` is an empty list"),
+        ({"messages": '[{"role": "user"}]'}, "`messages` is text, .*; the text holds JSON: write the list itself"),
+        ({"messages": [HUMAN, GPT]}, "have `from` and no `role`, .* read it with --data-keys messages=conversations"),
         ({"messages": ["a"]}, "message 1 is text"),
         ({"messages": [ANSWER, {"content": "a"}]}, "message 2 has the role None"),
         ({"messages": [{"role": "gpt", "content": "a"}]}, "has the role 'gpt', but it must be one of system, user, as"),
@@ -104,6 +106,8 @@ def test_a_wrong_message_is_named(row: dict[str, Any], sentence: str) -> None:
     [
         ({"conversations": "a"}, "`conversations` is text"),
         ({"conversations": []}, "`conversations` is an empty list"),
+        ({"conversations": '[{"from": "gpt"}]'}, "`conversations` is text, .*; the text holds JSON: write the list it"),
+        ({"conversations": [USER, ANSWER]}, "have `role` and no `from`, .* --data-keys conversations=messages"),
         ({"conversations": [HUMAN, None]}, "turn 2 is null"),
         ({"conversations": [{"value": "a"}]}, "the `from` of turn 1 is missing, but it must be one of system, human"),
         ({"conversations": [{"from": 1, "value": "a"}]}, "the `from` of turn 1 is a number"),
