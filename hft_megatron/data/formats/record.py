@@ -152,8 +152,8 @@ def check_seam(prompt: Sequence[Message], answer: Sequence[Message], place: str,
     if prompt and prompt[-1]["role"] == answer[0]["role"] == "assistant":
         raise UserError(
             f"{place}: the last message of `{key}` is the assistant's, and `{answer_key}` begins with the assistant, "
-            f"too: these would be two turns, for no answer continues one here; take that message out of `{key}`, and "
-            f"write an answer that it begins whole."
+            f"too, which makes two turns in a row; take that message out of `{key}`, and put its text in front of "
+            f"`{answer_key}` where the answer continues it."
         )
 
 
