@@ -13,7 +13,6 @@ from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.record import NOTHING, Chat, Completion, PassedOver, Preference, Record
 from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.printable import as_sentence
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.stores import Encoded
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
@@ -125,7 +124,7 @@ def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss
     try:
         return template.pieces(record.messages, given=record.given, untrained=record.untrained)
     except ChatError as error:
-        raise UserError(f"{record.place}: {as_sentence(str(error))}") from error
+        raise UserError(f"{record.place}: {error}.") from error
 
 
 def completion_pieces(record: Completion, tokenizer: Tokenizer, loss: LossRule) -> list[Piece]:

@@ -15,7 +15,6 @@ from hft_megatron.data.fitting import ExampleRules, count_keys
 from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
 from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pair_checks import BadPair, check_halves, check_length, check_record, check_room
-from hft_megatron.data.printable import as_sentence
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.special_tokens import SpecialTokens
 from hft_megatron.data.stores import Encoded, ExamplesInMemory
@@ -131,4 +130,4 @@ def _pieces(
     try:
         return template.pieces([*pair.prompt, *answer], given=len(pair.prompt))
     except ChatError as error:
-        raise UserError(f"{pair.place}: {as_sentence(str(error))}") from error
+        raise UserError(f"{pair.place}: {error}.") from error

@@ -19,7 +19,7 @@ from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Recor
 from hft_megatron.data.formats.table import FORMATS, recognise
 from hft_megatron.data.formats.weights import weigh
 from hft_megatron.data.layout_advice import PAIR_LAYOUTS, proposal
-from hft_megatron.data.printable import printable, without_stop
+from hft_megatron.data.printable import printable
 from hft_megatron.data.record_keys import check_unread, without
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.errors import UserError
@@ -142,7 +142,7 @@ class RecordReader:
         own = {known: key for key, known in self._names.items()}
         told = _OPTION_OF_KEY.sub(lambda found: found[1] + own.get(found[2], found[2]), sentence)
         named = [f"`{known}` is `{key}`" for key, known in self._names.items() if f"`{known}`" in told]
-        return f"{without_stop(told)} ({', '.join(named)} by --data-keys)." if named else told
+        return f"{told.removesuffix('.')} ({', '.join(named)} by --data-keys)." if named else told
 
     def _with_separator(self, record: Record) -> Record:
         separator = self._rules.prompt_separator

@@ -17,8 +17,6 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hft_megatron.data.printable import without_stop
-
 # Unicode keeps noncharacters for programs' own use; no text may contain them. They survive a template's trim filter.
 SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -66,8 +64,9 @@ _REFUSALS = (
 
 
 def _in_line(sentence: str) -> str:
-    """A library's sentence as a part of another."""
-    return without_stop(" ".join(sentence.split()))
+    """A library's or a template's sentence as a part of another."""
+    words = " ".join(sentence.split())
+    return f"{words[:-3]}…" if words.endswith("...") else words.rstrip(" .!")
 
 
 def cut_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:

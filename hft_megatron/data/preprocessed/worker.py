@@ -22,7 +22,6 @@ from hft_megatron.data.fitting import ExampleRules, SftCounts, check_predicts, s
 from hft_megatron.data.formats.record import Record
 from hft_megatron.data.preprocessed.chunks import Chunk
 from hft_megatron.data.preprocessed.index_file import token_dtype
-from hft_megatron.data.printable import without_stop
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.tokenizer import Piece, Tokenizer
@@ -98,7 +97,7 @@ class DocumentMaker:
         faults = Faults()
         for item, error in [] if self._skips else refused:
             faults.add(item.place, error)
-        told = [f"{without_stop(faults.told())}; or pass over it with --on-bad-line skip."] * (len(faults) > 0)
+        told = [f"{faults.told().removesuffix('.')}; or pass over it with --on-bad-line skip."] * (len(faults) > 0)
         told += [too_long.told()] * (len(too_long) > 0)
         if told:
             raise UserError(" ".join(told))
