@@ -86,7 +86,7 @@ def test_every_file_is_the_one_that_the_run_exported(case: str, ranks: RankPools
     assert len(expected) >= 5
     assert found == expected
     asks = "--chat-template" in CASES[case][3]  # the default is no template that writes this
-    assert (b"<|im_start|>" in found["chat_template.jinja"]) == asks
+    assert (b"'<|im_start|>' + message['role']" in found["chat_template.jinja"]) == asks
 
 
 @pytest.fixture(scope="session")
