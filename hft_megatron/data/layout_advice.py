@@ -1,5 +1,6 @@
 """What to write where a record is of no format, or not of the one that is asked for."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ def proposal(row: Mapping[str, Any]) -> str:
     conversations = {key: known for key, value in row.items() if (known := _conversation_key(value))}
     if len(conversations) == 1:
         ((key, known),) = conversations.items()
-        return f"Read it with --data-keys {key}={known}"
+        # What the option can't name, or nobody can read.
+        if key.isprintable() and not {",", "="} & set(key):
+            return f"Read it with --data-keys {shlex.quote(f'{key}={known}')}"
     prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
     if "instruction" in row and completion is not None:
         return f"Read it with --data-keys {completion}=output" + ",context=input" * ("context" in row)

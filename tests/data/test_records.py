@@ -262,6 +262,16 @@ def test_a_conversation_under_another_name_is_read_as_proposed(
     assert record.messages == tuple(TURNS)
 
 
+@pytest.mark.parametrize("key", ["\x1f", "a,b", "a=b"])
+def test_a_key_that_the_option_cannot_name_is_not_proposed(tmp_path: Path, key: str) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [{key: TURNS}])
+    with pytest.raises(UserError, match="Say which keys are meant") as caught:
+        read(path)
+    assert str(caught.value).isprintable()
+    with pytest.raises(UserError, match="Read it with --data-keys 'my turns=messages'"):
+        read(write_rows(tmp_path / "spaced.jsonl", [{"my turns": TURNS}]))
+
+
 def test_two_conversations_leave_a_doubt(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", [{"turns": TURNS, "items": TURNS, "words": ["a"]}])
     with pytest.raises(UserError, match="Say which keys are meant"):

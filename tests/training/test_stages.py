@@ -116,7 +116,9 @@ def test_every_stage_is_checked_before_the_first_is_trained(inputs: Path, tmp_pa
     words = words_of(inputs, tmp_path / "run", "--stages", tmp_path / "stages.yaml", "--check")
     assert run_cli(words, log=tmp_path / "log", method="dpo") == 2
     assert "24 records (" in (tmp_path / "log").read_text()
-    assert "the record has the keys `messages`, but a pair has `chosen` and `rejected`" in (tmp_path / "log").read_text()
+    assert (
+        "the record has the keys `messages`, but a pair has `chosen` and `rejected`" in (tmp_path / "log").read_text()
+    )
     assert not (tmp_path / "run").exists()
 
 
