@@ -38,7 +38,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", quick(CASES, ["dp2 overlap"]))
+@pytest.mark.parametrize("case", quick(CASES, ["dp2 overlap"], reason="three whole runs"))
 def test_the_three_references_give_one_loss_which_is_ln_2_at_the_first_step(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path, case: str
 ) -> None:

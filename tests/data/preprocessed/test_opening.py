@@ -298,9 +298,10 @@ def test_unfinished_data_and_parts_of_data_are_no_source(tmp_path: Path, tokeniz
         load(tmp_path / "done", tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("documents", "seconds"), [(200_000, 10), pytest.param(10_000_000, 60, marks=pytest.mark.slow)]
-)
+SLOW = pytest.mark.slow(reason="ten million documents are written first")
+
+
+@pytest.mark.parametrize(("documents", "seconds"), [(200_000, 10), pytest.param(10_000_000, 60, marks=SLOW)])
 def test_ten_million_records_open_in_seconds_and_hold_an_index_only(
     tmp_path: Path, tokenizer: Tokenizer, documents: int, seconds: float
 ) -> None:
