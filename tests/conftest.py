@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked import await_server
 from tests.support.ranks import RankPools
 
 # Before torch is imported: its threads wait for each other by spinning, which takes minutes where ranks want the cores.
@@ -25,6 +26,7 @@ _HAS_REASON = ("has a reason", True)
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPools]:
     """``ranks(2).run(run_x, argument=...)`` runs ``run_x`` on two gloo ranks and returns their values."""
+    await_server()
     pools = RankPools()
     yield pools
     pools.close()

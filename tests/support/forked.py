@@ -107,9 +107,21 @@ def start(
     Both streams go to the file ``output``, or standard error to ``errors``; standard input is empty. The program sees
     the file systems that the process ``mounts_of`` sees.
     """
+    _ensure_server()
+    return Started(words, clean_environment() if environment is None else environment, output, errors, mounts_of)
+
+
+def await_server() -> None:
+    """Waits until the process that others are forked from has imported everything: a fixture's time, not a test's."""
+    _ensure_server()
+    first = _CONTEXT.Process(target=os.getpid)
+    first.start()
+    first.join()
+
+
+def _ensure_server() -> None:
     with patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
-    return Started(words, clean_environment() if environment is None else environment, output, errors, mounts_of)
 
 
 def run(
