@@ -1,6 +1,7 @@
 """What a person sees: Megatron's log lines, and a progress bar when someone watches."""
 
 import math
+import os
 import sys
 from datetime import datetime, timedelta
 from typing import TextIO
@@ -9,14 +10,12 @@ from hft_megatron.tracking.tracker import (
     ACTUAL_THROUGHPUT,
     CONSUMED_SAMPLES,
     DEVICE_PEAK,
-    FROZEN_PARAMETERS,
     GLOBAL_BATCH_SIZE,
     GRAD_NORM,
     ITERATION_TIME,
     LEARNING_RATE,
     LOSS,
     OF_VALIDATION,
-    PLAN_DIGEST,
     PREFERENCE_LOSS,
     PROCESS_PEAK,
     REWARD_ACCURACY,
@@ -26,7 +25,6 @@ from hft_megatron.tracking.tracker import (
     THROUGHPUT,
     TIME_LEFT,
     TOKENS_PER_SECOND,
-    TRAINABLE_PARAMETERS,
     Metrics,
 )
 
@@ -47,16 +45,25 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     ("number of skipped iterations", "3d"),
     ("number of nan iterations", "3d"),
     (ROUND, "d"),
-    (TRAINABLE_PARAMETERS, "d"),
-    (FROZEN_PARAMETERS, "d"),
-    (PLAN_DIGEST, "s"),
     (ROUND_SWITCH_TIME, ".1f"),
     (TOKENS_PER_SECOND, ".1f"),
     (ACTUAL_THROUGHPUT, ".1f"),
     (DEVICE_PEAK, ".2f"),
     (PROCESS_PEAK, ".2f"),
 )
-"""The log line's fields in Megatron's order and Megatron's formats, then ours; people grep and parse these lines."""
+"""The log line's fields in Megatron's order and Megatron's formats, then ours; people grep and parse these lines.
+
+A round's plan, with its counts and its digest, has lines of its own where the round begins.
+"""
+_BAR_FORMAT = "{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}"
+_BAR_FIELDS = (
+    (LOSS, "loss {:.4f}"),
+    (PREFERENCE_LOSS, "loss {:.4f}"),
+    (LEARNING_RATE, "lr {:.2e}"),
+    (GRAD_NORM, "norm {:.3g}"),
+    (TOKENS_PER_SECOND, "{:,.0f} tok/s/GPU"),
+)
+"""Short, so that all fit on a terminal of 80 columns, hours left included; a narrower one cuts off the last."""
 
 _LARGEST_EXPONENT = 20.0
 """Megatron's bound on the loss in a perplexity."""
@@ -85,10 +92,18 @@ def validation_line(step: int, metrics: Metrics) -> str:
     return f" validation loss at iteration {step} | {' | '.join(fields)} | "
 
 
+def _columns(terminal: TextIO) -> int:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
 class ConsoleTracker:
     """Prints the lines to standard output, or shows a progress bar on standard error.
 
-    The bar is shown when standard error is a terminal. The lines are printed unless the bar stands on the same
+    The bar is shown when standard error is a terminal that says how wide it is: a container's, for one, may say 0
+    columns, where a bar would break over many lines. The lines are printed unless the bar stands on the same
     screen (both are terminals), so that ``> train.log`` keeps them and a person is not flooded.
     """
 
@@ -105,10 +120,16 @@ class ConsoleTracker:
         self._output = output or sys.stdout
         progress = progress or sys.stderr
         self._bar = None
-        if progress.isatty():
+        if progress.isatty() and _columns(progress) > 0:
             from tqdm import tqdm  # only when a person watches
 
-            self._bar = tqdm(total=train_iters, initial=start_iteration, file=progress, unit="it", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=train_iters,
+                initial=start_iteration,
+                file=progress,
+                dynamic_ncols=True,
+                bar_format=_BAR_FORMAT,
+            )
         self._prints_lines = self._bar is None or not self._output.isatty()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -120,11 +141,8 @@ class ConsoleTracker:
         if self._prints_lines:
             self._print(iteration_line(step, self._train_iters, metrics, now=datetime.now()))
         if self._bar is not None:
-            shown = [f"{name} {metrics[name]:.4f}" for name in (LOSS, PREFERENCE_LOSS) if name in metrics]
-            if TOKENS_PER_SECOND in metrics:
-                shown.append(f"{metrics[TOKENS_PER_SECOND]:,.0f} tokens/s/GPU")
-            # The bar's own estimate of the time left stands before it.
-            self._bar.set_postfix_str(", ".join(shown), refresh=False)
+            shown = [form.format(metrics[name]) for name, form in _BAR_FIELDS if name in metrics]
+            self._bar.set_postfix_str(" ".join(shown), refresh=False)
             self._bar.update(step - self._bar.n)
 
     def _print(self, text: str) -> None:

@@ -63,9 +63,18 @@ def run_training(
 
 
 def train_and_export(
-    method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int, company: Peers
+    method: MethodName,
+    options: RunConfig,
+    shape: ModelShape | None,
+    world_size: int,
+    company: Peers,
+    *,
+    of_a_stage: bool = False,
 ) -> int:
-    """``run_training``, with the process groups left as they are, for a stage that follows; returns the last round."""
+    """``run_training``, with the process groups left as they are, for a stage that follows; returns the last round.
+
+    ``of_a_stage``, it ends with a line instead of its whole bill.
+    """
     inputs = read_inputs(METHODS[method], options, shape, world_size)
     if inputs.config.training.deterministic_mode:
         make_deterministic()
@@ -103,7 +112,7 @@ def train_and_export(
             if tracker is not None:
                 _write_run_files(config, inputs, placement, scores)
                 wrapped, state = _train(
-                    config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce
+                    config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce, of_a_stage
                 )
             last_round = state.round
             with wrapped.gathered_parameters():
@@ -215,6 +224,7 @@ def _train(
     tracker: Tracker,
     state: TrainState,
     announce: Announce,
+    of_a_stage: bool,
 ) -> tuple[WrappedModel, TrainState]:
     """Trains to the end; returns what the last round left."""
     if state.iteration == train_iters(config.training):
@@ -242,7 +252,8 @@ def _train(
     )
     try:
         loaded_iteration = state.iteration if inputs.resumes else None
-        train(run, build_hooks(run, loaded_iteration=loaded_iteration, base=starting_base(inputs, placement)))
+        base = starting_base(inputs, placement)
+        train(run, build_hooks(run, loaded_iteration=loaded_iteration, base=base, of_a_stage=of_a_stage))
     finally:
         tracker.close()
     return run.wrapped, run.state

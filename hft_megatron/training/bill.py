@@ -2,18 +2,20 @@
 
 import json
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
 
 from hft_megatron.config.run_folder import BILL_FILE, write_atomically
+from hft_megatron.conversion.save import Announce
 from hft_megatron.optimizer.flops import FORMULA, StepFlops
 from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.parallel.step_clock import OTHER, SECTIONS
-from hft_megatron.training.bill_table import render_bill
+from hft_megatron.training.bill_table import bill_line, render_bill
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult
@@ -39,6 +41,8 @@ class Bill(Hook):
 
     folder: str | None
     """The --save folder; without one the table is only printed."""
+    of_a_stage: bool = False
+    """Say one line instead of the table: all of it follows after the last stage."""
     _sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMS, 0))
     _held: dict[int, dict[str, int]] = field(default_factory=dict)
     """round -> what was held in it at most."""
@@ -88,9 +92,9 @@ class Bill(Hook):
         bill["throughput"] = {**rates(timed, run.placement.world_size), "formula": FORMULA}
         bill["switches"] = {
             "count": len(self._switch_ms),
-            "median_ms": median(self._switch_ms) if self._switch_ms else None,
+            "mean_ms": fmean(self._switch_ms) if self._switch_ms else None,
         }
-        run.announce(render_bill(bill))
+        run.announce(bill_line(bill, self.folder) if self.of_a_stage else render_bill(bill))
         if self.folder is not None and run.placement.rank == 0:
             write_atomically(Path(self.folder) / BILL_FILE, json.dumps(bill, indent=2) + "\n")
 
@@ -106,7 +110,7 @@ class Bill(Hook):
             "bytes": {name: {"measured": measured[name], "full": full[name]} for name in measured},
             "held_by_round": self._held,
             "peak": peak_memory(),
-            "milliseconds": {name: median(values[_warm_up(steps) :]) for name, values in self._times.items()},
+            "milliseconds": {name: fmean(values[_warm_up(steps) :]) for name, values in self._times.items()},
         }
 
 
@@ -140,7 +144,11 @@ def _warm_up(steps: int) -> int:
 
 
 def _bill_of(run: Run, accounts: list[dict[str, Any]], *, steps: int, timed_steps: int) -> dict[str, Any]:
-    """What bill.json holds. Bytes reduced and gathered are those of all ``steps``; times are medians of one step."""
+    """What bill.json holds.
+
+    Bytes reduced and gathered are those of all ``steps``; times are means over the timed steps, so that a step's parts
+    add up to it.
+    """
     config, placement, plan = run.config, run.placement, run.wrapped.plan
     totals = {
         name: {kind: sum(one["bytes"][name][kind] for one in accounts) for kind in ("measured", "full")}
@@ -168,4 +176,66 @@ def _bill_of(run: Run, accounts: list[dict[str, Any]], *, steps: int, timed_step
         "bf16": config.training.bf16 is True,
         "total_bytes": totals,
         "ranks": accounts,
+    }
+
+
+def announce_bill_of_stages(folders: Sequence[Path], announce: Announce) -> None:
+    """Prints the bill of all stages together, from those that they left in their ``folders``.
+
+    A stage's bill is of its steps since its last start. The first line counts the stages whose bills are in it: those
+    that left one in the last one's layout.
+    """
+    files = [folder / BILL_FILE for folder in folders if (folder / BILL_FILE).is_file()]
+    bills = [json.loads(file.read_text("utf-8")) for file in files]
+    alike = [bill for bill in bills if _layout_of(bill) == _layout_of(bills[-1])]
+    if alike:
+        announce(render_bill(together(alike), of=f"{len(alike)} of {len(folders)} stages"))
+
+
+def together(bills: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One bill of several runs of the same layout, one after the other: bytes sent add up, of those held the most,
+    times and rates are means over all timed steps."""
+    steps = [bill["timed_steps"] for bill in bills]
+    times = [bill["ranks"][0]["milliseconds"][STEP] * count for bill, count in zip(bills, steps, strict=True)]
+
+    def of_rank(number: int) -> dict[str, Any]:
+        ranks: list[dict[str, Any]] = [bill["ranks"][number] for bill in bills]
+        return ranks[-1] | {
+            "bytes": _bytes_together([rank["bytes"] for rank in ranks]),
+            "milliseconds": _means([rank["milliseconds"] for rank in ranks], steps),
+        }
+
+    switches = [bill["switches"] for bill in bills if bill["switches"]["count"]]
+    count = sum(one["count"] for one in switches)
+    mean_ms = sum(one["mean_ms"] * one["count"] for one in switches) / count if count else None
+    formula = bills[-1]["throughput"]["formula"]
+    rates = [{name: rate for name, rate in bill["throughput"].items() if name != "formula"} for bill in bills]
+    return bills[-1] | {
+        "steps": sum(bill["steps"] for bill in bills),
+        "timed_steps": sum(steps),
+        "total_bytes": _bytes_together([bill["total_bytes"] for bill in bills]),
+        "ranks": [of_rank(number) for number in range(len(bills[-1]["ranks"]))],
+        "throughput": {**_means(rates, times), "formula": formula},
+        "switches": {"count": count, "mean_ms": mean_ms},
+    }
+
+
+def _layout_of(bill: dict[str, Any]) -> list[Any]:
+    """What must be alike for ranks to be compared; bills of earlier versions have other means."""
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    overlap = ("overlap_grad_reduce", "overlap_param_gather", "device", "bf16")
+    return [*(bill[name] for name in (*sizes, *overlap)), sorted(bill["switches"])]
+
+
+def _bytes_together(bytes: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    return {
+        name: {kind: (sum if name in SUMS else max)(one[name][kind] for one in bytes) for kind in ("measured", "full")}
+        for name in bytes[0]
+    }
+
+
+def _means(values: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    total = sum(weights)
+    return {
+        name: sum(one[name] * weight for one, weight in zip(values, weights, strict=True)) / total for name in values[0]
     }

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from hft_megatron.config.run_folder import BILL_FILE
 from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAIT
+from hft_megatron.tracking.tracker import TOKENS_PER_SECOND
 
 _BYTE_ROWS = (
     ("reduced", "reduced per step"),
@@ -18,8 +20,26 @@ LABEL_WIDTH = 40
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
-def render_bill(bill: Mapping[str, Any]) -> str:
-    """The table of a bill.json's contents: bytes of the largest rank and of all ranks, milliseconds over ranks."""
+def bill_line(bill: Mapping[str, Any], folder: str | None) -> str:
+    """One line of a bill's contents: steps, their mean time, tokens per second, and shares of full fine-tuning."""
+    shares = [
+        f"{_share(bill['total_bytes'][name])} of the bytes {label}"
+        for name, label in _BYTE_ROWS[:-1]
+        if bill["total_bytes"][name]["full"]
+    ]
+    step = mean(rank["milliseconds"]["step"] for rank in bill["ranks"])
+    place = f"; all of it is in {folder}/{BILL_FILE}" if folder is not None else ""
+    return (
+        f"> the bill: {bill['steps']} steps of {step:,.1f} ms, {bill['throughput'][TOKENS_PER_SECOND]:,.1f} "
+        f"tokens/s/GPU; next to full fine-tuning {', '.join(shares)}{place}"
+    )
+
+
+def render_bill(bill: Mapping[str, Any], *, of: str | None = None) -> str:
+    """The table of a bill.json's contents: bytes of the largest rank and of all ranks, milliseconds over ranks.
+
+    ``of`` is what it is the bill of; its iterations when None.
+    """
     layout = " x ".join(
         f"{short} {bill[size]}"
         for short, size in (
@@ -28,14 +48,14 @@ def render_bill(bill: Mapping[str, Any]) -> str:
             ("DP", "data_parallel_size"),
         )
     )
-    iterations = f"iterations {bill['first_iteration']} to {bill['last_iteration']}"
-    title = f"> the bill of {iterations}, measured on {layout}; what full fine-tuning would cost is by formula"
+    of = of or f"iterations {bill['first_iteration']} to {bill['last_iteration']}"
+    title = f"> the bill of {of}, measured on {layout}; what full fine-tuning would cost is by formula"
     lines = [title, *_aligned(_byte_rows(bill)), *_aligned(_time_rows(bill))]
     lines += _aligned([[name, f"{value:,.1f}"] for name, value in bill["throughput"].items() if name != "formula"])
     lines += _aligned(_peak_rows(bill))
     switches = bill["switches"]
     if switches["count"]:
-        lines += _aligned([[f"ms per switch, median of {switches['count']}", f"{switches['median_ms']:.1f}"]])
+        lines += _aligned([[f"ms per switch, mean of {switches['count']}", f"{switches['mean_ms']:.1f}"]])
     return "\n".join(lines)
 
 
@@ -45,10 +65,9 @@ def _byte_rows(bill: Mapping[str, Any]) -> list[list[str]]:
         per = bill["steps"] if name in ("reduced", "gathered") else 1
         of_rank = [rank["bytes"][name] for rank in bill["ranks"]]
         total = bill["total_bytes"][name]
-        share = f"{total['measured'] / total['full']:.1%}" if total["full"] else "-"
         largest = [max(one[kind] for one in of_rank) for kind in ("measured", "full")]
         sizes = [_size(value / per) for value in (*largest, total["measured"], total["full"])]
-        rows.append([label, *sizes, share])
+        rows.append([label, *sizes, _share(total)])
     return rows
 
 
@@ -57,7 +76,7 @@ def _time_rows(bill: Mapping[str, Any]) -> list[list[str]]:
         REDUCE_SCATTER_WAIT: bill["overlap_grad_reduce"],
         ALL_GATHER_WAIT: bill["overlap_param_gather"],
     }
-    rows = [[f"ms per step, median of {bill['timed_steps']}", "mean of ranks", "least", "most"]]
+    rows = [[f"ms per step, mean of {bill['timed_steps']}", "mean of ranks", "least", "most"]]
     for name in bill["ranks"][0]["milliseconds"]:
         values = [rank["milliseconds"][name] for rank in bill["ranks"]]
         kind = {True: " (exposed)", False: " (all of it)"}[overlapped[name]] if name in overlapped else ""
@@ -73,6 +92,10 @@ def _peak_rows(bill: Mapping[str, Any]) -> list[list[str]]:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left and padded alike in every table, the others to the right."""
     return [f"    {row[0]:<{LABEL_WIDTH}}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
+
+
+def _share(sizes: Mapping[str, int]) -> str:
+    return f"{sizes['measured'] / sizes['full']:.1%}" if sizes["full"] else "-"
 
 
 def _size(size: float) -> str:

@@ -112,10 +112,13 @@ class Validate(Hook):
         self._last = run.state.iteration
 
 
-def build_hooks(run: Run, *, loaded_iteration: int | None, base: Base | None) -> Sequence[Hook]:
+def build_hooks(
+    run: Run, *, loaded_iteration: int | None, base: Base | None, of_a_stage: bool = False
+) -> Sequence[Hook]:
     """The hooks that the options ask for, in the order they run.
 
     ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with.
+    ``of_a_stage``, the run ends with a line instead of its whole bill.
     """
     config = run.config
     hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
@@ -132,6 +135,6 @@ def build_hooks(run: Run, *, loaded_iteration: int | None, base: Base | None) ->
         writer = CheckpointWriter(config.checkpoint, run.placement)
         saver = SaveCheckpoints(config.checkpoint, writer, last=already, base=base, audit=audit)
         hooks.append(saver)
-    hooks.append(Bill(config.checkpoint.save))
+    hooks.append(Bill(config.checkpoint.save, of_a_stage=of_a_stage))
     hooks.append(StopEarly(saver, config.training.exit_duration_in_mins))
     return hooks

@@ -16,6 +16,7 @@ from hft_megatron.parallel.groups import leave_groups, stop_groups
 from hft_megatron.parallel.peers import Peers, peers
 from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.training.assembly import train_and_export
+from hft_megatron.training.bill import announce_bill_of_stages
 from hft_megatron.training.inputs import read_inputs
 from hft_megatron.training.methods import METHODS
 
@@ -65,9 +66,11 @@ def _run_what_is_left(stages: Sequence[Stage], shape: ModelShape | None, world_s
             if rank == 0:
                 print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
             # Not read from its checkpoint: another host's folder may show the last one a minute later.
-            last_round = train_and_export(one.method, one.config, shape, world_size, company)
+            last_round = train_and_export(one.method, one.config, shape, world_size, company, of_a_stage=True)
             leave_groups()
         first_round = last_round + 1
+    if rank == 0:
+        announce_bill_of_stages([stage.folder for stage in stages], lambda text: print(text, flush=True))
 
 
 def _check_done(stage: Stage, following: Stage, shape: ModelShape | None, world_size: int) -> None:

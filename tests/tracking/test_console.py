@@ -1,6 +1,13 @@
+import contextlib
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import termios
 from datetime import datetime
+from typing import TextIO
 
 import pytest
 
@@ -21,12 +28,24 @@ METRICS = {
 }
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+class Terminal(io.TextIOWrapper):
+    """A real one, of so many columns."""
+
+    def __init__(self, columns: int = 80) -> None:
+        self._seen = ""
+        self._screen, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        os.set_blocking(self._screen, False)
+        super().__init__(io.FileIO(terminal, "w"), encoding="utf-8", write_through=True)
+
+    def getvalue(self) -> str:
+        """All that was written to it."""
+        with contextlib.suppress(BlockingIOError):
+            self._seen += os.read(self._screen, 1 << 16).decode()
+        return self._seen
 
 
-def log_two(output: io.StringIO, progress: io.StringIO) -> None:
+def log_two(output: TextIO, progress: TextIO) -> None:
     console = ConsoleTracker(train_iters=100, start_iteration=8, output=output, progress=progress)
     console.log(10, METRICS)
     console.log(10, {"lm loss validation": 1.2})
@@ -38,8 +57,7 @@ def test_the_iteration_line_is_megatrons_to_the_character() -> None:
     assert line == (
         " [2026-08-22 10:00:00.123456] iteration       10/     100 | consumed samples:          320 |"
         " elapsed time per iteration (ms): 812.3 | learning rate: 1.000000E-05 | global batch size:    32 |"
-        " lm loss: 1.234567E+00 | grad norm: 1.234 | round: 2 | trainable params: 3500 | frozen params: 3200 |"
-        " plan digest: 5d292724e909 |"
+        " lm loss: 1.234567E+00 | grad norm: 1.234 | round: 2 |"
     )
 
 
@@ -70,14 +88,24 @@ def test_the_rates_stand_where_megatron_puts_throughput_and_the_time_left_ends_t
     )
 
 
-def test_the_bar_shows_the_loss_the_tokens_per_second_and_the_time_left() -> None:
+@pytest.mark.parametrize("name", ["lm loss", "preference loss"])
+def test_the_bar_shows_loss_rate_gradient_norm_tokens_per_second_and_time_left_on_80_columns(name: str) -> None:
     progress = Terminal()
-    console = ConsoleTracker(train_iters=100, start_iteration=0, output=Terminal(), progress=progress)
-    console.log(50, {"lm loss": 1.25, "tokens per GPU (tokens/s/GPU)": 9876.54})
+    console = ConsoleTracker(train_iters=9000, start_iteration=0, output=Terminal(), progress=progress)
+    console.log(
+        4500, {name: 1.25, "learning rate": 1e-5, "grad norm": 12.3456, "tokens per GPU (tokens/s/GPU)": 123456.7}
+    )
     console.close()
-    last = progress.getvalue().split("\r")[-1]
-    assert "lm loss 1.2500, 9,877 tokens/s/GPU" in last
-    assert re.search(r"\[\d+:\d+<\d+:\d+,", last)
+    last = progress.getvalue().rstrip().split("\r")[-1]
+    assert re.fullmatch(r"4500/9000\|.+\| \d\d:\d\d left, loss 1.2500 lr 1.00e-05 norm 12.3 123,457 tok/s/GPU", last)
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_a_terminal_that_says_it_has_no_columns_gets_lines(columns: int) -> None:
+    output, progress = Terminal(), Terminal(columns)
+    log_two(output, progress)
+    assert ("] iteration       10/" in output.getvalue()) == (columns == 0)
+    assert ("10/100" in progress.getvalue()) == (columns > 0)
 
 
 def test_the_validation_line_is_megatrons_to_the_character() -> None:

@@ -11,6 +11,7 @@ from hft_megatron.config.schema import HFTConfig, ParallelConfig
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.optimizer.flops import FORMULA
 from hft_megatron.optimizer.rank_costs import CostModel
+from hft_megatron.training.bill import announce_bill_of_stages, together
 from hft_megatron.training.bill_table import render_bill
 from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for, write_data
 
@@ -100,6 +101,7 @@ def test_no_part_of_a_step_takes_longer_than_the_step_and_together_they_are_the_
         times = rank["milliseconds"]
         assert set(times) == {"step", *PARTS}
         assert all(0 < times[part] <= times["step"] for part in PARTS)
+        assert sum(times[part] for part in PARTS) == pytest.approx(times["step"])
     for line in read_metrics(runs[name][0]):
         if "lm loss" in line:
             parts = sum(line[f"{part} (ms)"] for part in ("reduce-scatter wait", "all-gather wait"))
@@ -145,7 +147,7 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
         "total_bytes": dict.fromkeys(("reduced", "gathered", "gradients", "moments"), total)
         | {"masters": {"measured": 0, "full": 0}, "resting": {"measured": 40_000, "full": 0}},
         "throughput": {"tokens per GPU (tokens/s/GPU)": 1234.56, "formula": "6 N"},
-        "switches": {"count": 3, "median_ms": 12.34},
+        "switches": {"count": 3, "mean_ms": 12.34},
         "ranks": [
             account(2_000_000, 3_000_000, 10.0) | {"peak": {"max allocated memory (GB)": 70.0}},
             account(1_000_000, 5_000_000, 20.0) | {"peak": {"max allocated memory (GB)": 60.0}},
@@ -156,11 +158,29 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
     assert rows["held as moments"] == ["2.0", "MB", "5.0", "MB", "3.0", "MB", "8.0", "MB", "37.5%"]
     assert rows["held as masters"][-1] == "-"
     assert rows["kept on the host"][-3:] == ["0", "B", "-"]
-    assert rows["ms per switch, median of 3"] == ["12.3"]
+    assert rows["ms per switch, mean of 3"] == ["12.3"]
     assert rows["tokens per GPU (tokens/s/GPU)"] == ["1,234.6"]
     assert rows["max allocated memory (GB)"] == ["65.00", "60.00", "70.00"]
     assert "6 N" not in render_bill(bill)
     assert rows["reduce-scatter wait (exposed)"] == rows["all-gather wait (all of it)"] == ["15.0", "10.0", "20.0"]
+
+
+def test_bills_of_stages_add_up_what_was_sent_and_weigh_times_by_their_steps(runs, tmp_path):
+    half, full = (bill_of(runs, name) for name in ("half", "full"))
+    both = together([half, full | {"timed_steps": 9}])
+    assert (both["steps"], both["timed_steps"]) == (10, 12)
+    for name in ("reduced", "moments"):
+        one, other = (bill["total_bytes"][name]["measured"] for bill in (half, full))
+        assert both["total_bytes"][name]["measured"] == (one + other if name == "reduced" else max(one, other))
+    for number, rank in enumerate(both["ranks"]):
+        one, other = (bill["ranks"][number]["milliseconds"]["step"] for bill in (half, full))
+        assert rank["milliseconds"]["step"] == pytest.approx((3 * one + 9 * other) / 12)
+        assert sum(rank["milliseconds"][part] for part in PARTS) == pytest.approx(rank["milliseconds"]["step"])
+    said = []
+    folders = [runs[name][0] for name in ("overlap", "half", "full")]
+    announce_bill_of_stages([*folders, tmp_path / "left none"], said.append)
+    [table] = said
+    assert table.startswith("> the bill of 2 of 4 stages, measured on TP 1 x PP 1 x DP 2;")
 
 
 def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_rested_on_the_host(ranks, tmp_path):
