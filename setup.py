@@ -24,6 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["hft_megatron", "hft_megatron.*"]),
+    package_data={"hft_megatron": ["py.typed"]},
     install_requires=[
         "torch>=2.9,<3",  # the first whose torchrun forwards SIGUSR1 (--signals-to-handle)
         # The two lines of engine/lines.py: 0.16 is the last for Python below 3.12.
@@ -54,6 +55,7 @@ setup(
             "hypothesis>=6.100",
             "jsonschema>=4.20",
             "mypy>=1.11",
+            "peft>=0.17",  # plans are applied to its models
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -1,3 +1,25 @@
-"""Half Fine-Tuning of LLaMA models on megatron-core."""
+"""Half Fine-Tuning of LLaMA models on megatron-core: a trainer, and plans for any other trainer."""
+
+from typing import TYPE_CHECKING, Any
+
+from hft_megatron.api import draw_plan
+from hft_megatron.hft.plan import Plan
+
+if TYPE_CHECKING:
+    from hft_megatron.training.hook import Hook
+    from hft_megatron.training.trainer import Trainer
 
 __version__ = "0.1.0"
+__all__ = ["Hook", "Plan", "Trainer", "draw_plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``Trainer`` and ``Hook`` when they are asked for: torch and megatron-core come with them."""
+    if name not in ("Trainer", "Hook"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hft_megatron.engine.start import prepare_engine
+
+    prepare_engine()
+    from hft_megatron.training import hook, trainer
+
+    return trainer.Trainer if name == "Trainer" else hook.Hook

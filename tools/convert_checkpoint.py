@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from hft_megatron.cli import launch
 from hft_megatron.cli.boundary import StatusFolder, run_command, show
 from hft_megatron.config.input_rules import nothing_is_overwritten, outputs_can_be_written
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.config.schema import CheckpointConfig, RunConfig
 from hft_megatron.errors import UserError
+from hft_megatron.parallel import launch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hft_megatron import errors
-from hft_megatron.cli import launch
 from hft_megatron.config.run_folder import STATUS_FILE, write_atomically
+from hft_megatron.parallel import launch
 
 PROG = "hft-megatron"
 

@@ -7,13 +7,13 @@ word in place of the method's; without a model it looks at the machine alone.
 
 from dataclasses import dataclass, fields
 
-from hft_megatron.cli import launch
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.doctor_text import diagnosis_json, diagnosis_text
 from hft_megatron.config.input_rules import model_is_given_once
 from hft_megatron.config.schema import CorpusConfig, MethodName, ModelConfig, RunConfig
 from hft_megatron.config.validation import validate_layout
 from hft_megatron.errors import RunFailed, UserError
+from hft_megatron.parallel import launch
 from hft_megatron.training.doctor.findings import Diagnosis
 
 

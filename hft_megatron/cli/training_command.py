@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from hft_megatron.cli import launch
 from hft_megatron.cli.boundary import StatusFolder, end_of_peers
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.loading import read_resolved
@@ -21,6 +20,7 @@ from hft_megatron.config.schema import (
 )
 from hft_megatron.config.stages import read_stages, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.parallel import launch
 
 
 @dataclass(frozen=True, kw_only=True)

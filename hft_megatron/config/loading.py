@@ -64,6 +64,22 @@ def load_options(options_type: type[T], arguments: Sequence[str]) -> T:
     return _build(options_type, list(settings.values()))
 
 
+def options_of(options_type: type[T], values: Mapping[str, Any]) -> T:
+    """Build ``options_type`` from Python values by name (``micro_batch_size``); None leaves an option unset.
+
+    Raises UserError for a name that is no option and for a value that none can have.
+    """
+    flags, settings = flags_of(options_type), []
+    for written, value in values.items():
+        name = written.replace("_", "-")
+        if name not in flags:
+            raise unknown_option(written, name, flags)
+        if value is not None:
+            words = tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
+            settings.append(Setting(flag=flags[name], words=words, where=written))
+    return _build(options_type, settings)
+
+
 def write_resolved(config: RunConfig, path: Path) -> None:
     """Write every option with its value as YAML that ``--config`` reads, atomically."""
     write_atomically(path, _RESOLVED_HEADER + yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))

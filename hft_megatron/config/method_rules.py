@@ -69,7 +69,7 @@ def plan_file_stands_alone(config: RunConfig, shape: ModelShape, world_size: int
 
 
 def selection_options_fit_together(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Selections that have their own units and order, and what needs weights."""
+    """Selections that have their own units and order."""
     hft = config.hft
     for name in _MEANINGLESS_WITH.get(hft.hft_selection, ()):
         if getattr(hft, name) != _DEFAULTS[name]:
@@ -77,7 +77,11 @@ def selection_options_fit_together(config: RunConfig, shape: ModelShape, world_s
                 f"{_given(hft, name)} has no meaning with --hft-selection {hft.hft_selection}, which "
                 f"{_WHAT_IT_CHOOSES[hft.hft_selection]}; leave {_flag(name)} out."
             )
-    if hft.hft_selection == "spectrum" and config.model.load_hf is None:
+
+
+def scores_have_weights(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Random weights have no signal to rank by."""
+    if config.hft.hft_selection == "spectrum" and config.model.load_hf is None:
         raise UserError(
             "--hft-selection spectrum ranks the matrices of a trained model; name its folder with --load-hf."
         )
@@ -134,15 +138,18 @@ def rounds_and_moments_fit_together(config: RunConfig, shape: ModelShape, world_
         )
 
 
+CHOICE_RULES = (ratio_is_a_share, selection_options_fit_together, halves_are_halves, frozen_units_exist)
+"""Those about one round's plan."""
 METHOD_RULES = (
     ratio_is_a_share,
     plan_file_stands_alone,
     selection_options_fit_together,
+    scores_have_weights,
     halves_are_halves,
     frozen_units_exist,
     rounds_and_moments_fit_together,
 )
-"""All of them, for whoever draws plans."""
+"""All of them, for whoever draws plans in a run."""
 
 
 def _given(hft: HFTConfig, name: str) -> str:

@@ -1,7 +1,10 @@
 """Proof that what rests does rest: fingerprints of every resting shard, taken at the start of a round and compared."""
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -9,7 +12,10 @@ from torch import Tensor
 
 from hft_megatron.errors import RunFailed
 from hft_megatron.hft.plan import Plan
-from hft_megatron.model.parameters import ParameterSlot
+
+if TYPE_CHECKING:
+    # With megatron-core, which a plan on somebody else's model doesn't need.
+    from hft_megatron.model.parameters import ParameterSlot
 
 _SPREAD = 2 * 0x1E3779B97F4A7C15
 """Twice an odd 61-bit number: position x this + 1 is odd, and different for every position below 2^63."""

@@ -5,10 +5,10 @@ Trainability flags, gradient buckets, optimizer state, checkpoints and log lines
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import HFTConfig
@@ -17,6 +17,10 @@ from hft_megatron.hft.plan_record import FIX, PlanRecord, read_record, write_rec
 from hft_megatron.hft.policy import Policy
 from hft_megatron.hft.selection import training_units
 from hft_megatron.hft.units import CATEGORIES, Category, Unit, units_of
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from torch.optim import Optimizer
 
 SHORT_DIGEST_LENGTH = 12
 
@@ -92,6 +96,33 @@ class Plan:
     def frozen_parameters(self) -> int:
         """Parameters that rest, over the whole model."""
         return sum(unit.parameters for unit in self.units) - self.trainable_parameters
+
+    def parameters_of(self, name: str) -> int:
+        """Elements of the whole weight of this unit of the model."""
+        return next(unit.parameters for unit in self.units if unit.name == name)
+
+    def apply(self, model: "Module", optimizer: "Optimizer | None" = None) -> None:
+        """Freezes what the plan freezes in ``model``, any torch module whose parameters have Hugging Face's names.
+
+        Trainable units get ``requires_grad``, frozen ones lose it and their gradient. Where PEFT has put adapters into
+        the model, these follow their unit and all of its own weights stay frozen. It holds over ``train()``, gradient
+        checkpointing and tied embeddings; where something else changes ``requires_grad`` afterwards, the next forward
+        pass in training raises RuntimeError. Frozen weights cost no gradient and no state only in an optimizer (and a
+        DistributedDataParallel or FSDP) that is made afterwards: an ``optimizer`` that holds some is a ValueError, and
+        so is a model that is not the plan's.
+        """
+        from hft_megatron.hft.modules import apply_to_module
+
+        apply_to_module(self, model, optimizer)
+
+    def audit(self, model: "Module") -> Callable[[], None]:
+        """Fingerprints the frozen weights of ``model``, to which the plan was applied.
+
+        The function that it returns raises RuntimeError, with the first name, where a bit of them has changed since.
+        """
+        from hft_megatron.hft.modules import audit_module
+
+        return audit_module(self, model)
 
     def counts(self) -> tuple[CategoryCount, ...]:
         """Counts of every category the model has, in canonical order."""

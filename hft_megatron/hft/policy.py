@@ -94,6 +94,16 @@ _CHOICES = {
 }
 
 
+_EXPECTED = {"ratio": "a number between 0 and 1", "seed": "a whole number of at least 0"}
+
+
+def check_choice(name: str, value: Any) -> None:
+    """Raises ValueError where the field ``name`` of a policy can't be ``value``."""
+    if not _is_possible(name, value):
+        rule = "one of " + ", ".join(map(repr, _CHOICES[name])) if name in _CHOICES else _EXPECTED.get(name, "a bool")
+        raise ValueError(f"{name}={value!r} must be {rule}.")
+
+
 def _is_possible(name: str, value: Any) -> bool:
     """Whether a field read from a file can have this value."""
     if name in _CHOICES:

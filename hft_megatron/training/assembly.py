@@ -34,6 +34,7 @@ from hft_megatron.parallel.peers import Peers, peers
 from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.tracking.build import build_tracker
 from hft_megatron.tracking.tracker import CompositeTracker, Tracker
+from hft_megatron.training.hook import Hook
 from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, read_inputs
 from hft_megatron.training.inputs_agreement import check_inputs_agree
@@ -47,16 +48,22 @@ from hft_megatron.training.start import fill_from_other_run, starting_base, star
 
 
 def run_training(
-    method: MethodName, options: RunConfig, shape: ModelShape | None, world_size: int, *, on_loss: OnLoss
+    method: MethodName,
+    options: RunConfig,
+    shape: ModelShape | None,
+    world_size: int,
+    *,
+    on_loss: OnLoss,
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Trains (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
 
     Raises UserError for a user's mistake before a model is built, PeersLost where the ranks do not meet, Stopped after
     a signal or a time limit and the checkpoint. A host that is lost later is named to ``on_loss``, on another
-    thread, and the process ends.
+    thread, and the process ends. ``hooks`` are a user's own.
     """
     with peers(options.parallel.distributed_timeout_minutes, on_loss) as company:
-        train_and_export(method, options, shape, world_size, company)
+        train_and_export(method, options, shape, world_size, company, hooks=hooks)
         company.leave()
         # After a failure peers may be waiting in a collective, and waiting for them here would hide the error.
         stop_groups()
@@ -69,6 +76,7 @@ def train_and_export(
     world_size: int,
     company: Peers,
     *,
+    hooks: Sequence[Hook] = (),
     of_a_stage: bool = False,
 ) -> int:
     """``run_training``, with the process groups left as they are, for a stage that follows; returns the last round.
@@ -112,7 +120,18 @@ def train_and_export(
             if tracker is not None:
                 _write_run_files(config, inputs, placement, scores)
                 wrapped, state = _train(
-                    config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce, of_a_stage
+                    config,
+                    inputs,
+                    placement,
+                    wrapped,
+                    rounds,
+                    share,
+                    reference,
+                    tracker,
+                    state,
+                    announce,
+                    hooks,
+                    of_a_stage,
                 )
             last_round = state.round
             with wrapped.gathered_parameters():
@@ -224,6 +243,7 @@ def _train(
     tracker: Tracker,
     state: TrainState,
     announce: Announce,
+    hooks: Sequence[Hook],
     of_a_stage: bool,
 ) -> tuple[WrappedModel, TrainState]:
     """Trains to the end; returns what the last round left."""
@@ -253,7 +273,8 @@ def _train(
     try:
         loaded_iteration = state.iteration if inputs.resumes else None
         base = starting_base(inputs, placement)
-        train(run, build_hooks(run, loaded_iteration=loaded_iteration, base=base, of_a_stage=of_a_stage))
+        every = build_hooks(run, own=hooks, loaded_iteration=loaded_iteration, base=base, of_a_stage=of_a_stage)
+        train(run, every)
     finally:
         tracker.close()
     return run.wrapped, run.state

@@ -113,9 +113,9 @@ class Validate(Hook):
 
 
 def build_hooks(
-    run: Run, *, loaded_iteration: int | None, base: Base | None, of_a_stage: bool = False
+    run: Run, *, own: Sequence[Hook] = (), loaded_iteration: int | None, base: Base | None, of_a_stage: bool = False
 ) -> Sequence[Hook]:
-    """The hooks that the options ask for, in the order they run.
+    """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save.
 
     ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with.
     ``of_a_stage``, the run ends with a line instead of its whole bill.
@@ -129,6 +129,7 @@ def build_hooks(
         hooks.append(audit)
     if run.validation is not None:
         hooks.append(Validate(config.logging.eval_interval))
+    hooks += own
     saver = None
     if config.checkpoint.save is not None:
         already = loaded_iteration if same_folder(config.checkpoint.save, config.checkpoint.load) else None

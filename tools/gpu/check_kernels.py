@@ -134,11 +134,11 @@ def weight_gradient(site: Site) -> dict[str, Any]:
     """Check 7: gradients of a layer's matrices, added up over micro-batches, against an exact product of them all."""
     import torch
 
-    from hft_megatron.cli.launch import place_this_process
     from hft_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
     from hft_megatron.config.validation import shape_of
     from hft_megatron.model.build import build_model
     from hft_megatron.parallel.groups import start_backend, start_groups
+    from hft_megatron.parallel.launch import place_this_process
 
     # No CPU kernel goes from bf16 into fp32.
     dtype = torch.float32 if site.toy else torch.bfloat16

@@ -1,0 +1,108 @@
+"""The library: plans for any trainer. ``Trainer`` is this project's own, and is loaded with torch on first use.
+
+Drawing a plan loads neither torch nor megatron.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from hft_megatron.config.method_rules import CHOICE_RULES
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
+from hft_megatron.config.schema import HFTConfig, RunConfig
+from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.hft.policy import check_choice
+
+_FLAG = re.compile(r"--(?:hft-)?([a-z][a-z0-9-]*)")
+
+
+class HasConfig(Protocol):
+    """A transformers config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of its ``config.json``."""
+        ...
+
+
+def draw_plan(
+    model: HasConfig | Mapping[str, Any] | str | PathLike[str] | ModelShape,
+    *,
+    ratio: float = 0.5,
+    level: Literal["category", "layer", "model"] = "category",
+    selection: Literal["random", "spectrum", "lisa", "hift"] = "random",
+    counting: Literal["matrices", "parameters"] = "matrices",
+    pairing: Literal["independent", "complementary"] = "independent",
+    rotation: Literal["independent", "complementary", "fixed"] = "independent",
+    seed: int = 1234,
+    round: int = 0,
+    freeze_embedding: bool = False,
+    freeze_head: bool = False,
+    train: str | Sequence[str] = (),
+    freeze: str | Sequence[str] = (),
+    scores: Mapping[str, float] | None = None,
+) -> Plan:
+    """Draws which weight matrices of a LLaMA train in one round; the others stay exactly as they are.
+
+    ``model`` is a transformers config, the contents or the path of a ``config.json`` (or its folder), or a shape. The
+    other arguments are the ``--hft-`` options of the command line, which draws the same plan from the same values;
+    ``train`` and ``freeze`` are patterns over Hugging Face's module names, and ``scores`` (a number by module name, of
+    every attention and feed-forward matrix) are what ``selection="spectrum"`` ranks by. Source of the method: Hui et
+    al., arXiv 2404.18466. Raises ValueError for a model that is no LLaMA, and for arguments that don't go together.
+    """
+    choice = {
+        "ratio": ratio,
+        "level": level,
+        "selection": selection,
+        "counting": counting,
+        "pairing": pairing,
+        "rotation": rotation,
+        "seed": seed,
+        "freeze_embedding": freeze_embedding,
+        "freeze_head": freeze_head,
+    }
+    for name, value in choice.items():
+        check_choice(name, value)
+    if not isinstance(round, int) or round < 0:
+        raise ValueError(f"round={round!r} must be a whole number of at least 0.")
+    if selection == "spectrum" and scores is None:
+        raise ValueError('selection="spectrum" ranks the matrices; give their scores.')
+    patterns = {
+        name: (value if isinstance(value, str) else ",".join(value)) or None
+        for name, value in (("train", train), ("freeze", freeze))
+    }
+    config = HFTConfig(**{f"hft_{name}": value for name, value in (choice | patterns).items()})  # type: ignore[arg-type]
+    try:
+        shape = _shape_of(model)
+        for rule in CHOICE_RULES:
+            rule(RunConfig(hft=config), shape, 1)
+        return make_plan(shape, config, default_seed=seed, round=round, scores=scores)
+    except UserError as error:
+        raise ValueError(in_arguments(str(error))) from None
+
+
+def in_arguments(sentence: str) -> str:
+    """A sentence about options of the command line as one about arguments: ``--hft-ratio`` is ``ratio``."""
+    return _FLAG.sub(lambda flag: flag[1].replace("-", "_"), sentence)
+
+
+def _shape_of(model: HasConfig | Mapping[str, Any] | str | PathLike[str] | ModelShape) -> ModelShape:
+    if isinstance(model, ModelShape):
+        return model
+    if isinstance(model, (str, PathLike)):
+        path = Path(model)
+        file = path / HF_CONFIG_FILE if path.is_dir() else path
+        try:
+            return ModelShape.from_hf_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} can't be read as a {HF_CONFIG_FILE}: {error}.") from None
+    if isinstance(model, Mapping):
+        return ModelShape.from_hf_config(model, "the config")
+    if hasattr(model, "to_dict"):
+        return ModelShape.from_hf_config(model.to_dict(), "the config")
+    raise ValueError(
+        f"a {type(model).__name__} is no config; give model.config, a folder with a {HF_CONFIG_FILE}, or a shape."
+    )
