@@ -59,11 +59,16 @@ def train_iters(training: TrainingConfig) -> int:
     return DEFAULT_TRAIN_ITERS
 
 
-def warmup_iters(optimizer: OptimizerConfig, train_iters: int) -> int:
+def decay_iters(optimizer: OptimizerConfig, span: int) -> int:
+    """Iterations from the start of the schedule to the end of its decay; ``span`` are those of the run or the round."""
+    return span if optimizer.lr_decay_iters is None else optimizer.lr_decay_iters
+
+
+def warmup_iters(optimizer: OptimizerConfig, span: int) -> int:
     """Iterations of linear warm-up, from either form of the option; a fraction is rounded to the nearest iteration."""
     if optimizer.lr_warmup_fraction is None:
         return optimizer.lr_warmup_iters
-    return round(optimizer.lr_warmup_fraction * train_iters)
+    return round(optimizer.lr_warmup_fraction * decay_iters(optimizer, span))
 
 
 def hft_seed(config: RunConfig) -> int:

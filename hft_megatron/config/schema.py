@@ -103,10 +103,12 @@ class OptimizerConfig:
     lr: float = 1e-5
     min_lr: float = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_decay_iters: int | None = None
+    """Iterations until the learning rate has come down to --min-lr, where it stays; those of the run when unset, or of
+    a round under --hft-lr-schedule round. Given, a run can be made longer without another schedule."""
     lr_warmup_iters: int = 0
     lr_warmup_fraction: float | None = None
-    """Warm-up as a fraction of the run's iterations, or of a round's under --hft-lr-schedule round, instead of
-    --lr-warmup-iters."""
+    """Warm-up as a fraction of the iterations of the decay, instead of --lr-warmup-iters."""
     weight_decay: float = 0.01
     """Not applied to one-dimensional parameters (norms), as in Megatron."""
     adam_beta1: float = 0.9

@@ -18,6 +18,7 @@ _AT_LEAST_ONE = {
         "ddp_bucket_size",
     ),
     "model": ("make_vocab_size_divisible_by",),
+    "optimizer": ("lr_decay_iters",),
     "training": ("micro_batch_size", "global_batch_size", "train_epochs", "seq_length", "recompute_num_layers"),
     "data": ("packing_window",),
     "hft": ("hft_audit_interval",),
@@ -103,6 +104,12 @@ def warmup_fits(optimizer: OptimizerConfig, iterations: int) -> None:
         given = f"--lr-warmup-iters {warmup}" if fraction is None else f"--lr-warmup-fraction {fraction} ({warmup})"
         raise UserError(
             f"{given} must be below --train-iters {iterations}, or the full learning rate is never reached."
+        )
+    decay = optimizer.lr_decay_iters
+    if decay is not None and warmup >= decay:
+        raise UserError(
+            f"--lr-warmup-iters {warmup} must be below --lr-decay-iters {decay}, which counts from the start of the "
+            f"schedule; give a longer decay or a shorter warm-up."
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from hft_megatron.config.derived import warmup_iters
+from hft_megatron.config.derived import decay_iters, warmup_iters
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig
 from hft_megatron.hft.rounds import RoundSchedule
 
@@ -36,7 +36,7 @@ def span_of_round(hft: HFTConfig, rounds: RoundSchedule, round: int, *, cycle: i
 
 
 class LearningRate:
-    """Warm-up, then constant, linear or cosine decay to --min-lr at the end of the schedule.
+    """Warm-up, then constant, linear or cosine decay to --min-lr at the end of the schedule, or after --lr-decay-iters.
 
     Holds nothing that a checkpoint would need: the value follows from the position in the schedule alone.
     """
@@ -52,7 +52,7 @@ class LearningRate:
             max_lr=options.lr,
             min_lr=options.min_lr,
             lr_warmup_steps=warmup_iters(options, span.length),
-            lr_decay_steps=max(span.length, 1),
+            lr_decay_steps=max(decay_iters(options, span.length), 1),
             lr_decay_style=options.lr_decay_style,
             start_wd=options.weight_decay,
             end_wd=options.weight_decay,

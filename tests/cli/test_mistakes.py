@@ -141,6 +141,8 @@ MISTAKES = [
     (1, f"{GOOD} --lr-warmup-iters 5 --lr-warmup-fraction 0.1", "--lr-warmup-fraction 0.1 and --lr-warmup-iters 5"),
     (1, f"{GOOD} --lr-warmup-fraction 1", "--lr-warmup-fraction 1.0 must be at least 0 and below 1"),
     (1, f"{GOOD} --lr-warmup-iters 100", "--lr-warmup-iters 100 must be below --train-iters 100"),
+    (1, f"{GOOD} --lr-decay-iters 0", "--lr-decay-iters 0: must be at least 1"),
+    (1, f"{GOOD} --lr-warmup-iters 7 --lr-decay-iters 7", "--lr-warmup-iters 7 must be below --lr-decay-iters 7"),
     (1, f"{GOOD} --save-interval 0", "--save-interval 0: must be at least 1"),
     # the model
     (1, "--train-data-path data.jsonl", "No model is given", "--load-hf"),
