@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hft_megatron.errors import UserError
 
@@ -13,7 +14,7 @@ FORMAT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The position after ``iteration`` optimizer steps. The schedule and the data order are functions of it."""
+    """The position after ``iteration`` optimizer steps. Learning rate and data order follow from it and the options."""
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -31,6 +32,9 @@ class TrainState:
     base_digest: str | None = None
     """What the base must be: ``digests.identity_of`` that checkpoint, or of the weights of the --load-hf folder where
     ``base_iteration`` is None. None for a checkpoint that is whole."""
+
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """``config.resumed_schedule.Noted`` of the command that saved this; empty in checkpoints of earlier versions."""
 
     @property
     def is_whole(self) -> bool:

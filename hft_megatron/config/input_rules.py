@@ -107,6 +107,13 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
         ("--save-trained-only", checkpoint.save_trained_only, "--save", checkpoint.save),
         ("--load-fallback", checkpoint.load_fallback, "--load", checkpoint.load),
         ("--finetune", checkpoint.finetune, "--load", checkpoint.load),
+        ("--override-opt-param-scheduler", checkpoint.override_opt_param_scheduler, "--load", checkpoint.load),
+        (
+            "--use-checkpoint-opt-param-scheduler",
+            checkpoint.use_checkpoint_opt_param_scheduler,
+            "--load",
+            checkpoint.load,
+        ),
         ("--save-dtype", checkpoint.save_dtype, "--save-hf", checkpoint.save_hf),
         ("--keep-source-tokenizer", checkpoint.keep_source_tokenizer, "--save-hf", checkpoint.save_hf),
         ("--wandb-exp-name", logging.wandb_exp_name, "--wandb-project", logging.wandb_project),
@@ -130,6 +137,16 @@ def load_is_the_folder_of_a_run(config: RunConfig, shape: ModelShape, world_size
         )
     if (path / HF_CONFIG_FILE).exists():
         raise UserError(f"--load {path} is a Hugging Face folder, which --load-hf takes; --load takes a run's --save.")
+
+
+def one_schedule_is_chosen(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """A resumed run follows its checkpoint's schedule or the command's."""
+    checkpoint = config.checkpoint
+    if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
+        raise UserError(
+            "--override-opt-param-scheduler uses this command's schedule and --use-checkpoint-opt-param-scheduler the "
+            "checkpoint's; keep one of them."
+        )
 
 
 def kept_checkpoints_exist(config: RunConfig, shape: ModelShape, world_size: int) -> None:

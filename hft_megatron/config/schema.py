@@ -287,6 +287,13 @@ class CheckpointConfig:
     finetune: bool = False
     """Take only the weights of --load and start a new run from them, with its own rounds, data and schedule. Where
     --save holds a checkpoint of that run already, the run goes on from there."""
+    override_opt_param_scheduler: bool = False
+    """On resume, use this command's schedule and optimizer options (--lr, --min-lr, the length of the decay,
+    --weight-decay, --adam-beta1 and so on) where the checkpoint has others. That is also done without it, with a
+    warning."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """On resume, use the checkpoint's values of those options, and its length of the decay, instead of this command's:
+    a run that is made longer keeps its learning rates."""
     save_interval: int | None = None
     """Iterations between checkpoints; the last iteration is always saved when --save is given."""
     keep_last: int | None = None

@@ -28,6 +28,7 @@ _RULES: tuple[Rule, ...] = (
     input_rules.tokenizer_is_given,
     input_rules.outputs_have_a_place,
     input_rules.load_is_the_folder_of_a_run,
+    input_rules.one_schedule_is_chosen,
     input_rules.kept_checkpoints_exist,
     input_rules.a_new_run_has_its_own_folder,
     input_rules.scores_are_of_the_first_weights,

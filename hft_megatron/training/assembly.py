@@ -44,7 +44,13 @@ from hft_megatron.training.reference_of_run import reference_of_run
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Reference, Run
 from hft_megatron.training.spectrum import scores_of_run
-from hft_megatron.training.start import fill_from_other_run, starting_base, starting_state, with_sound_checkpoint
+from hft_megatron.training.start import (
+    fill_from_other_run,
+    starting_base,
+    starting_state,
+    with_schedule,
+    with_sound_checkpoint,
+)
 
 
 def run_training(
@@ -94,6 +100,8 @@ def train_and_export(
     _announce_start(config, inputs, placement, company, announce)
     check_inputs_agree(inputs, placement)
     inputs = with_sound_checkpoint(inputs, placement, announce)
+    inputs = with_schedule(inputs, world_size, announce)
+    config = replace(config, optimizer=inputs.config.optimizer, hft=inputs.config.hft)
     scores = scores_of_run(inputs, placement)
     rounds = inputs.rounds(world_size, scores)
     plan = _agreed_plan(config, inputs, rounds.plan(inputs.position.round), placement, announce)

@@ -4,9 +4,12 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.training.inputs import read_inputs
 from hft_megatron.training.methods import METHODS
+from hft_megatron.training.start import with_schedule
 
 
 def check_inputs(method: MethodName, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
     """Reads tokenizer, data and the saved run, and prints what was found; UserError for the first mistake."""
-    for line in read_inputs(METHODS[method], config, shape, world_size).describe():
+    inputs = read_inputs(METHODS[method], config, shape, world_size)
+    for line in inputs.describe():
         print(line)
+    with_schedule(inputs, world_size, print)

@@ -21,10 +21,11 @@ from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
+from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.hft.units import units_of
 from hft_megatron.tracking.build import check_tracking_packages
 from hft_megatron.training.method import Method, RunData
-from hft_megatron.training.rounds import Rounds, rounds_of_run
+from hft_megatron.training.rounds import Rounds, round_schedule, rounds_of_run
 from hft_megatron.training.samples import describe_samples, with_iterations
 
 _ROUNDS_DRAWN_AHEAD = 100
@@ -66,6 +67,10 @@ class Inputs:
         if self.checkpoint is not None and self.resumes:
             return TrainState.read(self.checkpoint)
         return TrainState(round=self.config.hft.hft_first_round or 0)
+
+    def round_schedule(self, world_size: int) -> RoundSchedule:
+        """When each round of this run begins."""
+        return round_schedule(self.config, world_size, None if self.data is None else self.data.samples)
 
     def rounds(self, world_size: int, scores: Mapping[str, float] | None = None) -> Rounds:
         """The rounds of this run; ``scores`` are those of --hft-selection spectrum."""

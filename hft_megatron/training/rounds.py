@@ -40,6 +40,19 @@ class Rounds:
         return frozenset(self._trained)
 
 
+def round_schedule(config: RunConfig, world_size: int, samples: SampleStream | None) -> RoundSchedule:
+    """When each round of a run begins; ``samples`` as for ``rounds_of_run``."""
+    train_iters, batch = derived.train_iters(config.training), derived.global_batch_size(config, world_size)
+    by_epoch = samples is not None and config.hft.hft_round_interval == "epoch"
+    return RoundSchedule(
+        interval=config.hft.hft_round_interval,
+        train_iters=train_iters,
+        epoch_starts=samples.epoch_starts(train_iters * batch) if samples is not None and by_epoch else (0,),
+        global_batch_size=batch,
+        first_round=config.hft.hft_first_round or 0,
+    )
+
+
 def rounds_of_run(
     config: RunConfig,
     shape: ModelShape,
@@ -54,15 +67,7 @@ def rounds_of_run(
     ``samples`` say when epochs begin; None for a run that trains nothing. ``scores`` are those of ``--hft-selection
     spectrum``. Raises UserError for options that don't fit these rounds.
     """
-    train_iters, batch = derived.train_iters(config.training), derived.global_batch_size(config, world_size)
-    by_epoch = samples is not None and config.hft.hft_round_interval == "epoch"
-    schedule = RoundSchedule(
-        interval=config.hft.hft_round_interval,
-        train_iters=train_iters,
-        epoch_starts=samples.epoch_starts(train_iters * batch) if samples is not None and by_epoch else (0,),
-        global_batch_size=batch,
-        first_round=config.hft.hft_first_round or 0,
-    )
+    schedule = round_schedule(config, world_size, samples)
 
     def draw(round: int) -> Plan:
         if loaded:
@@ -70,7 +75,7 @@ def rounds_of_run(
         return make_plan(shape, config.hft, default_seed=config.training.seed, round=round, scores=scores)
 
     rounds = Rounds(schedule, draw)
-    if train_iters > 0:
+    if schedule.train_iters > 0:
         selection = rounds.plan(schedule.first_round).policy.selection
         _check_warmup(config, schedule, selection)
         _check_single_round(config, loaded, selection)

@@ -7,11 +7,14 @@ from hft_megatron.checkpoint.digests import identity_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import load_checkpoint, load_weights
 from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
+from hft_megatron.config.derived import train_iters
+from hft_megatron.config.resumed_schedule import resumed_schedule, schedule_to_note
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.errors import UserError
 from hft_megatron.model.llama import LlamaModel
+from hft_megatron.optimizer.schedule import span_of_round
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.training.inputs import Inputs
@@ -58,6 +61,26 @@ def _digest_of_model(folder: str, placement: Placement) -> str:
         return shared_digest(weights.files(), placement)
 
 
+def with_schedule(inputs: Inputs, world_size: int, announce: Announce) -> Inputs:
+    """The inputs with the schedule and optimizer options that the run goes on with, where those differ from the
+    checkpoint's, and lines about all that does. UserError where the checkpoint's are asked for and it notes none.
+    """
+    if not inputs.resumes or train_iters(inputs.config.training) == 0:
+        return inputs
+    state = inputs.position
+    span = _span(inputs, world_size)
+    config, lines = resumed_schedule(inputs.config, state.schedule, span, iteration=state.iteration)
+    for line in lines:
+        announce(f"> {line}")
+    return replace(inputs, config=config)
+
+
+def _span(inputs: Inputs, world_size: int) -> int:
+    """Iterations of one pass of the schedule: the run's, or a round's under --hft-lr-schedule round."""
+    rounds = inputs.round_schedule(world_size)
+    return span_of_round(inputs.config.hft, rounds, rounds.first_round, cycle=None).length
+
+
 def fill_from_other_run(inputs: Inputs, chunks: Sequence[LlamaModel], announce: Announce) -> None:
     """With --finetune, fills the model with the weights of the --load checkpoint; collective."""
     if inputs.checkpoint is not None and not inputs.resumes:
@@ -72,6 +95,7 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
         tensor_model_parallel_size=placement.tensor_size,
         pipeline_model_parallel_size=placement.pipeline_size,
         device=placement.device.type,
+        schedule=schedule_to_note(inputs.config, _span(inputs, placement.world_size)),
     )
     if not inputs.resumes:
         return state

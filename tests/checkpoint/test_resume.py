@@ -1,6 +1,7 @@
 """A run that stops and goes on is the run that never stopped, beyond the rows of tests/training/test_run_matrix.py."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,69 @@ def test_a_run_goes_on_to_another_number_of_iterations(ranks: RankPools, inputs:
     [second] = ranks(1).run(run_sft_words, words=saved)
     assert first["steps"] + second["steps"] == whole["steps"]
     assert second["state"] == whole["state"]
+
+
+SCHEDULE = ["--lr-decay-style", "cosine", "--lr-warmup-iters", "1", "--min-lr", "1e-4"]
+KEEP = "--use-checkpoint-opt-param-scheduler"
+OVERRIDE = "--override-opt-param-scheduler"
+
+
+@pytest.fixture(scope="session")
+def interrupted(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """(folder of a run of four iterations that was stopped after two, what it is without a stop)."""
+    folder, words = tmp_path_factory.mktemp("interrupted") / "run", words_for(inputs, *SCHEDULE, "--train-iters", 4)
+    [whole] = ranks(1).run(run_sft_words, words=words)
+    ranks(1).run(run_sft_words, words=[*words, "--save", str(folder)], kill_at=2)
+    return folder, whole
+
+
+def lengthened(
+    ranks: RankPools, inputs: Path, interrupted: tuple[Path, Any], folder: Path, *options: object
+) -> tuple[Any, list[str]]:
+    """What the run gave that goes on from the second iteration, and its lines about the schedule."""
+    if not folder.exists():
+        shutil.copytree(interrupted[0], folder)
+    words = words_for(inputs, *SCHEDULE, "--save", folder, "--load", folder, "--train-iters", 6, *options)
+    [found] = ranks(1).run(run_sft_words, words=words)
+    return found, [line for line in found["said"] if " -> " in line or "iterations now" in line]
+
+
+def test_a_run_that_is_made_longer_says_that_its_learning_rates_are_others(
+    ranks: RankPools, inputs: Path, interrupted: tuple[Path, Any], tmp_path: Path
+) -> None:
+    longer = ("--weight-decay", 0.2, "--adam-beta2", 0.99)
+    found, said = lengthened(ranks, inputs, interrupted, tmp_path / "run", *longer)
+    assert [step["lr"] for step in found["steps"]][:2] != [step["lr"] for step in interrupted[1]["steps"]][2:]
+    differing = (
+        "(checkpoint -> this command): length of the decay in iterations 4 -> 6, --weight-decay 0.1 -> 0.2, "
+        "--adam-beta2 0.999 -> 0.99"
+    )
+    assert said == [
+        "> warning: the learning-rate schedule or optimizer is not that of iteration 2, and this command's values are "
+        f"used {differing}; {KEEP} would keep the checkpoint's, {OVERRIDE} says that this is meant",
+        "> the run has 6 iterations now, and had 4 when iteration 2 was saved",
+    ]
+    _, again = lengthened(ranks, inputs, interrupted, tmp_path / "run", *longer)
+    assert again == [], "the checkpoint of iteration 6 notes what it was trained with"
+    meant, said = lengthened(ranks, inputs, interrupted, tmp_path / "meant", *longer, OVERRIDE)
+    assert meant["steps"] == found["steps"]
+    assert said[0] == f"> {OVERRIDE}: this command's values are used where iteration 2 has others {differing}"
+
+
+def test_a_run_that_is_made_longer_keeps_its_losses_bit_for_bit_with_the_checkpoints_schedule(
+    ranks: RankPools, inputs: Path, interrupted: tuple[Path, Any], tmp_path: Path
+) -> None:
+    others = ("--lr", 1e-4, "--weight-decay", 0.3, "--adam-beta1", 0.5, "--adam-eps", 1e-3, "--clip-grad", 0.01)
+    found, said = lengthened(ranks, inputs, interrupted, tmp_path / "run", *others, KEEP)
+    assert [step["iteration"] for step in found["steps"]] == [3, 4, 5, 6]
+    assert found["steps"][:2] == interrupted[1]["steps"][2:]
+    assert [step["lr"] for step in found["steps"][2:]] == [1e-4, 1e-4]
+    assert said[0].startswith(f"> {KEEP}: the values of iteration 2 are used where they differ (checkpoint -> this ")
+    assert "--lr 0.005 -> 0.0001, length of the decay in iterations 4 -> 6, --weight-decay 0.1 -> 0.3" in said[0]
+    assert said[1].endswith("when iteration 2 was saved; from iteration 4 on the learning rate is --min-lr 0.0001")
+    again, said = lengthened(ranks, inputs, interrupted, tmp_path / "run", "--train-iters", 8)
+    assert "length of the decay in iterations 4 -> 8" in said[0], "what was used is what the next checkpoint notes"
+    assert again["steps"][0]["iteration"] == 7
 
 
 PP4 = ["--pipeline-model-parallel-size", "4", "--lr-decay-style", "constant"]

@@ -173,6 +173,12 @@ MISTAKES = [
     (1, f"{GOOD} --load MODEL", "--load MODEL is a Hugging Face folder, which --load-hf takes"),
     (1, f"{GOOD} --load-fallback", "--load-fallback needs --load"),
     (1, f"{GOOD} --finetune", "--finetune needs --load"),
+    (1, f"{GOOD} --override-opt_param-scheduler", "--override-opt-param-scheduler needs --load"),
+    (
+        1,
+        f"{GOOD} --load RUN --override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
+        "--override-opt-param-scheduler uses this command's schedule and --use-checkpoint-opt-param-scheduler the",
+    ),
     (1, f"{GOOD} --finetune --load RUN --save RUN", "--finetune starts a new run", "choose another --save folder"),
     (
         1,

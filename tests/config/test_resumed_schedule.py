@@ -1,0 +1,57 @@
+"""Which schedule a resumed run follows. Run: pytest tests/config/test_resumed_schedule.py"""
+
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from hft_megatron.config.resumed_schedule import resumed_schedule, schedule_to_note
+from hft_megatron.config.schema import CheckpointConfig, HFTConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hft_megatron.errors import UserError
+
+RUN = RunConfig(
+    training=TrainingConfig(train_iters=8), optimizer=OptimizerConfig(lr=1e-3, lr_warmup_fraction=0.25, min_lr=1e-5)
+)
+NOTED = schedule_to_note(RUN, 8)
+KEEPS = CheckpointConfig(load="run", use_checkpoint_opt_param_scheduler=True)
+
+
+def test_the_same_command_has_nothing_to_say() -> None:
+    assert resumed_schedule(RUN, NOTED, 8, iteration=4) == (RUN, [])
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(OptimizerConfig)])
+def test_every_option_of_the_optimizer_that_differs_is_said_with_both_values(name: str) -> None:
+    value = {"lr_decay_style": "linear"}.get(name, 7)
+    other = replace(RUN, optimizer=replace(RUN.optimizer, **{name: value}))
+    config, [line] = resumed_schedule(other, NOTED, 8, iteration=4)
+    assert config == other
+    assert f" {NOTED[name]} -> {value};" in line
+    kept, [line] = resumed_schedule(replace(other, checkpoint=KEEPS), NOTED, 8, iteration=4)
+    assert asdict(kept.optimizer) == asdict(RUN.optimizer) | {"lr_decay_iters": 8}
+    assert line.endswith(f" {NOTED[name]} -> {value}")
+
+
+def test_a_schedule_in_every_round_is_another_schedule_and_is_kept_with_its_length() -> None:
+    of_rounds = replace(RUN, hft=HFTConfig(hft_lr_schedule="round"))
+    noted = schedule_to_note(of_rounds, 2)
+    kept, [line] = resumed_schedule(replace(RUN, checkpoint=KEEPS), noted, 8, iteration=4)
+    assert kept.hft.hft_lr_schedule == "round"
+    assert kept.optimizer.lr_decay_iters == 2
+    assert "length of the decay in iterations 2 -> 8, --hft-lr-schedule round -> run" in line
+
+
+@pytest.mark.parametrize("iterations", [6, 12])
+def test_a_given_length_of_the_decay_leaves_only_another_length_of_the_run_to_say(iterations: int) -> None:
+    noted = schedule_to_note(replace(RUN, optimizer=replace(RUN.optimizer, lr_decay_iters=20)), 8)
+    longer = replace(
+        RUN, training=TrainingConfig(train_iters=iterations), optimizer=replace(RUN.optimizer, lr_decay_iters=20)
+    )
+    expected = f"the run has {iterations} iterations now, and had 8 when iteration 4 was saved"
+    assert resumed_schedule(longer, noted, iterations, iteration=4) == (longer, [expected])
+
+
+def test_the_schedule_of_a_checkpoint_that_notes_none_cannot_be_kept() -> None:
+    _, [line] = resumed_schedule(RUN, {}, 8, iteration=4)
+    assert "iteration 4 was saved by an earlier version, which noted no schedule" in line
+    with pytest.raises(UserError, match="--load run was saved by an earlier version and notes no schedule; leave it"):
+        resumed_schedule(replace(RUN, checkpoint=KEEPS), {}, 8, iteration=4)
