@@ -141,7 +141,8 @@ start_run() { # WORDS...
     # A finished run that is started again keeps its export; with more iterations or epochs it gets another.
     EXPORT=$SAVE/hf_iter_$(last_value train-iters "" "${ARGS[@]}" "$@")
     [[ -z $epochs ]] || EXPORT=$SAVE/hf_epoch_$epochs
-    [[ -e $EXPORT ]] || ARGS+=(--save-hf "$EXPORT")
+    # With exports during training the folder is there before the last one, and the run itself looks whose it is.
+    [[ -e $EXPORT && -z $(last_value save-hf-interval "" "$@") ]] || ARGS+=(--save-hf "$EXPORT")
     ARGS+=("$@")
 
     # Tensor parallelism hides its communication behind products only if kernels start in the order they were queued.

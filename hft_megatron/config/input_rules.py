@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hft_megatron.config.data_keys import check_record_options
 from hft_megatron.config.data_sources import check_sources
+from hft_megatron.config.export_rules import check_filled_export_folder
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
 from hft_megatron.config.schema import DataConfig, ModelConfig, RunConfig
@@ -85,7 +86,7 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_si
         if not _can_be_folder(checkpoint.save_hf):
             raise UserError(f"--save-hf {checkpoint.save_hf} is a file, not a folder; choose another folder.")
         if target.is_dir() and any(target.iterdir()):
-            raise UserError(f"--save-hf {checkpoint.save_hf} is not empty; choose a new folder, or empty this one.")
+            check_filled_export_folder(config)
     if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load) or checkpoint.finetune:
         return
     saved = Path(checkpoint.save)
@@ -114,6 +115,7 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
             "--load",
             checkpoint.load,
         ),
+        ("--save-hf-interval", checkpoint.save_hf_interval, "--save-hf", checkpoint.save_hf),
         ("--save-dtype", checkpoint.save_dtype, "--save-hf", checkpoint.save_hf),
         ("--keep-source-tokenizer", checkpoint.keep_source_tokenizer, "--save-hf", checkpoint.save_hf),
         ("--wandb-exp-name", logging.wandb_exp_name, "--wandb-project", logging.wandb_project),

@@ -94,6 +94,9 @@ class RunIdentity:
     """Of the order of samples, where it depends on more than the values above."""
     train_iters: int | None = None
     """For the message only, next to ``order_digest``: what that order was made for."""
+    run_id: str = ""
+    """Name that the run gets when it begins and notes beside its exports, which are then known to be its own; not
+    compared. Empty before that, and for runs of earlier versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file beside the checkpoints."""

@@ -307,6 +307,13 @@ class CheckpointConfig:
     second round on, in the round's first checkpoint, which is whole. Both are checked when such a one is loaded."""
     save_hf: str | None = None
     """Folder to export to in Hugging Face's format at the end."""
+    save_hf_interval: int | None = None
+    """Iterations between exports during training, each to its own folder in --save-hf, such as iter_0000500."""
+    save_hf_keep: int | None = None
+    """Delete all but this many of the newest of those, and the best; all are kept when unset."""
+    save_hf_best: str | None = None
+    """Metric of the validation data, such as `lm loss`, whose best export is named in exports.json and is not deleted.
+    Validations must come at every export (--eval-interval)."""
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Data type of all tensors in the export; each tensor's own in the source folder (or the run's) when unset."""
     keep_source_tokenizer: bool = False

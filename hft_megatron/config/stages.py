@@ -5,14 +5,23 @@ method's (or several). A stage starts from the weights that the one before left.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from hft_megatron.config.loading import stages_of_file
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.config.schema import LoggingConfig, MethodName, RunConfig
 from hft_megatron.errors import UserError
 
-_OF_THE_WHOLE = ("save", "load", "finetune", "save_hf", "save_dtype", "keep_source_tokenizer")
+_OF_EXPORTS: dict[str, Any] = {
+    "save_hf": None,
+    "save_hf_interval": None,
+    "save_hf_keep": None,
+    "save_hf_best": None,
+    "save_dtype": None,
+    "keep_source_tokenizer": False,
+}
+"""Options that are the last stage's alone, and their values in others."""
+_OF_THE_WHOLE = ("save", "load", "finetune", *_OF_EXPORTS)
 """Options that a stage can't set: stages follow one another in the folders below --save."""
 
 
@@ -62,13 +71,9 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
             )
         name = f"stage_{number}_{method}"
         folder = f"{whole.save}/{name}"
-        own = replace(
-            config.checkpoint,
-            save=folder,
-            save_hf=whole.save_hf if number == len(read) - 1 else None,
-            save_dtype=whole.save_dtype if number == len(read) - 1 else None,
-            keep_source_tokenizer=whole.keep_source_tokenizer and number == len(read) - 1,
-        )
+        own = replace(config.checkpoint, save=folder)
+        if number < len(read) - 1:
+            own = replace(own, **_OF_EXPORTS)
         if number > 0:
             own = replace(own, load=str(stages[-1].folder), finetune=True)
         elif same_folder(whole.save, whole.load):

@@ -22,7 +22,7 @@ _AT_LEAST_ONE = {
     "training": ("micro_batch_size", "global_batch_size", "train_epochs", "seq_length", "recompute_num_layers"),
     "data": ("packing_window",),
     "hft": ("hft_audit_interval",),
-    "checkpoint": ("save_interval", "keep_last", "save_retain_interval"),
+    "checkpoint": ("save_interval", "keep_last", "save_retain_interval", "save_hf_interval", "save_hf_keep"),
     "logging": ("log_interval", "eval_interval", "eval_iters"),
 }
 _AT_LEAST_ZERO = {

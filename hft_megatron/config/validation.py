@@ -5,7 +5,15 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import corpus_rules, dpo_rules, input_rules, layout_rules, method_rules, training_rules
+from hft_megatron.config import (
+    corpus_rules,
+    dpo_rules,
+    export_rules,
+    input_rules,
+    layout_rules,
+    method_rules,
+    training_rules,
+)
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.schema import MethodName, ModelConfig, RunConfig
 
@@ -29,6 +37,7 @@ _RULES: tuple[Rule, ...] = (
     input_rules.outputs_have_a_place,
     input_rules.load_is_the_folder_of_a_run,
     input_rules.one_schedule_is_chosen,
+    export_rules.exports_fit_the_run,
     input_rules.kept_checkpoints_exist,
     input_rules.a_new_run_has_its_own_folder,
     input_rules.scores_are_of_the_first_weights,
@@ -43,6 +52,7 @@ DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {
         input_rules.data_sources_are_clear,
         input_rules.packing_is_asked_for,
         input_rules.validation_has_data,
+        export_rules.best_is_measured_by("sft"),
     ),
     "dpo": (
         input_rules.training_data_is_given,
@@ -50,8 +60,9 @@ DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {
         input_rules.packing_is_asked_for,
         input_rules.validation_has_data,
         *dpo_rules.DPO_RULES,
+        export_rules.best_is_measured_by("dpo"),
     ),
-    "pretrain": corpus_rules.CORPUS_RULES,
+    "pretrain": (*corpus_rules.CORPUS_RULES, export_rules.best_is_measured_by("pretrain")),
 }
 """What every method asks of its own data, after that."""
 

@@ -1,26 +1,29 @@
 """Writes a complete Hugging Face folder: weights, config.json, generation_config.json and the tokenizer."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from hft_megatron.config.export_folder import Destination
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
+from hft_megatron.config.run_folder import sync
 from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
 from hft_megatron.data.chat import end_token_ids
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.parallel.store_barrier import wait_for_all_ranks
 
 
 def export_folder(
-    folder: str,
+    destination: Destination,
     chunks: Sequence[LlamaModel],
     shape: ModelShape,
     placement: Placement,
@@ -28,19 +31,29 @@ def export_folder(
     tokenizer: Tokenizer | None,
     announce: Announce,
 ) -> None:
-    """Exports this run's model to ``folder`` by ``export_tensors`` on rank 0; every rank must call it."""
+    """Exports this run's model by ``export_tensors`` on rank 0; every rank must call it.
+
+    Raises RunFailed on every rank where rank 0 can't write; no rank waits for its writing in a collective.
+    """
     run_dtype = next(chunks[0].parameters()).dtype
     wholes = gathered_weights(chunks, shape, placement)
+    reasons: list[str | None] = [None]
     if placement.rank == 0:
-        export_tensors(folder, wholes, shape, run_dtype, rules, tokenizer, announce)
-    else:
-        for _ in wholes:
-            raise AssertionError("only rank 0 is given tensors")
+        try:
+            export_tensors(destination, wholes, shape, run_dtype, rules, tokenizer, announce)
+        except (OSError, UserError) as error:
+            reasons = [f"the export to {destination.target} can't be written: {error}"]
+    # After a failure the others still send what they hold.
+    for _ in wholes:
+        assert placement.rank == 0, "only rank 0 is given tensors"
     wait_for_all_ranks()
+    dist.broadcast_object_list(reasons, src=0)
+    if reasons[0] is not None:
+        raise RunFailed(reasons[0])
 
 
 def export_tensors(
-    folder: str,
+    destination: Destination,
     wholes: Iterable[tuple[str, Tensor]],
     shape: ModelShape,
     run_dtype: torch.dtype,
@@ -48,22 +61,31 @@ def export_tensors(
     tokenizer: Tokenizer | None,
     announce: Announce,
 ) -> torch.dtype:
-    """Exports to ``folder``, which appears complete or not at all. Returns the data type that was written.
+    """Exports to ``destination``, which appears complete or not at all. Returns the data type that was written.
 
     ``wholes`` and ``run_dtype`` are those of ``write_weights``. The source's config and generation config are kept,
-    with the data type and the pad, begin and end tokens brought in line with what was trained.
+    with the data type and the pad, begin and end tokens brought in line with what was trained. Raises OSError where
+    that can't be written.
     """
-    target = Path(folder)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    dtype = write_weights(unfinished, wholes, shape, run_dtype, rules, announce)
-    _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
-    if tokenizer is not None:
-        for line in tokenizer.export(unfinished, keep_source=rules.keep_source_tokenizer):
-            announce(line)
-    os.replace(unfinished, target)
-    announce(f"exported the model to {target} in Hugging Face's format ({str(dtype).removeprefix('torch.')})")
+    unfinished = destination.open()
+    try:
+        dtype = write_weights(unfinished, wholes, shape, run_dtype, rules, announce)
+        _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
+        if tokenizer is not None:
+            for line in tokenizer.export(unfinished, keep_source=rules.keep_source_tokenizer):
+                announce(line)
+        for path in (*unfinished.rglob("*"), unfinished):
+            sync(path)
+        lines = destination.publish(unfinished)
+    except OSError:
+        # On a full disk it leaves no room to say how the run ended.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    announce(
+        f"exported the model to {destination.target} in Hugging Face's format ({str(dtype).removeprefix('torch.')})"
+    )
+    for line in lines:
+        announce(line)
     return dtype
 
 

@@ -1,7 +1,7 @@
 """Assembles a run in the order of a job: inputs, ranks, model, plan, optimizer, checkpoint, loop, export."""
 
 import json
-from collections.abc import Sequence
+import secrets
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from hft_megatron.config.derived import global_batch_size, train_iters
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
+from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.schema import MethodName, RunConfig
-from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.load import load_weights
-from hft_megatron.conversion.save import Announce, ExportRules
+from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import BatchShare
 from hft_megatron.data.prefetch import PrefetchedSteps
 from hft_megatron.errors import Stopped, UserError
@@ -34,6 +34,7 @@ from hft_megatron.parallel.peers import Peers, peers
 from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.tracking.build import build_tracker
 from hft_megatron.tracking.tracker import CompositeTracker, Tracker
+from hft_megatron.training.hf_exports import Exporter, exports_of
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, read_inputs
@@ -112,9 +113,10 @@ def train_and_export(
     share = _share(config, placement)
     reference = reference_of_run(inputs, chunks, rounds, share, placement, announce) if trains else None
     last_round = inputs.position.round
+    exporter = Exporter(config.checkpoint, inputs, placement, announce)
     try:
         if tracker is None and not inputs.resumes:
-            _export(config, inputs, placement, chunks, frozenset(), announce)
+            exporter.export_at_end(chunks, frozenset(), 0)
         else:
             wrapped = wrap(
                 chunks,
@@ -126,7 +128,7 @@ def train_and_export(
             )
             state = starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
-                _write_run_files(config, inputs, placement, scores)
+                _write_run_files(config, inputs, placement, scores, announce)
                 wrapped, state = _train(
                     config,
                     inputs,
@@ -136,6 +138,7 @@ def train_and_export(
                     share,
                     reference,
                     tracker,
+                    exporter,
                     state,
                     announce,
                     hooks,
@@ -143,7 +146,7 @@ def train_and_export(
                 )
             last_round = state.round
             with wrapped.gathered_parameters():
-                _export(config, inputs, placement, chunks, rounds.trained_until(state.round), announce)
+                exporter.export_at_end(chunks, rounds.trained_until(state.round), state.iteration)
     except Stopped:
         company.leave()
         stop_groups()
@@ -249,6 +252,7 @@ def _train(
     share: BatchShare,
     reference: Reference | None,
     tracker: Tracker,
+    exporter: Exporter,
     state: TrainState,
     announce: Announce,
     hooks: Sequence[Hook],
@@ -281,7 +285,14 @@ def _train(
     try:
         loaded_iteration = state.iteration if inputs.resumes else None
         base = starting_base(inputs, placement)
-        every = build_hooks(run, own=hooks, loaded_iteration=loaded_iteration, base=base, of_a_stage=of_a_stage)
+        every = build_hooks(
+            run,
+            own=hooks,
+            loaded_iteration=loaded_iteration,
+            base=base,
+            exporter=exporter,
+            of_a_stage=of_a_stage,
+        )
         train(run, every)
     finally:
         tracker.close()
@@ -298,38 +309,30 @@ def _share(config: RunConfig, placement: Placement) -> BatchShare:
     )
 
 
-def _write_run_files(config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None) -> None:
-    if config.checkpoint.save is None:
-        return
-    folder, mistake = Path(config.checkpoint.save), None
+def _write_run_files(
+    config: RunConfig, inputs: Inputs, placement: Placement, scores: dict[str, float] | None, announce: Announce
+) -> None:
+    """What the --save and --save-hf folders hold before the first step; what rank 0 can't write is UserError."""
+    mistake = None
     if placement.rank == 0:
+        identity = replace(inputs.identity, run_id=inputs.identity.run_id or secrets.token_hex(8))
+        option, target = "--save", config.checkpoint.save
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_resolved(config, folder / RESOLVED_CONFIG_FILE)
-            if scores is not None:
-                write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
-            write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(inputs.identity.to_dict(), indent=2) + "\n")
+            if config.checkpoint.save is not None:
+                _fill_save_folder(Path(config.checkpoint.save), config, identity, scores)
+            exports = exports_of(config.checkpoint)
+            if exports is not None:
+                option, target = "--save-hf", config.checkpoint.save_hf
+                for line in exports.begin(identity.run_id, inputs.position.iteration):
+                    announce(f"> {line}")
         except OSError as error:
-            mistake = f"--save {folder} can't be written: {error}; make room, or choose another folder."
+            mistake = f"{option} {target} can't be written: {error}; make room, or choose another folder."
     _raise_on_all(mistake, placement)
 
 
-def _export(
-    config: RunConfig,
-    inputs: Inputs,
-    placement: Placement,
-    chunks: Sequence[LlamaModel],
-    trained: frozenset[str],
-    announce: Announce,
-) -> None:
-    folder = config.checkpoint.save_hf
-    if folder is None:
-        return
-    asked = config.checkpoint.save_dtype
-    rules = ExportRules(
-        source=config.model.load_hf,
-        trained=trained,
-        save_dtype=None if asked is None else getattr(torch, asked),
-        keep_source_tokenizer=config.checkpoint.keep_source_tokenizer,
-    )
-    export_folder(folder, chunks, inputs.shape, placement, rules, inputs.tokenizer, announce)
+def _fill_save_folder(folder: Path, config: RunConfig, identity: RunIdentity, scores: dict[str, float] | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+    if scores is not None:
+        write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
+    write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(identity.to_dict(), indent=2) + "\n")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hft_megatron.checkpoint.tensors import CheckpointTensors
+from hft_megatron.config.export_folder import NewFolder
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.training_rules import heads_fit_the_model
@@ -56,7 +57,9 @@ def convert_checkpoint(
     )
     with _reader(tensors, source) as read:
         wholes = ((unit.name, read(unit.name)) for unit in units_of(shape))
-        written = export_tensors(save_hf, wholes, shape, tensors.dtype, rules, _tokenizer(run, announce), announce)
+        written = export_tensors(
+            NewFolder(target=Path(save_hf)), wholes, shape, tensors.dtype, rules, _tokenizer(run, announce), announce
+        )
         if check:
             rounded_to = _coarsest_rounding(tensors.dtype, written, has_source=source is not None)
             _compare(save_hf, compare_logits(save_hf, shape, read, rounded_to=rounded_to), announce)

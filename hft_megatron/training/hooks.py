@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
+import torch.distributed as dist
+
 from hft_megatron.checkpoint.writer import CheckpointWriter
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run_folder import same_folder
@@ -12,6 +14,7 @@ from hft_megatron.parallel import step_clock
 from hft_megatron.tracking import tracker as names
 from hft_megatron.training.audits import AuditRounds
 from hft_megatron.training.bill import Bill
+from hft_megatron.training.hf_exports import Exporter, ExportModels, exports_of
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.run import Run
 from hft_megatron.training.saving import Base, SaveCheckpoints, StopEarly
@@ -96,6 +99,16 @@ class Validate(Hook):
 
     interval: int | None
     _last: int = -1
+    _measured: dict[str, float] = field(default_factory=dict)
+
+    def measured_after_step(self, run: Run) -> dict[str, float]:
+        """By name what was measured after this step, on every rank; empty where nothing was. Collective."""
+        if self._last != run.state.iteration:
+            return {}
+        measured = [self._measured]
+        # The last rank is of the last pipeline stage, where losses are.
+        dist.broadcast_object_list(measured, src=run.placement.world_size - 1)
+        return measured[0]
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
@@ -106,19 +119,25 @@ class Validate(Hook):
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
-        measured = validate(run)
-        if measured:
-            run.log({name + names.OF_VALIDATION: value for name, value in measured.items()})
+        self._measured = validate(run)
+        if self._measured:
+            run.log({name + names.OF_VALIDATION: value for name, value in self._measured.items()})
         self._last = run.state.iteration
 
 
 def build_hooks(
-    run: Run, *, own: Sequence[Hook] = (), loaded_iteration: int | None, base: Base | None, of_a_stage: bool = False
+    run: Run,
+    *,
+    own: Sequence[Hook] = (),
+    loaded_iteration: int | None,
+    base: Base | None,
+    exporter: Exporter,
+    of_a_stage: bool = False,
 ) -> Sequence[Hook]:
     """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save.
 
-    ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with.
-    ``of_a_stage``, the run ends with a line instead of its whole bill.
+    ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with;
+    ``exporter`` writes under --save-hf-interval. ``of_a_stage``, the run ends with a line instead of its whole bill.
     """
     config = run.config
     hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
@@ -127,9 +146,15 @@ def build_hooks(
     audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None
     if audit is not None:
         hooks.append(audit)
+    measured = None
     if run.validation is not None:
-        hooks.append(Validate(config.logging.eval_interval))
+        validation = Validate(config.logging.eval_interval)
+        measured = validation.measured_after_step
+        hooks.append(validation)
     hooks += own
+    folder, interval = exports_of(config.checkpoint), config.checkpoint.save_hf_interval
+    if folder is not None and interval is not None:
+        hooks.append(ExportModels(exporter, folder, interval, measured, audit))
     saver = None
     if config.checkpoint.save is not None:
         already = loaded_iteration if same_folder(config.checkpoint.save, config.checkpoint.load) else None

@@ -8,6 +8,7 @@ from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, f
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.dpo_rules import note_unused_cache
+from hft_megatron.config.input_rules import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE
@@ -128,6 +129,8 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         data = method.read_data(config, tokenizer, shape, world_size)
         if data.samples is not None:
             config = with_iterations(config, data.samples, world_size)
+            # Epochs are iterations now, which decide whether an export of the last one is there already.
+            nothing_is_overwritten(config, shape, world_size)
     identity = run_identity(
         config,
         shape,
@@ -248,6 +251,8 @@ def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIden
         own.append((option, folder, held))
         if identity.finetuned_from is None:
             identity = replace(identity, finetuned_from=held.finetuned_from)
+        if option == "--save":
+            identity = replace(identity, run_id=held.run_id)
     if config.model.load_hf is not None:
         identity = replace(identity, weights_digest=check_weights(config.model.load_hf, identity.shape))
     if config.dpo.dpo_reference_model is not None:

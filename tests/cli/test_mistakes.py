@@ -16,6 +16,7 @@ from hft_megatron.errors import EXIT_OK, EXIT_USAGE
 from tests.cli.conftest import Training
 
 GOOD = "--load-hf MODEL --train-data-path data.jsonl"
+EXPORTS = "--save-hf OUT --save-hf-interval 4"
 FROM_FLAGS = (
     "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 128 "
     "--tokenizer-model tok --train-data-path data.jsonl"
@@ -37,6 +38,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --eval-interval 5 --eval-iters 2 --valid-data-path valid.jsonl --save RUN --save-interval 10"),
     (1, f"{GOOD} --train-data-path 0.3 a.jsonl 0.7 b.jsonl.gz --loss-on last --chat-template llama2"),
     (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
+    (1, f"{GOOD} {EXPORTS} --save-hf-keep 2 --valid-data-path valid.jsonl --eval-interval 2"),
     (
         1,
         f"{GOOD} --save RUN --save-interval 5 --keep-last 2 --save-retain-interval 20 --async-save --save-trained-only",
@@ -195,6 +197,24 @@ MISTAKES = [
     (1, f"{GOOD} --exit-duration-in-mins 0", "--exit-duration-in-mins 0.0: must be a number above 0"),
     (1, f"{GOOD} --save-dtype float32", "--save-dtype float32 needs --save-hf"),
     (1, f"{GOOD} --keep-source-tokenizer", "--keep-source-tokenizer needs --save-hf"),
+    (1, f"{GOOD} --save-hf-interval 2", "--save-hf-interval 2 needs --save-hf; add it"),
+    (1, f"{GOOD} --save-hf OUT --save-hf-interval 0", "--save-hf-interval 0: must be at least 1"),
+    (1, f"{GOOD} --save-hf OUT --save-hf-keep 2", "--save-hf-keep 2 needs --save-hf-interval; add it"),
+    (1, f"{GOOD} --save-hf OUT --save-hf-best loss", "--save-hf-best loss needs --save-hf-interval; add it"),
+    (1, f"{GOOD} {EXPORTS} --save-hf-keep 0", "--save-hf-keep 0: must be at least 1"),
+    (1, f"{GOOD} {EXPORTS} --train-iters 0", "--save-hf-interval 4 exports during training, and --train-iters 0"),
+    (1, f"{GOOD} {EXPORTS} --save-hf-best loss", "--save-hf-best loss needs --eval-interval", "--eval-interval 4."),
+    (
+        1,
+        f"{GOOD} {EXPORTS} --save-hf-best loss --valid-data-path v.jsonl --eval-interval 3",
+        "--save-hf-interval 4 must be a multiple of --eval-interval 3, such as 3:",
+    ),
+    (
+        1,
+        f"{GOOD} {EXPORTS} --save-hf-best valid_loss --valid-data-path v.jsonl --eval-interval 2",
+        "--save-hf-best valid_loss is no validation metric of sft to choose by; there is: lm loss.",
+    ),
+    (1, f"{GOOD} --save-hf MODEL --save-hf-interval 2", "--save-hf MODEL is not empty"),
     (1, f"{GOOD} --wandb-exp-name x", "--wandb-exp-name x needs --wandb-project"),
     (1, f"{GOOD} --save-hf MODEL", "--save-hf MODEL is not empty"),
     (1, f"{GOOD} --save-hf MODEL/config.json", "--save-hf MODEL/config.json is a file"),

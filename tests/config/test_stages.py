@@ -11,7 +11,7 @@ from hft_megatron.errors import UserError
 
 BASE = RunConfig(
     model=ModelConfig(load_hf="model"),
-    checkpoint=CheckpointConfig(save="run", load="run", save_hf="out", save_interval=5),
+    checkpoint=CheckpointConfig(save="run", load="run", save_hf="out", save_interval=5, save_hf_interval=5),
 )
 
 
@@ -35,6 +35,7 @@ def test_a_stage_has_its_own_options_its_folder_and_the_weights_of_the_one_befor
     assert (one.save, one.load, one.finetune, one.save_hf) == ("run/stage_0_sft", "run/stage_0_sft", False, None)
     assert (two.save, two.load, two.finetune, two.save_hf) == ("run/stage_1_dpo", "run/stage_0_sft", True, "out")
     assert one.save_interval == two.save_interval == 5
+    assert (one.save_hf_interval, two.save_hf_interval) == (None, 5)
     assert [stage.config.hft.hft_first_round for stage in (first, second)] == [0, 1]
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hft_megatron.config.export_folder import NewFolder
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig
 from hft_megatron.data.templates import BUILT_IN
@@ -270,7 +271,7 @@ def run_in_order(source: str, output: str) -> dict[str, Any]:
         patch.object(dist, "send", sending),
         patch.object(torch.cuda, "synchronize", finish),
     ):
-        export.export_folder(output, chunks, shape, placement, rules, None, print)
+        export.export_folder(NewFolder(target=Path(output)), chunks, shape, placement, rules, None, print)
         answer["complete"] = (Path(output) / "model.safetensors").exists()
     return answer | {"units": units}
 

@@ -212,6 +212,8 @@ def test_a_restart_keeps_the_export_of_the_same_iterations(script: Script) -> No
     (script.save / "hf_iter_5").mkdir(parents=True)
     script.run("--train-iters", "5")
     assert "--save-hf" not in script.started()["words"]
+    script.run("--train-iters", "5", "--save-hf-interval", "2")
+    assert value_of("--save-hf", script.started()) == f"{script.save}/hf_iter_5"
     script.run("--train-iters", "6")
     assert value_of("--save-hf", script.started()) == f"{script.save}/hf_iter_6"
 

@@ -1,0 +1,259 @@
+"""The --save-hf folder of a run that exports while it trains: a folder for each iteration, and which is the best.
+
+Only rank 0 writes here. Every folder is written under a hidden name and renamed when it is complete. Imports no torch.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hft_megatron.config.model_shape import HF_CONFIG_FILE
+from hft_megatron.config.run_folder import sync, write_atomically
+from hft_megatron.errors import UserError
+
+EXPORTS_FILE = "exports.json"
+"""Of which run the exports are, what validation measured at each, and the best under transformers' names."""
+_ITERATION_FOLDER = "iter_{:07d}"
+_UNFINISHED = ".{}.unfinished"
+"""Hidden name of what is being written or deleted, or was when its run died."""
+_FINAL = "final"
+
+
+@dataclass(kw_only=True)
+class Noted:
+    """What ``exports.json`` holds."""
+
+    run: str
+    """``RunIdentity.run_id`` of the run that writes here."""
+    metric_for_best_model: str | None = None
+    """Its name and those of the next three are those of transformers' trainer."""
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    """Name of the folder."""
+    exports: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Folder -> what validation measured at its iteration, by name."""
+    final_iteration: int | None = None
+    """Of the export at the end of the run, once it is complete or was being moved here."""
+    final_files: tuple[str, ...] = ()
+
+
+class ExportFolder:
+    """The folder of one run. Methods that change something raise OSError."""
+
+    def __init__(self, path: Path, *, keep: int | None = None, metric: str | None = None, higher: bool = False) -> None:
+        """``keep`` is --save-hf-keep, ``metric`` that of --save-hf-best, of which ``higher`` values are better."""
+        self.path = path
+        self._keep, self._metric, self._higher = keep, metric, higher
+
+    def noted(self) -> Noted | None:
+        """What ``exports.json`` says; None where there is none. UserError for one that can't be read."""
+        file = self.path / EXPORTS_FILE
+        if not file.exists():
+            return None
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            return Noted(**{**saved, "final_files": tuple(saved["final_files"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--save-hf {self.path}: {file.name} can't be read ({error}); choose a new folder."
+            ) from error
+
+    def has_final(self) -> bool:
+        """Whether the export at the end of a run is here, complete."""
+        return (self.path / HF_CONFIG_FILE).exists()
+
+    def strangers(self) -> list[str]:
+        """Names of what no exporting run writes here, sorted."""
+        noted = self.noted()
+        own = {EXPORTS_FILE, *(() if noted is None else noted.final_files)}
+        return sorted(
+            path.name
+            for path in self.path.iterdir()
+            if path.name not in own and not _is_iteration(path) and not _is_unfinished(path)
+        )
+
+    def begin(self, run: str, iteration: int) -> list[str]:
+        """Makes the folder ready for a run that goes on after ``iteration``; returns lines for the log.
+
+        Removes what a killed run had not finished. Exports of later iterations stay until the run comes to them again,
+        and are not noted until then.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        noted = self.noted() or Noted(run=run)
+        for path in [path for path in self.path.iterdir() if _is_unfinished(path)]:
+            shutil.rmtree(path)
+        if noted.final_files and not self.has_final():
+            for name in noted.final_files:
+                _remove(self.path / name)
+            noted.final_iteration, noted.final_files = None, ()
+        later = {path.name for path in self._complete() if _iteration_of(path) > iteration}
+        noted.run = run
+        noted.exports = {
+            name: measured
+            for name, measured in noted.exports.items()
+            if name not in later and (self.path / name).is_dir()
+        }
+        self._write(noted)
+        return [f"{self.path / name} is written again at its iteration" for name in sorted(later)]
+
+    def open(self, name: str) -> Path:
+        """An empty folder to write the export ``name`` into."""
+        unfinished = self.path / _UNFINISHED.format(name)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        return unfinished
+
+    def publish(self, unfinished: Path, iteration: int, measured: Mapping[str, float]) -> list[str]:
+        """Gives a complete export its name, notes it, and deletes what --save-hf-keep lets go; lines for the log."""
+        path = self.path / _ITERATION_FOLDER.format(iteration)
+        noted = self._noted_here()
+        if path.exists():
+            noted.exports.pop(path.name, None)
+            self._write(noted)
+            self._delete(path)
+        unfinished.rename(path)
+        sync(self.path)
+        best = noted.best_model_checkpoint
+        # What is no number would make JSON that strict readers refuse, and is never the best.
+        noted.exports[path.name] = {name: value for name, value in measured.items() if math.isfinite(value)}
+        self._write(noted)
+        lines = []
+        if noted.best_model_checkpoint != best:
+            lines.append(f"  it is the best so far: {self._metric} {noted.best_metric:.6g}")
+        for gone in self._superseded(noted, iteration):
+            self._delete(gone)
+            noted.exports.pop(gone.name, None)
+            lines.append(f"  deleted {gone}")
+        self._write(noted)
+        return lines
+
+    def publish_final(self, unfinished: Path, iteration: int) -> None:
+        """Moves the export at the end of the run into the folder itself, config.json last: without it nothing loads."""
+        noted = self._noted_here()
+        names = sorted((path.name for path in unfinished.iterdir()), key=lambda name: (name == HF_CONFIG_FILE, name))
+        noted.final_iteration, noted.final_files = iteration, tuple(names)
+        self._write(noted)
+        for name in names:
+            (unfinished / name).rename(self.path / name)
+        unfinished.rmdir()
+        sync(self.path)
+
+    def _noted_here(self) -> Noted:
+        noted = self.noted()
+        assert noted is not None, "begin writes it"
+        return noted
+
+    def _complete(self) -> Iterator[Path]:
+        return (path for path in self.path.iterdir() if _is_iteration(path))
+
+    def _write(self, noted: Noted) -> None:
+        sign = -1 if self._higher else 1
+        ranked = sorted(
+            (sign * measured[self._metric], _iteration_of(self.path / name), name)
+            for name, measured in noted.exports.items()
+            if self._metric in measured
+        )
+        value, step, name = ranked[0] if ranked else (None, None, None)
+        noted.metric_for_best_model = self._metric
+        noted.best_metric = None if value is None else sign * value
+        noted.best_global_step, noted.best_model_checkpoint = step, name
+        write_atomically(self.path / EXPORTS_FILE, json.dumps(asdict(noted), indent=1) + "\n")
+
+    def _superseded(self, noted: Noted, iteration: int) -> list[Path]:
+        if self._keep is None:
+            return []
+        until_here = sorted((path for path in self._complete() if _iteration_of(path) <= iteration), key=_iteration_of)
+        return [path for path in until_here[: -self._keep] if path.name != noted.best_model_checkpoint]
+
+    def _delete(self, path: Path) -> None:
+        """So that whoever looks meanwhile, or after a crash, sees a whole export or none."""
+        dying = self.path / _UNFINISHED.format(f"{path.name}.old")
+        shutil.rmtree(dying, ignore_errors=True)
+        path.rename(dying)
+        shutil.rmtree(dying)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationExport:
+    """Where the export of an iteration goes."""
+
+    folder: ExportFolder
+    iteration: int
+    measured: Mapping[str, float]
+    """What validation measured there, by name."""
+
+    @property
+    def target(self) -> Path:
+        return self.folder.path / _ITERATION_FOLDER.format(self.iteration)
+
+    def open(self) -> Path:
+        return self.folder.open(self.target.name)
+
+    def publish(self, unfinished: Path) -> list[str]:
+        return self.folder.publish(unfinished, self.iteration, self.measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalExport:
+    """Where the export at the end of such a run goes: beside those of its iterations."""
+
+    folder: ExportFolder
+    iteration: int
+
+    @property
+    def target(self) -> Path:
+        return self.folder.path
+
+    def open(self) -> Path:
+        return self.folder.open(_FINAL)
+
+    def publish(self, unfinished: Path) -> list[str]:
+        self.folder.publish_final(unfinished, self.iteration)
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewFolder:
+    """An export alone, in a folder that appears with it."""
+
+    target: Path
+
+    def open(self) -> Path:
+        unfinished = self.target.with_name(_UNFINISHED.format(self.target.name))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        return unfinished
+
+    def publish(self, unfinished: Path) -> list[str]:
+        os.replace(unfinished, self.target)
+        return []
+
+
+Destination = NewFolder | IterationExport | FinalExport
+"""``target`` is what the log calls it; ``open`` gives an empty folder to write into, and ``publish`` puts it there when
+it is complete and returns lines for the log."""
+
+
+def _is_iteration(path: Path) -> bool:
+    return re.fullmatch(r"iter_\d{7,}", path.name) is not None and path.is_dir()
+
+
+def _is_unfinished(path: Path) -> bool:
+    return re.fullmatch(r"\.(iter_\d{7,}(\.old)?|final)\.unfinished", path.name) is not None
+
+
+def _iteration_of(path: Path) -> int:
+    return int(path.name.removeprefix("iter_"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
