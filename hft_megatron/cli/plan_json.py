@@ -7,6 +7,7 @@ from typing import Any
 
 from hft_megatron.cli.plan_memory import MemoryReport, memory_record
 from hft_megatron.cli.plan_report import PlanReport, StageCosts
+from hft_megatron.config.derived import layers_per_stage
 from hft_megatron.hft.plan import CategoryCount, Plan
 
 
@@ -22,6 +23,7 @@ def report_json(report: PlanReport, memory: MemoryReport | None = None) -> str:
             "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
             "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
             "data_parallel_size": model.data_size,
+            "layers_per_stage": layers_per_stage(parallel, report.shape.num_layers),
             "bf16": model.bf16,
         },
         "rounds": [

@@ -30,6 +30,8 @@ ROW_HEIGHT = 16
 GAP = 2
 CATEGORY_GAP = 14
 LEFT, TOP, MARGIN = 90, 62, 12
+STAGE_LEFT = 60
+"""Where a layer's pipeline stage stands, right of the layer's number."""
 TITLES = ("attention", "feed-forward", "norm")
 
 
@@ -99,7 +101,10 @@ def _draw_words(draw: ImageDraw.ImageDraw, report: PlanReport, boxes: dict[str, 
         for left, (letter, _) in zip(lefts, category, strict=True):
             write(left, 45, letter)
     names = {name: label for label, name in OUTER_ROWS}
+    stages = report.stage_of_layers() if report.parallel.pipeline_model_parallel_size > 1 else {}
     for unit in report.plans[0].units:
         if unit.layer is None or unit.category == "norm":
             label = names[unit.name] if unit.layer is None else f"layer {unit.layer}"
             write(MARGIN, boxes[unit.name][1] + 2, label)
+            if unit.layer in stages:
+                write(STAGE_LEFT, boxes[unit.name][1] + 2, f"PP {stages[unit.layer]}")

@@ -5,6 +5,7 @@ from dataclasses import astuple, replace
 
 from hft_megatron.cli.plan_memory import MemoryReport, memory_text
 from hft_megatron.cli.plan_report import PlanReport, StageCosts
+from hft_megatron.config.pipeline_rules import pipeline_words
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME
 from hft_megatron.optimizer.rank_costs import RankCosts
@@ -45,9 +46,9 @@ def report_text(report: PlanReport, memory: MemoryReport | None = None) -> str:
 def _setting(report: PlanReport) -> Iterator[str]:
     model, parallel = report.model, report.parallel
     yield f"a LLaMA of {report.shape.parameter_count():,} parameters in {report.shape.num_layers} layers"
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tensor, pipeline = parallel.tensor_model_parallel_size, pipeline_words(parallel, report.shape.num_layers)
     dtype = "bf16" if model.bf16 else "fp32"
-    yield f"TP {tensor} x PP {pipeline} x DP {model.data_size}, world size {model.world_size:,}, {dtype} weights"
+    yield f"TP {tensor} x {pipeline} x DP {model.data_size}, world size {model.world_size:,}, {dtype} weights"
 
 
 def _legend() -> Iterator[str]:

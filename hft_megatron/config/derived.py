@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import DpoConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -26,9 +27,25 @@ def virtual_pipeline_size(parallel: ParallelConfig, num_layers: int) -> int | No
     return num_layers // (parallel.pipeline_model_parallel_size * parallel.num_layers_per_virtual_pipeline_stage)
 
 
-def layers_per_chunk(parallel: ParallelConfig, num_layers: int) -> int:
-    """Transformer layers that one model chunk holds (one pipeline stage, or one virtual stage of it)."""
-    return num_layers // (parallel.pipeline_model_parallel_size * (virtual_pipeline_size(parallel, num_layers) or 1))
+def layers_per_stage(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
+    """Transformer layers of every pipeline stage, first to last: those set by --decoder-first-pipeline-num-layers and
+    --decoder-last-pipeline-num-layers, and equal shares of the rest, rounded down (Megatron's rule)."""
+    ends = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    first, last = ([] if layers is None else [layers] for layers in ends)
+    equal_stages = parallel.pipeline_model_parallel_size - len(first) - len(last)
+    share = (num_layers - sum(first) - sum(last)) // max(equal_stages, 1)
+    return (*first, *[share] * equal_stages, *last)
+
+
+def layers_of_chunks(parallel: ParallelConfig, num_layers: int) -> tuple[range, ...]:
+    """Layers of every model chunk, from the bottom of the model up: every stage's one, then every stage's next one.
+
+    Under the interleaved schedule a stage has several chunks of equal size, elsewhere one. Chunk ``i`` belongs to the
+    stage ``i`` modulo --pipeline-model-parallel-size (Megatron's rule).
+    """
+    turns = virtual_pipeline_size(parallel, num_layers) or 1
+    sizes = [layers // turns for layers in layers_per_stage(parallel, num_layers)] * turns
+    return tuple(range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
 
 
 def padded_vocab_size(shape: ModelShape, tensor_parallel_size: int, divisible_by: int) -> int:

@@ -7,6 +7,7 @@ import math
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.pipeline_rules import nearest_divisor
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.errors import UserError
 
@@ -47,33 +48,14 @@ def tensor_parallel_divides_the_model(config: RunConfig, shape: ModelShape, worl
     }
     for name, count in parts.items():
         if count % size:
-            nearest = _nearest_divisor(size, math.gcd(*parts.values()))
-            raise UserError(
-                f"--tensor-model-parallel-size {size} does not divide the model's {count} {name}; "
-                f"the nearest size that fits is {nearest}."
-            )
-
-
-def pipeline_divides_the_layers(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Every pipeline stage, and every virtual stage, holds the same number of layers."""
-    stages, chunk = config.parallel.pipeline_model_parallel_size, config.parallel.num_layers_per_virtual_pipeline_stage
-    if shape.num_layers % stages:
-        raise UserError(
-            f"--pipeline-model-parallel-size {stages} does not divide the model's {shape.num_layers} layers; "
-            f"the nearest size that fits is {_nearest_divisor(stages, shape.num_layers)}."
-        )
-    if chunk is None:
-        return
-    option, per_stage = f"--num-layers-per-virtual-pipeline-stage {chunk}", shape.num_layers // stages
-    if stages == 1:
-        raise UserError(f"{option} needs --pipeline-model-parallel-size of at least 2; leave it out.")
-    if per_stage % chunk:
-        raise UserError(
-            f"{option} does not divide the {per_stage} layers of a pipeline stage ({shape.num_layers} layers over "
-            f"{stages} stages); the nearest number that fits is {_nearest_divisor(chunk, per_stage)}."
-        )
-    if chunk == per_stage:
-        raise UserError(f"{option} is all of a stage's layers, so nothing interleaves; give fewer or leave it out.")
+            fault = f"--tensor-model-parallel-size {size} does not divide the model's {count} {name}"
+            nearest = f"the nearest size that fits is {nearest_divisor(size, math.gcd(*parts.values()))}"
+            if name == "query groups" and size > count:
+                raise UserError(
+                    f"{fault}: ranks would hold copies of key and value heads; {nearest}, and "
+                    f"--pipeline-model-parallel-size spreads the model over more ranks."
+                )
+            raise UserError(f"{fault}; {nearest}.")
 
 
 def batch_divides_over_the_ranks(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -123,20 +105,16 @@ def recompute_options_fit_together(config: RunConfig, shape: ModelShape, world_s
             raise UserError(f"{option} {value} needs --recompute-granularity full; add it or leave {option} out.")
     if count is None:
         return
-    layers = derived.layers_per_chunk(config.parallel, shape.num_layers)
+    layers = sorted({len(chunk) for chunk in derived.layers_of_chunks(config.parallel, shape.num_layers)}, reverse=True)
+    held = f"the {' and '.join(map(str, layers))} layers of a pipeline stage"
     # megatron-core walks a chunk in strides of this many layers, and runs past its end when they do not divide it.
-    if method == "uniform" and layers % count:
+    if method == "uniform" and math.gcd(*layers) % count:
         raise UserError(
-            f"--recompute-num-layers {count} does not divide the {layers} layers of a pipeline stage; "
-            f"the nearest number that fits is {_nearest_divisor(count, layers)}."
+            f"--recompute-num-layers {count} does not divide {held}; "
+            f"the nearest number that fits is {nearest_divisor(count, math.gcd(*layers))}."
         )
-    if count > layers:
-        raise UserError(f"--recompute-num-layers {count} is more than the {layers} layers of a pipeline stage.")
-
-
-def _nearest_divisor(wanted: int, total: int) -> int:
-    """The divisor of ``total`` closest to ``wanted``, the smaller one of two equally close."""
-    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: (abs(d - wanted), d))
+    if count > max(layers):
+        raise UserError(f"--recompute-num-layers {count} is more than {held}.")
 
 
 def _nearest_multiple(wanted: int, step: int) -> int:

@@ -17,6 +17,10 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage, where stages are uneven; the stages that no option sizes share the rest."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage, which also has the head and the loss."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of one model chunk under the interleaved pipeline schedule."""
     sequence_parallel: bool = False

@@ -14,6 +14,8 @@ _AT_LEAST_ONE = {
     "parallel": (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
         "num_layers_per_virtual_pipeline_stage",
         "ddp_bucket_size",
     ),

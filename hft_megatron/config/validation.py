@@ -12,6 +12,7 @@ from hft_megatron.config import (
     input_rules,
     layout_rules,
     method_rules,
+    pipeline_rules,
     training_rules,
 )
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
@@ -24,7 +25,8 @@ _RULES: tuple[Rule, ...] = (
     training_rules.sizes_are_positive,
     training_rules.heads_fit_the_model,
     layout_rules.tensor_parallel_divides_the_model,
-    layout_rules.pipeline_divides_the_layers,
+    pipeline_rules.pipeline_stages_share_the_layers,
+    pipeline_rules.virtual_stages_share_the_layers,
     layout_rules.ranks_factor_into_the_layout,
     layout_rules.batch_divides_over_the_ranks,
     layout_rules.overlaps_fit_together,
@@ -71,7 +73,8 @@ PLAN_RULES: tuple[Rule, ...] = (
     training_rules.sizes_are_positive,
     training_rules.heads_fit_the_model,
     layout_rules.tensor_parallel_divides_the_model,
-    layout_rules.pipeline_divides_the_layers,
+    pipeline_rules.pipeline_stages_share_the_layers,
+    pipeline_rules.virtual_stages_share_the_layers,
     layout_rules.ranks_factor_into_the_layout,
     layout_rules.overlaps_fit_together,
     layout_rules.recompute_options_fit_together,

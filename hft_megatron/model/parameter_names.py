@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from hft_megatron.config.derived import layers_per_chunk, padded_vocab_size, virtual_pipeline_size
+from hft_megatron.config.derived import layers_of_chunks, padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig
 
@@ -82,21 +82,17 @@ def name_of(local_name: str, *, first_layer: int, tie_embeddings: bool) -> Param
 
 
 def chunk_places(shape: ModelShape, parallel: ParallelConfig, pipeline_rank: int) -> tuple[ChunkPlace, ...]:
-    """The chunks of a pipeline rank, bottom up: under the interleaved schedule stages take turns (Megatron's rule)."""
-    stages = parallel.pipeline_model_parallel_size
-    layers = layers_per_chunk(parallel, shape.num_layers)
-    places = []
-    for chunk in range(virtual_pipeline_size(parallel, shape.num_layers) or 1):
-        first_layer = (chunk * stages + pipeline_rank) * layers
-        places.append(
-            ChunkPlace(
-                first_layer=first_layer,
-                layers=layers,
-                is_first=first_layer == 0,
-                is_last=first_layer + layers == shape.num_layers,
-            )
+    """The chunks of a pipeline rank, bottom up."""
+    chunks = layers_of_chunks(parallel, shape.num_layers)[pipeline_rank :: parallel.pipeline_model_parallel_size]
+    return tuple(
+        ChunkPlace(
+            first_layer=layers.start,
+            layers=len(layers),
+            is_first=layers.start == 0,
+            is_last=layers.stop == shape.num_layers,
         )
-    return tuple(places)
+        for layers in chunks
+    )
 
 
 def chunk_parameters(place: ChunkPlace, shape: ModelShape) -> Iterator[ParameterName]:

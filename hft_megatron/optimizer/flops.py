@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from hft_megatron.config.derived import layers_per_chunk, padded_vocab_size
+from hft_megatron.config.derived import layers_of_chunks, padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
 from hft_megatron.hft.units import (
@@ -110,11 +110,12 @@ class _Count:
     def run(self) -> Flops:
         """All passes of a step."""
         self.flows = self.trains(EMBEDDING_NAME) or self._recomputed_layers_train()
-        per_chunk = layers_per_chunk(self.parallel, self.shape.num_layers)
-        for layer in range(self.shape.num_layers):
-            if layer > 0 and layer % per_chunk == 0:
-                self.flows = True  # What a stage receives always needs a gradient: megatron-core sends it back.
-            self._layer(layer, is_recomputed=self._is_recomputed(layer % per_chunk) and self.flows)
+        for layers in layers_of_chunks(self.parallel, self.shape.num_layers):
+            self.flows |= (
+                layers.start > 0
+            )  # What a stage receives always needs a gradient: megatron-core sends it back.
+            for layer_of_chunk, layer in enumerate(layers):
+                self._layer(layer, is_recomputed=self._is_recomputed(layer_of_chunk) and self.flows)
         self.flows |= self.trains(FINAL_NORM_NAME)
         head = EMBEDDING_NAME if self.shape.tie_embeddings else LM_HEAD_NAME
         self._product_with(LM_HEAD_NAME, self.trains(head), self.head_forwards)
@@ -155,11 +156,8 @@ class _Count:
 
     def _recomputed_layers_train(self) -> bool:
         """Then the lowest hidden state needs a gradient even above a frozen embedding (``LlamaModel``)."""
-        layers = [
-            layer
-            for layer in range(layers_per_chunk(self.parallel, self.shape.num_layers))
-            if self._is_recomputed(layer)
-        ]
+        lowest, *_ = layers_of_chunks(self.parallel, self.shape.num_layers)
+        layers = [layer for layer in lowest if self._is_recomputed(layer)]
         return any(self.trains(f"model.layers.{layer}.{module}") for layer in layers for module in NAMES_IN_LAYER)
 
     def _product(self, unit: str) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from hft_megatron.config.pipeline_rules import end_words, proposed_split
 from hft_megatron.config.schema import ParallelConfig, TrainingConfig
 from hft_megatron.optimizer.rank_memory import MemoryModel, RankMemory
 
@@ -82,21 +83,29 @@ def _replicas(model: MemoryModel) -> Iterator[MemoryModel]:
     cut = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
     powers = [2**exponent for exponent in range(LARGEST_WORLD.bit_length())]
     tensors = [size for size in powers if size <= MOST_TENSOR_RANKS and not any(count % size for count in cut)]
-    pipelines = [size for size in powers if shape.num_layers % size == 0]
+    pipelines = [size for size in powers if size <= shape.num_layers]
+    splits = {size: _split(given, size, shape.num_layers) for size in pipelines}
     for tensor, pipeline in sorted(product(tensors, pipelines), key=lambda pair: (pair[0] * pair[1], pair[1])):
         parallel = replace(
-            given,
+            splits[pipeline],
             tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            num_layers_per_virtual_pipeline_stage=None,
             sequence_parallel=given.sequence_parallel and tensor > 1,
         )
         yield replace(model, costs=replace(model.costs, parallel=parallel, world_size=tensor * pipeline))
 
 
+def _split(given: ParallelConfig, stages: int, num_layers: int) -> ParallelConfig:
+    """So many stages, uneven ones as they are given where they are as many, elsewhere as even as can be."""
+    plain = replace(given, pipeline_model_parallel_size=stages, num_layers_per_virtual_pipeline_stage=None)
+    if stages == given.pipeline_model_parallel_size:
+        return plain
+    return proposed_split(plain, num_layers)
+
+
 def _layout_words(parallel: ParallelConfig, data: int) -> str:
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    return f"TP {tensor} x PP {pipeline} x DP {data}"
+    ends = f" with {end_words(parallel)}" if end_words(parallel) else ""
+    return f"TP {tensor} x PP {pipeline} x DP {data}{ends}"
 
 
 def _nearest_options(model: MemoryModel, trains: Trains, room: int) -> tuple[Proposal, ...]:

@@ -13,6 +13,7 @@ from hft_megatron.checkpoint.store import check_saved_plan
 from hft_megatron.config.derived import global_batch_size, train_iters
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.pipeline_rules import pipeline_words
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.schema import MethodName, RunConfig
@@ -181,7 +182,8 @@ def _announce_start(
     engine = "torch" if kernels == "local" else "transformer-engine"
     adam = adam_in_use(kernels, steps_per_unit=config.hft.hft_moments == "carry")
     announce(
-        f"> TP {placement.tensor_size} x PP {placement.pipeline_size} x DP {placement.data_size} on "
+        f"> TP {placement.tensor_size} x {pipeline_words(config.parallel, inputs.shape.num_layers)} x "
+        f"DP {placement.data_size} on "
         f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
         f"attention and norms by {engine}, Adam by {adam}"
     )

@@ -28,6 +28,7 @@ GOOD_COMMANDS = [
     (1, FROM_FLAGS),
     (8, f"{GOOD} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
     (4, f"{GOOD} --tensor-model-parallel-size 4 --overlap-grad-reduce --overlap-param-gather"),
+    (3, f"{GOOD} --pipeline-model-parallel-size 3 --decoder-last-pipeline-num-layers 2"),
     (2, f"{GOOD} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 --global-batch-size 2"),
     (1, f"{GOOD} --recompute-granularity full --recompute-method uniform --recompute-num-layers 4"),
     (1, f"{GOOD} --recompute-granularity full --recompute-method block --recompute-num-layers 3"),
@@ -48,7 +49,12 @@ GOOD_COMMANDS = [
 MISTAKES = [
     # the layout
     (3, f"{GOOD} --tensor-model-parallel-size 3", "--tensor-model-parallel-size 3", "8 attention heads", "fits is 2"),
-    (8, f"{GOOD} --tensor-model-parallel-size 8", "--tensor-model-parallel-size 8", "4 query groups", "fits is 4"),
+    (
+        8,
+        f"{GOOD} --tensor-model-parallel-size 8",
+        "--tensor-model-parallel-size 8 does not divide the model's 4 query groups: ranks would hold copies of key and",
+        "fits is 4, and --pipeline-model-parallel-size spreads",
+    ),
     (
         4,
         f"{FROM_FLAGS} --ffn-hidden-size 90 --tensor-model-parallel-size 4",
@@ -56,7 +62,41 @@ MISTAKES = [
         "90 feed-forward channels",
         "size that fits is 2",
     ),
-    (3, f"{GOOD} --pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3", "8 layers", "fits is 2"),
+    (
+        3,
+        f"{GOOD} --pipeline-model-parallel-size 3",
+        "--pipeline-model-parallel-size 3 does not divide the model's 8 layers",
+        "--decoder-last-pipeline-num-layers 2 fits (2 x 3 + 2 layers)",
+    ),
+    (
+        4,
+        f"{GOOD} --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 1",
+        "--decoder-first-pipeline-num-layers 1 leaves 7 of the model's 8 layers, no equal shares for the other 3",
+        "--decoder-first-pipeline-num-layers 2 fits (4 x 2 layers)",
+    ),
+    (
+        2,
+        f"{GOOD} --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 8",
+        "--decoder-last-pipeline-num-layers 8 leaves 0 of the model's 8 layers for the other stage",
+        "--decoder-last-pipeline-num-layers 7 fits",
+    ),
+    (
+        2,
+        f"{GOOD} --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 0",
+        "--decoder-last-pipeline-num-layers 0: must be at least 1",
+    ),
+    (
+        2,
+        f"{GOOD} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 5 "
+        "--num-layers-per-virtual-pipeline-stage 1",
+        "--num-layers-per-virtual-pipeline-stage 1 interleaves stages of equal size",
+    ),
+    (
+        2,
+        f"{GOOD} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 6 "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3",
+        "--recompute-num-layers 3 does not divide the 6 and 2 layers of a pipeline stage; the nearest number that fits",
+    ),
     (
         2,
         f"{GOOD} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",

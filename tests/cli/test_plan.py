@@ -99,6 +99,32 @@ def test_layers_stand_beside_their_pipeline_stage_also_when_stages_interleave(pl
     assert stages == ["0", "0", "1", "1", "0", "0", "1", "1"]
 
 
+def test_uneven_stages_stand_beside_their_layers_in_text_json_and_picture(plan: Run, tmp_path: Path) -> None:
+    words = ["--pipeline-model-parallel-size", "3", "--decoder-first-pipeline-num-layers", "4"]
+    text = plan(*words, "--png", str(tmp_path / "uneven.png"))
+    assert "TP 1 x PP 3 (4 + 2 x 2 layers) x DP 1, world size 3" in text
+    stages = [line.split()[1] for line in text.split("\n\n")[3].splitlines() if line.startswith("PP")]
+    assert stages == ["0", "0", "0", "0", "1", "1", "2", "2"]
+    report = json.loads(plan(*words, "--json"))
+    assert report["layout"]["layers_per_stage"] == [4, 2, 2]
+    assert [str(layer["pp"]) for layer in report["rounds"][0]["layers"]] == stages
+    plan("--pipeline-model-parallel-size", "4", "--png", str(tmp_path / "even.png"))
+    even, uneven = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("even", "uneven"))
+    assert uneven != even
+
+
+def test_the_smallest_layouts_may_have_uneven_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 79}))
+    words = ["--tensor-model-parallel-size", "8", "--seq-length", "2048", "--memory", "80GB", "--json"]
+    assert main(["plan", "--load-hf", str(tmp_path), *words]) == errors.EXIT_OK
+    proposed = json.loads(capsys.readouterr().out)["memory"]["full"]["smallest_layouts"]
+    assert proposed[0]["words"] == "TP 8 x PP 2 x DP 2 with --decoder-first-pipeline-num-layers 40"
+    layout = ["--pipeline-model-parallel-size", "2", "--world-size", "32", "--decoder-first-pipeline-num-layers", "40"]
+    assert main(["plan", "--load-hf", str(tmp_path), *words, *layout]) == errors.EXIT_OK
+    full = json.loads(capsys.readouterr().out)["memory"]["full"]
+    assert (full["fits"], full["total"]) == (True, proposed[0]["total"])
+
+
 def test_rounds_that_fill_a_line_go_on_below(plan: Run) -> None:
     text = plan("--rounds", "20")
     headings = [line.split("round ")[1:] for line in text.splitlines() if line.strip().startswith("round 0  ")]
@@ -135,6 +161,7 @@ def test_json_has_digest_rounds_and_the_costs_of_every_rank_against_full_fine_tu
 
 def test_the_digest_is_the_same_for_every_layout(plan: Run) -> None:
     layouts = [[], ["--tensor-model-parallel-size", "4"], ["--pipeline-model-parallel-size", "8", "--world-size", "32"]]
+    layouts.append(["--pipeline-model-parallel-size", "3", "--decoder-last-pipeline-num-layers", "2"])
     assert len({json.loads(plan(*layout, "--json"))["digest"] for layout in layouts}) == 1
 
 

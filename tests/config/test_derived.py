@@ -39,10 +39,10 @@ def test_batches_follow_from_the_layout() -> None:
 def test_virtual_stages_count_the_chunks_of_one_rank() -> None:
     plain = ParallelConfig(pipeline_model_parallel_size=2)
     assert derived.virtual_pipeline_size(plain, 8) is None
-    assert derived.layers_per_chunk(plain, 8) == 4
+    assert derived.layers_of_chunks(plain, 8) == (range(4), range(4, 8))
     interleaved = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
     assert derived.virtual_pipeline_size(interleaved, 8) == 4
-    assert derived.layers_per_chunk(interleaved, 8) == 1
+    assert derived.layers_of_chunks(interleaved, 8) == tuple(range(layer, layer + 1) for layer in range(8))
 
 
 def test_warm_up_has_two_forms() -> None:

@@ -38,7 +38,7 @@ CASES: dict[str, Case] = {
     "half, sequence parallel": (2, "tp2_sp", {}, {}),
     "half, interleaved stages": (2, "pp2_vpp", {}, {}),
     "half, uniform": (1, "tp1", UNIFORM, {}),
-    "half, block, two stages": (2, "pp2", {**BLOCK, "recompute_num_layers": 1}, {}),
+    "half, block, uneven stages": (2, "pp2_uneven", {**BLOCK, "recompute_num_layers": 2}, {}),
     "half, selective": (1, "tp1", SELECTIVE, {}),
     "bottom rests": (1, "tp1", {}, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
     "bottom rests, selective": (1, "tp1", SELECTIVE, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),

@@ -39,7 +39,7 @@ CASES: dict[str, Case] = {
     "half, tensor parallel": (2, "tp2", {"bf16": True}, {}),
     "full, sequence parallel": (2, "tp2_sp", {"bf16": True}, {"hft_ratio": 1.0}),
     "half, sequence parallel, uniform": (2, "tp2_sp", {"bf16": True, **UNIFORM}, {}),
-    "half, two stages": (2, "pp2", {"bf16": True}, {}),
+    "half, uneven stages": (2, "pp2_uneven", {"bf16": True}, {}),
     "half, interleaved": (2, "pp2_vpp", {"bf16": True}, {}),
 }
 """Ranks, layout, options of training, and what trains."""

@@ -48,6 +48,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2_vpp": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    "pp2_uneven": {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 3},
+    "pp3_uneven": {
+        "pipeline_model_parallel_size": 3,
+        "decoder_first_pipeline_num_layers": 1,
+        "decoder_last_pipeline_num_layers": 1,
+    },
     "dp2": {},
     "dp4": {},
     "pp4": {"pipeline_model_parallel_size": 4},

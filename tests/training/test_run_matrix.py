@@ -83,7 +83,7 @@ class Row:
 
     method: Literal["sft", "pretrain", "dpo-precompute", "dpo-shared", "dpo-model"]
     """With the kind of reference, of preference pairs."""
-    layout: Literal["tp1", "tp2", "tp2_sp", "pp2", "pp2_vpp", "dp2"]
+    layout: Literal["tp1", "tp2", "tp2_sp", "pp2_uneven", "pp2_vpp", "dp2"]
     resumed: Literal["there", "tp1", "tp2_sp", "pp2_vpp", "dp2"]
     """At the same layout, to the last bit, or elsewhere."""
     saved_at: Literal[3, 4]
@@ -141,11 +141,11 @@ class Row:
         level = ratio.get(self.level) or ["--hft-level", self.level]
         if self.frozen == "drawn":
             return level
-        layers, other = (0, 1), []
-        if self.frozen == "stage" and self.layout == "pp2_vpp":
-            layers = (0, 2)
+        layers, other = range(2), []
+        if self.frozen == "stage":
+            layers = range(3) if self.layout == "pp2_uneven" else range(0, 4, 2)
         if self.frozen == "stage" and self.tied:  # A tied embedding is frozen on both stages: here the last one.
-            layers, other = (2, 3) if self.layout == "pp2" else (1, 3), ["model.norm"]
+            layers, other = range(3, 4) if self.layout == "pp2_uneven" else range(1, 4, 2), ["model.norm"]
         patterns = ",".join([*(f"model.layers.{layer}.*" for layer in layers), *other])
         head = ["--hft-freeze-head"] if self.tied else []
         return [*level, "--hft-freeze-embedding", *head, "--hft-freeze", patterns]
@@ -176,56 +176,57 @@ def read_rows(text: str) -> list[Row]:
 
 # A covering array of strength two from a greedy search over random completions; 30 rows are the least for 5 x 6 values.
 TABLE = read_rows("""
-method         layout  resumed saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
-sft            tp1     there   3        reset  category drawn  -       none      4     yes     yes   yes  -    -
-sft            tp1     tp2_sp  3        carry  category bottom -       full      1     -       -     yes  yes  yes
-pretrain       tp1     there   4        host   layer    bottom -       selective 1     -       -     -    -    -
-dpo-precompute tp1     dp2     3        reset  model    bottom -       full      1     -       -     yes  yes  -
-dpo-shared     tp1     pp2_vpp 3        reset  category bottom -       selective 1     -       -     yes  yes  -
-dpo-model      tp1     dp2     4        one    full     drawn  -       selective 4     -       -     -    yes  -
-sft            tp2     pp2_vpp 4        carry  category bottom yes     full      4     yes     -     yes  yes  -
-pretrain       tp2     tp1     4        reset  model    bottom -       full      4     -       yes   -    -    -
-dpo-precompute tp2     tp2_sp  4        one    full     drawn  yes     selective 1     yes     yes   yes  yes  -
-dpo-shared     tp2     there   3        host   layer    drawn  yes     none      4     -       -     -    -    yes
-dpo-model      tp2     dp2     3        one    layer    drawn  yes     none      4     -       yes   yes  -    yes
-sft            tp2_sp  dp2     3        host   layer    drawn  -       selective 1     -       -     yes  yes  -
-pretrain       tp2_sp  tp1     3        host   category bottom yes     full      1     -       -     yes  -    -
-dpo-precompute tp2_sp  tp1     3        reset  category bottom yes     full      4     -       -     -    -    yes
-dpo-precompute tp2_sp  pp2_vpp 3        reset  layer    bottom -       none      1     yes     yes   yes  yes  yes
-dpo-shared     tp2_sp  tp1     3        one    full     drawn  yes     selective 4     yes     yes   -    yes  -
-dpo-model      tp2_sp  there   4        carry  model    drawn  -       full      1     yes     -     -    yes  -
-sft            pp2     tp1     4        one    full     drawn  yes     none      1     yes     -     yes  -    yes
-pretrain       pp2     tp2_sp  3        carry  model    stage  -       full      1     -       yes   yes  yes  yes
-dpo-precompute pp2     there   3        one    category stage  yes     none      1     -       yes   yes  -    yes
-dpo-shared     pp2     dp2     4        host   layer    stage  -       full      1     yes     -     -    -    -
-dpo-shared     pp2     dp2     3        host   model    bottom -       selective 4     -       yes   yes  yes  yes
-dpo-model      pp2     pp2_vpp 3        reset  category stage  yes     none      4     yes     -     -    -    -
-dpo-model      pp2     tp2_sp  4        host   layer    stage  yes     none      4     -       -     yes  yes  -
-sft            pp2_vpp tp2_sp  4        reset  model    stage  -       selective 4     yes     -     -    -    yes
-pretrain       pp2_vpp dp2     3        carry  category stage  yes     none      4     -       -     yes  -    -
-dpo-precompute pp2_vpp dp2     3        host   model    bottom yes     full      4     yes     yes   -    -    -
-dpo-shared     pp2_vpp there   3        one    full     drawn  -       full      4     yes     yes   yes  yes  -
-dpo-model      pp2_vpp tp1     3        carry  layer    stage  yes     selective 4     -       yes   yes  yes  yes
-sft            dp2     there   4        reset  model    drawn  yes     selective 1     yes     yes   yes  yes  yes
-pretrain       dp2     pp2_vpp 4        one    model    bottom yes     none      1     -       -     -    yes  yes
-pretrain       dp2     pp2_vpp 3        one    full     drawn  -       full      4     -       yes   -    -    -
-dpo-precompute dp2     tp1     3        carry  model    bottom -       none      4     -       -     yes  yes  yes
-dpo-shared     dp2     tp2_sp  3        carry  layer    drawn  yes     none      4     -       -     yes  yes  -
-dpo-model      dp2     pp2_vpp 4        host   category bottom yes     selective 4     yes     -     yes  -    -
+method         layout     resumed saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
+sft            tp1        there   3        reset  category drawn  -       none      4     yes     yes   yes  -    -
+sft            tp1        tp2_sp  3        carry  category bottom -       full      1     -       -     yes  yes  yes
+pretrain       tp1        there   4        host   layer    bottom -       selective 1     -       -     -    -    -
+dpo-precompute tp1        dp2     3        reset  model    bottom -       full      1     -       -     yes  yes  -
+dpo-shared     tp1        pp2_vpp 3        reset  category bottom -       selective 1     -       -     yes  yes  -
+dpo-model      tp1        dp2     4        one    full     drawn  -       selective 4     -       -     -    yes  -
+sft            tp2        pp2_vpp 4        carry  category bottom yes     full      4     yes     -     yes  yes  -
+pretrain       tp2        tp1     4        reset  model    bottom -       full      4     -       yes   -    -    -
+dpo-precompute tp2        tp2_sp  4        one    full     drawn  yes     selective 1     yes     yes   yes  yes  -
+dpo-shared     tp2        there   3        host   layer    drawn  yes     none      4     -       -     -    -    yes
+dpo-model      tp2        dp2     3        one    layer    drawn  yes     none      4     -       yes   yes  -    yes
+sft            tp2_sp     dp2     3        host   layer    drawn  -       selective 1     -       -     yes  yes  -
+pretrain       tp2_sp     tp1     3        host   category bottom yes     full      1     -       -     yes  -    -
+dpo-precompute tp2_sp     tp1     3        reset  category bottom yes     full      4     -       -     -    -    yes
+dpo-precompute tp2_sp     pp2_vpp 3        reset  layer    bottom -       none      1     yes     yes   yes  yes  yes
+dpo-shared     tp2_sp     tp1     3        one    full     drawn  yes     selective 4     yes     yes   -    yes  -
+dpo-model      tp2_sp     there   4        carry  model    drawn  -       full      1     yes     -     -    yes  -
+sft            pp2_uneven tp1     4        one    full     drawn  yes     none      1     yes     -     yes  -    yes
+pretrain       pp2_uneven tp2_sp  3        carry  model    stage  -       full      1     -       yes   yes  yes  yes
+dpo-precompute pp2_uneven there   3        one    category stage  yes     none      1     -       yes   yes  -    yes
+dpo-shared     pp2_uneven dp2     4        host   layer    stage  -       full      1     yes     -     -    -    -
+dpo-shared     pp2_uneven dp2     3        host   model    bottom -       selective 4     -       yes   yes  yes  yes
+dpo-model      pp2_uneven pp2_vpp 3        reset  category stage  yes     none      4     yes     -     -    -    -
+dpo-model      pp2_uneven tp2_sp  4        host   layer    stage  yes     none      4     -       -     yes  yes  -
+sft            pp2_vpp    tp2_sp  4        reset  model    stage  -       selective 4     yes     -     -    -    yes
+pretrain       pp2_vpp    dp2     3        carry  category stage  yes     none      4     -       -     yes  -    -
+dpo-precompute pp2_vpp    dp2     3        host   model    bottom yes     full      4     yes     yes   -    -    -
+dpo-shared     pp2_vpp    there   3        one    full     drawn  -       full      4     yes     yes   yes  yes  -
+dpo-model      pp2_vpp    tp1     3        carry  layer    stage  yes     selective 4     -       yes   yes  yes  yes
+sft            dp2        there   4        reset  model    drawn  yes     selective 1     yes     yes   yes  yes  yes
+pretrain       dp2        pp2_vpp 4        one    model    bottom yes     none      1     -       -     -    yes  yes
+pretrain       dp2        pp2_vpp 3        one    full     drawn  -       full      4     -       yes   -    -    -
+dpo-precompute dp2        tp1     3        carry  model    bottom -       none      4     -       -     yes  yes  yes
+dpo-shared     dp2        tp2_sp  3        carry  layer    drawn  yes     none      4     -       -     yes  yes  -
+dpo-model      dp2        pp2_vpp 4        host   category bottom yes     selective 4     yes     -     yes  -    -
 """)
 QUICK = {0, 2, 4, 9, 11, 16, 17, 18, 24, 26, 27, 28, 31}
 """Together they hold every value of every column, and a tied embedding that trains at both ends of a pipeline."""
 ENGINE = {11, 16, 17, 18, 24, 31}
 """Of those, what also runs under the other line of megatron-core: several ranks, each method, resumed elsewhere."""
 BEYOND = read_rows("""
-method     layout  resumed saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
-sft        tp2_pp2 pp4     3        host   category drawn  yes     none      1     -       yes   yes  yes  -
-dpo-shared tp2_pp2 there   3        carry  category drawn  -       full      4     yes     yes   yes  yes  yes
-pretrain   pp4     tp2_pp2 4        one    none     drawn  -       none      4     -       yes   yes  -    -
-sft        pp2_vpp pp4     4        one    none     drawn  -       none      4     -       yes   yes  yes  -
-sft        tp2_sp  dp4     3        host   category drawn  yes     full      1     -       yes   yes  -    -
+method     layout  resumed    saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
+sft        tp2_pp2 pp3_uneven 3        host   category drawn  yes     none      1     -       yes   yes  yes  -
+dpo-shared tp2_pp2 there      3        carry  category drawn  -       full      4     yes     yes   yes  yes  yes
+pretrain   pp4     tp2_pp2    4        one    none     drawn  -       none      4     -       yes   yes  -    -
+sft        pp2_vpp pp4        4        one    none     drawn  -       none      4     -       yes   yes  yes  -
+sft        tp2_sp  dp4        3        host   category drawn  yes     full      1     -       yes   yes  -    -
 """)
-"""Values that no column has: more ranks, up to 8, and no layer that trains, so that ranks in the middle own nothing."""
+"""Values that no column has: more ranks, up to 8, a checkpoint of even stages resumed at uneven ones, and no layer that
+trains, so that ranks in the middle own nothing."""
 
 ROWS = [*TABLE, *BEYOND]
 
