@@ -14,11 +14,14 @@ FORMAT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The position after ``iteration`` optimizer steps. Learning rate and data order follow from it and the options."""
+    """The position after ``iteration`` steps. Learning rate and data order follow from it and the options."""
 
     iteration: int = 0
     consumed_samples: int = 0
     """Samples over all ranks; names the next example at any layout."""
+    skipped_iterations: tuple[int, ...] = ()
+    """Numbers (from 1) of those that made no update, under --skip-nonfinite-steps. They count as iterations, and their
+    samples as consumed; the learning rate and the optimizer's step counts go without them."""
     round: int = 0
     """HFT round, from 0."""
     tensor_model_parallel_size: int = 1
@@ -61,4 +64,5 @@ class TrainState:
                 f"--load {folder.parent}: {folder.name} has checkpoint format {version}, and this version reads "
                 f"{FORMAT}; go on with the version of hft_megatron that saved it."
             )
+        record["skipped_iterations"] = tuple(record.get("skipped_iterations", ()))
         return TrainState(**record)

@@ -76,6 +76,9 @@ class TrainingConfig:
     preference tuning pairs, or packs of them, are counted, here and in --global-batch-size."""
     global_batch_size: int | None = None
     """Sequences of one optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
+    skip_nonfinite_steps: int = 0
+    """Steps of the run, at most, whose loss or gradients are infinite or undefined and that are left out; the next one
+    ends the run. Their samples count as seen; weights, moments and learning rate stay as if the step had not been."""
     train_iters: int | None = None
     """Optimizer steps; 100 when neither this nor --train-epochs is set. 0 trains nothing."""
     train_epochs: int | None = None
@@ -330,6 +333,9 @@ class LoggingConfig:
     """What a person or a dashboard sees."""
 
     log_interval: int = 1
+    loss_spike_threshold: float | None = None
+    """Mark an iteration in the log and the metrics whose loss is more than this many robust standard deviations (1.4826
+    times the median absolute deviation) from the median of the last 100 iterations."""
     eval_interval: int | None = None
     """Iterations between validations; needs --valid-data-path, or --eval-iters where a corpus is pre-trained on."""
     eval_iters: int | None = None

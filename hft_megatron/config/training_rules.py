@@ -28,7 +28,7 @@ _AT_LEAST_ONE = {
     "logging": ("log_interval", "eval_interval", "eval_iters"),
 }
 _AT_LEAST_ZERO = {
-    "training": ("train_iters", "seed"),
+    "training": ("train_iters", "seed", "skip_nonfinite_steps"),
     "optimizer": ("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad"),
     "hft": ("hft_seed", "hft_first_round"),
 }
@@ -37,6 +37,7 @@ _POSITIVE = {
     "model": ("norm_epsilon", "rotary_base", "init_method_std"),
     "training": ("exit_duration_in_mins",),
     "optimizer": ("adam_eps",),
+    "logging": ("loss_spike_threshold",),
 }
 _INFINITE = float("inf")
 

@@ -74,12 +74,22 @@ class TrainingSteps(Protocol):
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks)."""
 
+    def names(self, samples: Sequence[int]) -> str:
+        """Words for samples of the run, by how many came before each: where a person finds them."""
+
 
 class ValidationSteps(Protocol):
     """What a run takes its validations from."""
 
     def steps(self, iteration: int) -> Iterator[StepBatch]:
         """Those of the validation after ``iteration``; every rank gets the same number of them."""
+
+
+class NamedMembers(Sized, Protocol):
+    """A data set whose members can be told to a person."""
+
+    def names(self, members: Sequence[int]) -> str:
+        """Words for members by number: their sources, and their numbers in those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +109,7 @@ class SampleBatches(ABC):
 class ShuffledBatches(SampleBatches):
     """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
 
+    dataset: NamedMembers
     order: SampleStream
     packed: bool = False
     """Whether samples are packs, whose members must not see each other."""
@@ -108,6 +119,10 @@ class ShuffledBatches(SampleBatches):
         stop = consumed_samples + self.share.global_batch_size
         samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
         return self.assemble(samples, packed=self.packed)
+
+    def names(self, samples: Sequence[int]) -> str:
+        """The examples of ``samples`` by source and number, as ``hft-megatron show-data`` has them."""
+        return self.dataset.names([member for sample in samples for member in self.order.sample(sample)])
 
 
 @dataclass(frozen=True, kw_only=True)

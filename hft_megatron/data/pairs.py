@@ -16,6 +16,7 @@ from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.sft import SftDataset, asked_of, data_digest
+from hft_megatron.data.stores import named_members
 from hft_megatron.data.token_cache import TokenCache, named, tokenized
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
@@ -83,6 +84,10 @@ class PairDataset:
     def num_positions(self, pair: int) -> int:
         """Positions of both halves together."""
         return self.answers.num_positions(2 * pair) + self.answers.num_positions(2 * pair + 1)
+
+    def names(self, members: Sequence[int]) -> str:
+        """``pairs 3 and 17 of a.jsonl``, with numbers from 1 as ``hft-megatron show-data`` has them."""
+        return named_members("pair", members, [(source.path, source.pairs) for source in self.sources])
 
     @property
     def mix(self) -> SourceMix:

@@ -1,5 +1,6 @@
 """Assembles the batch of the next step on a thread while the engine works on this one."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -37,6 +38,10 @@ class PrefetchedSteps:
         if following < self._stop:
             self._begin(following)
         return batch
+
+    def names(self, samples: Sequence[int]) -> str:
+        """Words for samples of the run."""
+        return self._steps.names(samples)
 
     def _begin(self, consumed_samples: int) -> None:
         # One thread, so that a step nobody took ends before: the order of samples keeps an epoch in mind.

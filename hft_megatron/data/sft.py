@@ -26,7 +26,7 @@ from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader
-from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore
+from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore, named_members
 from hft_megatron.data.token_cache import TokenCache, Tokenized, named, tokenized
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
@@ -92,6 +92,10 @@ class SftDataset:
     def num_positions(self, index: int) -> int:
         """Predicted positions of one example: its tokens less one."""
         return int(self.lengths[index]) - 1
+
+    def names(self, members: Sequence[int]) -> str:
+        """``examples 3 and 17 of a.jsonl``, with numbers from 1 as ``hft-megatron show-data`` has them."""
+        return named_members("example", members, [(part.path, part.examples) for part in self.parts])
 
     @property
     def mix(self) -> SourceMix:

@@ -1,12 +1,15 @@
-"""Where the tokens of a source's examples lie."""
+"""Where the tokens of a source's examples lie, and the words for examples of several sources."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+_MOST_NAMED = 8
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Token ids of an example and which of them are trained, both of shape (tokens,)."""
 
@@ -51,3 +54,23 @@ class ExamplesInMemory:
     def example(self, index: int) -> Encoded:
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.tokens[span], self.trained[span]
+
+
+def named_members(kind: str, members: Sequence[int], sources: Sequence[tuple[str, int]]) -> str:
+    """``examples 3 and 17 of a.jsonl, example 1 of b.jsonl``: numbers of ``kind``, from 1 in each source.
+
+    ``members`` are numbered from 0 over all ``sources``, each of a path and how many it has.
+    """
+    starts = list(accumulate((count for _, count in sources), initial=0))
+    found: dict[int, list[int]] = {}
+    for member in members:
+        source = bisect_right(starts, member) - 1
+        found.setdefault(source, []).append(member - starts[source] + 1)
+    return ", ".join(f"{numbered(kind, found[source])} of {sources[source][0]}" for source in sorted(found))
+
+
+def numbered(kind: str, numbers: Sequence[int]) -> str:
+    """``example 3``, ``examples 3, 17``, or the first ``_MOST_NAMED`` of them and how many more there are."""
+    listed = ", ".join(str(number) for number in numbers[:_MOST_NAMED])
+    more = f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else ""
+    return f"{kind}{'s' if len(numbers) > 1 else ''} {listed}{more}"

@@ -3,6 +3,7 @@
 Pure: no torch, no ranks. Everything the method decides, it decides over these units.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -57,6 +58,17 @@ def units_of(shape: ModelShape) -> tuple[Unit, ...]:
     if not shape.tie_embeddings:
         units.append(Unit(name=LM_HEAD_NAME, layer=None, category="lm_head", parameters=vocabulary_parameters))
     return tuple(units)
+
+
+def forward_position(unit: str) -> int:
+    """A unit's place in the order in which a forward pass meets the units, among those of its model."""
+    per_layer = len(NAMES_IN_LAYER)
+    if unit == EMBEDDING_NAME:
+        return -1
+    if unit in (FINAL_NORM_NAME, LM_HEAD_NAME):
+        return sys.maxsize - (unit == FINAL_NORM_NAME)
+    _, _, layer, name = unit.split(".", 3)
+    return int(layer) * per_layer + NAMES_IN_LAYER.index(name)
 
 
 def _units_of_layer(shape: ModelShape, layer: int) -> Iterator[Unit]:

@@ -2,11 +2,10 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import local_multi_tensor_l2_norm
@@ -14,8 +13,18 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
-from hft_megatron.errors import RunFailed
 from hft_megatron.hft.plan import Plan
+
+
+class NonFiniteNorm(Exception):
+    """The norm of a step's gradients, or a loss that was noted beside them, is infinite or undefined.
+
+    Raised on every rank before anything is updated; ``training.nonfinite`` catches it and looks for the cause.
+    """
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(f"the norm of the gradients is {norm:g}")
+        self.norm = norm
 
 
 class HFTDistributedOptimizer(DistributedOptimizer):
@@ -33,6 +42,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         self.start_steps: dict[str, int] = {}
         """Updates that a unit's moments had seen before those; 0 for units that are not in it."""
         self._unit_of = unit_of
+        self._loss_term: Tensor | None = None
         self._refuse_resting_shards(unit_of)
 
     @classmethod
@@ -65,32 +75,40 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         return [] if self.is_stub_optimizer else list(self.buffers)
 
     @torch.no_grad()
+    def note_losses(self, losses: list[Tensor]) -> None:
+        """Has the next norm of all ranks be undefined where one of this rank's ``losses`` is not finite.
+
+        On the device, by a term of 0 or NaN in the sum that the ranks make anyway, so that a loss costs no collective
+        and no wait of its own and is known before the update.
+        """
+        self._loss_term = torch.stack([loss.double().sum() for loss in losses]).sum() * 0.0 if losses else None
+
+    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
+        gradients: list[Tensor] = super().get_main_grads_for_grad_norm()
+        if not gradients and self._loss_term is not None:
+            # A rank without gradients has no part in the norm but this one.
+            gradients = [self._loss_term.float().reshape(1)]
+        return gradients
+
+    @torch.no_grad()
     def get_grad_norm(self) -> float:
         """2-norm of the whole model's gradients in fp32, the same on every rank, with one read by the host.
 
-        Raises RunFailed, on every rank, where the gradients hold infinite or undefined numbers.
+        Raises NonFiniteNorm, on every rank, where the gradients or the losses of ``note_losses`` are infinite or
+        undefined.
         """
-        with _norm_on_the_device():
+        with _norm_on_the_device(self._loss_term):
             # A tensor under 0.19 where transformer-engine is installed.
             norm = float(super().get_grad_norm())
         if not math.isfinite(norm):
-            self._refuse_gradients(norm)
+            raise NonFiniteNorm(norm)
         return norm
 
-    def _refuse_gradients(self, norm: float) -> NoReturn:
+    def nonfinite_gradients(self) -> list[str]:
+        """Units of whose gradient this rank holds a part that is infinite or undefined; reads every one of them."""
         held = {} if self.is_stub_optimizer else self.model_param_gbuf_map
         gradients = {self._unit_of[p]: self._main_param(p)[1].grad for p in held}
-        mine = {unit for unit, grad in gradients.items() if grad is not None and not grad.isfinite().all()}
-        found: list[set[str]] = [set()] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        units = [unit.name for unit in self.plan.units if any(unit.name in one for one in found)]
-        where = (
-            f"in {units[0]}{f' and {len(units) - 1} more' if len(units) > 1 else ''}" if units else "in the sum alone"
-        )
-        raise RunFailed(
-            f"the norm of the gradients is {norm:g} ({where}), and no update was made, because it would destroy the "
-            f"model; look at the data of this step and at the losses before it, and try a lower --lr"
-        )
+        return [unit for unit, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
 
     def step_with_ready_grads(self) -> bool:
         successful: bool = super().step_with_ready_grads()
@@ -187,18 +205,27 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
 
 @contextlib.contextmanager
-def _norm_on_the_device() -> Iterator[None]:
-    """Within it, what megatron-core takes for a kernel of transformer-engine's or Apex' is not its own.
+def _norm_on_the_device(loss_term: Tensor | None) -> Iterator[None]:
+    """Within it, megatron-core's kernel for the norm adds ``loss_term``, () of 0 or NaN, where there is one.
 
-    Its own reads every tensor's norm on the host. Those two packages' are left alone.
+    What megatron-core takes for a kernel of transformer-engine's or Apex' is not its own then: its own reads every
+    tensor's norm on the host. Those two packages' are left alone.
     """
     found = clip_grads.l2_norm_impl
-    if found is local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = _l2_norm
+    kernel = _l2_norm if found is local_multi_tensor_l2_norm else found
+    clip_grads.l2_norm_impl = kernel if loss_term is None else _with_term(kernel, loss_term)
     try:
         yield
     finally:
         clip_grads.l2_norm_impl = found
+
+
+def _with_term(kernel: Callable[..., Any], term: Tensor) -> Callable[..., Any]:
+    def norm_and_term(*args: Any) -> tuple[Tensor, Any]:
+        norm, by_tensor = kernel(*args)
+        return norm + term.to(norm.dtype), by_tensor
+
+    return norm_and_term
 
 
 def _l2_norm(chunk: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:

@@ -1,6 +1,6 @@
 """The learning rate as a function of the iteration, through megatron-core's scheduler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -17,22 +17,35 @@ class Span:
 
     length: int
     position: Callable[[int], int]
+    """Of the iterations that made an update."""
+    skipped: int = 0
+    """Iterations of the span that made none: as in Megatron the rate waits for updates and not for iterations."""
 
 
-def span_of_round(hft: HFTConfig, rounds: RoundSchedule, round: int, *, cycle: int | None) -> Span:
+def span_of_round(
+    hft: HFTConfig,
+    rounds: RoundSchedule,
+    round: int,
+    *,
+    cycle: int | None,
+    skipped_iterations: Sequence[int] = (),
+) -> Span:
     """The schedule that a round follows: the run's, or (--hft-lr-schedule round) one of its own, as long as the first
     round: a last round that is cut short is the beginning of one.
 
     ``cycle`` is how many rounds HiFT's groups take, whose rate moves along the run's schedule only when all of them
-    have trained once (arXiv 2401.15207); None for other selections.
+    have trained once (arXiv 2401.15207); None for other selections. ``skipped_iterations`` (from 1) are those that
+    --skip-nonfinite-steps has left out so far.
     """
     if hft.hft_lr_schedule == "round":
         first, (start, _) = rounds.bounds(rounds.first_round), rounds.bounds(round)
-        return Span(length=first[1] - first[0], position=lambda iteration: iteration - start)
+        skipped = sum(iteration > start for iteration in skipped_iterations)
+        return Span(length=first[1] - first[0], position=lambda iteration: iteration - start, skipped=skipped)
     if cycle is not None:
         cycle_start, _ = rounds.bounds(round - (round - rounds.first_round) % cycle)
-        return Span(length=rounds.train_iters, position=lambda iteration: cycle_start)
-    return Span(length=rounds.train_iters, position=lambda iteration: iteration)
+        updates = cycle_start - sum(iteration <= cycle_start for iteration in skipped_iterations)
+        return Span(length=rounds.train_iters, position=lambda iteration: updates)
+    return Span(length=rounds.train_iters, position=lambda iteration: iteration, skipped=len(skipped_iterations))
 
 
 class LearningRate:
@@ -42,7 +55,8 @@ class LearningRate:
     """
 
     def __init__(self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int) -> None:
-        """``iteration`` counts the run's finished iterations; ``span`` says where in the schedule each stands."""
+        """``iteration`` counts the run's finished iterations without those that the span has ``skipped``; ``span`` says
+        where in the schedule each stands."""
         self._optimizer = optimizer
         self._span = span
         self._iteration = iteration

@@ -42,6 +42,7 @@ from hft_megatron.training.inputs import Inputs, read_inputs
 from hft_megatron.training.inputs_agreement import check_inputs_agree
 from hft_megatron.training.loop import learning_rate, train
 from hft_megatron.training.methods import METHODS
+from hft_megatron.training.nonfinite import check_weights
 from hft_megatron.training.reference_of_run import reference_of_run
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Reference, Run
@@ -296,6 +297,7 @@ def _train(
             of_a_stage=of_a_stage,
         )
         train(run, every)
+        check_weights(run)
     finally:
         tracker.close()
     return run.wrapped, run.state

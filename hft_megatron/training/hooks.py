@@ -16,6 +16,7 @@ from hft_megatron.training.audits import AuditRounds
 from hft_megatron.training.bill import Bill
 from hft_megatron.training.hf_exports import Exporter, ExportModels, exports_of
 from hft_megatron.training.hook import Hook
+from hft_megatron.training.loss_spikes import LossSpikes
 from hft_megatron.training.run import Run
 from hft_megatron.training.saving import Base, SaveCheckpoints, StopEarly
 from hft_megatron.training.step import StepResult, validate
@@ -35,10 +36,13 @@ class LogSteps(Hook):
     """Records one line every --log-interval steps.
 
     What the objective measures, times, rates and bytes sent are means over those steps, as in Megatron; times, bytes
-    and sizes are the last rank's.
+    and sizes are the last rank's. Steps that were left out have their times and bytes, and no loss or norm. The record
+    of a spike of the loss comes at once.
     """
 
     interval: int
+    spikes: LossSpikes
+    counts_skipped: bool
     _pending: list[StepResult] = field(default_factory=list)
     _work: list[Work] = field(default_factory=list)
     _time_left: TimeLeft = field(default_factory=TimeLeft)
@@ -54,20 +58,21 @@ class LogSteps(Hook):
         self._work.append(work_of(result, self._flops))
         self._time_left.add(result)
         last = run.state.iteration == train_iters(run.config.training)
-        if run.state.iteration % self.interval == 0 or last:
-            run.log(self._record(run, result))
+        spike = None if result.loss is None else self.spikes.score(result.loss)
+        if run.state.iteration % self.interval == 0 or last or spike is not None:
+            record = self._record(run)
+            run.log(record if spike is None else {**record, names.LOSS_SPIKE: spike})
             self._pending.clear()
             self._work.clear()
 
-    def _record(self, run: Run, result: StepResult) -> dict[str, float | int | str]:
-        steps = self._pending
+    def _record(self, run: Run) -> dict[str, float | int | str]:
+        steps, updates = self._pending, [step for step in self._pending if step.updated]
         plan, shards = run.wrapped.plan, run.wrapped.shards
         record: dict[str, float | int | str] = {
             names.CONSUMED_SAMPLES: run.state.consumed_samples,
             names.ITERATION_TIME: mean(step.times.total for step in steps),
             names.LEARNING_RATE: run.learning_rate.last,
             names.GLOBAL_BATCH_SIZE: run.batches.share.global_batch_size,
-            names.GRAD_NORM: result.grad_norm,
             names.ROUND: run.state.round,
             names.TRAINABLE_PARAMETERS: plan.trainable_parameters,
             names.FROZEN_PARAMETERS: plan.frozen_parameters,
@@ -86,8 +91,12 @@ class LogSteps(Hook):
             record[name] = mean(step.times.sections[section] for step in steps)
         if run.reference is not None:
             record[names.REFERENCE_BYTES] = run.reference.held_bytes
-        for name in result.measured:
-            record[name] = mean(step.measured[name] for step in steps)
+        if self.counts_skipped:
+            record[names.SKIPPED_ITERATIONS] = len(steps) - len(updates)
+        if updates:
+            record[names.GRAD_NORM] = updates[-1].grad_norm
+            for name in updates[-1].measured:
+                record[name] = mean(step.measured[name] for step in updates)
         if self._switch_ms is not None:
             record[names.ROUND_SWITCH_TIME], self._switch_ms = self._switch_ms, None
         return record
@@ -140,7 +149,9 @@ def build_hooks(
     ``exporter`` writes under --save-hf-interval. ``of_a_stage``, the run ends with a line instead of its whole bill.
     """
     config = run.config
-    hooks: list[Hook] = [LogSteps(config.logging.log_interval)]
+    spikes = LossSpikes(config.logging.loss_spike_threshold)
+    log = LogSteps(config.logging.log_interval, spikes, counts_skipped=config.training.skip_nonfinite_steps > 0)
+    hooks: list[Hook] = [log]
     if isinstance(run.reference, Hook):
         hooks.append(run.reference)
     audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None

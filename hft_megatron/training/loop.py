@@ -44,8 +44,9 @@ def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
         for hook in hooks:
             hook.at_round_start(run)
     result = train_step(run)
-    run.learning_rate.advance()
-    run.advance()
+    if result.updated:
+        run.learning_rate.advance()
+    run.advance(updated=result.updated)
     return result
 
 
@@ -75,5 +76,7 @@ def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, stat
     plan = wrapped.plan
     # The plan's word and not the option's: a plan file may hold the rounds of HiFT too.
     cycle = hift_groups(plan.units, plan.policy.exact_ratio) if plan.policy.selection == "hift" else None
-    span = span_of_round(config.hft, rounds.schedule, state.round, cycle=cycle)
-    return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration)
+    span = span_of_round(
+        config.hft, rounds.schedule, state.round, cycle=cycle, skipped_iterations=state.skipped_iterations
+    )
+    return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration - span.skipped)

@@ -51,11 +51,14 @@ class Run:
     failure: str | None = None
     """Why this rank can't go on; the others learn of it after the step."""
 
-    def advance(self) -> None:
-        """One optimizer step is done."""
+    def advance(self, *, updated: bool) -> None:
+        """One step is done, or was left out."""
+        iteration = self.state.iteration + 1
+        skipped = self.state.skipped_iterations
         self.state = replace(
             self.state,
-            iteration=self.state.iteration + 1,
+            iteration=iteration,
+            skipped_iterations=skipped if updated else (*skipped, iteration),
             consumed_samples=self.state.consumed_samples + self.batches.share.global_batch_size,
         )
 

@@ -17,6 +17,7 @@ from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed, Stopped
 from hft_megatron.training.audits import AuditRounds
 from hft_megatron.training.hook import Hook
+from hft_megatron.training.nonfinite import check_weights
 from hft_megatron.training.run import Run
 from hft_megatron.training.step import StepResult
 
@@ -66,6 +67,7 @@ class SaveCheckpoints(Hook):
             return
         if self.audit is not None:
             self.audit.verify(run)
+        check_weights(run)
         run.announce(
             f"saving checkpoint at iteration {run.state.iteration:7d} to {self.options.save} in torch_dist format"
         )

@@ -102,7 +102,13 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
     assert inputs.checkpoint is not None
     loaded = load_checkpoint(inputs.checkpoint, wrapped, placement)
     announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {loaded.iteration}")
-    return replace(state, iteration=loaded.iteration, consumed_samples=loaded.consumed_samples, round=loaded.round)
+    return replace(
+        state,
+        iteration=loaded.iteration,
+        consumed_samples=loaded.consumed_samples,
+        skipped_iterations=loaded.skipped_iterations,
+        round=loaded.round,
+    )
 
 
 def starting_base(inputs: Inputs, placement: Placement) -> Base | None:

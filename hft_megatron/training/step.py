@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hft_megatron.optimizer.distributed import NonFiniteNorm
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes
+from hft_megatron.training.nonfinite import leave_out_or_fail
 from hft_megatron.training.run import Run
 from hft_megatron.training.schedule import run_schedule
 
@@ -15,6 +17,8 @@ from hft_megatron.training.schedule import run_schedule
 class StepResult:
     """What one step measured on this rank."""
 
+    updated: bool
+    """False for a step that --skip-nonfinite-steps left out: its loss or gradients are infinite or undefined."""
     loss: float | None
     """Mean over the global batch, per trained token (nats) or per pair; None off the last pipeline stage."""
     measured: Mapping[str, float]
@@ -37,7 +41,10 @@ class StepResult:
 
 
 def train_step(run: Run) -> StepResult:
-    """Takes the next global batch, accumulates its gradients, reduces them and updates what the plan trains."""
+    """Takes the next global batch, accumulates its gradients, reduces them and updates what the plan trains.
+
+    Raises RunFailed where its loss or gradients are infinite or undefined, unless such a step is left out.
+    """
     traffic = run.wrapped.traffic
     traffic.clock.begin()
     batch = run.batches.step(run.state.consumed_samples)
@@ -45,13 +52,22 @@ def train_step(run: Run) -> StepResult:
         run.reference.attach(batch)
     run.wrapped.zero_gradients()
     reports = run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
+    grad_norm, failure = 0.0, None
+    run.wrapped.shards.note_losses([measured for report in reports for measured in report.values()])
     with traffic.clock.section(OPTIMIZER):
-        updated, grad_norm, _ = run.wrapped.optimizer.step()
-    assert updated, "without loss scaling every step updates"
+        try:
+            updated, grad_norm, _ = run.wrapped.optimizer.step()
+            assert updated, "without loss scaling every step updates"
+        except NonFiniteNorm as found:
+            failure = found
+    if failure is not None:
+        grad_norm = failure.norm
+        leave_out_or_fail(run, batch, reports, failure.norm)
     measured = _measure(run, reports)
     times = traffic.clock.end()
     reduce_scatter_bytes, all_gather_bytes = traffic.take_bytes()
     return StepResult(
+        updated=failure is None,
         loss=measured.get(run.objective.loss_name),
         measured=measured,
         grad_norm=float(grad_norm),

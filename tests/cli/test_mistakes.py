@@ -175,6 +175,8 @@ MISTAKES = [
     (1, f"{GOOD} --packing-window 50", "--packing-window 50 needs --packing; add it"),
     (1, f"{GOOD} --packing-algorithm first_fit_shuffle", "--packing-algorithm first_fit_shuffle needs --packing"),
     (1, f"{GOOD} --lr -1e-5", "--lr -1e-05: must be a number of at least 0"),
+    (1, f"{GOOD} --skip-nonfinite-steps -1", "--skip-nonfinite-steps -1: must be a number of at least 0"),
+    (1, f"{GOOD} --loss-spike-threshold 0", "--loss-spike-threshold 0.0: must be a number above 0"),
     (1, f"{GOOD} --lr nan", "--lr nan: must be a number"),
     (1, f"{GOOD} --weight-decay inf", "--weight-decay inf: must be a number"),
     (1, f"{GOOD} --adam-eps 0", "--adam-eps 0.0: must be a number above 0"),

@@ -72,3 +72,20 @@ def test_a_schedule_per_round_starts_anew_with_each_and_a_last_short_round_is_cu
 def test_hifts_rate_moves_only_after_every_group_has_trained():
     hift = HFTConfig(hft_selection="hift")
     assert positions(hift, "1", cycle=3) == [(0, 7)] * 3 + [(3, 7)] * 3 + [(6, 7)]
+
+
+def rates_of_rounds(hft: HFTConfig, skipped: tuple[int, ...], cycle: int | None = None) -> list[int]:
+    """The position in the schedule of every iteration of a run that is started anew before each of them."""
+    rounds = RoundSchedule(interval="3", train_iters=9, epoch_starts=range(10), global_batch_size=1)
+    found = []
+    for iteration in range(9):
+        before = tuple(number for number in skipped if number <= iteration)
+        span = span_of_round(hft, rounds, rounds.round_of(iteration), cycle=cycle, skipped_iterations=before)
+        found.append(span.position(iteration - span.skipped))
+    return found
+
+
+def test_the_rate_waits_for_updates_and_not_for_iterations_that_were_left_out():
+    assert rates_of_rounds(HFTConfig(), (2, 5)) == [0, 1, 1, 2, 3, 3, 4, 5, 6]
+    assert rates_of_rounds(HFTConfig(hft_lr_schedule="round"), (2, 5)) == [0, 1, 1, 0, 1, 1, 0, 1, 2]
+    assert rates_of_rounds(HFTConfig(hft_selection="hift"), (2, 5), cycle=2) == [0] * 6 + [4] * 3

@@ -11,9 +11,11 @@ from hft_megatron.config.derived import train_iters
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
+from hft_megatron.data.fitting import SftCounts
 from hft_megatron.data.order import SampleOrder, SampleStream
 from hft_megatron.data.packing import PackedOrder, PackingRule
-from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.sft import SftDataset, SourcePart
 from hft_megatron.data.stores import ExamplesInMemory
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
@@ -54,7 +56,11 @@ def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
         trained += [position >= length // 3 for position in range(length)]
         offsets.append(len(tokens))
     return SftDataset(
-        parts=(),
+        parts=(
+            SourcePart(
+                path="toy", weight=None, formats=("text",), examples=examples, counts=SftCounts(), use=RecordUse()
+            ),
+        ),
         stores=(
             ExamplesInMemory(
                 tokens=np.array(tokens, dtype=np.int32),

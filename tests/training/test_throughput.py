@@ -16,6 +16,7 @@ from hft_megatron.training.throughput import RECENT_STEPS, TimeLeft, Work, flops
 from tests.optimizer.test_rank_costs import SHAPE
 
 RESULT = StepResult(
+    updated=True,
     loss=None,
     measured={},
     grad_norm=1.0,

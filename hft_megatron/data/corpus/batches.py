@@ -1,12 +1,13 @@
 """Cuts the samples of a corpus into steps, and each step's global batch into one rank's micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.data.corpus.datasets import Samples
+from hft_megatron.data.stores import numbered
 
 FIELDS = ("tokens", "labels", "loss_mask")
 
@@ -33,6 +34,10 @@ class CorpusBatches:
             tokens=self.share.global_batch_size * self.seq_length,
             squared_lengths=self.share.global_batch_size * self.seq_length**2,
         )
+
+    def names(self, samples: Sequence[int]) -> str:
+        """Numbers from 1 in megatron-core's order: its shuffle and blend decide what they hold."""
+        return f"{numbered('sample', [sample + 1 for sample in samples])} of the run"
 
 
 @dataclass(frozen=True, kw_only=True)
