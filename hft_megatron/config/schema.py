@@ -84,6 +84,9 @@ class TrainingConfig:
     train_epochs: int | None = None
     """Passes over the training data, instead of --train-iters. The last batch of an epoch is filled up with the first
     samples of the next, the last one of all too."""
+    check_replicas_interval: int | None = None
+    """Iterations between comparisons of the weights that several ranks hold, bit for bit: those of data-parallel
+    replicas, norms over tensor-parallel ranks, tied embeddings. Ranks that differ end the run and are named."""
     exit_duration_in_mins: float | None = None
     """Save and end (exit code 3, as after a signal) at the first iteration this long after the start."""
     seq_length: int | None = None

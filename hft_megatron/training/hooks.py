@@ -17,6 +17,7 @@ from hft_megatron.training.bill import Bill
 from hft_megatron.training.hf_exports import Exporter, ExportModels, exports_of
 from hft_megatron.training.hook import Hook
 from hft_megatron.training.loss_spikes import LossSpikes
+from hft_megatron.training.replicas import CheckReplicas
 from hft_megatron.training.run import Run
 from hft_megatron.training.saving import Base, SaveCheckpoints, StopEarly
 from hft_megatron.training.step import StepResult, validate
@@ -157,6 +158,7 @@ def build_hooks(
     audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None
     if audit is not None:
         hooks.append(audit)
+    hooks.append(CheckReplicas(config.training.check_replicas_interval))
     measured = None
     if run.validation is not None:
         validation = Validate(config.logging.eval_interval)
