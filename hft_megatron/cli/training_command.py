@@ -72,16 +72,18 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
+    from hft_megatron.training.methods import METHODS
+
     if options.check:
         from hft_megatron.training.checks import check_inputs
 
-        check_inputs(method, config, shape, world_size)
+        check_inputs(METHODS[method], config, shape, world_size)
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
     from hft_megatron.training.assembly import run_training
 
-    run_training(method, config, shape, world_size, on_loss=end_of_peers(status))
+    run_training(METHODS[method], config, shape, world_size, on_loss=end_of_peers(status))
 
 
 def _with_options_of_others(options: TrainingOptions, config: RunConfig) -> RunConfig:
@@ -102,14 +104,15 @@ def _run_stages(
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
+    from hft_megatron.training.methods import METHODS
     from hft_megatron.training.stage_sequence import check_stages, run_stages
 
     if check:
-        print("\n".join(check_stages(stages, world_size)))
+        print("\n".join(check_stages(stages, world_size, METHODS)))
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
-    run_stages(stages, shape, world_size, on_loss=end_of_peers(status))
+    run_stages(stages, shape, world_size, METHODS, on_loss=end_of_peers(status))
 
 
 def _shape_before_the_tokenizer(config: RunConfig) -> ModelShape:

@@ -17,7 +17,7 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.pipeline_rules import pipeline_words
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
-from hft_megatron.config.schema import MethodName, RunConfig
+from hft_megatron.config.schema import RunConfig
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import BatchShare
@@ -42,9 +42,8 @@ from hft_megatron.training.hooks import build_hooks
 from hft_megatron.training.inputs import Inputs, read_inputs
 from hft_megatron.training.inputs_agreement import check_inputs_agree
 from hft_megatron.training.loop import learning_rate, train
-from hft_megatron.training.methods import METHODS
+from hft_megatron.training.method import Method
 from hft_megatron.training.nonfinite import check_weights
-from hft_megatron.training.reference_of_run import reference_of_run
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Reference, Run
 from hft_megatron.training.spectrum import scores_of_run
@@ -58,7 +57,7 @@ from hft_megatron.training.start import (
 
 
 def run_training(
-    method: MethodName,
+    method: Method,
     options: RunConfig,
     shape: ModelShape | None,
     world_size: int,
@@ -80,7 +79,7 @@ def run_training(
 
 
 def train_and_export(
-    method: MethodName,
+    method: Method,
     options: RunConfig,
     shape: ModelShape | None,
     world_size: int,
@@ -93,7 +92,7 @@ def train_and_export(
 
     ``of_a_stage``, it ends with a line instead of its whole bill.
     """
-    inputs = read_inputs(METHODS[method], options, shape, world_size)
+    inputs = read_inputs(method, options, shape, world_size)
     if inputs.config.training.deterministic_mode:
         make_deterministic()
     company.join(inputs.config.parallel)
@@ -114,7 +113,9 @@ def train_and_export(
     chunks = _model_with_weights(config, inputs, placement)
     fill_from_other_run(inputs, chunks, announce)
     share = _share(config, placement)
-    reference = reference_of_run(inputs, chunks, rounds, share, placement, announce) if trains else None
+    reference = None
+    if trains and method.reference is not None:
+        reference = method.reference(inputs, chunks, rounds, share, placement, announce)
     last_round = inputs.position.round
     exporter = Exporter(config.checkpoint, inputs, placement, announce)
     try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import MethodName, RunConfig
@@ -10,6 +10,9 @@ from hft_megatron.data.batches import BatchShare, TrainingSteps, ValidationSteps
 from hft_megatron.data.order import SampleStream
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from hft_megatron.training.run import Reference
 
 
 class RunData(Protocol):
@@ -49,3 +52,6 @@ class Method:
     """What the options of the method make of it."""
     read_data: ReadData
     """Takes the resolved options, tokenizer, shape and world size; UserError for a mistake in the data."""
+    reference: "Callable[..., Reference] | None" = None
+    """What the trained model is compared with, where there is such a thing: takes the run's inputs, model chunks,
+    rounds, share of a batch, placement and announcer, before a checkpoint fills the chunks; collective."""

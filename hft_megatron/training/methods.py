@@ -6,12 +6,16 @@ from hft_megatron.objectives.next_token import NEXT_TOKEN
 from hft_megatron.training.corpus_data import read_corpus_data
 from hft_megatron.training.method import Method
 from hft_megatron.training.preference_data import read_preference_data
+from hft_megatron.training.reference_of_run import reference_of_run
 from hft_megatron.training.sft_data import read_sft_data
 
 METHODS: dict[MethodName, Method] = {
     "sft": Method(name="sft", objective=lambda config: NEXT_TOKEN, read_data=read_sft_data),
     "dpo": Method(
-        name="dpo", objective=lambda config: preference_objective(config.dpo), read_data=read_preference_data
+        name="dpo",
+        objective=lambda config: preference_objective(config.dpo),
+        read_data=read_preference_data,
+        reference=reference_of_run,
     ),
     "pretrain": Method(name="pretrain", objective=lambda config: NEXT_TOKEN, read_data=read_corpus_data),
 }

@@ -51,16 +51,15 @@ def reference_of_run(
     share: BatchShare,
     placement: Placement,
     announce: Announce,
-) -> Reference | None:
-    """The reference of preference tuning, None for other methods; collective.
+) -> Reference:
+    """The reference of preference tuning; collective.
 
     ``chunks`` hold the weights that the run started from, before a checkpoint fills them, except in a run that
     --finetune started and that goes on: then they are filled here where they are needed. Raises UserError where the
     reference's weights are not what they were, or its cache can't be used.
     """
     data, options = inputs.data, inputs.config.dpo
-    if not isinstance(data, PreferenceData):
-        return None
+    assert isinstance(data, PreferenceData), "pairs are compared with a reference"
     base = None
     if options.dpo_reference_model is None and inputs.identity.finetuned_from is not None:
         base = _on_rank_0(lambda: _base_of_finetuning(inputs), placement)

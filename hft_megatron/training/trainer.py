@@ -14,6 +14,7 @@ from hft_megatron.errors import UserError
 from hft_megatron.parallel import launch
 from hft_megatron.training.assembly import run_training
 from hft_megatron.training.hook import Hook
+from hft_megatron.training.methods import METHODS
 
 
 class Trainer:
@@ -36,7 +37,7 @@ class Trainer:
             validate(self.config, before_tokenizer, self._ranks, method)
         except UserError as error:
             raise ValueError(in_arguments(str(error))) from None
-        self._method, self._hooks = method, tuple(hooks)
+        self._method, self._hooks = METHODS[method], tuple(hooks)
 
     def train(self) -> None:
         """Trains to the end, from where ``load`` stands, and saves and exports what the options ask for.

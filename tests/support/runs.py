@@ -110,6 +110,7 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -
     from hft_megatron.config.validation import shape_of, validate
     from hft_megatron.errors import Stopped
     from hft_megatron.training import assembly
+    from hft_megatron.training.methods import METHODS
 
     config = load_options(COMMANDS[method].options, list(words)).as_run
     shape = shape_of(config.model)
@@ -119,7 +120,7 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -
     stopped = None
     with _inside_a_pool(recorder) as said:
         try:
-            assembly.run_training(method, config, shape, world_size, on_loss=print)
+            assembly.run_training(METHODS[method], config, shape, world_size, on_loss=print)
         except Stopped as stop:
             stopped = str(stop)
         state = {} if recorder.run is None else state_of(recorder.run)
