@@ -94,6 +94,9 @@ class RunIdentity:
     """Of the order of samples, where it depends on more than the values above."""
     train_iters: int | None = None
     """For the message only, next to ``order_digest``: what that order was made for."""
+    uses_chat_template: bool = True
+    """Whether the chat template has rendered data that the run, or one whose weights it took, is trained on; not
+    compared."""
     run_id: str = ""
     """Name that the run gets when it begins and notes beside its exports, which are then known to be its own; not
     compared. Empty before that, and for runs of earlier versions."""
@@ -136,6 +139,7 @@ def run_identity(
     order_digest: str | None = None,
     tokenizer_digest: str | None = None,
     finetuned_from: str | None = None,
+    uses_chat_template: bool = True,
 ) -> RunIdentity:
     """The identity of the run that these (resolved) options describe, before any weights are read."""
     return RunIdentity(
@@ -157,6 +161,7 @@ def run_identity(
         tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
         tokenizer_digest=tokenizer_digest,
         finetuned_from=None if finetuned_from is None else str(Path(finetuned_from).resolve()),
+        uses_chat_template=uses_chat_template,
         split=config.corpus.split if config.corpus.data_path else None,
         order_digest=order_digest,
         train_iters=None if order_digest is None else derived.train_iters(config.training),

@@ -1,4 +1,4 @@
-"""Writes a complete Hugging Face folder: weights, config.json, generation_config.json and the tokenizer."""
+"""Writes a complete Hugging Face folder: weights, configs, the tokenizer, and what else the source folder has."""
 
 import json
 import shutil
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from hft_megatron.config.export_folder import Destination
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.run_folder import sync
+from hft_megatron.config.run_folder import same_folder, sync
+from hft_megatron.conversion.kept_files import keep_files
 from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
 from hft_megatron.data.chat import end_token_ids
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILES
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
@@ -64,7 +66,8 @@ def export_tensors(
     """Exports to ``destination``, which appears complete or not at all. Returns the data type that was written.
 
     ``wholes`` and ``run_dtype`` are those of ``write_weights``. The source's config and generation config are kept,
-    with the data type and the pad, begin and end tokens brought in line with what was trained. Raises OSError where
+    with the data type and the begin, end and (where one is named) pad tokens brought in line with what was trained, and
+    so are its other files (``keep_files``). Raises OSError where
     that can't be written.
     """
     unfinished = destination.open()
@@ -72,7 +75,13 @@ def export_tensors(
         dtype = write_weights(unfinished, wholes, shape, run_dtype, rules, announce)
         _write_configs(unfinished, shape, rules.source, tokenizer, dtype)
         if tokenizer is not None:
-            for line in tokenizer.export(unfinished, keep_source=rules.keep_source_tokenizer):
+            keep = rules.keep_source_tokenizer
+            for line in tokenizer.export(unfinished, keep_source=keep, adds_template=rules.adds_template):
+                announce(line)
+        if rules.source is not None:
+            is_of_source = tokenizer is not None and same_folder(tokenizer.facts.source, rules.source)
+            others = TOKENIZER_FILES if is_of_source else (*TOKENIZER_FILES, *VOCABULARY_FILES)
+            for line in keep_files(Path(rules.source), unfinished, others=others):
                 announce(line)
         for path in (*unfinished.rglob("*"), unfinished):
             sync(path)
@@ -94,10 +103,9 @@ def _write_configs(
 ) -> None:
     tokens = {}
     if tokenizer is not None:
-        tokens = {
-            "bos_token_id": tokenizer.facts.named_id("bos_token"),
-            "pad_token_id": tokenizer.pad_id,
-        }
+        tokens = {"bos_token_id": tokenizer.facts.named_id("bos_token")}
+        if tokenizer.facts.names_pad:
+            tokens["pad_token_id"] = tokenizer.pad_id
     config = load_hf_config(source) if source is not None else shape.to_hf_config()
     # Both spellings: transformers 4 reads torch_dtype, 5 reads dtype.
     dtype_name = str(dtype).removeprefix("torch.")

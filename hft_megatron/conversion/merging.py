@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hft_megatron.config.model_shape import HF_CONFIG_FILE
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.kept_files import keep_files
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.merge_inputs import MergeInputs
 from hft_megatron.conversion.model_folder import notes_on_folder
 from hft_megatron.conversion.save import Announce
 from hft_megatron.conversion.shard_writer import ShardWriter
-from hft_megatron.data.tokenizer_files import CONFIG_FILE, COPIED_FILES, TEMPLATE_FILE
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import units_of
@@ -31,9 +30,6 @@ HALF_RESET_FILE = "half_reset.json"
 """The plan of a Half-Reset, in the form that --hft-plan reads."""
 AVERAGE_FILE = "average.json"
 """The coefficient of an average, and what it is of."""
-
-_KEPT_FILES = (HF_CONFIG_FILE, "generation_config.json", CONFIG_FILE, TEMPLATE_FILE, *COPIED_FILES)
-"""What the output takes over from the tuned model besides weights, where it is there."""
 
 Combine = Callable[[str, HuggingFaceWeights, HuggingFaceWeights], Tensor]
 """Takes a tensor's name and the opened folders, tuned and base; returns a tensor of the shape that both have."""
@@ -134,9 +130,8 @@ def _merge(
         for name, dtype in dtypes.items():
             writer.write(name, _converted(name, combine(name, tuned, base), dtype))
         writer.close()
-        for file in _KEPT_FILES:
-            if (Path(inputs.tuned) / file).exists():
-                shutil.copyfile(Path(inputs.tuned) / file, folder / file)
+        for line in keep_files(Path(inputs.tuned), folder):
+            announce(line)
         file, text = record
         (folder / file).write_text(text, encoding="utf-8")
 

@@ -34,6 +34,8 @@ class ExportRules:
     (--finetune)."""
     save_dtype: torch.dtype | None
     """Asked for by --save-dtype; the source's own data type (or the run's) when None."""
+    adds_template: bool = True
+    """Add the chat template in use to a tokenizer that has none of its own."""
     keep_source_tokenizer: bool = False
     """Copy the tokenizer's files also where transformers makes other ids of them than were trained."""
 

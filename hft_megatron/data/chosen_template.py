@@ -1,7 +1,8 @@
-"""The chat template of a run: the one that --chat-template names, else the tokenizer's own, else the project's."""
+"""The chat template of a run (that of --chat-template, the tokenizer's or the project's), and those of an export."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hft_megatron.data import templates
@@ -25,13 +26,58 @@ def choose_template(choice: str | None, files: TokenizerFiles, special_tokens: S
     return templates.DEFAULT if own is None else own
 
 
-def other_templates(files: TokenizerFiles) -> dict[str, bytes]:
-    """The folder's further templates by name, which an export keeps: all whose name can be that of a file."""
-    by_name = {path.stem: path.read_bytes() for path in _template_files(files)}
-    if not by_name and not _has_template_file(files):
-        listed = _by_name(files.config.get("chat_template"))
-        by_name = {name: text.encode() for name, text in listed.items() if isinstance(text, str)}
-    return {name: text for name, text in by_name.items() if name != _DEFAULT and Path(name).name == name}
+@dataclass(frozen=True, kw_only=True)
+class ExportedTemplates:
+    """The chat templates of an export, where transformers looks for them."""
+
+    in_config: object
+    """``chat_template`` of tokenizer_config.json; None where it has none."""
+    files: Mapping[str, bytes]
+    """By path in the folder."""
+    line: str = ""
+    """For the log, where they are not all the folder's own."""
+
+
+def templates_of_export(files: TokenizerFiles, text: str, *, adds: bool) -> ExportedTemplates:
+    """The folder's templates as and where they are, with ``text``, the one in use, as the default.
+
+    A folder that has none gets it only if the export ``adds`` it.
+    """
+    in_config = files.config.get("chat_template")
+    paths = [*_template_files(files), *([files.folder / TEMPLATE_FILE] if _has_template_file(files) else [])]
+    in_files = {str(path.relative_to(files.folder)): path.read_bytes() for path in paths}
+    if _is_own(files, text):
+        return ExportedTemplates(in_config=in_config, files=in_files)
+    if in_config is None and not in_files:
+        added = {TEMPLATE_FILE: text.encode()} if adds else {}
+        line = f"{TEMPLATE_FILE} is added, with the chat template in use: the folder has none"
+        return ExportedTemplates(in_config=None, files=added, line=line if adds else "")
+    holders = [name for name in (TEMPLATE_FILE, f"{TEMPLATES_FOLDER}/{_DEFAULT}.jinja") if name in in_files]
+    if in_config is not None:
+        in_config = _with_default(in_config, text)
+    elif not holders:
+        holders = [TEMPLATE_FILE]
+    return ExportedTemplates(
+        in_config=in_config,
+        files=in_files | dict.fromkeys(holders, text.encode()),
+        line="the default chat template is that of --chat-template instead of the folder's own",
+    )
+
+
+def _is_own(files: TokenizerFiles, text: str) -> bool:
+    try:
+        return _own_template(files) == text
+    except UserError:  # one that can't be read, or is no default, where another was asked for
+        return False
+
+
+def _with_default(template: object, text: str) -> object:
+    if isinstance(template, dict):
+        return {**template, _DEFAULT: text}
+    if isinstance(template, list):
+        others = [each for each in template if not (isinstance(each, dict) and each.get("name") == _DEFAULT)]
+        return [{"name": _DEFAULT, "template": text}, *others]
+    return text
 
 
 def _own_template(files: TokenizerFiles) -> str | None:

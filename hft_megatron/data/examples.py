@@ -40,6 +40,8 @@ class Example:
     """Turns of the assistant that the record itself takes out of what is learned."""
     repeated_prompt: bool = False
     """Whether the completion repeated the prompt, and it was taken off."""
+    is_conversation: bool = False
+    """Whether the chat template rendered it."""
     has_token_names: bool = False
     """Whether its prompt or completion, verbatim texts, have names of special tokens in them."""
     keys: PassedOver = NOTHING
@@ -86,6 +88,7 @@ def example_of(
         empty_answers=empty,
         untrained_turns=_count_untrained(record),
         repeated_prompt=not isinstance(record, Preference) and record.repeated,
+        is_conversation=isinstance(record, Chat),
         has_token_names=isinstance(record, Completion) and template.named_in(record.prompt, record.completion),
         keys=passed_over(record, template),
     )

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,8 @@ class SftCounts:
     """Turns of the assistant that their records take out of what is learned."""
     repeated_prompts: int = 0
     """Records whose completion repeated the prompt, where it was taken off."""
+    conversations: int = 0
+    """Records that the chat template rendered."""
     token_names: int = 0
     """Records of verbatim texts that have names of special tokens in them."""
     unread: dict[str, int] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class SftCounts:
         self.empty_answers += example.empty_answers
         self.untrained_turns += example.untrained_turns
         self.repeated_prompts += example.repeated_prompt
+        self.conversations += example.is_conversation
         self.token_names += example.has_token_names
         count_keys(self.unread, example.keys.unread)
         count_keys(self.ignored, example.keys.ignored)
@@ -79,6 +83,11 @@ class SftCounts:
             self.truncated += bool(spans) and rules.long_examples == "truncate"
             self.split += bool(spans) and rules.long_examples == "split"
             self.lost_tokens += positions - sum(stop - start - 1 for start, stop in spans)
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> "SftCounts":
+        """The inverse of ``asdict``. In counts of earlier versions every record passes for a conversation."""
+        return SftCounts(**{"conversations": saved["read"], **saved})
 
     def merge(self, other: "SftCounts") -> None:
         """Count another part of the source."""

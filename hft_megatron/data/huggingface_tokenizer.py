@@ -54,10 +54,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._rust.decode(list(ids), skip_special_tokens=True))
 
-    def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
+    def export(self, directory: Path, *, keep_source: bool = False, adds_template: bool = True) -> list[str]:
         if keep_source or not self.facts.exports_own_files:
-            return copy_files(directory, self._files, self.facts, self._rust)
-        return write_files(directory, self._files, self, self._rust)
+            return copy_files(directory, self._files, self.facts, self._rust, adds_template=adds_template)
+        return write_files(directory, self._files, self, self._rust, adds_template=adds_template)
 
     def _find_rule_after_special(self) -> bool:
         """Ask the tokenizer itself: "legacy" SentencePiece conversions mark a word start behind every special token."""
@@ -163,6 +163,7 @@ def _assembled(
         fed_vocab_size=fed_vocab_size(vocabulary, ids),
         bos_id=bos_id,
         eos_id=eos_id,
+        names_pad=files.names_pad or "pad_token" in names,
         pad_id=choose_pad_id(ids.get("pad_token"), ids.get("unk_token"), eos_id),
         special_tokens=special_tokens,
         names_in_text=rust_pipeline.names_in_text(rust),

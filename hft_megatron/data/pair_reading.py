@@ -44,7 +44,7 @@ def _read_source(
     kept: list[Encoded] = []
     bad: Counter[str] = Counter()
     forms: Counter[PromptForm] = Counter()
-    read = truncated = dropped = token_names = 0
+    read = truncated = dropped = conversations = token_names = 0
     tokens = SpecialTokens(tokenizer.facts.special_tokens)
     unread: dict[str, int] = {}
     ignored: dict[str, int] = {}
@@ -53,6 +53,7 @@ def _read_source(
         read += 1
         count_keys(unread, pair.keys.unread)
         count_keys(ignored, pair.keys.ignored)
+        conversations += not isinstance(pair.chosen, str)
         texts = [part for part in (pair.prompt, pair.chosen, pair.rejected) if isinstance(part, str)]
         token_names += tokens.named_in(*texts)
         longest = max(len(ids) - 1 for ids, _ in halves)
@@ -90,6 +91,7 @@ def _read_source(
         "bad": bad.most_common(),
         "unread": unread,
         "ignored": ignored,
+        "conversations": conversations,
         "token_names": token_names,
         "forms": forms,
         "use": asdict(reader.use()),

@@ -36,6 +36,8 @@ class PairSource:
     """Pairs that are too long."""
     bad: tuple[tuple[str, int], ...]
     """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
+    conversations: int
+    """Records that the chat template rendered."""
     notes: tuple[str, ...]
     """Lines about names of special tokens in texts, and keys that nothing is made of."""
     forms: Mapping[PromptForm, int]
@@ -75,6 +77,11 @@ class PairDataset:
     def digest(self) -> str:
         """Equal digests mean equal pairs in equal order."""
         return self.answers.digest
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the chat template has rendered any of them."""
+        return any(source.conversations > 0 for source in self.sources)
 
     @property
     def seq_length(self) -> int:
@@ -165,5 +172,5 @@ def _part(source: SourceFiles, account: Mapping[str, Any]) -> PairSource:
         ),
         use=RecordUse.from_dict(account["use"]),
         bad=tuple((reason, count) for reason, count in account["bad"]),
-        **{name: account[name] for name in ("pairs", "read", "truncated", "dropped", "forms")},
+        **{name: account[name] for name in ("pairs", "read", "truncated", "dropped", "conversations", "forms")},
     )

@@ -66,10 +66,10 @@ class SentencePieceTokenizer(Tokenizer):
             run = []
         return text + str(self._processor.decode(run))
 
-    def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
+    def export(self, directory: Path, *, keep_source: bool = False, adds_template: bool = True) -> list[str]:
         if keep_source and self._files.reads_folder:
-            return copy_files(directory, self._files, self.facts, self._rust)
-        lines = write_files(directory, self._files, self, self._rust)
+            return copy_files(directory, self._files, self.facts, self._rust, adds_template=adds_template)
+        lines = write_files(directory, self._files, self, self._rust, adds_template=adds_template)
         shutil.copyfile(self._file, directory / MODEL_FILE)
         return lines
 
@@ -125,6 +125,7 @@ def load_sentencepiece_tokenizer(
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=pad_id,
+        names_pad=files.names_pad or "pad_token" in names,
         special_tokens=special_tokens,
         names_in_text=(*vocabulary.defined, *(token.content for token in vocabulary.found_in_text.values())),
         chat_template=choose_template(chat_template, files, special_tokens),

@@ -84,6 +84,11 @@ class SftDataset:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the chat template has rendered any of it."""
+        return any(part.counts.conversations > 0 for part in self.parts)
+
     def example(self, index: int) -> Encoded:
         """Token ids and trained mask of one example, both of shape (tokens,)."""
         part = bisect_right(self._starts, index) - 1
@@ -173,7 +178,7 @@ def _read_sources(
             source,
             tuple(account["formats"]),
             account["examples"],
-            SftCounts(**account["counts"]),
+            SftCounts.from_dict(account["counts"]),
             RecordUse.from_dict(account["use"]),
         )
         origin = {"weight": source.weight, "files": files}

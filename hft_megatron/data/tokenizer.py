@@ -61,6 +61,9 @@ class TokenizerFacts:
     """The begin token where the tokenizer puts one before a text; None where it has none or never puts it."""
     eos_id: int
     pad_id: int
+    """What fills up a batch; never read by the model."""
+    names_pad: bool
+    """Whether an export names it: not where the source's files name special tokens, and none for padding."""
     special_tokens: tuple[SpecialToken, ...]
     chat_template: str
     """The tokenizer's own jinja template, or the one that --chat-template or the project put in its place."""
@@ -108,11 +111,12 @@ class Tokenizer(ABC):
         """The text of ``ids``; special tokens are left out."""
 
     @abstractmethod
-    def export(self, directory: Path, *, keep_source: bool = False) -> list[str]:
+    def export(self, directory: Path, *, keep_source: bool = False, adds_template: bool = True) -> list[str]:
         """Write files from which transformers' ``AutoTokenizer`` loads an equal tokenizer.
 
-        The exported one has a pad token and the chat template in use, so the model can be asked as it was trained.
-        ``keep_source`` copies the files of a Hugging Face folder as they are (--keep-source-tokenizer). Returns lines
+        Chat templates stay in the files, or the list, that the folder has them in, with the one in use as the default;
+        where it has none, that one is added if ``adds_template``. ``keep_source`` copies the files of a Hugging Face
+        folder as they are (--keep-source-tokenizer). Returns lines
         for the log about files that are not the source's.
         """
 

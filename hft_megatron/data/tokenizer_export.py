@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.chosen_template import other_templates
+from hft_megatron.data.chosen_template import templates_of_export
 from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts
 from hft_megatron.data.tokenizer_files import (
     ADDED_TOKENS_FILE,
@@ -17,8 +17,6 @@ from hft_megatron.data.tokenizer_files import (
     MODEL_FILE,
     NAME_KEYS,
     SPECIAL_TOKENS_FILE,
-    TEMPLATE_FILE,
-    TEMPLATES_FOLDER,
     TOKENIZER_FILE,
     TokenizerFiles,
 )
@@ -39,8 +37,10 @@ _DECIDE_IDS = (
 """Settings of a class that would change the pipeline, or that tokenizer.json has already."""
 
 
-def copy_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, rust: RustTokenizer) -> list[str]:
-    """Copy the folder's own files and add only what is missing. Returns no lines, as nothing is changed.
+def copy_files(
+    directory: Path, files: TokenizerFiles, facts: TokenizerFacts, rust: RustTokenizer, *, adds_template: bool
+) -> list[str]:
+    """Copy the folder's own files and add only what is missing. Returns a line where a chat template is not its own.
 
     transformers' ``save_pretrained`` would write the loading machine's settings into the config and a class name that
     older versions don't know.
@@ -55,14 +55,15 @@ def copy_files(directory: Path, files: TokenizerFiles, facts: TokenizerFacts, ru
     for key, name in _names(facts).items():
         if config.get(key) is None:
             config[key] = name
-    _write_config(directory, config, files, facts)
-    return []
+    return _write_config(directory, config, files, facts, adds_template=adds_template)
 
 
-def write_files(directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, rust: RustTokenizer) -> list[str]:
+def write_files(
+    directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, rust: RustTokenizer, *, adds_template: bool
+) -> list[str]:
     """Write ``rust``, and a config whose class takes it as it stands.
 
-    Returns a line about what is not the folder's, and one about a text of which the files written make other ids than
+    Returns lines about what is not the folder's, and about a text of which the files written make other ids than
     ``tokenizer``, on which was trained.
     """
     facts = tokenizer.facts
@@ -73,6 +74,7 @@ def write_files(directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, ru
     begins = facts.bos_id is not None
     config = {
         **{key: value for key, value in files.config.items() if key not in (*_DECIDE_IDS, *NAME_KEYS)},
+        **{key: None for key in NAME_KEYS if key in files.config and files.config[key] is None},
         **_names(facts),
         "tokenizer_class": FILE_CLASS,
         "add_bos_token": begins,
@@ -81,12 +83,14 @@ def write_files(directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, ru
     if files.variables:
         has_list = isinstance(config.get("extra_special_tokens"), list)
         config["model_specific_special_tokens" if has_list else "extra_special_tokens"] = dict(files.variables)
-    _write_config(directory, config, files, facts)
+    of_templates = _write_config(directory, config, files, facts, adds_template=adds_template)
     changes = [_what_changed(files, config)] if files.config else []
     difference = pipeline_difference(tokenizer, RustTokenizer.from_file(str(directory / TOKENIZER_FILE)))
     if difference is None:
-        return [f"tokenizer files written so that transformers gives the ids that were trained: {it}" for it in changes]
+        written = "tokenizer files written so that transformers gives the ids that were trained"
+        return [*(f"{written}: {it}" for it in changes), *of_templates]
     return [
+        *of_templates,
         *(f"tokenizer files written: {it}" for it in changes),
         f"the ids of the exported {TOKENIZER_FILE} are not in every text those that were trained: it {difference}",
     ]
@@ -100,11 +104,12 @@ def pipeline_difference(tokenizer: Tokenizer, rust: RustTokenizer) -> str | None
 
 
 def _names(facts: TokenizerFacts) -> dict[str, str]:
-    """Special tokens by their keys, with the pad token in use."""
-    pad = next(token.content for token in facts.special_tokens if token.id == facts.pad_id)
+    """Special tokens by their keys, with the pad token in use where there is to be one."""
     variables = facts.template_variables
     named = {key: variables[key] for key in NAME_KEYS if facts.named_id(key) is not None}
-    return {**named, "pad_token": pad}
+    if not facts.names_pad:
+        return named
+    return {**named, "pad_token": next(token.content for token in facts.special_tokens if token.id == facts.pad_id)}
 
 
 def _ends(rust: RustTokenizer, facts: TokenizerFacts) -> bool:
@@ -124,19 +129,25 @@ def _save(rust: RustTokenizer, facts: TokenizerFacts, directory: Path) -> None:
     (directory / TOKENIZER_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_config(directory: Path, config: dict[str, Any], files: TokenizerFiles, facts: TokenizerFacts) -> None:
+def _write_config(
+    directory: Path, config: dict[str, Any], files: TokenizerFiles, facts: TokenizerFacts, *, adds_template: bool
+) -> list[str]:
+    """Write tokenizer_config.json and the chat templates; a line where one is not the folder's own."""
+    templates = templates_of_export(files, facts.chat_template, adds=adds_template)
     config.pop("chat_template", None)
+    if templates.in_config is not None:
+        config["chat_template"] = templates.in_config
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (directory / TEMPLATE_FILE).write_text(facts.chat_template, encoding="utf-8")
-    for name, text in other_templates(files).items():
-        (directory / TEMPLATES_FOLDER).mkdir(exist_ok=True)
-        (directory / TEMPLATES_FOLDER / f"{name}.jinja").write_bytes(text)
+    for name, text in templates.files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(text)
+    return [templates.line] if templates.line else []
 
 
 def _what_changed(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
     old = {key: value for key, value in files.config.items() if key != "chat_template"}
     gone = [key for key in old if key not in (*config, *NAME_KEYS)]
-    given = [key for key in config if key not in NAME_KEYS and old.get(key) != config[key]]
+    given = [key for key in config if key not in (*NAME_KEYS, "chat_template") and old.get(key) != config[key]]
     left_out = [name for name in (SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE) if (files.folder / name).exists()]
     settings = ", ".join([*(f"{key} {json.dumps(config[key])}" for key in given), *(f"no {key}" for key in gone)])
     without = f"; {' and '.join(left_out)} left out, as {TOKENIZER_FILE} has their tokens" if left_out else ""

@@ -23,6 +23,10 @@ TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATES_FOLDER = "additional_chat_templates"
 COPIED_FILES = (TOKENIZER_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
 """Files that decide ids, and that an export copies as they are."""
+TOKENIZER_FILES = (*COPIED_FILES, CONFIG_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER)
+"""All that an export of a tokenizer may write, and more than it need."""
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "vocab.txt")
+"""What older classes of transformers read instead of tokenizer.json."""
 NAME_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 """Keys of the special tokens that transformers knows by name."""
 _FURTHER_KEYS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
@@ -57,6 +61,11 @@ class TokenizerFiles:
     """Names under which templates use some of the further ones, such as ``image_token``."""
     reads_folder: bool
     """False where a file was given on its own and what stands beside it is not read."""
+
+    @property
+    def names_pad(self) -> bool:
+        """Whether a file names a pad token, which the vocabulary may lack, or none names any special token."""
+        return self.names.get("pad_token") is not None or not (self.config or self.names)
 
     def resolve_names(self, is_known: Callable[[str], bool], defaults: Mapping[str, str]) -> dict[str, str]:
         """The special tokens by key that are in the vocabulary: the files', and ``defaults`` where they are silent.

@@ -52,6 +52,7 @@ def convert_checkpoint(
     rules = ExportRules(
         source=source,
         trained=run.trained(),
+        adds_template=run.identity.uses_chat_template or run.config.data.chat_template is not None,
         save_dtype=save_dtype,
         keep_source_tokenizer=run.config.checkpoint.keep_source_tokenizer,
     )

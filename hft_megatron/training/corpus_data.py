@@ -19,6 +19,7 @@ class CorpusData:
     corpus: Corpus
     counts: SampleCounts
     logging: LoggingConfig
+    uses_chat_template: bool = False
     samples: None = None
     """No epochs: all passes over a corpus are shuffled together."""
 

@@ -51,6 +51,7 @@ class Exporter:
         rules = ExportRules(
             source=self.inputs.config.model.load_hf,
             trained=trained,
+            adds_template=self.inputs.identity.uses_chat_template or self.inputs.config.data.chat_template is not None,
             save_dtype=None if asked is None else getattr(torch, asked),
             keep_source_tokenizer=self.options.keep_source_tokenizer,
         )

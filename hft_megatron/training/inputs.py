@@ -140,6 +140,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         order_digest=None if data is None else data.order_digest,
         tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
         finetuned_from=given.load if given.finetune else None,
+        uses_chat_template=data is not None and data.uses_chat_template,
     )
     identity = _checked_with_held_runs(config, identity)
     if checkpoint is not None and saved is not None:
@@ -235,13 +236,15 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
 
 
 def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIdentity:
-    """With digests of all weights, and with what the held run knows of its start. UserError where --save or --load
-    holds another run, or with --finetune another model."""
+    """With digests of all weights, and with what held runs know of their start and data.
+
+    UserError where --save or --load holds another run, or with --finetune another model."""
     own: list[tuple[str, str, RunIdentity]] = []
     for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
         if folder is None or not ((Path(folder) / RUN_IDENTITY_FILE).exists() or complete_checkpoints(folder)):
             continue
         held = RunIdentity.read(option, folder)
+        identity = replace(identity, uses_chat_template=identity.uses_chat_template or held.uses_chat_template)
         if config.checkpoint.finetune and option == "--load":
             check_same_model(held, identity, folder)
             continue

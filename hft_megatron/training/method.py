@@ -30,6 +30,10 @@ class RunData(Protocol):
     def samples(self) -> SampleStream | None:
         """The training samples in their order, where epochs can be told apart in it."""
 
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the chat template has rendered any of the training data."""
+
     def describe(self) -> list[str]:
         """Lines for the log."""
 

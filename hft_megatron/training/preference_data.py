@@ -37,6 +37,10 @@ class PreferenceData:
     def digest(self) -> str:
         return self.train.digest
 
+    @property
+    def uses_chat_template(self) -> bool:
+        return self.train.uses_chat_template
+
     def describe(self) -> list[str]:
         return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
 

@@ -30,6 +30,10 @@ class SftData:
     def digest(self) -> str:
         return self.train.digest
 
+    @property
+    def uses_chat_template(self) -> bool:
+        return self.train.uses_chat_template
+
     def describe(self) -> list[str]:
         return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
 

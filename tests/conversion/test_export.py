@@ -81,7 +81,7 @@ def test_the_exported_folder_is_complete_for_transformers(
     original = AutoTokenizer.from_pretrained(fp16_inputs / "model")
     assert tokenizer("Say 1! bridge").input_ids == original("Say 1! bridge").input_ids
     assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token_id is None, "the source names none"
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Say 1"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

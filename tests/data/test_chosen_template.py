@@ -44,6 +44,14 @@ def make_folder(folder: Path, template: object, files: dict[str, str]) -> Path:
     return folder
 
 
+def templates_in(folder: Path) -> tuple[object, dict[str, str]]:
+    """(that of the config, texts of files by path)."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    return config.get("chat_template"), {
+        str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.jinja")
+    }
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_conversation_is_rendered_as_transformers_renders_it_before_and_after_export(
     tmp_path: Path, place: str
@@ -54,9 +62,9 @@ def test_a_conversation_is_rendered_as_transformers_renders_it_before_and_after_
     facts = tokenizer.facts
     ours = Renderer(facts.chat_template, facts.template_variables).render(MESSAGES, add_generation_prompt=False)
     for keep in (True, False):
-        tokenizer.with_facts(exports_own_files=True).export(tmp_path / str(keep), keep_source=keep)
-        kept = (tmp_path / str(keep) / "additional_chat_templates").glob("*")
-        assert {path.stem for path in kept} == others
+        lines = tokenizer.with_facts(exports_own_files=True).export(tmp_path / str(keep), keep_source=keep)
+        assert templates_in(tmp_path / str(keep)) == templates_in(folder), "in the form that they have there"
+        assert not any("template" in line for line in lines)
     for each in (folder, tmp_path / "True", tmp_path / "False"):
         loaded = AutoTokenizer.from_pretrained(each)
         assert loaded.apply_chat_template(MESSAGES, tokenize=False) == ours
@@ -124,8 +132,42 @@ def test_a_template_file_that_is_no_text_is_one_sentence(
         load_tokenizer(None, folder)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_another_template_takes_the_place_of_the_default_alone_and_that_is_said(tmp_path: Path, place: str) -> None:
+    template, files, others = PLACES[place]
+    folder = make_folder(tmp_path / "in", template, files)
+    [line] = load_tokenizer(None, folder, "plain").export(tmp_path / "out")
+    assert line == "the default chat template is that of --chat-template instead of the folder's own"
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert (loaded["default"] if isinstance(loaded, dict) else loaded) == PLAIN
+    assert (
+        {name: text for name, text in loaded.items() if name != "default"}
+        == ({name: TOOLS if name == "tool_use" else EXTRA for name in others})
+        if others
+        else isinstance(loaded, str)
+    )
+    (before, before_files), (after, after_files) = templates_in(folder), templates_in(tmp_path / "out")
+    assert type(before) is type(after)
+    assert before_files.keys() == after_files.keys()
+
+
+def test_a_folder_without_a_template_gets_one_only_where_it_is_to_be_added(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", None, {})
+    assert load_tokenizer(None, folder).export(tmp_path / "without", adds_template=False) == []
+    assert templates_in(tmp_path / "without") == (None, {})
+    [line] = load_tokenizer(None, folder, "plain").export(tmp_path / "with")
+    assert line == "chat_template.jinja is added, with the chat template in use: the folder has none"
+    assert templates_in(tmp_path / "with") == (None, {"chat_template.jinja": PLAIN})
+
+
+def test_named_templates_without_a_default_get_the_one_in_use(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", [{"name": "tool_use", "template": TOOLS}], {})
+    load_tokenizer(None, folder, "plain").export(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == {"default": PLAIN, "tool_use": TOOLS}
+
+
 def test_a_name_that_leads_out_of_the_folder_is_not_written(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "in", {"default": DEFAULT, "../evil": TOOLS}, {})
     load_tokenizer(None, folder).export(tmp_path / "out")
     assert not list(tmp_path.rglob("evil.jinja"))
-    assert "chat_template" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert templates_in(tmp_path / "out") == templates_in(folder)

@@ -44,7 +44,7 @@ def test_defined_pieces_are_found_where_sentencepiece_finds_them_also_after_expo
     tokenizer = load_tokenizer(None, file)
     own = SentencePieceProcessor(model_file=str(file))
     assert tokenizer.facts.notes == ()
-    assert tokenizer.export(tmp_path / "out") == []
+    assert tokenizer.export(tmp_path / "out", adds_template=False) == []
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in TEXTS:
         assert tokenizer.encode(text) == own.encode(text)
@@ -94,7 +94,7 @@ def test_an_export_that_differs_says_so_and_claims_nothing(tmp_path: Path) -> No
     assert note.startswith(f"{file}: an export's tokenizer.json makes [")
     assert difference in note
     (tmp_path / "in/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    changed, differs = load_tokenizer(None, tmp_path / "in").export(tmp_path / "out")
+    changed, differs = load_tokenizer(None, tmp_path / "in").export(tmp_path / "out", adds_template=False)
     assert "gives the ids" not in changed
     assert "tokenizer.json are not in every text those that were trained: it makes [" in differs
     assert difference in differs

@@ -107,14 +107,14 @@ def test_continuing_text_gets_no_word_start_mark(tmp_path: Path) -> None:
     assert tokenizer.decode(marked) == "Answer: 17"
 
 
-def test_a_huggingface_export_keeps_the_files_and_adds_pad_token_and_template(tmp_path: Path) -> None:
+def test_a_huggingface_export_keeps_the_files_and_names_no_pad_token_where_they_name_none(tmp_path: Path) -> None:
     source = make_byte_level(tmp_path / "in", chat_template=LLAMA2_FORM)
     tokenizer = load_tokenizer(None, source)
     tokenizer.export(tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded.chat_template == LLAMA2_FORM
-    assert loaded.pad_token == loaded.eos_token == "<|im_end|>"
+    assert (loaded.pad_token, loaded.eos_token) == (None, "<|im_end|>")
     assert load_tokenizer(None, tmp_path / "out").facts.identity == tokenizer.facts.identity
 
 

@@ -54,6 +54,7 @@ def test_the_command_gives_a_folder_that_transformers_loads(
     assert merged("Say 1! bridge").input_ids == tuned("Say 1! bridge").input_ids
     assert merged.chat_template == tuned.chat_template
     kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    kept |= {file.name for file in (pair / "tuned").glob("README.md")}  # of newer versions of transformers
     assert {file.name for file in out.iterdir()} == kept | {"model.safetensors", "half_reset.json"}
     for name in kept:
         assert (out / name).read_bytes() == (pair / "tuned" / name).read_bytes()

@@ -150,7 +150,7 @@ def read_facts(prefix: str) -> Facts:
                 f"{path} has format {found}, and this version of hft_megatron, which reads records by other rules, "
                 f"writes {_FORMAT}; preprocess the data again."
             )
-        job, counts = Job.from_dict(saved.pop("job")), SftCounts(**saved.pop("counts"))
+        job, counts = Job.from_dict(saved.pop("job")), SftCounts.from_dict(saved.pop("counts"))
         return Facts(job=job, counts=counts, formats=tuple(saved.pop("formats")), **saved)
     except FileNotFoundError:
         raise UserError(

@@ -184,7 +184,7 @@ class Output:
         path = self._folder / _JOURNAL
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            job, counts = Job.from_dict(saved.pop("job")), SftCounts(**saved.pop("counts"))
+            job, counts = Job.from_dict(saved.pop("job")), SftCounts.from_dict(saved.pop("counts"))
             use = RecordUse.from_dict(saved.pop("use")) if "use" in saved else RecordUse()
             return Progress(job=job, counts=counts, formats=tuple(saved.pop("formats")), use=use, **saved)
         except (FileNotFoundError, NotADirectoryError):
