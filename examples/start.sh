@@ -153,15 +153,23 @@ start_run() { # WORDS...
     fi
 
     # Until the ranks can save there is nothing to lose: a signal ends the script, and a restart begins anew.
-    stop_early() { # SIGNAL
+    stop_early() { # SIGNAL CODE
+        [[ -z ${CHECK:-} ]] || kill -s KILL "$CHECK" 2>/dev/null || true
         echo "hft-megatron: $1 stopped the run before training began; start it again with SAVE=$SAVE" >&2
-        exit 3
+        exit "$2"
     }
-    trap 'stop_early SIGTERM' TERM HUP
-    trap 'stop_early SIGUSR1' USR1
-    trap 'exit 130' INT
+    trap 'stop_early SIGTERM 3' TERM HUP
+    trap 'stop_early SIGUSR1 3' USR1
+    trap 'stop_early SIGINT 130' INT
 
-    WORLD_SIZE=$RANKS "$PYTHON" -m hft_megatron "$METHOD" --check "${ARGS[@]}"
+    # A process group of its own (set -m), here and below: Ctrl-C then reaches it from the traps alone, and not a second time
+    # from the terminal. In the background: bash would run a trap only when it has ended.
+    set -m
+    WORLD_SIZE=$RANKS "$PYTHON" -m hft_megatron "$METHOD" --check "${ARGS[@]}" </dev/null &
+    CHECK=$!
+    set +m
+    wait "$CHECK"
+    CHECK=
     mkdir -p "$SAVE" || mistake "SAVE=$SAVE cannot be made; choose a folder that can be written."
 
     if ((NNODES == 1)); then
@@ -201,10 +209,9 @@ print(f'{minutes:g}', math.ceil(60 * minutes))
     STATUS=$SAVE/status.json
     ((NODE_RANK != 0)) || rm -f "$STATUS"
 
-    # A process group of its own (set -m): Ctrl-C then reaches torchrun once, from the traps, and not a second time from the
-    # terminal, which would end the ranks while they save.
+    # A second Ctrl-C would end the ranks while they save.
     set -m
-    "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}" -m hft_megatron "$METHOD" "${ARGS[@]}" </dev/null &
+    "$PYTHON" -m hft_megatron.parallel.start_ranks "${DISTRIBUTED_ARGS[@]}" -m hft_megatron "$METHOD" "${ARGS[@]}" </dev/null &
     TORCHRUN=$!
     set +m
     if ((NNODES > 1)); then
@@ -229,22 +236,20 @@ print(f'{minutes:g}', math.ceil(60 * minutes))
         wait "$TORCHRUN" || code=$?
     done
     [[ -z ${GIVING_UP:-} ]] || kill "$GIVING_UP" 2>/dev/null || true
-    # torchrun itself was killed.
-    ((code < 128)) || [[ -n ${signalled:-} ]] || code=1
-
-    if ((code != 0 && NODE_RANK == 0)) && [[ -n ${signalled:-} && ! -f $STATUS ]]; then
-        # The signal met ranks that were not training yet.
-        [[ $signalled != INT ]] || exit 130
-        stop_early "SIG$signalled"
+    if ((code > 128 && code != 130)); then
+        # It was killed, or a signal met it before it listened.
+        [[ -z ${signalled:-} ]] || stop_early "SIG$signalled" 3
+        code=1
     fi
-    if ((code != 0 && NODE_RANK == 0)) && [[ -f $STATUS ]]; then
-        # torchrun says 1 for every failure; the sentence is said again because its trace has pushed it out of sight.
+    if ((code == 1 && NODE_RANK == 0)) && [[ -f $STATUS ]]; then
+        # Where a rank of another node had a reason, of which those here know only that it is gone, the file has it.
         code=$("$PYTHON" -c "
 import json, sys
 status = json.load(open(sys.argv[1]))
-print(status['exit_code'] or sys.argv[2])
-print('hft-megatron:', status['message'], file=sys.stderr)
-" "$STATUS" "$code")
+if status['exit_code'] > 1:
+    print('hft-megatron:', status['message'], file=sys.stderr)
+print(status['exit_code'] or 1)
+" "$STATUS")
     fi
     exit "$code"
 }

@@ -10,6 +10,9 @@ EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130
 """Ctrl-C where no checkpoint could be written (before training started); shells report the same number."""
 
+EXIT_CODES_VARIABLE = "HFT_MEGATRON_EXIT_CODES"
+"""In the environment of ranks: the folder in which they leave their exit codes, which torchrun doesn't hand on."""
+
 
 class UserError(Exception):
     """A mistake the user can fix.

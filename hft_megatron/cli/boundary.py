@@ -78,6 +78,10 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
     A user's mistake and a stop by signal are one sentence. An internal failure is a traceback from every rank that
     fails, because the first one to fail is often not rank 0.
     """
+    return launch.leave_exit_code(_outcome(command))
+
+
+def _outcome(command: Callable[[StatusFolder], None]) -> int:
     status = StatusFolder()
     try:
         command(status)

@@ -1,10 +1,12 @@
 """What torchrun tells a process about its place, and the same for a process that nobody launched."""
 
+import contextlib
 import os
 import socket
 from collections.abc import MutableMapping
+from pathlib import Path
 
-from hft_megatron.errors import UserError
+from hft_megatron.errors import EXIT_CODES_VARIABLE, EXIT_OK, EXIT_STOPPED, UserError
 
 
 def rank(environment: MutableMapping[str, str] = os.environ) -> int:
@@ -42,6 +44,22 @@ def place_this_process(environment: MutableMapping[str, str] = os.environ) -> No
             f"{missing[0]} is missing from the environment although other variables of torchrun are set; "
             f"start with torchrun, or unset RANK and WORLD_SIZE to run on one process."
         )
+
+
+def leave_exit_code(code: int, environment: MutableMapping[str, str] = os.environ) -> int:
+    """Leave a rank's exit code for ``parallel.start_ranks``, if that started it; returns what the process ends with.
+
+    Under --max-restarts that is 0 for a run that stopped as it was asked to, which torchrun would start again.
+    """
+    folder = environment.get(EXIT_CODES_VARIABLE)
+    if folder is None or "LOCAL_RANK" not in environment:
+        return code
+    is_left = False
+    with contextlib.suppress(OSError):
+        Path(folder, environment["LOCAL_RANK"]).write_text(str(code))
+        is_left = True
+    restarts = is_left and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return EXIT_OK if restarts and code == EXIT_STOPPED else code
 
 
 def _free_port() -> int:

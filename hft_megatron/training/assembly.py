@@ -2,8 +2,9 @@
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from hft_megatron.training.method import Method
 from hft_megatron.training.nonfinite import check_weights
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Reference, Run
+from hft_megatron.training.saving import Signals
 from hft_megatron.training.spectrum import scores_of_run
 from hft_megatron.training.start import (
     fill_from_other_run,
@@ -116,7 +118,7 @@ def train_and_export(
     reference = None
     if trains and method.reference is not None:
         reference = method.reference(inputs, chunks, rounds, share, placement, announce)
-    last_round = inputs.position.round
+    last_round, signals = inputs.position.round, None
     exporter = Exporter(config.checkpoint, inputs, placement, announce)
     try:
         if tracker is None and not inputs.resumes:
@@ -133,6 +135,8 @@ def train_and_export(
             state = starting_state(inputs, placement, wrapped, announce)
             if tracker is not None:
                 _write_run_files(config, inputs, placement, scores, announce)
+                signals = Signals()
+                hooks_of = partial(build_hooks, own=hooks, exporter=exporter, signals=signals, of_a_stage=of_a_stage)
                 wrapped, state = _train(
                     config,
                     inputs,
@@ -142,15 +146,15 @@ def train_and_export(
                     share,
                     reference,
                     tracker,
-                    exporter,
                     state,
                     announce,
-                    hooks,
-                    of_a_stage,
+                    hooks_of,
                 )
             last_round = state.round
             with wrapped.gathered_parameters():
                 exporter.export_at_end(chunks, rounds.trained_until(state.round), state.iteration)
+            if signals is not None:
+                signals.close()  # not before, so that what is trained is exported, and not after a failure
     except Stopped:
         company.leave()
         stop_groups()
@@ -257,11 +261,9 @@ def _train(
     share: BatchShare,
     reference: Reference | None,
     tracker: Tracker,
-    exporter: Exporter,
     state: TrainState,
     announce: Announce,
-    hooks: Sequence[Hook],
-    of_a_stage: bool,
+    hooks_of: Callable[..., Sequence[Hook]],
 ) -> tuple[WrappedModel, TrainState]:
     """Trains to the end; returns what the last round left."""
     if state.iteration == train_iters(config.training):
@@ -290,15 +292,7 @@ def _train(
     try:
         loaded_iteration = state.iteration if inputs.resumes else None
         base = starting_base(inputs, placement)
-        every = build_hooks(
-            run,
-            own=hooks,
-            loaded_iteration=loaded_iteration,
-            base=base,
-            exporter=exporter,
-            of_a_stage=of_a_stage,
-        )
-        train(run, every)
+        train(run, hooks_of(run, loaded_iteration=loaded_iteration, base=base))
         check_weights(run)
     finally:
         tracker.close()

@@ -19,7 +19,7 @@ from hft_megatron.training.hook import Hook
 from hft_megatron.training.loss_spikes import LossSpikes
 from hft_megatron.training.replicas import CheckReplicas
 from hft_megatron.training.run import Run
-from hft_megatron.training.saving import Base, SaveCheckpoints, StopEarly
+from hft_megatron.training.saving import Base, SaveCheckpoints, Signals, StopEarly
 from hft_megatron.training.step import StepResult, validate
 from hft_megatron.training.throughput import TimeLeft, Work, flops_of, peak_memory, rates, work_of
 
@@ -142,6 +142,7 @@ def build_hooks(
     loaded_iteration: int | None,
     base: Base | None,
     exporter: Exporter,
+    signals: Signals,
     of_a_stage: bool = False,
 ) -> Sequence[Hook]:
     """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save.
@@ -175,5 +176,5 @@ def build_hooks(
         saver = SaveCheckpoints(config.checkpoint, writer, last=already, base=base, audit=audit)
         hooks.append(saver)
     hooks.append(Bill(config.checkpoint.save, of_a_stage=of_a_stage))
-    hooks.append(StopEarly(saver, config.training.exit_duration_in_mins))
+    hooks.append(StopEarly(saver, config.training.exit_duration_in_mins, signals))
     return hooks

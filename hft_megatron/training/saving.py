@@ -99,21 +99,16 @@ class SaveCheckpoints(Hook):
             self.base = Base(round=state.round, iteration=state.iteration, digest=saved.digest)
 
 
-class StopEarly(Hook):
-    """A signal or --exit-duration-in-mins: finish the step, save, and end; a second signal ends at once.
+class Signals:
+    """Notes signals from when it is made until it is closed; a second one ends the process at once."""
 
-    Ends it without saving where a rank can't write its log.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     ONE_SIGNAL_S = 1.0
     """Signals this close together are one: a scheduler signals every process, and torchrun then passes its own on."""
 
-    def __init__(self, saver: SaveCheckpoints | None, minutes: float | None) -> None:
-        self._saver = saver
-        self._minutes = minutes
-        self._received = 0
-        for number in self.SIGNALS:
+    def __init__(self) -> None:
+        self.received = 0
+        for number in self.NUMBERS:
             signal.signal(number, self._receive)
         # A rank that waits in a collective runs no handler; the thread hears of signals all the same.
         heard, self._hears = os.pipe()
@@ -123,11 +118,31 @@ class StopEarly(Hook):
         threading.Thread(target=_end_at_second_signal, args=(heard, self.ONE_SIGNAL_S), daemon=True).start()
 
     def _receive(self, number: int, frame: object) -> None:
-        self._received = number
+        self.received = number
+
+    def close(self) -> None:
+        """From here on signals end the process as if it had never listened."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._hears)
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class StopEarly(Hook):
+    """A signal or --exit-duration-in-mins: finish the step, save, and end. One that comes in the last iteration, or
+    after it, changes nothing.
+
+    Ends it without saving where a rank can't write its log.
+    """
+
+    def __init__(self, saver: SaveCheckpoints | None, minutes: float | None, signals: Signals) -> None:
+        self._saver = saver
+        self._minutes = minutes
+        self._signals = signals
 
     def after_step(self, run: Run, result: StepResult) -> None:
         # Signals and clocks reach ranks at different steps: all stop at the first step where any has a reason.
-        mine = [self._received, int(self._time_is_up()), int(run.failure is not None)]
+        mine = [self._signals.received, int(self._time_is_up()), int(run.failure is not None)]
         reasons = torch.tensor(mine, device=run.placement.device)
         dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
         number, late, failed = reasons.tolist()
@@ -159,10 +174,6 @@ class StopEarly(Hook):
 
     def at_end(self, run: Run) -> None:
         self._fail_if_any(run)
-        signal.set_wakeup_fd(-1)
-        os.close(self._hears)
-        for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _end_at_second_signal(heard: int, one_signal_s: float) -> None:

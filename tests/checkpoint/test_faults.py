@@ -17,7 +17,7 @@ from hft_megatron.checkpoint.digests import damage_in, read_digests
 from hft_megatron.checkpoint.folders import find_checkpoints, iteration_of
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
 from hft_megatron.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
-from hft_megatron.training.saving import StopEarly
+from hft_megatron.training.saving import Signals
 from tests.support.disks import Disk, small_disk
 from tests.support.launched import START_TIMEOUT, Launched, launched
 from tests.support.runs import make_inputs, read_metrics, words_for
@@ -362,7 +362,7 @@ def test_a_second_signal_ends_at_once(inputs: Path, tmp_path: Path, record_prope
         freeze_writers(run, save)
         run.launcher.terminate()
         wait_until_torchrun_has_passed_on(run, signal.SIGTERM)
-        time.sleep(3 * StopEarly.ONE_SIGNAL_S)
+        time.sleep(3 * Signals.ONE_SIGNAL_S)
         assert run.writer(0) is not None, "the first signal waits for the save"
         run.launcher.terminate()
         ended(run, record_property, None)

@@ -1,9 +1,12 @@
 """A run that stops and goes on is the run that never stopped, beyond the rows of tests/training/test_run_matrix.py."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -177,3 +180,28 @@ def test_a_finished_run_has_nothing_left_to_do(ranks: RankPools, inputs: Path, t
     }
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "iter_0000003").iterdir()} == before
+
+
+def run_with_a_signal_while_it_exports(words: list[str]) -> dict[str, Any]:
+    from hft_megatron.training import assembly
+
+    export = assembly._export
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        export(*arguments)
+
+    with patch.object(assembly, "_export", signalled):
+        return run_sft_words(words)
+
+
+def test_a_signal_in_the_last_iteration_or_while_the_model_is_exported_lets_the_run_finish(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    words = words_for(inputs, "--train-iters", 3, "--save", tmp_path / "run", "--save-hf", tmp_path / "late")
+    [late] = ranks(1).run(run_sft_words, words=words, kill_at=3)
+    words = words_for(inputs, "--train-iters", 3, "--save-hf", tmp_path / "later")
+    [later] = ranks(1).run(run_with_a_signal_while_it_exports, words=words)
+    assert (late["stopped"], later["stopped"]) == (None, None)
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    assert all((tmp_path / name / "model.safetensors").exists() for name in ("late", "later"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hft_megatron import errors
-from hft_megatron.cli import boundary, main, versions
+from hft_megatron.cli import boundary, launch, main, versions
 from hft_megatron.config.run_folder import write_atomically
 from tests.cli.conftest import LAUNCH_VARIABLES, SHAPE, Training
 from tests.support import forked
@@ -214,6 +214,18 @@ def test_two_ranks_with_the_same_mistake_say_it_once(model_folder: Path, tmp_pat
     ended = forked.run([*forked.torchrun(2), *words], tmp_path)
     assert ended.returncode == 1  # torchrun's own, for any failure
     assert ended.stderr.count("--hft-ratio 2.0 must be between 0 and 1") == 1
+
+
+def test_a_stopped_run_ends_well_for_a_torchrun_that_would_start_it_again(tmp_path: Path) -> None:
+    started = {errors.EXIT_CODES_VARIABLE: str(tmp_path), "LOCAL_RANK": "1", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    restarted = {**started, "TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert launch.leave_exit_code(errors.EXIT_STOPPED, {}) == errors.EXIT_STOPPED
+    assert launch.leave_exit_code(errors.EXIT_STOPPED, started) == errors.EXIT_STOPPED
+    assert launch.leave_exit_code(errors.EXIT_USAGE, restarted) == errors.EXIT_USAGE
+    assert launch.leave_exit_code(errors.EXIT_STOPPED, restarted) == errors.EXIT_OK
+    assert (tmp_path / "1").read_text() == str(errors.EXIT_STOPPED)
+    lost = {**restarted, errors.EXIT_CODES_VARIABLE: str(tmp_path / "gone")}
+    assert launch.leave_exit_code(errors.EXIT_STOPPED, lost) == errors.EXIT_STOPPED, "else it would seem finished"
 
 
 def test_help_lists_commands_and_options_within_two_seconds_of_work_and_without_torch() -> None:

@@ -26,15 +26,16 @@ with open(os.environ["STAND_IN_LOG"], "a") as log:
 if words[0] == "-c":
     os.execv("{python}", ["{python}", *words])
 if "--check" in words:
-    sys.exit(int(os.environ.get("STAND_IN_CHECK", "0")))
-if "torch.distributed.run" in words:
+    import time
+    sys.exit(int(eval(os.environ.get("STAND_IN_CHECK", "0"))))
+if "hft_megatron.parallel.start_ranks" in words:
     exec(os.environ.get("STAND_IN_TORCHRUN", ""))
 """
 
 WRITE_STATUS = """
 with open(os.path.join(words[words.index("--save") + 1], "status.json"), "w") as status:
-    json.dump({{"exit_code": {code}, "state": "", "message": "said by the run"}}, status)
-sys.exit({torchrun})
+    json.dump({{"exit_code": {written}, "state": "", "message": "said by the run"}}, status)
+sys.exit({ranks})
 """
 
 WAIT_FOR_SIGNAL = """
@@ -50,8 +51,9 @@ while not received:
     time.sleep(0.01)
 time.sleep(0.3)  # a second signal would come now
 with open(os.path.join(save, "status.json"), "w") as status:
-    json.dump({"exit_code": 3, "state": "stopped", "message": " ".join(received)}, status)
-sys.exit(1)
+    json.dump({"exit_code": 3, "state": "stopped", "message": ""}, status)
+print("the ranks got", *received, file=sys.stderr)
+sys.exit(3)
 """
 
 
@@ -89,7 +91,7 @@ class Script:
     def started(self) -> dict[str, Any]:
         """The call that starts the ranks: the last one."""
         call = self.calls()[-1]
-        assert call["words"][:2] == ["-m", "torch.distributed.run"]
+        assert call["words"][:2] == ["-m", "hft_megatron.parallel.start_ranks"]
         return call
 
 
@@ -154,7 +156,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(script: Script, settings: dic
     assert result.returncode == 2
     assert result.stderr.startswith(f"hft-megatron: error: {sentence}")
     assert result.stderr.count("\n") == 1
-    assert not any("torch.distributed.run" in call["words"] for call in script.calls())
+    assert not any("hft_megatron.parallel.start_ranks" in call["words"] for call in script.calls())
 
 
 def test_options_after_the_name_win_and_the_save_folder_is_also_the_one_to_load(script: Script) -> None:
@@ -218,15 +220,51 @@ def test_a_restart_keeps_the_export_of_the_same_iterations(script: Script) -> No
     assert value_of("--save-hf", script.started()) == f"{script.save}/hf_iter_6"
 
 
-@pytest.mark.parametrize(("code", "torchrun"), [(2, 1), (3, 1), (1, 1), (0, 0)])
-def test_the_status_file_decides_the_exit_code(script: Script, code: int, torchrun: int) -> None:
-    result = script.run(STAND_IN_TORCHRUN=WRITE_STATUS.format(code=code, torchrun=torchrun))
+@pytest.mark.parametrize(
+    ("ranks", "written", "code", "says_it_again"),
+    [
+        *((code, code, code, False) for code in (0, 1, 2, 3)),
+        (130, 1, 130, False),
+        (1, 0, 1, False),
+        (0, 3, 0, False),
+        (1, 2, 2, True),
+        (1, 3, 3, True),
+        (143, 3, 3, True),
+    ],
+)
+def test_the_exit_code_is_the_ranks_and_that_of_the_status_file_where_they_only_know_of_a_failure(
+    script: Script, ranks: int, written: int, code: int, says_it_again: bool
+) -> None:
+    result = script.run(STAND_IN_TORCHRUN=WRITE_STATUS.format(ranks=ranks, written=written))
     assert result.returncode == code
-    assert ("said by the run" in result.stderr) == (code != 0)
+    assert result.stderr == ("hft-megatron: said by the run\n" if says_it_again else "")
 
 
-def test_a_failure_after_a_finished_status_is_a_failure(script: Script) -> None:
-    assert script.run(STAND_IN_TORCHRUN=WRITE_STATUS.format(code=0, torchrun=1)).returncode == 1
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 3), ("SIGUSR1", 3), ("SIGHUP", 3), ("SIGINT", 130)])
+def test_a_signal_while_options_are_checked_ends_the_check_and_the_script_with_one_sentence(
+    script: Script, sent: str, code: int
+) -> None:
+    save = script.folder / "save"
+    environment = script.environment({"STAND_IN_CHECK": f"os.mkdir({str(save)!r}) or time.sleep(60)"})
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_all_signals,
+    )
+    deadline = time.monotonic() + 60
+    while not save.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, getattr(signal, sent))
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == code
+    name = {"SIGHUP": "SIGTERM"}.get(sent, sent)
+    assert errors == (
+        f"hft-megatron: {name} stopped the run before training began; start it again with SAVE={script.save}\n"
+    )
 
 
 def test_an_old_status_says_nothing_about_this_run(script: Script) -> None:
@@ -266,4 +304,4 @@ def test_a_signal_reaches_the_ranks_once_even_from_a_terminal(script: Script, se
     os.killpg(process.pid, getattr(signal, sent))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert f"hft-megatron: {received}\n" in errors
+    assert errors == f"the ranks got {received}\n"

@@ -12,7 +12,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import hft_megatron
 
 for module in pkgutil.walk_packages(hft_megatron.__path__, "hft_megatron."):
-    if not module.name.endswith("__main__"):
+    if not module.name.endswith(
+        ("__main__", ".start_ranks")
+    ):  # those are run, and Python warns of what is there already
         importlib.import_module(module.name)
 
 # What is imported stays: collections in the forked processes need not look at it.

@@ -152,7 +152,7 @@ def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
         patch.object(assembly, "build_hooks", build_hooks),
         patch.object(assembly, "_announcer", announcer),
         # The pool's own handler of SIGUSR1 shows where a rank is stuck.
-        patch.object(saving.StopEarly, "SIGNALS", (signal.SIGTERM,)),
+        patch.object(saving.Signals, "NUMBERS", (signal.SIGTERM,)),
     ):
         yield said
 
