@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
@@ -82,13 +82,6 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         and no wait of its own and is known before the update.
         """
         self._loss_term = torch.stack([loss.double().sum() for loss in losses]).sum() * 0.0 if losses else None
-
-    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
-        gradients: list[Tensor] = super().get_main_grads_for_grad_norm()
-        if not gradients and self._loss_term is not None:
-            # A rank without gradients has no part in the norm but this one.
-            gradients = [self._loss_term.float().reshape(1)]
-        return gradients
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -206,18 +199,23 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
 @contextlib.contextmanager
 def _norm_on_the_device(loss_term: Tensor | None) -> Iterator[None]:
-    """Within it, megatron-core's kernel for the norm adds ``loss_term``, () of 0 or NaN, where there is one.
+    """Within it, megatron-core's norm has ``loss_term`` in it, () of 0 or NaN, where there is one.
 
     What megatron-core takes for a kernel of transformer-engine's or Apex' is not its own then: its own reads every
     tensor's norm on the host. Those two packages' are left alone.
     """
-    found = clip_grads.l2_norm_impl
+    found, norm_of = clip_grads.l2_norm_impl, optimizer.get_grad_norm_fp32
     kernel = _l2_norm if found is local_multi_tensor_l2_norm else found
-    clip_grads.l2_norm_impl = kernel if loss_term is None else _with_term(kernel, loss_term)
+    clip_grads.l2_norm_impl = kernel
+    if loss_term is not None:
+        clip_grads.l2_norm_impl = _with_term(kernel, loss_term)
+        alone = [loss_term.float().reshape(1)]
+        # A rank without gradients would not come to the kernel.
+        optimizer.get_grad_norm_fp32 = lambda gradients, **options: norm_of(gradients or alone, **options)
     try:
         yield
     finally:
-        clip_grads.l2_norm_impl = found
+        clip_grads.l2_norm_impl, optimizer.get_grad_norm_fp32 = found, norm_of
 
 
 def _with_term(kernel: Callable[..., Any], term: Tensor) -> Callable[..., Any]:
