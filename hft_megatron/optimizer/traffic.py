@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 
+from hft_megatron.parallel.collective_time import TimedHandle
 from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAIT, StepClock
 
 
@@ -99,7 +101,7 @@ def _metered_collectives(traffic: Traffic, section: str) -> Iterator[None]:
             return
         # The calls inside are only noted; the manager launches them when it ends, and waits for those without overlap.
         with traffic.clock.section(section), coalescing(group, *args, **kwargs) as handle:
-            yield _TimedHandle(handle.wait, traffic.clock, section)
+            yield TimedHandle(handle.wait, partial(traffic.clock.section, section))
 
     with (
         _replaced("dist_reduce_scatter_func", counting_reduce_scatter),
@@ -107,19 +109,6 @@ def _metered_collectives(traffic: Traffic, section: str) -> Iterator[None]:
         _replaced("_coalescing_manager", timing_coalescing),
     ):
         yield
-
-
-class _TimedHandle:
-    """What megatron-core keeps of a launched collective, to wait for it."""
-
-    def __init__(self, wait: Callable[[], None], clock: StepClock, section: str) -> None:
-        self._wait = wait
-        self._clock = clock
-        self._section = section
-
-    def wait(self) -> None:
-        with self._clock.section(self._section):
-            self._wait()
 
 
 @contextlib.contextmanager

@@ -33,6 +33,13 @@ class StepTimes:
     """By the host's clock, from an idle device to an idle device."""
     sections: Mapping[str, float]
     """One entry for each of ``SECTIONS``."""
+    in_collectives: float = 0.0
+    """Of forward and backward: in collectives of tensor-parallel ranks, which is mostly waiting for them."""
+
+    @property
+    def compute(self) -> float:
+        """This rank's own forward and backward work, whatever it waits for."""
+        return self.sections[FORWARD] + self.sections[BACKWARD] - self.in_collectives
 
     @property
     def other(self) -> float:
@@ -49,8 +56,8 @@ class StepClock:
 
     def __init__(self) -> None:
         self._on_stream = torch.cuda.is_available()
-        self._marks: list[tuple[str, Any]] = []
-        """From each moment on, the section that time belongs to."""
+        self._marks: list[tuple[str, bool, Any]] = []
+        """From each moment on, the section that time belongs to, and whether it is spent in a collective of it."""
         self._open: list[str] = []
         self._begun: float | None = None
 
@@ -68,12 +75,15 @@ class StepClock:
         self._mark(OTHER)
         self._wait_for_device()
         total = (time.perf_counter() - self._begun) * 1e3
-        sections = dict.fromkeys((*SECTIONS, OTHER), 0.0)
-        for (section, start), (_, stop) in zip(self._marks, self._marks[1:], strict=False):
-            sections[section] += start.elapsed_time(stop) if self._on_stream else (stop - start) * 1e3
+        sections, in_collectives = dict.fromkeys((*SECTIONS, OTHER), 0.0), 0.0
+        for (section, collective, start), (_, _, stop) in zip(self._marks, self._marks[1:], strict=False):
+            milliseconds = start.elapsed_time(stop) if self._on_stream else (stop - start) * 1e3
+            sections[section] += milliseconds
+            if collective:
+                in_collectives += milliseconds
         del sections[OTHER]  # it follows from the total, which holds the host's part as well
         self._marks, self._begun = [], None
-        return StepTimes(total=total, sections=sections)
+        return StepTimes(total=total, sections=sections, in_collectives=in_collectives)
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -83,6 +93,19 @@ class StepClock:
             yield
         finally:
             self.leave()
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Time within it stays the open section's; of a forward or backward pass it is noted as not its own work."""
+        open = self._open[-1] if self._open else OTHER
+        if self._begun is None or open not in (FORWARD, BACKWARD):
+            yield
+            return
+        self._mark(open, collective=True)
+        try:
+            yield
+        finally:
+            self._mark(open)
 
     def enter(self, name: str) -> None:
         """Opens a section; ``leave`` closes it. For callers that cannot hold a ``with`` open."""
@@ -100,13 +123,13 @@ class StepClock:
         if self._on_stream:
             torch.cuda.synchronize()
 
-    def _mark(self, section: str) -> None:
+    def _mark(self, section: str, *, collective: bool = False) -> None:
         # The current stream, also in autograd's own thread, is the one that computes and that a wait holds up.
         moment: Any = time.perf_counter()
         if self._on_stream:
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
-        self._marks.append((section, moment))
+        self._marks.append((section, collective, moment))
 
     def megatron_timers(self, name: str, log_level: int | None = None) -> "_MegatronTimer":
         """What megatron-core's ``config.timers`` is called as; timers of other things than micro-batches do nothing."""

@@ -24,6 +24,7 @@ from hft_megatron.tracking.tracker import (
     ROUND,
     ROUND_SWITCH_TIME,
     SKIPPED_ITERATIONS,
+    SLOWEST_RANK,
     THROUGHPUT,
     TIME_LEFT,
     TOKENS_PER_SECOND,
@@ -51,6 +52,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     (ROUND_SWITCH_TIME, ".1f"),
     (TOKENS_PER_SECOND, ".1f"),
     (ACTUAL_THROUGHPUT, ".1f"),
+    (SLOWEST_RANK, "s"),
     (DEVICE_PEAK, ".2f"),
     (PROCESS_PEAK, ".2f"),
 )

@@ -20,6 +20,7 @@ from hft_megatron.training.loss_spikes import LossSpikes
 from hft_megatron.training.replicas import CheckReplicas
 from hft_megatron.training.run import Run
 from hft_megatron.training.saving import Base, SaveCheckpoints, Signals, StopEarly
+from hft_megatron.training.slowest_rank import ComputeTimes
 from hft_megatron.training.step import StepResult, validate
 from hft_megatron.training.throughput import TimeLeft, Work, flops_of, peak_memory, rates, work_of
 
@@ -46,6 +47,7 @@ class LogSteps(Hook):
     counts_skipped: bool
     _pending: list[StepResult] = field(default_factory=list)
     _work: list[Work] = field(default_factory=list)
+    _compute: ComputeTimes = field(default_factory=ComputeTimes)
     _time_left: TimeLeft = field(default_factory=TimeLeft)
     _flops: StepFlops = field(init=False)
     _switch_ms: float | None = None
@@ -58,10 +60,13 @@ class LogSteps(Hook):
         self._pending.append(result)
         self._work.append(work_of(result, self._flops))
         self._time_left.add(result)
+        self._compute.add(result)
         last = run.state.iteration == train_iters(run.config.training)
+        # On all ranks: the record of a spike, which the last stage alone sees, is no place for a collective.
+        compute = self._compute.take(run) if run.state.iteration % self.interval == 0 or last else {}
         spike = None if result.loss is None else self.spikes.score(result.loss)
         if run.state.iteration % self.interval == 0 or last or spike is not None:
-            record = self._record(run)
+            record = {**self._record(run), **compute}
             run.log(record if spike is None else {**record, names.LOSS_SPIKE: spike})
             self._pending.clear()
             self._work.clear()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hft_megatron.optimizer.distributed import NonFiniteNorm
+from hft_megatron.parallel.collective_time import timed_collectives
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes
 from hft_megatron.training.nonfinite import leave_out_or_fail
 from hft_megatron.training.run import Run
@@ -51,7 +52,8 @@ def train_step(run: Run) -> StepResult:
     if run.reference is not None:
         run.reference.attach(batch)
     run.wrapped.zero_gradients()
-    reports = run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
+    with timed_collectives(traffic.clock, run.placement.groups.tp):
+        reports = run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
     grad_norm, failure = 0.0, None
     run.wrapped.shards.note_losses([measured for report in reports for measured in report.values()])
     with traffic.clock.section(OPTIMIZER):

@@ -33,6 +33,24 @@ def test_an_inner_section_pauses_the_outer_one_and_the_rest_is_other(now):
     assert (times.total, times.other) == (63_000.0, 17_000.0)
 
 
+def test_time_in_collectives_stays_with_the_pass_and_is_not_its_own_work(now):
+    clock = StepClock()
+    clock.begin()
+    with clock.collective():
+        now[0] += 1
+    for name in (FORWARD, BACKWARD):
+        with clock.section(name):
+            now[0] += 2
+            with clock.collective():
+                now[0] += 4
+            with clock.section(ALL_GATHER_WAIT), clock.collective():
+                now[0] += 8
+            now[0] += 16
+    times = clock.end()
+    assert (times.sections[FORWARD], times.sections[BACKWARD], times.other) == (22_000.0, 22_000.0, 1_000.0)
+    assert (times.in_collectives, times.compute) == (8_000.0, 36_000.0)
+
+
 def test_sections_outside_of_a_step_are_not_timed(now):
     clock = StepClock()
     with clock.section(FORWARD):
