@@ -37,8 +37,13 @@ class RunFailed(Exception):
 
 
 class PeersLost(Exception):
-    """Other hosts of the run can't be reached; ends with ``EXIT_FAILURE``.
+    """Other hosts or ranks of the run can't be reached; ends with ``EXIT_FAILURE``.
 
-    The message is one sentence that names the host or endpoint. It is said by one rank on every host, because
+    The message is one sentence that names the host, rank or endpoint. It is said by one rank on every host, because
     nobody knows which of them is looked at.
     """
+
+    def __init__(self, message: str, *, speaks: bool | None = None) -> None:
+        """``speaks`` is whether this rank is the one of its host that says it; the first one where it is None."""
+        super().__init__(message)
+        self.speaks = speaks

@@ -93,8 +93,8 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
         _end_writers()
         return _end(errors.EXIT_FAILURE, "failed", f"error: {failure}", status)
     except errors.PeersLost as loss:
-        end_of_peers(status)(str(loss))
-        if launch.local_rank() != 0:
+        end_of_peers(status)(loss)
+        if loss.speaks is None and launch.local_rank() != 0:
             # torchrun ends the ranks of a host with the first that leaves, and this one has said nothing.
             _let_others_speak()
         return errors.EXIT_FAILURE
@@ -112,15 +112,17 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
     return errors.EXIT_OK
 
 
-def end_of_peers(status: StatusFolder) -> Callable[[str], None]:
+def end_of_peers(status: StatusFolder) -> Callable[[errors.PeersLost], None]:
     """What is done with the sentence about lost peers before the process ends: one rank of every host says it."""
 
-    def end(sentence: str) -> None:
-        message = f"error: {sentence}"
-        if launch.local_rank() == 0:
+    def end(loss: errors.PeersLost) -> None:
+        message = f"error: {loss}"
+        speaks = launch.local_rank() == 0 if loss.speaks is None else loss.speaks
+        if speaks:
             print(f"{PROG}: {message}", file=sys.stderr, flush=True)
         _end_writers()
-        if _is_first_rank():
+        # Rank 0 may be the one that is lost.
+        if _is_first_rank() or loss.speaks:
             status.write(errors.EXIT_FAILURE, "failed", message, is_consequence=True)
 
     return end

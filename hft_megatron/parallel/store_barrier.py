@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from hft_megatron.errors import RunFailed
+from hft_megatron.errors import PeersLost
 
 ARRIVALS = "hft_megatron/arrivals"
 """The store's key for how often any rank has come to a barrier."""
@@ -26,7 +26,7 @@ _GROWTH = 1.25
 def wait_for_all_ranks() -> None:
     """Returns when all ranks of the default group have called it; has no time limit.
 
-    Raises RunFailed where another rank of this host has died. A process's first call is a collective.
+    Raises PeersLost where another rank of this host has died. A process's first call is a collective.
     """
     others = _ranks_of_this_host()
     store, ranks = dist.distributed_c10d._get_default_store(), dist.get_world_size()
@@ -58,4 +58,4 @@ def _check_lives(processes: dict[int, int]) -> None:
         except psutil.NoSuchProcess:
             is_dead = True
         if is_dead:
-            raise RunFailed(f"rank {rank} (process {pid} of this host) has died while others waited for it")
+            raise PeersLost(f"rank {rank} (process {pid} of this host) has died while others waited for it")

@@ -8,10 +8,13 @@ round costs the store little on a thousand ranks. A second thread notices when t
 A host is its ranks together: it is missed when none of them has counted for the limit, so that one which holds the
 interpreter's lock for long is not taken for lost. Silence is counted while this process runs, and a long pause between
 two looks counts as a short one: what was stopped, or suspended, does not blame the others.
+
+A rank that has ended is seen by the others of its host (``neighbours``), and the watchdog passes their word on.
 """
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -20,7 +23,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from hft_megatron.errors import EXIT_FAILURE
+from hft_megatron.errors import EXIT_FAILURE, PeersLost
 from hft_megatron.parallel.hosts import Host
 from hft_megatron.parallel.meeting import Meeting
 
@@ -34,7 +37,7 @@ FIRST_PAUSE_AT_THE_END_S, LONGEST_PAUSE_AT_THE_END_S = 0.02, 1.0
 SAY_WITHIN_S = 5.0
 """The status file may lie on the host that is gone."""
 
-OnLoss = Callable[[str], None]
+OnLoss = Callable[[PeersLost], None]
 
 
 def limit_of(minutes: float) -> float:
@@ -54,7 +57,7 @@ class Watchdog:
     def __init__(
         self, meeting: Meeting, hosts: Sequence[Host], on_loss: OnLoss, *, limit_s: float | None = None
     ) -> None:
-        """``on_loss`` is called on another thread with one sentence, and the process ends after it."""
+        """``on_loss`` is called on another thread, and the process ends after it."""
         assert len(hosts) > 1
         self._meeting, self._hosts, self._on_loss = meeting, hosts, on_loss
         self._limit = limit_of(meeting.minutes) if limit_s is None else limit_s
@@ -63,6 +66,7 @@ class Watchdog:
         watched = [place for place in range(len(hosts)) if place != self._mine] if self._mine == 0 else [0]
         self._counts: dict[int, bytes] = dict.fromkeys(watched, b"")
         self._silent: dict[int, float] = dict.fromkeys(watched, 0.0)
+        self._lost_rank: PeersLost | None = None
         self._store: Store | None = None
         self._awake = self._answered = 0.0
         """Seconds that this process ran, and when the store answered last; each is written by one thread."""
@@ -101,6 +105,18 @@ class Watchdog:
         self._leaving.set()
         self._exchanging.join(LONGEST_PAUSE_AT_THE_END_S)
 
+    def tell(self, loss: PeersLost) -> None:
+        """Ends the run on all hosts with the word about a rank of this one; does not return."""
+        self._lost_rank = loss
+        threading.Event().wait()
+
+    def wait_for_verdict(self) -> None:
+        """Returns where no host or rank is found missing although this rank, on its main thread, has lost a connection,
+        and when the launcher, which starts ranks anew after a death, ends this one."""
+        ended = threading.Event()
+        signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+        ended.wait(self._limit + 3 * self._pause)
+
     # ---- what the first thread does -----------------------------------------------------------------------------
 
     def _exchange(self) -> None:
@@ -124,11 +140,15 @@ class Watchdog:
             self._silent[place] = self._silent[place] + since_last if count == self._counts[place] else 0.0
             self._counts[place] = count
         if store.check(["missed"]):
-            self._end(self._miss(int(store.get("missed"))))
+            verdict = store.get("missed").decode()
+            self._end(PeersLost(self._miss(int(verdict)) if verdict.isdecimal() else verdict))
+        if self._lost_rank is not None:
+            store.set("missed", str(self._lost_rank))
+            self._end(self._lost_rank)
         for place, silent in self._silent.items():
             if silent > self._limit:
                 store.set("missed", str(place))
-                self._end(self._miss(place))
+                self._end(PeersLost(self._miss(place)))
         if self._leaving.is_set() and not self._over:
             self._say_goodbye(store)
 
@@ -179,7 +199,7 @@ class Watchdog:
             self._awake += min(now - last, 2 * self._pause)
             last = now
             if self._awake - self._answered > self._limit:
-                self._end(self._endpoint_is_gone())
+                self._end(PeersLost(self._endpoint_is_gone()))
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
@@ -201,12 +221,12 @@ class Watchdog:
             f"network to it are gone"
         )
 
-    def _end(self, sentence: str) -> None:
+    def _end(self, loss: PeersLost) -> None:
         with self._lock:
             if self._over:
                 return
             self._over = self._ending = True
-        speaker = threading.Thread(target=self._on_loss, args=(sentence,), daemon=True)
+        speaker = threading.Thread(target=self._on_loss, args=(loss,), daemon=True)
         speaker.start()
         # Whoever leaves takes its connections, and perhaps the store, with it: the others must have read the verdict.
         time.sleep(2 * self._pause)

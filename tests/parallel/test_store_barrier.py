@@ -80,4 +80,4 @@ def run_a_death() -> None:
 def test_a_rank_that_dies_ends_the_wait_of_the_others(ranks: RankPools) -> None:
     with pytest.raises(RanksFailed) as caught:
         ranks(2).run(run_a_death)
-    assert "RunFailed: rank 1 (process " in caught.value.tracebacks[0]
+    assert "PeersLost: rank 1 (process " in caught.value.tracebacks[0]

@@ -11,6 +11,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from hft_megatron.errors import PeersLost
 from hft_megatron.parallel import watchdog
 from hft_megatron.parallel.hosts import Host
 from hft_megatron.parallel.meeting import Meeting
@@ -50,7 +51,7 @@ class Watch:
             store=PrefixStore("start", self.store),
             prefix="start",
         )
-        return Watchdog(meeting, HOSTS, lambda sentence: self.said.__setitem__(rank, sentence), limit_s=LIMIT_S)
+        return Watchdog(meeting, HOSTS, lambda loss: self.said.__setitem__(rank, str(loss)), limit_s=LIMIT_S)
 
     def end_process(self, code: int) -> None:
         assert code == 1
@@ -97,6 +98,12 @@ def test_a_host_of_which_one_rank_still_counts_is_not_missed(watch: Watch) -> No
     watch.dogs[2].abandon()
     time.sleep(SOON_S)
     assert watch.said == {}
+
+
+def test_a_rank_that_its_host_has_lost_is_named_on_every_host(watch: Watch) -> None:
+    loss = PeersLost("rank 2 on node-b was ended", speaks=True)
+    threading.Thread(target=watch.dogs[1].tell, args=(loss,), daemon=True).start()
+    assert watch.wait_until_said_by(0, 1, 2, 3) == {str(loss)}
 
 
 def test_the_first_host_is_missed_by_all_others(watch: Watch) -> None:

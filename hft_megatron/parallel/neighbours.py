@@ -1,0 +1,175 @@
+"""Notices that another rank of this host has ended, and says how, as far as a neighbour can know.
+
+A collective whose partner has died fails with a word about a connection, or on a GPU waits for its time-out. The kernel
+tells the end of a process at once, to whoever holds a descriptor of it (Linux 5.3 and newer), and its exit status for
+as long as the launcher has not asked for it: about a tenth of a second under torchrun.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.errors import PeersLost
+
+GRACE_KILLED_S, GRACE_ENDED_S = 1.0, 5.0
+"""Before a thread speaks of a neighbour that a signal has ended, or that ended by itself: the error that this rank's
+own work fails with, which may be the same for all ranks and then says more, comes first."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where a rank runs."""
+
+    pid: int
+    namespace: str
+    """Processes of one namespace can be seen by their numbers."""
+
+    @staticmethod
+    def own() -> "Process":
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Process(pid=os.getpid(), namespace=f"{boot} {os.stat('/proc/self/ns/pid').st_ino}")
+
+
+class Neighbours:
+    """The other ranks of this host, watched from ``start`` to ``stop``."""
+
+    def __init__(
+        self, rank: int, processes: Mapping[int, Process], host: str, end: Callable[[PeersLost], None]
+    ) -> None:
+        """``processes`` are those of all ranks. ``end`` is called on another thread and ends this process."""
+        mine = processes[rank]
+        self._rank, self._host, self._end = rank, host, end
+        self._pids = {
+            other: process.pid
+            for other, process in processes.items()
+            if other != rank and process.namespace == mine.namespace
+        }
+        self._descriptors: dict[int, int] = {}
+        self._ended: dict[int, int | None] = {}
+        """The exit status of neighbours that have ended, in the order in which it was seen; None where nobody knows."""
+        self._seen = threading.Event()
+        self._lock = threading.Lock()
+        self._over = self._ending = False
+        self._wakes, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._watch, name="neighbours", daemon=True)
+
+    def start(self) -> None:
+        """Begins to watch. Until another handler is set, SIGTERM, which torchrun sends to the ranks that are left, has
+        them say which one is not."""
+        if not self._pids:
+            return
+        for rank, pid in self._pids.items():
+            try:
+                self._descriptors[rank] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._note(rank, None)
+            except OSError:  # an older kernel, or one that forbids it
+                continue
+        self._thread.start()
+        self._change_sigterm(signal.SIG_DFL, self._on_sigterm)
+
+    def stop(self) -> None:
+        """Ends the watch: this rank ends by itself. Does not return where the watch ends it."""
+        with self._lock:
+            self._over, ending = True, self._ending
+        if ending:
+            threading.Event().wait()
+        os.write(self._wake, b".")
+        self._change_sigterm(self._on_sigterm, signal.SIG_DFL)
+
+    def loss(self, wait_s: float) -> PeersLost | None:
+        """What is to be said of the first neighbour that has ended, or ends within ``wait_s``; None where none does.
+
+        Where there is something the caller says it, and the watch is over. Does not return if its thread is at it.
+        """
+        if not self._seen.wait(wait_s):
+            return None
+        self.stop()
+        self._look(0.0)
+        return self._in_words()
+
+    def _in_words(self) -> PeersLost:
+        # The launcher ends those that are left, and errors follow a death: of several the earliest, and a signal first.
+        rank, status = min(self._ended.items(), key=lambda one: not _is_killed(one[1]))
+        # Others that have ended by themselves have had their say.
+        silent = {rank, *(other for other, status in self._ended.items() if _is_killed(status))}
+        speaker = min({self._rank, *self._pids} - silent)
+        place = f"rank {rank} on {self._host} (process {self._pids[rank]})"
+        return PeersLost(f"{place} {_how(status)}", speaks=self._rank == speaker)
+
+    def _change_sigterm(self, old: Any, new: Any) -> None:
+        """Training has a handler of its own, which stays."""
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old:
+            signal.signal(signal.SIGTERM, new)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        self._look(0.0)
+        if self._ended:
+            raise self._in_words()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # ---- what the thread does ------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._over and not self._ended:
+            self._look(None)
+        if self._over:
+            return
+        killed = any(map(_is_killed, self._ended.values()))
+        deadline = time.monotonic() + (GRACE_KILLED_S if killed else GRACE_ENDED_S)
+        while not self._over and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with self._lock:
+            if self._over:
+                return
+            self._over = self._ending = True
+        self._look(0.0)
+        self._end(self._in_words())
+
+    def _look(self, wait_s: float | None) -> None:
+        """Notes the neighbours that have ended, or waits for one, or for ``stop``."""
+        poll = select.poll()
+        for descriptor in (self._wakes, *self._descriptors.values()):
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(None if wait_s is None else 1e3 * wait_s)}
+        for rank, descriptor in list(self._descriptors.items()):
+            if descriptor in ready and rank not in self._ended:
+                self._note(rank, _exit_status(self._pids[rank]))
+
+    def _note(self, rank: int, status: int | None) -> None:
+        self._ended.setdefault(rank, status)
+        self._seen.set()
+
+
+def _exit_status(pid: int) -> int | None:
+    """As ``os.waitpid`` gives it to the launcher; None where that has asked, or this process may not know."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    # Field 52 of proc(5); the first behind the name is the third. 0 is also what others than the owner read.
+    return (int(fields[49]) or None) if fields[0] == "Z" else None
+
+
+def _is_killed(status: int | None) -> bool:
+    """By another signal than the launcher's own."""
+    return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGTERM
+
+
+def _how(status: int | None) -> str:
+    if status is None:
+        return "has ended; the launcher says how"
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        killer = (
+            "; the kernel does that to a process when memory runs out, and then dmesg says so" if number == 9 else ""
+        )
+        return f"was ended by signal {number} ({signal.Signals(number).name}){killer}"
+    return f"ended with exit code {os.WEXITSTATUS(status)}; what it said stands above"
