@@ -1,6 +1,5 @@
 """The trainer as a library: a run's options as arguments, and hooks of the user's around its steps."""
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -10,7 +9,7 @@ from hft_megatron.config.loading import options_of
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.config.validation import shape_of, validate
-from hft_megatron.errors import UserError
+from hft_megatron.errors import PeersLost, UserError
 from hft_megatron.parallel import launch
 from hft_megatron.training.assembly import run_training
 from hft_megatron.training.hook import Hook
@@ -52,6 +51,6 @@ class Trainer:
             raise ValueError(in_arguments(str(error))) from None
 
 
-def _say_loss(sentence: str) -> None:
-    if os.environ["LOCAL_RANK"] == "0":
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+def _say_loss(loss: PeersLost) -> None:
+    if launch.local_rank() == 0 if loss.speaks is None else loss.speaks:
+        print(f"error: {loss}", file=sys.stderr, flush=True)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from hft_megatron import errors
-from hft_megatron.cli import boundary, launch, main, versions
+from hft_megatron.cli import boundary, main, versions
 from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.parallel import launch
 from tests.cli.conftest import LAUNCH_VARIABLES, SHAPE, Training
 from tests.support import forked
 
