@@ -4,6 +4,8 @@
 #   METHOD         the command of hft-megatron
 #   DEMO_DATA      the file of runs/demo that it trains on where nothing is named
 #
+# run_hft.sh, which has no recipe, calls the parts of these.
+#
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -81,14 +83,13 @@ what_it_trains() { # WORDS...
     MODEL=$(last_value load-hf "${MODEL:-}" "$@")
     DATA=$(last_value train-data-path "${DATA:-}" "$@")
     SAVE=$(last_value save "${SAVE:-}" "$@")
-
     if [[ -n $MODEL && -z $DATA ]]; then
         mistake "MODEL=$MODEL is given without DATA; give the data file as DATA, or neither to use the demo's."
     elif [[ -z $MODEL && -n $DATA ]]; then
         mistake "DATA=$DATA is given without MODEL; give the Hugging Face folder as MODEL, or neither to use the demo's."
-    elif [[ -z $SAVE && $NNODES != 1 ]]; then
-        mistake "SAVE is not set on $NNODES nodes; set it to one folder that all of them see."
     fi
+
+    where_it_saves
 
     # shellcheck disable=SC2034  # the scripts read it
     IS_DEMO=no
@@ -104,8 +105,12 @@ what_it_trains() { # WORDS...
         # shellcheck disable=SC2034
         IS_DEMO=yes
     fi
+}
 
-    if [[ -z $SAVE ]]; then
+where_it_saves() {
+    if [[ -z ${SAVE:-} && $NNODES != 1 ]]; then
+        mistake "SAVE is not set on $NNODES nodes; set it to one folder that all of them see."
+    elif [[ -z ${SAVE:-} ]]; then
         SAVE=$ROOT/runs/$METHOD-$(date +%Y%m%d-%H%M%S)-$$
         if under_torchrun; then
             # The ranks are processes of one torchrun and must take one folder: the first name to be linked counts.
@@ -134,7 +139,7 @@ give_up_the_start() { # TORCHRUN MINUTES SECONDS
     kill -s KILL "$1"
 }
 
-# Starts ARGS and the words of the command line, which win, on all ranks, and exits with the run's code.
+# Starts ARGS and the words of the command line, which win, on all ranks, with an export, and exits with the run's code.
 start_run() { # WORDS...
     local epochs
     epochs=$(last_value train-epochs "" "$@")
@@ -143,6 +148,11 @@ start_run() { # WORDS...
     [[ -z $epochs ]] || EXPORT=$SAVE/hf_epoch_$epochs
     # With exports during training the folder is there before the last one, and the run itself looks whose it is.
     [[ -e $EXPORT && -z $(last_value save-hf-interval "" "$@") ]] || ARGS+=(--save-hf "$EXPORT")
+    start_ranks "$@"
+}
+
+# The same without an export, which the words may ask for.
+start_ranks() { # WORDS...
     ARGS+=("$@")
 
     # Tensor parallelism hides its communication behind products only if kernels start in the order they were queued.

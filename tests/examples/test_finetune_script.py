@@ -1,4 +1,4 @@
-"""What the shell half of the example decides, with a stand-in for Python that notes what it is asked to run."""
+"""What the shell half of the examples decides, with a stand-in for Python that notes what it is asked to run."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from tests.support.ranks import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "finetune_llama_hft.sh"
 DPO_SCRIPT = SCRIPT.with_name("dpo_llama_hft.sh")
+ANY_COMMAND = SCRIPT.with_name("run_hft.sh")
 
 STAND_IN = """#!{python}
 import json, os, sys
@@ -122,6 +123,31 @@ def test_the_preference_script_starts_a_preference_tuning(tmp_path: Path) -> Non
     assert start["words"][-len(check["words"]) + 4 :] == check["words"][4:]
     assert value_of("--dpo-reference", start) == "shared"
     assert "--train-iters" not in start["words"]
+
+
+def test_any_command_is_started_with_the_options_given_and_no_others(tmp_path: Path) -> None:
+    script = Script(folder=tmp_path, path=ANY_COMMAND)
+    assert script.run("pretrain", "--data-path", "p", TP="4").returncode == 0
+    check, start = script.calls()
+    save = str(script.save)
+    words = ["-m", "hft_megatron", "pretrain", "--save", save, "--load", save, "--data-path", "p"]
+    assert check["words"] == [*words[:3], "--check", *words[3:]]
+    assert start["words"][-len(words) :] == words
+
+    (tmp_path / "run.yaml").write_text(f"save: {tmp_path}/written\ntrain_iters: 3\n")
+    for options in (["--config", "run.yaml"], ["--save", f"{tmp_path}/written"]):
+        assert script.run("sft", *options).returncode == 0
+        assert script.started()["words"][-len(options) - 3 :] == ["-m", "hft_megatron", "sft", *options]
+        assert (tmp_path / "written").is_dir()
+
+
+@pytest.mark.parametrize("words", [(), ("--lr", "1")])
+def test_without_a_command_there_is_nothing_to_start(tmp_path: Path, words: tuple[str, ...]) -> None:
+    script = Script(folder=tmp_path, path=ANY_COMMAND)
+    result = script.run(*words)
+    assert result.returncode == 2
+    assert result.stderr.startswith("hft-megatron: error: the command is missing; write bash ")
+    assert script.calls() == []
 
 
 def test_the_check_comes_first_and_for_all_ranks(script: Script) -> None:
