@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import Cluster
-from tests.support.ranks import REPOSITORY
 from tests.support.runs import losses_in, make_inputs, read_metrics
+from tests.support.scheduler import BATCH_FILE as FILE
 
 pytestmark = pytest.mark.system(reason="a scheduler runs whole jobs, and preempts one")
 
-FILE = REPOSITORY / "examples" / "slurm" / "finetune_llama_hft.sbatch"
 ITERATIONS = 40
 WORDS = (
     f"--train-iters {ITERATIONS} --global-batch-size 8 --micro-batch-size 2 --seq-length 96 --log-interval 1".split()
@@ -60,7 +59,7 @@ def come_to_the_time_limit(cluster: Cluster, folder: Path) -> str:
     shutil.copy(FILE, folder)
     settings = {"MODEL": "m", "DATA": "d", "SAVE": str(folder / "save"), "PYTHON": sys.executable}
     number = cluster.run("sbatch", "--parsable", "--partition=apart", FILE.name, cwd=folder, **settings)
-    output = folder / f"finetune-llama-hft-{number}.out"
+    output = folder / f"train-llama-hft-{number}.out"
     running = [folder / "save" / f"running-{node}" for node in range(2)]
     cluster.wait_for(number, lambda job: all(path.exists() for path in running), output, 60)
 
@@ -87,12 +86,12 @@ def test_a_preempted_run_on_two_nodes_comes_back_by_itself_and_ends_as_an_undist
 
     whole, disturbed = tmp_path / "save" / "0", tmp_path / "save" / "1"
     first = cluster.job(f"{array}_0")["JobId"]
-    cluster.wait_for(f"{array}_0", is_done, tmp_path / f"finetune-llama-hft-{first}.out", 600)
+    cluster.wait_for(f"{array}_0", is_done, tmp_path / f"train-llama-hft-{first}.out", 600)
 
     # By the array's number, for which the last task may stand, Slurm shows all tasks.
     task = f"{array}_1"
     number = cluster.job(task)["JobId"]
-    output = tmp_path / f"finetune-llama-hft-{number}.out"
+    output = tmp_path / f"train-llama-hft-{number}.out"
     log = disturbed / "metrics.jsonl"
     cluster.wait_for(task, lambda job: log.exists() and len(read_metrics(disturbed)) >= 3, output, 600)
     cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=true")
@@ -102,7 +101,9 @@ def test_a_preempted_run_on_two_nodes_comes_back_by_itself_and_ends_as_an_undist
     text = output.read_text()
     assert "SIGTERM stopped the run at iteration" in text
     assert f"stopped with a checkpoint in {disturbed}; job {task} goes back into the queue" in text
-    assert "loaded checkpoint from" in text
+    logs = sorted((disturbed / "logs").iterdir())
+    assert len(logs) == 2, "one of every node"
+    assert "loaded checkpoint from" in "".join(file.read_text() for file in logs)
 
     assert [line[0] for line in losses_in(disturbed)] == list(range(1, ITERATIONS + 1))
     assert losses_in(disturbed) == losses_in(whole)

@@ -1,92 +1,81 @@
-"""What examples/slurm/finetune_llama_hft.sbatch starts, with stand-ins for Slurm's commands that note their words."""
+"""What examples/slurm/train_llama_hft.sbatch starts, with the stand-ins of tests/support/scheduler.py for Slurm."""
 
-import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.ranks import REPOSITORY
+from tests.support.scheduler import BATCH_FILE, NODES, Job
 
-FILE = REPOSITORY / "examples" / "slurm" / "finetune_llama_hft.sbatch"
-STAND_IN = """#!{python}
-import json, os, pathlib, sys
-name, words = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
-with open({log!r}, "a") as log:
-    log.write(json.dumps({{"command": name, "words": words, "environment": dict(os.environ)}}) + "\\n")
-if name == "scontrol":
-    print("n7 n8".replace(" ", "\\n") if "hostnames" in words else "NodeName=n7 NodeAddr=10.0.0.7 NodeHostName=n7")
-if name == "srun":
-    sys.exit(int(os.environ.get("STAND_IN_CODE", "0")))
+EXAMPLE = """
+echo "$(basename "$0") on node $NODE_RANK of $NNODES: $*"
+exit "${EXAMPLE_CODE:-0}"
 """
-
-
-class Job:
-    """The batch file as a job on two nodes would run it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._log = folder / "log"
-        for name in ("srun", "scontrol"):
-            (folder / name).write_text(STAND_IN.format(python=sys.executable, log=str(self._log)))
-            (folder / name).chmod(0o755)
-
-    def run(self, *words: str, **settings: str) -> "subprocess.CompletedProcess[str]":
-        given = {"MODEL": "/models/m", "DATA": "/data/d.jsonl", "SLURM_JOB_ID": "41234", "SLURM_JOB_NAME": "name"}
-        given |= {"SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "96"}
-        given |= {"SLURM_SUBMIT_DIR": str(self.folder), "SLURM_GPUS_ON_NODE": "8", **settings}
-        environment = {"PATH": f"{self.folder}:{os.environ['PATH']}", **{k: v for k, v in given.items() if v != ""}}
-        return subprocess.run(
-            ["bash", str(FILE), *words], env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60
-        )
-
-    def calls(self, command: str) -> list[dict[str, object]]:
-        calls = [json.loads(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
-        return [call for call in calls if call["command"] == command]
-
-    def step(self) -> tuple[list[str], dict[str, str]]:
-        """Words and environment of the only srun."""
-        (call,) = self.calls("srun")
-        return call["words"], call["environment"]  # type: ignore[return-value]
+"""In place of the examples: training is not what is asked."""
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    return Job(tmp_path)
+    examples = tmp_path / "stand-ins"
+    (examples / "slurm").mkdir(parents=True)
+    (examples / "slurm" / "mounts.sh").symlink_to(REPOSITORY / "examples" / "slurm" / "mounts.sh")
+    for name in ("finetune_llama_hft.sh", "dpo_llama_hft.sh", "run_hft.sh"):
+        (examples / name).write_text(EXAMPLE)
+    work = tmp_path / "work"
+    work.mkdir()
+    return Job(work, examples=examples)
 
 
 def header(option: str) -> str:
-    (value,) = re.findall(rf"^#SBATCH --{option}=(.+)$", FILE.read_text(), re.MULTILINE)
+    (value,) = re.findall(rf"^#SBATCH --{option}=(.+)$", BATCH_FILE.read_text(), re.MULTILINE)
     return str(value)
 
 
+def value_of(option: str, words: list[str]) -> str:
+    return words[words.index(option) + 1]
+
+
 def test_the_signal_leads_by_the_ranks_time_to_save_and_30_s_more(job: Job) -> None:
-    assert job.run().returncode == 0
+    assert job.run() == 0
     lead = re.fullmatch(r"B:USR1@(\d+)", header("signal"))
     assert lead is not None
     assert int(lead[1]) == int(job.step()[1]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) + 30
-    assert re.findall(r"^#SBATCH --requeue$", FILE.read_text(), re.MULTILINE)
+    assert re.findall(r"^#SBATCH --requeue$", BATCH_FILE.read_text(), re.MULTILINE)
     assert header("open-mode") == "append", "a requeued job would overwrite what it said before"
+    assert value_of("--open-mode", job.step()[0]) == "append"
 
 
-def test_every_node_gets_its_place_and_every_core(job: Job) -> None:
-    assert job.run("--lr", "1e-4").returncode == 0
+def test_every_node_gets_its_place_every_core_and_a_log_with_its_number(job: Job) -> None:
+    assert job.run("--lr", "1e-4", "two words") == 0
     words, environment = job.step()
-    assert words[words.index("--cpus-per-task") + 1] == "96"
-    assert words[-3:] == [f"{job.folder}/examples/finetune_llama_hft.sh", "--lr", "1e-4"]
+    assert value_of("--cpus-per-task", words) == "96"
     place = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "21234", "NNODES": "2", "GPUS_PER_NODE": "8"}
     assert {name: environment[name] for name in place} == place
-    node = subprocess.run(
-        [*words[words.index("bash") : words.index("bash") + 4], "-c", 'echo "$NODE_RANK"'],
-        env={**environment, "SLURM_NODEID": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert node.stdout == "1\n"
+    logs = job.folder / "runs" / "name-41234" / "logs"
+    for number in range(len(NODES)):
+        line = f"{number}: finetune_llama_hft.sh on node {number} of 2: --lr 1e-4 two words\n"
+        assert (logs / f"41234-node-{number}.log").read_text() == line
+        assert line in job.said(), "the last line of every node"
+    assert f"tail -f {logs}/41234-*.log" in job.said()
+
+
+@pytest.mark.parametrize(
+    ("settings", "started"),
+    [
+        ({}, "finetune_llama_hft.sh on node 0 of 2: --lr 1"),
+        ({"METHOD": "dpo"}, "dpo_llama_hft.sh on node 0 of 2: --lr 1"),
+        ({"METHOD": "pretrain"}, "run_hft.sh on node 0 of 2: pretrain --lr 1"),
+        ({"METHOD": "pretrain", "MODEL": "", "DATA": ""}, "run_hft.sh on node 0 of 2: pretrain --lr 1"),
+        ({"METHOD": "dpo", "MODEL": "", "DATA": ""}, "run_hft.sh on node 0 of 2: dpo --lr 1"),
+    ],
+)
+def test_a_method_with_a_recipe_starts_it_and_any_other_has_the_options_given_alone(
+    job: Job, settings: dict[str, str], started: str
+) -> None:
+    assert job.run("--lr", "1", **settings) == 0
+    assert f"0: {started}\n" in job.said()
 
 
 def test_tasks_of_an_array_and_jobs_share_no_folder_and_no_output(job: Job) -> None:
@@ -99,28 +88,77 @@ def test_tasks_of_an_array_and_jobs_share_no_folder_and_no_output(job: Job) -> N
         "mine/3": {"SAVE": f"{job.folder}/mine", "SLURM_ARRAY_JOB_ID": "41200", "SLURM_ARRAY_TASK_ID": "3"},
     }
     for folder, settings in expected.items():
-        assert job.run(**settings).returncode == 0
-        assert job.calls("srun")[-1]["environment"]["SAVE"] == f"{job.folder}/{folder}"  # type: ignore[index]
+        assert job.run(**settings) == 0
+        words, environment = job.step()
+        assert environment["SAVE"] == f"{job.folder}/{folder}"
+        assert value_of("--output", words) == f"{job.folder}/{folder}/logs/%j-node-%n.log"
 
 
-def test_one_variable_chooses_apptainer_or_pyxis(job: Job) -> None:
-    assert job.run(CONTAINER="/images/hft.sif").returncode == 0
-    assert job.run(CONTAINER="registry#hft-megatron:gpu", MOUNTS="/models,/data").returncode == 0
-    apptainer, pyxis = (call["words"] for call in job.calls("srun"))
-    assert isinstance(apptainer, list)
-    assert isinstance(pyxis, list)
-    start = apptainer.index("apptainer")
-    mounts = f"/models/m,/data/d.jsonl,{job.folder}/runs/name-41234"
-    assert apptainer[start : start + 6] == ["apptainer", "exec", "--nv", "--bind", mounts, "/images/hft.sif"]
-    assert pyxis[pyxis.index("--container-image") + 1] == "registry#hft-megatron:gpu"
-    assert pyxis[pyxis.index("--container-mounts") + 1] == "/models:/models,/data:/data"
-    assert apptainer[-1] == pyxis[-1] == "/opt/hft_megatron/examples/finetune_llama_hft.sh"
+def test_one_variable_chooses_apptainer_or_pyxis_and_both_mount_the_working_folder_and_what_is_asked(job: Job) -> None:
+    assert job.run(CONTAINER="/images/hft.sif", MOUNTS="/scratch,/a:/b", NCCL_SOCKET_IFNAME="ib0") == 0
+    [first, second] = [call["words"] for call in job.calls("apptainer")]
+    mounts = f"{job.folder}:{job.folder},/scratch,/a:/b"
+    assert first == second
+    assert first[:6] == ["exec", "--nv", "--bind", mounts, "--pwd", str(job.folder)]
+    assert job.calls("apptainer")[0]["environment"]["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert "1: finetune_llama_hft.sh on node 1 of 2: \n" in job.said()
+
+    assert job.run(CONTAINER="registry#hft-megatron:gpu", MOUNTS="/scratch,/a:/b", STAND_IN_CODE="0") == 0
+    pyxis, environment = job.step()
+    assert value_of("--container-image", pyxis) == "registry#hft-megatron:gpu"
+    assert value_of("--container-mounts", pyxis) == f"{job.folder}:{job.folder},/scratch:/scratch,/a:/b"
+    assert value_of("--container-workdir", pyxis) == str(job.folder)
+    assert pyxis[-1] == "/opt/hft_megatron/examples/finetune_llama_hft.sh"
+    assert environment["PYTHONSAFEPATH"] == "1", "else the working folder's package would hide the image's"
+
+
+def make(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def test_a_container_sees_all_that_the_options_name(job: Job, tmp_path: Path) -> None:
+    machine = tmp_path / "machine"
+    snapshot = machine / "hub" / "models--a" / "snapshots" / "c"
+    make(snapshot / "config.json", machine / "hub" / "models--a" / "blobs" / "x")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/x")
+    make(machine / "data" / "a.jsonl", machine / "elsewhere" / "b.jsonl", machine / "valid" / "v.jsonl")
+    (machine / "data" / "b.jsonl").symlink_to(machine / "elsewhere" / "b.jsonl")
+    make(machine / "corpora" / "p.bin", machine / "corpora" / "p.idx", machine / "home" / "stage.jsonl")
+    make(machine / "tokenizers" / "t" / "tokenizer.json", job.folder / "relative" / "d.jsonl")
+    (machine / "linked").symlink_to("tokenizers")
+    (machine / "runs").mkdir()
+    (job.folder / "stages.yaml").write_text(
+        f'- method: sft\n  train_data_path: ["{machine}/home/stage.jsonl", relative/d.jsonl]\n'
+    )
+    words = f"""--load-hf {snapshot} --train-data-path 0.3 {machine}/data/*.jsonl 0.7 relative/d.jsonl
+        --valid-data-path={machine}/valid/v.jsonl --data-path {machine}/corpora/p --tokenizer-model {machine}/linked/t
+        --save {machine}/runs/new/run --save-hf {machine}/runs/export --stages stages.yaml --hft-train *.q_proj,a/b
+        --lr 1e-4 --prompt-separator /n"""
+    assert job.run(*words.split(), CONTAINER="image", METHOD="pretrain", MODEL="", DATA="", STAND_IN_CODE="0") == 0
+    seen = dict(mount.split(":")[::-1] for mount in value_of("--container-mounts", job.step()[0]).split(","))
+    same = ["hub/models--a/snapshots/c", "hub/models--a/blobs", "data", "elsewhere", "valid/v.jsonl", "corpora", "runs"]
+    same += ["tokenizers/t", "home/stage.jsonl"]
+    expected = {f"{machine}/{path}": f"{machine}/{path}" for path in same}
+    assert seen == {
+        **expected,
+        f"{machine}/linked/t": f"{machine}/tokenizers/t",
+        str(job.folder): str(job.folder),
+    }
+
+
+def test_a_path_that_no_mount_can_have_is_a_mistake(job: Job, tmp_path: Path) -> None:
+    make(tmp_path / "a:b" / "d.jsonl")
+    assert job.run(CONTAINER="image", DATA=f"{tmp_path}/a:b/d.jsonl") == 2
+    assert job.said().startswith(f"hft-megatron: error: {tmp_path}/a:b/d.jsonl has a comma or a colon in its name")
+    assert job.calls("srun") == []
 
 
 @pytest.mark.parametrize(("code", "requeued"), [("0", 0), ("1", 0), ("2", 0), ("3", 1)])
 def test_only_a_run_that_stopped_with_a_checkpoint_goes_back_into_the_queue(job: Job, code: str, requeued: int) -> None:
-    assert job.run(STAND_IN_CODE=code).returncode == int(code)
-    asked = [call["words"] for call in job.calls("scontrol") if "requeue" in call["words"]]  # type: ignore[operator]
+    assert job.run(EXAMPLE_CODE=code) == int(code)
+    asked = [call["words"] for call in job.calls("scontrol") if "requeue" in call["words"]]
     assert asked == [["requeue", "41234"]] * requeued
 
 
@@ -129,8 +167,16 @@ def test_of_an_array_only_the_stopped_task_goes_back(job: Job) -> None:
     assert job.calls("scontrol")[-1]["words"] == ["requeue", "41200_1"]
 
 
-def test_a_job_without_data_is_a_mistake_that_starts_nothing(job: Job) -> None:
-    result = job.run(DATA="")
-    assert result.returncode == 2
-    assert result.stderr == "hft-megatron: error: DATA is not set; give MODEL and DATA in the environment of sbatch.\n"
+def test_a_job_with_half_of_a_recipes_input_is_a_mistake_that_starts_nothing(job: Job) -> None:
+    assert job.run(DATA="") == 2
+    assert job.said() == (
+        "hft-megatron: error: MODEL=/models/m and DATA=: give both in the environment of sbatch, or neither.\n"
+    )
     assert job.calls("srun") == []
+
+
+def test_the_header_is_one_that_sbatch_can_read() -> None:
+    lines = BATCH_FILE.read_text().splitlines()
+    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert all(line.startswith("#") for line in lines[: last + 1]), "sbatch stops at the first command"
+    subprocess.run(["bash", "-n", str(BATCH_FILE)], check=True)
