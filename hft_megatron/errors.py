@@ -36,6 +36,14 @@ class RunFailed(Exception):
     """
 
 
+class RankFailed(Exception):
+    """One rank can't go on, for a reason that the others don't know; ends with ``EXIT_FAILURE``.
+
+    The message is one sentence that names the rank and the nearest fix. Of several ranks with the same reason the first
+    one says it.
+    """
+
+
 class PeersLost(Exception):
     """Other hosts or ranks of the run can't be reached; ends with ``EXIT_FAILURE``.
 

@@ -26,6 +26,9 @@ OTHER_RANKS_WAIT_S = 30.0
 says so, and torchrun ends the others meanwhile; imports alone can keep it back for many seconds on a busy machine. A
 rank that is still there has a mistake of its own, such as a file that only its node lacks."""
 
+SAME_STEP_S = 3.0
+"""How long a rank other than 0 keeps quiet about what may have ended all of them in one step."""
+
 
 class StatusFolder:
     """Where the outcome is written for the script that started the ranks, since torchrun reports 1 for every failure.
@@ -46,10 +49,10 @@ class StatusFolder:
     def write(self, exit_code: int, state: str, message: str, *, is_consequence: bool = False) -> None:
         """Write ``status.json``; a folder that cannot be written must not hide the outcome itself.
 
-        A user's mistake that another rank has written since ``use`` is the cause of what may be its consequence, and
-        stays.
+        What another rank has written since ``use``, a user's mistake or a failure, is the cause of what may be its
+        consequence, and stays.
         """
-        if self._path is None or not self._path.is_dir() or (is_consequence and self._holds_new_mistake()):
+        if self._path is None or not self._path.is_dir() or (is_consequence and self._holds_new_cause()):
             return
         status = {"exit_code": exit_code, "state": state, "message": message}
         with contextlib.suppress(OSError):
@@ -63,11 +66,11 @@ class StatusFolder:
             return None
         return file.st_ino, file.st_mtime_ns
 
-    def _holds_new_mistake(self) -> bool:
+    def _holds_new_cause(self) -> bool:
         assert self._path is not None
         try:
             status = json.loads((self._path / STATUS_FILE).read_text(encoding="utf-8"))
-            return bool(status["state"] == "usage") and self._version() != self._found
+            return status["state"] in ("usage", "failed") and self._version() != self._found
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -92,6 +95,9 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
     except errors.RunFailed as failure:
         _end_writers()
         return _end(errors.EXIT_FAILURE, "failed", f"error: {failure}", status)
+    except errors.RankFailed as failure:
+        _end_writers()
+        return _say_failure(f"error: {failure}", status)
     except errors.PeersLost as loss:
         end_of_peers(status)(loss)
         if loss.speaks is None and launch.local_rank() != 0:
@@ -160,10 +166,19 @@ def _say_mistake(message: str, status: StatusFolder) -> int:
     return errors.EXIT_USAGE
 
 
-def _let_others_speak() -> None:
+def _say_failure(message: str, status: StatusFolder) -> int:
+    if not _is_first_rank():
+        # torchrun ends the others as soon as the first of them has left.
+        _let_others_speak(SAME_STEP_S * (1 + min(launch.local_rank(), 3) / 4))
+    print(f"{PROG}: {message}", file=sys.stderr, flush=True)
+    status.write(errors.EXIT_FAILURE, "failed", message)
+    return errors.EXIT_FAILURE
+
+
+def _let_others_speak(seconds: float = OTHER_RANKS_WAIT_S) -> None:
     # Training turns SIGTERM into "save and stop"; a rank that is only waiting to speak ends at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(OTHER_RANKS_WAIT_S)
+    time.sleep(seconds)
 
 
 def _is_first_rank() -> bool:

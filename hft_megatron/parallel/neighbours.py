@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.errors import PeersLost
+from hft_megatron.errors import EXIT_FAILURE, EXIT_USAGE, PeersLost
 
 GRACE_KILLED_S, GRACE_ENDED_S = 1.0, 5.0
 """Before a thread speaks of a neighbour that a signal has ended, or that ended by itself: the error that this rank's
@@ -101,7 +101,7 @@ class Neighbours:
         silent = {rank, *(other for other, status in self._ended.items() if _is_killed(status))}
         speaker = min({self._rank, *self._pids} - silent)
         place = f"rank {rank} on {self._host} (process {self._pids[rank]})"
-        return PeersLost(f"{place} {_how(status)}", speaks=self._rank == speaker)
+        return PeersLost(f"{place} {_how(status)}", speaks=self._rank == speaker and not _has_spoken(status))
 
     def _change_sigterm(self, old: Any, new: Any) -> None:
         """Training has a handler of its own, which stays."""
@@ -163,6 +163,11 @@ def _is_killed(status: int | None) -> bool:
     return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGTERM
 
 
+def _has_spoken(status: int | None) -> bool:
+    """Whether it was the command itself that ended the process, with a sentence or a traceback of its own."""
+    return status is not None and os.WIFEXITED(status) and os.WEXITSTATUS(status) in (EXIT_FAILURE, EXIT_USAGE)
+
+
 def _how(status: int | None) -> str:
     if status is None:
         return "has ended; the launcher says how"
@@ -172,4 +177,4 @@ def _how(status: int | None) -> str:
             "; the kernel does that to a process when memory runs out, and then dmesg says so" if number == 9 else ""
         )
         return f"was ended by signal {number} ({signal.Signals(number).name}){killer}"
-    return f"ended with exit code {os.WEXITSTATUS(status)}; what it said stands above"
+    return f"ended with exit code {os.WEXITSTATUS(status)}; what it said is in the log of its host"

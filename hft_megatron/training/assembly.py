@@ -45,6 +45,7 @@ from hft_megatron.training.inputs_agreement import check_inputs_agree
 from hft_megatron.training.loop import learning_rate, train
 from hft_megatron.training.method import Method
 from hft_megatron.training.nonfinite import check_weights
+from hft_megatron.training.out_of_memory import memory_errors_in_words
 from hft_megatron.training.rounds import Rounds
 from hft_megatron.training.run import Reference, Run
 from hft_megatron.training.saving import Signals
@@ -112,54 +113,64 @@ def train_and_export(
     plan = _agreed_plan(config, inputs, rounds.plan(inputs.position.round), placement, announce)
     trains = train_iters(config.training) > 0
     tracker = _tracker_on_last_rank(config, inputs, placement) if trains else None
+    bf16 = config.training.bf16 is True
+    with memory_errors_in_words(
+        inputs, placement, bf16=bf16, plan=lambda: plan, when=lambda: "while loading or exporting"
+    ):
+        try:
+            return _from_weights_to_export(
+                config, inputs, placement, plan, rounds, scores, tracker, announce, hooks, of_a_stage
+            )
+        except Stopped:
+            company.leave()
+            stop_groups()
+            raise
+
+
+def _from_weights_to_export(
+    config: RunConfig,
+    inputs: Inputs,
+    placement: Placement,
+    plan: Plan,
+    rounds: Rounds,
+    scores: dict[str, float] | None,
+    tracker: Tracker | None,
+    announce: Announce,
+    hooks: Sequence[Hook],
+    of_a_stage: bool,
+) -> int:
+    """Builds the model, trains where there is a tracker, and exports; returns the last round."""
     chunks = _model_with_weights(config, inputs, placement)
     fill_from_other_run(inputs, chunks, announce)
     share = _share(config, placement)
     reference = None
-    if trains and method.reference is not None:
-        reference = method.reference(inputs, chunks, rounds, share, placement, announce)
-    last_round, signals = inputs.position.round, None
+    if tracker is not None and inputs.method.reference is not None:
+        reference = inputs.method.reference(inputs, chunks, rounds, share, placement, announce)
     exporter = Exporter(config.checkpoint, inputs, placement, announce)
-    try:
-        if tracker is None and not inputs.resumes:
-            exporter.export_at_end(chunks, frozenset(), 0)
-        else:
-            wrapped = wrap(
-                chunks,
-                plan,
-                config.parallel,
-                config.optimizer,
-                bf16=config.training.bf16 is True,
-                steps_per_unit=config.hft.hft_moments == "carry",
-            )
-            state = starting_state(inputs, placement, wrapped, announce)
-            if tracker is not None:
-                _write_run_files(config, inputs, placement, scores, announce)
-                signals = Signals()
-                hooks_of = partial(build_hooks, own=hooks, exporter=exporter, signals=signals, of_a_stage=of_a_stage)
-                wrapped, state = _train(
-                    config,
-                    inputs,
-                    placement,
-                    wrapped,
-                    rounds,
-                    share,
-                    reference,
-                    tracker,
-                    state,
-                    announce,
-                    hooks_of,
-                )
-            last_round = state.round
-            with wrapped.gathered_parameters():
-                exporter.export_at_end(chunks, rounds.trained_until(state.round), state.iteration)
-            if signals is not None:
-                signals.close()  # not before, so that what is trained is exported, and not after a failure
-    except Stopped:
-        company.leave()
-        stop_groups()
-        raise
-    return last_round
+    if tracker is None and not inputs.resumes:
+        exporter.export_at_end(chunks, frozenset(), 0)
+        return inputs.position.round
+    wrapped = wrap(
+        chunks,
+        plan,
+        config.parallel,
+        config.optimizer,
+        bf16=config.training.bf16 is True,
+        steps_per_unit=config.hft.hft_moments == "carry",
+    )
+    state, signals = starting_state(inputs, placement, wrapped, announce), None
+    if tracker is not None:
+        _write_run_files(config, inputs, placement, scores, announce)
+        signals = Signals()
+        hooks_of = partial(build_hooks, own=hooks, exporter=exporter, signals=signals, of_a_stage=of_a_stage)
+        wrapped, state = _train(
+            config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce, hooks_of
+        )
+    with wrapped.gathered_parameters():
+        exporter.export_at_end(chunks, rounds.trained_until(state.round), state.iteration)
+    if signals is not None:
+        signals.close()  # not before, so that what is trained is exported, and not after a failure
+    return state.round
 
 
 def _with_dtype(config: RunConfig) -> RunConfig:
@@ -292,7 +303,14 @@ def _train(
     try:
         loaded_iteration = state.iteration if inputs.resumes else None
         base = starting_base(inputs, placement)
-        train(run, hooks_of(run, loaded_iteration=loaded_iteration, base=base))
+        with memory_errors_in_words(
+            inputs,
+            placement,
+            bf16=config.training.bf16 is True,
+            plan=lambda: run.wrapped.plan,
+            when=lambda: f"in iteration {run.state.iteration + 1}",
+        ):
+            train(run, hooks_of(run, loaded_iteration=loaded_iteration, base=base))
         check_weights(run)
     finally:
         tracker.close()

@@ -102,7 +102,8 @@ def test_a_rank_that_waits_in_a_collective_is_ended_by_its_thread(ranks, monkeyp
     ranks.exit(1, 7)
     loss = ranks.said.get(timeout=PROMISED_S)
     assert "rank 1 on node-a" in str(loss)
-    assert str(loss).endswith("ended with exit code 7; what it said stands above")
+    assert str(loss).endswith("ended with exit code 7; what it said is in the log of its host")
+    assert loss.speaks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
