@@ -129,7 +129,8 @@ def _in_words(run: Run, batch: StepBatch, first: _Finding | None, norm: float) -
         since = f" since the step of iteration {run.state.iteration}" if run.state.iteration else ""
         return f"the weight of {first.unit} is not finite{since} {first.where}"
     if first.kind == _GRADIENT:
-        return f"the gradient of {first.unit}, summed over data-parallel ranks, is not finite {first.where}"
+        summed = ", summed over data-parallel ranks," if run.placement.data_size > 1 else ""
+        return f"the gradient of {first.unit}{summed} is not finite {first.where}"
     micro_batch = f"the loss of micro-batch {first.place + 1} of {len(batch.micro_batches)} is not finite {first.where}"
     source = _first_of_all(_of_activations(run, batch, first))
     return micro_batch if source is None else f"{micro_batch}, first in the output of {source.unit} {source.where}"

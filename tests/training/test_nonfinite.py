@@ -1,6 +1,7 @@
 """Infinite and undefined numbers end a run with one sentence that says where they began, or their step is left out."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from hft_megatron.training.loop import next_step
 from hft_megatron.training.loss_spikes import FEWEST, LossSpikes
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.preferences import write_pairs
-from tests.support.runs import Recorder, make_inputs, read_metrics, run_recorded, state_of, words_for
+from tests.support.runs import Recorder, make_inputs, read_metrics, run_cli, run_recorded, state_of, words_for
 from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run
 
 UP = "model.layers.3.mlp.up_proj"
@@ -121,13 +122,13 @@ def test_an_undefined_number_is_told_by_iteration_rank_unit_and_samples_alike_on
     assert [one["iteration"] for one in first["steps"]] == [1, 2]
     stage = rank = 1 if layout == "pp2" else 0
     where, any_rank = WHERE.format(rank, stage), WHERE.format("[01]", stage)
+    summed = ", summed over data-parallel ranks," if layout == "dp2" else ""
     no_update = "and no update was made, because it would destroy the model"
     unit, one = re.escape(UP), r"example \d+ of \S+data\.jsonl and at"
     expected = {
         "activation": f"the loss of micro-batch 1 of 4 is not finite {where}, first in the output of {unit} {where}, "
         f"{no_update}; look at {one}",
-        "gradient": f"the gradient of {unit}, summed over data-parallel ranks, is not finite {any_rank}, {no_update}; "
-        f"look at {SAMPLES}",
+        "gradient": f"the gradient of {unit}{summed} is not finite {any_rank}, {no_update}; look at {SAMPLES}",
         "loss": f"the loss of micro-batch 1 of 4 is not finite {where}, {no_update}; look at {one}",
         "data": f"the loss of micro-batch 2 of 2 is not finite {where}, {no_update}; look at {one}",
         "weight": f"the weight of {unit} is not finite since the step of iteration 2 {where}; resume from a checkpoint "
@@ -135,6 +136,20 @@ def test_an_undefined_number_is_told_by_iteration_rank_unit_and_samples_alike_on
     }[fault]
     assert re.match(f"iteration 3: {expected}", first["failed"]), first["failed"]
     assert ("--skip-nonfinite-steps 1" in first["failed"]) == (fault != "weight")
+
+
+def test_started_ranks_say_it_once_without_a_traceback_and_with_exit_code_1(inputs, tmp_path):
+    words = words_for(inputs, *LAYOUT_WORDS["pp2"], "--lr", 1e30, "--lr-warmup-iters", 0, "--save", tmp_path / "run")
+    log = tmp_path / "log"
+    assert run_cli(words, ranks=2, log=log) == 1
+    [sentence] = [line for line in log.read_text().splitlines() if line.startswith("hft-megatron: ")]
+    assert re.match(
+        rf"hft-megatron: error: iteration 2: the gradient of \S+ is not finite {WHERE.format(1, 1)}", sentence
+    )
+    assert "NonFiniteNorm" not in log.read_text(), "no traceback of a rank"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["exit_code"], status["state"]) == (1, "failed")
+    assert sentence == f"hft-megatron: {status['message']}"
 
 
 def test_an_undefined_loss_of_a_pair_names_the_pair(ranks, inputs):
