@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hft_megatron.config import derived
 from hft_megatron.config.derived import virtual_pipeline_size
-from hft_megatron.config.schema import TrainingConfig
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import MethodName, RunConfig, TrainingConfig
 from hft_megatron.model.parameter_names import chunk_parameters, chunk_places, local_elements
 from hft_megatron.optimizer.activations import ActivationModel, ChunkActivations, MicroBatch
 from hft_megatron.optimizer.rank_costs import BF16_BYTES, FP32_BYTES, CostModel
@@ -98,3 +100,34 @@ class MemoryModel:
         if self.micro_batches is not None:
             passes = min(passes, virtual * self.micro_batches)
         return round(of_all / virtual * passes)
+
+
+def memory_of_run(
+    method: MethodName, config: RunConfig, shape: ModelShape, world_size: int, *, bf16: bool, on_cuda: bool
+) -> MemoryModel:
+    """The memory of a run's ranks, with sequences of --seq-length; without the reference of preferences."""
+    training, data_size = config.training, derived.data_parallel_size(config.parallel, world_size)
+    # A pair is two sequences.
+    sequences = training.micro_batch_size * (2 if method == "dpo" else 1)
+    return MemoryModel(
+        costs=CostModel(
+            shape=shape,
+            parallel=config.parallel,
+            world_size=world_size,
+            bf16=bf16,
+            vocab_multiple=config.model.make_vocab_size_divisible_by,
+        ),
+        training=training,
+        on_cuda=on_cuda,
+        micro_batch=MicroBatch(sequences=sequences, seq_length=derived.sequence_length(training, shape)),
+        # None at all is the batch's mistake, and said elsewhere.
+        micro_batches=max(1, derived.global_batch_size(config, world_size) // (training.micro_batch_size * data_size)),
+    )
+
+
+def in_bytes(count: float) -> str:
+    """``16.8 MB``: decimal units, as everywhere in this project."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} bytes"

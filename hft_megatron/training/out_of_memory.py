@@ -11,9 +11,8 @@ import torch
 from hft_megatron.errors import RankFailed
 from hft_megatron.hft.plan import Plan
 from hft_megatron.optimizer.memory_fit import verdict
+from hft_megatron.optimizer.rank_memory import in_bytes, memory_of_run
 from hft_megatron.parallel.groups import Placement, host_name
-from hft_megatron.training.doctor.findings import in_bytes
-from hft_megatron.training.doctor.model_memory import memory_model
 from hft_megatron.training.inputs import Inputs
 
 _ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* ?\w+)")
@@ -57,7 +56,7 @@ def _asked_for(error: BaseException) -> str:
 
 def _advice(inputs: Inputs, placement: Placement, plan: Plan, *, bf16: bool) -> str:
     on_cuda, room = placement.device.type == "cuda", _room(placement)
-    model = memory_model(
+    model = memory_of_run(
         inputs.method.name, inputs.config, inputs.shape, placement.world_size, bf16=bf16, on_cuda=on_cuda
     )
     memory = model.stage(plan.trains, placement.pipeline_rank)

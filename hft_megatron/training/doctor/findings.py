@@ -128,11 +128,3 @@ def ranks_in_words(reports: Sequence[RankReport]) -> str:
     for report in reports:
         hosts.setdefault(report.host, []).append(report.rank)
     return ", ".join(f"{numbers_in_words(ranks)} on {host}" for host, ranks in hosts.items())
-
-
-def in_bytes(count: float) -> str:
-    """``16.8 MB``: decimal units, as everywhere in this project."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:.0f} bytes"

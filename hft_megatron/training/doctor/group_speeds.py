@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from statistics import median_low
 
-from hft_megatron.training.doctor.findings import Finding, GroupSpeed, RankReport, Row, in_bytes, ranks_in_words
+from hft_megatron.optimizer.rank_memory import in_bytes
+from hft_megatron.training.doctor.findings import Finding, GroupSpeed, RankReport, Row, ranks_in_words
 
 SLOW = 3.0
 """A group that takes this many times the median of its kind is reported: the others wait for it in every step."""

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from hft_megatron.optimizer.rank_memory import in_bytes
 from hft_megatron.parallel import cpu_backend
-from hft_megatron.training.doctor.findings import Finding, in_bytes
+from hft_megatron.training.doctor.findings import Finding
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 1 << 30

@@ -1,40 +1,12 @@
 """Whether a rank's part of the model, and of its training, fits into the memory that the rank has. Pure: no torch."""
 
-from hft_megatron.config import derived
-from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import MethodName, RunConfig
 from hft_megatron.hft.plan import Plan
-from hft_megatron.optimizer.activations import MicroBatch
 from hft_megatron.optimizer.memory_fit import verdict
-from hft_megatron.optimizer.rank_costs import CostModel
-from hft_megatron.optimizer.rank_memory import MemoryModel
-from hft_megatron.training.doctor.findings import Finding, in_bytes
+from hft_megatron.optimizer.rank_memory import MemoryModel, in_bytes
+from hft_megatron.training.doctor.findings import Finding
 
 WHAT = "memory of a rank"
 _ELSE = "ask `hft-megatron plan --memory` about larger layouts with recomputation, or use a smaller --seq-length"
-
-
-def memory_model(
-    method: MethodName, config: RunConfig, shape: ModelShape, world_size: int, *, bf16: bool, on_cuda: bool
-) -> MemoryModel:
-    """That of a run, whose longest sequences are --seq-length; without the reference of preference tuning."""
-    training, data_size = config.training, derived.data_parallel_size(config.parallel, world_size)
-    # A pair is two sequences.
-    sequences = training.micro_batch_size * (2 if method == "dpo" else 1)
-    return MemoryModel(
-        costs=CostModel(
-            shape=shape,
-            parallel=config.parallel,
-            world_size=world_size,
-            bf16=bf16,
-            vocab_multiple=config.model.make_vocab_size_divisible_by,
-        ),
-        training=training,
-        on_cuda=on_cuda,
-        micro_batch=MicroBatch(sequences=sequences, seq_length=derived.sequence_length(training, shape)),
-        # None at all is the batch's mistake, and said elsewhere.
-        micro_batches=max(1, derived.global_batch_size(config, world_size) // (training.micro_batch_size * data_size)),
-    )
 
 
 def memory_finding(model: MemoryModel, plan: Plan, room: int) -> Finding:

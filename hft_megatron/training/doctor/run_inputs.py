@@ -20,10 +20,11 @@ from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.hft.units import units_of
+from hft_megatron.optimizer.rank_memory import in_bytes, memory_of_run
 from hft_megatron.parallel.cpu_backend import has_fast_bf16
-from hft_megatron.training.doctor.findings import Finding, finding_of, in_bytes
+from hft_megatron.training.doctor.findings import Finding, finding_of
 from hft_megatron.training.doctor.machine import device_memory
-from hft_megatron.training.doctor.model_memory import memory_finding, memory_model
+from hft_megatron.training.doctor.model_memory import memory_finding
 from hft_megatron.training.doctor.save_folder import checkpoints_at_a_time, space_finding
 from hft_megatron.training.inputs import read_inputs
 from hft_megatron.training.methods import METHODS
@@ -127,7 +128,7 @@ class RunInputs:
 
     def _look_at_memory(self, config: RunConfig, shape: ModelShape) -> Finding:
         on_cuda = torch.cuda.is_available()
-        model = memory_model(self.method, config, shape, self.world_size, bf16=_takes_bf16(config), on_cuda=on_cuda)
+        model = memory_of_run(self.method, config, shape, self.world_size, bf16=_takes_bf16(config), on_cuda=on_cuda)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return memory_finding(model, _first_plan(config, shape), device_memory(local_ranks))
 

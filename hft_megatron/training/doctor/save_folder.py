@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hft_megatron.config.input_rules import outputs_can_be_written
 from hft_megatron.config.schema import CheckpointConfig, RunConfig
-from hft_megatron.training.doctor.findings import Finding, finding_of, in_bytes
+from hft_megatron.optimizer.rank_memory import in_bytes
+from hft_megatron.training.doctor.findings import Finding, finding_of
 
 WHAT = "save folder"
 _PROBE = b"hft-megatron doctor\n"
