@@ -5,7 +5,6 @@ Only rank 0 writes here. Every folder is written under a hidden name and renamed
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,10 +17,10 @@ from hft_megatron.errors import UserError
 
 EXPORTS_FILE = "exports.json"
 """Of which run the exports are, what validation measured at each, and the best under transformers' names."""
-_ITERATION_FOLDER = "iter_{:07d}"
-_UNFINISHED = ".{}.unfinished"
+UNFINISHED = ".{}.unfinished"
 """Hidden name of what is being written or deleted, or was when its run died."""
-_FINAL = "final"
+FINAL = "final"
+"""``open``'s name of the export at the end of a run."""
 
 
 @dataclass(kw_only=True)
@@ -102,16 +101,20 @@ class ExportFolder:
         self._write(noted)
         return [f"{self.path / name} is written again at its iteration" for name in sorted(later)]
 
+    def place(self, iteration: int) -> Path:
+        """The folder of an iteration's export, which has the name of a checkpoint's."""
+        return self.path / f"iter_{iteration:07d}"
+
     def open(self, name: str) -> Path:
         """An empty folder to write the export ``name`` into."""
-        unfinished = self.path / _UNFINISHED.format(name)
+        unfinished = self.path / UNFINISHED.format(name)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         return unfinished
 
     def publish(self, unfinished: Path, iteration: int, measured: Mapping[str, float]) -> list[str]:
         """Gives a complete export its name, notes it, and deletes what --save-hf-keep lets go; lines for the log."""
-        path = self.path / _ITERATION_FOLDER.format(iteration)
+        path = self.place(iteration)
         noted = self._noted_here()
         if path.exists():
             noted.exports.pop(path.name, None)
@@ -173,71 +176,10 @@ class ExportFolder:
 
     def _delete(self, path: Path) -> None:
         """So that whoever looks meanwhile, or after a crash, sees a whole export or none."""
-        dying = self.path / _UNFINISHED.format(f"{path.name}.old")
+        dying = self.path / UNFINISHED.format(f"{path.name}.old")
         shutil.rmtree(dying, ignore_errors=True)
         path.rename(dying)
         shutil.rmtree(dying)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IterationExport:
-    """Where the export of an iteration goes."""
-
-    folder: ExportFolder
-    iteration: int
-    measured: Mapping[str, float]
-    """What validation measured there, by name."""
-
-    @property
-    def target(self) -> Path:
-        return self.folder.path / _ITERATION_FOLDER.format(self.iteration)
-
-    def open(self) -> Path:
-        return self.folder.open(self.target.name)
-
-    def publish(self, unfinished: Path) -> list[str]:
-        return self.folder.publish(unfinished, self.iteration, self.measured)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinalExport:
-    """Where the export at the end of such a run goes: beside those of its iterations."""
-
-    folder: ExportFolder
-    iteration: int
-
-    @property
-    def target(self) -> Path:
-        return self.folder.path
-
-    def open(self) -> Path:
-        return self.folder.open(_FINAL)
-
-    def publish(self, unfinished: Path) -> list[str]:
-        self.folder.publish_final(unfinished, self.iteration)
-        return []
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewFolder:
-    """An export alone, in a folder that appears with it."""
-
-    target: Path
-
-    def open(self) -> Path:
-        unfinished = self.target.with_name(_UNFINISHED.format(self.target.name))
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        return unfinished
-
-    def publish(self, unfinished: Path) -> list[str]:
-        os.replace(unfinished, self.target)
-        return []
-
-
-Destination = NewFolder | IterationExport | FinalExport
-"""``target`` is what the log calls it; ``open`` gives an empty folder to write into, and ``publish`` puts it there when
-it is complete and returns lines for the log."""
 
 
 def _is_iteration(path: Path) -> bool:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hft_megatron.config.export_folder import Destination
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.run_folder import same_folder, sync
+from hft_megatron.conversion.destinations import Destination
 from hft_megatron.conversion.kept_files import keep_files
 from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
 from hft_megatron.data.chat import end_token_ids

@@ -5,7 +5,6 @@ No training, no ranks and no model: at most one tensor of each folder and their 
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hft_megatron.conversion.destinations import NewFolder
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.kept_files import keep_files
 from hft_megatron.conversion.load import check_weights
@@ -162,12 +162,11 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def _appears_whole(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``target`` at the end and is removed after an error."""
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    destination = NewFolder(target=target)
+    unfinished = destination.open()
     try:
         yield unfinished
-        os.replace(unfinished, target)
+        destination.publish(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hft_megatron.checkpoint.tensors import CheckpointTensors
-from hft_megatron.config.export_folder import NewFolder
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.training_rules import heads_fit_the_model
+from hft_megatron.conversion.destinations import NewFolder
 from hft_megatron.conversion.export import export_tensors
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights

@@ -1,5 +1,6 @@
 """When a run exports its model in Hugging Face's format: every --save-hf-interval iterations, and at the end."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hft_megatron.config.export_folder import Destination, ExportFolder, FinalExport, IterationExport, NewFolder
+from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.export_rules import best_metric, higher_is_better
 from hft_megatron.config.schema import CheckpointConfig
+from hft_megatron.conversion.destinations import Destination, FinalExport, IterationExport, NewFolder
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.errors import RunFailed
@@ -104,8 +106,10 @@ class ExportModels(Hook):
         measured = {} if self.measured is None else self.measured(run)
         destination = IterationExport(folder=self.folder, iteration=run.state.iteration, measured=measured)
         trained = run.rounds.trained_until(run.state.round)
+        begun = time.perf_counter()
         try:
             with run.wrapped.gathered_parameters():
                 self.exporter.export(destination, run.wrapped.modules, trained)
         except RunFailed as failure:
             run.failure = str(failure)
+        run.announce(f"  training stood still for {(time.perf_counter() - begun) * 1e3:,.0f} ms")
