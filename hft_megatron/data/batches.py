@@ -121,7 +121,7 @@ class ShuffledBatches(SampleBatches):
         return self.assemble(samples, packed=self.packed)
 
     def names(self, samples: Sequence[int]) -> str:
-        """The examples of ``samples`` by source and number, as ``hft-megatron show-data`` has them."""
+        """The examples, or pairs, of ``samples`` by file and line, or by number where lines are not known."""
         return self.dataset.names([member for sample in samples for member in self.order.sample(sample)])
 
 

@@ -17,7 +17,7 @@ from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pair_checks import BadPair, check_halves, check_length, check_record, check_room
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.special_tokens import SpecialTokens
-from hft_megatron.data.stores import Encoded, ExamplesInMemory
+from hft_megatron.data.stores import Encoded, ExamplesInMemory, places_in
 from hft_megatron.data.token_cache import Tokenized
 from hft_megatron.data.tokenizer import Piece, Tokenizer
 from hft_megatron.errors import UserError
@@ -27,21 +27,23 @@ def tokenize_pairs(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
 ) -> Tokenized:
     """The answers of all sources, and an account of each source. Raises UserError with every kind of fault."""
-    faults, kept = Faults(), list[Encoded]()
+    faults, kept, places = Faults(), list[Encoded](), list[str]()
     accounts = []
     for source in sources:
-        answers, account = _read_source(source, tokenizer, rules, bad_pairs, faults)
+        answers, of_source, account = _read_source(source, tokenizer, rules, bad_pairs, faults)
         kept += answers
+        places += places_in(source.files, of_source)
         accounts.append(account)
     faults.raise_if_any()
-    return Tokenized(store=ExamplesInMemory.of(kept), account={"sources": accounts})
+    return Tokenized(store=ExamplesInMemory.of(kept, places), account={"sources": accounts})
 
 
 def _read_source(
     source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs, faults: Faults
-) -> tuple[list[Encoded], dict[str, Any]]:
-    """The answers of a source, and the account of it."""
+) -> tuple[list[Encoded], list[str], dict[str, Any]]:
+    """The answers of a source, the places of their records, and the account of it."""
     kept: list[Encoded] = []
+    places: list[str] = []
     bad: Counter[str] = Counter()
     forms: Counter[PromptForm] = Counter()
     read = truncated = dropped = conversations = token_names = 0
@@ -78,24 +80,29 @@ def _read_source(
             continue
         truncated += longest > rules.seq_length
         kept += fitting
+        places += [pair.place] * len(fitting)
         forms[pair.form] += 1
     if not kept and len(faults) == faults_before:
         left_out = dropped + bad.total()
         why = f"all {left_out} were left out" if left_out else "it is empty"
         raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
-    return kept, {
-        "pairs": len(kept) // 2,
-        "read": read,
-        "truncated": truncated,
-        "dropped": dropped,
-        "bad": bad.most_common(),
-        "unread": unread,
-        "ignored": ignored,
-        "conversations": conversations,
-        "token_names": token_names,
-        "forms": forms,
-        "use": asdict(reader.use()),
-    }
+    return (
+        kept,
+        places,
+        {
+            "pairs": len(kept) // 2,
+            "read": read,
+            "truncated": truncated,
+            "dropped": dropped,
+            "bad": bad.most_common(),
+            "unread": unread,
+            "ignored": ignored,
+            "conversations": conversations,
+            "token_names": token_names,
+            "forms": forms,
+            "use": asdict(reader.use()),
+        },
+    )
 
 
 def _encoded_pairs(

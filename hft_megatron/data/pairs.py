@@ -5,6 +5,8 @@ Trained are the answers' tokens alone, also where the prompt holds turns of the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from hft_megatron.config.schema import BadPairs
@@ -16,7 +18,7 @@ from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.sft import SftDataset, asked_of, data_digest
-from hft_megatron.data.stores import named_members
+from hft_megatron.data.stores import ExampleStore, NamedSource, named_members
 from hft_megatron.data.token_cache import TokenCache, named, tokenized
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
@@ -28,6 +30,7 @@ class PairSource:
 
     path: str
     weight: float | None
+    files: tuple[str, ...]
     pairs: int
     read: int
     truncated: int
@@ -93,8 +96,19 @@ class PairDataset:
         return self.answers.num_positions(2 * pair) + self.answers.num_positions(2 * pair + 1)
 
     def names(self, members: Sequence[int]) -> str:
-        """``pairs 3 and 17 of a.jsonl``, with numbers from 1 as ``hft-megatron show-data`` has them."""
-        return named_members("pair", members, [(source.path, source.pairs) for source in self.sources])
+        """``a.jsonl:17, a.jsonl:3``."""
+        [store] = self.answers.stores
+        starts = accumulate((source.pairs for source in self.sources), initial=0)
+        sources = [
+            NamedSource(
+                path=source.path,
+                files=source.files,
+                members=source.pairs,
+                place=partial(_place, store, start),
+            )
+            for source, start in zip(self.sources, starts, strict=False)
+        ]
+        return named_members("pair", members, sources)
 
     @property
     def mix(self) -> SourceMix:
@@ -162,10 +176,15 @@ def load_pair_dataset(
     return dataset
 
 
+def _place(store: ExampleStore, start: int, pair: int) -> str:
+    return store.place(2 * (start + pair))
+
+
 def _part(source: SourceFiles, account: Mapping[str, Any]) -> PairSource:
     return PairSource(
         path=source.path,
         weight=source.weight,
+        files=tuple(map(str, source.files)),
         notes=(
             *notes_of_token_names(source.path, account["token_names"]),
             *notes_of_keys(source.path, account["unread"], account["ignored"]),

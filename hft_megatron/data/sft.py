@@ -26,7 +26,7 @@ from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed
 from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader
-from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore, named_members
+from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore, NamedSource, named_members, places_in
 from hft_megatron.data.token_cache import TokenCache, Tokenized, named, tokenized
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
@@ -43,6 +43,8 @@ class SourcePart:
     weight: float | None
     formats: tuple[DataFormat, ...]
     """Those of its files."""
+    files: tuple[str, ...]
+    """None of preprocessed data."""
     examples: int
     counts: SftCounts
     use: RecordUse
@@ -99,8 +101,12 @@ class SftDataset:
         return int(self.lengths[index]) - 1
 
     def names(self, members: Sequence[int]) -> str:
-        """``examples 3 and 17 of a.jsonl``, with numbers from 1 as ``hft-megatron show-data`` has them."""
-        return named_members("example", members, [(part.path, part.examples) for part in self.parts])
+        """``a.jsonl:17, a.jsonl:3``, or their numbers, from 1, where lines are not known."""
+        sources = [
+            NamedSource(path=part.path, files=part.files, members=part.examples, place=store.place)
+            for part, store in zip(self.parts, self.stores, strict=True)
+        ]
+        return named_members("example", members, sources)
 
     @property
     def mix(self) -> SourceMix:
@@ -188,21 +194,24 @@ def _read_sources(
 
 
 def _tokenize(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> Tokenized:
-    faults, kept = Faults(), list[Encoded]()
+    faults, kept, places = Faults(), list[Encoded](), list[str]()
     accounts = []
     for source in sources:
-        examples, account = _read_source(source, tokenizer, rules, faults)
+        examples, of_source, account = _read_source(source, tokenizer, rules, faults)
         kept += examples
+        places += places_in(source.files, of_source)
         accounts.append({"examples": len(examples), **account})
     faults.raise_if_any()
-    return Tokenized(store=ExamplesInMemory.of(kept), account={"sources": accounts})
+    return Tokenized(store=ExamplesInMemory.of(kept, places), account={"sources": accounts})
 
 
 def _read_source(
     source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, faults: Faults
-) -> tuple[list[Encoded], dict[str, Any]]:
-    """The examples of a source, and the account of it; no examples where all records have a fault."""
+) -> tuple[list[Encoded], list[str], dict[str, Any]]:
+    """The examples of a source, the places of their records, and the account of it; no examples where all records have
+    a fault."""
     kept: list[Encoded] = []
+    places: list[str] = []
     formats: set[DataFormat] = set()
     counts = SftCounts()
     reader, faults_before = RecordReader(rules.records), len(faults)
@@ -215,11 +224,12 @@ def _read_source(
             faults.add(example.place, refused)
             continue
         kept += [(example.ids[start:stop], example.trained[start:stop]) for start, stop in spans]
+        places += [example.place] * len(spans)
         counts.add(example, spans, rules)
     if kept or len(faults) == faults_before:
         _check_not_empty(len(kept), source, counts, rules)
         counts.check_answers(source.path)
-    return kept, {"formats": sorted(formats), "counts": asdict(counts), "use": asdict(reader.use())}
+    return kept, places, {"formats": sorted(formats), "counts": asdict(counts), "use": asdict(reader.use())}
 
 
 def _open_source(source: SourceFiles, prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
@@ -241,7 +251,13 @@ def _part(
     source: SourceFiles, formats: tuple[DataFormat, ...], examples: int, counts: SftCounts, use: RecordUse
 ) -> SourcePart:
     return SourcePart(
-        path=source.path, weight=source.weight, formats=formats, examples=examples, counts=counts, use=use
+        path=source.path,
+        weight=source.weight,
+        formats=formats,
+        files=tuple(map(str, source.files)),
+        examples=examples,
+        counts=counts,
+        use=use,
     )
 
 

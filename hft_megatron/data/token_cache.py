@@ -32,7 +32,7 @@ _OPTION = "--data-cache-path"
 _ACCOUNT = "account.json"
 _UNUSED_S = 30 * 24 * 3600
 """After this many seconds without a use an entry is removed."""
-_ARRAYS = ("tokens", "trained", "offsets")
+_ARRAYS = ("tokens", "trained", "offsets", "places")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

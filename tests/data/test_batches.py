@@ -30,6 +30,7 @@ def make_dataset(lengths: list[int], seq_length: int) -> SftDataset:
                 tokens=np.concatenate(tokens).astype(np.int32),
                 trained=np.concatenate(trained),
                 offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+                places=np.array([f"0:{number}" for number in range(len(lengths))], dtype=np.bytes_),
             ),
         ),
         seq_length=seq_length,

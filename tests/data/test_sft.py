@@ -456,3 +456,31 @@ def test_the_same_records_become_the_same_examples_or_the_reading_has_another_ve
             for array in found.example(index):
                 digest.update(array.tobytes())
     assert {sft_module._READING: digest.hexdigest()} == MEANING
+
+
+def test_examples_are_named_by_the_file_and_line_of_their_record(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    row = {"prompt": "Say it: ", "completion": "yes"}
+    long = {"prompt": "Say it: ", "completion": "yes " * 40}
+    lines = write_rows(tmp_path / "b.jsonl", [row, long, row])
+    other = write_rows(tmp_path / "a: 1.jsonl", [row])
+    array = tmp_path / "c.json"
+    array.write_text(json.dumps([row, row], indent=0))
+    prefix = tmp_path / "kept"
+    make(prefix, lines, tokenizer, seq_length=30, long_examples="drop")
+    words = [tmp_path / "*.jsonl", array, prefix]
+    dataset = load(words, tokenizer, seq_length=30, long_examples="drop")
+    names = [dataset.names([index]) for index in range(len(dataset))]
+    assert names[:3] == [f"{other}:1", f"{lines}:1", f"{lines}:3"]
+    assert names[3:5] == [f"{array}:2, record 1", f"{array}:6, record 2"]
+    assert names[5:] == [f"example 1 of {prefix}", f"example 2 of {prefix}"]
+    assert dataset.names([1] * 9) == f"{', '.join([f'{lines}:1'] * 8)} and 1 more"
+    split = load(lines, tokenizer, seq_length=30, long_examples="split")
+    assert split.names([1, 2]) == f"{lines}:2, {lines}:2"
+
+
+def test_pairs_are_named_by_the_file_and_line_of_their_record(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pair = {"prompt": "Say it: ", "chosen": "yes", "rejected": "no"}
+    files = [write_rows(tmp_path / f"{name}.jsonl", [pair] * count) for name, count in (("a", 1), ("b", 2))]
+    sources = find_sources("--train-data-path", [str(file) for file in files], TRAIN_SPLIT)
+    dataset = load_pair_dataset(sources, tokenizer, ExampleRules(seq_length=64), "error")
+    assert dataset.names([0, 1, 2]) == f"{files[0]}:1, {files[1]}:1, {files[1]}:2"

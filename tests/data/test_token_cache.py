@@ -30,6 +30,7 @@ def tokenized(*ids: int) -> Tokenized:
         tokens=np.array(ids, dtype=np.int32),
         trained=np.array([token % 2 == 0 for token in ids]),
         offsets=np.array([0, 1, len(ids)], dtype=np.int64),
+        places=np.array(["0:1", "0:2"], dtype=np.bytes_),
     )
     return Tokenized(store=store, account={"records": 2, "notes": ["two lines"]})
 

@@ -58,7 +58,13 @@ def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
     return SftDataset(
         parts=(
             SourcePart(
-                path="toy", weight=None, formats=("text",), examples=examples, counts=SftCounts(), use=RecordUse()
+                path="toy",
+                weight=None,
+                formats=("text",),
+                files=("toy",),
+                examples=examples,
+                counts=SftCounts(),
+                use=RecordUse(),
             ),
         ),
         stores=(
@@ -66,6 +72,7 @@ def toy_dataset(examples: int = 48, seed: int = SEED) -> SftDataset:
                 tokens=np.array(tokens, dtype=np.int32),
                 trained=np.array(trained, dtype=np.bool_),
                 offsets=np.array(offsets, dtype=np.int64),
+                places=np.array([f"0:{number + 1}" for number in range(examples)], dtype=np.bytes_),
             ),
         ),
         seq_length=LONGEST,

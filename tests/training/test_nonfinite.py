@@ -92,7 +92,7 @@ def run_spoiled(method: str, words: list[str], fault: str, iterations: list[int]
 
 
 WHERE = r"on rank {} on \S+ \(TP \d, PP {}, DP \d\)"
-SAMPLES = r"examples \d+, \d+, \d+, \d+ of \S+data\.jsonl"
+SAMPLES = ", ".join([r"\S+data\.jsonl:\d+"] * 4)
 LAYOUT_WORDS = {
     "tp2": ["--tensor-model-parallel-size", "2"],
     "pp2": ["--pipeline-model-parallel-size", "2"],
@@ -124,7 +124,7 @@ def test_an_undefined_number_is_told_by_iteration_rank_unit_and_samples_alike_on
     where, any_rank = WHERE.format(rank, stage), WHERE.format("[01]", stage)
     summed = ", summed over data-parallel ranks," if layout == "dp2" else ""
     no_update = "and no update was made, because it would destroy the model"
-    unit, one = re.escape(UP), r"example \d+ of \S+data\.jsonl and at"
+    unit, one = re.escape(UP), r"\S+data\.jsonl:\d+ and at"
     expected = {
         "activation": f"the loss of micro-batch 1 of 4 is not finite {where}, first in the output of {unit} {where}, "
         f"{no_update}; look at {one}",
@@ -156,7 +156,7 @@ def test_an_undefined_loss_of_a_pair_names_the_pair(ranks, inputs):
     words = words_for(inputs, "--train-data-path", inputs / "pairs.jsonl", "--lr", 1e-3, "--dpo-reference", "shared")
     [answer] = ranks(1).run(run_spoiled, method="dpo", words=words, fault="data", iterations=[2])
     assert re.match(
-        r"iteration 2: the loss of micro-batch 2 of 4 is not finite .*; look at pair \d+ of \S+pairs\.jsonl",
+        r"iteration 2: the loss of micro-batch 2 of 4 is not finite .*; look at \S+pairs\.jsonl:\d+ and at",
         answer["failed"],
     )
 
@@ -205,7 +205,7 @@ def test_a_step_that_is_left_out_changes_not_a_bit_of_weights_moments_counts_and
         [line] = one["said"]
         assert re.match(
             r"> iteration 3 is left out \(1 of --skip-nonfinite-steps 1\): the loss of micro-batch 2 of \d is not "
-            r"finite .*; its samples are examples \d+, \d+ of toy",
+            r"finite .*; its samples are toy:\d+, toy:\d+$",
             line,
         )
 

@@ -47,6 +47,10 @@ class MappedExamples:
             )
         return ids, self.trained[span].astype(np.bool_)
 
+    def place(self, index: int) -> str:
+        """Empty: preprocessed data are no longer tied to the files that they were made of."""
+        return ""
+
 
 def open_preprocessed(prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> tuple[MappedExamples, Facts]:
     """The examples of ``prefix`` and the account of them.
