@@ -110,7 +110,8 @@ class Neighbours:
 
     def _on_sigterm(self, number: int, frame: object) -> None:
         self._look(0.0)
-        if self._ended:
+        # Where the launcher itself is stopped, neighbours may have gone by its signal already.
+        if any(status is not None and not _is_stopped(status) for status in self._ended.values()):
             raise self._in_words()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -160,7 +161,11 @@ def _exit_status(pid: int) -> int | None:
 
 def _is_killed(status: int | None) -> bool:
     """By another signal than the launcher's own."""
-    return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGTERM
+    return status is not None and os.WIFSIGNALED(status) and not _is_stopped(status)
+
+
+def _is_stopped(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
 def _has_spoken(status: int | None) -> bool:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -96,14 +97,15 @@ def test_who_is_killed_too_is_no_speaker(ranks):
     assert loss.speaks
 
 
-def test_a_rank_that_waits_in_a_collective_is_ended_by_its_thread(ranks, monkeypatch):
+@pytest.mark.parametrize(("code", "speaks"), [(7, True), (1, False)], ids=["unheard of", "said by that rank itself"])
+def test_a_rank_that_waits_in_a_collective_is_ended_by_its_thread(ranks, monkeypatch, code, speaks):
     monkeypatch.setattr(neighbours, "GRACE_ENDED_S", 0.2)
     ranks.watch()
-    ranks.exit(1, 7)
+    ranks.exit(1, code)
     loss = ranks.said.get(timeout=PROMISED_S)
     assert "rank 1 on node-a" in str(loss)
-    assert str(loss).endswith("ended with exit code 7; what it said is in the log of its host")
-    assert loss.speaks
+    assert str(loss).endswith(f"ended with exit code {code}; what it said is in the log of its host")
+    assert loss.speaks == speaks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -122,6 +124,17 @@ def test_the_launchers_signal_after_a_death_is_an_error_with_its_name(ranks):
     ranks.wait_for_end(1)
     with pytest.raises(PeersLost, match=r"rank 1 on node-a .* signal 9"):
         signal.raise_signal(signal.SIGTERM)
+    watch.stop()
+
+
+def test_the_launchers_signal_to_all_ends_this_rank_as_ever(ranks):
+    watch = ranks.watch()
+    ranks.started[1].terminate()
+    ranks.wait_for_end(1)
+    with patch.object(neighbours.os, "kill") as killed:
+        signal.raise_signal(signal.SIGTERM)
+    killed.assert_called_once_with(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     watch.stop()
 
 
