@@ -72,7 +72,7 @@ class ExamplesInMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSource:
-    """What is known of the members of one source, examples or pairs."""
+    """Members of one source, examples or pairs, and where each comes from."""
 
     path: str
     """As written."""

@@ -24,7 +24,7 @@ own work fails with, which may be the same for all ranks and then says more, com
 
 @dataclass(frozen=True)
 class Process:
-    """Where a rank runs."""
+    """The process that a rank is."""
 
     pid: int
     namespace: str
@@ -84,7 +84,7 @@ class Neighbours:
         self._change_sigterm(self._on_sigterm, signal.SIG_DFL)
 
     def loss(self, wait_s: float) -> PeersLost | None:
-        """What is to be said of the first neighbour that has ended, or ends within ``wait_s``; None where none does.
+        """The word about the first neighbour that has ended, or ends within ``wait_s``; None where none does.
 
         Where there is something the caller says it, and the watch is over. Does not return if its thread is at it.
         """

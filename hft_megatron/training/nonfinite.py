@@ -31,7 +31,7 @@ _WEIGHT, _LOSS, _GRADIENT = range(3)
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class _Finding:
-    """What one rank found; the smallest of all ranks' is the first in the order of cause."""
+    """A finding of one rank; the smallest of all ranks' is the first in the order of cause."""
 
     kind: int
     place: int

@@ -1,4 +1,4 @@
-"""What is said where a rank runs out of memory: what it needs by formula, and the options that need less."""
+"""Explains that a rank ran out of memory: its need by formula, and the options that need less."""
 
 import contextlib
 import os

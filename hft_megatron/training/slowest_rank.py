@@ -1,4 +1,4 @@
-"""Which rank holds the others up: its own compute time, without what it waits for others in."""
+"""Finds the rank that holds the others up, by compute times without the waits for others."""
 
 from dataclasses import dataclass, field
 from statistics import median
