@@ -2,7 +2,10 @@
 
 import sys
 
-from hft_megatron.cli import main
+try:
+    from hft_megatron.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)  # EXIT_INTERRUPTED, which is not imported yet
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,9 +10,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hft_megatron import errors
@@ -81,7 +82,33 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
     A user's mistake and a stop by signal are one sentence. An internal failure is a traceback from every rank that
     fails, because the first one to fail is often not rank 0.
     """
-    return launch.leave_exit_code(_outcome(command))
+    with _sigterm_as_ctrl_c():
+        return launch.leave_exit_code(_outcome(command))
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Has SIGTERM end a process of its own with a sentence, where nothing else listens to it.
+
+    A rank, or the check before a start, ends at once: a rank may wait for others where Python can't answer, and what
+    started them says the sentence.
+    """
+    if {"RANK", "WORLD_SIZE"} & os.environ.keys() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM. Of a KeyboardInterrupt itself in ``exec``, as in many imports, Python would make an end by SIGINT."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _outcome(command: Callable[[StatusFolder], None]) -> int:
@@ -104,6 +131,8 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
             # torchrun ends the ranks of a host with the first that leaves, and this one has said nothing.
             _let_others_speak()
         return errors.EXIT_FAILURE
+    except _Terminated:
+        return _end(errors.EXIT_STOPPED, "stopped", "SIGTERM stopped it before it could save anything", status)
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
     except Exception as error:

@@ -1,8 +1,8 @@
 """``python -m hft_megatron.parallel.start_ranks``: torchrun, for scripts that pass a run's exit code on.
 
 It takes torchrun's words and starts ranks by torchrun's own code. torchrun ends with 1 and with a trace of forty lines
-whatever happened; this process ends with the code that the ranks have left, and their sentence stays the last word. Of
-ranks that could say nothing themselves, such as killed ones, a line each says how they ended.
+whatever happened; this process ends with the code that the ranks have left, and what they said is the last word. Those
+that could say nothing themselves, such as killed ones, get a line that says how they ended.
 """
 
 import logging
@@ -70,7 +70,7 @@ def judged(failures: Iterable[Failure]) -> tuple[list[str], int]:
     """Lines about the ranks that ended by something else than a code of the run's, and the exit code of all."""
     # torchrun itself ends the others by SIGTERM when one has failed.
     failed = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or list(failures)
-    untold = [failure for failure in failed if failure.exitcode not in TOLD]
+    untold = [failure for failure in failed if failure.exitcode not in (*TOLD, errors.EXIT_FAILURE)]
     code = worst(failure.exitcode if failure.exitcode in TOLD else errors.EXIT_FAILURE for failure in failed)
     if code == errors.EXIT_USAGE:
         return [], code

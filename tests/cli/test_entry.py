@@ -127,6 +127,27 @@ def test_every_outcome_has_its_exit_code_and_status(
     assert ("Traceback" in capsys.readouterr().err) == (code == errors.EXIT_FAILURE)
 
 
+def test_sigterm_ends_a_process_of_its_own_with_a_sentence_and_leaves_a_rank_as_it_was(
+    options: list[str],
+    training: Training,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    training.outcome = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert main(options) == errors.EXIT_STOPPED
+    sentence = "SIGTERM stopped it before it could save anything"
+    assert capsys.readouterr().err == f"hft-megatron: {sentence}\n"
+    assert status(tmp_path) == {"exit_code": errors.EXIT_STOPPED, "state": "stopped", "message": sentence}
+    for name, value in zip(LAUNCH_VARIABLES, ("0", "2", "0", "2", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    seen = []
+    training.outcome = lambda: seen.append(signal.getsignal(signal.SIGTERM))
+    assert main(options) == errors.EXIT_OK
+    assert seen == [signal.getsignal(signal.SIGTERM)] == [before]
+
+
 @pytest.mark.parametrize("error", [errors.PeersLost("Rank 1 is gone."), RuntimeError("connection closed")])
 @pytest.mark.parametrize(
     ("before", "meanwhile", "kept"),

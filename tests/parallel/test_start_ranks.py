@@ -60,9 +60,10 @@ def test_a_mistake_explains_all_else_and_a_failure_counts_more_than_a_stop() -> 
 def test_ranks_that_could_say_nothing_get_a_line_and_those_that_torchrun_ended_none() -> None:
     assert judged([failure(2), failure(1, 1)]) == ([], errors.EXIT_USAGE)
     assert judged([failure(3), failure(-signal.SIGTERM, 1)]) == ([], errors.EXIT_STOPPED)
-    lines, code = judged([failure(-signal.SIGKILL, 3), failure(-signal.SIGTERM, 1), failure(1, 2)])
+    ends = [failure(-signal.SIGKILL, 3), failure(-signal.SIGTERM, 1), failure(1, 2), failure(9, 4)]
+    lines, code = judged(ends)
     assert code == errors.EXIT_FAILURE
-    assert lines == ["local rank 3 (process 7) was ended by SIGKILL", "local rank 2 (process 7) ended with exit code 1"]
+    assert lines == ["local rank 3 (process 7) was ended by SIGKILL", "local rank 4 (process 7) ended with exit code 9"]
 
 
 def test_after_a_signal_a_run_has_finished_where_all_ranks_have() -> None:
@@ -100,7 +101,7 @@ def test_a_mistake_and_a_stop_are_one_sentence_with_their_code_and_no_trace_of_t
     assert "Traceback" not in said["killed"]
     assert said["killed"].splitlines()[-1].endswith(") was ended by SIGKILL")
     assert said["broken"].count("Traceback") == said["broken"].count("RuntimeError: broken") == 1
-    assert said["broken"].splitlines()[-1].endswith(") ended with exit code 1")
+    assert "failed (exitcode: 1) local_rank: 1 " in said["broken"], "whose trace that is"
 
 
 @pytest.mark.parametrize(("sent", "then", "code"), [("SIGTERM", "finished", 0), ("SIGINT", "stopped", 3)])
