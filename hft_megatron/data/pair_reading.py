@@ -60,14 +60,7 @@ def _read_source(
         token_names += tokens.named_in(*texts)
         longest = max(len(ids) - 1 for ids, _ in halves)
         try:
-            check_record(pair)
-            if longest > rules.seq_length and rules.long_examples == "drop":
-                dropped += 1
-                continue
-            check_room(halves, rules)
-            check_length(longest, pair.place, rules)
-            fitting = [(ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]) for ids, mask in halves]
-            check_halves(fitting)
+            fitting = _fitting(pair, halves, longest, rules)
         except BadPair as fault:
             if bad_pairs == "error":
                 sentence = f"{fault}; correct the pair, or choose --dpo-bad-pairs skip."
@@ -78,6 +71,9 @@ def _read_source(
         except RecordRefused as refused:
             faults.add(pair.place, refused)
             continue
+        if fitting is None:
+            dropped += 1
+            continue
         truncated += longest > rules.seq_length
         kept += fitting
         places += [pair.place] * len(fitting)
@@ -86,23 +82,37 @@ def _read_source(
         left_out = dropped + bad.total()
         why = f"all {left_out} were left out" if left_out else "it is empty"
         raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
-    return (
-        kept,
-        places,
-        {
-            "pairs": len(kept) // 2,
-            "read": read,
-            "truncated": truncated,
-            "dropped": dropped,
-            "bad": bad.most_common(),
-            "unread": unread,
-            "ignored": ignored,
-            "conversations": conversations,
-            "token_names": token_names,
-            "forms": forms,
-            "use": asdict(reader.use()),
-        },
-    )
+    account = {
+        "pairs": len(kept) // 2,
+        "read": read,
+        "truncated": truncated,
+        "dropped": dropped,
+        "bad": bad.most_common(),
+        "unread": unread,
+        "ignored": ignored,
+        "conversations": conversations,
+        "token_names": token_names,
+        "forms": forms,
+        "use": asdict(reader.use()),
+    }
+    return kept, places, account
+
+
+def _fitting(
+    pair: Preference, halves: tuple[Encoded, Encoded], longest: int, rules: ExampleRules
+) -> list[Encoded] | None:
+    """The part of each answer that is trained, or None where the pair is left out for its length.
+
+    Raises BadPair where nothing can be learned of it, and RecordRefused.
+    """
+    check_record(pair)
+    if longest > rules.seq_length and rules.long_examples == "drop":
+        return None
+    check_room(halves, rules)
+    check_length(longest, pair.place, rules)
+    fitting = [(ids[: rules.seq_length + 1], mask[: rules.seq_length + 1]) for ids, mask in halves]
+    check_halves(fitting)
+    return fitting
 
 
 def _encoded_pairs(
