@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hft_megatron.api import draw_plan
 from hft_megatron.hft.plan import Plan
+from hft_megatron.library.plans import draw_plan
 
 if TYPE_CHECKING:
-    from hft_megatron.training.hook import Hook
-    from hft_megatron.training.trainer import Trainer
+    from hft_megatron.library.trainer import Trainer
+    from hft_megatron.trainer.loop import Hook
 
 __version__ = "0.1.0"
 __all__ = ["Hook", "Plan", "Trainer", "draw_plan"]
@@ -20,6 +20,7 @@ def __getattr__(name: str) -> Any:
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.training import hook, trainer
+    from hft_megatron.library.trainer import Trainer
+    from hft_megatron.trainer.loop import Hook
 
-    return trainer.Trainer if name == "Trainer" else hook.Hook
+    return Trainer if name == "Trainer" else Hook

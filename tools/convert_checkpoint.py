@@ -55,7 +55,7 @@ def convert(options: Conversion) -> None:
         launch.place_this_process()
     import torch
 
-    from hft_megatron.training.convert import check_model_folder, convert_checkpoint
+    from hft_megatron.trainer.convert import check_model_folder, convert_checkpoint
 
     if options.load_hf is not None:
         check_model_folder(options.load_hf, show)

@@ -105,9 +105,9 @@ def run(options: Options, status: StatusFolder) -> None:
     assert files.output_prefix is not None
     assert tokenizer.tokenizer_model is not None
     # Imported here, because the checks above must not wait for them.
+    from hft_megatron.data.chat import LossRule
     from hft_megatron.data.files.sources import TRAIN_SPLIT, find_input
     from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
-    from hft_megatron.data.loss_rule import LossRule
     from hft_megatron.data.preprocessed.making import Preprocessing, preprocess
     from hft_megatron.data.run_data import record_rules
     from hft_megatron.data.tokenizers import load_tokenizer

@@ -1,35 +1,154 @@
-"""What a checkpoint holds: the sharded state of a run, and the way back into a model and its optimizer.
+"""Checkpoints by megatron-core's dist_checkpointing: what of a run's state goes into them, and back.
+
+Of the data-parallel ranks, that is; the state is cut over tensor and pipeline ranks as the model is. Every rank holds
+its share in host memory while it writes or reads, and no more.
 
 Tensors go through megatron-core's dist_checkpointing under their names in the whole model: any layout reads them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
 
 from hft_megatron.checkpoint.folders import ITERATION_FOLDER
-from hft_megatron.checkpoint.optimizer_state import (
-    Described,
-    empty_training_state,
-    flattened,
-    set_training_state,
-    sharded_resting_state,
-    sharded_training_state,
-)
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.checkpoint.random_state import set_random_state, sharded_random_state
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel
-from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.optimizer.carried import keepers
+from hft_megatron.model.parameters import ParameterSlot, parameter_slots
+from hft_megatron.optimizer.carried import CarriedState, gathered_state, give_state, keepers
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
+
+Described = Mapping[str, Mapping[str, ShardedTensor]]
+"""Chunk -> local name -> description of the parameter, whose cut its state follows."""
+State = dict[str, dict[str, ShardedTensor]]
+"""unit -> name -> description of its state, for the units that this rank keeps."""
+
+
+def sharded_training_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
+    """The state of what trains, to be written; collective, one tensor at a time passes through device memory."""
+    group, by_unit = placement.groups.dp, keepers(_training_slots(wrapped), placement.groups.dp)
+    found: State = {}
+    for slot, model in _slots(wrapped, described):
+        *outer, _ = model.replica_id
+        # What another tensor or pipeline rank holds as well is written there.
+        if slot.unit in by_unit and not any(outer):
+            state = gathered_state(wrapped.shards, slot.parameter, by_unit[slot.unit], group)
+            kept = {name: _like(model, f"optimizer.state.{name}", whole.cpu()) for name, whole in state}
+            if kept:
+                found[slot.unit] = kept
+    return found
+
+
+def empty_training_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
+    """The same to be read: tensors to fill."""
+    by_unit = keepers(_training_slots(wrapped), placement.groups.dp)
+    return {
+        slot.unit: {
+            name: _like(model, f"optimizer.state.{name}", torch.empty(slot.parameter.numel()))
+            for name in wrapped.shards.state_names
+        }
+        for slot, model in _slots(wrapped, described)
+        if by_unit.get(slot.unit) == placement.data_rank
+    }
+
+
+def set_training_state(
+    wrapped: WrappedModel, loaded: Mapping[str, Mapping[str, Tensor]], steps: Mapping[str, int], placement: Placement
+) -> None:
+    """Takes what ``empty_training_state`` described and dist_checkpointing filled; collective like the saving.
+
+    ``steps`` are the updates that units' moments have seen, where there are any.
+    """
+    counts = {unit: steps.get(unit, 0) for unit in wrapped.plan.training}
+    carried = CarriedState(steps=counts, tensors=flattened(loaded))
+    give_state(wrapped.shards, _training_slots(wrapped), carried, placement.groups.dp)
+
+
+def sharded_resting_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
+    """The state of what rests and has steps (``--hft-resting-moments host``); tensors that are not there are made."""
+    by_unit = keepers(list(parameter_slots(wrapped.modules)), placement.groups.dp)
+    found: State = {}
+    for slot, model in _slots(wrapped, described):
+        if slot.unit in wrapped.resting.steps and by_unit[slot.unit] == placement.data_rank:
+            kept = wrapped.resting.tensors.get(slot.unit, {})
+            found[slot.unit] = {
+                name: _like(model, f"resting.{name}", kept.get(name, torch.empty(slot.parameter.numel())))
+                for name in wrapped.shards.state_names
+            }
+    return found
+
+
+def flattened(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Loaded state in the form that ``CarriedState.tensors`` has: flat tensors in host memory."""
+    return {
+        unit: {name: tensor.detach().cpu().reshape(-1) for name, tensor in tensors.items()}
+        for unit, tensors in state.items()
+    }
+
+
+def _training_slots(wrapped: WrappedModel) -> list[ParameterSlot]:
+    return [slot for slot in parameter_slots(wrapped.modules) if wrapped.plan.trains(slot.unit)]
+
+
+def _slots(wrapped: WrappedModel, described: Described) -> Iterator[tuple[ParameterSlot, ShardedTensor]]:
+    """This rank's parameters with their descriptions, in one order on all data-parallel ranks."""
+    for chunk, tensors in zip(wrapped.modules, described.values(), strict=True):
+        for slot in parameter_slots([chunk]):
+            yield slot, tensors[slot.local_name]
+
+
+def _like(model: ShardedTensor, prefix: str, flat: Tensor) -> ShardedTensor:
+    # The keeper alone writes, whatever its data-parallel rank; tensor and pipeline replicas are as the model has them.
+    *outer, _ = model.replica_id
+    return replace(
+        model,
+        key=f"{prefix}.{model.key}",
+        data=flat.view(model.local_shape),
+        dtype=flat.dtype,
+        replica_id=(*outer, 0),
+    )
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """This rank's generators by name; each a uint8 vector."""
+    states = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
+    tracker = get_cuda_rng_tracker().get_states()
+    return states | {f"tracker.{name}": state for name, state in tracker.items()}
+
+
+def set_random_state(states: dict[str, torch.Tensor]) -> None:
+    """The inverse of ``random_state``."""
+    torch.set_rng_state(states["cpu"].cpu())
+    torch.cuda.set_rng_state(states["device"].cpu())
+    get_cuda_rng_tracker().set_states(
+        {name.removeprefix("tracker."): state.cpu() for name, state in states.items() if name.startswith("tracker.")}
+    )
+
+
+def sharded_random_state(placement: Placement) -> dict[str, ShardedTensor]:
+    """``random_state`` for dist_checkpointing. It fits only the same tensor and pipeline sizes."""
+    row = placement.pipeline_rank * placement.tensor_size + placement.tensor_rank
+    rows = placement.pipeline_size * placement.tensor_size
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"random_state.{name}",
+            state.unsqueeze(0),
+            (0, row, rows),
+            replica_id=placement.data_rank,
+        )
+        for name, state in random_state().items()
+    }
+
 
 PLAN_FILE = "plan.json"
 _EXTRA_STATE = "_extra_state"

@@ -10,8 +10,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from hft_megatron.checkpoint.digests import DIGESTS_FILE, Digest, damage_in, identity_of, read_digests
-from hft_megatron.checkpoint.folders import ITERATION_FOLDER
+from hft_megatron.checkpoint.folders import DIGESTS_FILE, ITERATION_FOLDER, Digest, damage_in, identity_of, read_digests
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.errors import UserError

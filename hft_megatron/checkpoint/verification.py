@@ -5,21 +5,45 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hft_megatron.checkpoint.digests import (
+from hft_megatron.checkpoint.folders import (
+    DAMAGED,
     DIGESTS_FILE,
+    ITERATION_FOLDER,
+    Checkpoints,
     combined_digest,
     damage_in,
     digest_of,
     identity_of,
+    iteration_of,
     read_digests,
 )
-from hft_megatron.checkpoint.folders import DAMAGED, ITERATION_FOLDER, Checkpoints, iteration_of
 from hft_megatron.checkpoint.position import FILE_NAME as POSITION_FILE
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
+from hft_megatron.config.schema import RunConfig
 from hft_megatron.engine.lines import refuse_if_unreadable
 from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
 from hft_megatron.parallel.groups import Placement
+
+_FP32_BYTES = 4
+_BF16_BYTES = 2
+
+
+def checkpoint_bytes(plan: Plan, config: RunConfig, *, bf16: bool) -> int:
+    """Bytes of the tensors of one checkpoint that is saved under ``plan``; its index and plan are small beside them.
+
+    Weights in the run's data type, and of what trains an fp32 master beside each bf16 weight and both moments; with
+    --hft-resting-moments host the same of everything that has trained. Rows that pad the vocabulary are left out.
+    """
+    everything = plan.trainable_parameters + plan.frozen_parameters
+    is_one_plan = config.hft.hft_round_interval == "stage"
+    # Later rounds make a whole checkpoint first.
+    leaves_out = config.checkpoint.save_trained_only and config.model.load_hf is not None and is_one_plan
+    with_weights = plan.trainable_parameters if leaves_out else everything
+    with_state = everything if config.hft.hft_resting_moments == "host" else plan.trainable_parameters
+    state_bytes = (3 if bf16 else 2) * _FP32_BYTES
+    return with_weights * (_BF16_BYTES if bf16 else _FP32_BYTES) + with_state * state_bytes
 
 
 def sound_checkpoint(

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hft_megatron.checkpoint.digests import identity_of, write_digests
 from hft_megatron.checkpoint.folders import (
     ITERATION_FOLDER,
     UNFINISHED,
     delete_checkpoint,
     delete_superseded,
+    identity_of,
     newest_in_words,
+    write_digests,
 )
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
@@ -30,7 +31,7 @@ from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
-from hft_megatron.parallel.store_barrier import wait_for_all_ranks
+from hft_megatron.parallel.meeting import wait_for_all_ranks
 
 _PAUSE_S = 0.05
 """Between two looks whether the writers in the background are done."""

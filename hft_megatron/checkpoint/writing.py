@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from hft_megatron.checkpoint.digests import Digest, digest_of
+from hft_megatron.checkpoint.folders import Digest, digest_of
 from hft_megatron.engine.lines import COMMON_STATE_FILE, engine_line
 
 _PR_SET_PDEATHSIG = 1

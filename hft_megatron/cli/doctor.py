@@ -5,16 +5,52 @@ process. It takes the options of a run, so that a run's own command line (withou
 word in place of the method's; without a model it looks at the machine alone.
 """
 
+import json
 from dataclasses import dataclass, fields
+from textwrap import wrap
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.cli.doctor_text import diagnosis_json, diagnosis_text
 from hft_megatron.config.input_rules import model_is_given_once
 from hft_megatron.config.schema import CorpusConfig, MethodName, ModelConfig, RunConfig
 from hft_megatron.config.validation import validate_layout
+from hft_megatron.doctor.findings import Diagnosis, Row
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.parallel import launch
-from hft_megatron.training.doctor.findings import Diagnosis
+
+LINE_WIDTH = 120
+"""Fixed, so that reports can be compared."""
+
+
+def diagnosis_text(diagnosis: Diagnosis) -> str:
+    """A line per finding, with what to do below where it isn't ok, and the count of both kinds at the end."""
+    statuses = [row.finding.status for row in diagnosis.rows]
+    status_width = max(len(status) for status in statuses)
+    what_width = max(len(row.finding.what) for row in diagnosis.rows)
+    lines = [diagnosis.setting, ""]
+    for row in diagnosis.rows:
+        lines += _lines(row, f"{row.finding.status:<{status_width}}  {row.finding.what:<{what_width}}  ")
+    counts = f"{statuses.count('wrong')} wrong, {_counted(statuses.count('warning'), 'warning')}"
+    return "\n".join([*lines, "", counts])
+
+
+def diagnosis_json(diagnosis: Diagnosis) -> str:
+    """``ok``, the layout, and ``checks``: ``what``, ``value``, ``status``, ``fix``, and ``where`` ranks differ."""
+    return json.dumps(diagnosis.to_dict(), indent=1)
+
+
+def _lines(row: Row, label: str) -> list[str]:
+    value = f"{row.finding.value} ({row.where})" if row.where else row.finding.value
+    indent = " " * len(label)
+    lines = wrap(value, LINE_WIDTH, initial_indent=label, subsequent_indent=indent, break_long_words=False)
+    if row.finding.fix is not None:
+        lines += wrap(
+            row.finding.fix, LINE_WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False
+        )
+    return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +83,7 @@ def run(options: DoctorOptions, status: StatusFolder) -> None:
 
     prepare_engine()
     launch.place_this_process()
-    from hft_megatron.training.doctor.examination import Examination
+    from hft_megatron.doctor.examination import Examination
 
     def show_diagnosis(diagnosis: Diagnosis) -> None:
         show(diagnosis_json(diagnosis) if options.json else diagnosis_text(diagnosis))

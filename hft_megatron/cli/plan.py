@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.cli.plan_json import report_json
-from hft_megatron.cli.plan_memory import MemoryReport, memory_report, memory_size
-from hft_megatron.cli.plan_report import make_report
-from hft_megatron.cli.plan_text import report_text
 from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import HFTConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.config.validation import shape_of, validate_plan
+from hft_megatron.costs.rank_costs import CostModel
+from hft_megatron.costs.rank_memory import MemoryModel, MicroBatch
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans, plans_to_json
-from hft_megatron.optimizer.activations import MicroBatch
-from hft_megatron.optimizer.rank_costs import CostModel
-from hft_megatron.optimizer.rank_memory import MemoryModel
+from hft_megatron.report.plan import MemoryReport, make_report, memory_report, memory_size
+from hft_megatron.report.plan_text import report_json, report_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
         _save(options.save, plans_to_json(report.plans))
     if options.png is not None:
         # Imported here, because only this needs Pillow.
-        from hft_megatron.cli.plan_picture import draw_picture
+        from hft_megatron.report.plan_picture import draw_picture
 
         try:
             draw_picture(report, Path(options.png))
@@ -123,7 +120,7 @@ def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence
         micro_batch=MicroBatch(sequences=training.micro_batch_size, seq_length=sequence_length(training, costs.shape)),
     )
     # Imported here, because it takes torch's time.
-    from hft_megatron.parallel.cpu_backend import has_fast_bf16
+    from hft_megatron.engine.cpu_backend import has_fast_bf16
 
     return memory_report(model, plans, device_bytes, bf16_here=has_fast_bf16())
 

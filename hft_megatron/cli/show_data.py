@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.data_keys import check_record_options
-from hft_megatron.config.data_sources import check_sources
+from hft_megatron.config.data_sources import check_record_options, check_sources
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import BadPairs, DataConfig
@@ -62,9 +61,8 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
     """Read all data, as a run would, and show the first examples. Raises UserError for every mistake in it."""
     shape = _checked(options)
     # Imported here, because the checks above must not wait for them.
-    from hft_megatron.cli.show_data_html import data_page, is_data_page
-    from hft_megatron.cli.show_data_text import data_text
-    from hft_megatron.training.shown_data import read_shown_data
+    from hft_megatron.report.shown_data import data_page, data_text, is_data_page
+    from hft_megatron.trainer.checks import read_shown_data
 
     if options.html is not None and not is_data_page(Path(options.html)):
         raise UserError(f"--html {options.html} holds something else already; choose another name, or remove it.")

@@ -72,16 +72,16 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.training.methods import METHODS
+    from hft_megatron.methods.registry import METHODS
 
     if options.check:
-        from hft_megatron.training.checks import check_inputs
+        from hft_megatron.trainer.checks import check_inputs
 
         check_inputs(METHODS[method], config, shape, world_size)
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
-    from hft_megatron.training.assembly import run_training
+    from hft_megatron.trainer.assembly import run_training
 
     run_training(METHODS[method], config, shape, world_size, on_loss=end_of_peers(status))
 
@@ -104,8 +104,8 @@ def _run_stages(
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.training.methods import METHODS
-    from hft_megatron.training.stage_sequence import check_stages, run_stages
+    from hft_megatron.methods.registry import METHODS
+    from hft_megatron.trainer.stages import check_stages, run_stages
 
     if check:
         print("\n".join(check_stages(stages, world_size, METHODS)))

@@ -9,8 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from hft_megatron.config.data_keys import check_record_options
-from hft_megatron.config.data_sources import check_sources
+from hft_megatron.config.data_sources import check_record_options, check_sources
 from hft_megatron.config.export_rules import check_filled_export_folder
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder

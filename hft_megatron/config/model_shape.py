@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.hf_refusals import refuse_other_models
+from hft_megatron.config.hf_keys import refuse_other_models
 from hft_megatron.config.schema import ModelConfig
 from hft_megatron.errors import UserError
 

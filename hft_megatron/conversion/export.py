@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.run_folder import same_folder, sync
-from hft_megatron.conversion.destinations import Destination
-from hft_megatron.conversion.kept_files import keep_files
+from hft_megatron.conversion.kept_files import Destination, keep_files
 from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
 from hft_megatron.data.chat import end_token_ids
 from hft_megatron.data.tokenizer import Tokenizer
@@ -21,7 +20,7 @@ from hft_megatron.data.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILES
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
-from hft_megatron.parallel.store_barrier import wait_for_all_ranks
+from hft_megatron.parallel.meeting import wait_for_all_ranks
 
 
 def export_folder(

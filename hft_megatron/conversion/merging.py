@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hft_megatron.conversion.destinations import NewFolder
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
-from hft_megatron.conversion.kept_files import keep_files
+from hft_megatron.conversion.kept_files import NewFolder, keep_files
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.merge_inputs import MergeInputs
-from hft_megatron.conversion.model_folder import notes_on_folder
 from hft_megatron.conversion.save import Announce
 from hft_megatron.conversion.shard_writer import ShardWriter
+from hft_megatron.conversion.weight_files import notes_on_folder
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import units_of

@@ -18,7 +18,7 @@ from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.parallel.groups import Placement
-from hft_megatron.parallel.store_barrier import wait_for_all_ranks
+from hft_megatron.parallel.meeting import wait_for_all_ranks
 
 Announce = Callable[[str], None]
 

@@ -7,10 +7,25 @@ second whole set beside the one it takes may be the one that was meant, so two s
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hft_megatron.config.hf_keys import note_unknown_keys
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, load_hf_config
 from hft_megatron.errors import UserError
+
+
+def notes_on_folder(folder: str) -> list[str]:
+    """A line for each key and file that was passed over and might have meant something.
+
+    Says nothing about a set of weight files that isn't clear, which is for ``check_weights`` to refuse.
+    """
+    notes = note_unknown_keys(load_hf_config(folder), f"{folder}/{HF_CONFIG_FILE}")
+    with suppress(UserError):
+        notes += find_weight_files(Path(folder), option="--load-hf").notes
+    return notes
+
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -8,16 +8,27 @@ exactly is an error and never a guess.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
-from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.printable import printable
+from hft_megatron.data.faults import printable
 from hft_megatron.data.printed_keys import PrintedKeys, unusual_roles
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
 from hft_megatron.data.spans import SpanFinder, Turn
 from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
 from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRule:
+    """--loss-on and --train-on-eos."""
+
+    loss_on: Literal["assistant", "all", "last"] = "assistant"
+    """The assistant's turns or the completion; everything, tags of the template included; the assistant's last turn."""
+    train_on_eos: bool = True
+    """Whether the token that ends an assistant's turn or a completion is trained with it."""
+
 
 _DEEPEST = 100
 """Levels of lists and objects in a message; what walks through them has a limit as well, a few times as high."""

@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hft_megatron.config.schema import DataFormat
-from hft_megatron.data.chat import ChatError, ChatTemplate
+from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.record import NOTHING, Chat, Completion, PassedOver, Preference, Record
-from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.stores import Encoded
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from hft_megatron.config.schema import LongExamples
+from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import Example
-from hft_megatron.data.faults import RecordRefused
-from hft_megatron.data.loss_rule import LossRule
-from hft_megatron.data.printable import printable
+from hft_megatron.data.faults import RecordRefused, printable
 from hft_megatron.data.records import RecordRules
 from hft_megatron.errors import UserError
 

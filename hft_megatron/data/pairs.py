@@ -10,16 +10,15 @@ from itertools import accumulate
 from typing import Any
 
 from hft_megatron.config.schema import BadPairs
-from hft_megatron.data.files.digests import file_digest
+from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.files.row import file_digest
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, notes_of_keys, notes_of_token_names
 from hft_megatron.data.formats.record import PromptForm
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs
-from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.sft import SftDataset, asked_of, data_digest
-from hft_megatron.data.stores import ExampleStore, NamedSource, named_members
-from hft_megatron.data.token_cache import TokenCache, named, tokenized
+from hft_megatron.data.stores import ExampleStore, NamedSource, TokenCache, named, named_members, tokenized
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 

@@ -1,28 +1,126 @@
-"""Reads the records of a data source and says which one is wrong and why.
+"""Records from rows: a file's format, which of its keys are used, and advice on records of another layout.
 
 A file has one format: that of --data-format, or the one that its first record's keys are known by.
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.data_keys import DataKeys
+from hft_megatron.config.data_sources import DataKeys
 from hft_megatron.config.schema import DataFormat
-from hft_megatron.data.faults import Faults
+from hft_megatron.data.faults import Faults, RecordUse, printable
 from hft_megatron.data.files.row import Row
-from hft_megatron.data.files.rows import find_rows, row_of
-from hft_megatron.data.formats.keys import without_nulls
-from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Record, kind_of
+from hft_megatron.data.files.sources import find_rows, row_of
+from hft_megatron.data.formats.keys import Key, refusal_of, without_nulls
+from hft_megatron.data.formats.preference import (
+    COMPLETION_NAMES,
+    PROMPT_NAMES,
+    is_answer_alone,
+    only_one_of,
+    prompt_keys,
+)
+from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Record, kind_of, weigh
 from hft_megatron.data.formats.table import FORMATS, recognise
-from hft_megatron.data.formats.weights import weigh
-from hft_megatron.data.layout_advice import PAIR_LAYOUTS, proposal
-from hft_megatron.data.printable import printable
-from hft_megatron.data.record_keys import check_unread, without
-from hft_megatron.data.record_use import RecordUse
 from hft_megatron.errors import UserError
+
+PAIR_LAYOUTS = (
+    "a pair has `chosen` and `rejected`, and its prompt in `prompt`, `messages`, `conversations` or `instruction`, or "
+    "in front of both answers"
+)
+
+
+def proposal(row: Mapping[str, Any]) -> str:
+    """What to write, with the record's own keys where there is no doubt which are a conversation, or the prompt and its
+    completion."""
+    conversations = {key: known for key, value in row.items() if (known := _conversation_key(value))}
+    if len(conversations) == 1:
+        ((key, known),) = conversations.items()
+        # What the option can't name, or nobody can read.
+        if key.isprintable() and not {",", "="} & set(key):
+            return f"Read it with --data-keys {shlex.quote(f'{key}={known}')}"
+    prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
+    if "instruction" in row and completion is not None:
+        return f"Read it with --data-keys {completion}=output" + ",context=input" * ("context" in row)
+    if prompt is None or completion is None:
+        return "Say which keys are meant with --data-keys KEY=prompt,OTHER=completion"
+    pairs = ((prompt, "prompt"), (completion, "completion"))
+    return "Read it with --data-keys " + ",".join(f"{key}={name}" for key, name in pairs if key != name)
+
+
+def _conversation_key(value: object) -> str | None:
+    """The key that a format has such a list of messages under; None for anything else."""
+    if not isinstance(value, list) or not value:
+        return None
+    for name, known in (("role", "messages"), ("from", "conversations")):
+        if all(isinstance(turn, dict) and name in turn for turn in value):
+            return known
+    return None
+
+
+def without(ignored: frozenset[str], row: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The row without the ``ignored`` keys of its own and of its messages, and those that were there."""
+    if not ignored:
+        return row, ()
+    found = ignored & row.keys()
+    kept: dict[str, Any] = {}
+    for key in row.keys() - found:
+        turns = row[key] if isinstance(row[key], list) else [row[key]]
+        found |= {name for turn in turns if isinstance(turn, dict) for name in turn.keys() & ignored}
+        rest = [_but(turn, ignored) for turn in turns]
+        kept[key] = rest if isinstance(row[key], list) else rest[0]
+    return {key: kept[key] for key in row if key in kept}, tuple(sorted(found))
+
+
+def _but(turn: Any, ignored: frozenset[str]) -> Any:
+    return {key: value for key, value in turn.items() if key not in ignored} if isinstance(turn, dict) else turn
+
+
+def check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: str, format: DataFormat) -> None:
+    """Raise UserError for a key by which the record would mean something else, unless it repeats what is read."""
+    refusal = refusal_of(key, row[key], format)
+    if refusal is None:
+        return
+    if refusal.may_be_a_copy and _is_repeated(refusal, row[key], row, unread, format):
+        return
+    if format == "preference" and key == "input" and prompt_keys(row) == ("system",) and is_answer_alone(row["chosen"]):
+        raise UserError(
+            f"{place}: `input` stands for the prompt of a pair, which must be in `prompt`; read it with --data-keys "
+            f"input=prompt, or pass over it with --ignore-keys input."
+        )
+    raise UserError(
+        f"{place}: `{key}` stands for {refusal.meaning}, which a record of the format {format} has no place for; "
+        f"{refusal.fix}, or pass over it with --ignore-keys {key}."
+    )
+
+
+def _is_repeated(key: Key, value: object, row: dict[str, Any], unread: Sequence[str], format: DataFormat) -> bool:
+    """Whether the value says nothing that what is read of the record doesn't."""
+    read = {text for name in row if name not in unread for text in _texts(row[name])}
+    texts = set(_texts(value))
+    if texts and (texts <= read or (format == "text" and all(text in row["text"] for text in texts))):
+        return True
+    if key.may_be_within:
+        return bool(texts) and any(all(text in other for text in texts) for other in read)
+    return format == "alpaca" and isinstance(value, str) and _is_rendered(value, row)
+
+
+def _is_rendered(text: str, row: dict[str, Any]) -> bool:
+    """Whether the text is all of an instruction with its input and output, among the words of a prompt template."""
+    parts = [row[name] for name in ("instruction", "input", "output") if isinstance(row.get(name), str)]
+    return all(part.strip() for part in parts[:1]) and all(part in text for part in parts)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 @dataclass(frozen=True, kw_only=True)

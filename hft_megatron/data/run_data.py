@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from hft_megatron.config.data_keys import data_keys, prompt_separator
-from hft_megatron.config.data_sources import ignored_keys
+from hft_megatron.config.data_sources import data_keys, ignored_keys, prompt_separator
 from hft_megatron.config.schema import BadPairs, DataConfig, DataFormat
+from hft_megatron.data.chat import LossRule
+from hft_megatron.data.faults import RecordUse, check_use
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
-from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
-from hft_megatron.data.record_use import RecordUse, check_use
 from hft_megatron.data.records import RecordRules
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
-from hft_megatron.data.token_cache import TokenCache
+from hft_megatron.data.stores import TokenCache
 from hft_megatron.data.tokenizer import Tokenizer
 
 

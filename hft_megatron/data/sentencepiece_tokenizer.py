@@ -6,21 +6,53 @@ file a Hugging Face folder may have JSON files, which name special tokens and ad
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.added_tokens import AddedTokens
-from hft_megatron.data.chosen_template import choose_template
 from hft_megatron.data.sentencepiece_conversion import to_rust_tokenizer
 from hft_megatron.data.sentencepiece_model import Vocabulary, read_vocabulary
+from hft_megatron.data.templates import choose_template
 from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts, choose_pad_id, fed_vocab_size
-from hft_megatron.data.tokenizer_export import copy_files, pipeline_difference, write_files
+from hft_megatron.data.tokenizer_export import TransformersView, copy_files, pipeline_difference, write_files
 from hft_megatron.data.tokenizer_files import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, TokenizerFiles
-from hft_megatron.data.transformers_view import TransformersView
 from hft_megatron.errors import UserError
+
+_SPACE = r"[^\S\x1c-\x1f]*"
+"""White space as the library has it: Python counts four separators among it."""
+_BEFORE, _BEHIND = re.compile(rf"{_SPACE}\Z"), re.compile(_SPACE)
+
+
+class AddedTokens:
+    """Tokens by id that a text has where it holds their names, with the white space that belongs to them."""
+
+    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
+        self._ids = {token.content: number for number, token in tokens.items()}
+        self._tokens = {token.content: token for token in tokens.values()}
+        names = sorted(self._ids, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names))) if names else None
+
+    def cut(self, text: str) -> list[str | int]:
+        """The text in order: ids of tokens, and what stands between them, never empty."""
+        parts: list[str | int] = []
+        position = 0
+        for found in self._names.finditer(text) if self._names else ():
+            token = self._tokens[found[0]]
+            start, end = found.span()
+            if token.single_word and (re.match(r"\w", text[start - 1 : start]) or re.match(r"\w", text[end : end + 1])):
+                continue
+            if token.lstrip and (space := _BEFORE.search(text, position, start)):
+                start = space.start()
+            if token.rstrip and (space := _BEHIND.match(text, end)):
+                end = space.end()
+            parts += [text[position:start]] if start > position else []
+            parts.append(self._ids[found[0]])
+            position = end
+        return parts + ([text[position:]] if position < len(text) else [])
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -18,16 +18,25 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.examples import read_examples
-from hft_megatron.data.faults import Faults, RecordRefused
-from hft_megatron.data.files.digests import file_digest
+from hft_megatron.data.faults import Faults, RecordRefused, RecordUse
+from hft_megatron.data.files.row import file_digest
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed
-from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader
-from hft_megatron.data.stores import Encoded, ExamplesInMemory, ExampleStore, NamedSource, named_members, places_in
-from hft_megatron.data.token_cache import TokenCache, Tokenized, named, tokenized
+from hft_megatron.data.stores import (
+    Encoded,
+    ExamplesInMemory,
+    ExampleStore,
+    NamedSource,
+    TokenCache,
+    Tokenized,
+    named,
+    named_members,
+    places_in,
+    tokenized,
+)
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 

@@ -1,12 +1,74 @@
 """The first examples of a data set, for a person to look at."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hft_megatron.data.faults import printable
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.stores import Encoded
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.visible_tokens import VisibleToken, visible_tokens
+
+_MOST_BYTES = 4
+"""Of one character in UTF-8."""
+_HALF = "\ufffd"
+"""What a decoder puts for bytes that are not a whole character."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisibleToken:
+    """One token, or the few that only together make a character."""
+
+    text: str
+    """Line ends and tabs as they are; other characters that don't print as escapes. A special token's name."""
+    ids: tuple[int, ...]
+    trained: bool
+    """Whether the loss asks for it; never for the first of an example, which nothing predicts."""
+    special: bool
+
+
+def visible_tokens(tokenizer: Tokenizer, ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> list[VisibleToken]:
+    """An example's tokens (ids and trained, both of shape (tokens,)) in order, none left out."""
+    names = {token.id: token.content for token in tokenizer.facts.special_tokens}
+    asked = [False, *trained[1:].tolist()]
+    shown: list[VisibleToken] = []
+    for (special, is_trained), run in groupby(
+        zip(ids.tolist(), asked, strict=True), key=lambda pair: (pair[0] in names, pair[1])
+    ):
+        run_ids = [token for token, _ in run]
+        begins = not shown or shown[-1].special
+        named: Sequence[tuple[str, tuple[int, ...]]] = [(names.get(token, ""), (token,)) for token in run_ids]
+        parts = named if special else _texts(tokenizer, run_ids, begins=begins)
+        shown += [
+            VisibleToken(text=printable(text, keep="\n\t"), ids=part, trained=is_trained, special=special)
+            for text, part in parts
+        ]
+    return shown
+
+
+def _texts(tokenizer: Tokenizer, ids: Sequence[int], *, begins: bool) -> Sequence[tuple[str, tuple[int, ...]]]:
+    """Each token's text; tokens are joined until they make whole characters.
+
+    A decoder takes the word-start mark off the first token it is given, which is right only where a text ``begins``.
+    """
+    anchor = tokenizer.encode_batch(["a"], continues=True)[0]
+    anchored = len(tokenizer.decode(anchor))
+    texts: list[tuple[str, tuple[int, ...]]] = []
+    position = 0
+    while position < len(ids):
+        first = begins and position == 0
+        for size in range(1, _MOST_BYTES + 1):
+            part = ids[position : position + size]
+            text = tokenizer.decode(part) if first else tokenizer.decode([*anchor, *part])[anchored:]
+            if not text.endswith(_HALF) or position + size >= len(ids):
+                break
+        texts.append((text, tuple(part)))
+        position += len(part)
+    return texts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,19 @@
-"""The chat templates that come with the project, and where the one of a run is from.
+"""Chat templates: built-in ones by name, and the one that a folder's files and the options choose.
 
 All of them render every text exactly as it is, whatever roles follow each other, and mark what the assistant produces
 with ``{% generation %}``, its end token included. A role that the family of models doesn't have is refused. The export
 writes the template in use next to the model.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from hft_megatron.data import templates
 from hft_megatron.data.rendering import TemplateError, compile_template
 from hft_megatron.data.special_tokens import SpecialToken
+from hft_megatron.data.tokenizer_files import CONFIG_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER, TokenizerFiles
 from hft_megatron.errors import UserError
 
 _BOS = "bos_token if bos_token is defined and bos_token not in (eos_token, '<|im_start|>') else ''"
@@ -154,3 +158,134 @@ def read_text(path: Path, place: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise UserError(f"{place} can't be read: {reason}; name a jinja file.") from error
+
+
+_DEFAULT = "default"
+"""Name of the template that transformers renders conversations with."""
+
+
+def choose_template(choice: str | None, files: TokenizerFiles, special_tokens: Sequence[SpecialToken]) -> str:
+    """The jinja text.
+
+    Raises what ``read_template`` does, and UserError for a folder's template that is empty, no text or not to be read,
+    and for several templates of which none is ``default``.
+    """
+    if choice is not None:
+        return templates.read_template(choice, special_tokens)
+    own = _own_template(files)
+    return templates.DEFAULT if own is None else own
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedTemplates:
+    """The chat templates of an export, where transformers looks for them."""
+
+    in_config: object
+    """``chat_template`` of tokenizer_config.json; None where it has none."""
+    files: Mapping[str, bytes]
+    """By path in the folder."""
+    line: str = ""
+    """For the log, where they are not all the folder's own."""
+
+
+def templates_of_export(files: TokenizerFiles, text: str, *, adds: bool) -> ExportedTemplates:
+    """The folder's templates as and where they are, with ``text``, the one in use, as the default.
+
+    A folder that has none gets it only if the export ``adds`` it.
+    """
+    in_config = files.config.get("chat_template")
+    paths = [*_template_files(files), *([files.folder / TEMPLATE_FILE] if _has_template_file(files) else [])]
+    in_files = {str(path.relative_to(files.folder)): path.read_bytes() for path in paths}
+    if _is_own(files, text):
+        return ExportedTemplates(in_config=in_config, files=in_files)
+    if in_config is None and not in_files:
+        added = {TEMPLATE_FILE: text.encode()} if adds else {}
+        line = f"{TEMPLATE_FILE} is added, with the chat template in use: the folder has none"
+        return ExportedTemplates(in_config=None, files=added, line=line if adds else "")
+    holders = [name for name in (TEMPLATE_FILE, f"{TEMPLATES_FOLDER}/{_DEFAULT}.jinja") if name in in_files]
+    if in_config is not None:
+        in_config = _with_default(in_config, text)
+    elif not holders:
+        holders = [TEMPLATE_FILE]
+    return ExportedTemplates(
+        in_config=in_config,
+        files=in_files | dict.fromkeys(holders, text.encode()),
+        line="the default chat template is that of --chat-template instead of the folder's own",
+    )
+
+
+def _is_own(files: TokenizerFiles, text: str) -> bool:
+    try:
+        return _own_template(files) == text
+    except UserError:  # one that can't be read, or is no default, where another was asked for
+        return False
+
+
+def _with_default(template: object, text: str) -> object:
+    if isinstance(template, dict):
+        return {**template, _DEFAULT: text}
+    if isinstance(template, list):
+        others = [each for each in template if not (isinstance(each, dict) and each.get("name") == _DEFAULT)]
+        return [{"name": _DEFAULT, "template": text}, *others]
+    return text
+
+
+def _own_template(files: TokenizerFiles) -> str | None:
+    """As transformers chooses it: the template files, else the config's, either of which may be several by name."""
+    paths = {path.stem: path for path in _template_files(files)}
+    if _has_template_file(files):
+        paths.setdefault(_DEFAULT, files.folder / TEMPLATE_FILE)
+    if paths:
+        _refuse_without_default(files, list(paths))
+        path = paths[_DEFAULT]
+        return _refuse_empty(templates.read_text(path, str(path)), str(path))
+    place = f"{files.folder / CONFIG_FILE}: chat_template"
+    template = files.config.get("chat_template")
+    if template is None:
+        return None
+    if isinstance(template, list | dict):
+        by_name = _by_name(template)
+        if not by_name:
+            raise UserError(
+                f"{place} is {_shown(template)}; give its text, or a list of objects with name and template."
+            )
+        _refuse_without_default(files, list(by_name))
+        place, template = f"{place} named {_DEFAULT}", by_name[_DEFAULT]
+    if not isinstance(template, str):
+        raise UserError(f"{place} is {_shown(template)}; give its text, or remove the key.")
+    return _refuse_empty(template, place)
+
+
+def _has_template_file(files: TokenizerFiles) -> bool:
+    return files.reads_folder and (files.folder / TEMPLATE_FILE).exists()
+
+
+def _template_files(files: TokenizerFiles) -> list[Path]:
+    return sorted((files.folder / TEMPLATES_FOLDER).glob("*.jinja")) if files.reads_folder else []
+
+
+def _by_name(template: object) -> dict[str, object]:
+    """Of an object with texts by name, or of a list of objects that have ``name`` and ``template``."""
+    if isinstance(template, dict):
+        return template
+    listed = template if isinstance(template, list) else []
+    return {str(each["name"]): each.get("template") for each in listed if isinstance(each, dict) and "name" in each}
+
+
+def _refuse_without_default(files: TokenizerFiles, names: Sequence[str]) -> None:
+    if _DEFAULT not in names:
+        raise UserError(
+            f"--tokenizer-model {files.folder} has chat templates named {', '.join(sorted(names))} but no "
+            f"`{_DEFAULT}`; name the one to use `{_DEFAULT}`, or give it by --chat-template."
+        )
+
+
+def _refuse_empty(text: str, place: str) -> str:
+    if not text:
+        raise UserError(f"{place} is empty; write the template, remove it, or name one by --chat-template.")
+    return text
+
+
+def _shown(value: object) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."

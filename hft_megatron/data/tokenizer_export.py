@@ -1,15 +1,20 @@
-"""Writes tokenizer files from which transformers' ``AutoTokenizer`` gives the ids that were trained."""
+"""What transformers makes of a tokenizer's files, by probes, and an export's files with which it makes our ids.
+
+Its pipelines of one folder differ between versions; a difference is told, and the export is written so that there is
+none.
+"""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.chosen_template import templates_of_export
-from hft_megatron.data.tokenizer import Tokenizer, TokenizerFacts
+from hft_megatron.data.special_tokens import SpecialTokens
+from hft_megatron.data.templates import templates_of_export
+from hft_megatron.data.tokenizer import AnyTokenizer, Piece, Place, Tokenizer, TokenizerFacts
 from hft_megatron.data.tokenizer_files import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -20,7 +25,138 @@ from hft_megatron.data.tokenizer_files import (
     TOKENIZER_FILE,
     TokenizerFiles,
 )
-from hft_megatron.data.tokenizer_probes import first_difference
+
+TEXTS = (
+    "Hello world",
+    " leading",
+    "",
+    " ",
+    "  two leading and trailing  ",
+    "a  b   c",
+    "line\nends\r\n\n\n behind",
+    "\n\n",
+    "\ttab\t\tstops",
+    "0 12 345 6789 3.14",
+    "it's I'LL _x_ `y`",
+    "Größe, façade, naïve",
+    "日本語の文章。한국어",
+    "🙂 👩‍🚀 🇩🇪",
+    "\uff26\uff35\uff2c\uff2c\u3000\uff57idth \ufb01ne ½",
+    "zero\u200bwidth\ufeff nb\u00a0sp",
+    "▁mark ▁▁",
+    "<0x0A> [INST] <<SYS>>",
+)
+"""Where tokenizers are known to differ: white space, digits, scripts, and characters that are normalized."""
+AROUND_NAME = ("{}text", "{} text", "text{}", "text {} text", "text{}text", "  {}  ", "{}{}\nx")
+"""Forms with the name of a token in them."""
+_SPECIAL, _IN_TEXT = 3, 8
+"""Names that are tried of special tokens, which are alike, and of those that a text may hold."""
+
+
+def first_difference(tokenizer: Tokenizer, encode: Callable[[str, bool], list[int]]) -> str | None:
+    """A clause about the first text of which ``encode`` makes other ids than are trained; None where there is none.
+
+    ``encode`` takes a text and whether begin and end tokens are put around it.
+    """
+    facts = tokenizer.facts
+    names = [*(token.content for token in facts.special_tokens[:_SPECIAL]), *facts.names_in_text[:_IN_TEXT]]
+    texts = [*TEXTS, *(form.format(name, name) for name in names for form in AROUND_NAME)]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for text, ids in zip(texts, trained_ids(tokenizer, texts), strict=True):
+        for with_special, ours in ((False, ids), (True, begin + ids)):
+            theirs = encode(text, with_special)
+            if with_special and theirs == [*ours, tokenizer.eos_id]:
+                continue  # training puts the end token itself, behind the answer
+            if theirs != ours:
+                how = "" if with_special else ", without special tokens,"
+                return f"makes {theirs} of {text!r}{how} instead of {ours}"
+    return _difference_inside(tokenizer, lambda text: encode(text, False))
+
+
+def _difference_inside(tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> str | None:
+    """The same for a text that continues another, which begins with a token's name as no merge reaches over that."""
+    for name in tokenizer.facts.names_in_text[:_IN_TEXT]:
+        before, text = "a", f"{name}b {name} c"
+        theirs = encode(before + text)
+        start = tokenizer.encode(before)
+        ours = start + tokenizer.encode_batch([text], continues=True)[0]
+        # A name that is not found behind a letter is text, which is cut elsewhere when it is whole.
+        if theirs[: len(start)] == start and theirs != ours:
+            return f"makes {theirs} of {before + text!r}, without special tokens, instead of {ours}"
+    return None
+
+
+def trained_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text in which the names of special tokens are those tokens, as in a rendered conversation."""
+    special = SpecialTokens(tokenizer.facts.special_tokens)
+    return [ids.tolist() for ids, _ in tokenizer.encode_pieces([_pieces(special, text) for text in texts])]
+
+
+def _pieces(special: SpecialTokens, text: str) -> list[Piece]:
+    pieces: list[Piece] = []
+    position = 0
+    for found in special.pattern.finditer(text):
+        pieces += _plain(text[position : found.start()], after_special=bool(pieces))
+        pieces.append(Piece(text=special.found(found).content, place=Place.SPECIAL, trained=False))
+        position = found.end()
+    return pieces + _plain(text[position:], after_special=bool(pieces))
+
+
+def _plain(text: str, *, after_special: bool) -> list[Piece]:
+    place = Place.AFTER_SPECIAL if after_special else Place.START
+    return [Piece(text=text, place=place, trained=False)] if text else []
+
+
+class TransformersView:
+    """transformers' tokenizer of a folder, or why there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        import transformers  # here, because it costs seconds that --help shouldn't
+
+        self.version = transformers.__version__
+        self.loaded: Any = None
+        self.reason = ""
+        try:
+            self.loaded = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # anything can be wrong with the files, and the Rust reader raises plain Exception
+            self.reason = " ".join(str(error).split())[:200]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Special tokens by their keys in NAME_KEYS, defaults of the folder's tokenizer class included.
+
+        Others have keys of their own in some versions only.
+        """
+        if self.loaded is None:
+            return {}
+        return {key: str(token) for key, token in self.loaded.special_tokens_map.items() if key in NAME_KEYS}
+
+    def compared(self, tokenizer: AnyTokenizer, file: str) -> AnyTokenizer:
+        """``tokenizer``, with a line about the first difference; then an export writes its own files.
+
+        ``file`` is where its ids are from.
+        """
+        difference = self.difference(tokenizer)
+        if difference is None:
+            return tokenizer
+        note = (
+            f"{tokenizer.facts.source}: the ids are those of its {file}, but transformers {difference}; an export "
+            f"has tokenizer files made for the same ids, and says where it can't (--keep-source-tokenizer leaves the "
+            f"source's)"
+        )
+        return tokenizer.with_facts(notes=(*tokenizer.facts.notes, note), exports_own_files=True)
+
+    def difference(self, tokenizer: Tokenizer) -> str | None:
+        """A clause about the first text that transformers makes other ids of, None where there is none."""
+        if self.loaded is None:
+            return f"{self.version} can't load the folder ({self.reason})"
+        found = first_difference(
+            tokenizer, lambda text, with_special: list(self.loaded.encode(text, add_special_tokens=with_special))
+        )
+        return None if found is None else f"{self.version} {found}"
+
 
 FILE_CLASS = "PreTrainedTokenizerFast"
 """The class for which every version of transformers takes tokenizer.json as it stands."""

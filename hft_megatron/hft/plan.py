@@ -111,7 +111,7 @@ class Plan:
         DistributedDataParallel or FSDP) that is made afterwards: an ``optimizer`` that holds some is a ValueError, and
         so is a model that is not the plan's.
         """
-        from hft_megatron.hft.modules import apply_to_module
+        from hft_megatron.hft.on_modules import apply_to_module
 
         apply_to_module(self, model, optimizer)
 
@@ -120,7 +120,7 @@ class Plan:
 
         The function that it returns raises RuntimeError, with the first name, where a bit of them has changed since.
         """
-        from hft_megatron.hft.modules import audit_module
+        from hft_megatron.hft.on_modules import audit_module
 
         return audit_module(self, model)
 

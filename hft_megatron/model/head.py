@@ -23,9 +23,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from torch import Tensor
 
-from hft_megatron.model.loss_chunks import tokens_of_a_chunk
-from hft_megatron.model.shared_input_linear import gather_sequence, reduce_input_gradient
-from hft_megatron.model.weight_gradient import WeightGradient
+from hft_megatron.config.derived import tokens_of_a_chunk
+from hft_megatron.model.linear import WeightGradient, gather_sequence, reduce_input_gradient
 
 
 @dataclass(frozen=True, kw_only=True)

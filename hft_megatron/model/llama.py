@@ -23,9 +23,8 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import TransformerImpl
 from hft_megatron.errors import UserError
 from hft_megatron.model.head import VocabularyHead
-from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm
-from hft_megatron.model.rope import RotaryTable
-from hft_megatron.model.shared_input_linear import RowParallel
+from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm, RotaryTable
+from hft_megatron.model.linear import RowParallel
 from hft_megatron.model.torch_attention import TorchAttention
 from hft_megatron.parallel.groups import Placement
 

@@ -1,12 +1,97 @@
-"""Switches a model from one round's plan to the next one's inside the process."""
+"""The learning rate over a run's rounds, and the switch of a wrapped model from one round to the next."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
+from hft_megatron.config.derived import decay_iters, warmup_iters
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig
 from hft_megatron.hft.plan import Plan
+from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer.carried import CarriedState, give_state, take_state
 from hft_megatron.optimizer.wrapping import WrappedModel, unwrap, wrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One pass of the schedule: its length, and where in it the run stands after some iterations."""
+
+    length: int
+    position: Callable[[int], int]
+    """Of the iterations that made an update."""
+    skipped: int = 0
+    """Iterations of the span that made none: as in Megatron the rate waits for updates and not for iterations."""
+
+
+def span_of_round(
+    hft: HFTConfig,
+    rounds: RoundSchedule,
+    round: int,
+    *,
+    cycle: int | None,
+    skipped_iterations: Sequence[int] = (),
+) -> Span:
+    """The schedule that a round follows: the run's, or (--hft-lr-schedule round) one of its own, as long as the first
+    round: a last round that is cut short is the beginning of one.
+
+    ``cycle`` is how many rounds HiFT's groups take, whose rate moves along the run's schedule only when all of them
+    have trained once (arXiv 2401.15207); None for other selections. ``skipped_iterations`` (from 1) are those that
+    --skip-nonfinite-steps has left out so far.
+    """
+    if hft.hft_lr_schedule == "round":
+        first, (start, _) = rounds.bounds(rounds.first_round), rounds.bounds(round)
+        skipped = sum(iteration > start for iteration in skipped_iterations)
+        return Span(length=first[1] - first[0], position=lambda iteration: iteration - start, skipped=skipped)
+    if cycle is not None:
+        cycle_start, _ = rounds.bounds(round - (round - rounds.first_round) % cycle)
+        updates = cycle_start - sum(iteration <= cycle_start for iteration in skipped_iterations)
+        return Span(length=rounds.train_iters, position=lambda iteration: updates)
+    return Span(length=rounds.train_iters, position=lambda iteration: iteration, skipped=len(skipped_iterations))
+
+
+class LearningRate:
+    """Warm-up, then constant, linear or cosine decay to --min-lr at the end of the schedule, or after --lr-decay-iters.
+
+    Holds nothing that a checkpoint would need: the value follows from the position in the schedule alone.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int) -> None:
+        """``iteration`` counts the run's finished iterations without those that the span has ``skipped``; ``span`` says
+        where in the schedule each stands."""
+        self._optimizer = optimizer
+        self._span = span
+        self._iteration = iteration
+        self._scheduler = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=options.lr,
+            min_lr=options.min_lr,
+            lr_warmup_steps=warmup_iters(options, span.length),
+            lr_decay_steps=max(decay_iters(options, span.length), 1),
+            lr_decay_style=options.lr_decay_style,
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        self._scheduler.step(increment=span.position(iteration))
+        self.last = self._current()
+        """The rate of the newest update, or of the coming one before the first."""
+
+    def _current(self) -> float:
+        value = get_canonical_lr_for_logging(self._optimizer.param_groups)
+        assert value is not None
+        return float(value)
+
+    def advance(self) -> None:
+        """Moves on by one iteration; call after each update."""
+        self.last = self._current()
+        self._iteration += 1
+        self._scheduler.step(increment=self._span.position(self._iteration) - self._scheduler.num_steps)
 
 
 def switch_round(

@@ -8,8 +8,7 @@ from typing import Any
 from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 
-from hft_megatron.parallel.collective_time import TimedHandle
-from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAIT, StepClock
+from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAIT, StepClock, TimedHandle
 
 
 class Traffic:

@@ -15,7 +15,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_meg
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from hft_megatron.config.schema import OptimizerConfig, ParallelConfig, TransformerImpl
-from hft_megatron.hft.application import apply_plan
+from hft_megatron.hft.on_ranks import apply_plan
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots

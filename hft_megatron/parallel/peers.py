@@ -10,10 +10,9 @@ import torch.distributed as dist
 from hft_megatron.config.schema import ParallelConfig
 from hft_megatron.errors import EXIT_FAILURE, PeersLost
 from hft_megatron.parallel.groups import host_name, start_backend
-from hft_megatron.parallel.hosts import Host, hosts_of
-from hft_megatron.parallel.meeting import Meeting, did_not_meet, meet
+from hft_megatron.parallel.launch import Host, hosts_of
+from hft_megatron.parallel.meeting import Meeting, did_not_meet, meet, wait_for_all_ranks
 from hft_megatron.parallel.neighbours import Neighbours, Process
-from hft_megatron.parallel.store_barrier import wait_for_all_ranks
 from hft_megatron.parallel.watchdog import OnLoss, Watchdog
 
 CONNECTION_WAIT_S = 5.0

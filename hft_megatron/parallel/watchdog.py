@@ -24,7 +24,7 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from hft_megatron.errors import EXIT_FAILURE, PeersLost
-from hft_megatron.parallel.hosts import Host
+from hft_megatron.parallel.launch import Host
 from hft_megatron.parallel.meeting import Meeting
 
 LONGEST_LIMIT_S = 120.0

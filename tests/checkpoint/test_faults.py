@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.checkpoint.digests import damage_in, read_digests
-from hft_megatron.checkpoint.folders import find_checkpoints, iteration_of
+from hft_megatron.checkpoint.folders import damage_in, find_checkpoints, iteration_of, read_digests
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
 from hft_megatron.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
-from hft_megatron.training.saving import Signals
+from hft_megatron.trainer.saving import Signals
 from tests.support.disks import Disk, small_disk
 from tests.support.launched import START_TIMEOUT, Launched, launched
 from tests.support.runs import make_inputs, read_metrics, words_for

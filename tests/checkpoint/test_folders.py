@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.checkpoint.digests import DIGESTS_FILE
-from hft_megatron.checkpoint.folders import delete_superseded, find_checkpoints
+from hft_megatron.checkpoint.folders import DIGESTS_FILE, delete_superseded, find_checkpoints
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.errors import UserError
 

@@ -1,4 +1,4 @@
-"""A checkpoint of bf16 moves to another layout to the bit; tests/training/test_run_matrix.py trains on at others."""
+"""A checkpoint of bf16 moves to another layout to the bit; tests/trainer/test_run_matrix.py trains on at others."""
 
 from pathlib import Path
 

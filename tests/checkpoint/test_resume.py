@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped, beyond the rows of tests/training/test_run_matrix.py."""
+"""A run that stops and goes on is the run that never stopped, beyond the rows of tests/trainer/test_run_matrix.py."""
 
 import json
 import os
@@ -61,7 +61,7 @@ ROUND_CASES: dict[str, tuple[int, list[str]]] = {
     "scores computed once": (2, [*ROUNDS, "--hft-selection", "spectrum", "--hft-rotation", "complementary"]),
     "a rate of its own in every round": (1, ["--hft-round-interval", "4", "--hft-lr-schedule", "round"]),
 }
-"""World size and options of what tests/training/test_run_matrix.py has no column for."""
+"""World size and options of what tests/trainer/test_run_matrix.py has no column for."""
 
 
 QUICK = ["groups in turn, so that one stage rests", "a rate of its own in every round"]
@@ -183,7 +183,7 @@ def test_a_finished_run_has_nothing_left_to_do(ranks: RankPools, inputs: Path, t
 
 
 def run_with_a_signal_while_it_exports(words: list[str]) -> dict[str, Any]:
-    from hft_megatron.training import assembly
+    from hft_megatron.trainer import assembly
 
     export = assembly._export
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from megatron.core import dist_checkpointing
 
-from hft_megatron.checkpoint.size import checkpoint_bytes
+from hft_megatron.checkpoint.verification import checkpoint_bytes
 from hft_megatron.cli.sft import SftOptions
 from hft_megatron.config.loading import load_options
 from hft_megatron.config.validation import shape_of

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hft_megatron.checkpoint.digests import damage_in, read_digests
-from hft_megatron.checkpoint.folders import find_checkpoints
+from hft_megatron.checkpoint.folders import damage_in, find_checkpoints, read_digests
 from hft_megatron.errors import EXIT_OK
 from tests.support.launched import Launched, launched
 from tests.support.runs import losses_in, make_inputs, words_for

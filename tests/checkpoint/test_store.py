@@ -74,7 +74,7 @@ def test_the_position_reads_back_as_it_was_written(tmp_path: Path) -> None:
 def run_until_the_other_waits(words: list[str], flags: str) -> dict[str, Any]:
     """Rank 1 writes its files only when rank 0 has written its own and waits where no collective is."""
     from hft_megatron.checkpoint import writer, writing
-    from hft_megatron.parallel import store_barrier
+    from hft_megatron.parallel import meeting
 
     rank, write = int(os.environ["RANK"]), writing._write
     written, waits = Path(flags) / "written", Path(flags) / "waits"
@@ -97,7 +97,7 @@ def run_until_the_other_waits(words: list[str], flags: str) -> dict[str, Any]:
     with (
         patch.object(writing, "_write", write_last),
         patch.object(writer, "time", clock),
-        patch.object(store_barrier, "time", clock),
+        patch.object(meeting, "time", clock),
     ):
         return run_sft_words(words)
 

@@ -66,7 +66,7 @@ def run_refused(words: list[str]) -> str:
     from unittest.mock import patch
 
     from hft_megatron.errors import UserError
-    from hft_megatron.training import assembly
+    from hft_megatron.trainer import assembly
 
     def not_reached(*arguments: Any) -> None:
         raise AssertionError("a model was built")

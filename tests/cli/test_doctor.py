@@ -12,8 +12,8 @@ import pytest
 
 from hft_megatron import errors
 from hft_megatron.cli import main
-from hft_megatron.cli.doctor_text import diagnosis_text
-from hft_megatron.training.doctor.findings import Diagnosis, Finding, Row
+from hft_megatron.cli.doctor import diagnosis_text
+from hft_megatron.doctor.findings import Diagnosis, Finding, Row
 from tests.support import forked
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs
@@ -24,9 +24,9 @@ def run_doctor(words: list[str], other_version_on: int | None = None) -> dict[st
 
     The rank ``other_version_on`` has another torch, as far as its package says.
     """
-    from hft_megatron.training.doctor import examination, software
+    from hft_megatron.doctor import examination, machine
 
-    original = software._with_builds
+    original = machine._with_builds
 
     def version(name: str) -> str:
         is_other = name == "torch" and int(os.environ["RANK"]) == other_version_on
@@ -35,7 +35,7 @@ def run_doctor(words: list[str], other_version_on: int | None = None) -> dict[st
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(examination, "stop_groups", lambda: None),
-        patch.object(software, "_with_builds", version),
+        patch.object(machine, "_with_builds", version),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -128,7 +128,7 @@ def test_alone_it_looks_at_the_machine_and_shows_no_secret(tmp_path: Path) -> No
 RANK_1_HANGS = """
 import os, sys, threading
 from hft_megatron.cli import main
-from hft_megatron.training.doctor import examination, time_limit
+from hft_megatron.doctor import examination, findings as time_limit
 if os.environ["RANK"] == "1":
     examination.device_finding = lambda device, backend: threading.Event().wait()
 short = time_limit.TimeLimit

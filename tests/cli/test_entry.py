@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hft_megatron import errors
-from hft_megatron.cli import boundary, main, versions
+from hft_megatron.cli import boundary, entry, main
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.parallel import launch
 from tests.cli.conftest import LAUNCH_VARIABLES, SHAPE, Training
@@ -274,11 +274,11 @@ def test_the_version_is_a_line_per_thing_and_imports_none_of_them() -> None:
 
 
 def test_an_apex_without_its_kernels_is_told_from_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_installed", lambda name: "0.9")
+    monkeypatch.setattr(entry, "_installed", lambda name: "0.9")
     for found, kernels in ((None, "without"), (object(), "with")):
-        monkeypatch.setattr(versions, "find_spec", lambda name, found=found: found if name != "torch" else None)
-        assert versions.version_text().endswith(f"\nApex 0.9, {kernels} its CUDA kernels")
-        assert "\ntorch not installed\n" in versions.version_text()
+        monkeypatch.setattr(entry, "find_spec", lambda name, found=found: found if name != "torch" else None)
+        assert entry.version_text().endswith(f"\nApex 0.9, {kernels} its CUDA kernels")
+        assert "\ntorch not installed\n" in entry.version_text()
 
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,7 +168,7 @@ def test_all_examples_too_long_is_a_mistake(
 
 @pytest.fixture
 def no_weights_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hft_megatron.training.inputs.check_weights", lambda folder, shape: WEIGHTS)
+    monkeypatch.setattr("hft_megatron.trainer.inputs.check_weights", lambda folder, shape: WEIGHTS)
 
 
 @pytest.mark.usefixtures("no_weights_needed")
@@ -252,8 +252,8 @@ def saved_run(command: list[str], tmp_path: Path) -> Path:
     """What a run of ``command`` leaves in its folder, as far as starting again looks at it; without tensors."""
     from hft_megatron.cli.sft import SftOptions
     from hft_megatron.config.validation import shape_of
-    from hft_megatron.training import inputs
-    from hft_megatron.training.methods import METHODS
+    from hft_megatron.methods.registry import METHODS
+    from hft_megatron.trainer import inputs
 
     folder = tmp_path / "run"
     folder.mkdir()
@@ -306,7 +306,7 @@ def test_another_model_is_another_run(command: list[str], saved_run: Path, model
 def test_a_model_with_other_weights_is_another_run(
     command: list[str], saved_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hft_megatron.training.inputs.check_weights", lambda folder, shape: "another digest")
+    monkeypatch.setattr("hft_megatron.trainer.inputs.check_weights", lambda folder, shape: "another digest")
     message = mistake_of([*command, "--save", str(saved_run), "--load", str(saved_run)], capsys)
     assert "holds another run: its model's weights (--load-hf)" in message
 

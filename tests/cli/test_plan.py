@@ -14,13 +14,13 @@ from PIL import Image
 
 from hft_megatron import errors
 from hft_megatron.cli import main
-from hft_megatron.cli.plan_picture import RESTS, ROUND_COLOURS, strip, unit_boxes
-from hft_megatron.cli.plan_report import make_report
-from hft_megatron.cli.plan_text import report_text
 from hft_megatron.config.schema import HFTConfig, ParallelConfig
+from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
-from hft_megatron.optimizer.rank_costs import CostModel
+from hft_megatron.report.plan import make_report
+from hft_megatron.report.plan_picture import RESTS, ROUND_COLOURS, strip, unit_boxes
+from hft_megatron.report.plan_text import report_text
 from tests.cli.conftest import SHAPE
 
 LLAMA_70B = {
@@ -321,7 +321,7 @@ def test_where_nothing_helps_the_plan_says_so(plan: Run) -> None:
 
 
 def test_the_data_type_that_a_run_here_would_choose_is_said(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hft_megatron.parallel import cpu_backend
+    from hft_megatron.engine import cpu_backend
 
     for fast, dtype in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(cpu_backend, "cpu_has_fast_bf16", lambda fast=fast: fast)

@@ -148,7 +148,7 @@ def test_a_mistake_in_the_corpus_is_one_sentence(
 def test_check_says_what_would_be_trained_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hft_megatron.training.inputs.check_weights", lambda folder, shape: "digest")
+    monkeypatch.setattr("hft_megatron.trainer.inputs.check_weights", lambda folder, shape: "digest")
     words = ["--load-hf", str(folder / "model"), "--data-path", str(folder / "corpus"), "--seq-length", "16"]
     words += ["--train-iters", "10", "--eval-iters", "1", "--split", "9,1", "--check"]
     assert main(["pretrain", *words]) == EXIT_OK

@@ -7,7 +7,7 @@ import pytest
 
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.export_rules import BEST_METRICS, higher_is_better
-from hft_megatron.conversion.destinations import FinalExport, IterationExport
+from hft_megatron.conversion.kept_files import FinalExport, IterationExport
 from hft_megatron.errors import UserError
 from hft_megatron.tracking import tracker
 

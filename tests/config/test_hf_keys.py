@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.hf_keys import HF_KEYS, HfKey, unknown_keys
-from hft_megatron.config.hf_refusals import note_unknown_keys
+from hft_megatron.config.hf_keys import HF_KEYS, HfKey, note_unknown_keys, unknown_keys
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.errors import UserError
 

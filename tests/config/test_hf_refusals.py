@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.hf_refusals import refuse_other_models
+from hft_megatron.config.hf_keys import refuse_other_models
 from hft_megatron.errors import UserError
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.hf_refusals import note_unknown_keys
+from hft_megatron.config.hf_keys import note_unknown_keys
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
 from hft_megatron.errors import UserError
 from tests.support.published_configs import CONFIGS, REFUSED

@@ -4,9 +4,9 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from hft_megatron.config.resumed_schedule import resumed_schedule, schedule_to_note
 from hft_megatron.config.schema import CheckpointConfig, HFTConfig, OptimizerConfig, RunConfig, TrainingConfig
 from hft_megatron.errors import UserError
+from hft_megatron.trainer.resume import resumed_schedule, schedule_to_note
 
 RUN = RunConfig(
     training=TrainingConfig(train_iters=8), optimizer=OptimizerConfig(lr=1e-3, lr_warmup_fraction=0.25, min_lr=1e-5)

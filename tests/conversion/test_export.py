@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig
-from hft_megatron.conversion.destinations import NewFolder
+from hft_megatron.conversion.kept_files import NewFolder
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import EXIT_OK
@@ -110,7 +110,7 @@ def test_a_published_folder_comes_out_with_the_ids_that_were_trained(
     ranks: RankPools, tmp_path: Path, name: str
 ) -> None:
     """Folder in, two steps, folder out; llama2's has a pad token more than its model has rows."""
-    from hft_megatron.data.transformers_view import TransformersView
+    from hft_megatron.data.tokenizer_export import TransformersView
 
     model = PublishedTokenizers(tmp_path).path(name)
     tokenizer = load_tokenizer(None, model)

@@ -8,7 +8,7 @@ import pytest
 from hft_megatron.conversion.kept_files import LARGEST_BYTES, keep_files
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
-from tests.training.test_convert import convert, files
+from tests.trainer.test_convert import convert, files
 
 KEPT = {
     "LICENSE.txt": "mine",

@@ -10,7 +10,7 @@ import torch
 
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation, StepBatch
 from hft_megatron.data.order import SampleOrder
-from hft_megatron.data.packing import PackedOrder, PackingRule
+from hft_megatron.data.samples import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.stores import ExamplesInMemory
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from hft_megatron.data.chat import ChatError, ChatTemplate
-from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.tokenizers import make_byte_level, train_sentencepiece

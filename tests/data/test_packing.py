@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.schema import DataConfig
 from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
-from hft_megatron.data.packing import PackedOrder, PackingRule, first_fit
+from hft_megatron.data.samples import PackedOrder, PackingRule, first_fit
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.data_files import load, write_rows
 

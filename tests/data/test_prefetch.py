@@ -5,8 +5,7 @@ import threading
 import pytest
 import torch
 
-from hft_megatron.data.batches import BatchShare, StepBatch
-from hft_megatron.data.prefetch import PrefetchedSteps
+from hft_megatron.data.batches import BatchShare, PrefetchedSteps, StepBatch
 
 BATCH = 4
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.chat import ChatError, ChatTemplate
-from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.rendering import Renderer
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizer_probes import trained_ids
+from hft_megatron.data.tokenizer_export import trained_ids
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.published_tokenizers import PUTS_BEGIN, PublishedTokenizers
 

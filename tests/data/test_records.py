@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.data_keys import DataKeys, data_keys
+from hft_megatron.config.data_sources import DataKeys, data_keys
+from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Preference
-from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.errors import UserError
 from tests.support.data_files import write_rows

@@ -13,8 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from hft_megatron.data.chat import ChatError, ChatTemplate
-from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.rendering import TEMPLATE_DATE
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Place, Tokenizer

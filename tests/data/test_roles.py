@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.data.chat import ChatError, ChatTemplate
-from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer

@@ -12,11 +12,11 @@ import pytest
 
 from hft_megatron.config.schema import DataConfig
 from hft_megatron.data import sft as sft_module
+from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import completion_pieces
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.formats.record import Completion
-from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.pairs import load_pair_dataset
 from hft_megatron.data.run_data import training_data, validation_data
 from hft_megatron.data.sft import SftDataset, load_sft_dataset

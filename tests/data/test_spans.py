@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.chat import ChatError, ChatTemplate
-from hft_megatron.data.loss_rule import LossRule
+from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.tokenizer import TokenizerFacts
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.chat_templates import LLAMA31

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hft_megatron.data import token_cache
+from hft_megatron.data import stores
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.pairs import load_pair_dataset
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
-from hft_megatron.data.stores import ExamplesInMemory
-from hft_megatron.data.token_cache import TokenCache, Tokenized, user_cache
+from hft_megatron.data.stores import ExamplesInMemory, TokenCache, Tokenized, user_cache
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
@@ -60,7 +59,7 @@ def test_other_rules_other_code_and_other_libraries_are_other_entries(
     cache = TokenCache(str(tmp_path))
     cache.tokenized(DECISIVE, lambda: tokenized(1, 2))
     assert ids_of(cache.tokenized({**DECISIVE, "rules": {}}, lambda: tokenized(3, 4))) == [[3], [4]]
-    monkeypatch.setattr(token_cache, "_code", lambda: ["other code"])
+    monkeypatch.setattr(stores, "_code", lambda: ["other code"])
     assert ids_of(cache.tokenized(DECISIVE, lambda: tokenized(5, 6))) == [[5], [6]]
     assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 3
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hft_megatron.data.shown_examples import visible_tokens
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
-from hft_megatron.data.visible_tokens import visible_tokens
 from tests.support.data_files import load, write_rows
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data import word_cache
+from hft_megatron.data import rust_pipeline
+from hft_megatron.data.rust_pipeline import WordCache, word_pattern
 from hft_megatron.data.tokenizers import load_tokenizer
-from hft_megatron.data.word_cache import WordCache, word_pattern
 from tests.support.tokenizers import CORPUS, make_byte_level, train_sentencepiece
 
 PARTS = [" ", "▁", "  ", "\n", "\u00a0", "Once", "upon", "a", "é", "🙂", "4", "."]
@@ -60,7 +60,7 @@ def test_any_text_has_the_ids_that_it_has_in_one_piece(own_json: str, texts: lis
 
 
 def test_a_full_cache_starts_anew_with_the_same_ids(own_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_cache, "MAX_CHARACTERS", 20)
+    monkeypatch.setattr(rust_pipeline, "MAX_CHARACTERS", 20)
     cache = cache_of(own_json)
     for text in [*CORPUS[:4], *CORPUS[:4]]:
         for continues in (False, True):

@@ -8,10 +8,10 @@ import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
+from hft_megatron.data.huggingface_tokenizer import ContinuingPipeline
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizer_probes import first_difference
+from hft_megatron.data.tokenizer_export import first_difference
 from hft_megatron.data.tokenizers import load_tokenizer
-from hft_megatron.data.word_start import ContinuingPipeline
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 

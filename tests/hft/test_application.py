@@ -5,7 +5,7 @@ import torch
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.schema import HFTConfig
-from hft_megatron.hft.application import apply_plan
+from hft_megatron.hft.on_ranks import apply_plan
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.model.parameters import ParameterSlot
 

@@ -8,11 +8,11 @@ import torch
 from hft_megatron.checkpoint.writer import CheckpointWriter
 from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed
-from hft_megatron.hft.audit import fingerprint
+from hft_megatron.hft.on_ranks import fingerprint
 from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.training.audits import AuditRounds
-from hft_megatron.training.loop import next_step, train
-from hft_megatron.training.saving import SaveCheckpoints
+from hft_megatron.trainer.loop import next_step, train
+from hft_megatron.trainer.saving import SaveCheckpoints
+from hft_megatron.trainer.weight_checks import AuditRounds
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.ranks import RankPools
 from tests.support.toy_training import TINY, make_run

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.schema import HFTConfig
-from hft_megatron.hft.hift_rule import hift_groups
 from hft_megatron.hft.plan import Plan, make_plan
+from hft_megatron.hft.rules import hift_groups
 from hft_megatron.hft.units import units_of
 from tests.support.shapes import tiny_shape
 

@@ -8,8 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from hft_megatron.hft.draw import Draw, exact_ratio, nearest
-from hft_megatron.hft.policy import Policy
+from hft_megatron.hft.policy import Draw, Policy, exact_ratio, nearest
 from hft_megatron.hft.selection import training_units
 from hft_megatron.hft.units import LAYER_CATEGORIES, units_of
 from tests.support.shapes import tiny_shape

@@ -13,9 +13,8 @@ from statistics import NormalDist
 
 import pytest
 
-from hft_megatron.hft.category_rule import draw_category
-from hft_megatron.hft.draw import Draw
-from hft_megatron.hft.policy import Policy
+from hft_megatron.hft.policy import Draw, Policy
+from hft_megatron.hft.rules import draw_category
 from hft_megatron.hft.selection import RULES
 from hft_megatron.hft.units import Category, units_of
 from tests.support.shapes import tiny_shape

@@ -60,7 +60,7 @@ def test_a_plan_is_applied_without_megatron() -> None:
     program = """
 import sys, torch
 from hft_megatron import draw_plan
-from hft_megatron.hft import modules
+from hft_megatron.hft import on_modules
 assert "megatron" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)

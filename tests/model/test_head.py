@@ -13,8 +13,9 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from torch import Tensor
 
+from hft_megatron.config import derived
 from hft_megatron.config.schema import ParallelConfig
-from hft_megatron.model import head, loss_chunks
+from hft_megatron.model import head
 from hft_megatron.model.head import VocabularyHead
 from hft_megatron.parallel.groups import Placement, start_groups
 from tests.support.live_bytes import LiveBytes
@@ -32,7 +33,7 @@ REAL_ROWS = [24, 21, 11]
 
 def in_chunks(tokens: int, rows: int) -> Any:
     """As if memory held the logits of so many tokens, over so many rows, and no more."""
-    return patch.multiple(loss_chunks, WHOLE_BYTES=4 * tokens * rows, CHUNK_BYTES=4 * tokens * rows)
+    return patch.multiple(derived, WHOLE_BYTES=4 * tokens * rows, CHUNK_BYTES=4 * tokens * rows)
 
 
 def make_head(placement: Placement, sequence_parallel: bool, rows: int, real_rows: int, hidden: int) -> VocabularyHead:
@@ -203,6 +204,6 @@ def test_128k_rows_take_a_quarter_of_the_engines_memory_and_40_percent_with_grad
 
 
 def test_32k_rows_are_one_chunk_and_128k_rows_several():
-    assert loss_chunks.tokens_of_a_chunk(8192, 32_768) == 8192
-    assert loss_chunks.tokens_of_a_chunk(8192, 131_072) == 1024
-    assert loss_chunks.tokens_of_a_chunk(3, 2**30) == 1
+    assert derived.tokens_of_a_chunk(8192, 32_768) == 8192
+    assert derived.tokens_of_a_chunk(8192, 131_072) == 1024
+    assert derived.tokens_of_a_chunk(3, 2**30) == 1

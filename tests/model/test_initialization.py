@@ -33,8 +33,7 @@ def run_initialize(
 ) -> list[int]:
     """Initialises a model and writes it as Hugging Face has it; returns the padded rows of each vocabulary matrix."""
     from hft_megatron.conversion.save import ExportRules, gathered_weights, write_weights
-    from hft_megatron.model.build import build_model
-    from hft_megatron.model.initialization import initialize_weights
+    from hft_megatron.model.build import build_model, initialize_weights
     from hft_megatron.model.parameters import parameter_slots
     from hft_megatron.parallel.groups import start_groups
 

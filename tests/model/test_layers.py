@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hft_megatron.model.layers import _SwiGLU, rms_norm
-from hft_megatron.model.rope import rotate
+from hft_megatron.model.layers import _SwiGLU, rms_norm, rotate
 from hft_megatron.model.torch_attention import packed_seq_params
 from tests.support.models import build_from_folder, make_llama
 from tests.support.operator_calls import OperatorCalls

@@ -8,7 +8,7 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from hft_megatron.config.schema import HFTConfig, ParallelConfig
-from hft_megatron.model.shared_input_linear import RowParallel
+from hft_megatron.model.linear import RowParallel
 from hft_megatron.parallel.groups import start_groups
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run, take_steps, toy_plan

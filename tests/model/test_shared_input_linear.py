@@ -11,7 +11,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor
 
 from hft_megatron.config.schema import ParallelConfig
-from hft_megatron.model.shared_input_linear import SharedInputColumnParallel
+from hft_megatron.model.linear import SharedInputColumnParallel
 from hft_megatron.parallel.groups import Placement, start_groups
 from tests.support.models import LAYOUTS
 from tests.support.work_account import Account

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hft_megatron.data.batches import BatchShare
+from hft_megatron.methods.next_token import forward_step
 from hft_megatron.model import torch_attention
 from hft_megatron.model.torch_attention import packed_attention, packed_seq_params
-from hft_megatron.objectives.next_token import forward_step
 from tests.support.models import build_from_folder, make_llama
 from tests.support.toy_training import TINY, toy_batches, toy_samples
 

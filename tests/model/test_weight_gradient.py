@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hft_megatron.model.weight_gradient import (
+from hft_megatron.model.linear import (
     WeightGradient,
     add_fp32_product,
     add_half_to_fp32,

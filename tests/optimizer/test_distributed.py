@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer import wrapping
 from hft_megatron.optimizer.distributed import NonFiniteNorm
-from hft_megatron.training.run import Run
-from hft_megatron.training.schedule import run_schedule
+from hft_megatron.trainer.method import run_schedule
+from hft_megatron.trainer.run import Run
 from tests.support.models import make_llama
 from tests.support.toy_training import TINY, local_weights, make_run, take_steps
 

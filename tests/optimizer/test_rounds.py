@@ -9,8 +9,8 @@ import torch
 
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer import carried, rounds
-from hft_megatron.training.loop import begin_round
-from hft_megatron.training.run import Run
+from hft_megatron.trainer.loop import begin_round
+from hft_megatron.trainer.run import Run
 from tests.support.models import make_llama
 from tests.support.ranks import RankPools
 from tests.support.toy_training import TINY, make_run, take_steps

@@ -7,7 +7,7 @@ import pytest
 
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig
 from hft_megatron.hft.rounds import RoundSchedule
-from hft_megatron.optimizer.schedule import LearningRate, Span, span_of_round
+from hft_megatron.optimizer.rounds import LearningRate, Span, span_of_round
 
 
 def rates(options: dict[str, Any], train_iters: int, iteration: int = 0) -> tuple[list[float], list[float]]:

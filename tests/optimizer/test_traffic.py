@@ -1,6 +1,6 @@
 """Bytes are counted through borrowed functions, over rounds, and who else uses megatron-core keeps its own.
 
-How many bytes there should be is checked in tests/training/test_run_matrix.py.
+How many bytes there should be is checked in tests/trainer/test_run_matrix.py.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ from megatron.core.distributed import param_and_grad_buffer
 
 from hft_megatron.config.schema import HFTConfig
 from hft_megatron.conversion.load import load_weights
+from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.model.build import build_model
-from hft_megatron.optimizer.rank_costs import CostModel
 from hft_megatron.optimizer.wrapping import wrap
-from hft_megatron.training.run import Run
-from hft_megatron.training.step import train_step, validate
+from hft_megatron.trainer.run import Run
+from hft_megatron.trainer.step import train_step, validate
 from tests.support.models import make_llama
 from tests.support.toy_training import TINY, make_run, toy_plan
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from hft_megatron.parallel.all_reduce_speed import measure_all_reduce
+from hft_megatron.doctor.measurements import measure_all_reduce
 from tests.support.ranks import RankPools
 
 

@@ -8,7 +8,8 @@ import torch
 
 from hft_megatron.config.schema import ParallelConfig
 from hft_megatron.errors import UserError
-from hft_megatron.parallel import determinism, groups
+from hft_megatron.parallel import groups
+from hft_megatron.parallel import groups as determinism
 from hft_megatron.parallel.groups import start_backend
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hft_megatron.parallel.hosts import hosts_of, numbers_in_words
+from hft_megatron.parallel.launch import hosts_of, numbers_in_words
 
 
 def test_hosts_are_listed_with_their_ranks() -> None:

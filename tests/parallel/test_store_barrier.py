@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from hft_megatron.parallel import store_barrier
+from hft_megatron.parallel import meeting
 from tests.support.ranks import RankPools, RanksFailed
 
 TIMES = 30
@@ -23,7 +23,7 @@ def run_barriers() -> list[list[int]]:
         for number in range(TIMES):
             time.sleep(random.random() / 200)
             store.add(f"came to {number}", 1)
-            store_barrier.wait_for_all_ranks()
+            meeting.wait_for_all_ranks()
             found.append(store.add(f"came to {number}", 0))
     # The next case of this group of ranks has the same store.
     dist.barrier()
@@ -42,21 +42,21 @@ def run_a_late_rank() -> list[str]:
     store, done, rank = dist.distributed_c10d._get_default_store(), [], dist.get_rank()
 
     def pause(seconds: float) -> None:
-        assert 0 < seconds <= store_barrier.LONGEST_PAUSE_S
+        assert 0 < seconds <= meeting.LONGEST_PAUSE_S
         if rank == 0:
             done.append("paused")
         store.add("looks", 1)
 
-    store_barrier._ranks_of_this_host()
+    meeting._ranks_of_this_host()
     if rank == 1:
         while store.add("looks", 0) < 3:
             time.sleep(0.001)
     barrier = dist.barrier
     with (
-        patch.object(store_barrier, "time", SimpleNamespace(sleep=pause)),
+        patch.object(meeting, "time", SimpleNamespace(sleep=pause)),
         patch.object(dist, "barrier", lambda: (done.append("in a collective"), barrier())),
     ):
-        store_barrier.wait_for_all_ranks()
+        meeting.wait_for_all_ranks()
     store.delete_key("looks")
     return done
 
@@ -71,10 +71,10 @@ def test_a_rank_that_waits_is_in_no_collective_until_all_are_there(ranks: RankPo
 def run_a_death() -> None:
     # As in a run: what torchrun sends to the others then does not end them.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    store_barrier.wait_for_all_ranks()
+    meeting.wait_for_all_ranks()
     if dist.get_rank() == 1:
         os._exit(1)
-    store_barrier.wait_for_all_ranks()
+    meeting.wait_for_all_ranks()
 
 
 def test_a_rank_that_dies_ends_the_wait_of_the_others(ranks: RankPools) -> None:

@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from hft_megatron.errors import PeersLost
 from hft_megatron.parallel import watchdog
-from hft_megatron.parallel.hosts import Host
+from hft_megatron.parallel.launch import Host
 from hft_megatron.parallel.meeting import Meeting
 from hft_megatron.parallel.watchdog import Watchdog, limit_of
 from tests.support.ranks import REPOSITORY

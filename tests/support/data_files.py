@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.data_keys import DataKeys
+from hft_megatron.config.data_sources import DataKeys
+from hft_megatron.data.chat import LossRule
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
-from hft_megatron.data.loss_rule import LossRule
 from hft_megatron.data.records import RecordRules
 from hft_megatron.data.sft import SftDataset, load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer

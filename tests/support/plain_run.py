@@ -25,10 +25,10 @@ from hft_megatron.config.loading import load_options
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import DpoConfig, MethodName, OptimizerConfig, RunConfig
 from hft_megatron.data.order import SampleOrder, SampleStream
-from hft_megatron.data.packing import PackedOrder, PackingRule
+from hft_megatron.data.samples import PackedOrder, PackingRule
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.hft.plan import Plan, make_plan
-from hft_megatron.training.methods import METHODS
+from hft_megatron.methods.registry import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)

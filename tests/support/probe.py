@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hft_megatron.costs.rank_costs import CostModel, RankCosts
 from hft_megatron.model.parameter_names import chunk_parameters, chunk_places, local_elements
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
-from hft_megatron.optimizer.rank_costs import CostModel, RankCosts
-from hft_megatron.training.run import Run
+from hft_megatron.trainer.run import Run
 from tests.support.runs import Recorder
 from tests.support.toy_training import local_weights
 from tests.support.wire import sent_bytes

@@ -109,8 +109,8 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -
     from hft_megatron.config.loading import load_options
     from hft_megatron.config.validation import shape_of, validate
     from hft_megatron.errors import Stopped
-    from hft_megatron.training import assembly
-    from hft_megatron.training.methods import METHODS
+    from hft_megatron.methods.registry import METHODS
+    from hft_megatron.trainer import assembly
 
     config = load_options(COMMANDS[method].options, list(words)).as_run
     shape = shape_of(config.model)
@@ -130,7 +130,7 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -
 @contextlib.contextmanager
 def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
     """What a run must not do to a rank that lives on: end the process group, keep signals."""
-    from hft_megatron.training import assembly, saving
+    from hft_megatron.trainer import assembly, saving
 
     said: list[str] = []
     original_hooks, original_announcer = assembly.build_hooks, assembly._announcer

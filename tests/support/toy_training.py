@@ -11,21 +11,21 @@ from hft_megatron.config.derived import train_iters
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
+from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.fitting import SftCounts
 from hft_megatron.data.order import SampleOrder, SampleStream
-from hft_megatron.data.packing import PackedOrder, PackingRule
-from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.samples import PackedOrder, PackingRule
 from hft_megatron.data.sft import SftDataset, SourcePart
 from hft_megatron.data.stores import ExamplesInMemory
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
+from hft_megatron.methods.next_token import NEXT_TOKEN
 from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.objectives.next_token import NEXT_TOKEN
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.tracking.tracker import CompositeTracker
-from hft_megatron.training.loop import learning_rate, next_step
-from hft_megatron.training.rounds import Rounds
-from hft_megatron.training.run import Run
+from hft_megatron.trainer.loop import learning_rate, next_step
+from hft_megatron.trainer.rounds import Rounds
+from hft_megatron.trainer.run import Run
 from tests.support.models import build_from_folder
 
 STEPS = 20

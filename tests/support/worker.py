@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
-from hft_megatron.parallel import cpu_backend
+from hft_megatron.engine import cpu_backend
 from tests.support.ranks import FORGET
 
 # Longer than any case: the launcher's own time-out must win, because only that one shows every rank's stack.

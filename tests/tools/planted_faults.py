@@ -21,13 +21,13 @@ def weight_gradient() -> str:
     """A matrix' gradient is rounded to bf16, as it once was."""
     import torch
 
-    from hft_megatron.model import shared_input_linear
+    from hft_megatron.model import linear
 
     def rounded(product: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: product(*(g.bfloat16().to(g.dtype) if isinstance(g, torch.Tensor) else g for g in given))
 
-    backward = shared_input_linear._SharedInput.backward
-    shared_input_linear._SharedInput.backward = staticmethod(  # type: ignore[method-assign]
+    backward = linear._SharedInput.backward
+    linear._SharedInput.backward = staticmethod(  # type: ignore[method-assign]
         lambda ctx, *gradients: rounded(lambda *given: backward(ctx, *given))(*gradients)
     )
     return "check_kernels:weight_gradient"
@@ -46,7 +46,7 @@ def packed_attention() -> str:
 
 def resume() -> str:
     """Adam's second moments come back from a checkpoint with an error."""
-    from hft_megatron.training import assembly
+    from hft_megatron.trainer import assembly
 
     load = assembly.starting_state
 
@@ -63,7 +63,7 @@ def resume() -> str:
 
 def audit() -> str:
     """The audit finds nothing."""
-    from hft_megatron.hft.audit import Audit
+    from hft_megatron.hft.on_ranks import Audit
 
     Audit.verify = lambda self, *, coordinates: None  # type: ignore[method-assign]
     return "check_numbers:bf16_and_audit"

@@ -8,9 +8,9 @@ import pytest
 
 from hft_megatron.config.schema import LoggingConfig
 from hft_megatron.errors import UserError
-from hft_megatron.tracking import build
-from hft_megatron.tracking.build import build_tracker
+from hft_megatron.tracking import trackers
 from hft_megatron.tracking.tracker import CompositeTracker
+from hft_megatron.tracking.trackers import build_tracker
 
 
 def build_for(logging: LoggingConfig, *, save: Path | None = None, is_writer: bool = True) -> CompositeTracker:
@@ -60,14 +60,14 @@ def test_a_missing_package_is_one_sentence_on_every_rank(
     def find_nothing(name: str) -> importlib.machinery.ModuleSpec | None:
         return None
 
-    monkeypatch.setattr(build, "find_spec", find_nothing)
+    monkeypatch.setattr(trackers, "find_spec", find_nothing)
     with pytest.raises(UserError, match=message):
         build_for(logging, is_writer=is_writer)
 
 
 def test_importing_the_trackers_imports_neither_wandb_nor_tensorboard_nor_tqdm() -> None:
     code = (
-        "import sys, hft_megatron.tracking.build; "
+        "import sys, hft_megatron.tracking.trackers; "
         "print([name for name in ('wandb', 'tensorboard', 'tqdm', 'torch') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from hft_megatron.errors import UserError
-from hft_megatron.tracking.jsonl import JsonlTracker
 from hft_megatron.tracking.tracker import Metrics
+from hft_megatron.tracking.trackers import JsonlTracker
 
 
 def write(path: Path, *, start_iteration: int, records: list[tuple[int, Metrics]]) -> None:

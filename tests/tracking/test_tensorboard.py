@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.tracking.tensorboard import TensorBoardTracker
+from hft_megatron.tracking.trackers import TensorBoardTracker
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

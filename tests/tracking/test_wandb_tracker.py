@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hft_megatron.errors import UserError
-from hft_megatron.tracking.wandb_tracker import WandbTracker
+from hft_megatron.tracking.trackers import WandbTracker
 
 wandb = pytest.importorskip("wandb")
 

@@ -64,7 +64,7 @@ def measure(pairs: int) -> dict[str, Any]:
     from torch._C._distributed_c10d import HashStore
 
     from hft_megatron.config.schema import ParallelConfig
-    from hft_megatron.parallel import cpu_backend
+    from hft_megatron.engine import cpu_backend
     from hft_megatron.parallel.groups import start_groups
 
     cpu_backend.activate()

@@ -37,8 +37,8 @@ def write_examples(folder: Path) -> dict[str, float]:
     """``folder/train.jsonl`` with examples of those lengths; the positions that a step of each way holds on average."""
     from hft_megatron.config.schema import DataConfig
     from hft_megatron.data.run_data import training_data
+    from hft_megatron.data.samples import sample_stream, samples_of_epochs
     from hft_megatron.data.tokenizers import load_tokenizer
-    from hft_megatron.training.samples import sample_stream, samples_of_epochs
 
     write_data(folder)
     tokenizer = load_tokenizer(None, folder / "tokenizer.model")

@@ -92,7 +92,7 @@ def _profiling(found: _Step) -> Iterator[None]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from hft_megatron.training import loop
+    from hft_megatron.trainer import loop
 
     take_step = vars(loop)["train_step"]
     on_card = torch.cuda.is_available()

@@ -22,7 +22,7 @@ SAVED = re.compile(r"([\d,.]+) MB in ([\d,]+) ms, training stood still for ([\d,
 
 def rounds(site: Site) -> dict[str, Any]:
     """Check 11: six rounds with carried moments; memory must not grow from one to the next."""
-    from hft_megatron.training import loop
+    from hft_megatron.trainer import loop
 
     switches: list[_Memory] = []
     switch = loop.begin_round
@@ -44,7 +44,7 @@ def rounds(site: Site) -> dict[str, Any]:
 def checkpoint(site: Site) -> dict[str, Any]:
     """Check 12: saves, and loads in a run that goes on for two steps."""
     from hft_megatron.checkpoint.writer import CheckpointWriter
-    from hft_megatron.training import assembly
+    from hft_megatron.trainer import assembly
 
     folder = site.new_folder("checkpoints")
     saves: list[_Memory] = []

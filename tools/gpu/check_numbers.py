@@ -66,7 +66,7 @@ def _resting_bits(folder: Path, model: Path) -> int:
 
     from hft_megatron.checkpoint.tensors import CheckpointTensors
     from hft_megatron.hft.units import units_of
-    from hft_megatron.training.saved_run import SavedRun
+    from hft_megatron.trainer.convert import SavedRun
 
     saved = SavedRun.read(str(folder), None)
     tensors, trained = CheckpointTensors(saved.checkpoint, saved.identity.shape), saved.trained()
@@ -86,7 +86,7 @@ def _writing_to_a_resting_weight() -> Any:
     import torch
 
     from hft_megatron.model.parameters import parameter_slots
-    from hft_megatron.training import loop
+    from hft_megatron.trainer import loop
 
     take_step = vars(loop)["train_step"]
 

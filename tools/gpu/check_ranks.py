@@ -72,7 +72,7 @@ def resume_elsewhere(site: Site) -> dict[str, Any]:
 
 def _stopping_at(step: int) -> Any:
     """Within it a run gets SIGTERM, as from a scheduler, in its step with this number."""
-    from hft_megatron.training import loop
+    from hft_megatron.trainer import loop
 
     take_step = vars(loop)["train_step"]
 

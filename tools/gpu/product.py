@@ -94,7 +94,7 @@ def _written(site: Site, save: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _logged() -> Iterator[list[dict[str, Any]]]:
     """What runs log within it, as metrics.jsonl would have it; that comes only with a checkpoint, and 7B's is large."""
-    from hft_megatron.training.run import Run as ProductRun
+    from hft_megatron.trainer.run import Run as ProductRun
 
     records: list[dict[str, Any]] = []
     log = ProductRun.log

@@ -1,11 +1,9 @@
 """Preference pairs: ``chosen`` and ``rejected``, and a prompt in any of the forms that data sets have it in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hft_megatron.data.formats.alpaca import alpaca_prompt
-from hft_megatron.data.formats.conversations import SHAREGPT_ROLES, sharegpt_message, with_system
 from hft_megatron.data.formats.record import (
     Message,
     Preference,
@@ -15,8 +13,20 @@ from hft_megatron.data.formats.record import (
     optional_text_of,
 )
 from hft_megatron.data.formats.shared_beginning import split_messages, split_texts
-from hft_megatron.data.formats.usual_names import PROMPT_NAMES, only_one_of
+from hft_megatron.data.formats.supervised import SHAREGPT_ROLES, alpaca_prompt, sharegpt_message, with_system
 from hft_megatron.errors import UserError
+
+PROMPT_NAMES = ("prompt", "question", "query", "problem")
+COMPLETION_NAMES = ("completion", "answer", "response", "solution")
+"""What GSM8K, MetaMath and others call the halves of ``prompt-completion``. No format, since as often they mean a
+conversation."""
+
+
+def only_one_of(names: Iterable[str], keys: Iterable[str]) -> str | None:
+    """The one of ``names`` that is among ``keys``; None where none or several are."""
+    found = set(names) & set(keys)
+    return found.pop() if len(found) == 1 else None
+
 
 _Prompt = str | tuple[Message, ...] | None
 

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from hft_megatron.config.schema import DataFormat
-from hft_megatron.data.formats.alpaca import parse_alpaca
-from hft_megatron.data.formats.completions import (
+from hft_megatron.data.formats.preference import parse_preference, prompt_keys
+from hft_megatron.data.formats.record import Record
+from hft_megatron.data.formats.supervised import (
+    parse_alpaca,
     parse_input_output,
+    parse_messages,
     parse_prompt_completion,
+    parse_sharegpt,
     parse_text,
     parse_trace,
 )
-from hft_megatron.data.formats.conversations import parse_messages, parse_sharegpt
-from hft_megatron.data.formats.preference import parse_preference, prompt_keys
-from hft_megatron.data.formats.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)

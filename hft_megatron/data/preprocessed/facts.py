@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.data_keys import data_keys
+from hft_megatron.config.data_sources import data_keys
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import DataFormat
-from hft_megatron.data.files.prefixes import BAD_LINES, FACTS, UNFINISHED
+from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.files.row import BAD_LINES, FACTS, UNFINISHED
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
 from hft_megatron.data.formats.table import FORMATS
-from hft_megatron.data.record_use import RecordUse
 from hft_megatron.data.tokenizer import TokenizerFacts
 from hft_megatron.errors import UserError
 

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,20 +16,69 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from hft_megatron.data.files.digests import file_digest
-from hft_megatron.data.files.plain_text import holds_separator
-from hft_megatron.data.files.prefixes import FACTS, UNFINISHED
-from hft_megatron.data.files.rows import kind_of_file
+from tqdm import tqdm
+
+from hft_megatron.data.faults import check_use
+from hft_megatron.data.files.row import FACTS, UNFINISHED, file_digest
+from hft_megatron.data.files.sources import holds_separator, kind_of_file
 from hft_megatron.data.fitting import ExampleRules
-from hft_megatron.data.preprocessed.chunks import Chunk, cut_chunks
 from hft_megatron.data.preprocessed.facts import Facts, Job, read_facts
+from hft_megatron.data.preprocessed.index_file import Chunk, cut_chunks
 from hft_megatron.data.preprocessed.output import Output
-from hft_megatron.data.preprocessed.progress import ProgressReport
 from hft_megatron.data.preprocessed.worker import DocumentMaker, Documents, make_documents, start_worker
-from hft_megatron.data.record_use import check_use
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import RunFailed, Stopped, UserError
+
+
+class ProgressReport:
+    """Documents per second and the time left, by the bytes of input that are done."""
+
+    def __init__(
+        self, *, total: int, position: int, documents: int, log_interval: int, announce: Callable[[str], None]
+    ) -> None:
+        """``position`` of ``total`` bytes of input and so many documents are done already.
+
+        Without a terminal a line is due every ``log_interval`` documents.
+        """
+        self._total = total
+        self._first_position, self._first_documents = position, documents
+        self._interval = log_interval
+        self._next_line = documents + log_interval
+        self._announce = announce
+        self._bar: Any = None
+        self._begin = time.monotonic()
+
+    def update(self, position: int, documents: int) -> None:
+        """So much is done now."""
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        rate = (documents - self._first_documents) / seconds
+        said = f"{documents:,} documents, {rate:,.0f} documents/s"
+        if sys.stderr.isatty():
+            # Not before the first documents: the bar starts a thread, and workers are forked by then.
+            if self._bar is None:
+                form = "{percentage:3.0f}%|{bar}|{postfix}, {elapsed} gone, {remaining} left"
+                self._bar = tqdm(total=self._total, initial=self._first_position, bar_format=form)
+                self._bar.start_t -= seconds
+            self._bar.set_postfix_str(said, refresh=False)
+            self._bar.update(position - self._bar.n)
+        elif documents >= self._next_line:
+            left = (self._total - position) * seconds / max(position - self._first_position, 1)
+            self._announce(f"{said}, {position / self._total:.1%} of the input, {_clock(left)} left")
+            self._next_line = documents + self._interval
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
 
 Announce = Callable[[str], None]
 RECORD_SECONDS = 2.0

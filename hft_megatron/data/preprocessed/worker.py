@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.chat import ChatTemplate
 from hft_megatron.data.examples import Example, example_of, pieces_of
-from hft_megatron.data.faults import Faults, RecordRefused
+from hft_megatron.data.faults import Faults, RecordRefused, RecordUse
 from hft_megatron.data.files.row import Line, Row
-from hft_megatron.data.files.rows import row_of
+from hft_megatron.data.files.sources import row_of
 from hft_megatron.data.fitting import ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.formats.record import Record
-from hft_megatron.data.preprocessed.chunks import Chunk
-from hft_megatron.data.preprocessed.index_file import token_dtype
-from hft_megatron.data.record_use import RecordUse
+from hft_megatron.data.preprocessed.index_file import Chunk, token_dtype
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.tokenizer import Piece, Tokenizer
 from hft_megatron.errors import UserError

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.files import delimited, json_array, json_lines, plain_text, stream
-from hft_megatron.data.files.rows import read_rows
+from hft_megatron.data.files import json_rows, sources, tables
+from hft_megatron.data.files import row as stream
+from hft_megatron.data.files.sources import read_rows
 from hft_megatron.errors import UserError
 
 ROWS: list[Any] = [
@@ -65,7 +66,7 @@ def test_every_kind_of_file_gives_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
 ) -> None:
     # What comes before the [ must be in the first chunk.
-    monkeypatch.setattr(json_array, "CHUNK_BYTES", chunk if name != "pretty.json" else max(chunk, 8))
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk if name != "pretty.json" else max(chunk, 8))
     (tmp_path / name).write_bytes(PLAIN[name]())
     assert values(tmp_path / name) == ROWS
 
@@ -137,7 +138,7 @@ def test_a_parquet_row_over_the_limit_is_refused(tmp_path: Path, monkeypatch: py
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
 
-    from hft_megatron.data.files import parquet as reader
+    from hft_megatron.data.files import tables as reader
 
     monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 2000)
     rows = [{"text": "x" * 1900}, {"text": "y" * 1900}, {"text": "z" * 2100}]
@@ -239,10 +240,10 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: Callable[[bytes
 def test_a_record_over_the_limit_is_refused_without_reading_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, place: str
 ) -> None:
-    for module in (stream, json_lines, json_array, delimited):
+    for module in (stream, json_rows, json_rows, tables):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
     # What comes before the [ must be in the first chunk.
-    monkeypatch.setattr(json_array, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 64)
     content = content if name.endswith(".json") else b"{}\n" + content
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(UserError, match=f"{name}{place} is longer than 0 MiB"):
@@ -253,7 +254,7 @@ def test_a_record_over_the_limit_is_refused_without_reading_on(
 def test_the_limit_is_the_same_behind_a_byte_order_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for module in (stream, json_lines, plain_text):
+    for module in (stream, json_rows, sources):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
     fits = b'"' + b"x" * 1997 + b'"\n'
     (tmp_path / name).write_bytes(stream.BYTE_ORDER_MARK + fits)

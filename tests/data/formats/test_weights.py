@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.formats.record import Chat, Preference
-from hft_megatron.data.formats.weights import weigh
+from hft_megatron.data.formats.record import Chat, Preference, weigh
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError

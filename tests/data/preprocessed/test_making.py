@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hft_megatron.data.preprocessed import chunks, making, worker
+from hft_megatron.data.preprocessed import index_file, making, worker
 from hft_megatron.data.preprocessed.output import Output
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(index_file, "CHUNK_ROWS", 7)
     monkeypatch.setattr(making, "RECORD_SECONDS", 0.0)
 
 
@@ -83,7 +83,7 @@ def test_a_document_does_not_depend_on_its_chunk(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, chunk_rows: int
 ) -> None:
     make(tmp_path / "one", rows, tokenizer)
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(index_file, "CHUNK_ROWS", chunk_rows)
     make(tmp_path / "other", rows, tokenizer)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
@@ -391,8 +391,8 @@ def test_a_sentencepiece_tokenizer_gives_the_tokens_that_a_run_reads(tmp_path: P
 def test_memory_does_not_grow_with_the_input(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", 1000)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(index_file, "CHUNK_ROWS", 1000)
+    monkeypatch.setattr(index_file, "CHUNK_BYTES", 2**16)
     monkeypatch.setattr(making, "RECORD_SECONDS", 2.0)
     text, peaks = "Once upon a time there was a little bridge. " * 50, []
     for documents in (500, 500, 10000):  # the first has what is made once

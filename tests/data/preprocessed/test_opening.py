@@ -14,12 +14,11 @@ import pytest
 
 from hft_megatron.config.schema import DataConfig
 from hft_megatron.data.batches import BatchShare, SftBatches
-from hft_megatron.data.packing import PackedOrder
+from hft_megatron.data.samples import PackedOrder, sample_stream
 from hft_megatron.data.sft import SftDataset
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
-from hft_megatron.training.samples import sample_stream
 from tests.support.data_files import load, write_rows
 from tests.support.peak_memory import PeakMemory
 from tests.support.preprocessing import contents, conversations, make, make_without_tokens

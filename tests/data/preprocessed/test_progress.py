@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.preprocessed import progress
-from hft_megatron.data.preprocessed.progress import ProgressReport
+from hft_megatron.data.preprocessed import making
+from hft_megatron.data.preprocessed.making import ProgressReport
 
 
 class Clock:
@@ -26,7 +26,7 @@ def test_a_log_has_a_line_per_interval_that_counts_from_where_the_work_went_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, said = Clock(), list[str]()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(making, "time", clock)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     shown = report(said)
     for now, position, documents in ((101.0, 300, 100), (102.0, 400, 150), (103.0, 500, 200), (104.0, 600, 260)):

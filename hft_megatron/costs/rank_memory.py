@@ -1,0 +1,314 @@
+"""The memory of a rank by formula: weights, gradients, optimizer, activations and logits.
+
+Counted from what our layers and megatron-core's save. A change of a layer is a change of the first constants here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hft_megatron.config import derived
+from hft_megatron.config.derived import padded_vocab_size, tokens_of_a_chunk, virtual_pipeline_size
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import MethodName, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.costs.rank_costs import BF16_BYTES, FP32_BYTES, CostModel
+from hft_megatron.hft.units import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    EMBEDDING_NAME,
+    FINAL_NORM_NAME,
+    MLP_IN,
+    MLP_OUT,
+    NAMES_IN_LAYER,
+)
+from hft_megatron.model.parameter_names import ChunkPlace, chunk_parameters, chunk_places, local_elements
+
+SWIGLU_TENSORS = 2
+"""Of the feed-forward size: gate and up."""
+ROPE_TENSORS = 2
+"""Of one head's channels and all positions, once for all layers: cosines and sines."""
+BACKWARD_TENSORS = 1
+"""Of the feed-forward size: gradients in a layer's backward pass beyond the room of what it has let go of by then."""
+LOGIT_BYTES = {"bf16": 6, "fp32": 4}
+"""Per token of a chunk and row of the vocabulary: fp32 softmax, and beside it bf16 logits or their gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward pass on one data-parallel rank takes in."""
+
+    sequences: int
+    seq_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions, with the padding."""
+        return self.sequences * self.seq_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkActivations:
+    """Bytes of one micro-batch on one model chunk."""
+
+    kept: int
+    """From the forward pass until the backward pass."""
+    working: int
+    """In the backward pass of one layer, or of one recomputed unit of layers, at most."""
+    logits: int
+    """On the chunk with the head: what there is of logits, softmax and gradients between forward and backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationModel:
+    """What the activations of a rank depend on besides the plan and the place of its chunks."""
+
+    shape: ModelShape
+    parallel: ParallelConfig
+    training: TrainingConfig
+    """Its --recompute- options are read."""
+    bf16: bool
+    micro_batch: MicroBatch
+    on_cuda: bool
+    """There a norm keeps its input as it is, on a CPU in fp32."""
+    vocab_multiple: int = 1
+
+    def of_chunk(self, place: ChunkPlace, trains: Callable[[str], bool]) -> ChunkActivations:
+        """Those of a chunk when the units train for which ``trains`` is true."""
+        layers = range(place.first_layer, place.first_layer + place.layers)
+        recomputed = self._recomputed(layers)
+        # What a later stage receives always needs a gradient; so does a frozen embedding's output below recomputation.
+        flows = not place.is_first or trains(EMBEDDING_NAME)
+        flows |= any(trains(f"model.layers.{layer}.{module}") for layer in recomputed for module in NAMES_IN_LAYER)
+        received = 0 if place.is_first else self._hidden
+        rope = ROPE_TENSORS * self._size * self.shape.kv_channels * self.micro_batch.seq_length
+        kept, working = received + rope, 0
+        unit = self._unit_of_recomputation()
+        for layer in layers:
+            full, flows_after = self._layer(layer, trains, flows)
+            if layer in recomputed:
+                # The input of a unit of layers stays; the rest of it is there again in its own backward pass.
+                is_first_of_unit = (layer - place.first_layer) % unit == 0
+                kept += self._hidden * (is_first_of_unit and flows)
+                working = max(working, full * unit) if flows else working
+            else:
+                kept += full
+            flows = flows_after if layer not in recomputed else flows
+        if flows:
+            working += self._backward + self._recomputed_attention
+        if not place.is_last:
+            return ChunkActivations(kept=kept, working=working, logits=0)
+        norm, _ = self._norm(trains(FINAL_NORM_NAME), flows)
+        head = EMBEDDING_NAME if self.shape.tie_embeddings else "lm_head"
+        kept += norm + self._hidden * trains(head)
+        return ChunkActivations(kept=kept, working=working, logits=self._logits(is_trained=trains(head)))
+
+    def _layer(self, layer: int, trains: Callable[[str], bool], flows: bool) -> tuple[int, bool]:
+        """Bytes that a layer keeps, and whether its output needs a gradient when its input does or does not."""
+
+        def train(*modules: str) -> bool:
+            return any(trains(f"model.layers.{layer}.{module}") for module in modules)
+
+        shape, tokens, size = self.shape, self.micro_batch.tokens, self._size
+        queries = shape.num_attention_heads * shape.kv_channels // self._tensor_size
+        keys = shape.num_query_groups * shape.kv_channels // self._tensor_size
+        kept, flows = self._norm(train("input_layernorm"), flows)
+        kept += self._hidden * train(*ATTENTION_IN)
+        flows |= train(*ATTENTION_IN)
+        out = size * tokens * queries
+        if flows:
+            kept += size * tokens * (queries + 2 * keys)
+            if not self._attention_is_recomputed:
+                kept += out + self._log_sums
+        if train(ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
+            kept += out  # elsewhere the attention keeps it already
+        flows |= train(ATTENTION_OUT)
+        norm, flows = self._norm(train("post_attention_layernorm"), flows)
+        kept += norm + self._hidden * train(*MLP_IN)
+        flows |= train(*MLP_IN)
+        ffn = size * tokens * shape.ffn_hidden_size // self._tensor_size
+        kept += ffn * (SWIGLU_TENSORS * flows + train(MLP_OUT))
+        return kept, flows or train(MLP_OUT)
+
+    def _norm(self, is_trained: bool, flows: bool) -> tuple[int, bool]:
+        """Bytes that a norm keeps, and whether its output needs a gradient."""
+        elements = self._hidden // self._size
+        input_bytes = self._size if self.on_cuda else FP32_BYTES
+        kept = (input_bytes * elements + FP32_BYTES * elements // self.shape.hidden_size) * flows
+        return kept + self._hidden * is_trained, flows or is_trained
+
+    def _logits(self, *, is_trained: bool) -> int:
+        """With the gradients that the head's backward pass gives to autograd: of its input, and of its weight, whose
+        real one is in the gradient buffer."""
+        rows = padded_vocab_size(self.shape, self._tensor_size, self.vocab_multiple) // self._tensor_size
+        tokens = tokens_of_a_chunk(self.micro_batch.tokens, rows)
+        gradients = self._size * self.shape.hidden_size * (self.micro_batch.tokens + rows * is_trained)
+        return LOGIT_BYTES["bf16" if self.bf16 else "fp32"] * tokens * rows + gradients
+
+    def _recomputed(self, layers: Sequence[int]) -> Sequence[int]:
+        """The layers of a chunk whose whole forward pass is made again."""
+        training = self.training
+        if training.recompute_granularity != "full":
+            return ()
+        return layers if training.recompute_method == "uniform" else layers[: training.recompute_num_layers]
+
+    def _unit_of_recomputation(self) -> int:
+        """Layers that are recomputed together."""
+        uniform = self.training.recompute_method == "uniform"
+        return (self.training.recompute_num_layers or 1) if uniform else 1
+
+    @property
+    def _attention_is_recomputed(self) -> bool:
+        return self.training.recompute_granularity == "selective"
+
+    @property
+    def _recomputed_attention(self) -> int:
+        """What selective recomputation has again, of one layer."""
+        queries = self.shape.num_attention_heads * self.shape.kv_channels // self._tensor_size
+        again = self._size * self.micro_batch.tokens * queries + self._log_sums
+        return again * self._attention_is_recomputed
+
+    @property
+    def _log_sums(self) -> int:
+        """The logarithms of the softmax's sums, one per head and query, in fp32."""
+        return FP32_BYTES * self.micro_batch.tokens * self.shape.num_attention_heads // self._tensor_size
+
+    @property
+    def _backward(self) -> int:
+        """Gradients in a layer's backward pass: of the feed-forward block, of its input, and of the residual."""
+        ffn = self.shape.ffn_hidden_size // self._tensor_size
+        return self._size * self.micro_batch.tokens * (BACKWARD_TENSORS * ffn + 2 * self.shape.hidden_size)
+
+    @property
+    def _hidden(self) -> int:
+        """Bytes of a hidden state as it is kept, which sequence parallelism cuts."""
+        cut = self._tensor_size if self.parallel.sequence_parallel else 1
+        return self._size * self.micro_batch.tokens * self.shape.hidden_size // cut
+
+    @property
+    def _size(self) -> int:
+        """Bytes of an element of the model's data type."""
+        return 2 if self.bf16 else FP32_BYTES
+
+    @property
+    def _tensor_size(self) -> int:
+        return self.parallel.tensor_model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank. The device's own needs (CUDA's context, the allocator's gaps, NCCL's buffers) aren't in it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What all micro-batches in flight keep, and what a layer's backward pass needs beyond the room of the logits."""
+    logits: int
+
+    @property
+    def before_activations(self) -> int:
+        """What is there whatever the batch is."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.before_activations + self.activations + self.logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryModel:
+    """A model on a layout, and the batch that a rank works on. Valid options assumed."""
+
+    costs: CostModel
+    training: TrainingConfig
+    """Its --recompute- options are read."""
+    micro_batch: MicroBatch
+    on_cuda: bool = True
+    """Whether the rank's device is a GPU; on a CPU norms keep more."""
+    micro_batches: int | None = None
+    """Of a step on one data-parallel rank; None: as many as the pipeline can have in flight."""
+
+    def stage(self, trains: Callable[[str], bool], pipeline_rank: int) -> RankMemory:
+        """The rank of a pipeline stage that holds most, when the units train for which ``trains`` is true."""
+        costs = self.costs
+        places = chunk_places(costs.shape, costs.parallel, pipeline_rank)
+        of_rank = max(costs.stage_costs(trains, pipeline_rank), key=lambda rank: rank.optimizer_bytes)
+        elements = sum(
+            local_elements(
+                name,
+                costs.shape,
+                tensor_size=costs.parallel.tensor_model_parallel_size,
+                vocab_multiple=costs.vocab_multiple,
+            )
+            for place in places
+            for name in chunk_parameters(place, costs.shape)
+        )
+        model = ActivationModel(
+            shape=costs.shape,
+            parallel=costs.parallel,
+            training=self.training,
+            bf16=costs.bf16,
+            micro_batch=self.micro_batch,
+            on_cuda=self.on_cuda,
+            vocab_multiple=costs.vocab_multiple,
+        )
+        chunks = [model.of_chunk(place, trains) for place in places]
+        logits, working = (max(getattr(chunk, name) for chunk in chunks) for name in ("logits", "working"))
+        return RankMemory(
+            weights=(BF16_BYTES if costs.bf16 else FP32_BYTES) * elements,
+            gradients=of_rank.gradient_bytes,
+            optimizer=of_rank.optimizer_bytes,
+            # The loss is over when the first layer goes backward.
+            activations=self._in_flight(chunks, pipeline_rank) + max(0, working - logits),
+            logits=logits,
+        )
+
+    def largest(self, trains: Callable[[str], bool]) -> RankMemory:
+        """The rank of the whole layout that holds most."""
+        stages = range(self.costs.parallel.pipeline_model_parallel_size)
+        return max((self.stage(trains, stage) for stage in stages), key=lambda rank: rank.total)
+
+    def _in_flight(self, chunks: list[ChunkActivations], pipeline_rank: int) -> int:
+        """Bytes of the passes that have gone forward and not yet backward, by megatron-core's schedules."""
+        parallel, stages = self.costs.parallel, self.costs.parallel.pipeline_model_parallel_size
+        of_all = sum(chunk.kept for chunk in chunks)
+        virtual = virtual_pipeline_size(parallel, self.costs.shape.num_layers)
+        if virtual is None:
+            passes = stages - pipeline_rank
+            return of_all * (passes if self.micro_batches is None else min(passes, self.micro_batches))
+        # The interleaved schedule warms up with this many passes over single chunks, and one more is under way.
+        passes = 2 * (stages - pipeline_rank - 1) + (virtual - 1) * stages + 1
+        if self.micro_batches is not None:
+            passes = min(passes, virtual * self.micro_batches)
+        return round(of_all / virtual * passes)
+
+
+def memory_of_run(
+    method: MethodName, config: RunConfig, shape: ModelShape, world_size: int, *, bf16: bool, on_cuda: bool
+) -> MemoryModel:
+    """The memory of a run's ranks, with sequences of --seq-length; without the reference of preferences."""
+    training, data_size = config.training, derived.data_parallel_size(config.parallel, world_size)
+    # A pair is two sequences.
+    sequences = training.micro_batch_size * (2 if method == "dpo" else 1)
+    return MemoryModel(
+        costs=CostModel(
+            shape=shape,
+            parallel=config.parallel,
+            world_size=world_size,
+            bf16=bf16,
+            vocab_multiple=config.model.make_vocab_size_divisible_by,
+        ),
+        training=training,
+        on_cuda=on_cuda,
+        micro_batch=MicroBatch(sequences=sequences, seq_length=derived.sequence_length(training, shape)),
+        # None at all is the batch's mistake, and said elsewhere.
+        micro_batches=max(1, derived.global_batch_size(config, world_size) // (training.micro_batch_size * data_size)),
+    )
+
+
+def in_bytes(count: float) -> str:
+    """``16.8 MB``: decimal units, as everywhere in this project."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} bytes"

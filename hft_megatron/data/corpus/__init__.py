@@ -1,1 +1,0 @@
-"""Pre-training data: token files of Megatron's, and the samples that megatron-core cuts them into."""

@@ -1,0 +1,190 @@
+"""Rows of JSON Lines and of JSON arrays, without a whole file in memory."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.data.files.row import BYTE_ORDER_MARK, MAX_RECORD_BYTES, DataStream, Found, Line, Row, too_long
+from hft_megatron.errors import UserError
+
+
+def find_lines(path: Path) -> Iterator[Found]:
+    """Each line that isn't blank, lines counted from 1. Raises UserError naming file and line."""
+    stream = DataStream(path)
+    try:
+        for number, raw in stream.lines():
+            if raw.strip():
+                line = Line(place=f"{path}:{number}", raw=raw)
+                yield Found(item=line, size=len(raw), position=stream.position)
+    finally:
+        stream.close()
+
+
+def value_of(line: Line) -> Any:
+    """What the JSON of a line says. Raises UserError."""
+    return _parse(text_of_line(line), line.place)
+
+
+def text_of_line(line: Line) -> str:
+    """The characters of a line. Raises UserError for one that is too long or isn't text."""
+    if len(line.raw) > MAX_RECORD_BYTES:
+        raise too_long(line.place, "line")
+    return _decode(line.raw, line.place)
+
+
+def check_text(value: Any, place: str) -> None:
+    """Refuse half of a surrogate pair: valid JSON, but no Unicode text, and tokenizers stop at it.
+
+    Only an escape (``\\ud800``) can bring one, for UTF-8 itself has none.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: the record has half of a surrogate pair (\\ud800 to \\udfff); remove it.") from error
+
+
+def _decode(raw: bytes, place: str) -> str:
+    if b"\0" in raw:
+        raise UserError(f"{place}: the line has a NUL byte; data files are text in UTF-8, and NUL is \\u0000 in JSON.")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place}: byte {error.start + 1} of the line is not UTF-8; data files are text in UTF-8."
+        ) from error
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            check_text(value, place)
+    except (ValueError, RecursionError) as error:
+        # Not the decoder's own line, which counts from this one.
+        reason = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{place}: the line is not valid JSON ({reason}); every line is one JSON object.") from error
+    return value
+
+
+CHUNK_BYTES = 2**20
+_DECODER = json.JSONDecoder()
+_SPACE = " \t\r\n"
+_LONGEST_WORD = 16
+"""Longer than any JSON word or escape: an error this far from the end of the text isn't for want of more text."""
+
+
+def find_in_array_or_lines(path: Path) -> Iterator[Found]:
+    """The records of an array, or, where the file doesn't begin with ``[``, of JSON Lines, which many call .json too.
+
+    Raises UserError naming file, line and record.
+    """
+    stream = DataStream(path)
+    try:
+        head = stream.read(CHUNK_BYTES, place=f"{path}:1").removeprefix(BYTE_ORDER_MARK)
+        if head.lstrip().startswith(b"["):
+            yield from _Array(stream, head).rows()
+            return
+    finally:
+        stream.close()
+    yield from find_lines(path)
+
+
+class _Array:
+    """The text of an array that has been read and not yet parsed."""
+
+    def __init__(self, stream: DataStream, head: bytes) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._line = 1
+        self._ended = False
+        self._text, self._position = "", 0
+        self._append(head)
+
+    def rows(self) -> Iterator[Found]:
+        self._skip_space()
+        self._position += 1  # the [ that the caller has seen
+        number = 1
+        while True:
+            mark = self._skip_space()
+            if mark == "]" and number == 1:
+                break
+            place = f"{self._place}, record {number}"
+            value, size = self._next_value(place)
+            yield Found(item=Row(place=place, value=value), size=size, position=self._stream.position)
+            mark = self._skip_space()
+            if mark not in (",", "]"):
+                found = repr(mark) if mark else "the end of the file"
+                raise UserError(f"{self._place}: after record {number} comes {found} instead of a comma or a ].")
+            if mark == "]":
+                break
+            self._position += 1
+            number += 1
+        self._position += 1
+        rest = self._skip_space()
+        if rest:
+            raise UserError(f"{self._place}: {rest!r} follows the end of the array; a .json file holds one array.")
+
+    def _next_value(self, place: str) -> tuple[Any, int]:
+        """The next record and the number of its characters."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._position)
+            except (ValueError, RecursionError) as error:
+                if self._ended or _is_definite(error, len(self._text)):
+                    raise UserError(f"{place}: not valid JSON ({_reason(error)}); correct the record.") from error
+                if len(self._text) - self._position > MAX_RECORD_BYTES:
+                    raise too_long(place, "record") from error
+                # Twice as much each time: a long record is tried a few times only.
+                self._read(max(CHUNK_BYTES, len(self._text) - self._position))
+                continue
+            if end - self._position > MAX_RECORD_BYTES:
+                raise too_long(place, "record")
+            if self._text.find("\\u", self._position, end) >= 0:
+                check_text(value, place)
+            size = end - self._position
+            self._advance(end)
+            return value, size
+
+    def _skip_space(self) -> str:
+        """Go to the next character that isn't white space, and return it; empty at the end."""
+        while True:
+            end = self._position
+            while end < len(self._text) and self._text[end] in _SPACE:
+                end += 1
+            self._advance(end)
+            if end < len(self._text) or self._ended:
+                return self._text[end : end + 1]
+            self._read(CHUNK_BYTES)
+
+    def _advance(self, end: int) -> None:
+        self._line += self._text.count("\n", self._position, end)
+        self._position = end
+
+    def _read(self, size: int) -> None:
+        self._append(self._stream.read(size, place=self._place))
+
+    def _append(self, data: bytes) -> None:
+        try:
+            more = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._place}: what follows is not UTF-8; data files are text in UTF-8.") from error
+        self._ended = not data
+        self._text, self._position = self._text[self._position :] + more, 0
+
+    @property
+    def _place(self) -> str:
+        return f"{self._stream.path}:{self._line}"
+
+
+def _is_definite(error: Exception, length: int) -> bool:
+    """Whether more text can't make a value of what isn't one."""
+    if not isinstance(error, json.JSONDecodeError):
+        return True
+    return not error.msg.startswith("Unterminated string") and error.pos + _LONGEST_WORD < length
+
+
+def _reason(error: Exception) -> str:
+    """Without the decoder's line and column, which count from the part of the file that is in memory."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

@@ -1,0 +1,56 @@
+"""The trainer as a library: a run's options as arguments, and hooks of the user's around its steps."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from hft_megatron.config.loading import options_of
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import MethodName, RunConfig
+from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.errors import PeersLost, UserError
+from hft_megatron.library.plans import in_arguments
+from hft_megatron.methods.registry import METHODS
+from hft_megatron.parallel import launch
+from hft_megatron.trainer.assembly import run_training
+from hft_megatron.trainer.loop import Hook
+
+
+class Trainer:
+    """One run of a method: ``Trainer("sft", load_hf=..., train_data_path=..., hooks=[...]).train()``.
+
+    Every option of the command line is an argument by its name with underscores, and means the same. torchrun starts
+    the program that makes it on more than one rank. ``hooks`` are objects of classes that extend
+    ``hft_megatron.Hook``: they run on every rank, before checkpoints are written.
+    """
+
+    def __init__(self, method: MethodName = "sft", *, hooks: Sequence[Hook] = (), **options: Any) -> None:
+        """Raises ValueError, before a model is built, for arguments that are none or don't go together."""
+        if method not in get_args(MethodName):
+            raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, get_args(MethodName)))}.")
+        try:
+            self.config = options_of(RunConfig, options)
+            """All options of the run with their values."""
+            self._shape, self._ranks = shape_of(self.config.model), launch.world_size()
+            before_tokenizer = self._shape or ModelShape.from_model_config(self.config.model, vocab_size=1)
+            validate(self.config, before_tokenizer, self._ranks, method)
+        except UserError as error:
+            raise ValueError(in_arguments(str(error))) from None
+        self._method, self._hooks = METHODS[method], tuple(hooks)
+
+    def train(self) -> None:
+        """Trains to the end, from where ``load`` stands, and saves and exports what the options ask for.
+
+        Raises ValueError for a mistake in the data or folders, and ``hft_megatron.errors.Stopped`` where a signal or a
+        time limit ended the run. Where a host is lost, the process ends.
+        """
+        try:
+            launch.place_this_process()
+            run_training(self._method, self.config, self._shape, self._ranks, on_loss=_say_loss, hooks=self._hooks)
+        except UserError as error:
+            raise ValueError(in_arguments(str(error))) from None
+
+
+def _say_loss(loss: PeersLost) -> None:
+    if launch.local_rank() == 0 if loss.speaks is None else loss.speaks:
+        print(f"error: {loss}", file=sys.stderr, flush=True)

@@ -1,0 +1,162 @@
+"""Preference pairs as the data of a run, and their micro-batches.
+
+A sample is a pair, or under --packing several pairs one behind the other. The two halves of a pair are always in the
+same micro-batch: as two sequences of their own, or as two segments of a pack, whose room is twice the sequence length.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hft_megatron.config import derived
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.data.batches import Batches, BatchesInOrder, BatchShare, SampleBatches, ShuffledBatches, StepBatch
+from hft_megatron.data.order import SampleStream
+from hft_megatron.data.pairs import PairDataset
+from hft_megatron.data.run_data import training_pairs, validation_pairs
+from hft_megatron.data.samples import sample_stream
+from hft_megatron.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfPairs(SampleBatches):
+    """Of pairs; ``share`` counts samples, as the options do."""
+
+    dataset: PairDataset
+    first_pair: int = 0
+    """Number of the data set's first pair among all of a run, those of training and of validation."""
+
+    def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
+        """Micro-batches hold, besides what those of examples do, ``pairs`` (n,) int64, the numbers of their pairs,
+        and ``answers`` (n, 2) int64, the sequence or segment that each half is in, chosen and rejected.
+        """
+        halves = [[half for pair in sample for half in (2 * pair, 2 * pair + 1)] for sample in samples]
+        share, answers = self.share, self.dataset.answers
+        if packed:
+            answers = replace(answers, seq_length=2 * answers.seq_length)
+            rows = halves
+        else:
+            share = replace(
+                share, micro_batch_size=2 * share.micro_batch_size, global_batch_size=2 * share.global_batch_size
+            )
+            rows = [[half] for sample in halves for half in sample]
+        batches = Batches(dataset=answers, pad_id=self.pad_id, share=share)
+        batch = batches.assemble(rows, packed=packed)
+        for start, micro_batch in zip(self.share.micro_batch_starts(), batch.micro_batches, strict=True):
+            mine = samples[start : start + self.share.micro_batch_size]
+            micro_batch["pairs"] = self.first_pair + torch.tensor(
+                [pair for sample in mine for pair in sample], dtype=torch.int64
+            )
+            micro_batch["answers"] = self._answers(mine, micro_batch if packed else None)
+        return batch
+
+    def _answers(self, samples: Sequence[Sequence[int]], packed: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        pairs = sum(len(sample) for sample in samples)
+        if packed is None:
+            return torch.arange(2 * pairs).view(pairs, 2)
+        # Each row ends in a segment of padding unless its pairs fill it.
+        capacity = packed["tokens"].numel() // self.share.micro_batch_size
+        segment = 0
+        numbers: list[int] = []
+        for sample in samples:
+            numbers += range(segment, segment + 2 * len(sample))
+            filled = sum(self.dataset.num_positions(pair) for pair in sample)
+            segment += 2 * len(sample) + (filled < capacity)
+        return torch.tensor(numbers, dtype=torch.int64).view(pairs, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatches(_OfPairs, ShuffledBatches):
+    """Pairs, or packs of them, for training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairValidation(_OfPairs, BatchesInOrder):
+    """Pairs for validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceData:
+    """The ``RunData`` of --train-data-path and --valid-data-path where they hold pairs.
+
+    Pairs have numbers: those of training come first, and those of validation behind them.
+    """
+
+    train: PairDataset
+    valid: PairDataset | None
+    samples: SampleStream
+    """The training pairs, or packs of them, in their order."""
+    order_digest: None = None
+    packed: bool
+    eval_iters: int | None
+    pad_id: int
+
+    @property
+    def digest(self) -> str:
+        return self.train.digest
+
+    @property
+    def uses_chat_template(self) -> bool:
+        return self.train.uses_chat_template
+
+    def describe(self) -> list[str]:
+        return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
+
+    def training(self, share: BatchShare) -> PairBatches:
+        return PairBatches(dataset=self.train, pad_id=self.pad_id, share=share, order=self.samples, packed=self.packed)
+
+    def validation(self, share: BatchShare) -> PairValidation | None:
+        if self.valid is None:
+            return None
+        return PairValidation(
+            dataset=self.valid,
+            pad_id=self.pad_id,
+            share=share,
+            first_pair=len(self.train),
+            limit=self.eval_iters,
+        )
+
+    def passes(self, share: BatchShare) -> Iterator[tuple[PairDataset, Iterator[StepBatch]]]:
+        """Each data set with batches of all its pairs, which count from 0 in each."""
+        yield self.train, self._training_pass(self.training(share))
+        if self.valid is not None:
+            batches = PairValidation(dataset=self.valid, pad_id=self.pad_id, share=share)
+            yield self.valid, batches.steps(iteration=0)
+
+    def _training_pass(self, batches: PairBatches) -> Iterator[StepBatch]:
+        """The first epoch's own steps, so that numbers come out of the shapes that training has, then what a mixture
+        leaves out of an epoch."""
+        size = batches.share.global_batch_size
+        left = np.ones(len(self.train), dtype=np.bool_)
+        for consumed in range(0, self.samples.epoch_starts(1)[1], size):
+            for position in range(consumed, consumed + size):
+                left[list(self.samples.sample(position))] = False
+            yield batches.step(consumed)
+        rest = np.flatnonzero(left)
+        for start in range(0, len(rest), size):
+            yield batches.assemble([(int(pair),) for pair in rest[start : start + size]], packed=False)
+
+
+def read_preference_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> PreferenceData:
+    """Reads and tokenizes all sources. Raises UserError for a source without files and for a mistake in them."""
+    seq_length = derived.sequence_length(config.training, shape)
+    train = training_pairs(config.data, tokenizer, seq_length, config.dpo.dpo_bad_pairs)
+    assert train is not None, "validate() refuses a run without data"
+    return PreferenceData(
+        train=train,
+        valid=validation_pairs(config.data, tokenizer, seq_length, config.dpo.dpo_bad_pairs),
+        samples=_samples(config, train),
+        packed=config.data.packing,
+        eval_iters=config.logging.eval_iters,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def _samples(config: RunConfig, dataset: PairDataset) -> SampleStream:
+    halves = dataset.answers.lengths.astype(np.int64) - 1
+    # A pack has the room of a pair's two sequences, so that every pair fits.
+    room = 2 * dataset.seq_length
+    return sample_stream(dataset.order(config.training.seed), halves.reshape(-1, 2).sum(axis=1), room, config.data)

@@ -1,0 +1,172 @@
+"""The contents of a plan's report: its rounds, what every rank holds and sends, and with --memory whether that fits."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.costs.memory_fit import Verdict, verdict
+from hft_megatron.costs.rank_costs import CostModel, RankCosts
+from hft_megatron.costs.rank_memory import MemoryModel, RankMemory
+from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
+from hft_megatron.model.parameter_names import chunk_places
+
+StageCosts = tuple[tuple[RankCosts, ...], ...]
+"""By pipeline stage, then by data-parallel rank; tensor-parallel ranks are alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """Plans of one model on one layout."""
+
+    plans: tuple[Plan, ...]
+    model: CostModel
+    by_round: tuple[StageCosts, ...]
+    full: StageCosts
+    """Of full fine-tuning on the same layout."""
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.model.shape
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.model.parallel
+
+    def total(self, costs: StageCosts) -> RankCosts:
+        """Sum over all ranks, tensor-parallel ones included."""
+        nothing = RankCosts(
+            trainable_parameters=0, gradient_bytes=0, optimizer_bytes=0, reduce_scatter_bytes=0, all_gather_bytes=0
+        )
+        replicas = self.parallel.tensor_model_parallel_size
+        return sum((rank for stage in costs for rank in stage for _ in range(replicas)), start=nothing)
+
+    def stage_of_layers(self) -> dict[int, int]:
+        """Pipeline stage by layer."""
+        return {
+            layer: stage
+            for stage in range(self.parallel.pipeline_model_parallel_size)
+            for place in chunk_places(self.shape, self.parallel, stage)
+            for layer in range(place.first_layer, place.first_layer + place.layers)
+        }
+
+
+def make_report(plans: Sequence[Plan], model: CostModel) -> PlanReport:
+    """Works out the costs of every plan and of full fine-tuning; ``plans`` must fit the model."""
+
+    def all_stages(trains: Callable[[str], bool]) -> StageCosts:
+        stages = range(model.parallel.pipeline_model_parallel_size)
+        return tuple(model.stage_costs(trains, stage) for stage in stages)
+
+    return PlanReport(
+        plans=tuple(plans),
+        model=model,
+        by_round=tuple(all_stages(plan.trains) for plan in plans),
+        full=all_stages(lambda unit: True),
+    )
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(G|Gi|M|Mi)B", re.IGNORECASE)
+_UNITS = {"g": 10**9, "gi": 2**30, "m": 10**6, "mi": 2**20}
+_ROWS = ("weights", "gradients", "optimizer", "before_activations", "activations", "logits", "total")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """What ``--memory`` adds to a plan."""
+
+    device_bytes: int
+    model: MemoryModel
+    plan: Verdict
+    """Of the round that holds most."""
+    full: Verdict
+    bf16_here: bool
+    """Whether a run on this machine chooses bf16 where --bf16 isn't given."""
+
+
+def memory_size(text: str) -> int:
+    """Bytes of ``80GB`` (decimal) or ``80GiB``; UserError for anything else, and for nothing."""
+    match = _SIZE.fullmatch(text.strip())
+    size = round(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    if size == 0:
+        raise UserError(f"--memory {text}: must be a size such as 80GB (80 x 10^9 bytes) or 80GiB.")
+    return size
+
+
+def memory_report(model: MemoryModel, plans: Sequence[Plan], device_bytes: int, *, bf16_here: bool) -> MemoryReport:
+    """Judges the plans, and full fine-tuning beside them."""
+    largest = max(plans, key=lambda plan: model.largest(plan.trains).total)
+    return MemoryReport(
+        device_bytes=device_bytes,
+        model=model,
+        plan=verdict(model, largest.trains, device_bytes),
+        full=verdict(model, lambda unit: True, device_bytes),
+        bf16_here=bf16_here,
+    )
+
+
+def memory_text(report: MemoryReport) -> Iterator[str]:
+    """The lines of the report."""
+    batch, recompute = report.model.micro_batch, report.model.training.recompute_granularity or "no"
+    yield (
+        f"memory of the rank that holds most, micro-batches of {batch.sequences} x {batch.seq_length:,} tokens, "
+        f"{recompute} recomputation; CUDA's own 1 GB or so comes on top:"
+    )
+    yield f"  {'':<20}{'the plan':>12}{'full':>12}"
+    for name in _ROWS:
+        sizes = (getattr(one.memory, name) for one in (report.plan, report.full))
+        yield f"  {name.replace('_', ' '):<20}" + "".join(f"{_gigabytes(size):>12}" for size in sizes)
+    for name, one in (("the plan", report.plan), ("full fine-tuning", report.full)):
+        yield from _verdict_lines(name, one, report.device_bytes)
+    given, chosen = (("bf16" if bf16 else "fp32") for bf16 in (report.model.costs.bf16, report.bf16_here))
+    yield f"weights are counted in {given}; without --bf16 or --no-bf16 a run on this machine chooses {chosen}"
+
+
+def _verdict_lines(name: str, judged: Verdict, room: int) -> Iterator[str]:
+    total = judged.memory.total
+    if judged.fits:
+        yield f"{name} fits into {_gigabytes(room)}, with {_gigabytes(room - total)} to spare"
+    else:
+        yield f"{name} does not fit into {_gigabytes(room)}: {_gigabytes(total - room)} too much"
+        if not judged.options:
+            yield "  on this layout neither recomputation nor a smaller micro-batch makes it fit"
+    for proposal in judged.options:
+        yield f"  it fits with {proposal.words} ({_gigabytes(proposal.total)})"
+    if not judged.layouts:
+        yield "  with these options it fits on no layout"
+    for proposal in judged.layouts:
+        yield f"  a smallest layout: {proposal.words} ({_gigabytes(proposal.total)})"
+
+
+def memory_record(report: MemoryReport) -> dict[str, Any]:
+    """As JSON has it, in bytes."""
+    batch = report.model.micro_batch
+    return {
+        "device_bytes": report.device_bytes,
+        "micro_batch_size": batch.sequences,
+        "seq_length": batch.seq_length,
+        "bf16_here": report.bf16_here,
+        "plan": _judged(report.plan),
+        "full": _judged(report.full),
+    }
+
+
+def _judged(judged: Verdict) -> dict[str, Any]:
+    return {
+        "fits": judged.fits,
+        **{name: _bytes_of(judged.memory, name) for name in _ROWS},
+        "options": [asdict(proposal) for proposal in judged.options],
+        "smallest_layouts": [asdict(proposal) for proposal in judged.layouts],
+    }
+
+
+def _bytes_of(memory: RankMemory, name: str) -> int:
+    size: int = getattr(memory, name)
+    return size
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 10**8 else f"{count / 1e6:,.1f} MB"

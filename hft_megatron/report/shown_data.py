@@ -1,0 +1,101 @@
+"""Examples token by token, as text and as a page."""
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+from hft_megatron.data.shown_examples import ShownExample, ShownSource, VisibleToken
+
+MARKS = ("{+", "+}")
+"""Around what is trained, where there are no colours."""
+TRAINED_SHADES = ("\x1b[30;48;5;114m", "\x1b[30;48;5;157m")
+RESTING_SHADES = ("\x1b[38;5;250;48;5;236m", "\x1b[38;5;250;48;5;239m")
+"""Two of each in turn, so that neighbouring tokens are told apart."""
+RESET = "\x1b[0m"
+
+
+def data_text(sources: Sequence[ShownSource], notes: Sequence[str] = (), *, colours: bool) -> str:
+    """Notes about the tokenizer, counts and examples. A line end within an example is also shown as ↵."""
+    legend = f"{TRAINED_SHADES[0]}trained{RESET} {RESTING_SHADES[0]}not trained{RESET}"
+    lines = [legend if colours else f"{MARKS[0]}trained{MARKS[1]}"]
+    lines += [line for note in notes for line in ("", note)]
+    for source in sources:
+        lines += ["", *source.account]
+        for example in source.examples:
+            lines += ["", example.title, "".join(_coloured(example.tokens) if colours else _marked(example.tokens))]
+    return "\n".join(lines)
+
+
+def _coloured(tokens: Sequence[VisibleToken]) -> Iterator[str]:
+    for number, token in enumerate(tokens):
+        shade = (TRAINED_SHADES if token.trained else RESTING_SHADES)[number % 2]
+        # A colour that is on at a line end would fill the rest of the line.
+        yield "\n".join(f"{shade}{line}{RESET}" if line else "" for line in with_line_ends(token.text).split("\n"))
+
+
+def _marked(tokens: Sequence[VisibleToken]) -> Iterator[str]:
+    for trained, run in groupby(tokens, key=lambda token: token.trained):
+        text = with_line_ends("".join(token.text for token in run))
+        yield f"{MARKS[0]}{text}{MARKS[1]}" if trained else text
+
+
+def with_line_ends(text: str) -> str:
+    """The text with its line ends visible."""
+    return text.replace("\n", "↵\n")
+
+
+FIRST_LINE = "<!doctype html><!-- hft-megatron show-data -->"
+"""How a page of ours is known again, so that only such a one is written over."""
+STYLE = """\
+body { font-family: sans-serif; margin: 2em; max-width: 60em; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; border: 1px solid #ccc; padding: 0.6em; }
+span { unicode-bidi: isolate; padding: 0 1px; background: #eee; color: #333; }
+span:nth-child(even) { background: #ddd; }
+.t { background: #9be29b; color: #000; }
+.t:nth-child(even) { background: #c4f0c4; }
+.s { font-weight: bold; }
+"""
+
+
+def is_data_page(path: Path) -> bool:
+    """Whether ``path`` may be written: it holds nothing, or a page of this command."""
+    try:
+        with path.open("rb") as file:
+            return file.readline().rstrip() in (b"", FIRST_LINE.encode())
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def data_page(sources: Sequence[ShownSource], notes: Sequence[str] = ()) -> str:
+    """The page, with notes about the tokenizer first. Pointing at a token shows its id."""
+    return "\n".join([*_lines(sources, notes), ""])
+
+
+def _lines(sources: Sequence[ShownSource], notes: Sequence[str]) -> Iterator[str]:
+    yield FIRST_LINE
+    yield '<html lang="en"><head><meta charset="utf-8"><title>What is trained</title>'
+    yield f"<style>\n{STYLE}</style></head><body>"
+    yield '<p><span class="t">trained</span> <span>not trained</span> <span class="s">special token</span></p>'
+    yield from (f"<p>{escape(note)}</p>" for note in notes)
+    for source in sources:
+        title, *lines = source.account
+        yield f"<h2>{escape(title)}</h2>"
+        yield from (f"<p>{escape(line)}</p>" for line in lines)
+        for example in source.examples:
+            yield from _example(example)
+    yield "</body></html>"
+
+
+def _example(example: ShownExample) -> Iterator[str]:
+    yield f"<h3>{escape(example.title)}</h3>"
+    yield f"<pre>{''.join(map(_token, example.tokens))}</pre>"
+
+
+def _token(token: VisibleToken) -> str:
+    names = " ".join(name for name, holds in (("t", token.trained), ("s", token.special)) if holds)
+    kind = f' class="{names}"' if names else ""
+    ids = " ".join(map(str, token.ids))
+    return f'<span{kind} title="{ids}">{escape(with_line_ends(token.text))}</span>'

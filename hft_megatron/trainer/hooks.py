@@ -1,0 +1,260 @@
+"""What happens around steps: log lines and validation here, and the list of all hooks of a run."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from statistics import mean, median
+
+import torch
+import torch.distributed as dist
+
+from hft_megatron.checkpoint.writer import CheckpointWriter
+from hft_megatron.config.derived import train_iters
+from hft_megatron.config.run_folder import same_folder
+from hft_megatron.costs.flops import StepFlops
+from hft_megatron.parallel import step_clock
+from hft_megatron.parallel.groups import host_name
+from hft_megatron.tracking import tracker as names
+from hft_megatron.trainer.bill import Bill, TimeLeft, Work, flops_of, peak_memory, rates, work_of
+from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.run import Run
+from hft_megatron.trainer.saving import Base, Exporter, ExportModels, SaveCheckpoints, Signals, StopEarly, exports_of
+from hft_megatron.trainer.step import StepResult, validate
+from hft_megatron.trainer.weight_checks import AuditRounds, CheckReplicas
+
+WINDOW = 100
+"""Finished iterations that a loss is compared with; a run that is resumed begins to gather them anew."""
+FEWEST = 20
+"""With fewer nothing is judged: losses fall fast at the start, and a median of a few says little."""
+SIGMAS_PER_DEVIATION = 1.4826
+"""Of a normal distribution the standard deviation over the median absolute deviation (Hampel 1974)."""
+
+
+@dataclass
+class LossSpikes:
+    """Tells spikes by the robust z-score, |loss - median| / (1.4826 x median absolute deviation)."""
+
+    threshold: float | None
+    """Smallest score of a spike; None finds none."""
+    _recent: "deque[float]" = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def score(self, loss: float) -> float | None:
+        """The z-score of an iteration's loss where it is a spike, else None; from then on it is one of the window's.
+
+        None too where the window has no spread, and for a loss that is no number, which the window is spared.
+        """
+        if self.threshold is None or not isfinite(loss):
+            return None
+        before = tuple(self._recent)
+        self._recent.append(loss)
+        if len(before) < FEWEST:
+            return None
+        middle = median(before)
+        spread = SIGMAS_PER_DEVIATION * median(abs(one - middle) for one in before)
+        score = abs(loss - middle) / spread if spread > 0 else 0.0
+        return score if score > self.threshold else None
+
+
+NAMED_FROM = 1.3
+"""Times the median of all ranks from which the slowest one is named."""
+
+
+@dataclass
+class ComputeTimes:
+    """Adds up this rank's compute times from one record to the next."""
+
+    _milliseconds: float = 0.0
+    _steps: int = 0
+    _places: list[str] = field(default_factory=list)
+
+    def add(self, result: StepResult) -> None:
+        """A step is done."""
+        self._milliseconds += result.times.compute
+        self._steps += 1
+
+    def take(self, run: Run) -> dict[str, float | str]:
+        """Median and worst of all ranks per step, and who is the slowest, by their names in the log, since the last
+        call; nothing of a run of one rank. Collective: 8 bytes of every rank."""
+        placement = run.placement
+        mean, self._milliseconds, self._steps = self._milliseconds / self._steps, 0.0, 0
+        if placement.world_size == 1:
+            return {}
+        if not self._places:
+            self._places = [""] * placement.world_size
+            mine = f"rank {placement.rank} on {host_name()} ({placement.coordinates})"
+            dist.all_gather_object(self._places, mine)
+        times = torch.zeros(placement.world_size, dtype=torch.float64, device=placement.device)
+        times[placement.rank] = mean
+        dist.all_reduce(times)
+        return in_words(times.tolist(), self._places)
+
+
+def in_words(times: list[float], places: list[str]) -> dict[str, float | str]:
+    """Milliseconds of every rank, and where each is -> what the log has."""
+    middle, worst = median(times), max(times)
+    found: dict[str, float | str] = {names.COMPUTE_TIME_MEDIAN: middle, names.COMPUTE_TIME_WORST: worst}
+    if worst >= NAMED_FROM * middle > 0:
+        found[names.SLOWEST_RANK] = f"{places[times.index(worst)]}, {worst / middle:.2f} x the median compute time"
+    return found
+
+
+SECTION_METRICS = {
+    step_clock.FORWARD: names.FORWARD_TIME,
+    step_clock.BACKWARD: names.BACKWARD_TIME,
+    step_clock.REDUCE_SCATTER_WAIT: names.REDUCE_SCATTER_WAIT,
+    step_clock.ALL_GATHER_WAIT: names.ALL_GATHER_WAIT,
+    step_clock.OPTIMIZER: names.OPTIMIZER_TIME,
+}
+
+
+@dataclass
+class LogSteps(Hook):
+    """Records one line every --log-interval steps.
+
+    What the objective measures, times, rates and bytes sent are means over those steps, as in Megatron; times, bytes
+    and sizes are the last rank's. Steps that were left out have their times and bytes, and no loss or norm. The record
+    of a spike of the loss comes at once.
+    """
+
+    interval: int
+    spikes: LossSpikes
+    counts_skipped: bool
+    _pending: list[StepResult] = field(default_factory=list)
+    _work: list[Work] = field(default_factory=list)
+    _compute: ComputeTimes = field(default_factory=ComputeTimes)
+    _time_left: TimeLeft = field(default_factory=TimeLeft)
+    _flops: StepFlops = field(init=False)
+    _switch_ms: float | None = None
+
+    def at_round_start(self, run: Run) -> None:
+        self._switch_ms = run.switch_ms
+        self._flops = flops_of(run)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        self._pending.append(result)
+        self._work.append(work_of(result, self._flops))
+        self._time_left.add(result)
+        self._compute.add(result)
+        last = run.state.iteration == train_iters(run.config.training)
+        # On all ranks: the record of a spike, which the last stage alone sees, is no place for a collective.
+        compute = self._compute.take(run) if run.state.iteration % self.interval == 0 or last else {}
+        spike = None if result.loss is None else self.spikes.score(result.loss)
+        if run.state.iteration % self.interval == 0 or last or spike is not None:
+            record = {**self._record(run), **compute}
+            run.log(record if spike is None else {**record, names.LOSS_SPIKE: spike})
+            self._pending.clear()
+            self._work.clear()
+
+    def _record(self, run: Run) -> dict[str, float | int | str]:
+        steps, updates = self._pending, [step for step in self._pending if step.updated]
+        plan, shards = run.wrapped.plan, run.wrapped.shards
+        record: dict[str, float | int | str] = {
+            names.CONSUMED_SAMPLES: run.state.consumed_samples,
+            names.ITERATION_TIME: mean(step.times.total for step in steps),
+            names.LEARNING_RATE: run.learning_rate.last,
+            names.GLOBAL_BATCH_SIZE: run.batches.share.global_batch_size,
+            names.ROUND: run.state.round,
+            names.TRAINABLE_PARAMETERS: plan.trainable_parameters,
+            names.FROZEN_PARAMETERS: plan.frozen_parameters,
+            names.PLAN_DIGEST: plan.short_digest,
+            names.REDUCE_SCATTER_BYTES: mean(step.reduce_scatter_bytes for step in steps),
+            names.ALL_GATHER_BYTES: mean(step.all_gather_bytes for step in steps),
+            names.GRADIENT_BYTES: shards.gradient_bytes,
+            names.MASTER_BYTES: shards.master_bytes,
+            names.MOMENT_BYTES: shards.moment_bytes,
+            names.OPTIMIZER_BYTES: shards.master_bytes + shards.moment_bytes,
+            names.TIME_LEFT: self._time_left.seconds(run),
+            **rates(self._work, run.placement.world_size),
+            **peak_memory(),
+        }
+        for section, name in SECTION_METRICS.items():
+            record[name] = mean(step.times.sections[section] for step in steps)
+        if run.reference is not None:
+            record[names.REFERENCE_BYTES] = run.reference.held_bytes
+        if self.counts_skipped:
+            record[names.SKIPPED_ITERATIONS] = len(steps) - len(updates)
+        if updates:
+            record[names.GRAD_NORM] = updates[-1].grad_norm
+            for name in updates[-1].measured:
+                record[name] = mean(step.measured[name] for step in updates)
+        if self._switch_ms is not None:
+            record[names.ROUND_SWITCH_TIME], self._switch_ms = self._switch_ms, None
+        return record
+
+
+@dataclass
+class Validate(Hook):
+    """Records the validation loss every --eval-interval steps and at the end."""
+
+    interval: int | None
+    _last: int = -1
+    _measured: dict[str, float] = field(default_factory=dict)
+
+    def measured_after_step(self, run: Run) -> dict[str, float]:
+        """By name what was measured after this step, on every rank; empty where nothing was. Collective."""
+        if self._last != run.state.iteration:
+            return {}
+        measured = [self._measured]
+        # The last rank is of the last pipeline stage, where losses are.
+        dist.broadcast_object_list(measured, src=run.placement.world_size - 1)
+        return measured[0]
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if self.interval is not None and run.state.iteration % self.interval == 0:
+            self._validate(run)
+
+    def at_end(self, run: Run) -> None:
+        if self._last != run.state.iteration:
+            self._validate(run)
+
+    def _validate(self, run: Run) -> None:
+        self._measured = validate(run)
+        if self._measured:
+            run.log({name + names.OF_VALIDATION: value for name, value in self._measured.items()})
+        self._last = run.state.iteration
+
+
+def build_hooks(
+    run: Run,
+    *,
+    own: Sequence[Hook] = (),
+    loaded_iteration: int | None,
+    base: Base | None,
+    exporter: Exporter,
+    signals: Signals,
+    of_a_stage: bool = False,
+) -> Sequence[Hook]:
+    """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save.
+
+    ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with;
+    ``exporter`` writes under --save-hf-interval. ``of_a_stage``, the run ends with a line instead of its whole bill.
+    """
+    config = run.config
+    spikes = LossSpikes(config.logging.loss_spike_threshold)
+    log = LogSteps(config.logging.log_interval, spikes, counts_skipped=config.training.skip_nonfinite_steps > 0)
+    hooks: list[Hook] = [log]
+    if isinstance(run.reference, Hook):
+        hooks.append(run.reference)
+    audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None
+    if audit is not None:
+        hooks.append(audit)
+    hooks.append(CheckReplicas(config.training.check_replicas_interval))
+    measured = None
+    if run.validation is not None:
+        validation = Validate(config.logging.eval_interval)
+        measured = validation.measured_after_step
+        hooks.append(validation)
+    hooks += own
+    folder, interval = exports_of(config.checkpoint), config.checkpoint.save_hf_interval
+    if folder is not None and interval is not None:
+        hooks.append(ExportModels(exporter, folder, interval, measured, audit))
+    saver = None
+    if config.checkpoint.save is not None:
+        already = loaded_iteration if same_folder(config.checkpoint.save, config.checkpoint.load) else None
+        writer = CheckpointWriter(config.checkpoint, run.placement)
+        saver = SaveCheckpoints(config.checkpoint, writer, last=already, base=base, audit=audit)
+        hooks.append(saver)
+    hooks.append(Bill(config.checkpoint.save, of_a_stage=of_a_stage))
+    hooks.append(StopEarly(saver, config.training.exit_duration_in_mins, signals))
+    return hooks

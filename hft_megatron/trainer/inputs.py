@@ -1,0 +1,374 @@
+"""What a run starts from: tokenizer, data, checkpoint and scores, the same on every rank."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config import derived
+from hft_megatron.config.dpo_rules import note_unused_cache
+from hft_megatron.config.input_rules import nothing_is_overwritten
+from hft_megatron.config.loading import read_resolved
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE
+from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, differences, run_identity
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import check_weights
+from hft_megatron.conversion.weight_files import notes_on_folder
+from hft_megatron.data.samples import describe_samples, with_iterations
+from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
+from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
+from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
+from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
+from hft_megatron.hft.rounds import RoundSchedule
+from hft_megatron.hft.spectrum import spectrum_scores
+from hft_megatron.hft.units import MATRIX_CATEGORIES, units_of
+from hft_megatron.parallel.groups import Placement, host_name
+from hft_megatron.tracking.trackers import check_tracking_packages
+from hft_megatron.trainer.method import Method, RunData
+from hft_megatron.trainer.rounds import Rounds, round_schedule, rounds_of_run
+
+_ROUNDS_DRAWN_AHEAD = 100
+"""Enough for a full cycle of HiFT's groups in every LLaMA; at 70B they take less than a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What was read, the same on every rank."""
+
+    method: Method
+    config: RunConfig
+    """Resolved, except that ``bf16`` may still be unset: the machine decides it."""
+    shape: ModelShape
+    tokenizer: Tokenizer | None
+    """None only where a model without tokenizer files is converted."""
+    data: RunData | None
+    """None where nothing is trained."""
+    epochs: int | None
+    """Those of --train-epochs; ``config`` has the iterations that they are."""
+    identity: RunIdentity
+    found: Checkpoints | None
+    """What the --load folder holds."""
+    finetune_has_begun: bool
+    """Whether --finetune was given and --save holds a checkpoint already, which the run goes on from."""
+    checkpoint: Path | None
+    """The newest one there, that the run goes on from, or takes its first weights from."""
+    plans: tuple[Plan, ...] = ()
+    """Of --hft-plan, one per round; empty where plans are drawn."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from its checkpoint; with --finetune it only takes its first weights from one."""
+        return self.checkpoint is not None and not self.config.checkpoint.finetune
+
+    @property
+    def position(self) -> TrainState:
+        """Where the run goes on."""
+        if self.checkpoint is not None and self.resumes:
+            return TrainState.read(self.checkpoint)
+        return TrainState(round=self.config.hft.hft_first_round or 0)
+
+    def round_schedule(self, world_size: int) -> RoundSchedule:
+        """When each round of this run begins."""
+        return round_schedule(self.config, world_size, None if self.data is None else self.data.samples)
+
+    def rounds(self, world_size: int, scores: Mapping[str, float] | None = None) -> Rounds:
+        """The rounds of this run; ``scores`` are those of --hft-selection spectrum."""
+        return rounds_of_run(
+            self.config,
+            self.shape,
+            world_size,
+            samples=None if self.data is None else self.data.samples,
+            loaded=self.plans,
+            scores=scores,
+        )
+
+    def describe(self) -> list[str]:
+        """Lines for the log: what is trained on, and where from."""
+        folders = (self.config.model.load_hf, self.config.dpo.dpo_reference_model)
+        lines = [note for folder in folders if folder is not None for note in notes_on_folder(folder)]
+        lines += [] if self.tokenizer is None else self.tokenizer.facts.notes
+        if self.method.name == "dpo":
+            lines += note_unused_cache(self.config.dpo)
+        if self.data is not None:
+            lines += self.data.describe()
+            if self.data.samples is not None:
+                lines += describe_samples(self.data.samples, self.epochs, derived.train_iters(self.config.training))
+        if self.finetune_has_begun:
+            lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
+        if self.found is not None:
+            lines += self.found.notes()
+            if self.found.newest is None and self.found.missing is None:
+                lines.append(f"--load {self.found.folder} holds no checkpoint yet: starting from the beginning")
+        return lines
+
+
+def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, world_size: int) -> Inputs:
+    """Reads tokenizer, data and the saved run. Raises UserError for a user's mistake in any of them.
+
+    ``shape`` is None when the vocabulary's size is the tokenizer's.
+    """
+    check_tracking_packages(options.logging)
+    tokenizer, shape = _read_tokenizer_and_shape(options, shape)
+    given = options.checkpoint
+    options = _going_on(options)
+    found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
+    if options.checkpoint.finetune:
+        _check_weights_are_there(options, found)
+    checkpoint = None if found is None else found.newest
+    saved = None
+    if checkpoint is not None and not options.checkpoint.finetune:
+        saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
+    config = derived.resolve(options, shape, world_size, saved)
+    validate(config, shape, world_size, method.name)
+    data = None
+    epochs = config.training.train_epochs
+    if config.training.train_iters != 0:
+        assert tokenizer is not None
+        data = method.read_data(config, tokenizer, shape, world_size)
+        if data.samples is not None:
+            config = with_iterations(config, data.samples, world_size)
+            # Epochs are iterations now, which decide whether an export of the last one is there already.
+            nothing_is_overwritten(config, shape, world_size)
+    identity = run_identity(
+        config,
+        shape,
+        world_size,
+        method=method.name,
+        data_digest=None if data is None else data.digest,
+        order_digest=None if data is None else data.order_digest,
+        tokenizer_digest=None if tokenizer is None else tokenizer.facts.identity,
+        finetuned_from=given.load if given.finetune else None,
+        uses_chat_template=data is not None and data.uses_chat_template,
+    )
+    identity = _checked_with_held_runs(config, identity)
+    if checkpoint is not None and saved is not None:
+        _check_goes_on(config, saved, checkpoint)
+    inputs = Inputs(
+        method=method,
+        config=config,
+        shape=shape,
+        tokenizer=tokenizer,
+        data=data,
+        epochs=epochs,
+        identity=identity,
+        found=found,
+        finetune_has_begun=given.finetune and not config.checkpoint.finetune,
+        checkpoint=checkpoint,
+        plans=() if config.hft.hft_plan is None else load_plans(config.hft.hft_plan, shape),
+    )
+    _check_rounds(inputs, world_size)
+    return inputs
+
+
+def _going_on(options: RunConfig) -> RunConfig:
+    """With --finetune, a run that has begun goes on: beginning it again would throw away what it has learned."""
+    checkpoint = options.checkpoint
+    if not checkpoint.finetune or checkpoint.save is None:
+        return options
+    found = find_checkpoints(checkpoint.save)
+    if found.newest is None and found.missing is None:
+        return options
+    return replace(options, checkpoint=replace(checkpoint, load=checkpoint.save, finetune=False))
+
+
+def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> None:
+    """A new run without the weights it should start from would start from others, in silence."""
+    if found is None or (found.newest is None and found.missing is None):
+        raise UserError(
+            f"--finetune takes the weights of --load {options.checkpoint.load}, which holds no complete checkpoint; "
+            f"give the --save folder of another run."
+        )
+
+
+def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: Path) -> None:
+    """A run keeps its precision and can't end before where it goes on; its export would have the name of an iteration
+    that it is not of."""
+    folder = config.checkpoint.load
+    asked, reached = derived.train_iters(config.training), iteration_of(checkpoint)
+    if 0 < asked < reached:
+        raise UserError(
+            f"--train-iters {asked} is below iteration {reached} of the checkpoint in --load {folder}; "
+            f"give at least {reached}, or another folder."
+        )
+    if config.training.bf16 != saved.training.bf16:
+        new, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
+        raise UserError(
+            f"{new} contradicts --load {folder}, which was trained with {kept}: "
+            f"its masters and moments have that precision; leave {new} out."
+        )
+
+
+def _check_rounds(inputs: Inputs, world_size: int) -> None:
+    """Draws plans, so that whatever is wrong with the method's options is found before ranks start."""
+    # Of spectrum's scores it is enough here that there are some.
+    rounds = inputs.rounds(world_size, scores=dict.fromkeys((unit.name for unit in units_of(inputs.shape)), 0.0))
+    if inputs.config.hft.hft_plan is not None:
+        check_enough_rounds(inputs.plans, rounds.schedule.rounds, inputs.config.hft.hft_plan)
+    first = rounds.schedule.first_round
+    for round in range(first, first + min(rounds.schedule.rounds, _ROUNDS_DRAWN_AHEAD)):
+        rounds.plan(round)
+
+
+def _read_tokenizer_and_shape(options: RunConfig, shape: ModelShape | None) -> tuple[Tokenizer | None, ModelShape]:
+    tokenizer = _read_tokenizer(options)
+    if shape is None:
+        assert tokenizer is not None
+        shape = shape_of(options.model, vocab_size=tokenizer.vocab_size)
+        assert shape is not None
+    if tokenizer is not None:
+        tokenizer = fit_tokenizer(tokenizer, shape.vocab_size)
+    return tokenizer, shape
+
+
+def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
+    path = derived.tokenizer_path(options)
+    converts_only = options.training.train_iters == 0 and options.data.tokenizer_model is None
+    if converts_only and not holds_tokenizer(path):
+        if options.data.chat_template is not None:
+            raise UserError(
+                f"--chat-template {options.data.chat_template} needs a tokenizer, but {path} has none; name one with "
+                f"--tokenizer-model, or leave the template out."
+            )
+        return None
+    return load_tokenizer(options.data.tokenizer_type, path, options.data.chat_template)
+
+
+def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIdentity:
+    """With digests of all weights, and with what held runs know of their start and data.
+
+    UserError where --save or --load holds another run, or with --finetune another model."""
+    own: list[tuple[str, str, RunIdentity]] = []
+    for option, folder in (("--save", config.checkpoint.save), ("--load", config.checkpoint.load)):
+        if folder is None or not ((Path(folder) / RUN_IDENTITY_FILE).exists() or complete_checkpoints(folder)):
+            continue
+        held = RunIdentity.read(option, folder)
+        identity = replace(identity, uses_chat_template=identity.uses_chat_template or held.uses_chat_template)
+        if config.checkpoint.finetune and option == "--load":
+            check_same_model(held, identity, folder)
+            continue
+        # Once before the weights are read, which takes long.
+        without_weights = replace(held, weights_digest=None, reference_digest=None)
+        check_same_run(without_weights, identity, folder, option=option)
+        own.append((option, folder, held))
+        if identity.finetuned_from is None:
+            identity = replace(identity, finetuned_from=held.finetuned_from)
+        if option == "--save":
+            identity = replace(identity, run_id=held.run_id)
+    if config.model.load_hf is not None:
+        identity = replace(identity, weights_digest=check_weights(config.model.load_hf, identity.shape))
+    if config.dpo.dpo_reference_model is not None:
+        reference = check_weights(config.dpo.dpo_reference_model, identity.shape, option="--dpo-reference-model")
+        identity = replace(identity, reference_digest=reference)
+    for option, folder, held in own:
+        check_same_run(held, identity, folder, option=option)
+    return identity
+
+
+def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
+    """Raises the same UserError on every rank when one of them read another checkpoint, plan, model, data or option.
+
+    Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
+    """
+    everyone: list[tuple[str, _Read]] = [("", _read_by(inputs))] * placement.world_size
+    dist.all_gather_object(everyone, (f"{host_name()} ({placement.coordinates})", _read_by(inputs)))
+    for rank, (where, theirs) in enumerate(everyone):
+        difference = _first_difference(everyone[0][1], theirs)
+        if difference is not None:
+            raise UserError(
+                f"rank {rank} on {where} found other inputs than rank 0: {difference}; every rank must see the same "
+                f"--save, --load, model, plan and data and get the same options: use storage that all hosts share."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What one rank tells the others about what it read."""
+
+    options: dict[str, dict[str, object]]
+    checkpoints: tuple[str, ...]
+    """Newest first."""
+    identity: RunIdentity
+    plans: tuple[Plan, ...]
+
+
+def _read_by(inputs: Inputs) -> _Read:
+    complete = () if inputs.found is None else tuple(path.name for path in inputs.found.complete)
+    return _Read(options=asdict(inputs.config), checkpoints=complete, identity=inputs.identity, plans=inputs.plans)
+
+
+def _first_difference(mine: _Read, theirs: _Read) -> str | None:
+    """What is there, in words, instead of what is here."""
+    for group, options in mine.options.items():
+        for name, value in options.items():
+            other = theirs.options[group][name]
+            if other != value:
+                return f"--{name.replace('_', '-')} is {_as_written(other)} instead of {_as_written(value)}"
+    for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
+        if here != there:
+            return f"the newest checkpoint is {there} instead of {here}"
+    for ours, plan in zip(mine.plans, theirs.plans, strict=False):
+        unit = ours.first_difference(plan)
+        if unit is not None:
+            return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
+    for what, our_value, their_value in differences(mine.identity, theirs.identity):
+        return f"the {what} is {their_value} instead of {our_value}"
+    return None
+
+
+def _as_written(value: object) -> object:
+    return " ".join(value) if isinstance(value, tuple) else value
+
+
+def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | None:
+    """Signal-to-noise ratio by unit; None for other selections. Collective over all ranks.
+
+    Raises UserError when a matrix or the saved scores can't be read.
+    """
+    config = inputs.config
+    if config.hft.hft_selection != "spectrum":
+        return None
+    if inputs.resumes:
+        assert inputs.checkpoint is not None
+        return _saved_scores(inputs.checkpoint.parent / SPECTRUM_FILE, inputs.shape)
+    assert config.model.load_hf is not None, "the rules of the options ask for it"
+    with HuggingFaceWeights(config.model.load_hf) as weights:
+        return spectrum_scores(inputs.shape, weights.read, device=placement.device)
+
+
+def _saved_scores(file: Path, shape: ModelShape) -> dict[str, float]:
+    """The scores of the first run, read by rank 0 for all ranks: one that can't read them must not leave the others."""
+    answer: list[tuple[dict[str, float], str | None]] = [({}, None)]
+    if dist.get_rank() == 0:
+        try:
+            answer = [(read_scores(file, shape), None)]
+        except UserError as error:
+            answer = [({}, str(error))]
+    dist.broadcast_object_list(answer, src=0)
+    scores, mistake = answer[0]
+    if mistake is not None:
+        raise UserError(mistake)
+    return scores
+
+
+def read_scores(file: Path, shape: ModelShape) -> dict[str, float]:
+    """The scores that a run left in its folder; UserError when they can't be read or are another model's."""
+    try:
+        scores: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        missing = {unit.name for unit in units_of(shape) if unit.category in MATRIX_CATEGORIES} - set(scores)
+        mistake = f"it has no score of {min(missing)}" if missing else None
+    except (OSError, ValueError, TypeError) as error:
+        mistake = str(error)
+    if mistake is not None:
+        raise UserError(
+            f"--load {file.parent}: {SPECTRUM_FILE} can't be used ({mistake}); copy the run's folder again."
+        )
+    return scores

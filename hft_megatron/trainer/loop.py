@@ -1,0 +1,96 @@
+"""The training loop: steps, a switch where a new round begins, and hooks around both."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.derived import train_iters
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.hft.on_ranks import check_agreement
+from hft_megatron.hft.rules import hift_groups
+from hft_megatron.optimizer.rounds import LearningRate, span_of_round, switch_round
+from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.trainer.rounds import Rounds
+from hft_megatron.trainer.run import Run
+from hft_megatron.trainer.step import StepResult, train_step
+
+
+class Hook:
+    """Runs on every rank, at the points that it overrides."""
+
+    def at_round_start(self, run: Run) -> None:
+        """Before the first step, and after every switch to another round."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """After every optimizer step."""
+
+    def at_round_end(self, run: Run) -> None:
+        """Before every switch to another round, and after the last step."""
+
+    def at_end(self, run: Run) -> None:
+        """After the last step."""
+
+
+def train(run: Run, hooks: Sequence[Hook]) -> None:
+    """Steps until --train-iters; every rank calls it."""
+    for hook in hooks:
+        hook.at_round_start(run)
+    while run.state.iteration < train_iters(run.config.training):
+        result = next_step(run, hooks)
+        for hook in hooks:
+            hook.after_step(run, result)
+    for hook in hooks:
+        hook.at_round_end(run)
+    for hook in hooks:
+        hook.at_end(run)
+
+
+def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
+    """One optimizer step, in a new round where one begins with it."""
+    round = run.rounds.schedule.round_of(run.state.iteration)
+    if round != run.state.round:
+        for hook in hooks:
+            hook.at_round_end(run)
+        begin_round(run, round)
+        for hook in hooks:
+            hook.at_round_start(run)
+    result = train_step(run)
+    if result.updated:
+        run.learning_rate.advance()
+    run.advance(updated=result.updated)
+    return result
+
+
+def begin_round(run: Run, round: int) -> None:
+    """Switches the run to another round's plan, which all ranks must hold alike; every rank calls it."""
+    start, config = time.perf_counter(), run.config
+    plan = run.rounds.plan(round)
+    check_agreement(plan, coordinates=run.placement.coordinates)
+    run.wrapped = switch_round(
+        run.wrapped,
+        plan,
+        config.parallel,
+        config.optimizer,
+        config.hft,
+        bf16=config.training.bf16 is True,
+        group=run.placement.groups.dp,
+    )
+    run.state = replace(run.state, round=round)
+    run.learning_rate = learning_rate(run.wrapped, run.rounds, config, run.state)
+    torch.cuda.synchronize()
+    run.switch_ms = (time.perf_counter() - start) * 1e3
+    run.announce(plan.describe())
+
+
+def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, state: TrainState) -> LearningRate:
+    """The learning rate of the round that ``state`` is in, from there on."""
+    plan = wrapped.plan
+    # The plan's word and not the option's: a plan file may hold the rounds of HiFT too.
+    cycle = hift_groups(plan.units, plan.policy.exact_ratio) if plan.policy.selection == "hift" else None
+    span = span_of_round(
+        config.hft, rounds.schedule, state.round, cycle=cycle, skipped_iterations=state.skipped_iterations
+    )
+    return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration - span.skipped)

@@ -1,0 +1,103 @@
+"""What a method (sft, pretrain and so on) gives a run: its data, its objective, and how that is put through a step."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import MethodName, RunConfig
+from hft_megatron.data.batches import BatchShare, StepBatch, TrainingSteps, ValidationSteps
+from hft_megatron.data.order import SampleStream
+from hft_megatron.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from hft_megatron.trainer.run import Reference
+
+
+MicroBatch = Mapping[str, Tensor]
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""The last stage's output -> what is minimised, summed; what that is divided by over the global batch (int); and what
+is kept for the log."""
+ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
+Measure = Callable[[list[dict[str, Tensor]], torch.distributed.ProcessGroup, Any], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised, as megatron-core's schedules call it, and the numbers that the log shows of it."""
+
+    loss_name: str
+    """Of the loss, in the log and among the numbers of ``measure``."""
+    forward_step: ForwardStep
+    """One micro-batch through one model chunk: its output, and the function that makes the loss of it."""
+    measure: Measure
+    """Means by name, of the reports of this rank's micro-batches, the data-parallel group and the device; on the last
+    stage."""
+
+
+def run_schedule(
+    forward_step: ForwardStep, chunks: Sequence[torch.nn.Module], batch: StepBatch, *, forward_only: bool
+) -> list[dict[str, Tensor]]:
+    """The reports of this rank's micro-batches, empty off the last stage; every rank calls it."""
+    # Each virtual chunk walks over the same micro-batches on its own.
+    iterators: list[Iterator[Any]] = [iter(batch.micro_batches) for _ in chunks]
+    reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batch.micro_batches),
+        seq_length=batch.seq_length,
+        micro_batch_size=batch.sequences,
+        forward_only=forward_only,
+    )
+    return reports
+
+
+class RunData(Protocol):
+    """What a run trains and validates on, the same on every rank."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the training data."""
+
+    @property
+    def order_digest(self) -> str | None:
+        """Of the order of the training samples, where seed and data alone don't decide it."""
+
+    @property
+    def samples(self) -> SampleStream | None:
+        """The training samples in their order, where epochs can be told apart in it."""
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the chat template has rendered any of the training data."""
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+
+    def training(self, share: BatchShare) -> TrainingSteps:
+        """This rank's part of every training step."""
+
+    def validation(self, share: BatchShare) -> ValidationSteps | None:
+        """This rank's part of every validation; None where there is nothing to validate on."""
+
+
+ReadData = Callable[[RunConfig, Tokenizer, ModelShape, int], RunData]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train."""
+
+    name: MethodName
+    objective: Callable[[RunConfig], Objective]
+    """What the options of the method make of it."""
+    read_data: ReadData
+    """Takes the resolved options, tokenizer, shape and world size; UserError for a mistake in the data."""
+    reference: "Callable[..., Reference] | None" = None
+    """What the trained model is compared with, where there is such a thing: takes the run's inputs, model chunks,
+    rounds, share of a batch, placement and announcer, before a checkpoint fills the chunks; collective."""

@@ -1,0 +1,81 @@
+"""Explains that a rank ran out of memory: its need by formula, and the options that need less."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import psutil
+import torch
+
+from hft_megatron.costs.memory_fit import verdict
+from hft_megatron.costs.rank_memory import in_bytes, memory_of_run
+from hft_megatron.errors import RankFailed
+from hft_megatron.hft.plan import Plan
+from hft_megatron.parallel.groups import Placement, host_name
+from hft_megatron.trainer.inputs import Inputs
+
+_ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* ?\w+)")
+_BY_TEXT = ("can't allocate memory", "not enough memory", "out of memory")
+"""Of torch's allocator for CPUs, and of CUDA and NCCL where their errors have no type of their own."""
+_LESS = 0.9
+"""Of what the options need by formula: it did not fit, whatever the formula says, so less is looked for."""
+
+
+@contextlib.contextmanager
+def memory_errors_in_words(
+    inputs: Inputs, placement: Placement, *, bf16: bool, plan: Callable[[], Plan], when: Callable[[], str]
+) -> Iterator[None]:
+    """Within it, an allocation that fails is RankFailed, with one sentence for this rank.
+
+    ``bf16`` is whether weights are in it. ``plan`` is that of the round and ``when`` says how far the run has come,
+    both at the time of the failure.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_of_memory(error):
+            raise
+        raise RankFailed(
+            f"rank {placement.rank} on {host_name()} ({placement.coordinates}) ran out of memory {when()}"
+            f"{_asked_for(error)}; {_advice(inputs, placement, plan(), bf16=bf16)}"
+        ) from error
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on the device or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _BY_TEXT)
+
+
+def _asked_for(error: BaseException) -> str:
+    asked = _ASKED.search(str(error))
+    return f" ({asked[1]} more were asked for)" if asked else ""
+
+
+def _advice(inputs: Inputs, placement: Placement, plan: Plan, *, bf16: bool) -> str:
+    on_cuda, room = placement.device.type == "cuda", _room(placement)
+    model = memory_of_run(
+        inputs.method.name, inputs.config, inputs.shape, placement.world_size, bf16=bf16, on_cuda=on_cuda
+    )
+    memory = model.stage(plan.trains, placement.pipeline_rank)
+    judged = verdict(model, plan.trains, min(room, int(_LESS * model.largest(plan.trains).total)))
+    ways = [proposal.words for proposal in (*judged.options[:2], *judged.layouts[:1])]
+    less = f"use {', or '.join([*ways, 'a smaller --seq-length'])}"
+    if memory.total <= room:
+        less += ", or look at what else holds memory there (`hft-megatron doctor` does)"
+    batch = model.micro_batch
+    return (
+        f"by formula (`plan --memory`) it needs {in_bytes(memory.total)} of {in_bytes(room)}: weights "
+        f"{in_bytes(memory.weights)}, gradients {in_bytes(memory.gradients)}, optimizer {in_bytes(memory.optimizer)}, "
+        f"activations and logits of {batch.sequences} x {batch.seq_length:,} tokens "
+        f"{in_bytes(memory.activations + memory.logits)}; {less}."
+    )
+
+
+def _room(placement: Placement) -> int:
+    """Bytes of this rank's device, or its share of the host's memory."""
+    if placement.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(placement.device).total_memory)
+    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,216 @@
+"""Where a run stands when it starts: a checkpoint's position and state, and options that differ from its own.
+
+A checkpoint notes the values of its command; Megatron's two options choose where those of a resuming command differ.
+Imports no torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from hft_megatron.checkpoint.folders import identity_of
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.checkpoint.store import load_checkpoint, load_weights
+from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
+from hft_megatron.config import derived
+from hft_megatron.config.derived import train_iters
+from hft_megatron.config.run_folder import same_folder
+from hft_megatron.config.schema import OptimizerConfig, RunConfig
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.save import Announce
+from hft_megatron.errors import UserError
+from hft_megatron.model.llama import LlamaModel
+from hft_megatron.optimizer.rounds import span_of_round
+from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.parallel.groups import Placement
+from hft_megatron.trainer.inputs import Inputs
+from hft_megatron.trainer.saving import Base
+
+Noted = Mapping[str, Any]
+"""Options of the schedule and the optimizer by field name, with ``lr_decay_iters`` and ``train_iters`` resolved."""
+
+_OVERRIDE = "--override-opt-param-scheduler"
+_USE_CHECKPOINT = "--use-checkpoint-opt-param-scheduler"
+_DECAY, _LENGTH, _SPAN = "lr_decay_iters", "train_iters", "hft_lr_schedule"
+
+
+def schedule_to_note(config: RunConfig, span: int) -> dict[str, Any]:
+    """The values that a checkpoint of this run notes; ``span`` is how many iterations one pass of the schedule has."""
+    return {
+        **asdict(config.optimizer),
+        _DECAY: derived.decay_iters(config.optimizer, span),
+        _SPAN: config.hft.hft_lr_schedule,
+        _LENGTH: derived.train_iters(config.training),
+    }
+
+
+def resumed_schedule(config: RunConfig, noted: Noted, span: int, *, iteration: int) -> tuple[RunConfig, list[str]]:
+    """The options that a run which resumes at ``iteration`` goes by, and lines for the log about all that differs.
+
+    ``noted`` is what the checkpoint notes, empty for one of an earlier version. Raises UserError where its values are
+    asked for and it has none.
+    """
+    from_checkpoint = config.checkpoint.use_checkpoint_opt_param_scheduler
+    if not noted:
+        if from_checkpoint:
+            raise UserError(
+                f"{_USE_CHECKPOINT}: iteration {iteration} in --load {config.checkpoint.load} was saved by an earlier "
+                f"version and notes no schedule; leave it out, and give --lr and the others as that run had them."
+            )
+        return config, [
+            f"iteration {iteration} was saved by an earlier version, which noted no schedule: this command's --lr, "
+            f"decay and optimizer options are used and can't be compared"
+        ]
+    new = schedule_to_note(config, span)
+    differing = [name for name in new if name != _LENGTH and name in noted and noted[name] != new[name]]
+    if from_checkpoint:
+        config = _with_values(config, noted)
+    lines = [_choice(config, noted, new, differing, iteration)] if differing else []
+    if noted.get(_LENGTH, new[_LENGTH]) != new[_LENGTH]:
+        lines.append(_other_length(config, noted, new, span, iteration))
+    return config, lines
+
+
+def _with_values(config: RunConfig, noted: Noted) -> RunConfig:
+    kept = {field.name: noted[field.name] for field in fields(OptimizerConfig) if field.name in noted}
+    return replace(
+        config,
+        optimizer=replace(config.optimizer, **kept),
+        hft=replace(config.hft, **{_SPAN: noted.get(_SPAN, config.hft.hft_lr_schedule)}),
+    )
+
+
+def _choice(config: RunConfig, noted: Noted, new: Noted, differing: list[str], iteration: int) -> str:
+    pairs = ", ".join(f"{_called(name)} {noted[name]} -> {new[name]}" for name in differing)
+    listed = f"(checkpoint -> this command): {pairs}"
+    if config.checkpoint.use_checkpoint_opt_param_scheduler:
+        return f"{_USE_CHECKPOINT}: the values of iteration {iteration} are used where they differ {listed}"
+    if config.checkpoint.override_opt_param_scheduler:
+        return f"{_OVERRIDE}: this command's values are used where iteration {iteration} has others {listed}"
+    return (
+        f"warning: the learning-rate schedule or optimizer is not that of iteration {iteration}, and this command's "
+        f"values are used {listed}; {_USE_CHECKPOINT} would keep the checkpoint's, {_OVERRIDE} says that this is meant"
+    )
+
+
+def _other_length(config: RunConfig, noted: Noted, new: Noted, span: int, iteration: int) -> str:
+    asked = derived.train_iters(config.training)
+    line = f"the run has {asked} iterations now, and had {noted[_LENGTH]} when iteration {iteration} was saved"
+    end, optimizer = derived.decay_iters(config.optimizer, span), config.optimizer
+    if config.hft.hft_lr_schedule == "run" and optimizer.lr_decay_style != "constant" and end < asked:
+        line += f"; from iteration {end} on the learning rate is --min-lr {optimizer.min_lr}"
+    return line
+
+
+def _called(name: str) -> str:
+    return "length of the decay in iterations" if name == _DECAY else f"--{name.replace('_', '-')}"
+
+
+def with_sound_checkpoint(inputs: Inputs, placement: Placement, announce: Announce) -> Inputs:
+    """The inputs with the newest checkpoint that is what was saved; collective. UserError where the newest is not,
+    unless --load-fallback allows an older one, and where the --load-hf folder is not what the checkpoint was based on.
+    """
+    options = inputs.config.checkpoint
+    if inputs.found is None:
+        return inputs
+    checkpoint = sound_checkpoint(
+        inputs.found,
+        placement,
+        fallback=options.load_fallback,
+        put_aside=options.save is not None and same_folder(options.save, options.load),
+        announce=announce,
+    )
+    if checkpoint is not None:
+        _check_base(inputs, TrainState.read(checkpoint), placement)
+    return replace(inputs, checkpoint=checkpoint)
+
+
+def _check_base(inputs: Inputs, state: TrainState, placement: Placement) -> None:
+    """What the checkpoint leaves out must be in the --load-hf folder, byte for byte."""
+    if state.is_whole or state.base_iteration is not None:
+        return
+    where, folder = f"--load {inputs.config.checkpoint.load}", inputs.config.model.load_hf
+    needed = f"iteration {state.iteration} holds only what its round trained (--save-trained-only)"
+    if folder is None:
+        raise UserError(f"{where}: {needed}; add --load-hf with the model that it was trained from.")
+    found = _digest_of_model(folder, placement)
+    if found != state.base_digest:
+        raise UserError(
+            f"{where}: {needed}, on a model with the digest {str(state.base_digest)[:12]}, and --load-hf {folder} has "
+            f"{found[:12]}; give the folder that it was trained from, unchanged."
+        )
+
+
+def _digest_of_model(folder: str, placement: Placement) -> str:
+    with HuggingFaceWeights(folder) as weights:
+        return shared_digest(weights.files(), placement)
+
+
+def with_schedule(inputs: Inputs, world_size: int, announce: Announce) -> Inputs:
+    """The inputs with the schedule and optimizer options that the run goes on with, where those differ from the
+    checkpoint's, and lines about all that does. UserError where the checkpoint's are asked for and it notes none.
+    """
+    if not inputs.resumes or train_iters(inputs.config.training) == 0:
+        return inputs
+    state = inputs.position
+    span = _span(inputs, world_size)
+    config, lines = resumed_schedule(inputs.config, state.schedule, span, iteration=state.iteration)
+    for line in lines:
+        announce(f"> {line}")
+    return replace(inputs, config=config)
+
+
+def _span(inputs: Inputs, world_size: int) -> int:
+    """Iterations of one pass of the schedule: the run's, or a round's under --hft-lr-schedule round."""
+    rounds = inputs.round_schedule(world_size)
+    return span_of_round(inputs.config.hft, rounds, rounds.first_round, cycle=None).length
+
+
+def fill_from_other_run(inputs: Inputs, chunks: Sequence[LlamaModel], announce: Announce) -> None:
+    """With --finetune, fills the model with the weights of the --load checkpoint; collective."""
+    if inputs.checkpoint is not None and not inputs.resumes:
+        load_weights(inputs.checkpoint, chunks)
+        announce(f"  successfully loaded the weights of {inputs.checkpoint}: a new run starts from them")
+
+
+def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:
+    """The beginning, or what the run's checkpoint holds, loaded into the model; collective."""
+    state = TrainState(
+        round=inputs.position.round,
+        tensor_model_parallel_size=placement.tensor_size,
+        pipeline_model_parallel_size=placement.pipeline_size,
+        device=placement.device.type,
+        schedule=schedule_to_note(inputs.config, _span(inputs, placement.world_size)),
+    )
+    if not inputs.resumes:
+        return state
+    assert inputs.checkpoint is not None
+    loaded = load_checkpoint(inputs.checkpoint, wrapped, placement)
+    announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {loaded.iteration}")
+    return replace(
+        state,
+        iteration=loaded.iteration,
+        consumed_samples=loaded.consumed_samples,
+        skipped_iterations=loaded.skipped_iterations,
+        round=loaded.round,
+    )
+
+
+def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
+    """What the first checkpoints under --save-trained-only may be based on; collective."""
+    options = inputs.config.checkpoint
+    if not options.save_trained_only:
+        return None
+    if not inputs.resumes:
+        folder = inputs.config.model.load_hf
+        if folder is None or inputs.checkpoint is not None:
+            return None
+        return Base(round=inputs.position.round, iteration=None, digest=_digest_of_model(folder, placement))
+    assert inputs.checkpoint is not None
+    state = TrainState.read(inputs.checkpoint)
+    in_save_folder = options.save is not None and same_folder(options.save, options.load)
+    if state.base_digest is not None and (in_save_folder or state.base_iteration is None):
+        return Base(round=state.round, iteration=state.base_iteration, digest=state.base_digest)
+    if state.is_whole and in_save_folder:
+        return Base(round=state.round, iteration=state.iteration, digest=identity_of(inputs.checkpoint))
+    return None

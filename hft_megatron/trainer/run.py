@@ -1,0 +1,70 @@
+"""One run as a value: what the loop and its hooks work on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.schema import RunConfig
+from hft_megatron.data.batches import StepBatch, TrainingSteps, ValidationSteps
+from hft_megatron.errors import RunFailed
+from hft_megatron.optimizer.rounds import LearningRate
+from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.parallel.groups import Placement
+from hft_megatron.tracking.tracker import Metrics, Tracker
+from hft_megatron.trainer.method import Objective
+from hft_megatron.trainer.rounds import Rounds
+
+
+class Reference(Protocol):
+    """The model that preferences are learned against."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What it keeps in this rank's memory."""
+
+    def attach(self, batch: StepBatch) -> None:
+        """Give each micro-batch its ``reference``, (pairs, 2) fp64: the log-probabilities of its answers in nats."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A wrapped model, its data and where it stands. With every step ``state`` changes, with every round the rest of
+    what belongs to its plan: ``wrapped`` and ``learning_rate``."""
+
+    config: RunConfig
+    placement: Placement
+    rounds: Rounds
+    wrapped: WrappedModel
+    objective: Objective
+    batches: TrainingSteps
+    validation: ValidationSteps | None
+    reference: Reference | None = None
+    """None where nothing is learned from preferences."""
+    learning_rate: LearningRate
+    tracker: Tracker
+    announce: Callable[[str], None]
+    """Prints one line on rank 0."""
+    state: TrainState
+    switch_ms: float | None = None
+    """How long the switch to this round took; None in the round that the run started in."""
+    failure: str | None = None
+    """Why this rank can't go on; the others learn of it after the step."""
+
+    def advance(self, *, updated: bool) -> None:
+        """One step is done, or was left out."""
+        iteration = self.state.iteration + 1
+        skipped = self.state.skipped_iterations
+        self.state = replace(
+            self.state,
+            iteration=iteration,
+            skipped_iterations=skipped if updated else (*skipped, iteration),
+            consumed_samples=self.state.consumed_samples + self.batches.share.global_batch_size,
+        )
+
+    def log(self, metrics: Metrics) -> None:
+        """Records what was measured after this iteration; where that can't be written, notes the failure."""
+        try:
+            self.tracker.log(self.state.iteration, metrics)
+        except RunFailed as failure:
+            self.failure = str(failure)

@@ -1,0 +1,286 @@
+"""Checkpoints and exports while a run trains, and its end by a signal or a time limit."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from hft_megatron.checkpoint.folders import newest_in_words
+from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from hft_megatron.config.derived import train_iters
+from hft_megatron.config.export_folder import ExportFolder
+from hft_megatron.config.export_rules import best_metric, higher_is_better
+from hft_megatron.config.schema import CheckpointConfig
+from hft_megatron.conversion.export import export_folder
+from hft_megatron.conversion.kept_files import Destination, FinalExport, IterationExport, NewFolder
+from hft_megatron.conversion.save import Announce, ExportRules
+from hft_megatron.errors import RunFailed, Stopped
+from hft_megatron.model.llama import LlamaModel
+from hft_megatron.parallel.groups import Placement
+from hft_megatron.trainer.inputs import Inputs
+from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.nonfinite import check_weights
+from hft_megatron.trainer.run import Run
+from hft_megatron.trainer.step import StepResult
+from hft_megatron.trainer.weight_checks import AuditRounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Where the weights are that rest in a round, so that checkpoints of that round can leave them out."""
+
+    round: int
+    iteration: int | None
+    """A whole checkpoint in the save folder; None is the --load-hf folder."""
+    digest: str
+
+
+@dataclass
+class SaveCheckpoints(Hook):
+    """Saves every --save-interval steps and at the end."""
+
+    options: CheckpointConfig
+    writer: CheckpointWriter
+    last: int | None
+    """Iteration of the newest checkpoint in the folder."""
+    base: Base | None = None
+    """Used under --save-trained-only; a new round makes its first checkpoint whole, which is its base."""
+    audit: AuditRounds | None = None
+    """Asked before every save: the next run would take what a checkpoint holds for the truth."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        interval = self.options.save_interval
+        if interval is not None and run.state.iteration % interval == 0:
+            self.save(run)
+        else:
+            self._report(run, self.writer.finish(wait=False))
+
+    def at_end(self, run: Run) -> None:
+        self.save_and_wait(run)
+
+    def save_and_wait(self, run: Run) -> None:
+        """Saves, and returns when the checkpoint is complete, however it is written."""
+        self.save(run)
+        self._report(run, self.writer.finish(wait=True))
+
+    def save(self, run: Run) -> None:
+        """Saves unless this iteration is saved already; a save before that is finished first."""
+        self._report(run, self.writer.finish(wait=True))
+        if self.last == run.state.iteration:
+            return
+        if self.audit is not None:
+            self.audit.verify(run)
+        check_weights(run)
+        run.announce(
+            f"saving checkpoint at iteration {run.state.iteration:7d} to {self.options.save} in torch_dist format"
+        )
+        state, left_out, base = run.state, frozenset[str](), self.base
+        if self.options.save_trained_only and (base is None or base.round != state.round):
+            run.announce(f"  it is whole, and what others of round {state.round} are based on (--save-trained-only)")
+        if self.options.save_trained_only and base is not None and base.round == state.round:
+            state = replace(state, base_iteration=base.iteration, base_digest=base.digest)
+            left_out = frozenset(unit.name for unit in run.wrapped.plan.units) - run.wrapped.plan.training
+        saved = self.writer.save(run.wrapped, state, left_out=left_out)
+        self.last = run.state.iteration
+        self._report(run, saved)
+
+    def _report(self, run: Run, saved: SavedCheckpoint | None) -> None:
+        if saved is None:
+            return
+        state = saved.state
+        run.announce(
+            f"  successfully saved checkpoint from iteration {state.iteration:7d} to {self.options.save} "
+            f"[ t {state.tensor_model_parallel_size}, p {state.pipeline_model_parallel_size} ]: "
+            f"{saved.tensor_bytes / 1e6:,.1f} MB in {saved.total_s * 1e3:,.0f} ms, "
+            f"training stood still for {saved.stall_s * 1e3:,.0f} ms"
+        )
+        for path in saved.deleted:
+            run.announce(f"  deleted {path}")
+        if saved.not_deleted is not None:
+            run.announce(f"> older checkpoints could not be deleted: {saved.not_deleted}")
+        if state.is_whole and self.options.save_trained_only:
+            self.base = Base(round=state.round, iteration=state.iteration, digest=saved.digest)
+
+
+class Signals:
+    """Notes signals from when it is made until it is closed; a second one ends the process at once."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ONE_SIGNAL_S = 1.0
+    """Signals this close together are one: a scheduler signals every process, and torchrun then passes its own on."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in self.NUMBERS:
+            signal.signal(number, self._receive)
+        # A rank that waits in a collective runs no handler; the thread hears of signals all the same.
+        heard, self._hears = os.pipe()
+        os.set_blocking(self._hears, False)
+        signal.set_wakeup_fd(self._hears)
+        # Not a method: a thread that outlives its run must not keep the run's process groups alive.
+        threading.Thread(target=_end_at_second_signal, args=(heard, self.ONE_SIGNAL_S), daemon=True).start()
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def close(self) -> None:
+        """From here on signals end the process as if it had never listened."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._hears)
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class StopEarly(Hook):
+    """A signal or --exit-duration-in-mins: finish the step, save, and end. One that comes in the last iteration, or
+    after it, changes nothing.
+
+    Ends it without saving where a rank can't write its log.
+    """
+
+    def __init__(self, saver: SaveCheckpoints | None, minutes: float | None, signals: Signals) -> None:
+        self._saver = saver
+        self._minutes = minutes
+        self._signals = signals
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        # Signals and clocks reach ranks at different steps: all stop at the first step where any has a reason.
+        mine = [self._signals.received, int(self._time_is_up()), int(run.failure is not None)]
+        reasons = torch.tensor(mine, device=run.placement.device)
+        dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
+        number, late, failed = reasons.tolist()
+        if failed:
+            self._fail_if_any(run)
+        if not (number or late) or run.state.iteration == train_iters(run.config.training):
+            return
+        what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
+        stopped = f"{what} stopped the run at iteration {run.state.iteration}"
+        if self._saver is None:
+            raise Stopped(f"{stopped}; without --save it is lost")
+        self._saver.save_and_wait(run)
+        raise Stopped(f"{stopped}; start it again with --load {self._saver.options.save}")
+
+    def _fail_if_any(self, run: Run) -> None:
+        failures: list[str | None] = [None] * run.placement.world_size
+        dist.all_gather_object(failures, run.failure)
+        failure = next((failure for failure in failures if failure is not None), None)
+        if failure is None:
+            return
+        if self._saver is not None:
+            failure += f"; of the checkpoints, {newest_in_words(str(self._saver.options.save))}."
+        raise RunFailed(failure)
+
+    def _time_is_up(self) -> bool:
+        if self._minutes is None:
+            return False
+        return time.time() - psutil.Process().create_time() >= self._minutes * 60
+
+    def at_end(self, run: Run) -> None:
+        self._fail_if_any(run)
+
+
+def _end_at_second_signal(heard: int, one_signal_s: float) -> None:
+    first = None
+    while number := os.read(heard, 1):
+        first = time.monotonic() if first is None else first
+        if time.monotonic() - first >= one_signal_s:
+            os._exit(128 + number[0])
+    os.close(heard)
+
+
+def exports_of(options: CheckpointConfig) -> ExportFolder | None:
+    """The --save-hf folder where a run exports during training; None where it exports at the end alone."""
+    if options.save_hf is None or options.save_hf_interval is None:
+        return None
+    metric = best_metric(options)
+    return ExportFolder(
+        Path(options.save_hf),
+        keep=options.save_hf_keep,
+        metric=metric,
+        higher=metric is not None and higher_is_better(metric),
+    )
+
+
+@dataclass
+class Exporter:
+    """Exports the model of a run; every rank calls it."""
+
+    options: CheckpointConfig
+    inputs: Inputs
+    placement: Placement
+    announce: Announce
+    _said: set[str] = field(default_factory=set)
+
+    def export(self, destination: Destination, chunks: Sequence[LlamaModel], trained: frozenset[str]) -> None:
+        """Exports with the newest values of the units ``trained``; RunFailed on all ranks where rank 0 can't write."""
+        asked = self.options.save_dtype
+        rules = ExportRules(
+            source=self.inputs.config.model.load_hf,
+            trained=trained,
+            adds_template=self.inputs.identity.uses_chat_template or self.inputs.config.data.chat_template is not None,
+            save_dtype=None if asked is None else getattr(torch, asked),
+            keep_source_tokenizer=self.options.keep_source_tokenizer,
+        )
+        export_folder(
+            destination, chunks, self.inputs.shape, self.placement, rules, self.inputs.tokenizer, self._say_once
+        )
+
+    def export_at_end(self, chunks: Sequence[LlamaModel], trained: frozenset[str], iteration: int) -> None:
+        """Exports to --save-hf itself, if that is given; not again where a finished run is started again."""
+        if self.options.save_hf is None:
+            return
+        folder = exports_of(self.options)
+        is_there = [folder is not None and folder.has_final()]
+        dist.broadcast_object_list(is_there, src=0)
+        if is_there[0]:
+            self.announce(f"> --save-hf {self.options.save_hf} holds the export of iteration {iteration} already")
+            return
+        destination: Destination = NewFolder(target=Path(self.options.save_hf))
+        if folder is not None:
+            destination = FinalExport(folder=folder, iteration=iteration)
+        self.export(destination, chunks, trained)
+
+    def _say_once(self, line: str) -> None:
+        """What is said of every export, such as that its tokenizer files are not the source's, is said of the first."""
+        if line not in self._said:
+            self._said.add(line)
+            self.announce(line)
+
+
+@dataclass
+class ExportModels(Hook):
+    """Exports every --save-hf-interval steps, with what was measured on the validation data after that step.
+
+    Before the checkpoint of the same step, so that a run which goes on from a checkpoint lacks no export before it.
+    Where one can't be written the run ends after that checkpoint.
+    """
+
+    exporter: Exporter
+    folder: ExportFolder
+    interval: int
+    measured: Callable[[Run], Mapping[str, float]] | None
+    """Gives what was validated after this step, by name, on every rank, collective; None where nothing is."""
+    audit: AuditRounds | None
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if run.state.iteration % self.interval:
+            return
+        if self.audit is not None:
+            self.audit.verify(run)
+        measured = {} if self.measured is None else self.measured(run)
+        destination = IterationExport(folder=self.folder, iteration=run.state.iteration, measured=measured)
+        trained = run.rounds.trained_until(run.state.round)
+        begun = time.perf_counter()
+        try:
+            with run.wrapped.gathered_parameters():
+                self.exporter.export(destination, run.wrapped.modules, trained)
+        except RunFailed as failure:
+            run.failure = str(failure)
+        run.announce(f"  training stood still for {(time.perf_counter() - begun) * 1e3:,.0f} ms")

@@ -1,0 +1,92 @@
+"""Runs the stages of a run one after the other; after a stop it goes on in the stage that it was in."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from hft_megatron.checkpoint.folders import complete_checkpoints, iteration_of
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config import derived
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.schema import MethodName
+from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
+from hft_megatron.config.validation import shape_of
+from hft_megatron.data.tokenizer import fit_tokenizer
+from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.errors import UserError
+from hft_megatron.parallel.groups import leave_groups, stop_groups
+from hft_megatron.parallel.peers import Peers, peers
+from hft_megatron.parallel.watchdog import OnLoss
+from hft_megatron.trainer.assembly import train_and_export
+from hft_megatron.trainer.bill import announce_bill_of_stages
+from hft_megatron.trainer.inputs import read_inputs
+from hft_megatron.trainer.method import Method
+
+Methods = Mapping[MethodName, Method]
+
+
+def check_stages(stages: Sequence[Stage], world_size: int, methods: Methods) -> list[str]:
+    """Reads the tokenizer and the data of every stage; lines that say what was found.
+
+    UserError for the first mistake, so that a later stage's is not met after the training of an earlier one.
+    """
+    lines = []
+    for number, stage in enumerate(with_rounds_in_turn(stages)):
+        tokenizer = load_tokenizer(
+            stage.config.data.tokenizer_type, derived.tokenizer_path(stage.config), stage.config.data.chat_template
+        )
+        shape = shape_of(stage.config.model, vocab_size=tokenizer.vocab_size)
+        assert shape is not None
+        tokenizer = fit_tokenizer(tokenizer, shape.vocab_size)
+        data = methods[stage.method].read_data(stage.config, tokenizer, shape, world_size)
+        found = [*tokenizer.facts.notes, *data.describe()]
+        lines += [f"stage {number} ({stage.method}): {line}" for line in found]
+    return lines
+
+
+def run_stages(
+    stages: Sequence[Stage], shape: ModelShape | None, world_size: int, methods: Methods, *, on_loss: OnLoss
+) -> None:
+    """Trains every stage that isn't done; every rank calls it under torchrun's environment.
+
+    Raises what ``run_training`` does. Each stage takes the weights of the one before from its last checkpoint, and its
+    rounds are numbered on.
+    """
+    minutes = stages[0].config.parallel.distributed_timeout_minutes
+    with peers(minutes, on_loss) as company:
+        check_stages(stages, world_size, methods)
+        _run_what_is_left(stages, shape, world_size, methods, company)
+        company.leave()
+        stop_groups()
+
+
+def _run_what_is_left(
+    stages: Sequence[Stage], shape: ModelShape | None, world_size: int, methods: Methods, company: Peers
+) -> None:
+    rank, first_round = int(os.environ["RANK"]), 0
+    for number, stage in enumerate(stages):
+        following = stages[number + 1] if number + 1 < len(stages) else None
+        one = numbered(stage, first_round)
+        if following is not None and complete_checkpoints(str(following.folder)):
+            _check_done(one, methods[one.method], following, shape, world_size)
+            last_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round
+        else:
+            if rank == 0:
+                print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
+            # Not read from its checkpoint: another host's folder may show the last one a minute later.
+            last_round = train_and_export(methods[one.method], one.config, shape, world_size, company, of_a_stage=True)
+            leave_groups()
+        first_round = last_round + 1
+    if rank == 0:
+        announce_bill_of_stages([stage.folder for stage in stages], lambda text: print(text, flush=True))
+
+
+def _check_done(stage: Stage, method: Method, following: Stage, shape: ModelShape | None, world_size: int) -> None:
+    """UserError for a stage that another has begun from, and that is not what its options describe any more."""
+    inputs = read_inputs(method, stage.config, shape, world_size)
+    assert inputs.checkpoint is not None
+    reached, asked = iteration_of(inputs.checkpoint), derived.train_iters(inputs.config.training)
+    if asked != reached:
+        raise UserError(
+            f"{stage.folder} ended at iteration {reached}, from where {following.folder} has begun, and --stages now "
+            f"gives it {asked}; give {reached}, or another --save."
+        )

@@ -1,0 +1,103 @@
+"""One optimizer step and one validation, through megatron-core's pipeline schedules."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hft_megatron.optimizer.distributed import NonFiniteNorm
+from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes, timed_collectives
+from hft_megatron.trainer.method import run_schedule
+from hft_megatron.trainer.nonfinite import leave_out_or_fail
+from hft_megatron.trainer.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured on this rank."""
+
+    updated: bool
+    """False for a step that --skip-nonfinite-steps left out: its loss or gradients are infinite or undefined."""
+    loss: float | None
+    """Mean over the global batch, per trained token (nats) or per pair; None off the last pipeline stage."""
+    measured: Mapping[str, float]
+    """The objective's means over the global batch, by their names in the log; empty off the last stage."""
+    grad_norm: float
+    """Before clipping, over training parameters."""
+    tokens: int
+    """Positions of the global batch that examples fill; padding is not counted."""
+    squared_lengths: int
+    """Sum of the examples' squared positions over the global batch."""
+    times: StepTimes
+    """The whole step, with the assembly of its batch and the sum of the loss over ranks, and where it went."""
+    reduce_scatter_bytes: int
+    """Passed to reduce-scatter over data-parallel ranks since the step before ended."""
+    all_gather_bytes: int
+    """Filled by all-gather over data-parallel ranks since the step before ended.
+
+    A gather that a validation or a checkpoint forces between two steps counts for the second, which then needs none.
+    """
+
+
+def train_step(run: Run) -> StepResult:
+    """Takes the next global batch, accumulates its gradients, reduces them and updates what the plan trains.
+
+    Raises RunFailed where its loss or gradients are infinite or undefined, unless such a step is left out.
+    """
+    traffic = run.wrapped.traffic
+    traffic.clock.begin()
+    batch = run.batches.step(run.state.consumed_samples)
+    if run.reference is not None:
+        run.reference.attach(batch)
+    run.wrapped.zero_gradients()
+    with timed_collectives(traffic.clock, run.placement.groups.tp):
+        reports = run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
+    grad_norm, failure = 0.0, None
+    run.wrapped.shards.note_losses([measured for report in reports for measured in report.values()])
+    with traffic.clock.section(OPTIMIZER):
+        try:
+            updated, grad_norm, _ = run.wrapped.optimizer.step()
+            assert updated, "without loss scaling every step updates"
+        except NonFiniteNorm as found:
+            failure = found
+    if failure is not None:
+        grad_norm = failure.norm
+        leave_out_or_fail(run, batch, reports, failure.norm)
+    measured = _measure(run, reports)
+    times = traffic.clock.end()
+    reduce_scatter_bytes, all_gather_bytes = traffic.take_bytes()
+    return StepResult(
+        updated=failure is None,
+        loss=measured.get(run.objective.loss_name),
+        measured=measured,
+        grad_norm=float(grad_norm),
+        tokens=batch.tokens,
+        squared_lengths=batch.squared_lengths,
+        times=times,
+        reduce_scatter_bytes=reduce_scatter_bytes,
+        all_gather_bytes=all_gather_bytes,
+    )
+
+
+def validate(run: Run) -> dict[str, float]:
+    """The objective's means over the validation data (or --eval-iters of it); empty off the last stage."""
+    assert run.validation is not None
+    reports: list[dict[str, Tensor]] = []
+    with run.wrapped.gathered_parameters(), torch.no_grad():
+        for chunk in run.wrapped.chunks:
+            chunk.eval()
+        for batch in run.validation.steps(run.state.iteration):
+            if run.reference is not None:
+                run.reference.attach(batch)
+            reports += run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=True)
+        for chunk in run.wrapped.chunks:
+            chunk.train()
+    return _measure(run, reports)
+
+
+def _measure(run: Run, reports: list[dict[str, Tensor]]) -> dict[str, float]:
+    placement = run.placement
+    if placement.pipeline_rank < placement.pipeline_size - 1:
+        return {}
+    return run.objective.measure(reports, placement.groups.dp, placement.device)

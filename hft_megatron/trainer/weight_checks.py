@@ -1,0 +1,120 @@
+"""Checks of weights while a run trains: frozen ones as they were, replicated ones alike.
+
+What is replicated follows from the names alone: a tensor-parallel part of a unit is on every data-parallel rank, a norm
+on every tensor-parallel rank as well, and a tied embedding on the first and on the last pipeline stage.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from hft_megatron.errors import RunFailed
+from hft_megatron.hft.on_ranks import Audit, fingerprint
+from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.parallel.groups import host_name
+from hft_megatron.parallel.launch import numbers_in_words
+from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.run import Run
+from hft_megatron.trainer.step import StepResult
+
+
+@dataclass
+class AuditRounds(Hook):
+    """Verifies that resting shards keep their bits: at the end of every round, and every ``interval`` steps."""
+
+    interval: int | None
+    _audit: Audit | None = None
+
+    def at_round_start(self, run: Run) -> None:
+        self._audit = Audit(list(parameter_slots(run.wrapped.modules)), run.wrapped.plan)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if self.interval is not None and run.state.iteration % self.interval == 0:
+            self.verify(run)
+
+    def at_round_end(self, run: Run) -> None:
+        self.verify(run)
+        run.announce(f"audit of round {run.state.round}: every resting shard has the bits it had at its start")
+
+    def verify(self, run: Run) -> None:
+        """Raises RunFailed on every rank when a resting shard has changed."""
+        assert self._audit is not None
+        self._audit.verify(coordinates=run.placement.coordinates)
+
+
+Part = tuple[int, int]
+"""A unit's place in the plan, and the tensor-parallel rank whose part it is; 0 where it is not cut."""
+
+
+@dataclass(frozen=True)
+class CheckReplicas(Hook):
+    """Compares the bits of all replicated weights every ``interval`` iterations.
+
+    Costs two all-reduces of 8 bytes per unit and tensor-parallel rank, and a pass over the weights.
+    """
+
+    interval: int | None
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if self.interval is not None and run.state.iteration % self.interval == 0:
+            check_replicas(run)
+
+
+def check_replicas(run: Run) -> None:
+    """Raises the same RunFailed on every rank where ranks hold different bits of a weight; collective.
+
+    It names the first such unit in the model's order and the ranks that differ from most others.
+    """
+    with run.wrapped.gathered_parameters():
+        mine = _fingerprints(run)
+    units, placement = run.wrapped.plan.units, run.placement
+    limits = torch.iinfo(torch.int64)
+    shape = (len(units), placement.tensor_size)
+    lowest = torch.full(shape, limits.max, dtype=torch.int64, device=placement.device)
+    highest = torch.full(shape, limits.min, dtype=torch.int64, device=placement.device)
+    if mine:
+        rows, columns = (torch.tensor(places, device=placement.device) for places in zip(*mine, strict=True))
+        found = torch.tensor(list(mine.values()), dtype=torch.int64, device=placement.device)
+        lowest[rows, columns] = highest[rows, columns] = found
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    # What no rank holds, as the other parts of a norm, has the lowest above the highest.
+    differing: list[list[int]] = (lowest < highest).nonzero().tolist()
+    if not differing:
+        return
+    unit, part = differing[0]
+    held: list[tuple[int | None, str]] = [(None, "")] * placement.world_size
+    where = f"rank {placement.rank} on {host_name()} ({placement.coordinates})"
+    dist.all_gather_object(held, (mine.get((unit, part)), where))
+    holders = {rank: found for rank, (found, _) in enumerate(held) if found is not None}
+    raise RunFailed(
+        f"iteration {run.state.iteration}: {odd_ones(holders, [where for _, where in held])} of "
+        f"{units[unit].name}{_more(len({unit for unit, _ in differing}) - 1)}; memory or a collective failed, and the "
+        f"replicas no longer train one model: resume from a checkpoint of an earlier iteration, without that device."
+    )
+
+
+def _fingerprints(run: Run) -> dict[Part, int]:
+    places = {unit.name: place for place, unit in enumerate(run.wrapped.plan.units)}
+    return {
+        (places[slot.unit], 0 if slot.cut is None else run.placement.tensor_rank): fingerprint(slot.parameter)
+        for slot in parameter_slots(run.wrapped.modules)
+    }
+
+
+def odd_ones(holders: Mapping[int, int], where: Sequence[str]) -> str:
+    """``rank 1 on node-a (TP 0, PP 0, DP 1) holds other bits than ranks 0, 2``: rank -> fingerprint, and words for
+    every rank of the run. Without a majority all are named."""
+    (common, count), *_ = Counter(holders.values()).most_common()
+    if 2 * count <= len(holders):
+        return f"{' and '.join(where[rank] for rank in holders)} hold different bits"
+    odd = [rank for rank, found in holders.items() if found != common]
+    others = numbers_in_words([rank for rank in holders if rank not in odd])
+    return f"{' and '.join(where[rank] for rank in odd)} hold{'s' * (len(odd) == 1)} other bits than {others}"
+
+
+def _more(units: int) -> str:
+    return f" and {units} more unit{'s' * (units > 1)}" if units else ""

@@ -1,1 +1,0 @@
-"""``hft-megatron doctor``: what it looks at, one part of the machine per module; ``examination`` has the order."""

@@ -1,0 +1,86 @@
+"""Memory by formula against the allocations of real steps on a CPU. Run: pytest tests/costs/test_rank_memory.py"""
+
+from typing import Any
+
+import pytest
+
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.costs.rank_costs import CostModel
+from hft_megatron.costs.rank_memory import MemoryModel, MicroBatch
+from hft_megatron.trainer.loop import next_step
+from hft_megatron.trainer.method import run_schedule
+from tests.support.allocations import Allocations
+from tests.support.models import LAYOUTS, make_llama
+from tests.support.toy_training import GLOBAL_BATCH, make_run
+from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SELECTIVE, UNIFORM
+
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 4}
+LLAMA_70B = ModelShape(
+    num_layers=80,
+    hidden_size=8192,
+    ffn_hidden_size=28672,
+    num_attention_heads=64,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
+
+Case = tuple[int, str, dict[str, Any], dict[str, Any]]
+CASES: dict[str, Case] = {
+    "full": (1, "tp1", {"bf16": True}, {"hft_ratio": 1.0}),
+    "half": (1, "tp1", {"bf16": True}, {}),
+    "half, fp32": (1, "tp1", {}, {}),
+    "half, uniform": (1, "tp1", {"bf16": True, **UNIFORM}, {}),
+    "full, block": (1, "tp1", {"bf16": True, **BLOCK}, {"hft_ratio": 1.0}),
+    "half, selective": (1, "tp1", {"bf16": True, **SELECTIVE}, {}),
+    "bottom rests": (1, "tp1", {"bf16": True}, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
+    "half, tensor parallel": (2, "tp2", {"bf16": True}, {}),
+    "full, sequence parallel": (2, "tp2_sp", {"bf16": True}, {"hft_ratio": 1.0}),
+    "half, sequence parallel, uniform": (2, "tp2_sp", {"bf16": True, **UNIFORM}, {}),
+    "half, uneven stages": (2, "pp2_uneven", {"bf16": True}, {}),
+    "half, interleaved": (2, "pp2_vpp", {"bf16": True}, {}),
+}
+"""Ranks, layout, options of training, and what trains."""
+
+
+def run_measured(folder: str, layout: str, training: dict, hft: dict) -> list[int]:
+    """One step's forward and backward passes: what this rank allocated and held at most, and the formula's word."""
+    ratio = hft.pop("hft_ratio", 0.5)
+    run = make_run(folder, LAYOUTS[layout], ratio=ratio, training={"micro_batch_size": 2} | training, hft=hft)
+    next_step(run)  # what is made once is there
+    batch = run.batches.step(GLOBAL_BATCH)
+    run.wrapped.zero_gradients()
+    with Allocations() as allocations:
+        run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
+    config, shape = run.config, run.wrapped.modules[0].shape
+    model = MemoryModel(
+        costs=CostModel(
+            shape=shape,
+            parallel=config.parallel,
+            world_size=run.placement.world_size,
+            bf16=config.training.bf16 is True,
+        ),
+        training=config.training,
+        micro_batch=MicroBatch(sequences=batch.sequences, seq_length=batch.seq_length),
+        micro_batches=len(batch.micro_batches),
+        on_cuda=False,
+    )
+    memory = model.stage(run.wrapped.plan.trains, run.placement.pipeline_rank)
+    weights = sum(weight.nbytes for chunk in run.wrapped.modules for weight in chunk.parameters())
+    held = [weights, run.wrapped.shards.gradient_bytes]
+    held.append(run.wrapped.shards.master_bytes + run.wrapped.shards.moment_bytes)
+    assert held == [memory.weights, memory.gradients, memory.optimizer]
+    return [allocations.most, memory.activations + memory.logits]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(make_llama(tmp_path_factory.mktemp("memory") / "model", vocab_size=1024, **SIZES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_takes_what_the_formula_says_within_a_tenth(ranks, folder, name):
+    size, layout, training, hft = CASES[name]
+    for most, formula in ranks(size).run(run_measured, folder=folder, layout=layout, training=training, hft=hft):
+        assert formula == pytest.approx(most, rel=0.1)

@@ -1,0 +1,74 @@
+"""Steps of a corpus at any layout. Run: pytest tests/methods/pretrain/test_batches.py"""
+
+import pytest
+import torch
+
+from hft_megatron.data.batches import BatchShare, StepBatch
+from hft_megatron.methods.pretrain.data import CorpusBatches, CorpusValidation, validation_samples
+
+GLOBAL_BATCH, LENGTH = 12, 5
+LAYOUTS = [(1, 1), (12, 1), (3, 2), (2, 3), (1, 4), (1, 12)]
+
+
+class Numbered:
+    """Sample i holds 1000 * i + position."""
+
+    def __len__(self) -> int:
+        return 500
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        assert 0 <= index < len(self)
+        tokens = 1000 * index + torch.arange(LENGTH)
+        return {"tokens": tokens, "labels": tokens + 1, "loss_mask": torch.ones(LENGTH), "position_ids": tokens}
+
+
+def batches(size: int, rank: int, ranks: int) -> CorpusBatches:
+    share = BatchShare(
+        micro_batch_size=size,
+        global_batch_size=GLOBAL_BATCH,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+        length_multiple=1,
+    )
+    return CorpusBatches(samples=Numbered(), seq_length=LENGTH, share=share)
+
+
+def samples_in(parts: list[StepBatch]) -> list[int]:
+    """Numbers of the samples of all ranks' micro-batches, in the order of the global batch."""
+    micro_batches = [micro for step in zip(*(part.micro_batches for part in parts), strict=True) for micro in step]
+    return [int(row[0]) // 1000 for micro in micro_batches for row in micro["tokens"]]
+
+
+@pytest.mark.parametrize(("size", "ranks"), LAYOUTS)
+def test_a_step_holds_the_same_samples_in_the_same_order_in_every_layout(size: int, ranks: int) -> None:
+    for consumed in (0, 12, 48):
+        parts = [batches(size, rank, ranks).step(consumed) for rank in range(ranks)]
+        assert samples_in(parts) == list(range(consumed, consumed + GLOBAL_BATCH))
+        for part in parts:
+            assert (part.sequences, part.seq_length) == (size, LENGTH)
+            assert (part.tokens, part.squared_lengths) == (GLOBAL_BATCH * LENGTH, GLOBAL_BATCH * LENGTH**2)
+            assert {tuple(micro[name].shape) for micro in part.micro_batches for name in micro} == {(size, LENGTH)}
+            assert {name for micro in part.micro_batches for name in micro} == {"tokens", "labels", "loss_mask"}
+
+
+@pytest.mark.parametrize(("interval", "iterations"), [(4, [4, 8, 10]), (5, [5, 10]), (None, [10]), (20, [10])])
+def test_every_validation_goes_on_where_the_last_one_stopped(interval: int | None, iterations: list[int]) -> None:
+    steps = 2
+    available = validation_samples(
+        train_iters=10, eval_interval=interval, eval_iters=steps, global_batch_size=GLOBAL_BATCH
+    )
+    for size, ranks in LAYOUTS:
+        seen = []
+        for iteration in iterations:
+            by_rank = [
+                list(
+                    CorpusValidation(
+                        batches=batches(size, rank, ranks), eval_iters=steps, eval_interval=interval
+                    ).steps(iteration)
+                )
+                for rank in range(ranks)
+            ]
+            assert {len(steps_of_rank) for steps_of_rank in by_rank} == {steps}
+            seen += [number for parts in zip(*by_rank, strict=True) for number in samples_in(list(parts))]
+        assert seen == list(range(len(iterations) * steps * GLOBAL_BATCH))
+        assert len(seen) <= available
