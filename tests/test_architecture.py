@@ -34,6 +34,7 @@ ROWS: tuple[frozenset[str], ...] = (
 PURE = (
     "__init__",
     "config",
+    "conversion.merge_inputs",
     "conversion.weight_files",
     "costs",
     "data.shown_examples",

@@ -1,49 +1,8 @@
-"""The average of a fine-tuned model and its base, weight by weight: WiSE-FT's baseline against forgetting.
-
-Run: ``python tools/average_weights.py --tuned A --base B --coefficient 0.5 --output C``. The output's average.json says
-what it is of.
-"""
+"""Another name of ``hft-megatron average``, for one more version."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.cli.entry import Command, run_tool
-from hft_megatron.conversion.merge_inputs import MergeFolders, check_folders
-from hft_megatron.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class AverageOptions:
-    """Everything that can be said about an average."""
-
-    folders: MergeFolders = field(default_factory=MergeFolders)
-    coefficient: float = 0.5
-    """Share of the tuned model, 0 to 1: base + coefficient x (tuned - base)."""
-
-
-def run(options: AverageOptions, status: StatusFolder) -> None:
-    """Check the options and folders, and write the output. Raises UserError for every mistake."""
-    if not 0 <= options.coefficient <= 1:
-        raise UserError(
-            f"--coefficient {options.coefficient} must be between 0, which is the base model, and 1, the tuned one."
-        )
-    inputs = check_folders(options.folders)
-    # Imported here, because a mistake in the options must not wait for torch.
-    from hft_megatron.engine.start import prepare_engine
-
-    prepare_engine()
-    from hft_megatron.conversion.merging import average_weights
-
-    average_weights(inputs, options.coefficient, show)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
-    summary = "average the weights of a fine-tuned model with those of the model it was trained from"
-    return run_tool("average_weights.py", Command(summary=summary, options=AverageOptions, run=run), argv)
-
+from hft_megatron.cli.entry import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["average", *sys.argv[1:]]))

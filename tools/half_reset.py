@@ -1,67 +1,8 @@
-"""Half-Reset: sets half of the weights of a fine-tuned model back to what they were before, without any training.
-
-Run: ``python tools/half_reset.py --tuned A --base B --ratio 0.5 --level category --seed 1 --output C``. The units that
-keep the tuned value are those that ``hft-megatron sft`` would train with the same options and seed; the output's
-half_reset.json lists them, and ``hft-megatron plan --load-hf C --hft-plan C/half_reset.json`` shows them.
-"""
+"""Another name of ``hft-megatron half-reset``, for one more version."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
-from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.cli.entry import Command, run_tool
-from hft_megatron.config.schema import HFTConfig, RunConfig, TrainingConfig
-from hft_megatron.config.validation import validate_plan
-from hft_megatron.conversion.merge_inputs import MergeFolders, check_folders, options_called
-from hft_megatron.hft.plan import make_plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawOptions:
-    """Which weights keep the tuned value: the options of a run's --hft-ratio and so on, with their meaning."""
-
-    ratio: float = HFTConfig.hft_ratio
-    """Share of the matrices that keeps the tuned value. Embedding, final norm and head always keep it."""
-    level: Literal["category", "layer", "model"] = HFTConfig.hft_level
-    """Draw the share within every category of a layer (the paper's), as whole layers, or over the whole model."""
-    counting: Literal["matrices", "parameters"] = HFTConfig.hft_counting
-    """What --ratio is a share of; they differ under grouped-query attention."""
-    seed: int = TrainingConfig.seed
-    """Seed of the draw."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HalfResetOptions:
-    """Everything that can be said about a Half-Reset."""
-
-    folders: MergeFolders = field(default_factory=MergeFolders)
-    draw: DrawOptions = field(default_factory=DrawOptions)
-
-
-def run(options: HalfResetOptions, status: StatusFolder) -> None:
-    """Check the options and folders, draw the plan and write the output. Raises UserError for every mistake."""
-    inputs = check_folders(options.folders)
-    draw = options.draw
-    hft = HFTConfig(hft_ratio=draw.ratio, hft_level=draw.level, hft_counting=draw.counting, hft_seed=draw.seed)
-    with options_called({"--hft-": "--"}):
-        validate_plan(RunConfig(hft=hft), inputs.shape, world_size=1)
-        plan = make_plan(inputs.shape, hft, default_seed=draw.seed)
-    # Imported here, because a mistake in the options must not wait for torch.
-    from hft_megatron.engine.start import prepare_engine
-
-    prepare_engine()
-    from hft_megatron.conversion.merging import half_reset
-
-    half_reset(inputs, plan, show)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
-    summary = "set the weights that a half fine-tuning would rest back to the base model's"
-    return run_tool("half_reset.py", Command(summary=summary, options=HalfResetOptions, run=run), argv)
-
+from hft_megatron.cli.entry import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["half-reset", *sys.argv[1:]]))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hft_megatron
-from hft_megatron.cli import doctor, dpo, plan, pretrain, sft, show_data
+from hft_megatron.cli import average, convert, doctor, dpo, half_reset, plan, preprocess, pretrain, sft, show_data
 from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
@@ -94,6 +94,26 @@ COMMANDS = {
         options=show_data.ShowDataOptions,
         run=show_data.run,
     ),
+    "preprocess": Command(
+        summary="tokenize data before training, into megatron-core's .bin/.idx",
+        options=preprocess.PreprocessOptions,
+        run=preprocess.run,
+    ),
+    "convert": Command(
+        summary="convert a checkpoint to a Hugging Face folder, or compare the logits of such a folder",
+        options=convert.ConvertOptions,
+        run=convert.run,
+    ),
+    "half-reset": Command(
+        summary="set the weights that a half fine-tuning would freeze back to the base model's",
+        options=half_reset.HalfResetOptions,
+        run=half_reset.run,
+    ),
+    "average": Command(
+        summary="average the weights of a fine-tuned model with those of the model it was trained from",
+        options=average.AverageOptions,
+        run=average.run,
+    ),
     "doctor": Command(
         summary="look at the machine, the ranks and the parts of a run, and say what is wrong and how to mend it",
         options=doctor.DoctorOptions,
@@ -119,12 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _perform(COMMANDS[name], words, status, prog=f"{PROG} {name}")
 
     return run_command(dispatch)
-
-
-def run_tool(prog: str, command: Command, argv: Sequence[str] | None = None) -> int:
-    """What ``main`` does, for a program outside the package that has one command; ``--help`` calls it ``prog``."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda status: _perform(command, words, status, prog=prog))
 
 
 def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, prog: str) -> None:

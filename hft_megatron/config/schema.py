@@ -143,7 +143,7 @@ class DataConfig:
 
     train_data_path: tuple[str, ...] = ()
     """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), or
-    the prefix of data from tools/preprocess_data.py. A number before each is its weight: the share of training samples
+    the prefix of data from `hft-megatron preprocess`. A number before each is its weight: the share of training samples
     drawn from it, as in Megatron. Without weights every example comes once in an epoch."""
     valid_data_path: tuple[str, ...] = ()
     """Like --train-data-path, without weights; of a TRACE folder, eval.json."""

@@ -123,7 +123,7 @@ def convert_checkpoint(
     iteration: int | None,
     save_hf: str,
     *,
-    save_dtype: torch.dtype | None,
+    save_dtype: str | None,
     check: bool,
     announce: Announce,
 ) -> None:
@@ -145,7 +145,7 @@ def convert_checkpoint(
         source=source,
         trained=run.trained(),
         adds_template=run.identity.uses_chat_template or run.config.data.chat_template is not None,
-        save_dtype=save_dtype,
+        save_dtype=None if save_dtype is None else getattr(torch, save_dtype),
         keep_source_tokenizer=run.config.checkpoint.keep_source_tokenizer,
     )
     with _reader(tensors, source) as read:

@@ -121,7 +121,16 @@ def test_the_tool_holds_no_slice_at_all(model: Path, tmp_path: Path) -> None:
     words += ["--hft-freeze-embedding", "--hft-freeze-head", "--lr-warmup-iters", "0"]
     log = tmp_path / "log"
     peak_of(start_cli(words, log=log), log)
-    command = [sys.executable, "tools/convert_checkpoint.py", "--load", tmp_path / "run", "--save-hf", tmp_path / "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "hft_megatron",
+        "convert",
+        "--load",
+        tmp_path / "run",
+        "--save-hf",
+        tmp_path / "out",
+    ]
     with log.open("wb") as output:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)

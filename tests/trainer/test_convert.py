@@ -98,7 +98,7 @@ def fp16_run(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_an_earlier_checkpoint_and_another_data_type_can_be_asked_for(fp16_run: Path, tmp_path: Path) -> None:
-    convert(fp16_run / "run", tmp_path / "out", iteration=2, save_dtype=torch.float32)
+    convert(fp16_run / "run", tmp_path / "out", iteration=2, save_dtype="float32")
     own, found = (load_file(folder / "model.safetensors") for folder in (fp16_run / "own", tmp_path / "out"))
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     differ = {name for name in own if not torch.equal(own[name].float(), found[name])}

@@ -67,7 +67,7 @@ def test_complementary_halves_of_the_layers_train_in_the_two_stages(inputs: Path
     steps = [record for record in read_metrics(folders[1]) if "grad norm" in record]
     assert [step["round"] for step in steps] == [1, 1, 1]
     assert steps[0]["rewards/margins"] == 0.0
-    tool = ["tools/convert_checkpoint.py", "--load", str(folders[0]), "--save-hf", str(middle)]
+    tool = ["-m", "hft_megatron", "convert", "--load", str(folders[0]), "--save-hf", str(middle)]
     done = forked.run(tool, tmp_path)
     assert done.returncode == 0, done.stderr
     by_sft, by_dpo = changed(inputs / "model", middle), changed(middle, tuned)

@@ -141,7 +141,7 @@ def read_facts(prefix: str) -> Facts:
     path = Path(f"{prefix}{FACTS}")
     if not path.exists() and Path(f"{prefix}{UNFINISHED}").exists():
         raise UserError(
-            f"{prefix} is not preprocessed to its end; start tools/preprocess_data.py again with the same options."
+            f"{prefix} is not preprocessed to its end; start `hft-megatron preprocess` again with the same options."
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def read_facts(prefix: str) -> Facts:
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, which says how {prefix}.bin was made; copy it too, or make the data with "
-            f"tools/preprocess_data.py."
+            f"`hft-megatron preprocess`."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} can't be read ({error}); copy it again, or preprocess the data again.") from error

@@ -285,7 +285,7 @@ def test_data_of_another_tokenizer_or_template_or_without_ends_are_refused(
 
 def test_unfinished_data_and_parts_of_data_are_no_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "made_unfinished").mkdir()
-    with pytest.raises(UserError, match=r"made is not preprocessed to its end; start tools/preprocess_data.py again"):
+    with pytest.raises(UserError, match=r"made is not preprocessed to its end; start `hft-megatron preprocess` again"):
         load(tmp_path / "made", tokenizer)
     (tmp_path / "made.idx").write_bytes(b"")
     with pytest.raises(UserError, match=r"made.idx is a part of preprocessed data; name them without .idx."):

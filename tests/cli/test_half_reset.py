@@ -1,11 +1,10 @@
-"""``tools/half_reset.py`` from its words to its exit code, and what its output is good for."""
+"""``hft-megatron half-reset`` from its words to its exit code, and what its output is good for."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import half_reset
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,8 +15,6 @@ from tests.support.pairs import change_config, make_pair, read_weights, same_bit
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 from tests.support.tokenizers import make_byte_level
-
-TOOL = Path(half_reset.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def test_the_command_gives_a_folder_that_transformers_loads(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    assert half_reset.main(words(pair, out, "--ratio", 0.5, "--level", "category", "--seed", 1)) == EXIT_OK
+    assert main(["half-reset", *words(pair, out, "--ratio", 0.5, "--level", "category", "--seed", 1)]) == EXIT_OK
     said = capsys.readouterr().out
     assert "half-reset: 20 of 38 tensors have the tuned model's values and the others the base's" in said
     assert "attention    8 of 16 units train (50.0%)" in said
@@ -67,7 +64,7 @@ def test_the_plan_is_that_of_the_plan_command_with_the_same_options(
         (["--seed", "7"], ["--ratio", "0.25", "--level", "model"], ["--counting", "parameters", "--seed", "0"], [])
     ):
         out = tmp_path / str(number)
-        assert half_reset.main(words(pair, out, *options)) == EXIT_OK
+        assert main(["half-reset", *words(pair, out, *options)]) == EXIT_OK
         capsys.readouterr()
         as_run = [f"--hft-{word[2:]}" if word.startswith("--") and word != "--seed" else word for word in options]
         assert main(["plan", "--load-hf", str(pair / "base"), *as_run, "--json"]) == EXIT_OK
@@ -87,7 +84,7 @@ def test_resetting_what_a_run_rested_changes_nothing(ranks: RankPools, tmp_path:
     (inputs / "model").rename(tmp_path / "base")
     for seed, unchanged in ((5, True), (6, False)):
         out = tmp_path / f"seed {seed}"
-        assert half_reset.main(words(tmp_path, out, "--seed", seed)) == EXIT_OK
+        assert main(["half-reset", *words(tmp_path, out, "--seed", seed)]) == EXIT_OK
         tuned, merged = read_weights(tmp_path / "tuned"), read_weights(out)
         assert all(same_bits(merged[name], tuned[name]) for name in tuned) == unchanged
 
@@ -109,7 +106,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (words(pair, out, "--base", str(pair / "none")), f"--base {pair / 'none'}: there is no such folder"),
     ]
     for arguments, sentence in cases:
-        assert half_reset.main(arguments) == EXIT_USAGE, sentence
+        assert main(["half-reset", *arguments]) == EXIT_USAGE, sentence
         printed = capsys.readouterr()
         assert sentence in printed.err
         assert printed.err.count("\n") == 1
@@ -118,24 +115,23 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
 
 
 WITHOUT_TORCH = """
-import runpy, sys
-try:
-    runpy.run_path(sys.argv.pop(1), run_name="__main__")
-except SystemExit as end:
-    assert not {"torch", "megatron", "transformers"} & sys.modules.keys()
-    raise
+import sys
+from hft_megatron.cli import main
+code = main(sys.argv[1:])
+assert not {"torch", "megatron", "transformers"} & sys.modules.keys()
+sys.exit(code)
 """
 
 
-def test_help_and_mistakes_of_the_program_need_no_torch(tmp_path: Path) -> None:
+def test_help_and_mistakes_of_the_command_need_no_torch(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
     change_config(pair / "base", vocab_size=97)
     for arguments, exit_code, said in (
         (["--help"], EXIT_OK, "--ratio FLOAT"),
         (words(pair, tmp_path / "out"), EXIT_USAGE, "has vocab_size 97"),
     ):
-        command = [sys.executable, "-c", WITHOUT_TORCH, str(TOOL), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=TOOL.parents[1], check=False)
+        command = [sys.executable, "-c", WITHOUT_TORCH, "half-reset", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == exit_code, done.stderr
         assert said in done.stdout + done.stderr
         assert "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
-"""``tools/preprocess_data.py`` from its words to a run on its output.
+"""``hft-megatron preprocess`` from its words to a run on its output.
 
-Run: pytest tests/tools/test_preprocess_data.py
+Run: pytest tests/cli/test_preprocess.py
 """
 
 import os
@@ -10,17 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import preprocess_data
 import pytest
 
+from hft_megatron.cli import main
 from hft_megatron.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 from tests.support.data_files import write_rows
 from tests.support.preprocessing import contents, conversations
 from tests.support.ranks import REPOSITORY, RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 from tests.support.tokenizers import make_byte_level
-
-TOOL = Path(preprocess_data.__file__)
 
 
 def words(data: Path, prefix: Path, tokenizer: Path, *options: object) -> list[str]:
@@ -35,7 +33,7 @@ def test_a_run_on_preprocessed_data_has_the_losses_of_the_file_and_goes_on_with_
 ) -> None:
     inputs = make_inputs(tmp_path)
     model, data = inputs / "model", inputs / "data.jsonl"
-    assert preprocess_data.main(words(data, tmp_path / "made", model, "--seq-length", 96)) == EXIT_OK
+    assert main(["preprocess", *words(data, tmp_path / "made", model, "--seq-length", 96)]) == EXIT_OK
     options = ["--packing", "--packing-window", "10"] if packing else []
     plain = words_for(inputs, *options)
     made = words_for(inputs, *options, "--train-data-path", tmp_path / "made")
@@ -56,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, rows.jsonl, and what nobody interrupted under the prefix ``whole``."""
     folder = tmp_path_factory.mktemp("whole")
     data = write_rows(folder / "rows.jsonl", conversations(15000))
-    assert preprocess_data.main(words(data, folder / "whole", make_byte_level(folder / "tokenizer"))) == EXIT_OK
+    assert main(["preprocess", *words(data, folder / "whole", make_byte_level(folder / "tokenizer"))]) == EXIT_OK
     return folder
 
 
@@ -66,7 +64,7 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_sa
     whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     given = words(whole / "rows.jsonl", tmp_path / "killed", whole / "tokenizer", "--log-interval", 1000)
-    command = [sys.executable, str(TOOL), *given]
+    command = [sys.executable, "-m", "hft_megatron", "preprocess", *given]
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     # Its own process group: a signal of a terminal goes to workers as well.
     process = subprocess.Popen(
@@ -127,12 +125,12 @@ def test_mistakes_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "1234 ", "completion": "567"}])
     tokenizer = make_byte_level(tmp_path / "tokenizer")
-    assert preprocess_data.main([*words(Path("rows.jsonl"), Path("out"), tokenizer), *options]) == EXIT_USAGE
+    assert main(["preprocess", *words(Path("rows.jsonl"), Path("out"), tokenizer), *options]) == EXIT_USAGE
     said = capfd.readouterr().err
     assert sentence in said
     assert len(said.splitlines()) == 1
 
 
 def test_what_is_missing_is_named_first(capfd: pytest.CaptureFixture[str]) -> None:
-    assert preprocess_data.main(["--input", "a.jsonl"]) == EXIT_USAGE
-    assert "--output-prefix is missing; `python tools/preprocess_data.py --help` shows" in capfd.readouterr().err
+    assert main(["preprocess", "--input", "a.jsonl"]) == EXIT_USAGE
+    assert "--output-prefix is missing; `hft-megatron preprocess --help` shows" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The conversion tool's command line. Run: pytest tests/tools/test_convert_checkpoint.py"""
+"""``hft-megatron convert`` from its words to its exit code. Run: pytest tests/cli/test_convert.py"""
 
 import json
 import os
@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_checkpoint
 import pytest
 
+from hft_megatron.cli import convert, main
 from hft_megatron.errors import EXIT_OK, EXIT_USAGE
 from tests.support import forked
 from tests.support.ranks import REPOSITORY, RankPools
@@ -44,9 +44,8 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     (tmp_path / "FULL" / "file").touch()
     (tmp_path / "MODEL" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     # It would name this process, which has other tests to run, a run of one rank.
-    monkeypatch.setattr(convert_checkpoint.launch, "place_this_process", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *command.split()])
-    assert convert_checkpoint.main() == EXIT_USAGE
+    monkeypatch.setattr(convert.launch, "place_this_process", lambda: None)
+    assert main(["convert", *command.split()]) == EXIT_USAGE
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -56,18 +55,18 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
 def test_it_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "--load", "RUN", "--save-hf", "OUT"])
-    assert convert_checkpoint.main() == EXIT_USAGE
-    assert "start it with python" in capsys.readouterr().err
+    assert main(["convert", "--load", "RUN", "--save-hf", "OUT"]) == EXIT_USAGE
+    assert "start it without torchrun" in capsys.readouterr().err
 
 
-def test_the_help_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-X", "importtime", "tools/convert_checkpoint.py", "--help"]
+@pytest.mark.parametrize("program", ["convert_checkpoint", "preprocess_data", "half_reset", "average_weights"])
+def test_the_former_name_of_a_command_shows_its_help_without_torch(program: str) -> None:
+    command = [sys.executable, "-X", "importtime", f"tools/{program}.py", "--help"]
     done = subprocess.run(
         command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
     )
     assert done.returncode == EXIT_OK
-    assert "--save-hf" in done.stdout
+    assert {"--save-hf", "--output-prefix", "--output"} & set(done.stdout.split())
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "hft_megatron.errors" in imported
     assert not {"torch", "megatron", "transformers"} & imported
@@ -80,7 +79,7 @@ def test_one_command_converts_a_run_and_checks_the_logits(ranks: RankPools, tmp_
     ranks(2).run(run_sft_words, words=words)
     out = str(tmp_path / "out")
     for options in (["--load", str(tmp_path / "run"), "--save-hf", out], ["--load-hf", out]):
-        done = forked.run(["tools/convert_checkpoint.py", *options, "--check"], tmp_path)
+        done = forked.run(["-m", "hft_megatron", "convert", *options, "--check"], tmp_path)
         assert done.returncode == EXIT_OK, done.stderr
         assert f"check of {out}: logits of 2 sequences differ" in done.stdout
         assert "tolerance 0.0001" in done.stdout

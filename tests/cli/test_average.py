@@ -1,12 +1,12 @@
-"""``tools/average_weights.py`` from its words to its exit code, and a folder that transformers loads."""
+"""``hft-megatron average`` from its words to its exit code, and a folder that transformers loads."""
 
 import json
 from pathlib import Path
 
-import average_weights
 import pytest
 import torch
 
+from hft_megatron.cli import main
 from hft_megatron.errors import EXIT_OK, EXIT_USAGE
 from tests.support.pairs import make_pair, read_weights
 
@@ -26,7 +26,7 @@ def test_the_average_is_a_folder_that_transformers_loads(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    assert average_weights.main(words(pair, tmp_path / "out", "--coefficient", 0.75)) == EXIT_OK
+    assert main(["average", *words(pair, tmp_path / "out", "--coefficient", 0.75)]) == EXIT_OK
     assert f"the 38 tensors of {tmp_path / 'out'} are base + 0.75 x (tuned - base)" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "average.json").read_text())["coefficient"] == 0.75
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -40,7 +40,7 @@ def test_the_average_is_a_folder_that_transformers_loads(
 
 def test_the_coefficient_is_half_unless_given_and_may_be_0_or_1(pair: Path, tmp_path: Path) -> None:
     for number, options in enumerate(([], ["--coefficient", "0"], ["--coefficient", "1.0"])):
-        assert average_weights.main(words(pair, tmp_path / str(number), *options)) == EXIT_OK
+        assert main(["average", *words(pair, tmp_path / str(number), *options)]) == EXIT_OK
         record = json.loads((tmp_path / str(number) / "average.json").read_text())
         assert record["coefficient"] == (0.5, 0, 1)[number]
 
@@ -60,7 +60,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (words(pair, out, "--ratio", "0.5"), "--ratio is not an option"),
     ]
     for arguments, sentence in cases:
-        assert average_weights.main(arguments) == EXIT_USAGE, sentence
+        assert main(["average", *arguments]) == EXIT_USAGE, sentence
         printed = capsys.readouterr()
         assert sentence in printed.err
         assert printed.err.count("\n") == 1

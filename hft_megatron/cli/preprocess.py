@@ -1,0 +1,132 @@
+"""``hft-megatron preprocess``: data tokenized before training, with the examples that a run would make of them.
+
+Run: ``hft-megatron preprocess --input train.jsonl --output-prefix train --tokenizer-model MODEL``, and again where it
+was stopped: it resumes. ``hft-megatron sft --train-data-path train`` trains on the result, megatron-core's files.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.config.schema import DataConfig, DataFormat, LongExamples
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """What is read and written."""
+
+    input: tuple[str, ...] = ()
+    """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), one
+    behind the other. A .txt has one document per line."""
+    output_prefix: str | None = None
+    """PREFIX.bin and PREFIX.idx hold the tokens, PREFIX_loss_mask.* what of them is trained, PREFIX_boundaries.* where
+    examples start and stop in a document, and PREFIX_preprocessed.json how they were made."""
+    document_separator: str | None = None
+    """Line that ends a document of a .txt, such as `<|endoftext|>`."""
+    on_bad_line: Literal["stop", "skip"] = "stop"
+    """Stop at a record that is damaged or that no example can be made of, or write it to PREFIX_bad_lines.jsonl and go
+    on."""
+    workers: int | None = None
+    """Processes that tokenize; one per core when unset."""
+    log_interval: int = 10000
+    """Documents between two lines about the progress, where there is no terminal for a bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesConfig:
+    """How a record becomes an example: options of a run, with their meaning. The run must have the same."""
+
+    data_format: DataFormat | None = DataConfig.data_format
+    """Layout of the records; recognised by the keys of a file's first record when unset."""
+    data_keys: str | None = DataConfig.data_keys
+    """KEY=NAME,... for records with other names: question=prompt,answer=completion reads `question` as `prompt`."""
+    prompt_separator: str = DataConfig.prompt_separator
+    """Text between a prompt and its completion, where they are texts of their own: \\n is a line end."""
+    ignore_keys: str | None = DataConfig.ignore_keys
+    """Keys of records and messages to pass over, separated by commas."""
+    chat_template: str | None = DataConfig.chat_template
+    """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
+    unset."""
+    loss_on: Literal["assistant", "all", "last"] = DataConfig.loss_on
+    """Train the assistant's turns (or the completion), everything, or the last assistant's turn only."""
+    train_on_eos: bool = DataConfig.train_on_eos
+    """Train the token that ends each trained turn."""
+    seq_length: int | None = None
+    """Longest example in tokens; no limit when unset."""
+    long_examples: LongExamples = DataConfig.long_examples
+    """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several of it.
+    PREFIX.bin has the whole document in any case."""
+    append_eod: bool = False
+    """End the documents of the format text with the tokenizer's end token; other formats always have theirs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which tokens."""
+
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
+    """Found from the files when unset."""
+    tokenizer_model: str | None = None
+    """Hugging Face folder or SentencePiece .model file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """The command line."""
+
+    files: FilesConfig = field(default_factory=FilesConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+
+
+def run(options: PreprocessOptions, status: StatusFolder) -> None:
+    """Check the options, then make the data. Raises UserError for every mistake."""
+    files, tokenizer, examples = options.files, options.tokenizer, options.examples
+    for flag, value in (
+        ("--input", files.input),
+        ("--output-prefix", files.output_prefix),
+        ("--tokenizer-model", tokenizer.tokenizer_model),
+    ):
+        if not value:
+            raise UserError(f"{flag} is missing; `hft-megatron preprocess --help` shows what it takes.")
+    for flag, number in (
+        ("--workers", files.workers),
+        ("--log-interval", files.log_interval),
+        ("--seq-length", examples.seq_length),
+    ):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} {number}: must be at least 1.")
+    assert files.output_prefix is not None
+    assert tokenizer.tokenizer_model is not None
+    # Imported here, because the checks above must not wait for them.
+    from hft_megatron.data.chat import LossRule
+    from hft_megatron.data.files.sources import TRAIN_SPLIT, find_input
+    from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
+    from hft_megatron.data.preprocessed.making import Preprocessing, preprocess
+    from hft_megatron.data.run_data import record_rules
+    from hft_megatron.data.tokenizers import load_tokenizer
+
+    asked = Preprocessing(
+        files=find_input("--input", files.input, TRAIN_SPLIT),
+        prefix=files.output_prefix,
+        rules=ExampleRules(
+            seq_length=NO_LIMIT if examples.seq_length is None else examples.seq_length,
+            long_examples=examples.long_examples,
+            loss=LossRule(loss_on=examples.loss_on, train_on_eos=examples.train_on_eos),
+            records=record_rules(examples),
+        ),
+        append_eod=examples.append_eod,
+        document_separator=files.document_separator,
+        skips_bad_lines=files.on_bad_line == "skip",
+        workers=files.workers or len(os.sched_getaffinity(0)),
+        log_interval=files.log_interval,
+    )
+    loaded = load_tokenizer(tokenizer.tokenizer_type, Path(tokenizer.tokenizer_model), examples.chat_template)
+    for note in loaded.facts.notes:
+        show(note)
+    facts = preprocess(asked, loaded, show)
+    for line in (facts.summary(files.output_prefix), *facts.counts.notes(files.output_prefix)):
+        show(line)
