@@ -183,15 +183,15 @@ def test_a_finished_run_has_nothing_left_to_do(ranks: RankPools, inputs: Path, t
 
 
 def run_with_a_signal_while_it_exports(words: list[str]) -> dict[str, Any]:
-    from hft_megatron.trainer import assembly
+    from hft_megatron.trainer.saving import Exporter
 
-    export = assembly._export
+    export = Exporter.export_at_end
 
     def signalled(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         export(*arguments)
 
-    with patch.object(assembly, "_export", signalled):
+    with patch.object(Exporter, "export_at_end", signalled):
         return run_sft_words(words)
 
 

@@ -86,7 +86,7 @@ def test_importing_the_package_turns_nothing_on():
     code = (
         "import torch; before = torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.Stream\n"
         "import hft_megatron.trainer.assembly\n"
-        "from hft_megatron.parallel import cpu_backend\n"
+        "from hft_megatron.engine import cpu_backend\n"
         "assert (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.Stream) == before\n"
         "assert not cpu_backend._active\n"
         "assert torch.zeros(1).type() == 'torch.FloatTensor'\n"

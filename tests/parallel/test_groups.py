@@ -9,7 +9,6 @@ import torch
 from hft_megatron.config.schema import ParallelConfig
 from hft_megatron.errors import UserError
 from hft_megatron.parallel import groups
-from hft_megatron.parallel import groups as determinism
 from hft_megatron.parallel.groups import start_backend
 
 
@@ -63,10 +62,10 @@ def test_nccl_is_refused_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deterministic_mode_fills_no_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in determinism._ENVIRONMENT:
+    for name in groups._ENVIRONMENT:
         monkeypatch.setenv(name, "")
     try:
-        determinism.make_deterministic()
+        groups.make_deterministic()
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:

@@ -208,7 +208,7 @@ def _token_loss(model: LlamaForCausalLM, example: Answer) -> tuple[Tensor, int, 
 def _pair_loss(
     model: LlamaForCausalLM, reference: LlamaForCausalLM, options: DpoConfig, pair: tuple[Answer, Answer]
 ) -> tuple[Tensor, int, Tensor]:
-    """Loss of one pair (the formulas stand in objectives/dpo.py, held against TRL's in its tests), 1, and rewards."""
+    """Loss of one pair (by the formulas of methods/dpo/objective.py, held against TRL's), 1, and rewards."""
     log_probs = torch.stack([_log_probability(model, answer) for answer in pair])
     with torch.no_grad():
         expected = torch.stack([_log_probability(reference, answer) for answer in pair])

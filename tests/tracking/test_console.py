@@ -1,9 +1,9 @@
-import contextlib
 import fcntl
 import io
 import os
 import pty
 import re
+import select
 import struct
 import termios
 from datetime import datetime
@@ -35,12 +35,12 @@ class Terminal(io.TextIOWrapper):
         self._seen = ""
         self._screen, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        os.set_blocking(self._screen, False)
         super().__init__(io.FileIO(terminal, "w"), encoding="utf-8", write_through=True)
 
     def getvalue(self) -> str:
         """All that was written to it."""
-        with contextlib.suppress(BlockingIOError):
+        # The kernel hands it over on a thread of its own.
+        while select.select([self._screen], [], [], 0.2)[0]:
             self._seen += os.read(self._screen, 1 << 16).decode()
         return self._seen
 
