@@ -164,9 +164,9 @@ class RankPool:
     def _accept(self, listener: socket.socket) -> list[_Rank]:
         assert self._torchrun is not None
         found: dict[int, _Rank] = {}
-        deadline = time.monotonic() + START_TIMEOUT
+        begun = time.monotonic()
         while len(found) < self.world_size:
-            if self._torchrun.poll() is not None or time.monotonic() > deadline:
+            if self._torchrun.poll() is not None or time.monotonic() > begun + START_TIMEOUT:
                 self._abort()
                 raise RanksFailed(f"{self.world_size} ranks did not start", {}, {}, self._output(0))
             try:

@@ -1,5 +1,6 @@
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,13 +58,31 @@ def test_every_rank_runs_the_body_and_returns_its_value(ranks: RankPools) -> Non
     assert [value["sum"] for value in values] == [21, 21]
 
 
+STUCK = """
+import os, time
+from pathlib import Path
+
+def wait_for_nobody():
+    Path(__file__).with_name(f"rank-{os.environ['RANK']}").touch()
+    time.sleep(3600)
+
+wait_for_nobody()
+"""
+
+
 def test_ranks_that_never_come_show_where_each_of_their_processes_stands(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stuck = tmp_path / "stuck.py"
-    stuck.write_text("import time\n\ndef wait_for_nobody():\n    time.sleep(3600)\n\nwait_for_nobody()\n")
+    stuck.write_text(STUCK)
     monkeypatch.setattr("tests.support.ranks.WORKER", stuck)
-    monkeypatch.setattr("tests.support.ranks.START_TIMEOUT", 2.0)
+
+    def give_up_once_both_wait() -> None:
+        while len(list(tmp_path.glob("rank-*"))) < 2:
+            time.sleep(0.05)
+        monkeypatch.setattr("tests.support.ranks.START_TIMEOUT", 0.0)
+
+    threading.Thread(target=give_up_once_both_wait, daemon=True).start()
     pool = RankPool(2)
     with pytest.raises(RanksFailed, match="2 ranks did not start") as failure:
         pool.run(run_print_and_return)
