@@ -5,142 +5,216 @@ gradients later (autograd, DistributedDataParallel, FSDP, an optimizer) leaves f
 """
 
 import re
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hft_megatron.hft.on_ranks import fingerprint
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import EMBEDDING_NAME
 
-_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-"""What DistributedDataParallel, torch.compile, FSDP and checkpoint wrappers put into names."""
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
+"""What torch.compile, checkpoint wrappers and the like put into names."""
+_FSDP1 = "_fsdp_wrapped_module"
 _PEFT_PREFIX = "base_model.model."
-_PEFT_BASE = (".base_layer.weight", ".original_module.weight")
-"""Ends of the names of weights that PEFT has put something beside, and keeps frozen."""
-_HOOK = "_hft_plan_hook"
+_PEFT_BASE = ("base_layer", "original_module")
+"""What PEFT's wrappers call the module that they have taken the place of, and keep frozen."""
+_HOOKS = "_hft_plan_hooks"
+
+
+class _Parameter(NamedTuple):
+    name: str
+    """Without wrappers."""
+    unit: str
+    tensor: nn.Parameter
+    trains: bool | None
+    """None where the plan has no say: an adapter of PEFT's that isn't active."""
 
 
 def apply_to_module(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> None:
     """What ``Plan.apply`` does."""
+    _check_is_not_wrapped(model)
     parameters = list(_parameters(plan, model))
-    for unit, name, parameter in parameters:
-        if name == f"{unit}.weight" and parameter.is_floating_point() and parameter.numel():
-            expected = plan.parameters_of(unit)
-            if parameter.numel() != expected:
-                raise ValueError(
-                    f"{name} has {parameter.numel():,} parameters and {expected:,} in the plan, which was drawn for "
-                    "another model; draw it from this model's config."
-                )
-    with_adapters = any(name != f"{unit}.weight" for unit, name, _ in parameters)
-    found = {unit for unit, _, _ in parameters}
+    found = {one.unit for one in parameters}
     missing = next((unit.name for unit in plan.units if unit.name not in found), None)
     if missing is not None:
         raise ValueError(
             f"the model has no parameter of {missing}, which is in the plan; draw the plan from this model's config, "
             "and give the model with its head."
         )
-    for unit, name, parameter in parameters:
-        is_base = with_adapters and (name == f"{unit}.weight" or name.endswith(_PEFT_BASE))
-        parameter.requires_grad_(plan.trains(unit) and not is_base)
-        if not parameter.requires_grad:
-            parameter.grad = None
+    if not any(one.trains for one in parameters):
+        raise ValueError(
+            "nothing of this model would train: no unit that the plan trains has an adapter; give PEFT more target "
+            "modules, or draw another plan."
+        )
+    for one in parameters:
+        if one.trains is not None:
+            one.tensor.requires_grad_(one.trains)
+        if not one.tensor.requires_grad:
+            one.tensor.grad = None
     if optimizer is not None:
-        _check_optimizer(plan, parameters, optimizer)
-    _guard(plan, model, parameters)
+        _check_optimizer(parameters, optimizer)
+    _guard(plan, model)
 
 
-def _parameters(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(unit, name without wrappers, parameter) of everything that the model holds. ValueError for what has no unit."""
-    units = {unit.name for unit in plan.units}
-    for written, parameter in model.named_parameters():
-        name = _WRAPPERS.sub("", written).lstrip(".").removeprefix(_PEFT_PREFIX)
+def _check_is_not_wrapped(model: nn.Module) -> None:
+    """They look at what requires a gradient when they are made, and only then."""
+    for name, part in model.named_modules():
+        if isinstance(part, DistributedDataParallel) or _FSDP1 in name.split("."):
+            wrapper = "DistributedDataParallel" if isinstance(part, DistributedDataParallel) else "FSDP"
+            raise ValueError(
+                f"{wrapper} is around the model already, and fixed what it reduces when it was made; apply the plan to "
+                "the model itself, and wrap it afterwards, for every round anew."
+            )
+
+
+def _parameters(plan: Plan, model: nn.Module) -> Iterator[_Parameter]:
+    """Everything that the model holds. ValueError for what no unit has, and for a size that isn't the unit's."""
+    units = {unit.name: unit.parameters for unit in plan.units}
+    wrapped = {_plain(name): part for name, part in model.named_modules() if _is_of_peft(part)}
+    for written, tensor in model.named_parameters():
+        name = _plain(written)
         parts = name.split(".")
-        unit = next((prefix for length in range(len(parts) - 1, 0, -1)
-                     if (prefix := ".".join(parts[:length])) in units), None)  # fmt: skip
-        if unit is None:
+        prefixes = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+        unit = next((prefix for prefix in prefixes if prefix in units), None)
+        inner = None if unit is None else parts[len(unit.split(".")) :]
+        if unit is None or inner is None or (inner != ["weight"] and unit not in wrapped):
             raise ValueError(
                 f"the parameter {written} belongs to no unit of the plan, whose units are the weights of a LLaMA by "
                 "Hugging Face's names; apply it to the part of the model that has these, or draw it from this model's "
                 "config."
             )
-        yield unit, name, parameter
+        is_base = inner == ["weight"] or inner[0] in _PEFT_BASE
+        if is_base and tensor.is_floating_point() and tensor.numel() not in (0, units[unit]):
+            raise ValueError(
+                f"{name} has {tensor.numel():,} parameters and {units[unit]:,} in the plan, which was drawn for "
+                "another model; draw it from this model's config."
+            )
+        trains: bool | None = plan.trains(unit) and not (is_base and wrapped)
+        if not is_base and not set(inner) & set(wrapped[unit].active_adapters):
+            trains = None
+        yield _Parameter(name=name, unit=unit, tensor=tensor, trains=trains)
 
 
-def _check_optimizer(plan: Plan, parameters: list[tuple[str, str, nn.Parameter]], optimizer: Optimizer) -> None:
+def _plain(name: str) -> str:
+    return _WRAPPERS.sub("", name).lstrip(".").removeprefix(_PEFT_PREFIX)
+
+
+def _is_of_peft(part: nn.Module) -> Any:
+    """Whether PEFT has put it in the place of a module."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    return isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))
+
+
+def _check_optimizer(parameters: list[_Parameter], optimizer: Optimizer) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    frozen = [name for _, name, parameter in parameters if not parameter.requires_grad and id(parameter) in held]
+    frozen = [one.name for one in parameters if not one.tensor.requires_grad and id(one.tensor) in held]
     if frozen:
         raise ValueError(
             f"the optimizer holds {len(frozen)} parameters that the plan freezes, first {frozen[0]}; apply the plan "
             "first, and make the optimizer of the parameters that require gradients."
         )
+    lacking = [one.name for one in parameters if one.tensor.requires_grad and id(one.tensor) not in held]
+    if lacking:
+        raise ValueError(
+            f"the optimizer lacks {len(lacking)} parameters that the plan trains, first {lacking[0]}; make a new one "
+            "of the parameters that require gradients."
+        )
 
 
 class _Guard:
-    """A hook on the embedding, which every forward pass goes through, also where PEFT calls the model's own forward.
+    """Looks at every forward pass in training whether what trains is still what the plan was applied for.
 
-    In training it raises where something has changed what trains since the plan was applied, instead of training other
-    weights in silence. And a frozen embedding's output gets a gradient under gradient checkpointing, whose reentrant
-    kind otherwise gives none to the layers above.
+    Otherwise other weights would be trained in silence. And a frozen embedding's output gets a gradient under gradient
+    checkpointing, whose reentrant kind otherwise gives none to the layers above.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, parameters: list[tuple[str, str, nn.Parameter]]) -> None:
-        self._digest = plan.short_digest
-        # Weak, because FSDP puts other parameters in place of these.
-        self._flags = [(name, weakref.ref(one), one.requires_grad) for _, name, one in parameters]
-        self._model = weakref.ref(model)
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        self._plan = plan
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self._flags: list[tuple[str, weakref.ref[nn.Parameter], bool]] = []
+        self._look()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has parameters of its own, which this plan was not applied to.
-        return {"_digest": self._digest, "_flags": [], "_model": lambda: None}
+        # A copy of the model, or one that is read back, has parameters of its own, which no plan was applied to.
+        return {"_plan": self._plan, "_model": None, "_flags": []}
 
-    def __call__(self, embedding: nn.Module, inputs: Any, output: Any) -> Any:
-        if not embedding.training:
-            return output
-        for name, parameter, trains in self._flags:
-            held = parameter()
-            if held is not None and held.requires_grad != trains:
+    def _look(self) -> None:
+        model = self._model() if self._model is not None else None
+        assert model is not None
+        self._flags = [
+            (one.name, weakref.ref(one.tensor), one.trains)
+            for one in _parameters(self._plan, model)
+            if one.trains is not None
+        ]
+
+    def check(self, part: nn.Module, *inputs: Any) -> None:
+        """Raises RuntimeError where something has changed what trains."""
+        if self._model is None or not part.training:
+            return
+        # FSDP 2 puts other parameters in place of those that it found.
+        if any(reference() is None for _, reference, _ in self._flags):
+            self._look()
+        for name, reference, trains in self._flags:
+            tensor = reference()
+            if tensor is not None and tensor.requires_grad != trains:
                 raise RuntimeError(
-                    f"{name} was {'trainable' if trains else 'frozen'} by plan {self._digest} and no longer is: "
-                    "something changed requires_grad after plan.apply; apply the plan last, after PEFT and before the "
-                    "optimizer."
+                    f"{name} was {'trainable' if trains else 'frozen'} by plan {self._plan.short_digest} and no longer "
+                    "is: something changed requires_grad after plan.apply; apply the plan last, after PEFT and before "
+                    "the optimizer."
                 )
-        model = self._model()
-        checkpointed = model is not None and any(
-            getattr(part, "gradient_checkpointing", False) for part in model.modules()
-        )
-        if checkpointed and isinstance(output, Tensor) and not output.requires_grad:
-            return output.requires_grad_(True)
-        return output
+
+    def let_checkpoints_train(self, embedding: nn.Module, inputs: Any, output: Any) -> Any:
+        """A forward hook of the embedding."""
+        model = self._model() if self._model is not None else None
+        if model is None or not embedding.training or not isinstance(output, Tensor) or output.requires_grad:
+            return output
+        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+        return output.requires_grad_(True) if checkpointed else output
 
 
-def _guard(plan: Plan, model: nn.Module, parameters: list[tuple[str, str, nn.Parameter]]) -> None:
-    weight = next(one for unit, name, one in parameters if unit == EMBEDDING_NAME and name.endswith("weight"))
-    embedding = next(part for part in model.modules() if any(one is weight for one in part.parameters(recurse=False)))
-    before = getattr(embedding, _HOOK, None)
-    if before is not None:
-        before.remove()
-    setattr(embedding, _HOOK, embedding.register_forward_hook(_Guard(plan, model, parameters)))
+def _guard(plan: Plan, model: nn.Module) -> None:
+    """Puts the guard on the embedding, or what PEFT has put in its place, and on the first layer, which embeddings that
+    a caller gives go through as well; both are called as modules also where PEFT calls the model's own forward."""
+    parts = {_plain(name): part for name, part in model.named_modules(remove_duplicate=False)}
+    embedding, layer = parts[EMBEDDING_NAME], parts["model.layers.0"]
+    for hook in getattr(embedding, _HOOKS, ()):
+        hook.remove()
+    guard = _Guard(plan, model)
+    hooks = [
+        embedding.register_forward_pre_hook(guard.check),
+        embedding.register_forward_hook(guard.let_checkpoints_train),
+        layer.register_forward_pre_hook(guard.check),
+    ]
+    setattr(embedding, _HOOKS, hooks)
 
 
 def audit_module(plan: Plan, model: nn.Module) -> Callable[[], None]:
     """What ``Plan.audit`` does."""
-    before: Mapping[str, tuple[nn.Parameter, int]] = {
-        name: (parameter, fingerprint(parameter))
-        for unit, name, parameter in _parameters(plan, model)
-        if not parameter.requires_grad
-    }
+    frozen = [one for one in _parameters(plan, model) if not one.tensor.requires_grad]
+    before = [_bits(one.tensor) for one in frozen]
 
     def verify() -> None:
-        changed = [name for name, (parameter, bits) in before.items() if fingerprint(parameter) != bits]
+        changed = [one.name for one, bits in zip(frozen, before, strict=True) if _bits(one.tensor) != bits]
         if changed:
             raise RuntimeError(
-                f"{len(changed)} of {len(before)} frozen weights have changed, first {changed[0]}; something outside "
+                f"{len(changed)} of {len(frozen)} frozen weights have changed, first {changed[0]}; something outside "
                 "the optimizer wrote to them, or they are in an optimizer that was made before the plan was applied."
             )
 
     return verify
+
+
+def _bits(tensor: Tensor) -> int:
+    """A fingerprint of what this process holds of it."""
+    return fingerprint(tensor.to_local() if isinstance(tensor, DTensor) else tensor)

@@ -17,7 +17,8 @@ from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.policy import check_choice
 
-_FLAG = re.compile(r"--(?:hft-)?([a-z][a-z0-9-]*)")
+_FLAG = re.compile(r"(?<![\w/.-])--(?:hft-)?([a-z][a-z0-9-]*)")
+"""Not within a path: a folder of Hugging Face's cache is called models--ORGANISATION--NAME."""
 
 
 class HasConfig(Protocol):

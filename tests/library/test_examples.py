@@ -94,6 +94,12 @@ def test_a_mistake_in_the_trainers_options_is_told_in_terms_of_arguments(
     assert "--" not in str(error.value)
 
 
+def test_a_path_in_a_sentence_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "models--meta-llama--Llama-2-7b-hf"
+    with pytest.raises(ValueError, match=re.escape(f"load_hf {folder}: there is no such folder")):
+        Trainer("sft", load_hf=folder)
+
+
 def test_a_method_that_there_is_not_is_refused_and_hooks_are_public() -> None:
     with pytest.raises(ValueError, match="method='ppo' must be one of 'sft', "):
         Trainer("ppo")  # type: ignore[arg-type]

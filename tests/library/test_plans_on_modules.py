@@ -4,6 +4,7 @@ Run: pytest tests/library
 """
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,92 @@ def test_adapters_that_peft_adds_afterwards_are_not_trained_in_silence() -> None
     step(adapted)
 
 
+def test_adapters_that_are_not_active_are_left_as_they_are() -> None:
+    adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="policy")
+    adapted.add_adapter("reference", LoraConfig(target_modules=["q_proj"]))
+    adapted.set_adapter("policy")
+    plan = draw_plan(adapted.config)
+    plan.apply(adapted)
+    assert trainable(adapted)
+    assert all(".policy." in name for name in trainable(adapted))
+    with pytest.raises(ValueError, match="no unit that the plan trains has an adapter"):
+        draw_plan(adapted.config, freeze=["*.q_proj"]).apply(adapted)
+
+
+@pytest.mark.parametrize("foreign", ["bias", "parametrization", "scale"])
+def test_what_is_no_weight_of_a_llama_is_refused_and_freezes_nothing_in_silence(foreign: str) -> None:
+    model = make_model()
+    matrix = model.model.layers[1].self_attn.q_proj
+    if foreign == "bias":
+        matrix.bias = nn.Parameter(torch.zeros(32))
+    elif foreign == "scale":
+        matrix.weight_scale = nn.Parameter(torch.ones(1))
+    else:
+        nn.utils.parametrizations.weight_norm(matrix)
+    with pytest.raises(ValueError, match=r"the parameter model.layers.1.self_attn.q_proj.* belongs to no unit"):
+        draw_plan(model.config).apply(model)
+
+
+def test_embeddings_that_are_given_or_saved_by_peft_are_guarded_too() -> None:
+    model = make_model()
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=["embed_tokens"]))
+    draw_plan(model.config).apply(adapted)
+    step(adapted)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(TOKENS)
+    next(one for name, one in adapted.named_parameters() if "lora_A" in name and one.requires_grad).requires_grad_(
+        False
+    )
+    with pytest.raises(RuntimeError, match="and no longer is"):
+        step(adapted)
+    with pytest.raises(RuntimeError, match="and no longer is"):
+        adapted(inputs_embeds=embeddings)
+
+
+def run_under_fsdp(folder: str) -> list[str]:
+    """On a rank: what is said to a plan before and after FSDP 1 and 2 and DistributedDataParallel, and what trains."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    said = []
+    plan = draw_plan(folder)
+    model = LlamaForCausalLM.from_pretrained(folder).train()
+    plan.apply(model)
+    replicated = DistributedDataParallel(model)
+    try:
+        plan.apply(replicated)
+    except ValueError as error:
+        said.append(str(error))
+    sharded = LlamaForCausalLM.from_pretrained(folder).train()
+    plan.apply(sharded)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    verify = plan.audit(sharded)
+    optimizer = torch.optim.SGD([one for one in sharded.parameters() if one.requires_grad], lr=0.1)
+    sharded(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    verify()
+    said.append(",".join(sorted(name for name, one in sharded.named_parameters() if one.grad is not None)))
+    next(one for one in sharded.parameters() if not one.requires_grad).requires_grad_(True)
+    try:
+        sharded(input_ids=TOKENS)
+    except RuntimeError as error:
+        said.append(str(error))
+    return said
+
+
+def test_a_plan_holds_under_fsdp_2_and_is_refused_on_a_model_that_ddp_has(ranks: Any, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    wanted = ",".join(sorted(weights(draw_plan(tmp_path))))
+    for refused, trained, guarded in ranks(2).run(run_under_fsdp, folder=str(tmp_path)):
+        assert refused.startswith("DistributedDataParallel is around the model already")
+        assert trained == wanted
+        assert "and no longer is" in guarded
+
+
 def test_what_something_else_makes_trainable_is_told_at_the_next_forward_pass_in_training() -> None:
     model = make_model()
     plan = draw_plan(model.config)
@@ -212,6 +299,10 @@ def test_an_optimizer_that_holds_frozen_weights_is_refused() -> None:
     late = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
     plan.apply(model, late)
     step(model, late)
+    following = draw_plan(model.config, train=["*.q_proj"])
+    with pytest.raises(ValueError, match=r"the optimizer lacks \d+ parameters that the plan trains, first model"):
+        following.apply(model, torch.optim.AdamW([model.lm_head.weight]))
+    plan.apply(model, late)
     assert len(late.state) == len(plan.training)
 
 
@@ -250,9 +341,9 @@ def test_a_copy_of_the_model_is_nobodys_plan_and_a_changed_frozen_weight_is_name
     model = make_model()
     plan = draw_plan(model.config)
     plan.apply(model)
-    other = copy.deepcopy(model)
-    other.requires_grad_(True)
-    assert len(step(other)) == len(list(other.parameters()))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.requires_grad_(True)
+        assert len(step(other)) == len(list(other.parameters()))
     verify = plan.audit(model)
     verify()
     frozen = next(name for name, one in model.named_parameters() if not one.requires_grad)
