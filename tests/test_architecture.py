@@ -37,6 +37,7 @@ PURE = (
     "conversion.merge_inputs",
     "conversion.weight_files",
     "costs",
+    "data.formats",
     "data.shown_examples",
     "doctor.findings",
     "errors",

@@ -11,7 +11,8 @@ from textwrap import wrap
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.config.input_rules import model_is_given_once
-from hft_megatron.config.schema import CorpusConfig, MethodName, ModelConfig, RunConfig
+from hft_megatron.config.names import MethodName
+from hft_megatron.config.schema import CorpusConfig, ModelConfig, RunConfig
 from hft_megatron.config.validation import validate_layout
 from hft_megatron.doctor.findings import Diagnosis, Row
 from hft_megatron.errors import RunFailed, UserError

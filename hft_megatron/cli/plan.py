@@ -12,6 +12,7 @@ from typing import Literal
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import HFTConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.config.validation import shape_of, validate_plan
@@ -132,9 +133,10 @@ def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:
         if options.rounds is not None:
             check_enough_rounds(loaded, options.rounds, path)
         return loaded[: options.rounds]
-    if options.hft.hft_selection == "spectrum":
+    selection = options.hft.hft_selection
+    if SELECTIONS[selection].needs_scores:
         raise UserError(
-            "--hft-selection spectrum ranks a model's weights, which `hft-megatron plan` doesn't read; run "
+            f"--hft-selection {selection} ranks a model's weights, which `hft-megatron plan` doesn't read; run "
             "`hft-megatron sft` with it and give the plan.json of one of its checkpoints by --hft-plan."
         )
     first = options.hft.hft_first_round or 0

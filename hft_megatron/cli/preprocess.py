@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.schema import DataConfig, DataFormat, LongExamples
+from hft_megatron.config.names import DataFormat
+from hft_megatron.config.schema import DataConfig, LongExamples
 from hft_megatron.errors import UserError
 
 

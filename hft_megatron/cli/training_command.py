@@ -7,11 +7,11 @@ from hft_megatron.cli.boundary import StatusFolder, end_of_peers
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.names import MethodName
 from hft_megatron.config.schema import (
     CheckpointConfig,
     HFTConfig,
     LoggingConfig,
-    MethodName,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.names import MethodName
 from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
 from hft_megatron.config.run_identity import RunIdentity
-from hft_megatron.config.schema import CheckpointConfig, MethodName, RunConfig
+from hft_megatron.config.schema import CheckpointConfig, RunConfig
 from hft_megatron.errors import UserError
 
 _LOSS = {"lm loss": False}

@@ -12,6 +12,7 @@ from pathlib import Path
 from hft_megatron.config.data_sources import check_record_options, check_sources
 from hft_megatron.config.export_rules import check_filled_export_folder
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
+from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, same_folder
 from hft_megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from hft_megatron.errors import UserError
@@ -162,10 +163,11 @@ def kept_checkpoints_exist(config: RunConfig, shape: ModelShape, world_size: int
 
 def scores_are_of_the_first_weights(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Spectrum scores the --load-hf folder's weights, and --finetune starts from others."""
-    if config.checkpoint.finetune and config.hft.hft_selection == "spectrum":
+    if config.checkpoint.finetune and SELECTIONS[config.hft.hft_selection].needs_scores:
         raise UserError(
-            f"--hft-selection spectrum scores the weights of --load-hf, and --finetune starts from those of --load "
-            f"{config.checkpoint.load}; export that run with --save-hf and give the folder as --load-hf instead."
+            f"--hft-selection {config.hft.hft_selection} scores the weights of --load-hf, and --finetune starts from "
+            f"those of --load {config.checkpoint.load}; export that run with --save-hf and give the folder as "
+            "--load-hf instead."
         )
 
 

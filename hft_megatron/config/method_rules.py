@@ -11,6 +11,7 @@ from typing import Any
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.schema import HFTConfig, RunConfig
 from hft_megatron.errors import UserError
 
@@ -29,16 +30,6 @@ CHOICE_OF_UNITS = (
     "hft_freeze",
 )
 """The options that fix which units train in which round, unless --hft-plan does."""
-_MEANINGLESS_WITH = {
-    "spectrum": ("hft_level", "hft_counting", "hft_pairing"),
-    "lisa": ("hft_level", "hft_counting", "hft_pairing", "hft_rotation"),
-    "hift": ("hft_level", "hft_counting", "hft_pairing", "hft_rotation"),
-}
-_WHAT_IT_CHOOSES = {
-    "spectrum": "ranks the matrices of every category",
-    "lisa": "draws whole layers anew in every round",
-    "hift": "takes one group of layers after the other",
-}
 _DEFAULTS = {field.name: field.default for field in fields(HFTConfig)}
 
 
@@ -71,19 +62,21 @@ def plan_file_stands_alone(config: RunConfig, shape: ModelShape, world_size: int
 def selection_options_fit_together(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Selections that have their own units and order."""
     hft = config.hft
-    for name in _MEANINGLESS_WITH.get(hft.hft_selection, ()):
+    selection = SELECTIONS[hft.hft_selection]
+    for name in selection.without:
         if getattr(hft, name) != _DEFAULTS[name]:
             raise UserError(
                 f"{_given(hft, name)} has no meaning with --hft-selection {hft.hft_selection}, which "
-                f"{_WHAT_IT_CHOOSES[hft.hft_selection]}; leave {_flag(name)} out."
+                f"{selection.what}; leave {_flag(name)} out."
             )
 
 
 def scores_have_weights(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Random weights have no signal to rank by."""
-    if config.hft.hft_selection == "spectrum" and config.model.load_hf is None:
+    name = config.hft.hft_selection
+    if SELECTIONS[name].needs_scores and config.model.load_hf is None:
         raise UserError(
-            "--hft-selection spectrum ranks the matrices of a trained model; name its folder with --load-hf."
+            f"--hft-selection {name} ranks the matrices of a trained model; name its folder with --load-hf."
         )
 
 

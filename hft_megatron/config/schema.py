@@ -6,8 +6,8 @@ Imports neither torch nor megatron, so that a wrong option is reported in millis
 from dataclasses import dataclass, field
 from typing import Literal
 
-MethodName = Literal["sft", "dpo", "pretrain"]
-"""The commands that train."""
+from hft_megatron.config.names import DataFormat, SelectionName
+
 TransformerImpl = Literal["local", "transformer_engine"]
 
 
@@ -128,10 +128,6 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
 
-DataFormat = Literal[
-    "messages", "preference", "sharegpt", "alpaca", "prompt-completion", "trace", "input-output", "text"
-]
-"""In the order in which they are tried: a record that has the keys of two is of the first."""
 LongExamples = Literal["error", "drop", "truncate", "split"]
 PackingAlgorithm = Literal["first_fit_decreasing", "first_fit_shuffle"]
 """Under the names that NeMo gives them."""
@@ -240,7 +236,7 @@ class HFTConfig:
     """Share of the matrices that trains; 1 is full fine-tuning."""
     hft_level: Literal["category", "layer", "model"] = "category"
     """Draw the share within every category of a layer (the paper's best), as whole layers, or over the whole model."""
-    hft_selection: Literal["random", "spectrum", "lisa", "hift"] = "random"
+    hft_selection: SelectionName = "random"
     """Random draws (the paper), the highest signal-to-noise ratio of singular values (Spectrum; computed once, so only
     complementary rotation changes it), embeddings and head with --hft-ratio of the layers, drawn anew in every round
     (LISA), or one group of layers, --hft-ratio of the model, after the other (HiFT)."""

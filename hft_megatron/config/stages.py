@@ -5,11 +5,12 @@ method's (or several). A stage starts from the weights that the one before left.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hft_megatron.config.loading import stages_of_file
+from hft_megatron.config.names import MethodName, known
 from hft_megatron.config.run_folder import same_folder
-from hft_megatron.config.schema import LoggingConfig, MethodName, RunConfig
+from hft_megatron.config.schema import LoggingConfig, RunConfig
 from hft_megatron.errors import UserError
 
 _OF_EXPORTS: dict[str, Any] = {
@@ -53,9 +54,8 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     read = list(stages_of_file(Path(path), base))
     for number, (method, line, config) in enumerate(read):
-        if method not in get_args(MethodName):
-            known = ", ".join(get_args(MethodName))
-            raise UserError(f"{path}:{line}: the method {method} is none of {known}.")
+        if method not in known(MethodName):
+            raise UserError(f"{path}:{line}: the method {method} is none of {', '.join(known(MethodName))}.")
         for name in _OF_THE_WHOLE:
             if getattr(config.checkpoint, name) != getattr(whole, name):
                 raise UserError(
@@ -79,7 +79,7 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
         elif same_folder(whole.save, whole.load):
             own = replace(own, load=folder)
         logging = _named(config.logging, base.logging, name)
-        stages.append(Stage(method=method, config=replace(config, checkpoint=own, logging=logging)))  # type: ignore[arg-type]
+        stages.append(Stage(method=method, config=replace(config, checkpoint=own, logging=logging)))
     return tuple(stages)
 
 

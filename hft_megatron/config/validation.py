@@ -15,7 +15,8 @@ from hft_megatron.config import (
     training_rules,
 )
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
-from hft_megatron.config.schema import MethodName, ModelConfig, RunConfig
+from hft_megatron.config.names import MethodName
+from hft_megatron.config.schema import ModelConfig, RunConfig
 
 Rule = Callable[[RunConfig, ModelShape, int], None]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from hft_megatron.config import derived
 from hft_megatron.config.derived import padded_vocab_size, tokens_of_a_chunk, virtual_pipeline_size
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import MethodName, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.names import MethodName
+from hft_megatron.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from hft_megatron.costs.rank_costs import BF16_BYTES, FP32_BYTES, CostModel
 from hft_megatron.hft.units import (
     ATTENTION_IN,

@@ -7,7 +7,7 @@ from itertools import groupby, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataFormat
+from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.sources import SourceFiles

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_megatron.config.data_sources import DataKeys
-from hft_megatron.config.schema import DataFormat
+from hft_megatron.config.names import DataFormat
 from hft_megatron.data.faults import Faults, RecordUse, printable
 from hft_megatron.data.files.row import Row
 from hft_megatron.data.files.sources import find_rows, row_of

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataFormat
+from hft_megatron.config.names import DataFormat
 from hft_megatron.data.examples import read_examples
 from hft_megatron.data.faults import Faults, RecordRefused, RecordUse
 from hft_megatron.data.files.row import file_digest

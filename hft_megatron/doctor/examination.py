@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from hft_megatron.config.derived import data_parallel_size
-from hft_megatron.config.schema import MethodName, ParallelConfig, RunConfig
+from hft_megatron.config.names import MethodName
+from hft_megatron.config.schema import ParallelConfig, RunConfig
 from hft_megatron.doctor.findings import Diagnosis, Finding, GroupSpeed, RankReport, Row, TimeLimit, merged
 from hft_megatron.doctor.machine import device_finding, host_findings, software_findings
 from hft_megatron.doctor.measurements import measure_all_reduce, save_folder_finding, speed_findings

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.schema import HFTConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan_record import FIX, PlanRecord, read_record, write_record
@@ -255,7 +256,7 @@ def make_plan(
     ``UserError`` for patterns that don't fit the model, or when nothing would train.
     """
     policy = Policy.from_config(config, default_seed=default_seed)
-    assert policy.selection != "spectrum" or scores is not None, "spectrum ranks by scores"
+    assert scores is not None or not SELECTIONS[policy.selection].needs_scores, f"{policy.selection} ranks by scores"
     units = units_of(shape)
     training = training_units(units, policy=policy, round=round, scores=scores or {})
     return Plan(policy=policy, round=round, units=units, training=training)

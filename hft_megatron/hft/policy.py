@@ -5,13 +5,14 @@ Python version).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from math import floor
 from typing import Any, Literal, get_args, get_type_hints
 
 from hft_megatron.config.derived import patterns
+from hft_megatron.config.names import SelectionName, known
 from hft_megatron.config.schema import HFTConfig
 from hft_megatron.errors import UserError
 
@@ -59,7 +60,7 @@ class Policy:
 
     ratio: float
     level: Literal["category", "layer", "model"] = "category"
-    selection: Literal["random", "spectrum", "lisa", "hift"] = "random"
+    selection: SelectionName = "random"
     counting: Literal["matrices", "parameters"] = "matrices"
     pairing: Literal["independent", "complementary"] = "independent"
     rotation: Literal["independent", "complementary", "fixed"] = "independent"
@@ -131,9 +132,13 @@ class Policy:
 
 
 _CHOICES = {
-    name: get_args(get_type_hints(HFTConfig)[f"hft_{name}"])
-    for name in ("level", "selection", "counting", "pairing", "rotation")
+    name: get_args(get_type_hints(HFTConfig)[f"hft_{name}"]) for name in ("level", "counting", "pairing", "rotation")
 }
+
+
+def _choices(name: str) -> Sequence[str]:
+    """Values of a field that has a few; none for others."""
+    return known(SelectionName) if name == "selection" else _CHOICES.get(name, ())
 
 
 _EXPECTED = {"ratio": "a number between 0 and 1", "seed": "a whole number of at least 0"}
@@ -142,14 +147,15 @@ _EXPECTED = {"ratio": "a number between 0 and 1", "seed": "a whole number of at 
 def check_choice(name: str, value: Any) -> None:
     """Raises ValueError where the field ``name`` of a policy can't be ``value``."""
     if not _is_possible(name, value):
-        rule = "one of " + ", ".join(map(repr, _CHOICES[name])) if name in _CHOICES else _EXPECTED.get(name, "a bool")
+        choices = ", ".join(map(repr, _choices(name)))
+        rule = f"one of {choices}" if choices else _EXPECTED.get(name, "a bool")
         raise ValueError(f"{name}={value!r} must be {rule}.")
 
 
 def _is_possible(name: str, value: Any) -> bool:
     """Whether a field read from a file can have this value."""
-    if name in _CHOICES:
-        return value in _CHOICES[name]
+    if _choices(name):
+        return value in _choices(name)
     if name == "ratio":
         return type(value) in (int, float) and 0 <= value <= 1
     if name == "seed":

@@ -1,12 +1,44 @@
 """The selection rules: which units train in a round, given the policy and its randomness."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, combinations
 
+from hft_megatron.config.names import SELECTIONS, Selection, SelectionName, add
 from hft_megatron.hft.policy import Draw, Policy, nearest
 from hft_megatron.hft.units import LAYER_CATEGORIES, MATRIX_CATEGORIES, Category, Unit
+
+
+class SelectionRule(ABC):
+    """One way to select. Rules hold no state and read neither rotation nor overrides from the policy."""
+
+    @abstractmethod
+    def select(
+        self, units: Sequence[Unit], *, policy: Policy, draw: Draw, scores: Mapping[str, float]
+    ) -> frozenset[str]:
+        """The names of the units that train in ``draw.round``. ``scores`` (unit name to score) are for rules that
+        rank."""
+
+    def cycle(self, units: Sequence[Unit], ratio: Fraction) -> int | None:
+        """Rounds after which the learning rate moves, where it doesn't with every iteration."""
+        return None
+
+
+RULES: dict[str, SelectionRule] = {}
+"""Every selection rule, by ``Policy.rule``: the level for random draws, else the selection."""
+
+
+def register(name: str, rule: SelectionRule, selection: Selection | None = None) -> None:
+    """Adds a rule under a name of its own, which is then a value of --hft-selection.
+
+    ``selection`` is what options and rounds must know of it; None for a level of random draws.
+    """
+    RULES[name] = rule
+    if selection is not None:
+        SELECTIONS[name] = selection
+        add(SelectionName, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +51,7 @@ class _Quota:
     """So many layers train ``high``, the others ``low``."""
 
 
-class CategoryRule:
+class CategoryRule(SelectionRule):
     """The same share of every category, spread as evenly over the layers as counting allows.
 
     Source: Hui et al., arXiv 2404.18466, for one half; other ratios, and whatever can't be divided, are rounded so that
@@ -124,7 +156,7 @@ def _size(units: Iterable[Unit]) -> int:
     return sum(unit.parameters for unit in units)
 
 
-class LayerRule:
+class LayerRule(SelectionRule):
     """floor(ratio x layers + 1/2) whole layers, and all units outside the layers.
 
     Sources: the level "layer" of the method's ablation (Hui et al., arXiv 2404.18466). LISA (Pan et al., arXiv
@@ -141,7 +173,7 @@ class LayerRule:
         return frozenset(unit.name for unit in units if unit.layer is None or str(unit.layer) in chosen)
 
 
-class ModelRule:
+class ModelRule(SelectionRule):
     """floor(ratio x matrices + 1/2) of all attention and feed-forward matrices, norms by the same ratio of their own,
     and all units outside the layers.
 
@@ -176,7 +208,7 @@ def _closest_prefix(sizes: Sequence[int], ratio: Fraction) -> int:
     return min(range(len(sums)), key=lambda count: (abs(sums[count] - ratio * sums[-1]), -count))
 
 
-class HiftRule:
+class HiftRule(SelectionRule):
     """Round r trains group r mod groups of the blocks embedding | layer 0 | ... | last layer | final norm and head.
 
     Source: HiFT (Liu et al., arXiv 2401.15207), bottom-up order. A group has max(1, floor(ratio x blocks + 1/2))
@@ -192,11 +224,10 @@ class HiftRule:
         first = draw.round % _groups(len(blocks), size) * size
         return frozenset(name for block in blocks[first : first + size] for name in block)
 
-
-def hift_groups(units: Sequence[Unit], ratio: Fraction) -> int:
-    """Rounds of one full cycle, after which every block has trained once and the learning rate moves."""
-    blocks = len(_blocks(units))
-    return _groups(blocks, _group_size(blocks, ratio))
+    def cycle(self, units: Sequence[Unit], ratio: Fraction) -> int:
+        """Rounds of one full cycle, after which every block has trained once and the learning rate moves."""
+        blocks = len(_blocks(units))
+        return _groups(blocks, _group_size(blocks, ratio))
 
 
 def _blocks(units: Sequence[Unit]) -> list[list[str]]:
@@ -217,7 +248,7 @@ def _groups(blocks: int, size: int) -> int:
     return -(-blocks // size)
 
 
-class SpectrumRule:
+class SpectrumRule(SelectionRule):
     """Per category the floor(ratio x matrices + 1/2) of the highest score over all layers, ties to the lower layer;
     one norm of two as in ``CategoryRule``, and all units outside the layers.
 
@@ -237,3 +268,38 @@ class SpectrumRule:
             ranked = sorted(names, key=lambda name: -scores[name])
             training.update(ranked[: nearest(policy.exact_ratio * len(names))])
         return frozenset(training) | draw_category(units, category="norm", policy=policy, draw=replace(draw, round=0))
+
+
+SELECTIONS["random"] = Selection()
+add(SelectionName, "random")
+register("category", CategoryRule())
+register("layer", LayerRule())
+register("model", ModelRule())
+register(
+    "spectrum",
+    SpectrumRule(),
+    Selection(
+        what="ranks the matrices of every category",
+        without=("hft_level", "hft_counting", "hft_pairing"),
+        needs_scores=True,
+    ),
+)
+register(
+    "lisa",
+    LayerRule(),
+    Selection(
+        what="draws whole layers anew in every round",
+        without=("hft_level", "hft_counting", "hft_pairing", "hft_rotation"),
+        is_of_rounds=True,
+    ),
+)
+register(
+    "hift",
+    HiftRule(),
+    Selection(
+        what="takes one group of layers after the other",
+        without=("hft_level", "hft_counting", "hft_pairing", "hft_rotation"),
+        is_of_rounds=True,
+        rate_moves_by_cycle=True,
+    ),
+)

@@ -1,13 +1,12 @@
-"""Which units train in a round: the registry of selection rules, the rotation over rounds, and what wins over both."""
+"""Which units train in a round: a rule's selection, the rotation over rounds, and what wins over both."""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 from hft_megatron.errors import UserError
 from hft_megatron.hft.policy import Draw, Policy
-from hft_megatron.hft.rules import CategoryRule, HiftRule, LayerRule, ModelRule, SpectrumRule
+from hft_megatron.hft.rules import RULES
 from hft_megatron.hft.units import EMBEDDING_NAME, LM_HEAD_NAME, Unit
 
 
@@ -54,28 +53,6 @@ def _matches(option: str, pattern: str, names: Sequence[str]) -> list[str]:
         )
     nearest = difflib.get_close_matches(bare, names, n=1, cutoff=0)[0]
     raise UserError(f"{option} {pattern} matches no unit of the model; the nearest is {nearest}.")
-
-
-class SelectionRule(Protocol):
-    """One way to select. Implementations hold no state and read neither rotation nor overrides from the policy."""
-
-    def select(
-        self, units: Sequence[Unit], *, policy: Policy, draw: Draw, scores: Mapping[str, float]
-    ) -> frozenset[str]:
-        """The names of the units that train in ``draw.round``. ``scores`` (unit name to score) are for rules that
-        rank."""
-        ...
-
-
-RULES: Mapping[str, SelectionRule] = {
-    "category": CategoryRule(),
-    "layer": LayerRule(),
-    "model": ModelRule(),
-    "spectrum": SpectrumRule(),
-    "lisa": LayerRule(),
-    "hift": HiftRule(),
-}
-"""Every selection rule, by ``Policy.rule``."""
 
 
 def training_units(units: Sequence[Unit], *, policy: Policy, round: int, scores: Mapping[str, float]) -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from hft_megatron.config.method_rules import CHOICE_RULES
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
+from hft_megatron.config.names import SELECTIONS, SelectionName
 from hft_megatron.config.schema import HFTConfig, RunConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
@@ -34,7 +35,7 @@ def draw_plan(
     *,
     ratio: float = 0.5,
     level: Literal["category", "layer", "model"] = "category",
-    selection: Literal["random", "spectrum", "lisa", "hift"] = "random",
+    selection: SelectionName = "random",
     counting: Literal["matrices", "parameters"] = "matrices",
     pairing: Literal["independent", "complementary"] = "independent",
     rotation: Literal["independent", "complementary", "fixed"] = "independent",
@@ -69,8 +70,8 @@ def draw_plan(
         check_choice(name, value)
     if not isinstance(round, int) or round < 0:
         raise ValueError(f"round={round!r} must be a whole number of at least 0.")
-    if selection == "spectrum" and scores is None:
-        raise ValueError('selection="spectrum" ranks the matrices; give their scores.')
+    if SELECTIONS[selection].needs_scores and scores is None:
+        raise ValueError(f"selection={selection!r} ranks the matrices; give their scores.")
     patterns = {
         name: (value if isinstance(value, str) else ",".join(value)) or None
         for name, value in (("train", train), ("freeze", freeze))

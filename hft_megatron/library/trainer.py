@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 from hft_megatron.config.loading import options_of
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import MethodName, RunConfig
+from hft_megatron.config.names import MethodName, known
+from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.errors import PeersLost, UserError
 from hft_megatron.library.plans import in_arguments
@@ -26,8 +27,8 @@ class Trainer:
 
     def __init__(self, method: MethodName = "sft", *, hooks: Sequence[Hook] = (), **options: Any) -> None:
         """Raises ValueError, before a model is built, for arguments that are none or don't go together."""
-        if method not in get_args(MethodName):
-            raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, get_args(MethodName)))}.")
+        if method not in known(MethodName):
+            raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, known(MethodName)))}.")
         try:
             self.config = options_of(RunConfig, options)
             """All options of the run with their values."""

@@ -1,6 +1,6 @@
 """The methods that a run can have, by the name of their command."""
 
-from hft_megatron.config.schema import MethodName
+from hft_megatron.config.names import MethodName
 from hft_megatron.methods.dpo.data import read_preference_data
 from hft_megatron.methods.dpo.objective import preference_objective
 from hft_megatron.methods.dpo.reference_of_run import reference_of_run

@@ -15,6 +15,7 @@ from hft_megatron.checkpoint.tensors import CheckpointTensors
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
+from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, SPECTRUM_FILE
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.schema import RunConfig
@@ -99,6 +100,7 @@ class SavedRun:
         if self.state.round == 0:
             return Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file)).training
         hft = self.config.hft
+        needs_scores = SELECTIONS[hft.hft_selection].needs_scores
         rounds = rounds_of_run(
             # Without iterations, as in any conversion: lengths of rounds, which epochs may decide, are not looked at.
             replace(self.config, training=replace(self.config.training, train_iters=0)),
@@ -106,7 +108,7 @@ class SavedRun:
             world_size=1,
             samples=None,
             loaded=() if hft.hft_plan is None else load_plans(hft.hft_plan, shape),
-            scores=read_scores(Path(self.folder) / SPECTRUM_FILE, shape) if hft.hft_selection == "spectrum" else None,
+            scores=read_scores(Path(self.folder) / SPECTRUM_FILE, shape) if needs_scores else None,
         )
         trained = rounds.trained_until(self.state.round)
         check_saved_plan(self.checkpoint, rounds.plan(self.state.round), shape)

@@ -15,6 +15,7 @@ from hft_megatron.config.dpo_rules import note_unused_cache
 from hft_megatron.config.input_rules import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE
 from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, differences, run_identity
 from hft_megatron.config.schema import RunConfig
@@ -334,7 +335,7 @@ def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | No
     Raises UserError when a matrix or the saved scores can't be read.
     """
     config = inputs.config
-    if config.hft.hft_selection != "spectrum":
+    if not SELECTIONS[config.hft.hft_selection].needs_scores:
         return None
     if inputs.resumes:
         assert inputs.checkpoint is not None

@@ -10,7 +10,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.hft.on_ranks import check_agreement
-from hft_megatron.hft.rules import hift_groups
+from hft_megatron.hft.rules import RULES
 from hft_megatron.optimizer.rounds import LearningRate, span_of_round, switch_round
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.trainer.rounds import Rounds
@@ -89,7 +89,7 @@ def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, stat
     """The learning rate of the round that ``state`` is in, from there on."""
     plan = wrapped.plan
     # The plan's word and not the option's: a plan file may hold the rounds of HiFT too.
-    cycle = hift_groups(plan.units, plan.policy.exact_ratio) if plan.policy.selection == "hift" else None
+    cycle = RULES[plan.policy.rule].cycle(plan.units, plan.policy.exact_ratio)
     span = span_of_round(
         config.hft, rounds.schedule, state.round, cycle=cycle, skipped_iterations=state.skipped_iterations
     )

@@ -9,7 +9,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import MethodName, RunConfig
+from hft_megatron.config.names import MethodName
+from hft_megatron.config.schema import RunConfig
 from hft_megatron.data.batches import BatchShare, StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.data.order import SampleStream
 from hft_megatron.data.tokenizer import Tokenizer

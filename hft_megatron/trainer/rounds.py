@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.data.order import SampleStream
 from hft_megatron.errors import UserError
@@ -87,15 +88,17 @@ def _check_warmup(config: RunConfig, schedule: RoundSchedule, selection: str) ->
     start, stop = schedule.bounds(schedule.first_round)
     per_round = config.hft.hft_lr_schedule == "round"
     warmup = derived.warmup_iters(config.optimizer, stop - start if per_round else derived.train_iters(config.training))
-    if selection == "hift" and warmup > 0:
+    by_cycle = SELECTIONS[selection].rate_moves_by_cycle
+    if by_cycle and warmup > 0:
         raise UserError(
-            f"A warm-up of {warmup} iterations (--lr-warmup-iters, --lr-warmup-fraction) would keep HiFT's first cycle "
-            f"at a learning rate of 0, because the rate moves only after a full cycle of groups; leave it out."
+            f"A warm-up of {warmup} iterations (--lr-warmup-iters, --lr-warmup-fraction) would keep the first cycle "
+            f"of --hft-selection {selection} at a learning rate of 0, because the rate moves only after a full cycle; "
+            "leave it out."
         )
-    if selection == "hift" and per_round:
+    if by_cycle and per_round:
         raise UserError(
-            "--hft-lr-schedule round has no meaning for the rounds of HiFT, whose learning rate moves after a full "
-            "cycle of groups; leave --hft-lr-schedule out."
+            f"--hft-lr-schedule round has no meaning for the rounds of --hft-selection {selection}, whose rate "
+            "moves after a full cycle; leave --hft-lr-schedule out."
         )
     if per_round and warmup >= stop - start:
         raise UserError(
@@ -114,7 +117,7 @@ def _check_single_round(config: RunConfig, loaded: Sequence[Plan], selection: st
         for name, default in _OF_SEVERAL_ROUNDS.items()
         if getattr(hft, name) != default
     ]
-    if selection in ("lisa", "hift"):
+    if SELECTIONS[selection].is_of_rounds:
         given.append(f"--hft-selection {selection}")
     if len(loaded) > 1:
         given.append(f"--hft-plan {hft.hft_plan}, which has {len(loaded)} rounds,")

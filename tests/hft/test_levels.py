@@ -9,7 +9,7 @@ import pytest
 
 from hft_megatron.config.schema import HFTConfig
 from hft_megatron.hft.plan import Plan, make_plan
-from hft_megatron.hft.rules import hift_groups
+from hft_megatron.hft.rules import RULES
 from hft_megatron.hft.units import units_of
 from tests.support.shapes import tiny_shape
 
@@ -99,7 +99,7 @@ def test_where_two_shares_are_equally_close_half_of_the_layers_train_the_larger(
 def test_hift_trains_every_unit_once_in_a_cycle_from_the_bottom_up() -> None:
     for num_layers, ratio, tied in itertools.product(LAYERS, EIGHTHS, (False, True)):
         shape, config = tiny_shape(num_layers, tied=tied), HFTConfig(hft_ratio=ratio, hft_selection="hift")
-        groups = hift_groups(units_of(shape), Fraction(ratio))
+        groups = RULES["hift"].cycle(units_of(shape), Fraction(ratio))
         size = max(1, int(ratio * (num_layers + 2) + 0.5))
         assert groups == -(-(num_layers + 2) // size)
         cycle = [make_plan(shape, config, default_seed=0, round=round).training for round in range(groups)]

@@ -14,8 +14,7 @@ from statistics import NormalDist
 import pytest
 
 from hft_megatron.hft.policy import Draw, Policy
-from hft_megatron.hft.rules import draw_category
-from hft_megatron.hft.selection import RULES
+from hft_megatron.hft.rules import RULES, draw_category
 from hft_megatron.hft.units import Category, units_of
 from tests.support.shapes import tiny_shape
 

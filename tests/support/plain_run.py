@@ -23,7 +23,8 @@ from transformers import LlamaForCausalLM
 from hft_megatron.cli.entry import COMMANDS
 from hft_megatron.config.loading import load_options
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.schema import DpoConfig, MethodName, OptimizerConfig, RunConfig
+from hft_megatron.config.names import MethodName
+from hft_megatron.config.schema import DpoConfig, OptimizerConfig, RunConfig
 from hft_megatron.data.order import SampleOrder, SampleStream
 from hft_megatron.data.samples import PackedOrder, PackingRule
 from hft_megatron.data.tokenizers import load_tokenizer

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from hft_megatron.config.schema import MethodName
+from hft_megatron.config.names import MethodName
 from tests.support.forked import REPOSITORY, Started, clean_environment, start, torchrun
 from tests.support.models import make_llama
 from tests.support.tokenizers import make_byte_level

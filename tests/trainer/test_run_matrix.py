@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hft_megatron.config.names import MethodName
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE
-from hft_megatron.config.schema import MethodName
 from tests.support.checkpoints import largest_differences
 from tests.support.corpora import random_documents, write_corpus
 from tests.support.models import LAYOUTS, LLAMA3_ROPE, flags

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hft_megatron.config.schema import DataFormat
+from hft_megatron.config.names import DataFormat
 
 CHAT: tuple[DataFormat, ...] = ("messages", "sharegpt")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.config.schema import DataFormat
+from hft_megatron.config.names import DataFormat, add
 from hft_megatron.data.formats.preference import parse_preference, prompt_keys
 from hft_megatron.data.formats.record import Record
 from hft_megatron.data.formats.supervised import (
@@ -42,22 +42,33 @@ class Format:
         return " and ".join(f"`{key}`" for key in self.keys)
 
 
-FORMATS: dict[DataFormat, Format] = {
-    "messages": Format(keys=("messages",), parse=parse_messages),
-    "preference": Format(
+FORMATS: dict[DataFormat, Format] = {}
+"""By name, in the order in which they are tried: a record that has the keys of two is of the first."""
+
+
+def register(name: DataFormat, format: Format) -> None:
+    """Adds a layout, which is then a value of --data-format and is recognised by its keys, behind all others."""
+    FORMATS[name] = format
+    add(DataFormat, name)
+
+
+# The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of.
+register("messages", Format(keys=("messages",), parse=parse_messages))
+register(
+    "preference",
+    Format(
         keys=("chosen", "rejected"),
         reads=("prompt", "conversations", "messages", "instruction", "input", "history", "system"),
         reads_of=prompt_keys,
         parse=parse_preference,
     ),
-    "sharegpt": Format(keys=("conversations",), reads=("system",), parse=parse_sharegpt),
-    "alpaca": Format(keys=("instruction", "output"), reads=("input", "system", "history"), parse=parse_alpaca),
-    "prompt-completion": Format(keys=("prompt", "completion"), parse=parse_prompt_completion),
-    "trace": Format(keys=("prompt", "answer"), parse=parse_trace),
-    "input-output": Format(keys=("input", "output"), parse=parse_input_output),
-    "text": Format(keys=("text",), parse=parse_text),
-}
-"""The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of."""
+)
+register("sharegpt", Format(keys=("conversations",), reads=("system",), parse=parse_sharegpt))
+register("alpaca", Format(keys=("instruction", "output"), reads=("input", "system", "history"), parse=parse_alpaca))
+register("prompt-completion", Format(keys=("prompt", "completion"), parse=parse_prompt_completion))
+register("trace", Format(keys=("prompt", "answer"), parse=parse_trace))
+register("input-output", Format(keys=("input", "output"), parse=parse_input_output))
+register("text", Format(keys=("text",), parse=parse_text))
 
 
 def recognise(row: Mapping[str, Any]) -> DataFormat | None:

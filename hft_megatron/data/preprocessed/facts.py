@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hft_megatron.config.data_sources import data_keys
+from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import write_atomically
-from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.files.row import BAD_LINES, FACTS, UNFINISHED
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts

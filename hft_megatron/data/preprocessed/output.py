@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import sync, write_atomically
-from hft_megatron.config.schema import DataFormat
 from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.files.row import BAD_LINES, BOUNDARIES, FACTS, LOSS_MASK, UNFINISHED
 from hft_megatron.data.fitting import SftCounts

@@ -12,7 +12,7 @@ from multiprocessing import parent_process
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataFormat
+from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatTemplate
 from hft_megatron.data.examples import Example, example_of, pieces_of
 from hft_megatron.data.faults import Faults, RecordRefused, RecordUse

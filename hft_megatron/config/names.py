@@ -1,0 +1,74 @@
+"""Options whose values are names that registries add to: selections and layouts of records. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+
+class _NamesType(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        # The values are plain texts, which YAML and JSON know.
+        return type(value) is str
+
+
+class Names(str, metaclass=_NamesType):
+    """Base of the types of such options; the type knows which names there are."""
+
+    known: ClassVar[list[str]]
+
+
+if TYPE_CHECKING:
+    SelectionName = str
+    DataFormat = str
+    MethodName = str
+else:
+
+    class SelectionName(Names):
+        """A way to select what trains; ``hft.rules.register`` adds one."""
+
+        known: ClassVar[list[str]] = []
+
+    class DataFormat(Names):
+        """A layout of records, in the order in which they are tried: a record with the keys of two is of the first.
+
+        ``data.formats.table.register`` adds one.
+        """
+
+        known: ClassVar[list[str]] = []
+
+    class MethodName(Names):
+        """A way to train: the commands that do."""
+
+        known: ClassVar[list[str]] = ["sft", "dpo", "pretrain"]
+
+
+def known(kind: type[str]) -> list[str]:
+    """The names that there are of this type, in the order in which they were added."""
+    assert issubclass(kind, Names)
+    return kind.known
+
+
+def add(kind: type[str], name: str) -> None:
+    """From now on an option of this type may be ``name``."""
+    names = known(kind)
+    assert name not in names, f"{name} is registered twice"
+    names.append(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What options and rounds must know of a way to select; how it selects is its rule's."""
+
+    what: str = ""
+    """What it does, for a sentence: `ranks the matrices of every category`."""
+    without: tuple[str, ...] = ()
+    """Fields of HFTConfig that have no meaning with it."""
+    needs_scores: bool = False
+    """Ranks by scores of the weights that the run starts from."""
+    is_of_rounds: bool = False
+    """Selects anew or other units in every round, so that a run of one round is a mistake."""
+    rate_moves_by_cycle: bool = False
+    """The learning rate moves after a full cycle of rounds, which the rule counts."""
+
+
+SELECTIONS: dict[str, Selection] = {}
+"""By the name of the selection."""
