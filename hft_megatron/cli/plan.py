@@ -11,7 +11,8 @@ from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.config.derived import sequence_length
-from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.hf_keys import note_unknown_keys
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.config.schema import HFTConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -96,7 +97,13 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
             draw_picture(report, Path(options.png))
         except OSError as error:
             raise UserError(f"--png {options.png} can't be written: {error.strerror}.") from None
-    show(report_json(report, memory) if options.json else report_text(report, memory))
+    notes = _notes(options.model.load_hf)
+    show(report_json(report, memory, notes) if options.json else report_text(report, memory, notes))
+
+
+def _notes(folder: str | None) -> list[str]:
+    """What is not known of the model's config, as a run says it in its log."""
+    return [] if folder is None else note_unknown_keys(load_hf_config(folder), f"{folder}/{HF_CONFIG_FILE}")
 
 
 def _checked(options: PlanOptions) -> tuple[ModelShape, int]:

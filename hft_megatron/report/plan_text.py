@@ -27,9 +27,11 @@ COLUMNS = ("stage", "DP ranks", "trainable", "gradients", "optimizer", "reduce-s
 _SEPARATOR = "   "
 
 
-def report_text(report: PlanReport, memory: MemoryReport | None = None) -> str:
-    """Everything about the plans, for a person: plans in words, grid, costs, and what --memory asks for."""
+def report_text(report: PlanReport, memory: MemoryReport | None = None, notes: Sequence[str] = ()) -> str:
+    """Everything about the plans, for a person: ``notes`` on the model, plans in words, grid, costs, and what --memory
+    asks for."""
     lines = [
+        *notes,
         *_setting(report),
         "",
         *(plan.describe() for plan in report.plans),
@@ -157,7 +159,7 @@ def _size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
 
 
-def report_json(report: PlanReport, memory: MemoryReport | None = None) -> str:
+def report_json(report: PlanReport, memory: MemoryReport | None = None, notes: Sequence[str] = ()) -> str:
     """The report as JSON. ``digest`` is that of the first round, which a run that begins with it writes to its log;
     ``ranks`` are in the order of ranks, with bytes of one rank and step."""
     model, parallel = report.model, report.parallel
@@ -180,6 +182,8 @@ def report_json(report: PlanReport, memory: MemoryReport | None = None) -> str:
     }
     if memory is not None:
         record["memory"] = memory_record(memory)
+    if notes:
+        record["notes"] = list(notes)
     return _compact(record)
 
 

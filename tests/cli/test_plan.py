@@ -79,6 +79,17 @@ def test_70b_on_1024_ranks_takes_less_than_two_seconds_and_no_torch(tmp_path: Pa
         assert [rank["rank"] for rank in costs["ranks"]] == list(range(1024))
 
 
+def test_keys_of_the_config_that_nobody_knows_are_named_as_a_run_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | {"mystery": 1, "pretraining_tp": 2}))
+    note = f"{tmp_path}/config.json: keys that are not known and not read: mystery (a LLaMA is computed without them)"
+    assert main(["plan", "--load-hf", str(tmp_path)]) == errors.EXIT_OK
+    assert capsys.readouterr().out.splitlines()[0] == note
+    assert main(["plan", "--load-hf", str(tmp_path), "--json"]) == errors.EXIT_OK
+    assert json.loads(capsys.readouterr().out)["notes"] == [note]
+
+
 def test_the_grid_has_every_unit_at_its_place(plan: Run) -> None:
     text = plan("--rounds", "2", "--pipeline-model-parallel-size", "2", "--hft-freeze-head", "--hft-train", "*.3.*")
     drawn = plans(2, hft_freeze_head=True, hft_train="*.3.*")
