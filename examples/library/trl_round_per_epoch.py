@@ -1,6 +1,7 @@
 """Half fine-tuning in TRL's own SFT trainer: in each epoch another half of the matrices trains.
 
 Run: python examples/library/trl_round_per_epoch.py MODEL DATA.jsonl OUTPUT
+DATA has `prompt` and `completion`; or `messages`, where the model's tokenizer has a chat template.
 """
 
 import sys

@@ -75,7 +75,7 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     from hft_megatron.methods.registry import METHODS
 
     if options.check:
-        from hft_megatron.trainer.checks import check_inputs
+        from hft_megatron.trainer.stages import check_inputs
 
         check_inputs(METHODS[method], config, shape, world_size)
         print(_all_is_well(config, shape, world_size))

@@ -47,6 +47,8 @@ _POSITIVE = {
     "logging": ("loss_spike_threshold",),
 }
 _INFINITE = float("inf")
+_LARGEST_RATE = 1e30
+"""Torch's Adam makes fp32 numbers of its quotients."""
 
 
 def sizes_are_positive(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -60,6 +62,8 @@ def sizes_are_positive(config: RunConfig, shape: ModelShape, world_size: int) ->
     for name, value in _given(config, _POSITIVE):
         if not 0 < value < _INFINITE:
             raise UserError(f"{_flag(name)} {value}: must be a number above 0.")
+    if config.optimizer.lr > _LARGEST_RATE:
+        raise UserError(f"--lr {config.optimizer.lr}: must be at most {_LARGEST_RATE:g}; 1e-5 is a usual one.")
     for name in ("adam_beta1", "adam_beta2"):
         value = getattr(config.optimizer, name)
         if not 0 <= value < 1:

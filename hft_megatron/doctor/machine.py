@@ -87,7 +87,7 @@ def settings_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Names of the variables that are set; values are left out, since a report is passed on."""
     names = sorted(name for name in environment if name.startswith(SETTINGS))
     if names:
-        yield Finding(what="settings", value=f"{', '.join(names)} set in the environment")
+        yield Finding(what="settings", value=f"{', '.join(names)} set, in the environment or by this program")
 
 
 def device_finding(device: torch.device, backend: str) -> Finding:

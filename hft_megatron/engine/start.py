@@ -22,6 +22,7 @@ _SAID_BY_OUR_LOG_LINE = (
 _NOT_FOR_USERS = (
     "full scope is deprecated",  # about megatron-core's own default
     r"`torch\.distributed\..*` is deprecated",  # megatron-core's calls, on torch 2.13 and newer
+    r"`load_state_dict` is deprecated",  # of torch.distributed.checkpoint, which megatron-core calls
 )
 _LOGGERS = (
     "megatron.core.rerun_state_machine",

@@ -29,6 +29,9 @@ class Trainer:
         """Raises ValueError, before a model is built, for arguments that are none or don't go together."""
         if method not in known(MethodName):
             raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, known(MethodName)))}.")
+        for hook in hooks:
+            if not isinstance(hook, Hook):
+                raise ValueError(f"hooks has a {type(hook).__name__}, which doesn't extend hft_megatron.Hook.")
         try:
             self.config = options_of(RunConfig, options)
             """All options of the run with their values."""

@@ -61,11 +61,15 @@ def leave_out_or_fail(run: Run, batch: StepBatch, reports: Sequence[dict[str, Te
             f"its samples are {samples}"
         )
         return
-    before = f" after {skipped} that were left out (--skip-nonfinite-steps {allowed})" if skipped else ""
+    advice = f"try a lower --lr, or --skip-nonfinite-steps {allowed + 1} to leave such steps out"
+    if skipped:
+        advice = (
+            f"as all {skipped} of --skip-nonfinite-steps are used up, the model itself may be ill: go back to an "
+            "earlier checkpoint with a lower --lr"
+        )
     raise RunFailed(
-        f"iteration {iteration}: {found}, and no update was made, because it would destroy the model{before}; look at "
-        f"{samples} and at the losses before this iteration, and try a lower --lr, or --skip-nonfinite-steps "
-        f"{allowed + 1} to leave such steps out."
+        f"iteration {iteration}: {found}, and no update was made, because it would destroy the model; look at "
+        f"{samples} and at the losses before this iteration, and {advice}."
     )
 
 

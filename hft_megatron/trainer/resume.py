@@ -98,7 +98,9 @@ def _other_length(config: RunConfig, noted: Noted, new: Noted, span: int, iterat
     line = f"the run has {asked} iterations now, and had {noted[_LENGTH]} when iteration {iteration} was saved"
     end, optimizer = derived.decay_iters(config.optimizer, span), config.optimizer
     if config.hft.hft_lr_schedule == "run" and optimizer.lr_decay_style != "constant" and end < asked:
-        line += f"; from iteration {end} on the learning rate is --min-lr {optimizer.min_lr}"
+        line += f"; warning: from iteration {end} on the learning rate is --min-lr {optimizer.min_lr}"
+        if optimizer.min_lr == 0:
+            line += ", so that these iterations change nothing"
     return line
 
 

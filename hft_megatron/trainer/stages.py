@@ -1,4 +1,7 @@
-"""Runs the stages of a run one after the other; after a stop it goes on in the stage that it was in."""
+"""Checks a run, or its stages, before a model is built; and runs stages one after the other.
+
+After a stop they resume in the stage that they were in.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,6 +11,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
+from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizer import fit_tokenizer
@@ -20,8 +24,17 @@ from hft_megatron.trainer.assembly import train_and_export
 from hft_megatron.trainer.bill import announce_bill_of_stages
 from hft_megatron.trainer.inputs import read_inputs
 from hft_megatron.trainer.method import Method
+from hft_megatron.trainer.resume import with_schedule
 
 Methods = Mapping[MethodName, Method]
+
+
+def check_inputs(method: Method, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    """Reads tokenizer, data and the saved run, and prints what was found; UserError for the first mistake."""
+    inputs = read_inputs(method, config, shape, world_size)
+    for line in inputs.describe():
+        print(line)
+    with_schedule(inputs, world_size, print)
 
 
 def check_stages(stages: Sequence[Stage], world_size: int, methods: Methods) -> list[str]:

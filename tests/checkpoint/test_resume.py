@@ -141,7 +141,9 @@ def test_a_run_that_is_made_longer_keeps_its_losses_bit_for_bit_with_the_checkpo
     assert [step["lr"] for step in found["steps"][2:]] == [1e-4, 1e-4]
     assert said[0].startswith(f"> {KEEP}: the values of iteration 2 are used where they differ (checkpoint -> this ")
     assert "--lr 0.005 -> 0.0001, length of the decay in iterations 4 -> 6, --weight-decay 0.1 -> 0.3" in said[0]
-    assert said[1].endswith("when iteration 2 was saved; from iteration 4 on the learning rate is --min-lr 0.0001")
+    assert said[1].endswith(
+        "when iteration 2 was saved; warning: from iteration 4 on the learning rate is --min-lr 0.0001"
+    )
     again, said = lengthened(ranks, inputs, interrupted, tmp_path / "run", "--train-iters", 8)
     assert "length of the decay in iterations 4 -> 8" in said[0], "what was used is what the next checkpoint notes"
     assert again["steps"][0]["iteration"] == 7

@@ -64,7 +64,7 @@ class Training:
 def training(monkeypatch: pytest.MonkeyPatch) -> Training:
     """Records what would be trained or checked; set ``outcome`` to make it fail."""
     stand_in = Training()
-    for name, function in (("assembly", stand_in.run_training), ("checks", stand_in.check_inputs)):
+    for name, function in (("assembly", stand_in.run_training), ("stages", stand_in.check_inputs)):
         module: Any = types.ModuleType(f"hft_megatron.trainer.{name}")
         setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)

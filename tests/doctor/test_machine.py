@@ -53,7 +53,7 @@ def test_locked_memory_must_be_unlimited() -> None:
 def test_settings_are_named_without_their_values_and_others_not_at_all() -> None:
     environment = {"NCCL_DEBUG": "s3cret", "OMP_NUM_THREADS": "s3cret", "WANDB_API_KEY": "s3cret", "HF_TOKEN": "s3cret"}
     [finding] = settings_findings(environment)
-    assert finding.value == "NCCL_DEBUG, OMP_NUM_THREADS set in the environment"
+    assert finding.value == "NCCL_DEBUG, OMP_NUM_THREADS set, in the environment or by this program"
     assert list(settings_findings({"HOME": "/root"})) == []
 
 

@@ -103,4 +103,6 @@ def test_a_path_in_a_sentence_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_method_that_there_is_not_is_refused_and_hooks_are_public() -> None:
     with pytest.raises(ValueError, match="method='ppo' must be one of 'sft', "):
         Trainer("ppo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"hooks has a object, which doesn't extend hft_megatron.Hook"):
+        Trainer("sft", hooks=[object()])  # type: ignore[list-item]
     assert {"at_round_start", "after_step", "at_round_end", "at_end"} <= set(dir(Hook))

@@ -1,8 +1,8 @@
-"""What can be seen of a run without a model: its inputs (--check) and its first examples (show-data)."""
+"""``show-data``: the examples, or preference pairs, that a run would train on, without the run."""
 
 from hft_megatron.config.dpo_rules import check_pair_options
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import BadPairs, DataConfig, RunConfig
+from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources, read_rows
 from hft_megatron.data.fitting import NO_LIMIT
 from hft_megatron.data.records import RecordReader
@@ -10,17 +10,6 @@ from hft_megatron.data.run_data import record_rules, training_data, training_pai
 from hft_megatron.data.shown_examples import ShownSource, shown_pairs, shown_sources
 from hft_megatron.data.tokenizer import fit_tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
-from hft_megatron.trainer.inputs import read_inputs
-from hft_megatron.trainer.method import Method
-from hft_megatron.trainer.resume import with_schedule
-
-
-def check_inputs(method: Method, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
-    """Reads tokenizer, data and the saved run, and prints what was found; UserError for the first mistake."""
-    inputs = read_inputs(method, config, shape, world_size)
-    for line in inputs.describe():
-        print(line)
-    with_schedule(inputs, world_size, print)
 
 
 def read_shown_data(
