@@ -5,6 +5,7 @@ tells the end of a process at once, to whoever holds a descriptor of it (Linux 5
 as long as the launcher has not asked for it: about a tenth of a second under torchrun.
 """
 
+import ctypes
 import os
 import select
 import signal
@@ -20,6 +21,8 @@ from hft_megatron.errors import EXIT_FAILURE, EXIT_USAGE, PeersLost
 GRACE_KILLED_S, GRACE_ENDED_S = 1.0, 5.0
 """Before a thread speaks of a neighbour that a signal has ended, or that ended by itself: the error that this rank's
 own work fails with, which may be the same for all ranks and then says more, comes first."""
+_PIDFD_OPEN = 434
+"""The system call's number on x86, Arm, POWER and s390."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Neighbours:
             return
         for rank, pid in self._pids.items():
             try:
-                self._descriptors[rank] = os.pidfd_open(pid)
+                self._descriptors[rank] = _descriptor_of(pid)
             except ProcessLookupError:
                 self._note(rank, None)
             except OSError:  # an older kernel, or one that forbids it
@@ -147,6 +150,20 @@ class Neighbours:
     def _note(self, rank: int, status: int | None) -> None:
         self._ended.setdefault(rank, status)
         self._seen.set()
+
+
+def _descriptor_of(pid: int) -> int:
+    """A file descriptor that tells of the end of process ``pid``; OSError where there is none.
+
+    ``os.pidfd_open`` is missing where Python was built with an old C library's headers, as conda's is.
+    """
+    if hasattr(os, "pidfd_open"):
+        return os.pidfd_open(pid)
+    descriptor: int = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_OPEN, pid, 0)
+    if descriptor < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return descriptor
 
 
 def _exit_status(pid: int) -> int | None:

@@ -74,6 +74,17 @@ def test_a_neighbour_that_is_killed_is_named_with_the_signal_by_the_first_rank_t
     second.stop()
 
 
+def test_a_python_without_pidfd_open_watches_all_the_same(ranks, monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open")
+    ranks.processes[4] = Process(2**22 + 1, Process.own().namespace)  # above the largest number of a process
+    watch = ranks.watch()
+    ranks.started[2].kill()
+    ranks.wait_for_end(2)
+    loss = watch.loss(PROMISED_S)
+    assert loss is not None
+    assert str(loss).startswith(f"rank 2 on node-a (process {ranks.started[2].pid}) was ended by signal 9 (SIGKILL); ")
+
+
 def test_of_an_error_and_a_death_it_is_the_death_that_is_told(ranks):
     ranks.exit(1, 7)
     ranks.wait_for_end(1)
