@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,7 +87,8 @@ class ExportFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         noted = self.noted() or Noted(run=run)
         for path in [path for path in self.path.iterdir() if _is_unfinished(path)]:
-            shutil.rmtree(path)
+            # What was on its way out is in nobody's way where it can't be deleted.
+            shutil.rmtree(path, ignore_errors=_is_old(path))
         if noted.final_files and not self.has_final():
             for name in noted.final_files:
                 _remove(self.path / name)
@@ -113,13 +115,17 @@ class ExportFolder:
         return unfinished
 
     def publish(self, unfinished: Path, iteration: int, measured: Mapping[str, float]) -> list[str]:
-        """Gives a complete export its name, notes it, and deletes what --save-hf-keep lets go; lines for the log."""
+        """Gives a complete export its name, notes it, and deletes what --save-hf-keep lets go; lines for the log.
+
+        An older one that can't be deleted is said there, and no error.
+        """
         path = self.place(iteration)
         noted = self._noted_here()
+        failures: list[str | None] = []
         if path.exists():
             noted.exports.pop(path.name, None)
             self._write(noted)
-            self._delete(path)
+            failures.append(self._delete(path))
         unfinished.rename(path)
         sync(self.path)
         best = noted.best_model_checkpoint
@@ -130,11 +136,15 @@ class ExportFolder:
         if noted.best_model_checkpoint != best:
             lines.append(f"  it is the best so far: {self._metric} {noted.best_metric:.6g}")
         for gone in self._superseded(noted, iteration):
-            self._delete(gone)
-            noted.exports.pop(gone.name, None)
-            lines.append(f"  deleted {gone}")
+            failure = self._delete(gone)
+            failures.append(failure)
+            if not gone.exists():
+                noted.exports.pop(gone.name, None)
+            if failure is None:
+                lines.append(f"  deleted {gone}")
         self._write(noted)
-        return lines
+        reasons = "; ".join(failure for failure in failures if failure is not None)
+        return [*lines, f"> older exports could not be deleted: {reasons}"] if reasons else lines
 
     def publish_final(self, unfinished: Path, iteration: int) -> None:
         """Moves the export at the end of the run into the folder itself, config.json last: without it nothing loads."""
@@ -174,12 +184,19 @@ class ExportFolder:
         until_here = sorted((path for path in self._complete() if _iteration_of(path) <= iteration), key=_iteration_of)
         return [path for path in until_here[: -self._keep] if path.name != noted.best_model_checkpoint]
 
-    def _delete(self, path: Path) -> None:
-        """So that whoever looks meanwhile, or after a crash, sees a whole export or none."""
-        dying = self.path / UNFINISHED.format(f"{path.name}.old")
-        shutil.rmtree(dying, ignore_errors=True)
-        path.rename(dying)
-        shutil.rmtree(dying)
+    def _delete(self, path: Path) -> str | None:
+        """Deletes a folder so that whoever looks meanwhile, or after a crash, sees a whole export or none.
+
+        Returns why some of it is left, hidden or in its place; None where all is gone.
+        """
+        try:
+            # A name of its own: of the last one so deleted something may be left, such as NFS's open files.
+            dying = tempfile.mkdtemp(prefix=f".{path.name}.old.", suffix=".unfinished", dir=self.path)
+            path.rename(dying)
+            shutil.rmtree(dying)
+        except OSError as error:
+            return str(error)
+        return None
 
 
 def _is_iteration(path: Path) -> bool:
@@ -187,7 +204,11 @@ def _is_iteration(path: Path) -> bool:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return re.fullmatch(r"\.(iter_\d{7,}(\.old)?|final)\.unfinished", path.name) is not None
+    return re.fullmatch(r"\.(iter_\d{7,}|final)\.unfinished", path.name) is not None or _is_old(path)
+
+
+def _is_old(path: Path) -> bool:
+    return re.fullmatch(r"\.iter_\d{7,}\.old(\.\w+)?\.unfinished", path.name) is not None
 
 
 def _iteration_of(path: Path) -> int:

@@ -1,6 +1,7 @@
 """What stays of exports during training. Run: pytest tests/config/test_export_folder.py"""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,34 @@ def test_a_run_that_goes_back_keeps_later_exports_until_it_comes_to_them_again(t
     exported(folder, 6, m=0.7)
     assert iterations(folder) == [5, 6]
     assert best(folder)[0] == 5
+
+
+def test_an_old_export_that_cannot_be_deleted_ends_neither_the_run_nor_its_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file that somebody has open stays, and its folder with it."""
+    folder, delete = ExportFolder(tmp_path, keep=1), shutil.rmtree
+
+    def delete_unless_open(path: Path, ignore_errors: bool = False) -> None:
+        if ".old" not in str(path):
+            delete(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", delete_unless_open)
+    for _ in range(2):
+        folder.begin("run", 0)
+        exported(folder, 1)
+        [line] = exported(folder, 2)
+        assert line.startswith("> older exports could not be deleted: [Errno 39] Directory not empty: ")
+        assert iterations(folder) == [2]
+    noted = folder.noted()
+    assert noted is not None
+    assert list(noted.exports) == ["iter_0000002"]
+    assert folder.strangers() == []
+    monkeypatch.undo()
+    folder.begin("run", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exports.json", "iter_0000002"]
 
 
 def test_a_final_export_that_was_being_moved_is_taken_away_and_what_a_user_put_there_is_not(tmp_path: Path) -> None:
