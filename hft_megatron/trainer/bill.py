@@ -184,7 +184,10 @@ class Bill(Hook):
         }
         run.announce(bill_line(bill, self.folder) if self.of_a_stage else render_bill(bill))
         if self.folder is not None and run.placement.rank == 0:
-            write_atomically(Path(self.folder) / BILL_FILE, json.dumps(bill, indent=2) + "\n")
+            try:
+                write_atomically(Path(self.folder) / BILL_FILE, json.dumps(bill, indent=2) + "\n")
+            except OSError as error:  # no reason to lose what follows: the export
+                run.announce(f"> the bill could not be written: {error}")
 
     def _account(self, run: Run, steps: int) -> dict[str, Any]:
         placement = run.placement
@@ -271,13 +274,21 @@ def announce_bill_of_stages(folders: Sequence[Path], announce: Announce) -> None
     """Prints the bill of all stages together, from those that they left in their ``folders``.
 
     A stage's bill is of its steps since its last start. The first line counts the stages whose bills are in it: those
-    that left one in the last one's layout.
+    that left one in the last one's layout. One that can't be read counts as none.
     """
-    files = [folder / BILL_FILE for folder in folders if (folder / BILL_FILE).is_file()]
-    bills = [json.loads(file.read_text("utf-8")) for file in files]
+    bills = [bill for bill in map(_left_bill, folders) if bill is not None]
     alike = [bill for bill in bills if _layout_of(bill) == _layout_of(bills[-1])]
     if alike:
         announce(render_bill(together(alike), of=f"{len(alike)} of {len(folders)} stages"))
+
+
+def _left_bill(folder: Path) -> dict[str, Any] | None:
+    try:
+        bill: dict[str, Any] = json.loads((folder / BILL_FILE).read_text("utf-8"))
+        _layout_of(bill)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return bill
 
 
 def together(bills: Sequence[dict[str, Any]]) -> dict[str, Any]:

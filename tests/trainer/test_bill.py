@@ -178,9 +178,23 @@ def test_bills_of_stages_add_up_what_was_sent_and_weigh_times_by_their_steps(run
         assert sum(rank["milliseconds"][part] for part in PARTS) == pytest.approx(rank["milliseconds"]["step"])
     said = []
     folders = [runs[name][0] for name in ("overlap", "half", "full")]
-    announce_bill_of_stages([*folders, tmp_path / "left none"], said.append)
+    damaged = {"torn": '{"steps": 5', "empty": "{}", "no bill": "[]"}
+    for name, text in damaged.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bill.json").write_text(text)
+    announce_bill_of_stages([*folders, tmp_path / "left none", *(tmp_path / name for name in damaged)], said.append)
     [table] = said
-    assert table.startswith("> the bill of 2 of 4 stages, measured on TP 1 x PP 1 x DP 2;")
+    assert table.startswith("> the bill of 2 of 7 stages, measured on TP 1 x PP 1 x DP 2;")
+
+
+def test_a_bill_that_cannot_be_written_is_a_line_of_the_log_and_the_export_follows(ranks, tmp_path):
+    inputs, save = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+    (save / "bill.json").mkdir(parents=True)
+    words = words_for(inputs, "--train-iters", 3, "--save", save, "--save-hf", tmp_path / "out")
+    said = ranks(2).run(run_sft_words, words=words)[0]["said"]
+    [line] = [line for line in said if "could not be written" in line]
+    assert line.startswith("> the bill could not be written: [Errno 21] Is a directory: ")
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_rested_on_the_host(ranks, tmp_path):
