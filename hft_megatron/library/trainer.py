@@ -15,6 +15,7 @@ from hft_megatron.methods.registry import METHODS
 from hft_megatron.parallel import launch
 from hft_megatron.trainer.assembly import run_training
 from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.saving import Signals
 
 
 class Trainer:
@@ -46,13 +47,25 @@ class Trainer:
         """Trains to the end, from where ``load`` stands, and saves and exports what the options ask for.
 
         Raises ValueError for a mistake in the data or folders, and ``hft_megatron.errors.Stopped`` where a signal or a
-        time limit ended the run. Where a host is lost, the process ends.
+        time limit ended the run. Where a host is lost, the process ends. However it ends otherwise, handlers of signals
+        and the environment are then as they were.
         """
+        signals = Signals()
         try:
-            launch.place_this_process()
-            run_training(self._method, self.config, self._shape, self._ranks, on_loss=_say_loss, hooks=self._hooks)
+            with launch.placed_process():
+                run_training(
+                    self._method,
+                    self.config,
+                    self._shape,
+                    self._ranks,
+                    on_loss=_say_loss,
+                    hooks=self._hooks,
+                    signals=signals,
+                )
         except UserError as error:
             raise ValueError(in_arguments(str(error))) from None
+        finally:
+            signals.close()
 
 
 def _say_loss(loss: PeersLost) -> None:

@@ -3,11 +3,14 @@
 import contextlib
 import os
 import socket
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hft_megatron.errors import EXIT_CODES_VARIABLE, EXIT_OK, EXIT_STOPPED, UserError
+
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that a launched process has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +73,32 @@ def place_this_process(environment: MutableMapping[str, str] = os.environ) -> No
     A launched process is left alone. UserError when only a part of torchrun's variables is there: such a
     process would wait for others that never come.
     """
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in environment and world_size(environment) == 1:
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         environment.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         return
-    missing = [name for name in needed if name not in environment]
+    missing = [name for name in _PLACE if name not in environment]
     if missing:
         raise UserError(
             f"{missing[0]} is missing from the environment although other variables of torchrun are set; "
             f"start with torchrun, or unset RANK and WORLD_SIZE to run on one process."
         )
+
+
+@contextlib.contextmanager
+def placed_process(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """``place_this_process`` for as long as it is entered: what follows finds the environment as it was."""
+    names = (*_PLACE, "LOCAL_WORLD_SIZE")
+    before = {name: environment[name] for name in names if name in environment}
+    place_this_process(environment)
+    try:
+        yield
+    finally:
+        for name in names:
+            if name in before:
+                environment[name] = before[name]
+            else:
+                environment.pop(name, None)
 
 
 def leave_exit_code(code: int, environment: MutableMapping[str, str] = os.environ) -> int:

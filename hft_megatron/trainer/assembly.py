@@ -60,15 +60,17 @@ def run_training(
     *,
     on_loss: OnLoss,
     hooks: Sequence[Hook] = (),
+    signals: Signals | None = None,
 ) -> None:
     """Trains (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
 
     Raises UserError for a user's mistake before a model is built, PeersLost where the ranks do not meet, Stopped after
     a signal or a time limit and the checkpoint. A host that is lost later is named to ``on_loss``, on another
-    thread, and the process ends. ``hooks`` are a user's own.
+    thread, and the process ends. ``hooks`` are a user's own. ``signals`` listen while it trains and exports, and
+    after a failure until the caller closes them, which a process that then ends need not do.
     """
     with peers(options.parallel.distributed_timeout_minutes, on_loss) as company:
-        train_and_export(method, options, shape, world_size, company, hooks=hooks)
+        train_and_export(method, options, shape, world_size, company, hooks=hooks, signals=signals)
         company.leave()
         # After a failure peers may be waiting in a collective, and waiting for them here would hide the error.
         stop_groups()
@@ -82,6 +84,7 @@ def train_and_export(
     company: Peers,
     *,
     hooks: Sequence[Hook] = (),
+    signals: Signals | None = None,
     of_a_stage: bool = False,
 ) -> int:
     """``run_training``, with the process groups left as they are, for a stage that follows; returns the last round.
@@ -112,7 +115,17 @@ def train_and_export(
     ):
         try:
             return _from_weights_to_export(
-                config, inputs, placement, plan, rounds, scores, tracker, announce, hooks, of_a_stage
+                config,
+                inputs,
+                placement,
+                plan,
+                rounds,
+                scores,
+                tracker,
+                announce,
+                hooks,
+                signals or Signals(),
+                of_a_stage,
             )
         except Stopped:
             company.leave()
@@ -130,6 +143,7 @@ def _from_weights_to_export(
     tracker: Tracker | None,
     announce: Announce,
     hooks: Sequence[Hook],
+    signals: Signals,
     of_a_stage: bool,
 ) -> int:
     """Builds the model, trains where there is a tracker, and exports; returns the last round."""
@@ -151,18 +165,17 @@ def _from_weights_to_export(
         bf16=config.training.bf16 is True,
         steps_per_unit=config.hft.hft_moments == "carry",
     )
-    state, signals = starting_state(inputs, placement, wrapped, announce), None
+    state = starting_state(inputs, placement, wrapped, announce)
     if tracker is not None:
         _write_run_files(config, inputs, placement, scores, announce)
-        signals = Signals()
+        signals.listen()
         hooks_of = partial(build_hooks, own=hooks, exporter=exporter, signals=signals, of_a_stage=of_a_stage)
         wrapped, state = _train(
             config, inputs, placement, wrapped, rounds, share, reference, tracker, state, announce, hooks_of
         )
     with wrapped.gathered_parameters():
         exporter.export_at_end(chunks, rounds.trained_until(state.round), state.iteration)
-    if signals is not None:
-        signals.close()  # not before, so that what is trained is exported, and not after a failure
+    signals.close()  # not before, so that what is trained is exported, and not after a failure
     return state.round
 
 

@@ -110,20 +110,26 @@ class SaveCheckpoints(Hook):
 
 
 class Signals:
-    """Notes signals from when it is made until it is closed; a second one ends the process at once."""
+    """Notes signals between ``listen`` and ``close``; a second one ends the process at once."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     ONE_SIGNAL_S = 1.0
     """Signals this close together are one: a scheduler signals every process, and torchrun then passes its own on."""
 
     def __init__(self) -> None:
+        """Takes the handlers that are set by now for those that ``close`` sets again."""
         self.received = 0
-        for number in self.NUMBERS:
+        self._before = {number: signal.getsignal(number) for number in self.NUMBERS}
+        self._hears: int | None = None
+
+    def listen(self) -> None:
+        """Begins to note signals, from the main thread."""
+        for number in self._before:
             signal.signal(number, self._receive)
         # A rank that waits in a collective runs no handler; the thread hears of signals all the same.
         heard, self._hears = os.pipe()
         os.set_blocking(self._hears, False)
-        signal.set_wakeup_fd(self._hears)
+        self._woken_before = signal.set_wakeup_fd(self._hears)
         # Not a method: a thread that outlives its run must not keep the run's process groups alive.
         threading.Thread(target=_end_at_second_signal, args=(heard, self.ONE_SIGNAL_S), daemon=True).start()
 
@@ -131,11 +137,15 @@ class Signals:
         self.received = number
 
     def close(self) -> None:
-        """From here on signals end the process as if it had never listened."""
-        signal.set_wakeup_fd(-1)
-        os.close(self._hears)
-        for number in self.NUMBERS:
-            signal.signal(number, signal.SIG_DFL)
+        """From here on signals do what they did when it was made; may be called again, and without ``listen``."""
+        if self._hears is not None:
+            signal.set_wakeup_fd(self._woken_before)
+            os.close(self._hears)
+            self._hears = None
+        for number, handler in self._before.items():
+            if signal.getsignal(number) != handler:
+                # None is a handler of C code's, which Python can't set.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopEarly(Hook):

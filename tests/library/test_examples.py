@@ -1,7 +1,10 @@
 """The examples of examples/library, as a reader starts them. Run: pytest tests/library/test_examples.py"""
 
+import contextlib
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from hft_megatron import Hook, Trainer, draw_plan
+from hft_megatron.errors import Stopped, UserError
+from hft_megatron.library import trainer
+from hft_megatron.trainer.saving import Signals
 from tests.support import forked
 from tests.support.runs import make_inputs, run_cli
 
@@ -98,6 +104,42 @@ def test_a_path_in_a_sentence_is_left_as_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "models--meta-llama--Llama-2-7b-hf"
     with pytest.raises(ValueError, match=re.escape(f"load_hf {folder}: there is no such folder")):
         Trainer("sft", load_hf=folder)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "raised"), [(None, None), (Stopped("Saved."), Stopped), (UserError("No room."), ValueError)]
+)
+def test_after_training_a_programs_own_signals_and_environment_are_as_they_were(
+    outcome: Exception | None, raised: type[Exception] | None, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object, signals: Signals, **__: object) -> None:
+        assert os.environ["RANK"] == "0"
+        assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+        signals.listen()
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        if outcome is not None:
+            raise outcome
+        signals.close()
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "mine")
+    monkeypatch.setattr(trainer, "run_training", train)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    handlers, environment = [signal.getsignal(number) for number in Signals.NUMBERS], dict(os.environ)
+    try:
+        run = Trainer("sft", load_hf=inputs / "model", train_data_path=[inputs / "answers.jsonl"], train_iters=3)
+        with contextlib.nullcontext() if raised is None else pytest.raises(raised):
+            run.train()
+        assert [signal.getsignal(number) for number in Signals.NUMBERS] == handlers
+        assert dict(os.environ) == environment
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_method_that_there_is_not_is_refused_and_hooks_are_public() -> None:
