@@ -82,6 +82,7 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
     A user's mistake and a stop by signal are one sentence. An internal failure is a traceback from every rank that
     fails, because the first one to fail is often not rank 0.
     """
+    launch.forget_exit_code()
     with _sigterm_as_ctrl_c():
         return launch.leave_exit_code(_outcome(command))
 

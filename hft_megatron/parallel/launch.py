@@ -101,20 +101,37 @@ def placed_process(environment: MutableMapping[str, str] = os.environ) -> Iterat
                 environment.pop(name, None)
 
 
+def forget_exit_code(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Remove what this rank has left before torchrun started it again: an earlier end is not that of this start.
+
+    The number of restarts in the file's name would not do: torchrun doesn't count those after a host came or went.
+    """
+    file = _exit_code_file(environment)
+    if file is not None:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
 def leave_exit_code(code: int, environment: MutableMapping[str, str] = os.environ) -> int:
     """Leave a rank's exit code for ``parallel.start_ranks``, if that started it; returns what the process ends with.
 
     Under --max-restarts that is 0 for a run that stopped as it was asked to, which torchrun would start again.
     """
-    folder = environment.get(EXIT_CODES_VARIABLE)
-    if folder is None or "LOCAL_RANK" not in environment:
+    file = _exit_code_file(environment)
+    if file is None:
         return code
     is_left = False
     with contextlib.suppress(OSError):
-        Path(folder, environment["LOCAL_RANK"]).write_text(str(code))
+        file.write_text(str(code))
         is_left = True
     restarts = is_left and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     return EXIT_OK if restarts and code == EXIT_STOPPED else code
+
+
+def _exit_code_file(environment: MutableMapping[str, str]) -> Path | None:
+    """Where this process leaves its exit code; None unless ``parallel.start_ranks`` started it."""
+    folder = environment.get(EXIT_CODES_VARIABLE)
+    return None if folder is None or "LOCAL_RANK" not in environment else Path(folder, environment["LOCAL_RANK"])
 
 
 def _free_port() -> int:

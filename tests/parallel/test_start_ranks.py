@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hft_megatron import errors
+from hft_megatron.cli import boundary
 from hft_megatron.parallel.start_ranks import code_after_signal, judged, worst
 from tests.support import forked
 
@@ -72,6 +73,19 @@ def test_after_a_signal_a_run_has_finished_where_all_ranks_have() -> None:
     assert code_after_signal({0: 3}, ranks=2) == errors.EXIT_STOPPED
     assert code_after_signal({0: 0}, ranks=2) is None
     assert code_after_signal({}, ranks=2) is None
+
+
+def test_a_rank_that_is_started_again_takes_back_the_code_of_its_earlier_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), (errors.EXIT_CODES_VARIABLE, str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    left = tmp_path / "1"
+    left.write_text(str(errors.EXIT_FAILURE))
+    there = []
+    assert boundary.run_command(lambda status: there.append(left.exists())) == errors.EXIT_OK
+    assert there == [False]
+    assert left.read_text() == str(errors.EXIT_OK)
 
 
 def start(folder: Path, *what: str, restarts: int = 0) -> forked.Started:
