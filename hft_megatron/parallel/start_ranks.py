@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
         signal.signal(number, _stop_without_ranks)  # until torchrun's code starts some, and listens itself
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import determine_local_world_size, parse_args, run
 
     options = parse_args(words)
     for module in ("multiprocessing.api", "agent.server.api"):
@@ -53,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("".join(f"hft-megatron: {line}\n" for line in lines), end="", file=sys.stderr)
         return code
     except SignalException as error:
-        after = code_after_signal(_left_codes(folder), int(options.nproc_per_node))
+        after = code_after_signal(_left_codes(folder), determine_local_world_size(options.nproc_per_node))
         return _stopped_too_early(error.sigval) if after is None else after
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from hft_megatron import errors
 from hft_megatron.cli import boundary
+from hft_megatron.parallel import start_ranks
 from hft_megatron.parallel.start_ranks import code_after_signal, judged, worst
 from tests.support import forked
 
@@ -73,6 +76,25 @@ def test_after_a_signal_a_run_has_finished_where_all_ranks_have() -> None:
     assert code_after_signal({0: 3}, ranks=2) == errors.EXIT_STOPPED
     assert code_after_signal({0: 0}, ranks=2) is None
     assert code_after_signal({}, ranks=2) is None
+
+
+@pytest.mark.parametrize(("missing", "code"), [(0, errors.EXIT_OK), (1, errors.EXIT_STOPPED)])
+def test_a_number_of_ranks_that_torchrun_itself_finds_is_counted_as_it_does(
+    missing: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: object) -> None:
+        for rank in range(torch.distributed.run.determine_local_world_size("cpu") - missing):
+            Path(os.environ[errors.EXIT_CODES_VARIABLE], str(rank)).write_text(str(errors.EXIT_OK))
+        raise SignalException("", signal.SIGTERM)
+
+    monkeypatch.setenv(errors.EXIT_CODES_VARIABLE, "")
+    monkeypatch.setattr(torch.distributed.run, "run", run)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        assert start_ranks.main(["--nproc-per-node", "cpu", "rank.py"]) == code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_rank_that_is_started_again_takes_back_the_code_of_its_earlier_end(
