@@ -78,6 +78,10 @@ class ExportFolder:
             if path.name not in own and not _is_iteration(path) and not _is_unfinished(path)
         )
 
+    def iteration_folders(self) -> Iterator[Path]:
+        """Folders of complete exports, also of those that are not noted."""
+        return (path for path in self.path.iterdir() if _is_iteration(path))
+
     def begin(self, run: str, iteration: int) -> list[str]:
         """Makes the folder ready for a run that goes on after ``iteration``; returns lines for the log.
 
@@ -93,7 +97,7 @@ class ExportFolder:
             for name in noted.final_files:
                 _remove(self.path / name)
             noted.final_iteration, noted.final_files = None, ()
-        later = {path.name for path in self._complete() if _iteration_of(path) > iteration}
+        later = {path.name for path in self.iteration_folders() if _iteration_of(path) > iteration}
         noted.run = run
         noted.exports = {
             name: measured
@@ -162,9 +166,6 @@ class ExportFolder:
         assert noted is not None, "begin writes it"
         return noted
 
-    def _complete(self) -> Iterator[Path]:
-        return (path for path in self.path.iterdir() if _is_iteration(path))
-
     def _write(self, noted: Noted) -> None:
         sign = -1 if self._higher else 1
         ranked = sorted(
@@ -181,7 +182,9 @@ class ExportFolder:
     def _superseded(self, noted: Noted, iteration: int) -> list[Path]:
         if self._keep is None:
             return []
-        until_here = sorted((path for path in self._complete() if _iteration_of(path) <= iteration), key=_iteration_of)
+        until_here = sorted(
+            (path for path in self.iteration_folders() if _iteration_of(path) <= iteration), key=_iteration_of
+        )
         return [path for path in until_here[: -self._keep] if path.name != noted.best_model_checkpoint]
 
     def _delete(self, path: Path) -> str | None:

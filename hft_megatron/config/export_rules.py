@@ -88,7 +88,8 @@ def check_filled_export_folder(config: RunConfig) -> None:
     noted = None if checkpoint.save_hf_interval is None else folder.noted()
     if noted is None or folder.strangers():
         raise UserError(f"--save-hf {folder.path} is not empty; choose a new folder, or empty this one.")
-    if noted.run != _run_in(checkpoint.save) and (noted.exports or noted.final_files):
+    # Not those that are noted: a run that goes back leaves later ones unnoted until it comes to them again.
+    if noted.run != _run_in(checkpoint.save) and (noted.final_files or any(folder.iteration_folders())):
         raise UserError(
             f"--save-hf {folder.path} holds exports of another run than --save {checkpoint.save}; choose a new folder, "
             f"or empty this one."

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hft_megatron.config.export_folder import ExportFolder
-from hft_megatron.config.export_rules import BEST_METRICS, higher_is_better
+from hft_megatron.config.export_rules import BEST_METRICS, check_filled_export_folder, higher_is_better
+from hft_megatron.config.schema import CheckpointConfig, RunConfig
 from hft_megatron.conversion.kept_files import FinalExport, IterationExport
 from hft_megatron.errors import UserError
 from hft_megatron.tracking import tracker
@@ -42,6 +43,20 @@ def test_the_newest_and_the_first_best_stay(higher: bool, values: list[float], t
         *(f"iter_00000{iteration}" for iteration in (20, 40, 50)),
         "exports.json",
     }
+
+
+def test_exports_that_a_run_went_back_before_are_not_another_runs_to_take(tmp_path: Path) -> None:
+    folder = ExportFolder(tmp_path)
+    folder.begin("run", 0)
+    config = RunConfig(checkpoint=CheckpointConfig(save_hf=str(tmp_path), save_hf_interval=2))
+    check_filled_export_folder(config)  # nothing is there but the notes
+    exported(folder, 2)
+    folder.begin("run", 0)
+    noted = folder.noted()
+    assert noted is not None
+    assert noted.exports == {}
+    with pytest.raises(UserError, match="holds exports of another run than --save None"):
+        check_filled_export_folder(config)
 
 
 def test_a_better_one_takes_the_place_of_the_best_and_both_are_said(tmp_path: Path) -> None:
