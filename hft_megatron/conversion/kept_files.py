@@ -81,7 +81,13 @@ _TOO_LARGE = f"above {LARGEST_BYTES / 1e6:g} MB"
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ggml|npz|npy|pkl|distcp|mlmodel|tflite|ot)(\.index\.json)?"
 )
-_OF_A_TRAINING = re.compile(r"(original|runs|checkpoint[-_]\d+|iter_\d+|global_step_?\d+|trainer_state\.json)")
+_OF_A_TRAINING = re.compile(
+    r"original|runs|wandb|checkpoint[-_]\d+|iter_\d+|global_step_?\d+"  # folders
+    r"|trainer_state\.json|training_args\.(bin|json|yaml)|(all|train|eval|test|predict)_results\.json"  # transformers
+    r"|generated_predictions\.(txt|jsonl?)|trainer_log\.jsonl|training_(eval_)?loss\.png|events\.out\.tfevents\..*"
+    r"|adapter_config\.json"  # PEFT; transformers would look for the adapter in the export
+    r"|latest|zero_to_fp32\.py|latest_checkpointed_iteration\.txt"  # DeepSpeed and Megatron
+)
 """Names of what another training, or the release of the weights in another form, left."""
 _RECORDS = (EXPORTS_FILE, "half_reset.json", "average.json")
 """What this package writes about weights that the export has no more."""
@@ -92,8 +98,8 @@ def keep_files(source: Path, target: Path, *, others: Collection[str] = ()) -> l
     """Copies what ``target`` lacks of ``source``, and returns a line that names it and what else was left out.
 
     Not looked at are ``others``, which somebody else writes, and the safetensors that the export replaces. Left out are
-    weights, files above ``LARGEST_BYTES``, hidden ones, checkpoints, ``original/`` and what can't be read. Raises
-    OSError where ``target`` can't be written.
+    weights, files above ``LARGEST_BYTES``, hidden ones, checkpoints, ``original/``, records of a training and what
+    can't be read. Raises OSError where ``target`` can't be written.
     """
     kept: list[str] = []
     left_out: list[str] = []

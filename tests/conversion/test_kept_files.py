@@ -31,7 +31,23 @@ LEFT_OUT = {
     "other/weights.pth": ("", "a folder with weights"),
     "pytorch_model.bin.index.json": ("{}", "weights"),
     "trainer_state.json": ("{}", "of the source's own making"),
-    "training_args.bin": ("", "weights"),
+    "training_args.bin": ("", "of the source's own making"),
+    **dict.fromkeys(
+        (
+            "adapter_config.json",
+            "all_results.json",
+            "eval_results.json",
+            "events.out.tfevents.1700000000.host.1.0",
+            "generated_predictions.jsonl",
+            "latest",
+            "latest_checkpointed_iteration.txt",
+            "train_results.json",
+            "trainer_log.jsonl",
+            "training_loss.png",
+            "zero_to_fp32.py",
+        ),
+        ("{}", "of the source's own making"),
+    ),
 }
 
 
