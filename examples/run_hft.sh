@@ -21,9 +21,9 @@ where_it_runs
 ARGS=()
 GIVEN=$("$PYTHON" -c "
 import sys
-from hft_megatron.cli.entry import COMMANDS
+from hft_megatron.cli.entry import commands
 from hft_megatron.config.loading import load_options
-print(load_options(COMMANDS[sys.argv[1]].options, sys.argv[2:]).checkpoint.save or '')
+print(load_options(commands()[sys.argv[1]].options, sys.argv[2:]).checkpoint.save or '')
 " "$METHOD" "$@" 2>/dev/null || true)
 if [[ -n $GIVEN ]]; then
     SAVE=$GIVEN

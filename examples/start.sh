@@ -191,9 +191,9 @@ start_ranks() { # WORDS...
         # How long torchrun waits for the other nodes, in whole seconds: as long as the ranks wait for each other.
         limit=$("$PYTHON" -c "
 import math, sys
-from hft_megatron.cli.entry import COMMANDS
+from hft_megatron.cli.entry import commands
 from hft_megatron.config.loading import load_options
-minutes = load_options(COMMANDS[sys.argv[1]].options, sys.argv[2:]).parallel.distributed_timeout_minutes
+minutes = load_options(commands()[sys.argv[1]].options, sys.argv[2:]).parallel.distributed_timeout_minutes
 print(f'{minutes:g}', math.ceil(60 * minutes))
 " "$METHOD" "${ARGS[@]}")
         read -r minutes seconds <<<"$limit"

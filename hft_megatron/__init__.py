@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hft_megatron.data.formats import table as _formats  # noqa: F401 (registers what --data-format may say)
 from hft_megatron.hft.plan import Plan
 from hft_megatron.library.plans import draw_plan
+from hft_megatron.methods import registry as _methods  # noqa: F401 (registers the commands that train)
 
 if TYPE_CHECKING:
     from hft_megatron.library.trainer import Trainer

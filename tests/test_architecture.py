@@ -46,6 +46,7 @@ PURE = (
     "hft.rounds",
     "hft.units",
     "library.plans",
+    "methods.registry",
     "model.parameter_names",
     "parallel.launch",
     "report.plan",
@@ -56,6 +57,7 @@ PURE = (
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 DOORS = {
     "__init__": "Trainer and Hook, on first use",
+    "methods.registry": "what a method trains with, once a run begins",
     "hft.plan": "what a plan does with a model, which somebody has made with torch",
 }
 """Pure modules whose functions may import what isn't, and why."""

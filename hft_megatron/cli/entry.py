@@ -9,16 +9,19 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import hft_megatron
-from hft_megatron.cli import average, convert, doctor, dpo, half_reset, plan, preprocess, pretrain, sft, show_data
+from hft_megatron.cli import average, convert, doctor, half_reset, plan, preprocess, show_data
 from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
+from hft_megatron.cli.training_command import options_of, run_method
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
+from hft_megatron.methods.registry import DECLARED
 
 ABSENT = "not installed"
 APEX_KERNELS = "amp_C"
@@ -73,17 +76,6 @@ class Command:
 
 
 COMMANDS = {
-    "sft": Command(
-        summary="fine-tune a LLaMA on instructions, half of its matrices at a time", options=sft.SftOptions, run=sft.run
-    ),
-    "dpo": Command(
-        summary="tune a LLaMA on preference pairs, half of its matrices at a time", options=dpo.DpoOptions, run=dpo.run
-    ),
-    "pretrain": Command(
-        summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
-        options=pretrain.PretrainOptions,
-        run=pretrain.run,
-    ),
     "plan": Command(
         summary="show what trains in which round, and what it costs on every rank; needs no GPU and no weights",
         options=plan.PlanOptions,
@@ -122,6 +114,15 @@ COMMANDS = {
 }
 
 
+def commands() -> dict[str, Command]:
+    """Every command by its name: one for each method, then the others."""
+    methods = {
+        name: Command(summary=method.summary, options=options_of(method), run=partial(run_method, name))
+        for name, method in DECLARED.items()
+    }
+    return methods | COMMANDS
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``hft-megatron ARGV`` and return its exit code: the ``EXIT_`` constants of ``errors``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -134,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(version_text())
             return
         name, *words = arguments
-        if name not in COMMANDS:
+        if name not in commands():
             raise UserError(_unknown_command(name))
-        _perform(COMMANDS[name], words, status, prog=f"{PROG} {name}")
+        _perform(commands()[name], words, status, prog=f"{PROG} {name}")
 
     return run_command(dispatch)
 
@@ -150,7 +151,7 @@ def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, pr
 
 def _overview() -> str:
     lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
-    lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12} {command.summary}" for name, command in commands().items()]
     about = (
         f"`{PROG} COMMAND --help` lists a command's options, `{PROG} {VERSION_WORD}` the versions that are installed."
     )
@@ -158,5 +159,5 @@ def _overview() -> str:
 
 
 def _unknown_command(name: str) -> str:
-    nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(name, commands(), n=1, cutoff=0.0)
     return f"{name!r} is not a command; the nearest is {PROG} {nearest[0]}."

@@ -1,7 +1,10 @@
 """What the commands that train have in common: their options, the checks, and the way to the run."""
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 from hft_megatron.cli.boundary import StatusFolder, end_of_peers
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
@@ -20,6 +23,7 @@ from hft_megatron.config.schema import (
 )
 from hft_megatron.config.stages import read_stages, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.methods.registry import METHODS, Declaration
 from hft_megatron.parallel import launch
 
 
@@ -42,18 +46,30 @@ class TrainingOptions:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    parts_of: ClassVar[Mapping[str, str]] = {}
+
     @property
     def as_run(self) -> RunConfig:
         """The run that these options describe."""
-        return RunConfig(
-            parallel=self.parallel,
-            model=self.model,
-            training=self.training,
-            optimizer=self.optimizer,
-            hft=self.hft,
-            checkpoint=self.checkpoint,
-            logging=self.logging,
-        )
+        of_run = {group.name for group in fields(RunConfig)}
+        own = {group.name: getattr(self, group.name) for group in fields(self)}
+        run = RunConfig(**{name: value for name, value in own.items() if name in of_run})
+        parts = {group: replace(getattr(run, group), **vars(own[name])) for name, group in self.parts_of.items()}
+        return replace(run, **parts)
+
+
+@cache
+def options_of(method: Declaration) -> type[TrainingOptions]:
+    """The options of a method's command: those of every run and the method's own."""
+    groups = [(name, group, field(default_factory=group)) for name, group in method.groups.items()]
+    return make_dataclass(
+        f"{method.name.capitalize()}Options",
+        groups,
+        bases=(TrainingOptions,),
+        namespace={"parts_of": method.parts_of, "__doc__": f"The options of ``hft-megatron {method.name}``."},
+        frozen=True,
+        kw_only=True,
+    )
 
 
 def run_method(method: MethodName, options: TrainingOptions, status: StatusFolder) -> None:
@@ -72,8 +88,6 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.methods.registry import METHODS
-
     if options.check:
         from hft_megatron.trainer.stages import check_inputs
 
@@ -104,7 +118,6 @@ def _run_stages(
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.methods.registry import METHODS
     from hft_megatron.trainer.stages import check_stages, run_stages
 
     if check:

@@ -1,4 +1,4 @@
-"""Options whose values are names that registries add to: selections and layouts of records. Imports no torch."""
+"""Options whose values are names that registries add to: selections, layouts of records, methods. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -36,9 +36,9 @@ else:
         known: ClassVar[list[str]] = []
 
     class MethodName(Names):
-        """A way to train: the commands that do."""
+        """A way to train, and its command; ``methods.registry.register`` adds one."""
 
-        known: ClassVar[list[str]] = ["sft", "dpo", "pretrain"]
+        known: ClassVar[list[str]] = []
 
 
 def known(kind: type[str]) -> list[str]:

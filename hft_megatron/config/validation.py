@@ -6,8 +6,6 @@ Every rank runs the same rules on the same options and so comes to the same answ
 from collections.abc import Callable
 
 from hft_megatron.config import (
-    corpus_rules,
-    dpo_rules,
     export_rules,
     input_rules,
     layout_rules,
@@ -48,25 +46,8 @@ _RULES: tuple[Rule, ...] = (
 )
 """In this order, so that the numbers a rule divides by have been checked by an earlier one."""
 
-DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {
-    "sft": (
-        input_rules.training_data_is_given,
-        input_rules.data_sources_are_clear,
-        input_rules.packing_is_asked_for,
-        input_rules.validation_has_data,
-        export_rules.best_is_measured_by("sft"),
-    ),
-    "dpo": (
-        input_rules.training_data_is_given,
-        input_rules.data_sources_are_clear,
-        input_rules.packing_is_asked_for,
-        input_rules.validation_has_data,
-        *dpo_rules.DPO_RULES,
-        export_rules.best_is_measured_by("dpo"),
-    ),
-    "pretrain": (*corpus_rules.CORPUS_RULES, export_rules.best_is_measured_by("pretrain")),
-}
-"""What every method asks of its own data, after that."""
+DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {}
+"""What every method asks of its own data, after that; ``methods.registry`` fills it."""
 
 PLAN_RULES: tuple[Rule, ...] = (
     layout_rules.only_what_is_built,

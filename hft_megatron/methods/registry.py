@@ -1,21 +1,147 @@
-"""The methods that a run can have, by the name of their command."""
+"""The methods: each has a command with its options and rules, and gives a run its data and objective.
 
-from hft_megatron.config.names import MethodName
-from hft_megatron.methods.dpo.data import read_preference_data
-from hft_megatron.methods.dpo.objective import preference_objective
-from hft_megatron.methods.dpo.reference_of_run import reference_of_run
-from hft_megatron.methods.next_token import NEXT_TOKEN
-from hft_megatron.methods.pretrain.data import read_corpus_data
-from hft_megatron.methods.sft.data import read_sft_data
-from hft_megatron.trainer.method import Method
+Declared without torch, so that the command line can check options before it loads anything.
+"""
 
-METHODS: dict[MethodName, Method] = {
-    "sft": Method(name="sft", objective=lambda config: NEXT_TOKEN, read_data=read_sft_data),
-    "dpo": Method(
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from hft_megatron.config import corpus_rules, dpo_rules, input_rules
+from hft_megatron.config.export_rules import best_is_measured_by
+from hft_megatron.config.names import MethodName, add
+from hft_megatron.config.schema import CorpusConfig, DataConfig, DpoConfig
+from hft_megatron.config.validation import DATA_RULES, Rule
+
+if TYPE_CHECKING:
+    from hft_megatron.trainer.method import Method
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Declaration:
+    """What is known of a method before torch is imported."""
+
+    name: MethodName
+    """Of its command, and in a file of --stages."""
+    summary: str
+    """What the command does, in a line."""
+    groups: Mapping[str, type]
+    """Groups of its own options, by name: a group of a run, or another class with some of one's fields."""
+    rules: tuple[Rule, ...]
+    """About its data and its own options."""
+    load: "Callable[[], Method]"
+    """Imports what it trains with."""
+    parts_of: Mapping[str, str] = field(default_factory=dict)
+    """For those of ``groups`` that are another class: the group of a run whose fields they have."""
+
+
+DECLARED: dict[MethodName, Declaration] = {}
+"""By name."""
+
+
+def register(declaration: Declaration) -> None:
+    """Adds a method: its command, its options and its rules."""
+    add(MethodName, declaration.name)
+    DECLARED[declaration.name] = declaration
+    DATA_RULES[declaration.name] = declaration.rules
+
+
+class _Loaded(Mapping[MethodName, "Method"]):
+    """The methods themselves, each imported when it is asked for."""
+
+    def __getitem__(self, name: MethodName) -> "Method":
+        return _load(DECLARED[name].load)
+
+    def __iter__(self) -> Iterator[MethodName]:
+        return iter(DECLARED)
+
+    def __len__(self) -> int:
+        return len(DECLARED)
+
+
+METHODS = _Loaded()
+
+
+@cache
+def _load(load: "Callable[[], Method]") -> "Method":
+    return load()
+
+
+SUPERVISED_RULES: tuple[Rule, ...] = (
+    input_rules.training_data_is_given,
+    input_rules.data_sources_are_clear,
+    input_rules.packing_is_asked_for,
+    input_rules.validation_has_data,
+)
+"""What every method asks that trains on records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainTokenizerConfig:
+    """What of a run's data options has a meaning here: the corpus holds ids already."""
+
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
+    """Found from the files when unset."""
+    tokenizer_model: str | None = None
+    """The one that the corpus was made with, which an export gets too; the --load-hf folder when unset."""
+
+
+def _sft() -> "Method":
+    from hft_megatron.methods.next_token import NEXT_TOKEN
+    from hft_megatron.methods.sft.data import read_sft_data
+    from hft_megatron.trainer.method import Method
+
+    return Method(name="sft", objective=lambda config: NEXT_TOKEN, read_data=read_sft_data)
+
+
+def _dpo() -> "Method":
+    from hft_megatron.methods.dpo.data import read_preference_data
+    from hft_megatron.methods.dpo.objective import preference_objective
+    from hft_megatron.methods.dpo.reference_of_run import reference_of_run
+    from hft_megatron.trainer.method import Method
+
+    return Method(
         name="dpo",
         objective=lambda config: preference_objective(config.dpo),
         read_data=read_preference_data,
         reference=reference_of_run,
-    ),
-    "pretrain": Method(name="pretrain", objective=lambda config: NEXT_TOKEN, read_data=read_corpus_data),
-}
+    )
+
+
+def _pretrain() -> "Method":
+    from hft_megatron.methods.next_token import NEXT_TOKEN
+    from hft_megatron.methods.pretrain.data import read_corpus_data
+    from hft_megatron.trainer.method import Method
+
+    return Method(name="pretrain", objective=lambda config: NEXT_TOKEN, read_data=read_corpus_data)
+
+
+register(
+    Declaration(
+        name="sft",
+        summary="fine-tune a LLaMA on instructions, half of its matrices at a time",
+        groups={"data": DataConfig},
+        rules=(*SUPERVISED_RULES, best_is_measured_by("sft")),
+        load=_sft,
+    )
+)
+register(
+    Declaration(
+        name="dpo",
+        summary="tune a LLaMA on preference pairs, half of its matrices at a time",
+        groups={"data": DataConfig, "dpo": DpoConfig},
+        rules=(*SUPERVISED_RULES, *dpo_rules.DPO_RULES, best_is_measured_by("dpo")),
+        load=_dpo,
+    )
+)
+register(
+    Declaration(
+        name="pretrain",
+        summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
+        groups={"corpus": CorpusConfig, "tokenizer": PretrainTokenizerConfig},
+        parts_of={"tokenizer": "data"},
+        rules=(*corpus_rules.CORPUS_RULES, best_is_measured_by("pretrain")),
+        load=_pretrain,
+    )
+)

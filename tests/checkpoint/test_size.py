@@ -8,7 +8,7 @@ import pytest
 from megatron.core import dist_checkpointing
 
 from hft_megatron.checkpoint.verification import checkpoint_bytes
-from hft_megatron.cli.sft import SftOptions
+from hft_megatron.cli.entry import commands
 from hft_megatron.config.loading import load_options
 from hft_megatron.config.validation import shape_of
 from hft_megatron.hft.plan import make_plan
@@ -43,7 +43,7 @@ def test_the_formula_is_the_bytes_of_a_real_checkpoint(
     run = tmp_path / "run"
     words = words_for(inputs, "--train-iters", 1, "--lr-warmup-iters", 0, "--save", run, *CASES[case])
     measured: Any = ranks(2).run(run_and_measure, words=words, checkpoint=str(run / "iter_0000001"))[0]
-    config = load_options(SftOptions, words).as_run
+    config = load_options(commands()["sft"].options, words).as_run
     shape = shape_of(config.model)
     assert shape is not None
     plan = make_plan(shape, config.hft, default_seed=config.training.seed)

@@ -250,14 +250,14 @@ def test_a_folder_without_any_tokenizer_is_named(
 @pytest.fixture
 def saved_run(command: list[str], tmp_path: Path) -> Path:
     """What a run of ``command`` leaves in its folder, as far as starting again looks at it; without tensors."""
-    from hft_megatron.cli.sft import SftOptions
+    from hft_megatron.cli.entry import commands
     from hft_megatron.config.validation import shape_of
     from hft_megatron.methods.registry import METHODS
     from hft_megatron.trainer import inputs
 
     folder = tmp_path / "run"
     folder.mkdir()
-    options = load_options(SftOptions, command[1:]).as_run
+    options = load_options(commands()["sft"].options, command[1:]).as_run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "check_weights", lambda folder, shape: WEIGHTS)
         read = inputs.read_inputs(METHODS["sft"], options, shape_of(options.model), world_size=1)

@@ -15,22 +15,31 @@ from hft_megatron import draw_plan
 from hft_megatron.cli import main
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.entry import COMMANDS, Command
-from hft_megatron.config import names
+from hft_megatron.config import names, validation
+from hft_megatron.config.schema import DataConfig
 from hft_megatron.data.formats import table
 from hft_megatron.data.formats.record import Record
 from hft_megatron.data.formats.supervised import parse_prompt_completion
 from hft_megatron.hft import rules
 from hft_megatron.hft.policy import Draw, Policy
 from hft_megatron.hft.units import Unit
-from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for
+from hft_megatron.methods import registry
+from tests.support.runs import make_inputs, read_metrics, run_method_words, run_sft_words, words_for
 
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As they were, afterwards."""
-    for kind in (names.SelectionName, names.DataFormat):
+    for kind in (names.SelectionName, names.DataFormat, names.MethodName):
         monkeypatch.setattr(kind, "known", list(names.known(kind)))
-    tables: tuple[dict[Any, Any], ...] = (rules.RULES, names.SELECTIONS, table.FORMATS, COMMANDS)
+    tables: tuple[dict[Any, Any], ...] = (
+        rules.RULES,
+        names.SELECTIONS,
+        table.FORMATS,
+        COMMANDS,
+        registry.DECLARED,
+        validation.DATA_RULES,
+    )
     saved = [dict(one) for one in tables]
     yield
     for one, before in zip(tables, saved, strict=True):
@@ -111,3 +120,58 @@ def test_a_command_of_ones_own_is_in_the_help_and_runs(capsys: pytest.CaptureFix
     assert "count        count to a number" in capsys.readouterr().out
     assert main(["count", "--up-to", "4"]) == 0
     assert capsys.readouterr().out == "0 1 2 3\n"
+
+
+def load_doubled() -> Any:
+    """Twice the next-token loss, as an objective of one's own."""
+    from hft_megatron.methods import next_token
+    from hft_megatron.methods.sft.data import read_sft_data
+    from hft_megatron.trainer.method import Method, Objective
+
+    def forward_step(batches: Iterator[Any], chunk: Any) -> tuple[Any, Any]:
+        losses, reduce = next_token.forward_step(batches, chunk)
+        return losses, lambda output: reduce(2 * output)
+
+    objective = Objective(loss_name=next_token.LOSS, forward_step=forward_step, measure=next_token.measure)
+    return Method(name="doubled", objective=lambda config: objective, read_data=read_sft_data)
+
+
+def register_doubled() -> None:
+    registry.register(
+        registry.Declaration(
+            name="doubled",
+            summary="train twice the loss",
+            groups={"data": DataConfig},
+            rules=registry.SUPERVISED_RULES,
+            load=load_doubled,
+        )
+    )
+
+
+def run_doubled(words: Sequence[str]) -> dict[str, Any]:
+    """On a rank, which takes other cases afterwards."""
+    register_doubled()
+    try:
+        return run_method_words("doubled", words)
+    finally:
+        del registry.DECLARED["doubled"], validation.DATA_RULES["doubled"]
+        names.known(names.MethodName).remove("doubled")
+
+
+@pytest.mark.usefixtures("registries")
+def test_an_objective_of_ones_own_has_a_command_with_options_rules_and_a_run(
+    ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_doubled()
+    inputs = make_inputs(tmp_path)
+    assert main(["--help"]) == 0
+    assert "doubled      train twice the loss" in capsys.readouterr().out
+    assert main(["doubled", "--help"]) == 0
+    assert "--train-data-path" in capsys.readouterr().out
+    assert main(["doubled", "--load-hf", str(inputs / "model"), "--train-iters", "3"]) == 2
+    assert "--train-data-path" in capsys.readouterr().err
+    words = words_for(inputs, "--train-iters", 3, "--clip-grad", 0, "--tensor-model-parallel-size", 2)
+    [doubled, _] = ranks(2).run(run_doubled, words=words)
+    [plain, _] = ranks(2).run(run_sft_words, words=words)
+    for name in ("loss", "grad_norm"):
+        assert doubled["steps"][0][name] == pytest.approx(2 * plain["steps"][0][name], rel=1e-6)

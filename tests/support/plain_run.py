@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hft_megatron.cli.entry import COMMANDS
+from hft_megatron.cli.entry import commands
 from hft_megatron.config.loading import load_options
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.names import MethodName
@@ -75,7 +75,7 @@ class PlainRun:
 
 def parse(method: MethodName, words: Sequence[str]) -> RunConfig:
     """The options of ``hft-megatron METHOD WORDS``."""
-    config: RunConfig = load_options(COMMANDS[method].options, list(words)).as_run
+    config: RunConfig = load_options(commands()[method].options, list(words)).as_run
     return config
 
 

@@ -105,14 +105,14 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -
     Returns ``steps`` (one entry per step done here), ``state`` at the end, ``stopped`` (the signal's sentence or None)
     and ``said`` (lines announced here).
     """
-    from hft_megatron.cli.entry import COMMANDS
+    from hft_megatron.cli.entry import commands
     from hft_megatron.config.loading import load_options
     from hft_megatron.config.validation import shape_of, validate
     from hft_megatron.errors import Stopped
     from hft_megatron.methods.registry import METHODS
     from hft_megatron.trainer import assembly
 
-    config = load_options(COMMANDS[method].options, list(words)).as_run
+    config = load_options(commands()[method].options, list(words)).as_run
     shape = shape_of(config.model)
     world_size = int(os.environ["WORLD_SIZE"])
     if shape is not None:
