@@ -19,7 +19,8 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONG_S = 10.0
-"""A test that takes longer says why: ``pytest.mark.slow(reason="...")``."""
+"""A test that takes longer says why: ``pytest.mark.slow(reason="...")``, or ``long`` where the quick tests need it."""
+_WITH_REASON = ("system", "slow", "long")
 _HAS_REASON = ("has a reason", True)
 
 
@@ -51,7 +52,7 @@ class Account:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         long_files = set()
         for item in items:
-            if any("reason" in mark.kwargs for mark in item.iter_markers() if mark.name in ("system", "slow")):
+            if any("reason" in mark.kwargs for mark in item.iter_markers() if mark.name in _WITH_REASON):
                 # With the test's report, which is all that leaves a worker.
                 item.user_properties.append(_HAS_REASON)
                 long_files.add(item.path)

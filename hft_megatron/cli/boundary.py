@@ -130,7 +130,7 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
         end_of_peers(status)(loss)
         if loss.speaks is None and launch.local_rank() != 0:
             # torchrun ends the ranks of a host with the first that leaves, and this one has said nothing.
-            _let_others_speak()
+            _let_others_speak(OTHER_RANKS_WAIT_S)
         return errors.EXIT_FAILURE
     except _Terminated:
         return _end(errors.EXIT_STOPPED, "stopped", "SIGTERM stopped it before it could save anything", status)
@@ -189,7 +189,7 @@ def _end(exit_code: int, state: str, message: str, status: StatusFolder) -> int:
 def _say_mistake(message: str, status: StatusFolder) -> int:
     message = f"error: {message}"
     if not _is_first_rank():
-        _let_others_speak()
+        _let_others_speak(OTHER_RANKS_WAIT_S)
         message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
     print(f"{PROG}: {message}", file=sys.stderr)
     status.write(errors.EXIT_USAGE, "usage", message)
@@ -205,7 +205,7 @@ def _say_failure(message: str, status: StatusFolder) -> int:
     return errors.EXIT_FAILURE
 
 
-def _let_others_speak(seconds: float = OTHER_RANKS_WAIT_S) -> None:
+def _let_others_speak(seconds: float) -> None:
     # Training turns SIGTERM into "save and stop"; a rank that is only waiting to speak ends at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(seconds)

@@ -110,6 +110,11 @@ def test_a_rank_that_is_started_again_takes_back_the_code_of_its_earlier_end(
     assert left.read_text() == str(errors.EXIT_OK)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ready() -> None:
+    forked.await_server()
+
+
 def start(folder: Path, *what: str, restarts: int = 0) -> forked.Started:
     """Two ranks of which the second one, or under ``all`` both, come to the end that ``what`` names."""
     folder.mkdir(exist_ok=True)

@@ -1,12 +1,16 @@
-"""Everything that a rank imports before it trains; the process that others are forked from imports this."""
+"""Everything that a rank imports before it trains, or a test's body on it; ranks are forked from a process that has."""
 
 import gc
 import importlib
 import pkgutil
 
+import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
+import pytest  # noqa: F401
 import torch.distributed.elastic.agent.server.local_elastic_agent
 import torch.distributed.elastic.rendezvous.registry
 import torch.distributed.launcher.api  # noqa: F401
+import transformers.convert_slow_tokenizer
+import transformers.models.auto.tokenization_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import hft_megatron

@@ -320,6 +320,7 @@ def run_row(method: MethodName, words: list[str]) -> dict[str, Any]:
     return {**values, **probe.report()}
 
 
+@pytest.mark.long(reason="a run of up to four ranks and its resume; the first of a process makes its ranks ready")
 @pytest.mark.parametrize(
     ("number", "row"),
     [
