@@ -83,7 +83,7 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
         shared = _with_options_of_others(options, config)
         _run_stages(options.stages, shared, shape, world_size, status, check=options.check)
         return
-    validate(config, shape or _shape_before_the_tokenizer(config), world_size, method)
+    validate(config, shape, world_size, method)
     # Imported here and below, because the checks above must not wait for torch and transformers.
     from hft_megatron.engine.start import prepare_engine
 
@@ -114,7 +114,7 @@ def _run_stages(
 ) -> None:
     stages = read_stages(path, config)
     for stage in with_rounds_in_turn(stages):
-        validate(stage.config, shape or _shape_before_the_tokenizer(stage.config), world_size, stage.method)
+        validate(stage.config, shape, world_size, stage.method)
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
@@ -126,11 +126,6 @@ def _run_stages(
         return
     launch.place_this_process()
     run_stages(stages, shape, world_size, METHODS, on_loss=end_of_peers(status))
-
-
-def _shape_before_the_tokenizer(config: RunConfig) -> ModelShape:
-    """All of the shape but the vocabulary, which no rule of ``validate`` reads."""
-    return ModelShape.from_model_config(config.model, vocab_size=1)
 
 
 def _all_is_well(config: RunConfig, shape: ModelShape | None, world_size: int) -> str:

@@ -85,11 +85,12 @@ ANY_SHAPE = ModelShape(
 """For rules that look at no model, where there is none."""
 
 
-def validate(config: RunConfig, shape: ModelShape, world_size: int, method: MethodName) -> None:
+def validate(config: RunConfig, shape: ModelShape | None, world_size: int, method: MethodName) -> None:
     """Raise UserError for the first rule that the options break; ``world_size`` counts ranks over all nodes.
 
-    No rule reads ``shape.vocab_size``, which a run with random weights knows only after reading its tokenizer.
+    ``shape`` is None where only the tokenizer can say how large the vocabulary is, which no rule reads.
     """
+    shape = shape or ModelShape.from_model_config(config.model, vocab_size=1)
     for rule in (*_RULES, *DATA_RULES[method]):
         rule(config, shape, world_size)
 

@@ -129,9 +129,7 @@ class RunInputs:
         config, save = self._readable(), self.config.checkpoint.save
         if not self._tokenizer_is_wrong:
             try:
-                # As the command does; no rule reads the vocabulary, which only a tokenizer that is missing may decide.
-                shape = self._shape or ModelShape.from_model_config(config.model, vocab_size=1)
-                validate(config, shape, self.world_size, self.method)
+                validate(config, self._shape, self.world_size, self.method)
                 inputs = read_inputs(METHODS[self.method], config, self._shape, self.world_size)
                 config = inputs.config
                 yield Finding(what="run", value="; ".join(inputs.describe()) or "no data is given")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from hft_megatron.config.loading import options_of
-from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName, known
 from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
@@ -37,8 +36,7 @@ class Trainer:
             self.config = options_of(RunConfig, options)
             """All options of the run with their values."""
             self._shape, self._ranks = shape_of(self.config.model), launch.world_size()
-            before_tokenizer = self._shape or ModelShape.from_model_config(self.config.model, vocab_size=1)
-            validate(self.config, before_tokenizer, self._ranks, method)
+            validate(self.config, self._shape, self._ranks, method)
         except UserError as error:
             raise ValueError(in_arguments(str(error))) from None
         self._method, self._hooks = METHODS[method], tuple(hooks)
