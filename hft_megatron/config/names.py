@@ -66,8 +66,6 @@ class Selection:
     """Ranks by scores of the weights that the run starts from."""
     is_of_rounds: bool = False
     """Selects anew or other units in every round, so that a run of one round is a mistake."""
-    rate_moves_by_cycle: bool = False
-    """The learning rate moves after a full cycle of rounds, which the rule counts."""
 
 
 SELECTIONS: dict[str, Selection] = {}

@@ -300,6 +300,5 @@ register(
         what="takes one group of layers after the other",
         without=("hft_level", "hft_counting", "hft_pairing", "hft_rotation"),
         is_of_rounds=True,
-        rate_moves_by_cycle=True,
     ),
 )

@@ -10,6 +10,7 @@ from hft_megatron.data.order import SampleStream
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
+from hft_megatron.hft.rules import RULES
 
 _OF_SEVERAL_ROUNDS = {"hft_rotation": "independent", "hft_moments": "reset", "hft_lr_schedule": "run"}
 """Options that say what happens from one round to the next, and what they are when nothing is asked for."""
@@ -77,18 +78,19 @@ def rounds_of_run(
 
     rounds = Rounds(schedule, draw)
     if schedule.train_iters > 0:
-        selection = rounds.plan(schedule.first_round).policy.selection
-        _check_warmup(config, schedule, selection)
-        _check_single_round(config, loaded, selection)
+        plan = rounds.plan(schedule.first_round)
+        _check_warmup(config, schedule, plan)
+        _check_single_round(config, loaded, plan.policy.selection)
     return rounds
 
 
-def _check_warmup(config: RunConfig, schedule: RoundSchedule, selection: str) -> None:
+def _check_warmup(config: RunConfig, schedule: RoundSchedule, plan: Plan) -> None:
     """A rate that is zero throughout, or that never becomes what was asked for."""
     start, stop = schedule.bounds(schedule.first_round)
     per_round = config.hft.hft_lr_schedule == "round"
     warmup = derived.warmup_iters(config.optimizer, stop - start if per_round else derived.train_iters(config.training))
-    by_cycle = SELECTIONS[selection].rate_moves_by_cycle
+    selection = plan.policy.selection
+    by_cycle = RULES[plan.policy.rule].cycle(plan.units, plan.policy.exact_ratio) is not None
     if by_cycle and warmup > 0:
         raise UserError(
             f"A warm-up of {warmup} iterations (--lr-warmup-iters, --lr-warmup-fraction) would keep the first cycle "
