@@ -184,15 +184,14 @@ class _Guard:
 
 
 def _guard(plan: Plan, model: nn.Module) -> None:
-    """Puts the guard on the embedding, or what PEFT has put in its place, and on the first layer, which embeddings that
-    a caller gives go through as well; both are called as modules also where PEFT calls the model's own forward."""
+    """Puts the guard on the first layer, which embeddings that a caller gives go through as well, and on the embedding,
+    or what PEFT has put in its place; both are called as modules also where PEFT calls the model's own forward."""
     parts = {_plain(name): part for name, part in model.named_modules(remove_duplicate=False)}
     embedding, layer = parts[EMBEDDING_NAME], parts["model.layers.0"]
     for hook in getattr(embedding, _HOOKS, ()):
         hook.remove()
     guard = _Guard(plan, model)
     hooks = [
-        embedding.register_forward_pre_hook(guard.check),
         embedding.register_forward_hook(guard.let_checkpoints_train),
         layer.register_forward_pre_hook(guard.check),
     ]
