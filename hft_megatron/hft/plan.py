@@ -98,10 +98,6 @@ class Plan:
         """Parameters that rest, over the whole model."""
         return sum(unit.parameters for unit in self.units) - self.trainable_parameters
 
-    def parameters_of(self, name: str) -> int:
-        """Elements of the whole weight of this unit of the model."""
-        return next(unit.parameters for unit in self.units if unit.name == name)
-
     def apply(self, model: "Module", optimizer: "Optimizer | None" = None) -> None:
         """Freezes what the plan freezes in ``model``, any torch module whose parameters have Hugging Face's names.
 
