@@ -39,6 +39,7 @@ setup(
         "jinja2>=3.1",  # transformers renders chat templates with it
         "filelock>=3.12",  # one process of a start tokenizes
         "tyro>=0.9",
+        "annotated-types>=0.6",
         "pyyaml>=6",
         "tqdm>=4.66",
         "pillow>=10.1",  # hft-megatron plan --png

@@ -9,7 +9,9 @@ from typing import Any
 
 from hft_megatron import draw_plan
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.engine.start import prepare_engine
 from hft_megatron.parallel import launch
 

@@ -19,8 +19,8 @@ from hft_megatron.checkpoint.folders import (
 )
 from hft_megatron.checkpoint.position import FILE_NAME as POSITION_FILE
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomically
-from hft_megatron.config.schema import RunConfig
 from hft_megatron.engine.lines import refuse_if_unreadable
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan

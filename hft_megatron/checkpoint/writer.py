@@ -26,8 +26,8 @@ from hft_megatron.checkpoint.folders import (
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import METADATA, PLAN_FILE, sharded_state
 from hft_megatron.checkpoint.writing import WriterReport, in_background, reason_of, request_save
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, sync, write_atomically
-from hft_megatron.config.schema import CheckpointConfig
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement

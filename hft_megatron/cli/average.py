@@ -5,10 +5,13 @@ what it is of.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.config.declared import check_bounds
 from hft_megatron.conversion.merge_inputs import MergeFolders, check_folders
-from hft_megatron.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,16 +19,13 @@ class AverageOptions:
     """Everything that can be said about an average."""
 
     folders: MergeFolders = field(default_factory=MergeFolders)
-    coefficient: float = 0.5
-    """Share of the tuned model, 0 to 1: base + coefficient x (tuned - base)."""
+    coefficient: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Share of the tuned model: base + coefficient x (tuned - base)."""
 
 
 def run(options: AverageOptions, status: StatusFolder) -> None:
     """Check the options and folders, and write the output. Raises UserError for every mistake."""
-    if not 0 <= options.coefficient <= 1:
-        raise UserError(
-            f"--coefficient {options.coefficient} must be between 0, which is the base model, and 1, the tuned one."
-        )
+    check_bounds(options)
     inputs = check_folders(options.folders)
     # Imported here, because a mistake in the options must not wait for torch.
     from hft_megatron.engine.start import prepare_engine

@@ -5,11 +5,15 @@ Run: ``hft-megatron convert --load RUN --save-hf OUT``, with ``--check`` to comp
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.input_rules import nothing_is_overwritten, outputs_can_be_written
-from hft_megatron.config.schema import CheckpointConfig, RunConfig
+from hft_megatron.config.checkpoint import CheckpointConfig, outputs_can_be_written
+from hft_megatron.config.declared import check_bounds
+from hft_megatron.config.exports import nothing_is_overwritten
+from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 from hft_megatron.parallel import launch
 
@@ -20,7 +24,7 @@ class ConvertOptions:
 
     load: str | None = None
     """Folder of a run (its --save). Load only folders you trust: torch reads a checkpoint's index with pickle."""
-    iteration: int | None = None
+    iteration: Annotated[int, Ge(0)] | None = None
     """The checkpoint of this iteration; the newest when unset."""
     save_hf: str | None = None
     """New folder to export to in Hugging Face's format."""
@@ -36,6 +40,7 @@ class ConvertOptions:
 
 def run(options: ConvertOptions, status: StatusFolder) -> None:
     """Check the options, then convert or compare. Raises UserError for every mistake."""
+    check_bounds(options)
     _check(options)
     from hft_megatron.engine.start import prepare_engine
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from textwrap import wrap
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.input_rules import model_is_given_once
+from hft_megatron.config.corpus import CorpusConfig
+from hft_megatron.config.model import ModelConfig, model_is_given_once
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import CorpusConfig, ModelConfig, RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_layout
 from hft_megatron.doctor.findings import Diagnosis, Row
 from hft_megatron.errors import RunFailed, UserError

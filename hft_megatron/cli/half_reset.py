@@ -6,10 +6,15 @@ half_reset.json lists them, and ``hft-megatron plan --load-hf C --hft-plan C/hal
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.schema import HFTConfig, RunConfig, TrainingConfig
+from hft_megatron.config.declared import check_bounds
+from hft_megatron.config.hft import Counting, HFTConfig, Level
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.config.validation import validate_plan
 from hft_megatron.conversion.merge_inputs import MergeFolders, check_folders, options_called
 from hft_megatron.hft.plan import make_plan
@@ -19,13 +24,13 @@ from hft_megatron.hft.plan import make_plan
 class DrawOptions:
     """Which weights keep the tuned value: the options of a run's --hft-ratio and so on, with their meaning."""
 
-    ratio: float = HFTConfig.hft_ratio
+    ratio: Annotated[float, Ge(0), Le(1)] = HFTConfig.hft_ratio
     """Share of the matrices that keeps the tuned value. Embedding, final norm and head always keep it."""
-    level: Literal["category", "layer", "model"] = HFTConfig.hft_level
+    level: Level = HFTConfig.hft_level
     """Draw the share within every category of a layer (the paper's), as whole layers, or over the whole model."""
-    counting: Literal["matrices", "parameters"] = HFTConfig.hft_counting
+    counting: Counting = HFTConfig.hft_counting
     """What --ratio is a share of; they differ under grouped-query attention."""
-    seed: int = TrainingConfig.seed
+    seed: Annotated[int, Ge(0)] = TrainingConfig.seed
     """Seed of the draw."""
 
 
@@ -39,6 +44,7 @@ class HalfResetOptions:
 
 def run(options: HalfResetOptions, status: StatusFolder) -> None:
     """Check the options and folders, draw the plan and write the output. Raises UserError for every mistake."""
+    check_bounds(options)
     inputs = check_folders(options.folders)
     draw = options.draw
     hft = HFTConfig(hft_ratio=draw.ratio, hft_level=draw.level, hft_counting=draw.counting, hft_seed=draw.seed)

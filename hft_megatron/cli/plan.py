@@ -7,15 +7,22 @@ config.json but no weights, no GPU, no ranks and no torch (but for one line of -
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.hf_keys import note_unknown_keys
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import SELECTIONS
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import write_atomically
-from hft_megatron.config.schema import HFTConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.config.validation import shape_of, validate_plan
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.costs.rank_memory import MemoryModel, MicroBatch
@@ -30,17 +37,17 @@ from hft_megatron.report.plan_text import report_json, report_text
 class PlanTrainingConfig:
     """What a plan, and with --memory its memory, depends on of a run's training options."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, Ge(1)] = 1
     """For --memory: sequences of one forward pass on one data-parallel rank."""
-    seq_length: int | None = None
+    seq_length: Annotated[int, Ge(1)] | None = None
     """For --memory: the longest training sequence in tokens; the model's limit when unset."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """For --memory: what the backward pass makes again, as in a run."""
     recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: int | None = None
+    recompute_num_layers: Annotated[int, Ge(1)] | None = None
     bf16: bool = True
     """Costs with bf16 weights and fp32 masters, or with fp32 weights (--no-bf16)."""
-    seed: int = 1234
+    seed: Annotated[int, Ge(0)] = TrainingConfig.seed
     """Seed of the draw when --hft-seed is unset."""
 
 
@@ -50,12 +57,12 @@ class PlanOptions:
 
     config: str | None = None
     """YAML file of a run, of which only the options below are read; the command line wins."""
-    world_size: int | None = None
+    world_size: Annotated[int, Ge(1)] | None = None
     """Ranks of the run; those of one replica (TP x PP) when unset."""
     memory: str | None = None
     """A device's memory, such as 80GB: what a rank of the plan and of full fine-tuning holds, whether that fits, and
     the smallest layouts and nearest options that do."""
-    rounds: int | None = None
+    rounds: Annotated[int, Ge(1)] | None = None
     """Rounds to plan; all of --hft-plan's when that is given, else 1."""
     json: bool = False
     """Print JSON, with every rank, instead of text."""
@@ -108,9 +115,7 @@ def _notes(folder: str | None) -> list[str]:
 
 def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     """Shape and world size of options that make a plan."""
-    for flag, count in (("--world-size", options.world_size), ("--rounds", options.rounds)):
-        if count is not None and count < 1:
-            raise UserError(f"{flag} {count}: must be at least 1.")
+    check_bounds(options)
     shape = shape_of(options.model)
     if shape is None:
         raise UserError("--vocab-size is missing: a plan reads no tokenizer; give it, or a model folder by --load-hf.")

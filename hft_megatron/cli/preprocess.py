@@ -7,11 +7,14 @@ was stopped: it resumes. ``hft-megatron sft --train-data-path train`` trains on 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.config.data import DataConfig, LongExamples
+from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.names import DataFormat
-from hft_megatron.config.schema import DataConfig, LongExamples
 from hft_megatron.errors import UserError
 
 
@@ -30,9 +33,9 @@ class FilesConfig:
     on_bad_line: Literal["stop", "skip"] = "stop"
     """Stop at a record that is damaged or that no example can be made of, or write it to PREFIX_bad_lines.jsonl and go
     on."""
-    workers: int | None = None
+    workers: Annotated[int, Ge(1)] | None = None
     """Processes that tokenize; one per core when unset."""
-    log_interval: int = 10000
+    log_interval: Annotated[int, Ge(1)] = 10000
     """Documents between two lines about the progress, where there is no terminal for a bar."""
 
 
@@ -55,7 +58,7 @@ class ExamplesConfig:
     """Train the assistant's turns (or the completion), everything, or the last assistant's turn only."""
     train_on_eos: bool = DataConfig.train_on_eos
     """Train the token that ends each trained turn."""
-    seq_length: int | None = None
+    seq_length: Annotated[int, Ge(1)] | None = None
     """Longest example in tokens; no limit when unset."""
     long_examples: LongExamples = DataConfig.long_examples
     """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several of it.
@@ -85,6 +88,7 @@ class PreprocessOptions:
 
 def run(options: PreprocessOptions, status: StatusFolder) -> None:
     """Check the options, then make the data. Raises UserError for every mistake."""
+    check_bounds(options)
     files, tokenizer, examples = options.files, options.tokenizer, options.examples
     for flag, value in (
         ("--input", files.input),
@@ -93,13 +97,6 @@ def run(options: PreprocessOptions, status: StatusFolder) -> None:
     ):
         if not value:
             raise UserError(f"{flag} is missing; `hft-megatron preprocess --help` shows what it takes.")
-    for flag, number in (
-        ("--workers", files.workers),
-        ("--log-interval", files.log_interval),
-        ("--seq-length", examples.seq_length),
-    ):
-        if number is not None and number < 1:
-            raise UserError(f"{flag} {number}: must be at least 1.")
     assert files.output_prefix is not None
     assert tokenizer.tokenizer_model is not None
     # Imported here, because the checks above must not wait for them.

@@ -8,12 +8,16 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.data_sources import check_record_options, check_sources
+from hft_megatron.config.data import DataConfig, check_record_options, check_sources
+from hft_megatron.config.declared import check_bounds
+from hft_megatron.config.dpo import BadPairs
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.run_folder import write_atomically
-from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.errors import UserError
 
 
@@ -29,7 +33,7 @@ class ShownModelConfig:
 class ShownTrainingConfig:
     """What the data depends on of a run's training options."""
 
-    seq_length: int | None = None
+    seq_length: Annotated[int, Ge(1)] | None = None
     """Longest example in tokens; the model's limit when unset, and no limit without --load-hf."""
 
 
@@ -47,7 +51,7 @@ class ShowDataOptions:
 
     config: str | None = None
     """YAML file of a run, of which only the options below are read; the command line wins."""
-    examples: int = 3
+    examples: Annotated[int, Ge(0)] = 3
     """Examples, or pairs, to show of each source, from its beginning."""
     html: str | None = None
     """File for a page with them, instead of text on the terminal."""
@@ -88,9 +92,7 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
 
 def _checked(options: ShowDataOptions) -> ModelShape | None:
     """The model's shape, where a model is named."""
-    for flag, count, least in (("--examples", options.examples, 0), ("--seq-length", options.training.seq_length, 1)):
-        if count is not None and count < least:
-            raise UserError(f"{flag} {count}: must be at least {least}.")
+    check_bounds(options)
     if not options.data.train_data_path and not options.data.valid_data_path:
         raise UserError("--train-data-path is missing: name the data to show.")
     check_sources(options.data)

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import ClassVar
 
 from hft_megatron.cli.boundary import StatusFolder, end_of_peers
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.loading import read_resolved
+from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import (
-    CheckpointConfig,
-    HFTConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.stages import read_stages, with_rounds_in_turn
+from hft_megatron.config.tracking import LoggingConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.methods.registry import METHODS, Declaration
 from hft_megatron.parallel import launch

@@ -1,11 +1,19 @@
 """Numbers that follow from the options, the model's shape and the world size. Pure functions, valid options assumed."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import DpoConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+if TYPE_CHECKING:
+    from hft_megatron.config.dpo import DpoConfig
+    from hft_megatron.config.model_shape import ModelShape
+    from hft_megatron.config.optimizer import OptimizerConfig
+    from hft_megatron.config.parallel import ParallelConfig
+    from hft_megatron.config.run import RunConfig
+    from hft_megatron.config.training import TrainingConfig
 
 WHOLE_BYTES = 2**30
 """Of fp32 logits on a rank: up to this all tokens are one chunk."""

@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
 
+from hft_megatron.config.declared import declared
 from hft_megatron.config.flags import CONSTRUCTORS, Flag, Setting, flags_of, settings_from_arguments, unknown_option
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import write_atomically
-from hft_megatron.config.schema import RunConfig
 from hft_megatron.errors import UserError
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def help_text(options_type: type, *, prog: str, description: str) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         tyro.cli(
-            options_type,
+            _with_bounds_in_help(options_type),
             args=["--help"],
             prog=prog,
             description=description,
@@ -51,6 +52,24 @@ def help_text(options_type: type, *, prog: str, description: str) -> str:
             registry=CONSTRUCTORS,
         )
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _with_bounds_in_help(options_type: type) -> type:
+    """The dataclass with the bounds of its numbers beside their defaults, as tyro shows them."""
+    annotations: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    hints = get_type_hints(options_type, include_extras=True)
+    for name, option in declared(options_type).items():
+        if is_dataclass(option.type):
+            assert isinstance(option.type, type)
+            annotations[name] = _with_bounds_in_help(option.type)
+            defaults[name] = field(default_factory=annotations[name])
+        elif option.bounds:
+            words = "({}; default: {{}})".format(option.bounds.removeprefix("of "))
+            annotations[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=words.format)]
+            defaults[name] = option.default
+    body = {"__annotations__": annotations, "__module__": options_type.__module__, "__doc__": options_type.__doc__}
+    return dataclass(frozen=True, kw_only=True)(type(options_type.__name__, (options_type,), {**body, **defaults}))
 
 
 def load_options(options_type: type[T], arguments: Sequence[str]) -> T:

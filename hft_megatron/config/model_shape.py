@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_megatron.config.hf_keys import refuse_other_models
-from hft_megatron.config.schema import ModelConfig
+from hft_megatron.config.model import ModelConfig
 from hft_megatron.errors import UserError
 
 HF_CONFIG_FILE = "config.json"

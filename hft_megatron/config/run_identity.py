@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hft_megatron.config import derived
+from hft_megatron.config.declared import SAME_RUN, declared, flag
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RUN_IDENTITY_FILE, found_again
-from hft_megatron.config.schema import DataConfig, DpoConfig, RunConfig
 from hft_megatron.errors import UserError
 
-_PACKING_OPTIONS = ("packing", "packing_algorithm", "packing_window")
-"""Options that, with seed and data, fix what each sample holds."""
-_DPO_OPTIONS = ("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_sft_weight")
-"""Options that say what is minimised over pairs; where the reference comes from changes nothing."""
-_HFT_OPTIONS = (
-    "hft_level",
-    "hft_selection",
-    "hft_counting",
-    "hft_pairing",
-    "hft_rotation",
-    "hft_freeze_embedding",
-    "hft_freeze_head",
-    "hft_train",
-    "hft_freeze",
-    "hft_round_interval",
-    "hft_first_round",
-    "hft_moments",
-    "hft_resting_moments",
-)
-"""Options that, with ratio, seed and plan file, fix which units train in which iteration, and with what moments."""
+_OPTIONS = {
+    name: option.default
+    for group in get_type_hints(RunConfig).values()
+    for name, option in declared(group).items()
+    if SAME_RUN in option.marks
+}
+"""The options that are part of the identity, by their declarations, with their defaults.
+
+Folders of earlier versions lack what came later: a default of such an option must be what runs did before it existed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +42,13 @@ class RunIdentity:
     seq_length: int
     global_batch_size: int
     seed: int
-    hft_ratio: float
     hft_seed: int
     weights_digest: str | None = None
     """Of the Hugging Face folder's weights; None for a run that started from random ones."""
-    # These have the values that runs had before the options existed.
-    hft_level: str = "category"
-    hft_selection: str = "random"
-    hft_counting: str = "matrices"
-    hft_pairing: str = "independent"
-    hft_rotation: str = "independent"
-    hft_freeze_embedding: bool = False
-    hft_freeze_head: bool = False
-    hft_train: str | None = None
-    hft_freeze: str | None = None
-    hft_round_interval: str = "stage"
-    hft_first_round: int | None = None
-    hft_moments: str = "reset"
-    hft_resting_moments: str = "drop"
-    packing: bool = False
-    packing_algorithm: str = DataConfig.packing_algorithm
-    packing_window: int = DataConfig.packing_window
-    dpo_loss: str = DpoConfig.dpo_loss
-    dpo_beta: float = DpoConfig.dpo_beta
-    dpo_label_smoothing: float = DpoConfig.dpo_label_smoothing
+    options: Mapping[str, Any]
+    """Values of the options that ``SAME_RUN`` marks, by name. In the file they stand beside the other values."""
+    # What runs had before these existed.
     dpo_average_log_probs: bool = False
-    dpo_sft_weight: float = DpoConfig.dpo_sft_weight
     reference_digest: str | None = None
     """Of --dpo-reference-model's weights; None where the run compares with those that it started from."""
     hft_plan: str | None = None
@@ -103,7 +76,8 @@ class RunIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file beside the checkpoints."""
-        return asdict(self)
+        values = asdict(self)
+        return {**values.pop("options"), **values}
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> RunIdentity:
@@ -111,7 +85,9 @@ class RunIdentity:
         shape = dict(saved["shape"])
         if shape["rope_scaling"] is not None:
             shape["rope_scaling"] = Llama3RopeScaling(**shape["rope_scaling"])
-        return RunIdentity(**{**saved, "shape": ModelShape(**shape)})
+        options = {name: saved.get(name, default) for name, default in _OPTIONS.items()}
+        values = {name: value for name, value in saved.items() if name not in _OPTIONS}
+        return RunIdentity(**{**values, "shape": ModelShape(**shape), "options": options})
 
     @staticmethod
     def read(option: str, folder: str) -> RunIdentity:
@@ -150,11 +126,8 @@ def run_identity(
         seq_length=derived.sequence_length(config.training, shape),
         global_batch_size=derived.global_batch_size(config, world_size),
         seed=config.training.seed,
-        hft_ratio=config.hft.hft_ratio,
         hft_seed=derived.hft_seed(config),
-        **{name: getattr(config.hft, name) for name in _HFT_OPTIONS},
-        **{name: getattr(config.data, name) for name in _PACKING_OPTIONS},
-        **{name: getattr(config.dpo, name) for name in _DPO_OPTIONS},
+        options={name: value for group in asdict(config).values() for name, value in group.items() if name in _OPTIONS},
         dpo_average_log_probs=derived.averages_log_probs(config.dpo),
         hft_plan=config.hft.hft_plan,
         hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
@@ -219,17 +192,9 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     values.append(("reference model (--dpo-reference-model)", references[0], references[1]))
     if saved.hft_plan_digest != new.hft_plan_digest:
         values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
-    for name in (
-        "global_batch_size",
-        "seed",
-        "hft_ratio",
-        "hft_seed",
-        *_PACKING_OPTIONS,
-        *_DPO_OPTIONS,
-        "dpo_average_log_probs",
-        *_HFT_OPTIONS,
-    ):
-        values.append((f"--{name.replace('_', '-')}", getattr(saved, name), getattr(new, name)))
+    for name in ("global_batch_size", "seed", "hft_seed", "dpo_average_log_probs"):
+        values.append((flag(name), getattr(saved, name), getattr(new, name)))
+    values += [(flag(name), saved.options[name], new.options[name]) for name in new.options]
     if None not in (saved.order_digest, new.order_digest) and saved.order_digest != new.order_digest:
         values.append(("order of samples", _order(saved), _order(new)))
     return [entry for entry in values if entry[1] != entry[2]]

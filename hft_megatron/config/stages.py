@@ -9,8 +9,9 @@ from typing import Any
 
 from hft_megatron.config.loading import stages_of_file
 from hft_megatron.config.names import MethodName, known
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import same_folder
-from hft_megatron.config.schema import LoggingConfig, RunConfig
+from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.errors import UserError
 
 _OF_EXPORTS: dict[str, Any] = {

@@ -5,70 +5,72 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import (
-    export_rules,
-    input_rules,
-    layout_rules,
-    method_rules,
-    training_rules,
-)
+from hft_megatron.config import checkpoint, data, exports, hft, model, optimizer, parallel, training
+from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import ModelConfig, RunConfig
+from hft_megatron.config.run import RunConfig
 
 Rule = Callable[[RunConfig, ModelShape, int], None]
 
+
+def numbers_are_in_bounds(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Every number is one that its option's declaration allows."""
+    check_bounds(config)
+
+
 _RULES: tuple[Rule, ...] = (
-    layout_rules.only_what_is_built,
-    training_rules.sizes_are_positive,
-    training_rules.heads_fit_the_model,
-    layout_rules.tensor_parallel_divides_the_model,
-    layout_rules.pipeline_stages_share_the_layers,
-    layout_rules.virtual_stages_share_the_layers,
-    layout_rules.ranks_factor_into_the_layout,
-    layout_rules.batch_divides_over_the_ranks,
-    layout_rules.overlaps_fit_together,
-    layout_rules.recompute_options_fit_together,
-    training_rules.sequence_fits_the_model,
-    training_rules.length_is_given_once,
-    training_rules.schedule_fits_the_run,
-    *method_rules.METHOD_RULES,
-    input_rules.tokenizer_is_given,
-    input_rules.outputs_have_a_place,
-    input_rules.load_is_the_folder_of_a_run,
-    input_rules.one_schedule_is_chosen,
-    export_rules.exports_fit_the_run,
-    input_rules.kept_checkpoints_exist,
-    input_rules.a_new_run_has_its_own_folder,
-    input_rules.scores_are_of_the_first_weights,
-    input_rules.nothing_is_overwritten,
-    input_rules.outputs_can_be_written,
+    parallel.only_what_is_built,
+    numbers_are_in_bounds,
+    model.heads_fit_the_model,
+    parallel.tensor_parallel_divides_the_model,
+    parallel.pipeline_stages_share_the_layers,
+    parallel.virtual_stages_share_the_layers,
+    parallel.ranks_factor_into_the_layout,
+    training.batch_divides_over_the_ranks,
+    parallel.overlaps_fit_together,
+    training.recompute_options_fit_together,
+    training.sequence_fits_the_model,
+    training.length_is_given_once,
+    optimizer.schedule_fits_the_run,
+    *hft.METHOD_RULES,
+    data.tokenizer_is_given,
+    checkpoint.outputs_have_a_place,
+    checkpoint.load_is_the_folder_of_a_run,
+    checkpoint.one_schedule_is_chosen,
+    exports.exports_fit_the_run,
+    checkpoint.kept_checkpoints_exist,
+    checkpoint.a_new_run_has_its_own_folder,
+    hft.scores_are_of_the_first_weights,
+    exports.nothing_is_overwritten,
+    checkpoint.outputs_can_be_written,
 )
 """In this order, so that the numbers a rule divides by have been checked by an earlier one."""
 
 DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {}
 """What every method asks of its own data, after that; ``methods.registry`` fills it."""
 
-PLAN_RULES: tuple[Rule, ...] = (
-    layout_rules.only_what_is_built,
-    training_rules.sizes_are_positive,
-    training_rules.heads_fit_the_model,
-    layout_rules.tensor_parallel_divides_the_model,
-    layout_rules.pipeline_stages_share_the_layers,
-    layout_rules.virtual_stages_share_the_layers,
-    layout_rules.ranks_factor_into_the_layout,
-    layout_rules.overlaps_fit_together,
-    layout_rules.recompute_options_fit_together,
-    training_rules.sequence_fits_the_model,
-    *method_rules.METHOD_RULES,
-)
-"""Those of ``_RULES``, in the same order, that don't need data, a tokenizer, a batch or a place for outputs."""
+_NEEDS_NO_DATA = {
+    parallel.only_what_is_built,
+    numbers_are_in_bounds,
+    model.heads_fit_the_model,
+    parallel.tensor_parallel_divides_the_model,
+    parallel.pipeline_stages_share_the_layers,
+    parallel.virtual_stages_share_the_layers,
+    parallel.ranks_factor_into_the_layout,
+    parallel.overlaps_fit_together,
+    training.recompute_options_fit_together,
+    training.sequence_fits_the_model,
+    *hft.METHOD_RULES,
+}
+PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in _RULES if rule in _NEEDS_NO_DATA)
+"""Those that don't need data, a tokenizer, a batch or a place for outputs."""
 
 LAYOUT_RULES: tuple[Rule, ...] = (
-    layout_rules.only_what_is_built,
-    training_rules.sizes_are_positive,
-    layout_rules.ranks_factor_into_the_layout,
-    layout_rules.overlaps_fit_together,
+    parallel.only_what_is_built,
+    numbers_are_in_bounds,
+    parallel.ranks_factor_into_the_layout,
+    parallel.overlaps_fit_together,
 )
 """Those that look at neither a model nor a file."""
 
@@ -107,13 +109,13 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         rule(config, ANY_SHAPE, world_size)
 
 
-def shape_of(config: ModelConfig, vocab_size: int | None = None) -> ModelShape | None:
+def shape_of(config: model.ModelConfig, vocab_size: int | None = None) -> ModelShape | None:
     """The model's shape, or None when only the tokenizer can say how large the vocabulary is.
 
     ``vocab_size`` is the tokenizer's, used when there is neither --load-hf nor --vocab-size. Raises UserError when
     no model is given, two are, or the one given cannot be represented.
     """
-    input_rules.model_is_given_once(config)
+    model.model_is_given_once(config)
     if config.load_hf is not None:
         return ModelShape.from_hf_config(load_hf_config(config.load_hf), source=f"{config.load_hf}/{HF_CONFIG_FILE}")
     rows = vocab_size if config.vocab_size is None else config.vocab_size

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.model.build import build_model
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.parallel.groups import start_backend, start_groups, stop_groups

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hft_megatron.config.input_rules import nothing_is_overwritten, outputs_can_be_written
+from hft_megatron.config.checkpoint import CheckpointConfig, outputs_can_be_written
+from hft_megatron.config.exports import nothing_is_overwritten
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import same_folder
-from hft_megatron.config.schema import CheckpointConfig, RunConfig
 from hft_megatron.errors import UserError
 
 _MAY_DIFFER = ("max_position_embeddings", "rms_norm_eps", "initializer_range")

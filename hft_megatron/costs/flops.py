@@ -6,7 +6,8 @@ from math import prod
 
 from hft_megatron.config.derived import layers_of_chunks, padded_vocab_size, tokens_of_a_chunk
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.hft.units import (
     ATTENTION_IN,
     ATTENTION_OUT,

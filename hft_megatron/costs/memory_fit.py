@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from hft_megatron.config.layout_rules import end_words, proposed_split
-from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig, end_words, proposed_split
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.rank_memory import MemoryModel, RankMemory
 
 LARGEST_WORLD = 4096

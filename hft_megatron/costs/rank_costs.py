@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 from hft_megatron.config.derived import data_parallel_size
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.model.parameter_names import ChunkPlace, chunk_parameters, chunk_places, local_elements
 
 PARAMETER_ALIGNMENT = 64

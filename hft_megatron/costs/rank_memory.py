@@ -10,7 +10,9 @@ from hft_megatron.config import derived
 from hft_megatron.config.derived import padded_vocab_size, tokens_of_a_chunk, virtual_pipeline_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.rank_costs import BF16_BYTES, FP32_BYTES, CostModel
 from hft_megatron.hft.units import (
     ATTENTION_IN,

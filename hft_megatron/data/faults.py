@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hft_megatron.config.data_sources import DataKeys
+from hft_megatron.config.data import DataKeys
 from hft_megatron.errors import UserError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hft_megatron.config.schema import LongExamples
+from hft_megatron.config.data import LongExamples
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import Example
 from hft_megatron.data.faults import RecordRefused, printable

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hft_megatron.config.schema import BadPairs
+from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
 from hft_megatron.data.faults import Faults, RecordRefused

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from hft_megatron.config.schema import BadPairs
+from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.files.row import file_digest
 from hft_megatron.data.files.sources import SourceFiles

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.data_sources import DataKeys
+from hft_megatron.config.data import DataKeys
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.faults import Faults, RecordUse, printable
 from hft_megatron.data.files.row import Row

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from hft_megatron.config.data_sources import data_keys, ignored_keys, prompt_separator
+from hft_megatron.config.data import DataConfig, data_keys, ignored_keys, prompt_separator
+from hft_megatron.config.dpo import BadPairs
 from hft_megatron.config.names import DataFormat
-from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.faults import RecordUse, check_use
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources

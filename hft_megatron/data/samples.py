@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hft_megatron.config import derived
-from hft_megatron.config.schema import DataConfig, PackingAlgorithm, RunConfig
-from hft_megatron.config.training_rules import warmup_fits
+from hft_megatron.config.data import DataConfig, PackingAlgorithm
+from hft_megatron.config.optimizer import warmup_fits
+from hft_megatron.config.run import RunConfig
 from hft_megatron.data.order import Order, SampleStream, permutation
 
 _EPOCHS_KEPT = 2

@@ -1,8 +1,8 @@
 """``show-data``: the examples, or preference pairs, that a run would train on, without the run."""
 
-from hft_megatron.config.dpo_rules import check_pair_options
+from hft_megatron.config.data import DataConfig
+from hft_megatron.config.dpo import BadPairs, check_pair_options
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import BadPairs, DataConfig
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources, read_rows
 from hft_megatron.data.fitting import NO_LIMIT
 from hft_megatron.data.records import RecordReader

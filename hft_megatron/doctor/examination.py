@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from hft_megatron.config.derived import data_parallel_size
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import ParallelConfig, RunConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.doctor.findings import Diagnosis, Finding, GroupSpeed, RankReport, Row, TimeLimit, merged
 from hft_megatron.doctor.machine import device_finding, host_findings, software_findings
 from hft_megatron.doctor.measurements import measure_all_reduce, save_folder_finding, speed_findings

@@ -13,8 +13,8 @@ from statistics import median, median_low
 import torch
 import torch.distributed as dist
 
-from hft_megatron.config.input_rules import outputs_can_be_written
-from hft_megatron.config.schema import CheckpointConfig, RunConfig
+from hft_megatron.config.checkpoint import CheckpointConfig, outputs_can_be_written
+from hft_megatron.config.run import RunConfig
 from hft_megatron.costs.rank_memory import in_bytes
 from hft_megatron.doctor.findings import Finding, GroupSpeed, RankReport, Row, finding_of, ranks_in_words
 

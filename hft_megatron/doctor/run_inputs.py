@@ -12,7 +12,7 @@ from hft_megatron.checkpoint.verification import checkpoint_bytes
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import shape_of, validate, validate_plan
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.costs.memory_fit import verdict

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import SELECTIONS
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan_record import FIX, PlanRecord, read_record, write_record
 from hft_megatron.hft.policy import Policy

@@ -5,15 +5,16 @@ Python version).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from math import floor
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
+from hft_megatron.config.declared import declared
 from hft_megatron.config.derived import patterns
-from hft_megatron.config.names import SelectionName, known
-from hft_megatron.config.schema import HFTConfig
+from hft_megatron.config.hft import Counting, HFTConfig, Level, Pairing, Rotation
+from hft_megatron.config.names import SelectionName
 from hft_megatron.errors import UserError
 
 
@@ -59,11 +60,11 @@ class Policy:
     """What ``HFTConfig`` says about the choice of units; its fields have the meaning of the options of their names."""
 
     ratio: float
-    level: Literal["category", "layer", "model"] = "category"
+    level: Level = "category"
     selection: SelectionName = "random"
-    counting: Literal["matrices", "parameters"] = "matrices"
-    pairing: Literal["independent", "complementary"] = "independent"
-    rotation: Literal["independent", "complementary", "fixed"] = "independent"
+    counting: Counting = "matrices"
+    pairing: Pairing = "independent"
+    rotation: Rotation = "independent"
     seed: int
     freeze_embedding: bool = False
     freeze_head: bool = False
@@ -78,19 +79,11 @@ class Policy:
 
         ``default_seed`` (the run's ``--seed``) is used when ``--hft-seed`` is unset.
         """
-        return cls(
-            ratio=float(config.hft_ratio),  # 1 and 1.0 must give one digest
-            level=config.hft_level,
-            selection=config.hft_selection,
-            counting=config.hft_counting,
-            pairing=config.hft_pairing,
-            rotation=config.hft_rotation,
-            seed=default_seed if config.hft_seed is None else config.hft_seed,
-            freeze_embedding=config.hft_freeze_embedding,
-            freeze_head=config.hft_freeze_head,
-            train=patterns(config.hft_train),
-            freeze=patterns(config.hft_freeze),
-        )
+        chosen = {field.name: getattr(config, f"hft_{field.name}") for field in fields(cls)}
+        # 1 and 1.0 must give one digest.
+        chosen |= {"ratio": float(config.hft_ratio), "train": patterns(config.hft_train)}
+        chosen |= {"seed": default_seed if config.hft_seed is None else config.hft_seed}
+        return cls(**{**chosen, "freeze": patterns(config.hft_freeze)})
 
     @classmethod
     def from_dict(cls, values: Any, *, source: str) -> "Policy":
@@ -131,35 +124,15 @@ class Policy:
         return ", ".join(words)
 
 
-_CHOICES = {
-    name: get_args(get_type_hints(HFTConfig)[f"hft_{name}"]) for name in ("level", "counting", "pairing", "rotation")
-}
-
-
-def _choices(name: str) -> Sequence[str]:
-    """Values of a field that has a few; none for others."""
-    return known(SelectionName) if name == "selection" else _CHOICES.get(name, ())
-
-
-_EXPECTED = {"ratio": "a number between 0 and 1", "seed": "a whole number of at least 0"}
-
-
 def check_choice(name: str, value: Any) -> None:
     """Raises ValueError where the field ``name`` of a policy can't be ``value``."""
-    if not _is_possible(name, value):
-        choices = ", ".join(map(repr, _choices(name)))
-        rule = f"one of {choices}" if choices else _EXPECTED.get(name, "a bool")
-        raise ValueError(f"{name}={value!r} must be {rule}.")
+    option = declared(HFTConfig)[f"hft_{name}"]
+    if not option.allows(value):
+        raise ValueError(f"{name}={value!r} must be {option.expected}.")
 
 
 def _is_possible(name: str, value: Any) -> bool:
     """Whether a field read from a file can have this value."""
-    if _choices(name):
-        return value in _choices(name)
-    if name == "ratio":
-        return type(value) in (int, float) and 0 <= value <= 1
-    if name == "seed":
-        return type(value) is int and value >= 0
     if name in ("train", "freeze"):
         return isinstance(value, list) and all(isinstance(pattern, str) for pattern in value)
-    return type(value) is bool
+    return declared(HFTConfig)[f"hft_{name}"].allows(value)

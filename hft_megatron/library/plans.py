@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from hft_megatron.config.method_rules import CHOICE_RULES
+from hft_megatron.config.hft import CHOICE_RULES, Counting, HFTConfig, Level, Pairing, Rotation
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape
 from hft_megatron.config.names import SELECTIONS, SelectionName
-from hft_megatron.config.schema import HFTConfig, RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.policy import check_choice
@@ -34,11 +34,11 @@ def draw_plan(
     model: HasConfig | Mapping[str, Any] | str | PathLike[str] | ModelShape,
     *,
     ratio: float = 0.5,
-    level: Literal["category", "layer", "model"] = "category",
+    level: Level = "category",
     selection: SelectionName = "random",
-    counting: Literal["matrices", "parameters"] = "matrices",
-    pairing: Literal["independent", "complementary"] = "independent",
-    rotation: Literal["independent", "complementary", "fixed"] = "independent",
+    counting: Counting = "matrices",
+    pairing: Pairing = "independent",
+    rotation: Rotation = "independent",
     seed: int = 1234,
     round: int = 0,
     freeze_embedding: bool = False,

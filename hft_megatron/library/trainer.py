@@ -6,7 +6,7 @@ from typing import Any
 
 from hft_megatron.config.loading import options_of
 from hft_megatron.config.names import MethodName, known
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.errors import PeersLost, UserError
 from hft_megatron.library.plans import in_arguments

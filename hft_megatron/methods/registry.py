@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from hft_megatron.config import corpus_rules, dpo_rules, input_rules
-from hft_megatron.config.export_rules import best_is_measured_by
+from hft_megatron.config import corpus, data, dpo
+from hft_megatron.config.corpus import CorpusConfig
+from hft_megatron.config.data import DataConfig
+from hft_megatron.config.dpo import DpoConfig
+from hft_megatron.config.exports import BEST_METRICS, best_is_measured_by
 from hft_megatron.config.names import MethodName, add
-from hft_megatron.config.schema import CorpusConfig, DataConfig, DpoConfig
 from hft_megatron.config.validation import DATA_RULES, Rule
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Declaration:
     """Groups of its own options, by name: a group of a run, or another class with some of one's fields."""
     rules: tuple[Rule, ...]
     """About its data and its own options."""
+    measures: Mapping[str, bool] = field(default_factory=dict)
+    """What its validation measures that --save-hf-best can go by: names of the log, and whether higher is better."""
     load: "Callable[[], Method]"
     """Imports what it trains with."""
     parts_of: Mapping[str, str] = field(default_factory=dict)
@@ -44,7 +48,8 @@ def register(declaration: Declaration) -> None:
     """Adds a method: its command, its options and its rules."""
     add(MethodName, declaration.name)
     DECLARED[declaration.name] = declaration
-    DATA_RULES[declaration.name] = declaration.rules
+    BEST_METRICS[declaration.name] = declaration.measures
+    DATA_RULES[declaration.name] = (*declaration.rules, best_is_measured_by(declaration.name))
 
 
 class _Loaded(Mapping[MethodName, "Method"]):
@@ -69,10 +74,10 @@ def _load(load: "Callable[[], Method]") -> "Method":
 
 
 SUPERVISED_RULES: tuple[Rule, ...] = (
-    input_rules.training_data_is_given,
-    input_rules.data_sources_are_clear,
-    input_rules.packing_is_asked_for,
-    input_rules.validation_has_data,
+    data.training_data_is_given,
+    data.data_sources_are_clear,
+    data.packing_is_asked_for,
+    data.validation_has_data,
 )
 """What every method asks that trains on records."""
 
@@ -122,7 +127,8 @@ register(
         name="sft",
         summary="fine-tune a LLaMA on instructions, half of its matrices at a time",
         groups={"data": DataConfig},
-        rules=(*SUPERVISED_RULES, best_is_measured_by("sft")),
+        rules=SUPERVISED_RULES,
+        measures={"lm loss": False},
         load=_sft,
     )
 )
@@ -131,7 +137,8 @@ register(
         name="dpo",
         summary="tune a LLaMA on preference pairs, half of its matrices at a time",
         groups={"data": DataConfig, "dpo": DpoConfig},
-        rules=(*SUPERVISED_RULES, *dpo_rules.DPO_RULES, best_is_measured_by("dpo")),
+        rules=(*SUPERVISED_RULES, *dpo.DPO_RULES),
+        measures={"preference loss": False, "rewards/accuracies": True, "rewards/margins": True},
         load=_dpo,
     )
 )
@@ -141,7 +148,8 @@ register(
         summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
         groups={"corpus": CorpusConfig, "tokenizer": PretrainTokenizerConfig},
         parts_of={"tokenizer": "data"},
-        rules=(*corpus_rules.CORPUS_RULES, best_is_measured_by("pretrain")),
+        rules=corpus.CORPUS_RULES,
+        measures={"lm loss": False},
         load=_pretrain,
     )
 )

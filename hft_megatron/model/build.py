@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hft_megatron.config.derived import padded_vocab_size, virtual_pipeline_size
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
 from hft_megatron.model.parameters import ParameterSlot, local_slice, parameter_slots

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import TransformerImpl
+from hft_megatron.config.training import TransformerImpl
 from hft_megatron.errors import UserError
 from hft_megatron.model.head import VocabularyHead
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm, RotaryTable

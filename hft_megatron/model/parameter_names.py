@@ -10,7 +10,7 @@ from math import prod
 
 from hft_megatron.config.derived import layers_of_chunks, padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 
 _LAYER_PARAMETERS: dict[str, tuple[str, int | None]] = {
     "input_layernorm": ("input_layernorm", None),

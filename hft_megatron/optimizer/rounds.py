@@ -8,7 +8,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from hft_megatron.config.derived import decay_iters, warmup_iters
-from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots

@@ -14,7 +14,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from hft_megatron.config.schema import OptimizerConfig, ParallelConfig, TransformerImpl
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TransformerImpl
 from hft_megatron.hft.on_ranks import apply_plan
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel

@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hft_megatron.config.derived import virtual_pipeline_size
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.engine import cpu_backend
 from hft_megatron.errors import UserError
 from hft_megatron.parallel.meeting import Meeting, meet

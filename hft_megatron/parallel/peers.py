@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.errors import EXIT_FAILURE, PeersLost
 from hft_megatron.parallel.groups import host_name, start_backend
 from hft_megatron.parallel.launch import Host, hosts_of

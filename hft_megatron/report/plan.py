@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.costs.memory_fit import Verdict, verdict
 from hft_megatron.costs.rank_costs import CostModel, RankCosts
 from hft_megatron.costs.rank_memory import MemoryModel, RankMemory

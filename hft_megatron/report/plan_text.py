@@ -6,7 +6,7 @@ from dataclasses import asdict, astuple, replace
 from typing import Any
 
 from hft_megatron.config.derived import layers_per_stage
-from hft_megatron.config.layout_rules import pipeline_words
+from hft_megatron.config.parallel import pipeline_words
 from hft_megatron.costs.rank_costs import RankCosts
 from hft_megatron.hft.plan import CategoryCount, Plan
 from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.schema import LoggingConfig
+from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.tracking.console import ConsoleTracker
 from hft_megatron.tracking.tracker import CompositeTracker, Metrics, Tracker, dashboard_metrics

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import check_saved_plan
 from hft_megatron.config.derived import global_batch_size, train_iters
-from hft_megatron.config.layout_rules import pipeline_words
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.parallel import pipeline_words
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
-from hft_megatron.config.schema import RunConfig
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import BatchShare, PrefetchedSteps

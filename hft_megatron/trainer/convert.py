@@ -14,12 +14,12 @@ from hft_megatron.checkpoint.store import PLAN_FILE, check_saved_plan
 from hft_megatron.checkpoint.tensors import CheckpointTensors
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
+from hft_megatron.config.model import heads_fit_the_model
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import SELECTIONS
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, SPECTRUM_FILE
 from hft_megatron.config.run_identity import RunIdentity
-from hft_megatron.config.schema import RunConfig
-from hft_megatron.config.training_rules import heads_fit_the_model
 from hft_megatron.conversion.export import export_tensors
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.kept_files import NewFolder

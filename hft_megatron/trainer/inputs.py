@@ -11,14 +11,14 @@ import torch.distributed as dist
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
-from hft_megatron.config.dpo_rules import note_unused_cache
-from hft_megatron.config.input_rules import nothing_is_overwritten
+from hft_megatron.config.dpo import note_unused_cache
+from hft_megatron.config.exports import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import SELECTIONS
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE
 from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, differences, run_identity
-from hft_megatron.config.schema import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights

@@ -8,7 +8,7 @@ import torch
 
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.hft.on_ranks import check_agreement
 from hft_megatron.hft.rules import RULES
 from hft_megatron.optimizer.rounds import LearningRate, span_of_round, switch_round

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import BatchShare, StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.data.order import SampleStream
 from hft_megatron.data.tokenizer import Tokenizer

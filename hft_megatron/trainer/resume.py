@@ -14,8 +14,9 @@ from hft_megatron.checkpoint.store import load_checkpoint, load_weights
 from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
 from hft_megatron.config import derived
 from hft_megatron.config.derived import train_iters
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import same_folder
-from hft_megatron.config.schema import OptimizerConfig, RunConfig
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.errors import UserError

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import SELECTIONS
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.data.order import SampleStream
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.errors import RunFailed
 from hft_megatron.optimizer.rounds import LearningRate

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.export_folder import ExportFolder
-from hft_megatron.config.export_rules import best_metric, higher_is_better
-from hft_megatron.config.schema import CheckpointConfig
+from hft_megatron.config.exports import best_metric, higher_is_better
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.kept_files import Destination, FinalExport, IterationExport, NewFolder
 from hft_megatron.conversion.save import Announce, ExportRules

@@ -11,7 +11,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizer import fit_tokenizer

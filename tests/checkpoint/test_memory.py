@@ -22,7 +22,7 @@ def run_save_and_load(folder: str, save: str, asynchronous: bool) -> dict[str, A
     """
     from hft_megatron.checkpoint.store import load_checkpoint
     from hft_megatron.checkpoint.writer import CheckpointWriter
-    from hft_megatron.config.schema import CheckpointConfig
+    from hft_megatron.config.checkpoint import CheckpointConfig
 
     # A step of one short example each: what counts here is the state.
     run = make_run(folder, {}, training={"bf16": True, "global_batch_size": 4})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 
 SHAPE = ModelShape(
     num_layers=8,

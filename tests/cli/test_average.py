@@ -51,9 +51,9 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     out = tmp_path / "out"
     cases = [
         (["--tuned", str(pair / "tuned")], "--base is missing"),
-        (words(pair, out, "--coefficient", "1.01"), "--coefficient 1.01 must be between 0"),
-        (words(pair, out, "--coefficient", "-0.1"), "--coefficient -0.1 must be between 0"),
-        (words(pair, out, "--coefficient", "nan"), "--coefficient nan must be between 0"),
+        (words(pair, out, "--coefficient", "1.01"), "--coefficient 1.01: must be a number between 0"),
+        (words(pair, out, "--coefficient", "-0.1"), "--coefficient -0.1: must be a number between 0"),
+        (words(pair, out, "--coefficient", "nan"), "--coefficient nan: must be a number between 0"),
         (words(pair, out, "--coefficient", "half"), "--coefficient half: the value must be a number"),
         (words(pair, pair / "base"), f"--output {pair / 'base'} is not empty"),
         (words(pair, out, "--tuned", str(pair / "base")), "is the folder of --tuned"),

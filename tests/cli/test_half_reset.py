@@ -95,9 +95,9 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
     out = tmp_path / "out"
     cases = [
         (["--output", str(out)], "--tuned is missing"),
-        (words(pair, out, "--ratio", "1.5"), "--ratio 1.5 must be between 0 and 1"),
-        (words(pair, out, "--ratio", "nan"), "--ratio nan must be between 0 and 1"),
-        (words(pair, out, "--seed", "-1"), "--seed -1: must be a number of at least 0"),
+        (words(pair, out, "--ratio", "1.5"), "--ratio 1.5: must be a number between 0 and 1"),
+        (words(pair, out, "--ratio", "nan"), "--ratio nan: must be a number between 0 and 1"),
+        (words(pair, out, "--seed", "-1"), "--seed -1: must be a whole number of at least 0"),
         (words(pair, out, "--level", "category-level"), "--level category-level: the value must be one of category"),
         (words(pair, out, "--selection", "spectrum"), "--selection is not an option"),
         (words(pair, out, "--hft-ratio", "0.5"), "--hft-ratio is not an option; the nearest is --ratio"),

@@ -14,7 +14,8 @@ from PIL import Image
 
 from hft_megatron import errors
 from hft_megatron.cli import main
-from hft_megatron.config.schema import HFTConfig, ParallelConfig
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
@@ -345,19 +346,22 @@ def test_the_data_type_that_a_run_here_would_choose_is_said(plan: Run, monkeypat
 
 SHAPE_FLAGS = "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 64"
 MISTAKES = [
-    ("--load-hf MODEL --world-size 0", "--world-size 0: must be at least 1"),
-    ("--load-hf MODEL --rounds 0", "--rounds 0: must be at least 1"),
+    ("--load-hf MODEL --world-size 0", "--world-size 0: must be a whole number of at least 1"),
+    ("--load-hf MODEL --rounds 0", "--rounds 0: must be a whole number of at least 1"),
     ("--load-hf MODEL --world-size 6 --tensor-model-parallel-size 4", "world size 6; start 4 ranks"),
     ("--load-hf MODEL --tensor-model-parallel-size 3", "--tensor-model-parallel-size 3 does not divide"),
     ("--load-hf MODEL --pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3 does not divide"),
-    ("--load-hf MODEL --hft-ratio 2", "--hft-ratio 2.0 must be between 0 and 1"),
+    ("--load-hf MODEL --hft-ratio 2", "--hft-ratio 2.0: must be a number between 0 and 1"),
     ("--load-hf MODEL --hft-train nothing", "--hft-train"),
     ("--load-hf MODEL --hft-selection spectrum", "--hft-selection spectrum ranks a model's weights"),
     ("--load-hf MODEL --hft-plan absent.json", "--hft-plan absent.json is not a readable file"),
     ("--load-hf MODEL --save absent/plan.json", "--save absent/plan.json can't be written: No such file"),
     ("--load-hf MODEL --memory 80", "--memory 80: must be a size such as 80GB"),
     ("--load-hf MODEL --memory 0GB", "--memory 0GB: must be a size such as 80GB"),
-    ("--load-hf MODEL --memory 80GB --micro-batch-size 0", "--micro-batch-size 0: must be at least 1"),
+    (
+        "--load-hf MODEL --memory 80GB --micro-batch-size 0",
+        "--micro-batch-size 0: must be a whole number of at least 1",
+    ),
     ("--load-hf MODEL --memory 80GB --seq-length 129", "--seq-length 129 is beyond the model's 128 positions"),
     (
         "--load-hf MODEL --memory 80GB --recompute-granularity full",

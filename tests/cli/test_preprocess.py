@@ -102,8 +102,8 @@ def any_in_group(group: int) -> bool:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--workers", "0"], "--workers 0: must be at least 1."),
-        (["--seq-length", "0"], "--seq-length 0: must be at least 1."),
+        (["--workers", "0"], "--workers 0: must be a whole number of at least 1."),
+        (["--seq-length", "0"], "--seq-length 0: must be a whole number of at least 1."),
         (["--input", "absent.jsonl"], "--input absent.jsonl: there is no such file."),
         (["--input", "2", "rows.jsonl"], "--input 2 rows.jsonl: weights are of training, which takes them before the"),
         (["--output-prefix", "rows.jsonl/x"], "--output-prefix rows.jsonl/x can't be written: Not a directory."),

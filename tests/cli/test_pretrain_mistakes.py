@@ -72,7 +72,7 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
         f"{GOOD} --seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel",
         ["--seq-length 15 is no multiple of --tensor-model-parallel-size 2", "that fits is 14"],
     ),
-    (1, f"{GOOD} --hft-ratio 2", ["--hft-ratio 2.0 must be between 0 and 1"]),
+    (1, f"{GOOD} --hft-ratio 2", ["--hft-ratio 2.0: must be a number between 0 and 1"]),
     # options of fine-tuning
     (1, f"{GOOD} --chat-template tulu", ["--chat-template is not an option"]),
     (1, f"{GOOD} --packing", ["--packing is not an option"]),

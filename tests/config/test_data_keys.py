@@ -2,7 +2,7 @@
 
 import pytest
 
-from hft_megatron.config.data_sources import KNOWN_KEYS, data_keys, prompt_separator
+from hft_megatron.config.data import KNOWN_KEYS, data_keys, prompt_separator
 from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.errors import UserError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hft_megatron.config.data_sources import DataSource, data_sources
+from hft_megatron.config.data import DataSource, data_sources
 from hft_megatron.errors import UserError
 
 

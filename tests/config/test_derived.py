@@ -3,8 +3,12 @@
 import pytest
 
 from hft_megatron.config import derived
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 
 SHAPE = ModelShape(
     num_layers=8,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.export_folder import ExportFolder
-from hft_megatron.config.export_rules import BEST_METRICS, check_filled_export_folder, higher_is_better
-from hft_megatron.config.schema import CheckpointConfig, RunConfig
+from hft_megatron.config.exports import BEST_METRICS, check_filled_export_folder, higher_is_better
+from hft_megatron.config.run import RunConfig
 from hft_megatron.conversion.kept_files import FinalExport, IterationExport
 from hft_megatron.errors import UserError
 from hft_megatron.tracking import tracker

@@ -6,17 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hft_megatron.config.checkpoint import CheckpointConfig
+from hft_megatron.config.data import DataConfig
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.loading import help_text, load_options, read_resolved, write_resolved
-from hft_megatron.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    HFTConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.tracking import LoggingConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 
 NO_OPTION = (

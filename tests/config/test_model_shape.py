@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape, load_hf_config
-from hft_megatron.config.schema import ModelConfig
 from hft_megatron.errors import UserError
 
 TINY: dict[str, Any] = {

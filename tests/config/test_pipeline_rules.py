@@ -5,8 +5,14 @@ from itertools import product
 import pytest
 
 from hft_megatron.config.derived import layers_of_chunks, layers_per_stage
-from hft_megatron.config.layout_rules import end_words, pipeline_stages_share_the_layers, pipeline_words, proposed_split
-from hft_megatron.config.schema import ParallelConfig, RunConfig
+from hft_megatron.config.parallel import (
+    ParallelConfig,
+    end_words,
+    pipeline_stages_share_the_layers,
+    pipeline_words,
+    proposed_split,
+)
+from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 from hft_megatron.model.parameter_names import chunk_places
 from tests.support.shapes import tiny_shape

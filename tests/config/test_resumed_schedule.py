@@ -4,7 +4,11 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from hft_megatron.config.schema import CheckpointConfig, HFTConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hft_megatron.config.checkpoint import CheckpointConfig
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 from hft_megatron.trainer.resume import resumed_schedule, schedule_to_note
 

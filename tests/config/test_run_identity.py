@@ -1,17 +1,20 @@
 """When a save folder holds another run. Run: pytest tests/config/test_run_identity.py"""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hft_megatron.config.method_rules import CHOICE_OF_UNITS
+from hft_megatron.config.data import DataConfig
+from hft_megatron.config.hft import CHOICE_OF_UNITS, HFTConfig
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
 from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
-from hft_megatron.config.schema import DataConfig, HFTConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 
 SHAPE = ModelShape(
@@ -30,6 +33,12 @@ SHAPE = ModelShape(
 CONFIG = RunConfig(
     training=TrainingConfig(global_batch_size=8), data=DataConfig(train_data_path=("/data/train.jsonl",))
 )
+
+
+def changed(**values: Any) -> RunIdentity:
+    """The identity with other values, those of options among them."""
+    options = {name: values.pop(name) for name in list(values) if name in identity().options}
+    return replace(identity(), options={**identity().options, **options}, **values)
 
 
 def identity(config: RunConfig = CONFIG, world_size: int = 4) -> RunIdentity:
@@ -55,8 +64,7 @@ def test_a_command_that_trains_nothing_does_not_differ_in_its_data() -> None:
 
 
 def test_every_option_that_fixes_the_plans_is_part_of_the_identity() -> None:
-    names = {field.name for field in fields(RunIdentity)}
-    assert names >= {*CHOICE_OF_UNITS, "hft_round_interval", "hft_plan_digest"}
+    assert identity().to_dict().keys() >= {*CHOICE_OF_UNITS, "hft_round_interval", "hft_plan_digest"}
     changed = HFTConfig(hft_level="layer", hft_rotation="fixed", hft_train="*.q_proj", hft_round_interval="epoch")
     saved = identity(replace(CONFIG, hft=changed)).to_dict()
     assert {
@@ -164,6 +172,6 @@ def test_a_plan_file_is_the_same_one_when_its_content_is(tmp_path: Path) -> None
 )
 def test_another_run_in_the_folder_is_named_with_both_values(change: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
-        check_same_run(identity(), replace(identity(), **change), "runs/a")
+        check_same_run(identity(), changed(**change), "runs/a")
     assert str(error.value).startswith("--save runs/a holds another run: ")
     assert said in str(error.value)

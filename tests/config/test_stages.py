@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.config.schema import CheckpointConfig, HFTConfig, LoggingConfig, ModelConfig, RunConfig
+from hft_megatron.config.checkpoint import CheckpointConfig
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.model import ModelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.stages import read_stages, with_rounds_in_turn
+from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.errors import UserError
 
 BASE = RunConfig(

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.conversion.kept_files import NewFolder
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizers import load_tokenizer

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.conversion import merging
 from hft_megatron.conversion.merge_inputs import MergeFolders, MergeInputs, check_folders
 from hft_megatron.conversion.merging import average_weights, half_reset

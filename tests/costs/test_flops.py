@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.flops import Flops, step_flops
 from hft_megatron.trainer.loop import next_step
 from tests.costs.test_rank_costs import SHAPE

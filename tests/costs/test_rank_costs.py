@@ -4,7 +4,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.costs.rank_costs import CostModel
 
 SHAPE = ModelShape(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.data import DataConfig
 from hft_megatron.data.run_data import training_pairs
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.data import DataConfig
 from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
 from hft_megatron.data.samples import PackedOrder, PackingRule, first_fit
 from hft_megatron.data.tokenizers import load_tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.data import DataConfig
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.run_data import training_pairs
 from hft_megatron.data.tokenizer import Tokenizer

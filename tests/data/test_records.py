@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.data_sources import DataKeys, data_keys
+from hft_megatron.config.data import DataKeys, data_keys
 from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Preference
 from hft_megatron.data.records import RecordReader, RecordRules

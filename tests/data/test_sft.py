@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.data import DataConfig
 from hft_megatron.data import sft as sft_module
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import completion_pieces

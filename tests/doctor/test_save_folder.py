@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import CheckpointConfig, RunConfig
+from hft_megatron.config.checkpoint import CheckpointConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.doctor.findings import Finding
 from hft_megatron.doctor.measurements import checkpoints_at_a_time, compare_space, save_folder_finding
 

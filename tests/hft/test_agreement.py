@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.on_ranks import check_agreement
 from hft_megatron.hft.plan import Plan, make_plan

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.hft.on_ranks import apply_plan
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.model.parameters import ParameterSlot

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hft_megatron.checkpoint.writer import CheckpointWriter
-from hft_megatron.config.schema import CheckpointConfig
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.errors import RunFailed
 from hft_megatron.hft.on_ranks import fingerprint
 from hft_megatron.model.parameters import parameter_slots

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import HFTConfig
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rules import RULES
 from hft_megatron.hft.units import units_of

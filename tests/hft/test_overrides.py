@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import HFTConfig
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from tests.support.shapes import tiny_shape

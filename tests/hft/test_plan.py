@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import HFTConfig
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans, plans_to_json

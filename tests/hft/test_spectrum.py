@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hft_megatron.config.schema import HFTConfig
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.spectrum import signal_to_noise, spectrum_scores

@@ -97,7 +97,7 @@ def test_the_same_values_draw_the_plan_of_the_command_line(
     [
         ({"ratio": 2}, "ratio=2 must be a number between 0 and 1."),
         ({"ratio": "half"}, "ratio='half' must be"),
-        ({"level": "layers"}, "level='layers' must be one of 'category', 'layer', 'model'."),
+        ({"level": "layers"}, "level='layers' must be one of category, layer, model."),
         ({"seed": -1}, "seed=-1 must be a whole number of at least 0."),
         ({"round": 1.5}, "round=1.5 must be a whole number"),
         ({"pairing": "complementary", "ratio": 0.3}, "pairing complementary needs ratio 0.5, and it is 0.3;"),

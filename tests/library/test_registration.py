@@ -16,7 +16,7 @@ from hft_megatron.cli import main
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.entry import COMMANDS, Command
 from hft_megatron.config import names, validation
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.data import DataConfig
 from hft_megatron.data.formats import table
 from hft_megatron.data.formats.record import Record
 from hft_megatron.data.formats.supervised import parse_prompt_completion

@@ -126,7 +126,7 @@ def test_losses_follow_their_formulas() -> None:
 
 
 def test_ipo_averages_over_tokens_unless_told_otherwise() -> None:
-    from hft_megatron.config.schema import DpoConfig
+    from hft_megatron.config.dpo import DpoConfig
 
     def averages(**options: Any) -> bool:
         step: Any = preference_objective(DpoConfig(**options)).forward_step

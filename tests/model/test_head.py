@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_c
 from torch import Tensor
 
 from hft_megatron.config import derived
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.model import head
 from hft_megatron.model.head import VocabularyHead
 from hft_megatron.parallel.groups import Placement, start_groups

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from tests.support.models import LAYOUTS
 from tests.support.ranks import RankPools
 from tests.support.tiers import quick

@@ -7,7 +7,8 @@ import pytest
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 
-from hft_megatron.config.schema import HFTConfig, ParallelConfig
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.model.linear import RowParallel
 from hft_megatron.parallel.groups import start_groups
 from tests.support.models import LAYOUTS, make_llama

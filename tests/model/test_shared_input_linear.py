@@ -10,7 +10,7 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor
 
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.model.linear import SharedInputColumnParallel
 from hft_megatron.parallel.groups import Placement, start_groups
 from tests.support.models import LAYOUTS

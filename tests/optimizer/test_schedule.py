@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import HFTConfig, OptimizerConfig
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.optimizer.rounds import LearningRate, Span, span_of_round
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import param_and_grad_buffer
 
-from hft_megatron.config.schema import HFTConfig
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.model.build import build_model

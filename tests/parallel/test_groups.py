@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hft_megatron.config.schema import ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.errors import UserError
 from hft_megatron.parallel import groups
 from hft_megatron.parallel.groups import start_backend

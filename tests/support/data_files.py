@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.data_sources import DataKeys
+from hft_megatron.config.data import DataKeys
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules

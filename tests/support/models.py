@@ -12,7 +12,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.schema import ParallelConfig, TrainingConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.model.build import build_model
 from hft_megatron.model.llama import LlamaModel

@@ -21,10 +21,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hft_megatron.cli.entry import commands
+from hft_megatron.config.dpo import DpoConfig
 from hft_megatron.config.loading import load_options
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.schema import DpoConfig, OptimizerConfig, RunConfig
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.data.order import SampleOrder, SampleStream
 from hft_megatron.data.samples import PackedOrder, PackingRule
 from hft_megatron.data.tokenizers import load_tokenizer

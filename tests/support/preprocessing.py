@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hft_megatron.config.data_sources import DataKeys
+from hft_megatron.config.data import DataKeys
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.files.row import BOUNDARIES, LOSS_MASK
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_input

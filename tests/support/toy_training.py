@@ -8,8 +8,12 @@ import torch
 
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.schema import HFTConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
 from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.fitting import SftCounts

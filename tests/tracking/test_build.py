@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.config.schema import LoggingConfig
+from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.errors import UserError
 from hft_megatron.tracking import trackers
 from hft_megatron.tracking.tracker import CompositeTracker

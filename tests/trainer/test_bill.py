@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.schema import HFTConfig, ParallelConfig
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.costs.flops import FORMULA
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.hft.plan import make_plan

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hft_megatron.config.schema import HFTConfig
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.trainer.run import Run
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.toy_training import TINY, local_weights, make_run, take_steps, toy_plan

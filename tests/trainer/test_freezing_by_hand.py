@@ -15,9 +15,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint
 from hft_megatron.checkpoint.writer import CheckpointWriter
-from hft_megatron.config.input_rules import outputs_can_be_written
+from hft_megatron.config.checkpoint import CheckpointConfig, outputs_can_be_written
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.schema import CheckpointConfig, HFTConfig, RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.model.parameters import parameter_slots
@@ -175,7 +176,7 @@ def test_psutil_missing_is_one_sentence_before_training_and_not_a_trainer_that_w
     shape = ModelShape.from_hf_config(load_hf_config(folder), folder)
     saving = RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path)))
     find = importlib.util.find_spec
-    with patch("hft_megatron.config.input_rules.find_spec", lambda name: None if name == "psutil" else find(name)):
+    with patch("hft_megatron.config.checkpoint.find_spec", lambda name: None if name == "psutil" else find(name)):
         outputs_can_be_written(RunConfig(), shape, 1)
         with pytest.raises(UserError, match=r"^--save \S+ needs the package psutil, .*`pip install psutil`"):
             outputs_can_be_written(saving, shape, 1)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.schema import DataConfig, TrainingConfig
+from hft_megatron.config.data import DataConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.data.samples import PackedOrder, PackingRule
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.data_files import load

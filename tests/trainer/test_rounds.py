@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from hft_megatron.cli import main
-from hft_megatron.config.schema import HFTConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.data.order import SampleOrder
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import make_plan

@@ -7,7 +7,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from hft_megatron.config.schema import DpoConfig, ParallelConfig, RunConfig, TrainingConfig
+from hft_megatron.config.dpo import DpoConfig
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.flops import Flops, StepFlops, step_flops
 from hft_megatron.parallel.step_clock import StepTimes
 from hft_megatron.trainer.bill import RECENT_STEPS, TimeLeft, Work, flops_of, peak_memory, rates, work_of

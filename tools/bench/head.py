@@ -63,7 +63,7 @@ def measure(pairs: int) -> dict[str, Any]:
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
-    from hft_megatron.config.schema import ParallelConfig
+    from hft_megatron.config.parallel import ParallelConfig
     from hft_megatron.engine import cpu_backend
     from hft_megatron.parallel.groups import start_groups
 

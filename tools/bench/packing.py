@@ -35,7 +35,7 @@ WAYS = {
 
 def write_examples(folder: Path) -> dict[str, float]:
     """``folder/train.jsonl`` with examples of those lengths; the positions that a step of each way holds on average."""
-    from hft_megatron.config.schema import DataConfig
+    from hft_megatron.config.data import DataConfig
     from hft_megatron.data.run_data import training_data
     from hft_megatron.data.samples import sample_stream, samples_of_epochs
     from hft_megatron.data.tokenizers import load_tokenizer

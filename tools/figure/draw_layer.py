@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import HFTConfig
 from hft_megatron.hft.plan import Plan, make_plan
 
 TARGET = Path(__file__).with_name("hft_layers.svg")

@@ -134,7 +134,9 @@ def weight_gradient(site: Site) -> dict[str, Any]:
     """Check 7: gradients of a layer's matrices, added up over micro-batches, against an exact product of them all."""
     import torch
 
-    from hft_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+    from hft_megatron.config.model import ModelConfig
+    from hft_megatron.config.parallel import ParallelConfig
+    from hft_megatron.config.training import TrainingConfig
     from hft_megatron.config.validation import shape_of
     from hft_megatron.model.build import build_model
     from hft_megatron.parallel.groups import start_backend, start_groups

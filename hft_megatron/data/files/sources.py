@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hft_megatron.config.data_sources import data_sources
+from hft_megatron.config.data import data_sources
 from hft_megatron.data.files.json_rows import find_in_array_or_lines, find_lines, text_of_line, value_of
 from hft_megatron.data.files.row import MAX_RECORD_BYTES, DataStream, Found, Line, Row, is_prefix
 from hft_megatron.data.files.tables import find_in_delimited, find_in_parquet

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.config.data_sources import data_keys
+from hft_megatron.config.data import data_keys
 from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.data.faults import RecordUse

@@ -12,7 +12,7 @@ import torch
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import Batches, BatchesInOrder, BatchShare, SampleBatches, ShuffledBatches, StepBatch
 from hft_megatron.data.order import SampleStream
 from hft_megatron.data.pairs import PairDataset

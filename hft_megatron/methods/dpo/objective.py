@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hft_megatron.config.derived import averages_log_probs
-from hft_megatron.config.schema import DpoConfig, PreferenceLoss
+from hft_megatron.config.dpo import DpoConfig, PreferenceLoss
 from hft_megatron.methods.next_token import forward
 from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.method import LossFunction, MicroBatch, Objective

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from hft_megatron.config import derived
-from hft_megatron.config.data_sources import data_sources
+from hft_megatron.config.data import data_sources
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import LoggingConfig, RunConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.data.stores import numbered
 from hft_megatron.data.tokenizer import Tokenizer

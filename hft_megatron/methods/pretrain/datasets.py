@@ -25,7 +25,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from numpy.typing import NDArray
 
-from hft_megatron.config.data_sources import DataSource
+from hft_megatron.config.data import DataSource
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 

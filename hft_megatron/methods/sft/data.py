@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
 from hft_megatron.data.order import SampleStream
 from hft_megatron.data.run_data import training_data, validation_data

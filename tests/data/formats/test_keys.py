@@ -15,7 +15,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed: make inst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hft_megatron.config.data_sources import ignored_keys
+from hft_megatron.config.data import ignored_keys
 from hft_megatron.data.faults import printable
 from hft_megatron.data.files.row import Row
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key

@@ -13,7 +13,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed: make inst
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.data import DataConfig
 from hft_megatron.data.formats.preference import parse_preference
 from hft_megatron.data.formats.record import Preference
 from hft_megatron.data.run_data import training_pairs

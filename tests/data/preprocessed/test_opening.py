@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hft_megatron.config.schema import DataConfig
+from hft_megatron.config.data import DataConfig
 from hft_megatron.data.batches import BatchShare, SftBatches
 from hft_megatron.data.samples import PackedOrder, sample_stream
 from hft_megatron.data.sft import SftDataset

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hft_megatron.config.data_sources import data_sources
+from hft_megatron.config.data import data_sources
 from hft_megatron.errors import UserError
 from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, Samples, mock_corpus, read_corpus
 from tests.support.corpora import VOCAB_SIZE, random_documents, write_corpus

@@ -1,29 +1,66 @@
-"""Rules about preference tuning. Every rule takes (options, shape, world size) and raises UserError."""
+"""Options of preference tuning, and their rules. Every rule takes (options, shape, world size)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import Ge, Gt, Lt
+
+from hft_megatron.config.declared import SAME_RUN
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
-from hft_megatron.config.schema import DataConfig, DpoConfig, RunConfig
 from hft_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from hft_megatron.config.data import DataConfig
+    from hft_megatron.config.model_shape import ModelShape
+    from hft_megatron.config.run import RunConfig
+
+
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
+
+ReferenceKind = Literal["precompute", "shared", "model"]
+
+BadPairs = Literal["error", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    """Learning from preference pairs."""
+
+    dpo_loss: Annotated[PreferenceLoss, SAME_RUN] = "sigmoid"
+    """DPO's loss, IPO's, or the hinge of SLiC."""
+    dpo_beta: Annotated[float, Gt(0), SAME_RUN] = 0.1
+    """How much the policy is held to the reference model; the tau of IPO."""
+    dpo_label_smoothing: Annotated[float, Ge(0), Lt(0.5), SAME_RUN] = 0.0
+    """Probability that the answers of a pair were confused (conservative DPO; sigmoid only)."""
+    dpo_average_log_probs: bool | None = None
+    """Divide every answer's log-probability by its number of tokens; for ipo, as its authors do, when unset."""
+    dpo_sft_weight: Annotated[float, Ge(0), SAME_RUN] = 0.0
+    """Add this times the mean token loss of the chosen answer (RPO)."""
+    dpo_reference: ReferenceKind = "precompute"
+    """Where the reference's log-probabilities come from: one pass over the data before training, kept on disk;
+    a copy of just the units that train, put in their place for a second forward pass in every step; or a second
+    model. All three give the same losses."""
+    dpo_reference_model: str | None = None
+    """Hugging Face folder of the reference model (not for shared); the weights that the run starts from when unset."""
+    dpo_reference_cache: str | None = None
+    """Folder for the log-probabilities of precompute; hft_megatron/reference in $XDG_CACHE_HOME, or in ~/.cache, when
+    unset."""
+    dpo_bad_pairs: BadPairs = "error"
+    """Stop at a pair that nothing can be learned of (equal answers, an empty one, a prompt that leaves no room for an
+    answer, answers to different prompts), or leave such pairs out and count them."""
 
 
 def loss_options_fit_together(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Numbers outside of their ranges turn the preference around, or do nothing."""
+    """Smoothing has a meaning for one loss only."""
     dpo = config.dpo
-    if not dpo.dpo_beta > 0:
-        raise UserError(f"--dpo-beta {dpo.dpo_beta} must be above 0; 0.1 is usual.")
-    if not 0 <= dpo.dpo_label_smoothing < 0.5:
-        raise UserError(
-            f"--dpo-label-smoothing {dpo.dpo_label_smoothing} must be from 0 to below 0.5; from 0.5 on the rejected "
-            f"answer would be preferred."
-        )
     if dpo.dpo_label_smoothing > 0 and dpo.dpo_loss != "sigmoid":
         raise UserError(
             f"--dpo-label-smoothing {dpo.dpo_label_smoothing} is defined for --dpo-loss sigmoid and not for "
             f"{dpo.dpo_loss}; leave it out."
         )
-    if dpo.dpo_sft_weight < 0:
-        raise UserError(f"--dpo-sft-weight {dpo.dpo_sft_weight} must not be below 0; 0 adds nothing.")
 
 
 def pairs_can_be_read(config: RunConfig, shape: ModelShape, world_size: int) -> None:

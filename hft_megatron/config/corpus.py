@@ -1,15 +1,33 @@
-"""Rules about the data of `pretrain`, and what its words mean.
+"""Options of the corpus that `pretrain` reads, what their words mean, and their rules."""
 
-Every rule takes (options, shape, world size) and raises UserError with one sentence; ``validation`` runs them.
-"""
+from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hft_megatron.config import derived
-from hft_megatron.config.data_sources import data_sources
-from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.schema import CorpusConfig, RunConfig
+from hft_megatron.config.data import data_sources
 from hft_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from hft_megatron.config.model_shape import ModelShape
+    from hft_megatron.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What is pre-trained on."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin and .idx files, as tools/preprocess_data.py of Megatron writes them. A number before each is
+    its weight: the share of training samples drawn from it. Several sources without weights are gone through once; a
+    single one, or with weights, as often as the iterations ask for."""
+    split: str = "969,30,1"
+    """Shares of every source's documents, from its beginning, for training, validation and test; the test part is left
+    alone."""
+    mock_data: bool = False
+    """Megatron-core's made-up documents of counting numbers instead of --data-path, to try a run out."""
 
 
 def split_parts(split: str) -> tuple[float, float, float]:

@@ -1,26 +1,24 @@
-"""Rules about --save-hf and the exports during training.
+"""Rules about --save-hf, the exports during training, and folders that are never written over.
 
 Every rule takes (options, shape, world size) and raises UserError with one sentence; ``validation`` runs them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
-from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, RUN_IDENTITY_FILE, same_folder
 from hft_megatron.config.run_identity import RunIdentity
-from hft_megatron.config.schema import CheckpointConfig, RunConfig
 from hft_megatron.errors import UserError
 
-_LOSS = {"lm loss": False}
-BEST_METRICS: dict[MethodName, dict[str, bool]] = {
-    "sft": _LOSS,
-    "pretrain": _LOSS,
-    "dpo": {"preference loss": False, "rewards/accuracies": True, "rewards/margins": True},
-}
-"""What --save-hf-best can go by: names of the log, and whether higher is better."""
+BEST_METRICS: dict[MethodName, Mapping[str, bool]] = {}
+"""What --save-hf-best can go by, by method: names of the log, and whether higher is better. ``methods.registry`` fills
+it."""
+
 _OF_VALIDATION = " validation"
 """Behind such a name in metrics.jsonl; may be given or left out."""
 
@@ -69,9 +67,10 @@ def best_is_measured_by(method: MethodName) -> Callable[[RunConfig, ModelShape, 
     def best_is_measured(config: RunConfig, shape: ModelShape, world_size: int) -> None:
         metric, known = best_metric(config.checkpoint), BEST_METRICS[method]
         if metric is not None and metric not in known:
+            choose = f"choose {' or '.join(known)}" if known else "leave it out: there is none"
             raise UserError(
                 f"--save-hf-best {config.checkpoint.save_hf_best} is no validation metric of {method} to choose by; "
-                f"there {'is' if len(known) == 1 else 'are'}: {', '.join(known)}."
+                f"{choose}."
             )
 
     return best_is_measured
@@ -105,3 +104,32 @@ def _run_in(save: str | None) -> str | None:
     if save is None or not (Path(save) / RUN_IDENTITY_FILE).exists():
         return None
     return RunIdentity.read("--save", save).run_id
+
+
+def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    """Folders that hold a run or a model are never written over unasked."""
+    checkpoint = config.checkpoint
+    if checkpoint.save is not None and not _can_be_folder(checkpoint.save):
+        raise UserError(f"--save {checkpoint.save} is a file, not a folder; choose another folder.")
+    if checkpoint.save_hf is not None:
+        target = Path(checkpoint.save_hf)
+        if target.resolve() == Path.cwd():
+            raise UserError(
+                "--save-hf . is the folder you are in; name a new folder, which appears when it is complete."
+            )
+        if not _can_be_folder(checkpoint.save_hf):
+            raise UserError(f"--save-hf {checkpoint.save_hf} is a file, not a folder; choose another folder.")
+        if target.is_dir() and any(target.iterdir()):
+            check_filled_export_folder(config)
+    if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load) or checkpoint.finetune:
+        return
+    saved = Path(checkpoint.save)
+    if (saved / CHECKPOINT_TRACKER_FILE).exists() or any(path.name[5:].isdecimal() for path in saved.glob("iter_*")):
+        raise UserError(
+            f"--save {checkpoint.save} already holds checkpoints of a run; add --load {checkpoint.save} to go on "
+            f"with it, or choose another folder."
+        )
+
+
+def _can_be_folder(path: str) -> bool:
+    return Path(path).is_dir() or not Path(path).exists()

@@ -1,0 +1,128 @@
+"""What an option declares beside its type and default, and what follows from it.
+
+Bounds are those of annotated-types, as in ``Annotated[int, Ge(1)]``: one check knows them, and the help shows them.
+``SAME_RUN`` marks what a resumed run must share with its checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from hft_megatron.config.names import Names, known
+from hft_megatron.errors import UserError
+
+SAME_RUN: Final = "same run"
+"""Marks an option that is part of a run's identity."""
+_BOUNDS: Mapping[type, tuple[str, Callable[[Any, Any], bool]]] = {
+    Ge: ("of at least", operator.ge),
+    Gt: ("above", operator.gt),
+    Le: ("at most", operator.le),
+    Lt: ("below", operator.lt),
+}
+"""Words for a sentence and the comparison, by the kind of bound."""
+
+
+def flag(name: str) -> str:
+    """A field of the options as on the command line: ``--hft-ratio`` for ``hft_ratio``."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """One option: a field of a group."""
+
+    name: str
+    """Of the field: ``hft_ratio``."""
+    type: Any
+    """Of its value; None, for unset, is left out."""
+    marks: tuple[Any, ...]
+    """Bounds, and whatever else ``Annotated`` holds."""
+    default: Any
+
+    @property
+    def bounds(self) -> str:
+        """In words, such as ``of at least 1`` or ``between 0 and 1``; empty where there are none."""
+        low, *high = [mark for mark in self.marks if type(mark) in _BOUNDS] or [None]
+        if low is None:
+            return ""
+        if not high:
+            return f"{_BOUNDS[type(low)][0]} {_limit(low):g}"
+        words = "from {:g} to below {:g}" if isinstance(high[0], Lt) else "between {:g} and {:g}"
+        return words.format(_limit(low), _limit(high[0]))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of an option that has a few; none for others."""
+        if get_origin(self.type) is Literal:
+            return get_args(self.type)
+        return tuple(known(self.type)) if isinstance(self.type, type) and issubclass(self.type, Names) else ()
+
+    @property
+    def expected(self) -> str:
+        """What its value must be, for a sentence: ``a number of at least 0``."""
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        if get_origin(self.type) is tuple:
+            return "one or more words"
+        kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        return f"{kinds[self.type]} {self.bounds}".rstrip()
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of a type that JSON has can be the option's; None is not one."""
+        if self.choices:
+            return value in self.choices
+        if self.type not in (int, float):
+            return type(value) is self.type
+        if type(value) not in (self.type, int) or not math.isfinite(value):
+            return False
+        return all(_BOUNDS[type(mark)][1](value, _limit(mark)) for mark in self.marks if type(mark) in _BOUNDS)
+
+
+def _limit(mark: Any) -> float:
+    """The number of a bound, which annotated-types keeps under its kind: ``Ge(1).ge``."""
+    limit: float = getattr(mark, type(mark).__name__.lower())
+    return limit
+
+
+@cache
+def declared(group: type) -> Mapping[str, Declared]:
+    """The options of a dataclass, by the names of its fields."""
+    hints = get_type_hints(group, include_extras=True)
+    found = {}
+    for field in fields(group):
+        kind, marks = _taken_apart(hints[field.name])
+        found[field.name] = Declared(name=field.name, type=kind, marks=marks, default=field.default)
+    return found
+
+
+def _taken_apart(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """``int`` and the marks of ``Annotated[int, ...] | None`` in either order of the two."""
+    marks: tuple[Any, ...] = ()
+    while get_origin(hint) in (Annotated, Union, types.UnionType):
+        if get_origin(hint) is Annotated:
+            hint, *more = get_args(hint)
+            marks += tuple(more)
+        else:
+            kept = [choice for choice in get_args(hint) if choice is not type(None)]
+            assert len(kept) == 1, "an option has one type"
+            (hint,) = kept
+    return hint, marks
+
+
+def check_bounds(options: object) -> None:
+    """Raises UserError for the first number, of a group or of all groups in it, that its declaration doesn't allow."""
+    kind: type = type(options)
+    for name, option in declared(kind).items():
+        value = getattr(options, name)
+        if is_dataclass(value):
+            check_bounds(value)
+        elif value is not None and option.bounds and not option.allows(value):
+            raise UserError(f"{flag(name)} {value}: must be {option.expected}.")
