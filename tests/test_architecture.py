@@ -53,6 +53,7 @@ PURE = (
     "report.plan_picture",
     "report.plan_text",
     "report.shown_data",
+    "report.tables",
 )
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 DOORS = {

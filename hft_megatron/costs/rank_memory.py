@@ -309,9 +309,9 @@ def memory_of_run(
     )
 
 
-def in_bytes(count: float) -> str:
+def in_bytes(count: float, precision: int = 1) -> str:
     """``16.8 MB``: decimal units, as everywhere in this project."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            return f"{count / size:,.1f} {unit}"
+            return f"{count / size:,.{precision}f} {unit}"
     return f"{count:.0f} bytes"

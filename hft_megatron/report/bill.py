@@ -1,11 +1,13 @@
 """How a bill looks on a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
 from hft_megatron.config.run_folder import BILL_FILE
+from hft_megatron.costs.rank_memory import in_bytes
 from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAIT
+from hft_megatron.report.tables import table_lines
 from hft_megatron.tracking.tracker import TOKENS_PER_SECOND
 
 _BYTE_ROWS = (
@@ -16,8 +18,6 @@ _BYTE_ROWS = (
     ("moments", "held as moments"),
     ("resting", "kept on the host"),
 )
-LABEL_WIDTH = 40
-_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 def bill_line(bill: Mapping[str, Any], folder: str | None) -> str:
@@ -50,13 +50,13 @@ def render_bill(bill: Mapping[str, Any], *, of: str | None = None) -> str:
     )
     of = of or f"iterations {bill['first_iteration']} to {bill['last_iteration']}"
     title = f"> the bill of {of}, measured on {layout}; what full fine-tuning would cost is by formula"
-    lines = [title, *_aligned(_byte_rows(bill)), *_aligned(_time_rows(bill))]
-    lines += _aligned([[name, f"{value:,.1f}"] for name, value in bill["throughput"].items() if name != "formula"])
-    lines += _aligned(_peak_rows(bill))
+    rows = [*_byte_rows(bill), *_time_rows(bill)]
+    rows += [[name, f"{value:,.1f}"] for name, value in bill["throughput"].items() if name != "formula"]
+    rows += _peak_rows(bill)
     switches = bill["switches"]
     if switches["count"]:
-        lines += _aligned([[f"ms per switch, mean of {switches['count']}", f"{switches['mean_ms']:.1f}"]])
-    return "\n".join(lines)
+        rows.append([f"ms per switch, mean of {switches['count']}", f"{switches['mean_ms']:.1f}"])
+    return "\n".join([title, *table_lines(rows)])
 
 
 def _byte_rows(bill: Mapping[str, Any]) -> list[list[str]]:
@@ -66,7 +66,7 @@ def _byte_rows(bill: Mapping[str, Any]) -> list[list[str]]:
         of_rank = [rank["bytes"][name] for rank in bill["ranks"]]
         total = bill["total_bytes"][name]
         largest = [max(one[kind] for one in of_rank) for kind in ("measured", "full")]
-        sizes = [_size(value / per) for value in (*largest, total["measured"], total["full"])]
+        sizes = [in_bytes(value / per) for value in (*largest, total["measured"], total["full"])]
         rows.append([label, *sizes, _share(total)])
     return rows
 
@@ -89,16 +89,5 @@ def _peak_rows(bill: Mapping[str, Any]) -> list[list[str]]:
     return [[name, *(f"{pick(peak[name] for peak in peaks):.2f}" for pick in (mean, min, max))] for name in peaks[0]]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left and padded alike in every table, the others to the right."""
-    return [f"    {row[0]:<{LABEL_WIDTH}}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
-
-
 def _share(sizes: Mapping[str, int]) -> str:
     return f"{sizes['measured'] / sizes['full']:.1%}" if sizes["full"] else "-"
-
-
-def _size(size: float) -> str:
-    """Bytes in decimal units."""
-    unit, power = next((pair for pair in _UNITS if size >= pair[1]), ("B", 1))
-    return f"{size / power:.{0 if power == 1 else 1}f} {unit}"

@@ -9,10 +9,11 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.costs.memory_fit import Verdict, verdict
 from hft_megatron.costs.rank_costs import CostModel, RankCosts
-from hft_megatron.costs.rank_memory import MemoryModel, RankMemory
+from hft_megatron.costs.rank_memory import MemoryModel, RankMemory, in_bytes
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.parameter_names import chunk_places
+from hft_megatron.report.tables import table_lines
 
 StageCosts = tuple[tuple[RankCosts, ...], ...]
 """By pipeline stage, then by data-parallel rank; tensor-parallel ranks are alike."""
@@ -115,10 +116,9 @@ def memory_text(report: MemoryReport) -> Iterator[str]:
         f"memory of the rank that holds most, micro-batches of {batch.sequences} x {batch.seq_length:,} tokens, "
         f"{recompute} recomputation; CUDA's own 1 GB or so comes on top:"
     )
-    yield f"  {'':<20}{'the plan':>12}{'full':>12}"
-    for name in _ROWS:
-        sizes = (getattr(one.memory, name) for one in (report.plan, report.full))
-        yield f"  {name.replace('_', ' '):<20}" + "".join(f"{_gigabytes(size):>12}" for size in sizes)
+    judged = (report.plan, report.full)
+    rows = [[name.replace("_", " "), *(in_bytes(_bytes_of(one.memory, name)) for one in judged)] for name in _ROWS]
+    yield from table_lines([["", "the plan", "full"], *rows])
     for name, one in (("the plan", report.plan), ("full fine-tuning", report.full)):
         yield from _verdict_lines(name, one, report.device_bytes)
     given, chosen = (("bf16" if bf16 else "fp32") for bf16 in (report.model.costs.bf16, report.bf16_here))
@@ -128,17 +128,17 @@ def memory_text(report: MemoryReport) -> Iterator[str]:
 def _verdict_lines(name: str, judged: Verdict, room: int) -> Iterator[str]:
     total = judged.memory.total
     if judged.fits:
-        yield f"{name} fits into {_gigabytes(room)}, with {_gigabytes(room - total)} to spare"
+        yield f"{name} fits into {in_bytes(room)}, with {in_bytes(room - total)} to spare"
     else:
-        yield f"{name} does not fit into {_gigabytes(room)}: {_gigabytes(total - room)} too much"
+        yield f"{name} does not fit into {in_bytes(room)}: {in_bytes(total - room)} too much"
         if not judged.options:
             yield "  on this layout neither recomputation nor a smaller micro-batch makes it fit"
     for proposal in judged.options:
-        yield f"  it fits with {proposal.words} ({_gigabytes(proposal.total)})"
+        yield f"  it fits with {proposal.words} ({in_bytes(proposal.total)})"
     if not judged.layouts:
         yield "  with these options it fits on no layout"
     for proposal in judged.layouts:
-        yield f"  a smallest layout: {proposal.words} ({_gigabytes(proposal.total)})"
+        yield f"  a smallest layout: {proposal.words} ({in_bytes(proposal.total)})"
 
 
 def memory_record(report: MemoryReport) -> dict[str, Any]:
@@ -166,7 +166,3 @@ def _judged(judged: Verdict) -> dict[str, Any]:
 def _bytes_of(memory: RankMemory, name: str) -> int:
     size: int = getattr(memory, name)
     return size
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 10**8 else f"{count / 1e6:,.1f} MB"

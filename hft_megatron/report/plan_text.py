@@ -8,9 +8,11 @@ from typing import Any
 from hft_megatron.config.derived import layers_per_stage
 from hft_megatron.config.parallel import pipeline_words
 from hft_megatron.costs.rank_costs import RankCosts
+from hft_megatron.costs.rank_memory import in_bytes
 from hft_megatron.hft.plan import CategoryCount, Plan
 from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME
 from hft_megatron.report.plan import MemoryReport, PlanReport, StageCosts, memory_record, memory_text
+from hft_megatron.report.tables import table_lines
 
 UNIT_LETTERS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("v", "self_attn.v_proj"), ("o", "self_attn.o_proj")),
@@ -108,11 +110,7 @@ def _table(report: PlanReport, costs: StageCosts) -> Iterator[str]:
             rows.append((f"PP {stage}", numbers, *_shown(one, one_full)))
     # A sum of parameters would count every data-parallel copy; the plan's own line has the number.
     rows.append(("all ranks", "", "", *_shown(report.total(costs), report.total(report.full))[1:]))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    for row in rows:
-        padded = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        padded += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        yield "  " + "  ".join(padded)
+    return table_lines(rows, left=2)
 
 
 def _alike(ranks: Sequence[RankCosts], full: Sequence[RankCosts]) -> list[tuple[str, RankCosts, RankCosts]]:
@@ -144,19 +142,9 @@ def _spans(numbers: Sequence[int]) -> str:
 
 def _shown(costs: RankCosts, full: RankCosts) -> list[str]:
     parameters, *sizes = astuple(costs)
-    shown = [f"{parameters:,}", *(_size(size) for size in sizes)]
+    shown = [f"{parameters:,}", *(in_bytes(size, precision=2) for size in sizes)]
     shares = [None if whole == 0 else part / whole for part, whole in zip(astuple(costs), astuple(full), strict=True)]
     return [text if share is None else f"{text} ({share:.1%})" for text, share in zip(shown, shares, strict=True)]
-
-
-def _size(count: int) -> str:
-    """Bytes in decimal units."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
 
 
 def report_json(report: PlanReport, memory: MemoryReport | None = None, notes: Sequence[str] = ()) -> str:

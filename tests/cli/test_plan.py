@@ -279,8 +279,10 @@ def test_half_of_70b_needs_39_gb_before_activations_and_full_59(
     assert memory["before activations"] == ["39.5", "GB", "59.5", "GB"]
     parts = ("before activations", "activations", "logits")
     for column in (0, 2):
-        total = sum(float(memory[part][column]) for part in parts)
-        assert float(memory["total"][column]) == pytest.approx(total, abs=0.2)
+        *sizes, total = (
+            float(memory[row][column]) * {"MB": 1e-3, "GB": 1}[memory[row][column + 1]] for row in (*parts, "total")
+        )
+        assert total == pytest.approx(sum(sizes), abs=0.2)
     assert "the plan fits into 80.0 GB" in text
     assert "full fine-tuning does not fit into 80.0 GB" in text
 

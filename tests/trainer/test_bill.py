@@ -154,11 +154,13 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
             account(1_000_000, 5_000_000, 20.0) | {"peak": {"max allocated memory (GB)": 60.0}},
         ],
     }
-    rows = {line[4:44].strip(): line[44:].split() for line in render_bill(bill).splitlines()[1:]}
+    lines = render_bill(bill).splitlines()[1:]
+    rows = {label: cells.split() for label, _, cells in (line.strip().partition("  ") for line in lines)}
+    assert len({len(line) for line in lines if line.endswith(("%", "-", "share"))}) == 1  # one width
     assert rows["reduced per step"] == ["500.0", "kB", "1.2", "MB", "750.0", "kB", "2.0", "MB", "37.5%"]
     assert rows["held as moments"] == ["2.0", "MB", "5.0", "MB", "3.0", "MB", "8.0", "MB", "37.5%"]
     assert rows["held as masters"][-1] == "-"
-    assert rows["kept on the host"][-3:] == ["0", "B", "-"]
+    assert rows["kept on the host"][-3:] == ["0", "bytes", "-"]
     assert rows["ms per switch, mean of 3"] == ["12.3"]
     assert rows["tokens per GPU (tokens/s/GPU)"] == ["1,234.6"]
     assert rows["max allocated memory (GB)"] == ["65.00", "60.00", "70.00"]
