@@ -1,11 +1,12 @@
 """Examples token by token, as text and as a page."""
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from hft_megatron.data.shown_examples import ShownExample, ShownSource, VisibleToken
+from jinja2 import Environment, StrictUndefined
+
+from hft_megatron.data.shown_examples import ShownSource, VisibleToken
 
 MARKS = ("{+", "+}")
 """Around what is trained, where there are no colours."""
@@ -47,7 +48,9 @@ def with_line_ends(text: str) -> str:
 
 FIRST_LINE = "<!doctype html><!-- hft-megatron show-data -->"
 """How a page of ours is known again, so that only such a one is written over."""
-STYLE = """\
+PAGE = """\
+<html lang="en"><head><meta charset="utf-8"><title>What is trained</title>
+<style>
 body { font-family: sans-serif; margin: 2em; max-width: 60em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; border: 1px solid #ccc; padding: 0.6em; }
 span { unicode-bidi: isolate; padding: 0 1px; background: #eee; color: #333; }
@@ -55,6 +58,28 @@ span:nth-child(even) { background: #ddd; }
 .t { background: #9be29b; color: #000; }
 .t:nth-child(even) { background: #c4f0c4; }
 .s { font-weight: bold; }
+</style></head><body>
+<p><span class="t">trained</span> <span>not trained</span> <span class="s">special token</span></p>
+{% for note in notes %}
+<p>{{ note }}</p>
+{% endfor %}
+{% for source in sources %}
+<h2>{{ source.account[0] }}</h2>
+{% for line in source.account[1:] %}
+<p>{{ line }}</p>
+{% endfor %}
+{% for example in source.examples %}
+<h3>{{ example.title }}</h3>
+<pre>
+{%- for token in example.tokens -%}
+<span class="{{ 't' if token.trained }} {{ 's' if token.special }}" title="{{ token.ids | join(' ') }}">
+{{- token.text | with_line_ends -}}
+</span>
+{%- endfor -%}
+</pre>
+{% endfor %}
+{% endfor %}
+</body></html>
 """
 
 
@@ -71,31 +96,7 @@ def is_data_page(path: Path) -> bool:
 
 def data_page(sources: Sequence[ShownSource], notes: Sequence[str] = ()) -> str:
     """The page, with notes about the tokenizer first. Pointing at a token shows its id."""
-    return "\n".join([*_lines(sources, notes), ""])
-
-
-def _lines(sources: Sequence[ShownSource], notes: Sequence[str]) -> Iterator[str]:
-    yield FIRST_LINE
-    yield '<html lang="en"><head><meta charset="utf-8"><title>What is trained</title>'
-    yield f"<style>\n{STYLE}</style></head><body>"
-    yield '<p><span class="t">trained</span> <span>not trained</span> <span class="s">special token</span></p>'
-    yield from (f"<p>{escape(note)}</p>" for note in notes)
-    for source in sources:
-        title, *lines = source.account
-        yield f"<h2>{escape(title)}</h2>"
-        yield from (f"<p>{escape(line)}</p>" for line in lines)
-        for example in source.examples:
-            yield from _example(example)
-    yield "</body></html>"
-
-
-def _example(example: ShownExample) -> Iterator[str]:
-    yield f"<h3>{escape(example.title)}</h3>"
-    yield f"<pre>{''.join(map(_token, example.tokens))}</pre>"
-
-
-def _token(token: VisibleToken) -> str:
-    names = " ".join(name for name, holds in (("t", token.trained), ("s", token.special)) if holds)
-    kind = f' class="{names}"' if names else ""
-    ids = " ".join(map(str, token.ids))
-    return f'<span{kind} title="{ids}">{escape(with_line_ends(token.text))}</span>'
+    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    environment.filters["with_line_ends"] = with_line_ends
+    body = environment.from_string(PAGE).render(sources=sources, notes=notes)
+    return f"{FIRST_LINE}\n{body}"
