@@ -17,6 +17,7 @@ from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_layout
 from hft_megatron.doctor.findings import Diagnosis, Row
 from hft_megatron.errors import RunFailed, UserError
+from hft_megatron.methods.registry import DECLARED
 from hft_megatron.parallel import launch
 
 LINE_WIDTH = 120
@@ -106,12 +107,16 @@ def _checked(options: DoctorOptions) -> tuple[bool, bool]:
     """Whether a model is given, and data; UserError for data that would be passed over."""
     has_corpus = options.corpus != CorpusConfig()
     files = options.data.train_data_path or options.data.valid_data_path
-    if has_corpus and options.method != "pretrain":
+    groups = DECLARED[options.method].groups
+    if has_corpus and "corpus" not in groups:
+        takers = [name for name, method in DECLARED.items() if "corpus" in method.groups]
         raise UserError(
-            "--data-path and --mock-data are options of pretrain; add --method pretrain, or leave them out."
+            f"--data-path and --mock-data are options of {' and '.join(takers)}; add --method {takers[0]}, or leave "
+            "them out."
         )
-    if files and options.method == "pretrain":
-        raise UserError("--train-data-path and --valid-data-path are no options of pretrain; give --data-path.")
+    if files and "data" not in groups:
+        instead = "give --data-path" if "corpus" in groups else "leave them out"
+        raise UserError(f"--train-data-path and --valid-data-path are no options of {options.method}; {instead}.")
     has_model, has_data = options.model != ModelConfig(), bool(has_corpus or files)
     needs_model = has_data or options.data.tokenizer_model is not None or options.checkpoint.load is not None
     if has_model or needs_model:

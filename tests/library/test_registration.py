@@ -16,6 +16,7 @@ from hft_megatron.cli import main
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.cli.entry import COMMANDS, Command
 from hft_megatron.config import names, validation
+from hft_megatron.config.corpus import CorpusConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.data.formats import table
 from hft_megatron.data.formats.record import Record
@@ -175,3 +176,22 @@ def test_an_objective_of_ones_own_has_a_command_with_options_rules_and_a_run(
     [plain, _] = ranks(2).run(run_sft_words, words=words)
     for name in ("loss", "grad_norm"):
         assert doubled["steps"][0][name] == pytest.approx(2 * plain["steps"][0][name], rel=1e-6)
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_doctor_asks_the_declaration_of_ones_own_method_what_data_it_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    registry.register(
+        registry.Declaration(
+            name="doubled",
+            summary="train twice the loss",
+            groups={"corpus": CorpusConfig},
+            rules=(),
+            load=load_doubled,
+        )
+    )
+    assert main(["doctor", "--load-hf", "model", "--data-path", "corpus"]) == 2
+    assert "are options of pretrain and doubled; add --method pretrain" in capsys.readouterr().err
+    assert main(["doctor", "--method", "doubled", "--load-hf", "model", "--train-data-path", "data.jsonl"]) == 2
+    assert "are no options of doubled; give --data-path." in capsys.readouterr().err
