@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from hft_megatron.config import derived
 from hft_megatron.config.derived import padded_vocab_size, tokens_of_a_chunk, virtual_pipeline_size
 from hft_megatron.config.model_shape import ModelShape
-from hft_megatron.config.names import MethodName
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
@@ -287,12 +286,11 @@ class MemoryModel:
 
 
 def memory_of_run(
-    method: MethodName, config: RunConfig, shape: ModelShape, world_size: int, *, bf16: bool, on_cuda: bool
+    config: RunConfig, shape: ModelShape, world_size: int, *, sequences_per_sample: int, bf16: bool, on_cuda: bool
 ) -> MemoryModel:
-    """The memory of a run's ranks, with sequences of --seq-length; without the reference of preferences."""
+    """The memory of a run's ranks, with sequences of --seq-length; without a model that the trained one is compared
+    with."""
     training, data_size = config.training, derived.data_parallel_size(config.parallel, world_size)
-    # A pair is two sequences.
-    sequences = training.micro_batch_size * (2 if method == "dpo" else 1)
     return MemoryModel(
         costs=CostModel(
             shape=shape,
@@ -303,7 +301,10 @@ def memory_of_run(
         ),
         training=training,
         on_cuda=on_cuda,
-        micro_batch=MicroBatch(sequences=sequences, seq_length=derived.sequence_length(training, shape)),
+        micro_batch=MicroBatch(
+            sequences=training.micro_batch_size * sequences_per_sample,
+            seq_length=derived.sequence_length(training, shape),
+        ),
         # None at all is the batch's mistake, and said elsewhere.
         micro_batches=max(1, derived.global_batch_size(config, world_size) // (training.micro_batch_size * data_size)),
     )

@@ -151,8 +151,14 @@ class RunInputs:
         return replace(self.config, training=replace(self.config.training, train_iters=0, train_epochs=None))
 
     def _look_at_memory(self, config: RunConfig, shape: ModelShape) -> Finding:
-        on_cuda = torch.cuda.is_available()
-        model = memory_of_run(self.method, config, shape, self.world_size, bf16=_takes_bf16(config), on_cuda=on_cuda)
+        model = memory_of_run(
+            config,
+            shape,
+            self.world_size,
+            sequences_per_sample=METHODS[self.method].sequences_per_sample,
+            bf16=_takes_bf16(config),
+            on_cuda=torch.cuda.is_available(),
+        )
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return memory_finding(model, _first_plan(config, shape), device_memory(local_ranks))
 

@@ -99,6 +99,8 @@ class Method:
     """What the options of the method make of it."""
     read_data: ReadData
     """Takes the resolved options, tokenizer, shape and world size; UserError for a mistake in the data."""
+    sequences_per_sample: int = 1
+    """What the model is given of a sample, for the memory of a micro-batch: a pair is two."""
     reference: "Callable[..., Reference] | None" = None
     """What the trained model is compared with, where there is such a thing: takes the run's inputs, model chunks,
     rounds, share of a batch, placement and announcer, before a checkpoint fills the chunks; collective."""

@@ -57,7 +57,12 @@ def _asked_for(error: BaseException) -> str:
 def _advice(inputs: Inputs, placement: Placement, plan: Plan, *, bf16: bool) -> str:
     on_cuda, room = placement.device.type == "cuda", _room(placement)
     model = memory_of_run(
-        inputs.method.name, inputs.config, inputs.shape, placement.world_size, bf16=bf16, on_cuda=on_cuda
+        inputs.config,
+        inputs.shape,
+        placement.world_size,
+        sequences_per_sample=inputs.method.sequences_per_sample,
+        bf16=bf16,
+        on_cuda=on_cuda,
     )
     memory = model.stage(plan.trains, placement.pipeline_rank)
     judged = verdict(model, plan.trains, min(room, int(_LESS * model.largest(plan.trains).total)))
