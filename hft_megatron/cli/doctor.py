@@ -6,6 +6,7 @@ word in place of the method's; without a model it looks at the machine alone.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from textwrap import wrap
 
@@ -15,7 +16,7 @@ from hft_megatron.config.model import ModelConfig, model_is_given_once
 from hft_megatron.config.names import MethodName
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_layout
-from hft_megatron.doctor.findings import Diagnosis, Row
+from hft_megatron.doctor.findings import Diagnosis, Row, Status
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.methods.registry import DECLARED
 from hft_megatron.parallel import launch
@@ -25,15 +26,21 @@ LINE_WIDTH = 120
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> str:
-    """A line per finding, with what to do below where it isn't ok, and the count of both kinds at the end."""
+    """A line per finding, with what to do below where it isn't ok, and a sentence on all of them at the end."""
     statuses = [row.finding.status for row in diagnosis.rows]
     status_width = max(len(status) for status in statuses)
     what_width = max(len(row.finding.what) for row in diagnosis.rows)
     lines = [diagnosis.setting, ""]
     for row in diagnosis.rows:
         lines += _lines(row, f"{row.finding.status:<{status_width}}  {row.finding.what:<{what_width}}  ")
-    counts = f"{statuses.count('wrong')} wrong, {_counted(statuses.count('warning'), 'warning')}"
-    return "\n".join([*lines, "", counts])
+    return "\n".join([*lines, "", _conclusion(statuses)])
+
+
+def _conclusion(statuses: Sequence[Status]) -> str:
+    wrong, warnings = statuses.count("wrong"), statuses.count("warning")
+    found = f"{_counted(wrong, 'is', 'are')} wrong and {_counted(warnings, 'has', 'have')} a warning"
+    end = "; what to do stands below each." if wrong or warnings else "."
+    return f"Of {len(statuses)} checks {found}{end}"
 
 
 def diagnosis_json(diagnosis: Diagnosis) -> str:
@@ -52,8 +59,9 @@ def _lines(row: Row, label: str) -> list[str]:
     return lines
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _counted(count: int, one: str, more: str) -> str:
+    """``none is``, ``1 is`` or ``2 are``."""
+    return f"{count or 'none'} {one if count < 2 else more}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +108,7 @@ def run(options: DoctorOptions, status: StatusFolder) -> None:
         show=show_diagnosis,
     ).run()
     if diagnosis.wrong:
-        raise RunFailed(f"wrong: {', '.join(diagnosis.wrong)}.")
+        raise RunFailed(f"something is wrong with {', '.join(diagnosis.wrong)}; the report says what to do.")
 
 
 def _checked(options: DoctorOptions) -> tuple[bool, bool]:
