@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from hft_megatron.checkpoint.folders import (
     DAMAGED,
     DIGESTS_FILE,
@@ -24,6 +22,7 @@ from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, write_atomic
 from hft_megatron.engine.lines import refuse_if_unreadable
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
+from hft_megatron.parallel.consensus import gathered, on_rank_0
 from hft_megatron.parallel.groups import Placement
 
 _FP32_BYTES = 4
@@ -83,33 +82,26 @@ def sound_checkpoint(
         aside = f", and the damaged one gets a name that ends in {DAMAGED}" if put_aside else ""
         announce(f"> --load-fallback: {damage}; going on from {good.name}{aside}")
     if put_aside:
-        mistakes: list[str | None] = [None]
-        if placement.rank == 0:
-            try:
-                _put_aside([path for path, _ in damaged if path.exists()], good)
-            except OSError as error:
-                mistakes = [f"--load-fallback: the damaged checkpoints in {found.folder} can't be put aside: {error}."]
-        dist.broadcast_object_list(mistakes, src=0)
-        if mistakes[0] is not None:
-            raise UserError(mistakes[0])
+        on_rank_0(lambda: _put_aside(found.folder, [path for path, _ in damaged if path.exists()], good))
     return good
 
 
-def _put_aside(damaged: Sequence[Path], good: Path) -> None:
+def _put_aside(folder: Path, damaged: Sequence[Path], good: Path) -> None:
     """Renames them and has the tracker name the good one, so that the next start finds it first."""
-    for path in damaged:
-        number = 0
-        while (aside := path.with_name(f"{path.name}{'' if number == 0 else f'.{number}'}{DAMAGED}")).exists():
-            number += 1
-        path.rename(aside)
-    write_atomically(good.with_name(CHECKPOINT_TRACKER_FILE), f"{iteration_of(good)}\n")
+    try:
+        for path in damaged:
+            number = 0
+            while (aside := path.with_name(f"{path.name}{'' if number == 0 else f'.{number}'}{DAMAGED}")).exists():
+                number += 1
+            path.rename(aside)
+        write_atomically(good.with_name(CHECKPOINT_TRACKER_FILE), f"{iteration_of(good)}\n")
+    except OSError as error:
+        raise UserError(f"--load-fallback: the damaged checkpoints in {folder} can't be put aside: {error}.") from error
 
 
 def damage_of(path: Path, placement: Placement) -> str | None:
     """What is wrong with a complete checkpoint, or with the one it is based on; None when nothing is. Collective."""
-    found: list[str | None] = [None] * placement.world_size
-    dist.all_gather_object(found, _damage_found_here(path, placement))
-    return next((damage for damage in found if damage is not None), None)
+    return next((damage for damage in gathered(_damage_found_here(path, placement)) if damage is not None), None)
 
 
 def _damage_found_here(path: Path, placement: Placement) -> str | None:
@@ -140,6 +132,4 @@ def _damage_found_here(path: Path, placement: Placement) -> str | None:
 def shared_digest(files: Sequence[Path], placement: Placement) -> str:
     """sha256 (hex) over every byte of ``files`` and their names. Collective; ranks share the reading."""
     mine = {path.name: digest_of(path) for path in files[placement.rank :: placement.world_size]}
-    everyone = [mine] * placement.world_size
-    dist.all_gather_object(everyone, mine)
-    return combined_digest({name: digest for one in everyone for name, digest in one.items()})
+    return combined_digest({name: digest for one in gathered(mine) for name, digest in one.items()})

@@ -30,6 +30,7 @@ from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, sync, write_atomically
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.parallel.meeting import wait_for_all_ranks
 
@@ -146,8 +147,7 @@ class CheckpointWriter:
 
     def _complete(self, save: _Save, report: WriterReport) -> None:
         """The files of all ranks are there: lists their digests, renames the folder and moves the tracker."""
-        digests = [report.digests] * self._placement.world_size
-        dist.all_gather_object(digests, report.digests)
+        digests = gathered(report.digests)
         save.tensor_bytes = sum(digest["bytes"] for one in digests for digest in one.values())
 
         def complete() -> None:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
@@ -13,6 +12,7 @@ from hft_megatron.hft.units import EMBEDDING_NAME, LM_HEAD_NAME, units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
 from hft_megatron.model.parameters import ParameterSlot, local_range, parameter_slots
+from hft_megatron.parallel.consensus import together
 from hft_megatron.parallel.groups import Placement
 
 _HARMLESS = ".rotary_emb.inv_freq"
@@ -85,26 +85,15 @@ def load_weights(
     Rows that only pad the vocabulary become zero. Collective. Raises UserError on all ranks, with the sentence of the
     first rank that has one, for a missing or misshapen tensor and for a value that is not finite.
     """
-    mistakes: list[str | None] = [None] * placement.world_size
-    dist.all_gather_object(mistakes, _mistake_of_loading(folder, chunks, shape, placement, option))
-    for mistake in mistakes:
-        if mistake is not None:
-            raise UserError(mistake)
 
-
-def _mistake_of_loading(
-    folder: str, chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement, option: str
-) -> str | None:
-    """Fills what this rank holds; the sentence about what is wrong with that part of the folder, if anything is."""
-    try:
+    def fill() -> None:
         with HuggingFaceWeights(folder, option=option) as weights:
             for slot in parameter_slots(chunks):
                 weights.check_shape(slot.hf_name, whole_shape(slot.unit, shape))
                 with torch.no_grad():
                     _fill(slot, weights, shape, placement)
-    except UserError as error:
-        return str(error)
-    return None
+
+    together(fill)
 
 
 def _fill(slot: ParameterSlot, weights: HuggingFaceWeights, shape: ModelShape, placement: Placement) -> None:

@@ -17,6 +17,7 @@ from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.parallel.meeting import wait_for_all_ranks
 
@@ -95,9 +96,8 @@ def gathered_weights(
     Every rank must run it to its end, which is when rank 0 has taken the last one.
     """
     slots = {slot.unit: slot for slot in parameter_slots(chunks) if not _is_tied_copy(slot, shape)}
-    owned: list[tuple[int, list[str]] | None] = [None] * placement.world_size
     speaks = placement.data_rank == 0 and placement.tensor_rank == 0
-    dist.all_gather_object(owned, (placement.rank, list(slots)) if speaks else None)
+    owned = gathered((placement.rank, list(slots)) if speaks else None)
     owner_of = {unit: rank for entry in owned if entry is not None for rank, units in [entry] for unit in units}
     for unit in (unit.name for unit in units_of(shape)):
         # Rank 0 comes here when it has written the unit before. Until then the others hold no copies of theirs, and

@@ -18,6 +18,7 @@ from hft_megatron.doctor.machine import device_finding, host_findings, software_
 from hft_megatron.doctor.measurements import measure_all_reduce, save_folder_finding, speed_findings
 from hft_megatron.doctor.run_inputs import RunInputs
 from hft_megatron.errors import PeersLost
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement, host_name, start_backend, start_groups, stop_groups
 
 OTHER_RANKS_WAIT_S = 30.0
@@ -105,9 +106,8 @@ class Examination:
         mine = RankReport(
             rank=self._rank, host=host_name(), findings=tuple(self._findings), speeds=tuple(filter(None, speeds))
         )
-        reports: list[Any] = [None] * self.world_size
         with self._limit.of("gathering"):
-            dist.all_gather_object(reports, mine)
+            reports = gathered(mine)
         return self._diagnosis(reports, (*merged(reports), *speed_findings(reports)))
 
     def _diagnosis(self, reports: Sequence[RankReport], rows: Iterable[Row]) -> Diagnosis:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.hft.plan import Plan
+from hft_megatron.parallel.consensus import gathered
 
 if TYPE_CHECKING:
     # With megatron-core, which a plan on somebody else's model doesn't need.
@@ -58,22 +59,15 @@ def check_agreement(plan: Plan, *, group: dist.ProcessGroup | None = None, coord
     differing unit or option.
     """
     me = _Holder(rank=dist.get_rank(), host=socket.gethostname(), coordinates=coordinates, digest=plan.digest)
-    holders: list[_Holder] = _gather(me, group)
+    holders: list[_Holder] = gathered(me, group)
     # Counter keeps first-seen order and max takes the first maximum, so a tie goes to the lowest rank on every rank.
     digests = Counter(holder.digest for holder in holders)
     if len(digests) == 1:
         return
     common = max(digests, key=digests.__getitem__)
-    plans: list[Plan] = _gather(plan, group)
+    plans: list[Plan] = gathered(plan, group)
     reference = next(index for index, holder in enumerate(holders) if holder.digest == common)
     raise UserError(_message(holders, plans, reference))
-
-
-def _gather(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
-    """Every rank's ``value``, in the order of ranks in ``group``."""
-    gathered: list[_Value | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered  # type: ignore[return-value]
 
 
 def _message(holders: Sequence[_Holder], plans: Sequence[Plan], reference: int) -> str:
@@ -145,10 +139,8 @@ class Audit:
         pairs = zip(self._resting, self._before, strict=True)
         moved = [slot.unit for slot, before in pairs if fingerprint(slot.parameter) != before]
         first = min(moved, key=self._order.__getitem__, default=None)
-        found: list[tuple[int, str, str, str, int] | None] = [None] * dist.get_world_size()
         mine = None if first is None else (self._order[first], first, socket.gethostname(), coordinates, len(moved))
-        dist.all_gather_object(found, mine)
-        guilty = [(entry[0], rank, entry) for rank, entry in enumerate(found) if entry is not None]
+        guilty = [(entry[0], rank, entry) for rank, entry in enumerate(gathered(mine)) if entry is not None]
         if not guilty:
             return
         _, rank, (_, unit, host, where, _) = min(guilty, key=lambda one: one[:2])

@@ -15,6 +15,7 @@ from torch import Tensor
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.errors import UserError
 from hft_megatron.hft.units import MATRIX_CATEGORIES, Unit, units_of
+from hft_megatron.parallel.consensus import together
 
 _IQR_OF_NORMAL = 1.349
 """Interquartile range of a normal distribution, in standard deviations."""
@@ -47,20 +48,9 @@ def spectrum_scores(shape: ModelShape, read: Callable[[str], Tensor], *, device:
     Raises the same UserError on every rank when a matrix can't be read or holds entries that are not finite.
     """
     matrices = [unit for unit in units_of(shape) if unit.category in MATRIX_CATEGORIES]
-    mine: dict[str, float] = {}
-    mistake = None
-    try:
-        for name in _shares(matrices, dist.get_world_size())[dist.get_rank()]:
-            mine[name] = _score(name, read(f"{name}.weight").to(device))
-    except UserError as error:
-        # The other ranks wait for this one in the gathering below.
-        mistake = str(error)
-    gathered: list[tuple[dict[str, float], str | None]] = [({}, None)] * dist.get_world_size()
-    dist.all_gather_object(gathered, (mine, mistake))
-    for _, found in gathered:
-        if found is not None:
-            raise UserError(found)
-    scores = {name: score for share, _ in gathered for name, score in share.items()}
+    mine = _shares(matrices, dist.get_world_size())[dist.get_rank()]
+    shares = together(lambda: {name: _score(name, read(f"{name}.weight").to(device)) for name in mine})
+    scores = {name: score for share in shares for name, score in share.items()}
     assert scores.keys() == {unit.name for unit in matrices}, "every matrix is scored by one rank"
     return scores
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from hft_megatron.errors import PeersLost
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.launch import numbers_in_words
 
 ARRIVALS = "hft_megatron/arrivals"
@@ -55,9 +56,7 @@ def wait_for_all_ranks() -> None:
 def _ranks_of_this_host() -> dict[int, int]:
     """rank -> process id of the ranks whose processes this one can see."""
     place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino)
-    everyone = [(place, 0)] * dist.get_world_size()
-    dist.all_gather_object(everyone, (place, os.getpid()))
-    return {rank: pid for rank, (theirs, pid) in enumerate(everyone) if theirs == place}
+    return {rank: pid for rank, (theirs, pid) in enumerate(gathered((place, os.getpid()))) if theirs == place}
 
 
 def _check_lives(processes: dict[int, int]) -> None:

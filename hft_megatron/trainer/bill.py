@@ -11,13 +11,13 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from hft_megatron.config.derived import sequence_length, train_iters
+from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.run_folder import BILL_FILE, write_atomically
 from hft_megatron.conversion.save import Announce
 from hft_megatron.costs.flops import FORMULA, StepFlops, step_flops
 from hft_megatron.costs.rank_costs import CostModel
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.step_clock import OTHER, SECTIONS
 from hft_megatron.report.bill import bill_line, render_bill
 from hft_megatron.tracking import tracker as names
@@ -106,7 +106,7 @@ class TimeLeft:
 
     def seconds(self, run: Run) -> float:
         """From the run's iteration to its last."""
-        return (train_iters(run.config.training) - run.state.iteration) * median(self._recent) / 1e3
+        return (run.length - run.state.iteration) * median(self._recent) / 1e3
 
 
 WARM_UP_STEPS = 2
@@ -173,8 +173,7 @@ class Bill(Hook):
         steps = len(self._times[STEP])
         if steps == 0:  # a finished run that was started again
             return
-        accounts: list[Any] = [None] * run.placement.world_size
-        dist.all_gather_object(accounts, self._account(run, steps))
+        accounts = gathered(self._account(run, steps))
         bill = _bill_of(run, accounts, steps=steps, timed_steps=steps - _warm_up(steps))
         timed = self._work[_warm_up(steps) :]
         bill["throughput"] = {**rates(timed, run.placement.world_size), "formula": FORMULA}

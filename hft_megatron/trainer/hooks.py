@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from hft_megatron.checkpoint.writer import CheckpointWriter
-from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.costs.flops import StepFlops
 from hft_megatron.parallel import step_clock
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import host_name
 from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.bill import Bill, TimeLeft, Work, flops_of, peak_memory, rates, work_of
@@ -81,9 +81,7 @@ class ComputeTimes:
         if placement.world_size == 1:
             return {}
         if not self._places:
-            self._places = [""] * placement.world_size
-            mine = f"rank {placement.rank} on {host_name()} ({placement.coordinates})"
-            dist.all_gather_object(self._places, mine)
+            self._places = gathered(f"rank {placement.rank} on {host_name()} ({placement.coordinates})")
         times = torch.zeros(placement.world_size, dtype=torch.float64, device=placement.device)
         times[placement.rank] = mean
         dist.all_reduce(times)
@@ -136,7 +134,7 @@ class LogSteps(Hook):
         self._work.append(work_of(result, self._flops))
         self._time_left.add(result)
         self._compute.add(result)
-        last = run.state.iteration == train_iters(run.config.training)
+        last = run.is_complete
         # On all ranks: the record of a spike, which the last stage alone sees, is no place for a collective.
         compute = self._compute.take(run) if run.state.iteration % self.interval == 0 or last else {}
         spike = None if result.loss is None else self.spikes.score(result.loss)

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-import torch.distributed as dist
-
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
@@ -32,6 +30,7 @@ from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.hft.spectrum import spectrum_scores
 from hft_megatron.hft.units import MATRIX_CATEGORIES, units_of
+from hft_megatron.parallel.consensus import gathered, on_rank_0
 from hft_megatron.parallel.groups import Placement, host_name
 from hft_megatron.tracking.trackers import check_tracking_packages
 from hft_megatron.trainer.method import Method, RunData
@@ -47,7 +46,7 @@ class Inputs:
 
     method: Method
     config: RunConfig
-    """Resolved, except that ``bf16`` may still be unset: the machine decides it."""
+    """Resolved; ``bf16`` may be unset until ranks have met: the machines decide it."""
     shape: ModelShape
     tokenizer: Tokenizer | None
     """None only where a model without tokenizer files is converted."""
@@ -279,8 +278,7 @@ def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
 
     Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
     """
-    everyone: list[tuple[str, _Read]] = [("", _read_by(inputs))] * placement.world_size
-    dist.all_gather_object(everyone, (f"{host_name()} ({placement.coordinates})", _read_by(inputs)))
+    everyone = gathered((f"{host_name()} ({placement.coordinates})", _read_by(inputs)))
     for rank, (where, theirs) in enumerate(everyone):
         difference = _first_difference(everyone[0][1], theirs)
         if difference is not None:
@@ -339,25 +337,11 @@ def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | No
         return None
     if inputs.resumes:
         assert inputs.checkpoint is not None
-        return _saved_scores(inputs.checkpoint.parent / SPECTRUM_FILE, inputs.shape)
+        file = inputs.checkpoint.parent / SPECTRUM_FILE
+        return on_rank_0(lambda: read_scores(file, inputs.shape))
     assert config.model.load_hf is not None, "the rules of the options ask for it"
     with HuggingFaceWeights(config.model.load_hf) as weights:
         return spectrum_scores(inputs.shape, weights.read, device=placement.device)
-
-
-def _saved_scores(file: Path, shape: ModelShape) -> dict[str, float]:
-    """The scores of the first run, read by rank 0 for all ranks: one that can't read them must not leave the others."""
-    answer: list[tuple[dict[str, float], str | None]] = [({}, None)]
-    if dist.get_rank() == 0:
-        try:
-            answer = [(read_scores(file, shape), None)]
-        except UserError as error:
-            answer = [({}, str(error))]
-    dist.broadcast_object_list(answer, src=0)
-    scores, mistake = answer[0]
-    if mistake is not None:
-        raise UserError(mistake)
-    return scores
 
 
 def read_scores(file: Path, shape: ModelShape) -> dict[str, float]:

@@ -7,12 +7,11 @@ from dataclasses import replace
 import torch
 
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run import RunConfig
-from hft_megatron.hft.on_ranks import check_agreement
 from hft_megatron.hft.rules import RULES
 from hft_megatron.optimizer.rounds import LearningRate, span_of_round, switch_round
 from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.trainer.nonfinite import check_weights
 from hft_megatron.trainer.rounds import Rounds
 from hft_megatron.trainer.run import Run
 from hft_megatron.trainer.step import StepResult, train_step
@@ -35,10 +34,11 @@ class Hook:
 
 
 def train(run: Run, hooks: Sequence[Hook]) -> None:
-    """Steps until --train-iters; every rank calls it."""
+    """Steps until --train-iters; every rank calls it. Raises RunFailed where the last step left a weight that is not
+    finite, and what hooks raise."""
     for hook in hooks:
         hook.at_round_start(run)
-    while run.state.iteration < train_iters(run.config.training):
+    while not run.is_complete:
         result = next_step(run, hooks)
         for hook in hooks:
             hook.after_step(run, result)
@@ -46,6 +46,7 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
         hook.at_round_end(run)
     for hook in hooks:
         hook.at_end(run)
+    check_weights(run)
 
 
 def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
@@ -67,8 +68,7 @@ def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
 def begin_round(run: Run, round: int) -> None:
     """Switches the run to another round's plan, which all ranks must hold alike; every rank calls it."""
     start, config = time.perf_counter(), run.config
-    plan = run.rounds.plan(round)
-    check_agreement(plan, coordinates=run.placement.coordinates)
+    plan = run.rounds.agreed_plan(round, run.placement)
     run.wrapped = switch_round(
         run.wrapped,
         plan,

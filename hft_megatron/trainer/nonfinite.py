@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -21,6 +20,7 @@ from hft_megatron.errors import RunFailed
 from hft_megatron.hft.units import forward_position
 from hft_megatron.model.linear import SharedInputColumnParallel
 from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import host_name
 from hft_megatron.trainer.method import run_schedule
 from hft_megatron.trainer.run import Run
@@ -118,9 +118,7 @@ def _finding(run: Run, kind: int, place: int, unit: str = "") -> _Finding:
 
 
 def _first_of_all(mine: Sequence[_Finding]) -> _Finding | None:
-    found: list[_Finding | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, min(mine, default=None))
-    return min((one for one in found if one is not None), default=None)
+    return min((one for one in gathered(min(mine, default=None)) if one is not None), default=None)
 
 
 # --- how it is said

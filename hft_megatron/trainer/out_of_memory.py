@@ -24,11 +24,11 @@ _LESS = 0.9
 
 @contextlib.contextmanager
 def memory_errors_in_words(
-    inputs: Inputs, placement: Placement, *, bf16: bool, plan: Callable[[], Plan], when: Callable[[], str]
+    inputs: Inputs, placement: Placement, *, plan: Callable[[], Plan], when: Callable[[], str]
 ) -> Iterator[None]:
     """Within it, an allocation that fails is RankFailed, with one sentence for this rank.
 
-    ``bf16`` is whether weights are in it. ``plan`` is that of the round and ``when`` says how far the run has come,
+    ``plan`` is that of the round and ``when`` says how far the run has come,
     both at the time of the failure.
     """
     try:
@@ -38,7 +38,7 @@ def memory_errors_in_words(
             raise
         raise RankFailed(
             f"rank {placement.rank} on {host_name()} ({placement.coordinates}) ran out of memory {when()}"
-            f"{_asked_for(error)}; {_advice(inputs, placement, plan(), bf16=bf16)}"
+            f"{_asked_for(error)}; {_advice(inputs, placement, plan())}"
         ) from error
 
 
@@ -54,14 +54,14 @@ def _asked_for(error: BaseException) -> str:
     return f" ({asked[1]} more were asked for)" if asked else ""
 
 
-def _advice(inputs: Inputs, placement: Placement, plan: Plan, *, bf16: bool) -> str:
+def _advice(inputs: Inputs, placement: Placement, plan: Plan) -> str:
     on_cuda, room = placement.device.type == "cuda", _room(placement)
     model = memory_of_run(
         inputs.config,
         inputs.shape,
         placement.world_size,
         sequences_per_sample=inputs.method.sequences_per_sample,
-        bf16=bf16,
+        bf16=inputs.config.training.bf16 is True,
         on_cuda=on_cuda,
     )
     memory = model.stage(plan.trains, placement.pipeline_rank)

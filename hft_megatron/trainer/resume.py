@@ -1,16 +1,17 @@
 """Where a run stands when it starts: a checkpoint's position and state, and options that differ from its own.
 
 A checkpoint notes the values of its command; Megatron's two options choose where those of a resuming command differ.
-Imports no torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+import torch
+
 from hft_megatron.checkpoint.folders import identity_of
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.checkpoint.store import load_checkpoint, load_weights
+from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint, load_weights
 from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
 from hft_megatron.config import derived
 from hft_megatron.config.derived import train_iters
@@ -18,8 +19,11 @@ from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import load_weights as load_hf_weights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
+from hft_megatron.model.build import build_model, initialize_weights
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.optimizer.rounds import span_of_round
 from hft_megatron.optimizer.wrapping import WrappedModel
@@ -169,11 +173,33 @@ def _span(inputs: Inputs, world_size: int) -> int:
     return span_of_round(inputs.config.hft, rounds, rounds.first_round, cycle=None).length
 
 
-def fill_from_other_run(inputs: Inputs, chunks: Sequence[LlamaModel], announce: Announce) -> None:
-    """With --finetune, fills the model with the weights of the --load checkpoint; collective."""
+def check_plan(inputs: Inputs, plan: Plan) -> None:
+    """UserError where a resumed run's checkpoint was trained by another plan."""
+    if inputs.resumes:
+        assert inputs.checkpoint is not None
+        check_saved_plan(inputs.checkpoint, plan, inputs.shape)
+
+
+def starting_model(inputs: Inputs, placement: Placement, announce: Announce) -> list[LlamaModel]:
+    """This rank's model chunks, with the weights of the --load-hf folder, of the run that --finetune names, or drawn;
+    collective."""
+    config = inputs.config
+    chunks = build_model(
+        inputs.shape,
+        config.parallel,
+        config.training,
+        placement=placement,
+        dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        vocab_multiple=config.model.make_vocab_size_divisible_by,
+    )
+    if config.model.load_hf is not None:
+        load_hf_weights(config.model.load_hf, chunks, inputs.shape, placement)
+    else:
+        initialize_weights(chunks, inputs.shape, seed=config.training.seed, placement=placement)
     if inputs.checkpoint is not None and not inputs.resumes:
         load_weights(inputs.checkpoint, chunks)
         announce(f"  successfully loaded the weights of {inputs.checkpoint}: a new run starts from them")
+    return chunks
 
 
 def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:

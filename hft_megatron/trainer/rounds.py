@@ -8,9 +8,11 @@ from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run import RunConfig
 from hft_megatron.data.order import SampleStream
 from hft_megatron.errors import UserError
+from hft_megatron.hft.on_ranks import check_agreement
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.hft.rules import RULES
+from hft_megatron.parallel.groups import Placement
 
 _OF_SEVERAL_ROUNDS = {"hft_rotation": "independent", "hft_moments": "reset", "hft_lr_schedule": "run"}
 """Options that say what happens from one round to the next, and what they are when nothing is asked for."""
@@ -32,6 +34,12 @@ class Rounds:
         if self._newest is None or self._newest[0] != round:
             self._newest = round, self._draw(round)
         return self._newest[1]
+
+    def agreed_plan(self, round: int, placement: Placement) -> Plan:
+        """The plan of a round, after all ranks have found that theirs is the same; UserError where it isn't."""
+        plan = self.plan(round)
+        check_agreement(plan, coordinates=placement.coordinates)
+        return plan
 
     def trained_until(self, round: int) -> frozenset[str]:
         """Units that some round up to and with this one trains; rounds asked for must not go back."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.errors import RunFailed
@@ -50,6 +51,16 @@ class Run:
     """How long the switch to this round took; None in the round that the run started in."""
     failure: str | None = None
     """Why this rank can't go on; the others learn of it after the step."""
+
+    @property
+    def length(self) -> int:
+        """Optimizer steps of the whole run."""
+        return train_iters(self.config.training)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step is left."""
+        return self.state.iteration >= self.length
 
     def advance(self, *, updated: bool) -> None:
         """One step is done, or was left out."""

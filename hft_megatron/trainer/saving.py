@@ -1,6 +1,8 @@
 """Checkpoints and exports while a run trains, and its end by a signal or a time limit."""
 
+import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -15,14 +17,18 @@ import torch.distributed as dist
 from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from hft_megatron.config.checkpoint import CheckpointConfig
-from hft_megatron.config.derived import train_iters
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.exports import best_metric, higher_is_better
+from hft_megatron.config.loading import write_resolved
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
+from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.kept_files import Destination, FinalExport, IterationExport, NewFolder
 from hft_megatron.conversion.save import Announce, ExportRules
-from hft_megatron.errors import RunFailed, Stopped
+from hft_megatron.errors import RunFailed, Stopped, UserError
 from hft_megatron.model.llama import LlamaModel
+from hft_megatron.parallel.consensus import gathered, on_rank_0
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.trainer.inputs import Inputs
 from hft_megatron.trainer.loop import Hook
@@ -168,7 +174,7 @@ class StopEarly(Hook):
         number, late, failed = reasons.tolist()
         if failed:
             self._fail_if_any(run)
-        if not (number or late) or run.state.iteration == train_iters(run.config.training):
+        if not (number or late) or run.is_complete:
             return
         what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
         stopped = f"{what} stopped the run at iteration {run.state.iteration}"
@@ -178,9 +184,7 @@ class StopEarly(Hook):
         raise Stopped(f"{stopped}; start it again with --load {self._saver.options.save}")
 
     def _fail_if_any(self, run: Run) -> None:
-        failures: list[str | None] = [None] * run.placement.world_size
-        dist.all_gather_object(failures, run.failure)
-        failure = next((failure for failure in failures if failure is not None), None)
+        failure = next((failure for failure in gathered(run.failure) if failure is not None), None)
         if failure is None:
             return
         if self._saver is not None:
@@ -247,9 +251,7 @@ class Exporter:
         if self.options.save_hf is None:
             return
         folder = exports_of(self.options)
-        is_there = [folder is not None and folder.has_final()]
-        dist.broadcast_object_list(is_there, src=0)
-        if is_there[0]:
+        if on_rank_0(lambda: folder is not None and folder.has_final()):
             self.announce(f"> --save-hf {self.options.save_hf} holds the export of iteration {iteration} already")
             return
         destination: Destination = NewFolder(target=Path(self.options.save_hf))
@@ -294,3 +296,34 @@ class ExportModels(Hook):
         except RunFailed as failure:
             run.failure = str(failure)
         run.announce(f"  training stood still for {(time.perf_counter() - begun) * 1e3:,.0f} ms")
+
+
+def write_run_files(inputs: Inputs, scores: dict[str, float] | None, announce: Announce) -> None:
+    """What the --save and --save-hf folders hold before the first step; what rank 0 can't write is UserError on all."""
+
+    def write() -> None:
+        identity = replace(inputs.identity, run_id=inputs.identity.run_id or secrets.token_hex(8))
+        options = inputs.config.checkpoint
+        option, target = "--save", options.save
+        try:
+            if options.save is not None:
+                _fill_save_folder(Path(options.save), inputs.config, identity, scores)
+            exports = exports_of(options)
+            if exports is not None:
+                option, target = "--save-hf", options.save_hf
+                for line in exports.begin(identity.run_id, inputs.position.iteration):
+                    announce(f"> {line}")
+        except OSError as error:
+            raise UserError(
+                f"{option} {target} can't be written: {error}; make room, or choose another folder."
+            ) from error
+
+    on_rank_0(write)
+
+
+def _fill_save_folder(folder: Path, config: RunConfig, identity: RunIdentity, scores: dict[str, float] | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+    if scores is not None:
+        write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
+    write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(identity.to_dict(), indent=2) + "\n")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hft_megatron.errors import RunFailed
 from hft_megatron.hft.on_ranks import Audit, fingerprint
 from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import host_name
 from hft_megatron.parallel.launch import numbers_in_words
 from hft_megatron.trainer.loop import Hook
@@ -86,9 +87,8 @@ def check_replicas(run: Run) -> None:
     if not differing:
         return
     unit, part = differing[0]
-    held: list[tuple[int | None, str]] = [(None, "")] * placement.world_size
     where = f"rank {placement.rank} on {host_name()} ({placement.coordinates})"
-    dist.all_gather_object(held, (mine.get((unit, part)), where))
+    held = gathered((mine.get((unit, part)), where))
     holders = {rank: found for rank, (found, _) in enumerate(held) if found is not None}
     raise RunFailed(
         f"iteration {run.state.iteration}: {odd_ones(holders, [where for _, where in held])} of "

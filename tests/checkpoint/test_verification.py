@@ -66,12 +66,12 @@ def run_refused(words: list[str]) -> str:
     from unittest.mock import patch
 
     from hft_megatron.errors import UserError
-    from hft_megatron.trainer import assembly
+    from hft_megatron.trainer import resume
 
     def not_reached(*arguments: Any) -> None:
         raise AssertionError("a model was built")
 
-    with patch.object(assembly, "build_model", not_reached), pytest.raises(UserError) as caught:
+    with patch.object(resume, "build_model", not_reached), pytest.raises(UserError) as caught:
         run_sft_words(words)
     return str(caught.value)
 

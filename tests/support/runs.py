@@ -130,10 +130,10 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -
 @contextlib.contextmanager
 def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
     """What a run must not do to a rank that lives on: end the process group, keep signals."""
-    from hft_megatron.trainer import assembly, saving
+    from hft_megatron.trainer import assembly, prepare, saving
 
     said: list[str] = []
-    original_hooks, original_announcer = assembly.build_hooks, assembly._announcer
+    original_hooks, original_announcer = assembly.build_hooks, prepare.announcer
 
     def build_hooks(run: Any, **options: Any) -> list[Any]:
         return [recorder, *original_hooks(run, **options)]
@@ -150,7 +150,7 @@ def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
     with (
         patch.object(assembly, "stop_groups", lambda: None),
         patch.object(assembly, "build_hooks", build_hooks),
-        patch.object(assembly, "_announcer", announcer),
+        patch.object(prepare, "announcer", announcer),
         # The pool's own handler of SIGUSR1 shows where a rank is stuck.
         patch.object(saving.Signals, "NUMBERS", (signal.SIGTERM,)),
     ):

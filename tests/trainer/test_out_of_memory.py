@@ -12,7 +12,7 @@ import torch
 from hft_megatron.cli import boundary
 from hft_megatron.cli.boundary import StatusFolder, run_command
 from hft_megatron.errors import EXIT_FAILURE, RankFailed
-from hft_megatron.trainer import assembly, step
+from hft_megatron.trainer import resume, step
 from hft_megatron.trainer.out_of_memory import is_of_memory
 from tests.support.runs import Recorder, make_inputs, run_recorded, words_for
 
@@ -35,7 +35,7 @@ def run_until_memory_is_gone(words: list[str], where: str) -> str:
             raise torch.OutOfMemoryError(ON_CUDA)
         return torch.empty(1 << 50)
 
-    module, name = (step, "run_schedule") if where == "step" else (assembly, "load_weights")
+    module, name = (step, "run_schedule") if where == "step" else (resume, "load_hf_weights")
     with patch.object(module, name, allocate), pytest.raises(RankFailed) as caught:
         run_recorded("sft", words, recorder)
     return str(caught.value)

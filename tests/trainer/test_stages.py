@@ -131,4 +131,4 @@ def test_a_file_of_options_holds_for_the_stages_of_other_commands_too(inputs: Pa
     words = words_of(inputs, tmp_path / "run", "--config", tmp_path / "options.yaml", "--check")
     at = words.index("--dpo-reference")  # which `sft` doesn't have
     assert run_cli(words[:at] + words[at + 2 :], log=tmp_path / "log", method="sft") == 2
-    assert "--dpo-beta -1.0 must be above 0" in (tmp_path / "log").read_text()
+    assert "--dpo-beta -1.0: must be a number above 0" in (tmp_path / "log").read_text()

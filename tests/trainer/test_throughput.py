@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.dpo import DpoConfig
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
@@ -34,7 +35,8 @@ RESULT = StepResult(
 def run_of(config: RunConfig, *, iteration: int = 0, reference: object = None) -> Run:
     wrapped = SimpleNamespace(modules=[SimpleNamespace(shape=SHAPE)], plan=SimpleNamespace(trains=lambda unit: True))
     state: Any = SimpleNamespace(iteration=iteration)
-    return cast(Run, SimpleNamespace(config=config, wrapped=wrapped, reference=reference, state=state))
+    length = train_iters(config.training)
+    return cast(Run, SimpleNamespace(config=config, length=length, wrapped=wrapped, reference=reference, state=state))
 
 
 def test_a_rate_is_a_mean_over_time_and_a_share_of_one_rank() -> None:

@@ -30,6 +30,7 @@ from hft_megatron.methods.dpo.objective import LOG_PROBS, log_prob_step
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.method import run_schedule
@@ -289,8 +290,7 @@ def _on_all(count: Tensor, placement: Placement) -> int:
 
 def _fill(table: Tensor, is_there: Tensor, new: Sequence[tuple[Tensor, Tensor]], placement: Placement) -> None:
     """Into every rank's ``table`` what all ranks' batches since the last call gave, the first of a pair."""
-    everyone: list[Sequence[tuple[Tensor, Tensor]]] = [new] * placement.world_size
-    dist.all_gather_object(everyone, new)
+    everyone = gathered(new)
     # Batch by batch, as training would meet the pairs, and not rank by rank.
     in_turn = [found for batch in zip(*(part for part in everyone if part), strict=True) for found in batch]
     if not in_turn:

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from hft_megatron.checkpoint.folders import identity_of
 from hft_megatron.checkpoint.store import load_weights as load_checkpoint_weights
@@ -34,6 +33,7 @@ from hft_megatron.methods.dpo.reference import (
 )
 from hft_megatron.model.build import build_model
 from hft_megatron.model.llama import LlamaModel
+from hft_megatron.parallel.consensus import on_rank_0
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.trainer.inputs import Inputs
 from hft_megatron.trainer.rounds import Rounds
@@ -60,11 +60,11 @@ def reference_of_run(
     assert isinstance(data, PreferenceData), "pairs are compared with a reference"
     base = None
     if options.dpo_reference_model is None and inputs.identity.finetuned_from is not None:
-        base = _on_rank_0(lambda: _base_of_finetuning(inputs), placement)
+        base = on_rank_0(lambda: _base_of_finetuning(inputs))
 
     def with_weights_of_start() -> Sequence[LlamaModel]:
         if base is not None and inputs.resumes:
-            _on_rank_0(lambda: _check_base(inputs, base), placement)
+            on_rank_0(lambda: _check_base(inputs, base))
             load_checkpoint_weights(base.checkpoint, chunks)
         return chunks
 
@@ -116,21 +116,6 @@ class _Base:
 
     checkpoint: Path
     digest: str
-
-
-def _on_rank_0(work: Callable[[], T], placement: Placement) -> T:
-    """What ``work`` returns on rank 0, or the UserError that it raises there, on every rank; collective."""
-    answers: list[Any] = [None]
-    if placement.rank == 0:
-        try:
-            answers = [work()]
-        except UserError as error:
-            answers = [error]
-    dist.broadcast_object_list(answers, src=0)
-    if isinstance(answers[0], UserError):
-        raise answers[0]
-    answer: T = answers[0]
-    return answer
 
 
 def _base_of_finetuning(inputs: Inputs) -> _Base:
@@ -236,25 +221,23 @@ def _table(
     tables = []
     for dataset, batches in data.passes(share):
         key = CacheKey(**asdict(made), data=dataset.digest, pairs=len(dataset))
-        table = _cached(folder, key, placement, announce)
+        table = _cached(folder, key, announce)
         if table is None:
-            _on_rank_0(lambda: _written(folder, lambda: check_cache_can_be_written(folder)), placement)
-            begun = _cached(folder, key, placement, announce, part=True)
-            keep_part = partial(_keep, folder, key, placement, part=True)
+            on_rank_0(lambda: _written(folder, lambda: check_cache_can_be_written(folder)))
+            begun = _cached(folder, key, announce, part=True)
+            keep_part = partial(_keep, folder, key, part=True)
             reference = reference_model() if reference is None else reference
             table = log_prob_table(
                 reference, batches, len(dataset), placement, announce, begun=begun, keep_part=keep_part
             )
-            announce(f"> reference: log-probabilities kept in {_keep(folder, key, placement, table, part=False)}")
+            announce(f"> reference: log-probabilities kept in {_keep(folder, key, table, part=False)}")
         tables.append(table)
     return torch.cat(tables)
 
 
-def _cached(
-    folder: Path, key: CacheKey, placement: Placement, announce: Announce, *, part: bool = False
-) -> torch.Tensor | None:
+def _cached(folder: Path, key: CacheKey, announce: Announce, *, part: bool = False) -> torch.Tensor | None:
     """What rank 0 finds on its disk, on every rank; a damaged file counts as none, and is named."""
-    answer = _on_rank_0(lambda: read_cache(folder, key, part=part), placement)
+    answer = on_rank_0(lambda: read_cache(folder, key, part=part))
     if isinstance(answer, str):
         announce(f"> reference: {answer}: making it again")
         return None
@@ -264,8 +247,8 @@ def _cached(
     return answer
 
 
-def _keep(folder: Path, key: CacheKey, placement: Placement, table: torch.Tensor, *, part: bool) -> Path:
-    return _on_rank_0(lambda: _written(folder, lambda: write_cache(folder, key, table, part=part)), placement)
+def _keep(folder: Path, key: CacheKey, table: torch.Tensor, *, part: bool) -> Path:
+    return on_rank_0(lambda: _written(folder, lambda: write_cache(folder, key, table, part=part)))
 
 
 def _written(folder: Path, write: Callable[[], T]) -> T:

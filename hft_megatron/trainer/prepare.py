@@ -1,0 +1,149 @@
+"""A run before its model is built: its ranks in groups, agreed on what they read, with the plan they start with."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from hft_megatron.config.derived import global_batch_size, train_iters
+from hft_megatron.config.parallel import pipeline_words
+from hft_megatron.config.run import RunConfig
+from hft_megatron.data.batches import BatchShare, PrefetchedSteps
+from hft_megatron.engine import cpu_backend
+from hft_megatron.hft.plan import Plan
+from hft_megatron.model.llama import check_implementation
+from hft_megatron.optimizer.wrapping import adam_in_use
+from hft_megatron.parallel.consensus import gathered, together
+from hft_megatron.parallel.groups import Placement, make_deterministic, start_groups
+from hft_megatron.parallel.peers import Peers
+from hft_megatron.tracking.tracker import Tracker
+from hft_megatron.tracking.trackers import build_tracker
+from hft_megatron.trainer.inputs import Inputs, check_inputs_agree, scores_of_run
+from hft_megatron.trainer.resume import check_plan, with_schedule, with_sound_checkpoint
+from hft_megatron.trainer.rounds import Rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run is built from, on this rank."""
+
+    inputs: Inputs
+    placement: Placement
+    announce: Callable[[str], None]
+    """Prints one line on rank 0."""
+    scores: dict[str, float] | None
+    """Of --hft-selection spectrum, by unit."""
+    rounds: Rounds
+    plan: Plan
+    """Of the round that the run starts in."""
+    tracker: Tracker | None
+    """None where nothing is trained."""
+
+    @property
+    def config(self) -> RunConfig:
+        """All options, resolved."""
+        return self.inputs.config
+
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of a batch."""
+        return BatchShare(
+            micro_batch_size=self.config.training.micro_batch_size,
+            global_batch_size=global_batch_size(self.config, self.placement.world_size),
+            data_parallel_rank=self.placement.data_rank,
+            data_parallel_size=self.placement.data_size,
+            length_multiple=self.placement.tensor_size,
+        )
+
+    def training_steps(self) -> PrefetchedSteps:
+        """This rank's part of every step, made one step ahead."""
+        assert self.inputs.data is not None
+        stop = train_iters(self.config.training) * self.share.global_batch_size
+        return PrefetchedSteps(self.inputs.data.training(self.share), stop=stop)
+
+
+def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
+    """Collective over all ranks; raises the same UserError on every rank where they read different things, or where
+    the checkpoint, its plan or a tracker can't be used, and PeersLost where they don't meet."""
+    if inputs.config.training.deterministic_mode:
+        make_deterministic()
+    company.join(inputs.config.parallel)
+    inputs = _with_dtype(inputs)
+    training = inputs.config.training
+    check_implementation(training.transformer_impl, bf16=training.bf16 is True)
+    placement = start_groups(inputs.config.parallel, inputs.shape.num_layers, training.seed)
+    announce = announcer(placement)
+    _announce_start(inputs, placement, company, announce)
+    check_inputs_agree(inputs, placement)
+    inputs = with_sound_checkpoint(inputs, placement, announce)
+    inputs = with_schedule(inputs, world_size, announce)
+    scores = scores_of_run(inputs, placement)
+    rounds = inputs.rounds(world_size, scores)
+    plan = rounds.plan(inputs.position.round)
+    check_plan(inputs, plan)
+    rounds.agreed_plan(inputs.position.round, placement)
+    trains = train_iters(training) > 0
+    if trains:
+        announce(plan.describe())
+    return Prepared(
+        inputs=inputs,
+        placement=placement,
+        announce=announce,
+        scores=scores,
+        rounds=rounds,
+        plan=plan,
+        tracker=_tracker(inputs, placement) if trains else None,
+    )
+
+
+def _with_dtype(inputs: Inputs) -> Inputs:
+    """Settles bf16 where nothing said otherwise: only if every rank's processor is fast at it."""
+    training = inputs.config.training
+    # Also asked of ranks that were told: those that were not would wait for them.
+    fast = all(gathered(cpu_backend.has_fast_bf16()))
+    bf16 = fast if training.bf16 is None else training.bf16
+    return replace(inputs, config=replace(inputs.config, training=replace(training, bf16=bf16)))
+
+
+def _tracker(inputs: Inputs, placement: Placement) -> Tracker:
+    """The trackers of this rank; what one rank is refused (a dashboard, a file), all ranks raise."""
+    mine: list[Tracker] = []
+
+    def build() -> None:
+        tracker = build_tracker(
+            inputs.config.logging,
+            save=inputs.config.checkpoint.save,
+            train_iters=train_iters(inputs.config.training),
+            start_iteration=inputs.position.iteration,
+            resolved_config=asdict(inputs.config),
+            is_writer=placement.is_last_rank,
+        )
+        mine.append(tracker)
+
+    together(build)
+    return mine[0]
+
+
+def announcer(placement: Placement) -> Callable[[str], None]:
+    """Prints a line on rank 0, nothing on others."""
+
+    def announce(line: str) -> None:
+        if placement.rank == 0:
+            print(line, flush=True)
+
+    return announce
+
+
+def _announce_start(inputs: Inputs, placement: Placement, company: Peers, announce: Callable[[str], None]) -> None:
+    for line in inputs.describe():
+        announce(f"> {line}")
+    config = inputs.config
+    kernels = config.training.transformer_impl
+    engine = "torch" if kernels == "local" else "transformer-engine"
+    adam = adam_in_use(kernels, steps_per_unit=config.hft.hft_moments == "carry")
+    announce(
+        f"> TP {placement.tensor_size} x {pipeline_words(config.parallel, inputs.shape.num_layers)} x "
+        f"DP {placement.data_size} on "
+        f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
+        f"attention and norms by {engine}, Adam by {adam}"
+    )
+    if len(company.hosts) > 1:
+        announce(f"> {len(company.hosts)} hosts: {', '.join(str(host) for host in company.hosts)}")
