@@ -63,6 +63,8 @@ DOORS = {
 }
 """Pure modules whose functions may import what isn't, and why."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+MOST_PARTS_OF_A_RUN = 15
+"""Modules that the assembly of a run imports: it is where a newcomer begins to read."""
 HEAVY = ("torch", "megatron", "transformer_engine", "apex")
 
 CATCH_EVERYTHING = {
@@ -240,3 +242,8 @@ def test_files_and_functions_can_be_read_in_one_sitting() -> None:
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST_FUNCTION:
                 offenders.append(f"{place}:{node.lineno}: {node.name} has more than {LONGEST_FUNCTION} lines")
     assert not offenders, shown(offenders)
+
+
+def test_the_assembly_of_a_run_names_few_parts() -> None:
+    own = {imported.own for imported in MODULES["trainer.assembly"].imports if imported.own}
+    assert len(own) <= MOST_PARTS_OF_A_RUN, sorted(own)
