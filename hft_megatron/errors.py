@@ -17,7 +17,8 @@ EXIT_CODES_VARIABLE = "HFT_MEGATRON_EXIT_CODES"
 class UserError(Exception):
     """A mistake the user can fix.
 
-    The message is one sentence: the option or file and line, the value, the rule, and the nearest fix.
+    The message is one sentence: the option or file and line, the value, the rule, and the nearest fix. Several options
+    that can't be had are told at once, in a line each.
     The process boundary prints it on one rank and exits with ``EXIT_USAGE``.
     """
 

@@ -173,6 +173,12 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def note(line: str) -> None:
+    """Print a line of a run's log, on rank 0 alone."""
+    if _is_first_rank():
+        show(line)
+
+
 def _end_writers() -> None:
     """Ends what a failed command was writing in the background: no checkpoint can come of it, and Python would wait."""
     for process in multiprocessing.active_children():

@@ -17,7 +17,7 @@ from typing import Any
 
 import hft_megatron
 from hft_megatron.cli import average, convert, doctor, half_reset, plan, preprocess, show_data
-from hft_megatron.cli.boundary import PROG, StatusFolder, run_command, show
+from hft_megatron.cli.boundary import PROG, StatusFolder, note, run_command, show
 from hft_megatron.cli.training_command import options_of, run_method
 from hft_megatron.config.loading import help_text, load_options
 from hft_megatron.errors import UserError
@@ -73,6 +73,8 @@ class Command:
     """The frozen dataclass that its words are parsed into."""
     run: Callable[[Any, StatusFolder], None]
     """Takes the parsed options and where to leave the outcome."""
+    note: Callable[[str], None] | None = None
+    """Takes a line about the options, where the command has a log."""
 
 
 COMMANDS = {
@@ -117,7 +119,7 @@ COMMANDS = {
 def commands() -> dict[str, Command]:
     """Every command by its name: one for each method, then the others."""
     methods = {
-        name: Command(summary=method.summary, options=options_of(method), run=partial(run_method, name))
+        name: Command(summary=method.summary, options=options_of(method), run=partial(run_method, name), note=note)
         for name, method in DECLARED.items()
     }
     return methods | COMMANDS
@@ -146,7 +148,7 @@ def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, pr
     if any(word in HELP_WORDS for word in words):
         show(help_text(command.options, prog=prog, description=f"{command.summary}."))
         return
-    command.run(load_options(command.options, words), status)
+    command.run(load_options(command.options, words, command.note), status)
 
 
 def _overview() -> str:

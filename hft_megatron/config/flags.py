@@ -5,13 +5,17 @@ tyro parses the values; this file decides what an option is called and words wha
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import takewhile
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from hft_megatron.config.megatron_flags import OF_OTHER_COMMANDS, ROWS, refused_value
+from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.names import Names, known
+from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 
 CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
@@ -90,6 +94,12 @@ class Setting:
             return [f"--{'' if self.value == 'True' else 'no-'}{self.flag.name}"]
         return [f"--{self.flag.name}={word}" for word in self.words]
 
+    @property
+    def refusal(self) -> str | None:
+        """The sentence about a value that Megatron-LM's option of this name has and this one doesn't."""
+        row = refused_value(self.flag.name, self.words)
+        return None if row is None else row.refusal(self.where if self.flag.is_switch else f"{self.where} {self.value}")
+
 
 def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
     """Every option of a dataclass of dataclasses, by its flat name."""
@@ -109,78 +119,164 @@ def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
     return found
 
 
-ALWAYS_ON = {
-    "use-distributed-optimizer": "the distributed optimizer",
-    "use-mcore-models": "megatron-core's model",
-    "use-flash-attn": "attention without a score matrix",
-    "swiglu": "SwiGLU",
-    "group-query-attention": "grouped-query attention, with as many groups as the model has,",
-    "normalization": "RMSNorm",
-    "position-embedding-type": "rotary position embedding",
-    "use-rotary-position-embeddings": "rotary position embedding",
-    "use-rope-scaling": "the model folder's rotary scaling",
-    "disable-bias-linear": "linear layers without bias",
-    "attention-dropout": "zero dropout",
-    "hidden-dropout": "zero dropout",
-    "accumulate-allreduce-grads-in-fp32": "gradient accumulation in fp32",
-    "no-gradient-accumulation-fusion": "accumulation of weight gradients in fp32, by one kernel where there is one,",
-    "ckpt-format": "the torch_dist checkpoint format",
-    "use-dist-ckpt": "the torch_dist checkpoint format",
-    "dist-ckpt-optim-fully-reshardable": "a fully reshardable optimizer checkpoint",
-    "sft": "the command's own method",
-    "exit-signal-handler": "the signal handler",
-}
-"""Megatron's options that a LLaMA script brings along and that leave nothing to choose here.
-
-All are refused alike, whatever their value: accepting ``--normalization LayerNorm`` would be a lie.
-"""
+OFF = "false"
+"""What a file or a call gives a switch that it turns off."""
 
 
-def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> UserError:
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One flag of Megatron-LM's, or a name of ms-swift's, that is no option here, given once."""
+
+    row: Row
+    words: tuple[str, ...]
+    """Its values, as written; ``OFF`` alone for a switch that a file turns off, nothing for one that is on."""
+    where: str
+    """How an error calls it, as that of a setting."""
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether it asks for nothing but what is done anyway."""
+        return self.row.agrees(self.words) and not self._is_off
+
+    @property
+    def refusal(self) -> str | None:
+        """The sentence about it; None where it is accepted, or where a file turns off what isn't there."""
+        if self.is_accepted or (self._is_off and self.row.state != "accepted"):
+            return None
+        return self.row.refusal(" ".join((self.where, *map(_shown, self.words))))
+
+    @property
+    def _is_off(self) -> bool:
+        return self.row.is_switch and self.words == (OFF,)
+
+
+def _shown(word: str) -> str:
+    """A word of a sentence, in quotes where they show that it is one."""
+    return word if word and not any(map(str.isspace, word)) else repr(word)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """What is wrong with a word of the command line or a line of a file, as a sentence."""
+
+    sentence: str
+
+
+Item = Setting | Request | Mistake
+
+
+class Reading:
+    """What a file and a command line say together; what is read later wins."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Setting] = {}
+        """By option."""
+        self.accepted: dict[str, str] = {}
+        """Flags of Megatron-LM's that ask for what is done anyway, by name, as they would be written."""
+        self._mistakes: dict[str, str] = {}
+        """Sentences by the name they are about, so that a value given later can take one back."""
+
+    def take(self, items: Iterable[Item]) -> None:
+        """Note what was read, in order."""
+        for item in items:
+            if isinstance(item, Mistake):
+                self._mistakes[item.sentence] = item.sentence
+            elif isinstance(item, Setting):
+                self.settings[item.flag.name] = item
+                self._note(item.flag.name, item.refusal)
+            else:
+                self.accepted.pop(item.row.name, None)
+                self._note(item.row.name, item.refusal)
+                if item.is_accepted:
+                    self.accepted[item.row.name] = " ".join((f"--{item.row.name}", *item.words))
+
+    def check(self) -> None:
+        """Raise UserError with every mistake: one sentence, or a line for each."""
+        mistakes = list(self._mistakes.values())
+        if len(mistakes) == 1:
+            raise UserError(mistakes[0])
+        if mistakes:
+            raise UserError("\n  ".join((f"{len(mistakes)} options can't be had as they are:", *mistakes)))
+
+    def _note(self, name: str, refusal: str | None) -> None:
+        self._mistakes.pop(name, None)
+        if refusal is not None:
+            self._mistakes[name] = refusal
+
+
+def named(name: str, flags: Mapping[str, Flag]) -> Flag | Row | None:
+    """The option (of a switch also with ``no-`` before it) or the row of the table that a name with dashes means."""
+    positive = flags.get(name.removeprefix("no-"))
+    if name in flags or (positive is not None and positive.is_switch):
+        return flags.get(name, positive)
+    row = ROWS.get(name) or OF_OTHER_COMMANDS.get(name)
+    return flags.get(row.words) if row is not None and row.state == "other name" else row
+
+
+def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> Mistake:
     """The sentence for a name that is no option; ``where`` is how the user wrote it."""
-    if name in ALWAYS_ON:
-        return UserError(f"{where}: {ALWAYS_ON[name]} is always used here; remove this option.")
     names = [*flags, *(f"no-{flag.name}" for flag in flags.values() if flag.is_switch)]
     # A name that only lacks its beginning, such as Megatron's --data-path, is nearer than letters tell.
     nearest = [known for known in names if known.endswith(f"-{name}")]
     nearest += difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"the nearest is --{nearest[0]}" if nearest else "--help lists all of them"
-    return UserError(f"{where} is not an option; {hint}.")
+    of_others = " of this command" if name in flags_of(RunConfig) else ""
+    return Mistake(sentence=f"{where} is not an option{of_others}; {hint}.")
 
 
-def settings_from_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[Setting]:
-    """The settings of a command line, in order; ``-`` and ``_`` in names are the same.
+def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[Item]:
+    """What a command line says, in order; ``-`` and ``_`` in names are the same.
 
-    Raises UserError for a name that is no option, a value that is missing, and a word that belongs to no option.
+    Mistakes are names that are no option, values that are missing, and words that belong to no option.
     """
-    words = iter(range(len(arguments)))
-    for position in words:
+    position = 0
+    while position < len(arguments):
         word = arguments[position]
-        if not word.startswith("--") or word == "--":
-            raise UserError(
-                f"The word {word!r} belongs to no option: options start with -- and take at most one value"
+        position += 1
+        following = list(takewhile(lambda word: not _is_name(word), arguments[position:]))
+        if not _is_name(word):
+            position += len(following)
+            yield Mistake(
+                sentence=f"The word {word!r} belongs to no option: options start with -- and take at most one value"
                 f"{_except_for_those_with_several(flags)}."
             )
-        written, has_value, value = word.partition("=")
-        name = written[2:].replace("_", "-")
-        positive = name.removeprefix("no-") if name not in flags else name
-        flag = flags.get(positive)
-        if flag is None or (positive != name and not flag.is_switch):
-            raise unknown_option(written, name, flags)
-        if flag.is_switch:
-            if has_value:
-                raise UserError(f"{word}: a switch takes no value; write --{flag.name} or --no-{flag.name}.")
-            yield Setting(flag=flag, words=(str(positive == name),), where=written)
             continue
-        values = [value] if has_value else []
-        while not values or flag.takes_several:
-            if position + 1 == len(arguments) or arguments[position + 1].startswith("--"):
-                break
-            position = next(words)
-            values.append(arguments[position])
-        if not values:
-            raise UserError(f"{written} needs a value: {flag.expected}.")
-        yield Setting(flag=flag, words=tuple(values), where=written)
+        item, taken = _item_of_word(word, following, flags)
+        position += taken
+        yield item
+
+
+def _is_name(word: str) -> bool:
+    return word.startswith("--") and word != "--"
+
+
+def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]) -> tuple[Item, int]:
+    """What an option with the words up to the next one says, and how many of these words are its own."""
+    written, has_value, value = word.partition("=")
+    name = written[2:].replace("_", "-")
+    meant = named(name, flags)
+    if meant is None:
+        return unknown_option(written, name, flags), len(following)
+    values: tuple[str, ...] = (value,) if has_value else ()
+    if not meant.is_switch and (meant.takes_several or not has_value):
+        values += tuple(following if meant.takes_several else following[:1])
+    taken = len(values) - bool(has_value)
+    if isinstance(meant, Row) and not meant.can_agree:
+        # The run ends, so that what follows need not be told from its values.
+        return Request(row=meant, words=values, where=written), len(following)
+    if meant.is_switch and (has_value or (following and following[0].lower() in ("true", OFF))):
+        return _no_value(word if has_value else f"{written} {following[0]}", meant), 0 if has_value else 1
+    if not values and not meant.is_switch:
+        return Mistake(sentence=f"{written} needs a value: {meant.expected}."), 0
+    if isinstance(meant, Row):
+        return Request(row=meant, words=values, where=written), taken
+    words = (str(name != f"no-{meant.name}"),) if meant.is_switch else values
+    return Setting(flag=meant, words=words, where=written), taken
+
+
+def _no_value(written: str, meant: Flag | Row) -> Mistake:
+    negative = f" or --no-{meant.name}" if isinstance(meant, Flag) else ""
+    return Mistake(sentence=f"{written}: a switch takes no value; write --{meant.name}{negative}.")
 
 
 def _except_for_those_with_several(flags: Mapping[str, Flag]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -18,7 +18,21 @@ import tyro
 import yaml
 
 from hft_megatron.config.declared import declared
-from hft_megatron.config.flags import CONSTRUCTORS, Flag, Setting, flags_of, settings_from_arguments, unknown_option
+from hft_megatron.config.flags import (
+    CONSTRUCTORS,
+    OFF,
+    Flag,
+    Item,
+    Mistake,
+    Reading,
+    Request,
+    Setting,
+    flags_of,
+    items_of_arguments,
+    named,
+    unknown_option,
+)
+from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.errors import UserError
@@ -72,40 +86,45 @@ def _with_bounds_in_help(options_type: type) -> type:
     return dataclass(frozen=True, kw_only=True)(type(options_type.__name__, (options_type,), {**body, **defaults}))
 
 
-def load_options(options_type: type[T], arguments: Sequence[str]) -> T:
+def load_options(options_type: type[T], arguments: Sequence[str], note: Callable[[str], None] | None = None) -> T:
     """Build ``options_type``, a frozen dataclass of dataclasses, from command-line words and the file they name.
 
     The file may set any option of a run, so that one file serves every command: what nested dataclasses of
     ``options_type`` hold is taken, other options of a run are passed over. The outermost fields (--config itself)
-    belong to the command line. Every mistake raises UserError with one sentence.
+    belong to the command line. Raises UserError, with a line for every name or value that can't be had, or a sentence
+    about the first other mistake. ``note`` is given one line where flags of Megatron-LM's ask for what is done anyway.
     """
     flags = flags_of(options_type)
-    given = list(settings_from_arguments(arguments, flags))
-    file = next((setting.value for setting in reversed(given) if setting.flag.name == CONFIG_FLAG), None)
-    from_file = []
-    if file is not None:
-        taken = {name for name, flag in flags.items() if flag.group is not None}
-        every = _settings_from_file(Path(file), flags_of(RunConfig) | {name: flags[name] for name in taken})
-        from_file = [setting for setting in every if setting.flag.name in taken]
+    items = list(items_of_arguments(arguments, flags))
+    files = [item.value for item in items if isinstance(item, Setting) and item.flag.name == CONFIG_FLAG]
+    reading = Reading()
+    if files:
+        taken = {name: flag for name, flag in flags.items() if flag.group is not None}
+        every = _items_of_file(Path(files[-1]), flags_of(RunConfig) | taken)
+        reading.take(item for item in every if not isinstance(item, Setting) or item.flag.name in taken)
     # A later setting replaces an earlier one: an option repeated after a script's own arrays wins.
-    settings = {setting.flag.name: setting for setting in [*from_file, *given]}
-    return _build(options_type, list(settings.values()))
+    reading.take(items)
+    reading.check()
+    if reading.accepted and note is not None:
+        note(f"> done anyway, or without effect here: {', '.join(reading.accepted.values())}")
+    return _build(options_type, list(reading.settings.values()))
 
 
 def options_of(options_type: type[T], values: Mapping[str, Any]) -> T:
     """Build ``options_type`` from Python values by name (``micro_batch_size``); None leaves an option unset.
 
-    Raises UserError for a name that is no option and for a value that none can have.
+    Raises UserError for names that are no options and for a value that none can have.
     """
-    flags, settings = flags_of(options_type), []
+    flags, reading = flags_of(options_type), Reading()
     for written, value in values.items():
-        name = written.replace("_", "-")
-        if name not in flags:
-            raise unknown_option(written, name, flags)
-        if value is not None:
-            words = tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
-            settings.append(Setting(flag=flags[name], words=words, where=written))
-    return _build(options_type, settings)
+        words = tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
+        meant = _meaning(written, written, flags)
+        if isinstance(meant, Mistake):
+            reading.take([meant])
+        elif value is not None:
+            reading.take([_item(meant, words, written)])
+    reading.check()
+    return _build(options_type, list(reading.settings.values()))
 
 
 def write_resolved(config: RunConfig, path: Path) -> None:
@@ -115,7 +134,10 @@ def write_resolved(config: RunConfig, path: Path) -> None:
 
 def read_resolved(path: Path) -> RunConfig:
     """The inverse of ``write_resolved``; UserError when the file is missing or was edited into something else."""
-    return _build(RunConfig, list(_settings_from_file(path, flags_of(RunConfig))))
+    reading = Reading()
+    reading.take(_items_of_file(path, flags_of(RunConfig)))
+    reading.check()
+    return _build(RunConfig, list(reading.settings.values()))
 
 
 def stages_of_file(path: Path, base: RunConfig) -> Iterator[tuple[str, int, RunConfig]]:
@@ -128,14 +150,16 @@ def stages_of_file(path: Path, base: RunConfig) -> Iterator[tuple[str, int, RunC
         raise UserError(f"--stages {path}: the file must hold a list of stages, each `- method: ...` and its options.")
     for node in root.value:
         line = node.start_mark.line + 1
-        named = dict[str, yaml.Node]()
+        keys = dict[str, yaml.Node]()
         if isinstance(node, yaml.MappingNode):
-            named = {key.value: value for key, value in node.value if key.value == _METHOD}
-        if not isinstance(node, yaml.MappingNode) or not isinstance(named.get(_METHOD), yaml.ScalarNode):
+            keys = {key.value: value for key, value in node.value if key.value == _METHOD}
+        if not isinstance(node, yaml.MappingNode) or not isinstance(keys.get(_METHOD), yaml.ScalarNode):
             raise UserError(f"{path}:{line}: a stage must begin with `method:`, such as `- method: sft`.")
         node.value = [(key, value) for key, value in node.value if key.value != _METHOD]
-        settings = _once_each(_settings_of_mapping(node, path, flags_of(RunConfig)))
-        yield named[_METHOD].value, line, _with(base, list(settings))
+        reading = Reading()
+        reading.take(_once_each(_items_of_mapping(node, path, flags_of(RunConfig))))
+        reading.check()
+        yield keys[_METHOD].value, line, _with(base, list(reading.settings.values()))
 
 
 def _with(base: RunConfig, settings: Sequence[Setting]) -> RunConfig:
@@ -169,14 +193,14 @@ def _parsed(options_type: type[T], settings: Sequence[Setting]) -> T | None:
             return None
 
 
-def _settings_from_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Setting]:
-    """The settings of a YAML file: options by name, flat or under the name of their group."""
+def _items_of_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
+    """What is said in a YAML file: options by name, flat or under the name of their group."""
     root = _yaml_of_file(path, "--config")
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: the file must hold `option: value` lines.")
-    yield from _once_each(_settings_of_mapping(root, path, flags))
+    yield from _once_each(_items_of_mapping(root, path, flags))
 
 
 def _yaml_of_file(path: Path, option: str) -> yaml.Node | None:
@@ -192,49 +216,68 @@ def _yaml_of_file(path: Path, option: str) -> yaml.Node | None:
         raise UserError(f"{path}{_line_of(error)} is not valid YAML.") from None
 
 
-def _once_each(settings: Iterator[Setting]) -> Iterator[Setting]:
+def _once_each(items: Iterator[Item]) -> Iterator[Item]:
     seen: dict[str, str] = {}
-    for setting in settings:
-        if setting.flag.name in seen:
-            raise UserError(f"{setting.where} is set twice; the other is {seen[setting.flag.name]}.")
-        seen[setting.flag.name] = setting.where
-        yield setting
+    for item in items:
+        if not isinstance(item, Mistake):
+            name = item.flag.name if isinstance(item, Setting) else item.row.name
+            if name in seen:
+                raise UserError(f"{item.where} is set twice; the other is {seen[name]}.")
+            seen[name] = item.where
+        yield item
 
 
-def _settings_of_mapping(node: yaml.MappingNode, path: Path, flags: Mapping[str, Flag]) -> Iterator[Setting]:
+def _items_of_mapping(node: yaml.MappingNode, path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
     groups = {flag.group for flag in flags.values()} - {None}
+    of_files = {name: flag for name, flag in flags.items() if flag.group is not None}
     for key, value in node.value:
         where = f"{path}:{key.start_mark.line + 1}: {key.value}"
         if not isinstance(key, yaml.ScalarNode):
             raise UserError(f"{path}:{key.start_mark.line + 1}: a key must be the name of an option or of a group.")
         if key.value in groups and isinstance(value, yaml.MappingNode):
-            yield from _settings_of_mapping(value, path, flags)
+            yield from _items_of_mapping(value, path, flags)
             continue
-        flag = flags.get(key.value.replace("_", "-"))
-        if flag is None or flag.group is None:
-            file_flags = {name: flag for name, flag in flags.items() if flag.group is not None}
-            raise unknown_option(where, key.value.replace("_", "-"), file_flags)
+        meant = _meaning(where, key.value, of_files)
+        if isinstance(meant, Mistake):
+            yield meant
         # null leaves an option unset, as in a resolved config.
-        if value.tag != _YAML_NULL:
-            yield Setting(flag=flag, words=_yaml_words(flag, value, where), where=where)
+        elif value.tag != _YAML_NULL:
+            yield _item(meant, _yaml_words(meant, value, where), where)
 
 
-def _yaml_words(flag: Flag, node: yaml.Node, where: str) -> tuple[str, ...]:
+def _meaning(where: str, written: str, flags: Mapping[str, Flag]) -> Flag | Row | Mistake:
+    """The option or row of a name in a file or a call, where a switch has a value and no ``no-``."""
+    name = written.replace("_", "-")
+    meant = named(name, flags)
+    if meant is None or (isinstance(meant, Flag) and name == f"no-{meant.name}"):
+        return unknown_option(where, name, flags)
+    return meant
+
+
+def _item(meant: Flag | Row, words: tuple[str, ...], where: str) -> Item:
+    if isinstance(meant, Flag):
+        return Setting(flag=meant, words=words, where=where)
+    if meant.is_switch:
+        words = () if words == ("True",) else (OFF,)
+    return Request(row=meant, words=words, where=where)
+
+
+def _yaml_words(meant: Flag | Row, node: yaml.Node, where: str) -> tuple[str, ...]:
     """The words of an option: one, or those of a list where the option takes several."""
-    listed = isinstance(node, yaml.SequenceNode) and flag.takes_several
+    listed = isinstance(node, yaml.SequenceNode) and meant.takes_several
     words: list[Any] = node.value if listed else [node]
     if not all(isinstance(word, yaml.ScalarNode) for word in words):
-        raise UserError(f"{where} holds a list or a mapping; the value must be {flag.expected}.")
-    return tuple(_yaml_value(flag, word, where) for word in words)
+        raise UserError(f"{where} holds a list or a mapping; the value must be {meant.expected}.")
+    return tuple(_yaml_value(meant, word, where) for word in words)
 
 
-def _yaml_value(flag: Flag, node: yaml.ScalarNode, where: str) -> str:
+def _yaml_value(meant: Flag | Row, node: yaml.ScalarNode, where: str) -> str:
     """The value as written; YAML's own reading of it is used for switches only (yes, on, true)."""
     text: str = node.value
-    if not flag.is_switch:
+    if not meant.is_switch:
         return text
     if node.tag != _YAML_BOOL:
-        raise UserError(f"{where} {text}: the value must be {flag.expected}.")
+        raise UserError(f"{where} {text}: the value must be {meant.expected}.")
     return str(yaml.SafeLoader.bool_values[text.lower()])
 
 

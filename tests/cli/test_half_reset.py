@@ -100,7 +100,10 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (words(pair, out, "--seed", "-1"), "--seed -1: must be a whole number of at least 0"),
         (words(pair, out, "--level", "category-level"), "--level category-level: the value must be one of category"),
         (words(pair, out, "--selection", "spectrum"), "--selection is not an option"),
-        (words(pair, out, "--hft-ratio", "0.5"), "--hft-ratio is not an option; the nearest is --ratio"),
+        (
+            words(pair, out, "--hft-ratio", "0.5"),
+            "--hft-ratio is not an option of this command; the nearest is --ratio",
+        ),
         (words(pair, pair), f"--output {pair} is not empty"),
         (words(pair, out, "--base", str(pair / "tuned")), "is the folder of --tuned"),
         (words(pair, out, "--base", str(pair / "none")), f"--base {pair / 'none'}: there is no such folder"),

@@ -264,7 +264,7 @@ MISTAKES = [
     # names and values
     (1, f"{GOOD} --trian-iters 5", "--trian-iters is not an option; the nearest is --train-iters"),
     (1, f"{GOOD} --lr abc", "--lr abc: the value must be a number"),
-    (1, f"{GOOD} --group-query-attention", "--group-query-attention: ", "always used here; remove"),
+    (1, f"{GOOD} --group-query-attention --fp16", "--fp16: 16-bit training is in bf16; give --bf16."),
 ]  # fmt: skip
 
 

@@ -371,7 +371,7 @@ MISTAKES = [
     ),
     ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png can't be written: No such file"),
     ("--load-hf MODEL --lr 1", "--lr is not an option"),
-    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate is not an option"),
+    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: here --lr."),
     (SHAPE_FLAGS, "--vocab-size is missing: a plan reads no tokenizer"),
     ("", "No model is given"),
 ]

@@ -74,9 +74,9 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
     ),
     (1, f"{GOOD} --hft-ratio 2", ["--hft-ratio 2.0: must be a number between 0 and 1"]),
     # options of fine-tuning
-    (1, f"{GOOD} --chat-template tulu", ["--chat-template is not an option"]),
-    (1, f"{GOOD} --packing", ["--packing is not an option"]),
-    (1, f"{GOOD} --train-data-path x", ["--train-data-path is not an option"]),
+    (1, f"{GOOD} --chat-template tulu", ["--chat-template tulu: `hft-megatron sft` and `dpo` have it"]),
+    (1, f"{GOOD} --packing", ["--packing is not an option of this command"]),
+    (1, f"{GOOD} --train-data-path x", ["--train-data-path x: `hft-megatron sft` and `dpo` have it"]),
 ]
 
 

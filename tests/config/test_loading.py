@@ -127,7 +127,9 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("--lr", "--lr needs a value: a number."),
         ("--lr --seed 1", "--lr needs a value: a number."),
         ("--bf16=true", "--bf16=true: a switch takes no value; write --bf16 or --no-bf16."),
-        ("--bf16 true", f"The word 'true' {NO_OPTION}"),
+        ("--bf16 true", "--bf16 true: a switch takes no value; write --bf16 or --no-bf16."),
+        ("--swiglu true", "--swiglu true: a switch takes no value; write --swiglu."),
+        ("--bf16 on", f"The word 'on' {NO_OPTION}"),
         ("run.yaml", f"The word 'run.yaml' {NO_OPTION}"),
         ("-lr 1", f"The word '-lr' {NO_OPTION}"),
         (
@@ -141,10 +143,25 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("--no-lr", "--no-lr is not an option; the nearest is --min-lr."),
         ("--zzzzzzzzzzz", "--zzzzzzzzzzz is not an option; --help lists all of them."),
         (
-            "--use-distributed-optimizer",
-            "--use-distributed-optimizer: the distributed optimizer is always used here; remove this option.",
+            "--normalization LayerNorm",
+            "--normalization LayerNorm: all norms are RMSNorm; leave it out, or give RMSNorm.",
         ),
-        ("--normalization LayerNorm", "--normalization: RMSNorm is always used here; remove this option."),
+        ("--normalization", "--normalization needs a value: RMSNorm."),
+        ("--attention-dropout 0.1 --swiglu", "--attention-dropout 0.1: nothing is dropped; leave it out, or give 0.0."),
+        ("--fp16", "--fp16: 16-bit training is in bf16; give --bf16."),
+        ("--num_experts=8", "--num_experts 8: mixtures of experts are not built; only dense LLaMA models train."),
+        ("--profile-ranks 0 1", "--profile-ranks 0 1 is not built yet."),
+        ("--lr-warmup-samples 9", "--lr-warmup-samples 9 is not built yet; give --lr-warmup-iters."),
+        (
+            "--context-parallel-size 2",
+            "--context-parallel-size 2 is not built yet; split activations by --sequence-parallel.",
+        ),
+        ("--use_megatron_fsdp", "--use_megatron_fsdp is not built yet; data parallelism shards the optimizer alone."),
+        (
+            "--lr-decay-style WSD",
+            "--lr-decay-style WSD is not built yet; constant, linear and cosine are.",
+        ),
+        ("--encoder-num-layers x", "--encoder-num-layers x: the value must be a whole number."),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(
@@ -173,7 +190,15 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("? [lr]\n: 1\n", "run.yaml:1: a key must be the name of an option or of a group."),
         ("check: true\n", "run.yaml:1: check is not an option; --help lists all of them."),
         ("config: other.yaml\n", "run.yaml:1: config is not an option; --help lists all of them."),
-        ("swiglu: true\n", "run.yaml:1: swiglu: SwiGLU is always used here; remove this option."),
+        ("swiglu: false\n", "run.yaml:1: swiglu false: the feed-forward layers are SwiGLU; leave it out."),
+        ("swiglu: 1\n", "run.yaml:1: swiglu 1: the value must be true or false."),
+        ("fp16: false\nmodel:\n  fp16: true\n", "run.yaml:3: fp16 is set twice; the other is {0}run.yaml:1: fp16."),
+        (
+            "hidden_dropout: 0.1\n",
+            "run.yaml:1: hidden_dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
+        ),
+        ("fp16: true\n", "run.yaml:1: fp16: 16-bit training is in bf16; give --bf16."),
+        ("profile-ranks: [0, 1]\n", "run.yaml:1: profile-ranks 0 1 is not built yet."),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file_and_the_line(tmp_path: Path, text: str, said: str) -> None:

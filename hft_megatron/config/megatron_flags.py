@@ -1,0 +1,153 @@
+"""The table of Megatron-LM's training flags, by its parser of core_r0.16 and later: which of them can be had here.
+
+A name that a command has as an option is that option, and needs no row. ``hft-megatron flags`` prints the table.
+"""
+
+from hft_megatron.config.megatron_dense import DENSE
+from hft_megatron.config.megatron_others import OTHERS
+from hft_megatron.config.megatron_rows import Row, Section, not_yet, refused
+
+_ROUND_TRIP = "folders in Hugging Face's format are read and written directly; leave it out"
+_LORA = "low-rank adapters are not built; --hft-ratio says how much of the model trains"
+_SAMPLED = "answers are not generated while a model trains; leave it out"
+
+MS_SWIFT = Section(
+    title="Names of ms-swift that are not Megatron-LM's",
+    rows=(
+        refused("model=", "here --load-hf, with a Hugging Face folder on disk"),
+        refused("mcore-model=", "here --load, with the --save folder of a run"),
+        refused("ref-model=", "here --dpo-reference-model, with a Hugging Face folder on disk"),
+        refused("model-type=", "config.json of the --load-hf folder says it; leave it out"),
+        refused("torch-dtype=", "here --bf16 or --no-bf16"),
+        refused("dataset=*", "here --train-data-path, with files"),
+        refused("val-dataset=*", "here --valid-data-path, with files"),
+        refused("split-dataset-ratio=", "here --valid-data-path, with files that are kept back from training"),
+        refused("streaming=", "files are read as they are needed; leave it out"),
+        refused("dataset-num-proc=", "`hft-megatron preprocess` tokenizes with many processes; leave it out"),
+        refused("load-from-cache-file=", "what was tokenized is kept in --data-cache-path; leave it out"),
+        refused("dataset-shuffle=", "examples are shuffled in every epoch; leave it out"),
+        refused("train-dataloader-shuffle=", "examples are shuffled in every epoch; leave it out"),
+        refused("dataloader-num-workers=", "batches are made in the background, by a thread; leave it out"),
+        refused("group-by-length=", "here --packing"),
+        refused("padding-free=", "here --packing"),
+        refused("max-length=", "here --seq-length"),
+        refused("truncation-strategy=", "here --long-examples error, drop, truncate or split"),
+        refused("template=", "here --chat-template"),
+        refused("system=", "a system message is the first of a record's messages; leave it out"),
+        refused("model-author=*", "write the name into the data; leave it out"),
+        refused("model-name=*", "write the name into the data; leave it out"),
+        refused("num-train-epochs=", "here --train-epochs"),
+        refused("max-epochs=", "here --train-epochs"),
+        refused("max-steps=", "here --train-iters"),
+        refused("per-device-train-batch-size=", "here --micro-batch-size"),
+        refused("per-device-eval-batch-size=", "validation has the run's --micro-batch-size; leave it out"),
+        refused("gradient-accumulation-steps=", "here --global-batch-size, over all ranks and steps of accumulation"),
+        refused("learning-rate=", "here --lr"),
+        refused("warmup-ratio=", "here --lr-warmup-fraction"),
+        refused("output-dir=", "here --save"),
+        refused("save-steps=", "here --save-interval"),
+        refused("save-total-limit=", "here --keep-last"),
+        refused("save-safetensors=", "here --save-hf, with a folder for the export"),
+        refused("save-only-model=", "a checkpoint can always be resumed from; --save-hf exports the weights alone"),
+        refused("eval-steps=", "here --eval-interval"),
+        refused("logging-steps=", "here --log-interval"),
+        refused("report-to=*", "here --tensorboard-dir or --wandb-project"),
+        refused("ddp-timeout=", "here --distributed-timeout-minutes, in minutes"),
+        refused("ddp-backend=", "here --distributed-backend"),
+        refused("virtual-pipeline-model-parallel-size=", "here --num-layers-per-virtual-pipeline-stage"),
+        refused("attn-impl=", "here --transformer-impl"),
+        refused("freeze-parameters=*", "here --hft-freeze, with patterns"),
+        refused("trainable-parameters=*", "here --hft-train, with patterns"),
+        refused("rlhf-type=", "here a command of its own: `hft-megatron dpo`"),
+        refused("beta=", "here --dpo-beta"),
+        refused("loss-type=", "here --dpo-loss sigmoid, ipo or hinge"),
+        refused("rpo-alpha=", "here --dpo-sft-weight"),
+        refused("label-smoothing=", "here --dpo-label-smoothing"),
+        refused("tuner-type=", _LORA),
+        refused("train-type=", _LORA),
+        refused("lora-rank=", _LORA),
+        refused("lora-alpha=", _LORA),
+        refused("lora-dropout=", _LORA),
+        refused("target-modules=*", _LORA),
+        refused("modules-to-save=*", _LORA),
+        refused("adapters=*", _LORA),
+        refused("merge-lora=", _LORA),
+        refused("to-hf=", _ROUND_TRIP),
+        refused("to-mcore=", _ROUND_TRIP),
+        refused("test-convert-precision=", "`hft-megatron convert --check` compares logits"),
+        refused("use-vllm=", _SAMPLED),
+        refused("num-generations=", _SAMPLED),
+        refused("max-completion-length=", _SAMPLED),
+        refused("reward-funcs=*", _SAMPLED),
+    ),
+)
+"""Its scripts carry them beside Megatron-LM's."""
+
+SECTIONS: tuple[Section, ...] = (*DENSE, *OTHERS, MS_SWIFT)
+
+ROWS = {row.name: row for section in SECTIONS for row in section.rows}
+"""By name."""
+
+_RECORDS = "`hft-megatron pretrain` has it; what is trained on here is named by --train-data-path"
+_CORPUS = "`hft-megatron sft` and `dpo` have it; a corpus is named by --data-path and divided by --split"
+
+OF_OTHER_COMMANDS = {
+    row.name: row
+    for row in (
+        refused("data-path=*", _RECORDS),
+        refused("mock-data", _RECORDS),
+        refused("split=", "`hft-megatron pretrain` has it; give files as --valid-data-path"),
+        refused("train-data-path=*", _CORPUS),
+        refused("valid-data-path=*", _CORPUS),
+        refused(
+            "data-cache-path=", "`hft-megatron sft` and `dpo` have it; a corpus's index stays in memory, leave it out"
+        ),
+        refused("chat-template=", "`hft-megatron sft` and `dpo` have it; a corpus has no conversations, leave it out"),
+    )
+}
+"""Rows of options that only some of the commands have, for the others."""
+
+VALUES_NOT_HAD = {
+    ("WSD", "inverse-square-root"): not_yet("lr-decay-style=", "constant, linear and cosine are"),
+    ("inference_optimized",): refused("transformer-impl=", "nothing is generated while a model trains"),
+    (
+        *("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer", "GPTSentencePieceTokenizer"),
+        *("Llama2Tokenizer", "TikTokenizer", "MultimodalTokenizer", "NullTokenizer", "NullMultimodalTokenizer"),
+        "SFTTokenizer",
+    ): refused(
+        "tokenizer-type=",
+        "tokenizers are Hugging Face folders or SentencePiece models; give HuggingFaceTokenizer or "
+        "SentencePieceTokenizer, and its files as --tokenizer-model",
+    ),
+}
+"""Rows of options here, by the values that Megatron-LM's option has and this one can't have."""
+
+VALUES_HAD = {
+    row.name: row
+    for row in (
+        not_yet("context-parallel-size=", "split activations by --sequence-parallel", values="1"),
+        not_yet("expert-model-parallel-size=", "only dense models train", values="1"),
+        not_yet("use-megatron-fsdp", "data parallelism shards the optimizer alone", values="False"),
+        not_yet("fp8-format=", "weights are bf16 or fp32"),
+    )
+}
+"""The only values of options of which nothing else is built."""
+
+MEGATRON_DEFAULTS = {
+    "bf16": "off",
+    "distributed-backend": "nccl",
+    "eval-iters": "100",
+    "log-interval": "100",
+    "lr-decay-style": "linear",
+    "make-vocab-size-divisible-by": "128",
+    "transformer-impl": "transformer_engine",
+}
+"""Defaults of Megatron-LM's options of the same name where they differ from those here."""
+
+
+def refused_value(name: str, words: tuple[str, ...]) -> Row | None:
+    """The row that speaks against an option's value; None where nothing does."""
+    had = VALUES_HAD.get(name)
+    if had is not None and not had.agrees(words):
+        return had
+    return next((row for values, row in VALUES_NOT_HAD.items() if row.name == name and set(words) & set(values)), None)

@@ -1,0 +1,106 @@
+"""What the table of Megatron-LM's flags is made of: its rows, and short ways to write them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["switch", "value", "several"]
+State = Literal["accepted", "refused", "not built yet", "other name"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One flag of Megatron-LM's that is no option here."""
+
+    name: str
+    """Without the leading dashes: ``attention-dropout``."""
+    kind: Kind
+    """How many words follow it: none, one, or all up to the next option."""
+    state: State
+    words: str
+    """Without a full stop. Of an accepted flag what is done here, of a refused one why and what to do instead, of one
+    that is not built what serves meanwhile (may be empty), of another name the option's name here."""
+    values: tuple[str, ...] = ()
+    """Values that say what is done anyway; of an accepted flag without any, every value does."""
+
+    @property
+    def is_switch(self) -> bool:
+        """Written without a value."""
+        return self.kind == "switch"
+
+    @property
+    def takes_several(self) -> bool:
+        """Written with all words up to the next option as its value."""
+        return self.kind == "several"
+
+    @property
+    def can_agree(self) -> bool:
+        """Whether there is anything to give it that is done anyway."""
+        return self.state == "accepted" or bool(self.values)
+
+    @property
+    def expected(self) -> str:
+        """What its value must be, in words for an error."""
+        return "true or false" if self.is_switch else " or ".join(self.values) or "that of Megatron-LM's option"
+
+    def agrees(self, words: Sequence[str]) -> bool:
+        """Whether the flag with these words asks for nothing but what is done anyway."""
+        if not self.values:
+            return self.state == "accepted"
+        return all(any(_same(word, value) for value in self.values) for word in words)
+
+    def refusal(self, written: str) -> str:
+        """The sentence about it; ``written`` is the flag as the user wrote it, with its values."""
+        if self.state == "not built yet":
+            return f"{written} is not built yet{self.words and f'; {self.words}'}."
+        if self.state == "accepted":
+            instead = f", or give {' or '.join(self.values)}" if self.values else ""
+            return f"{written}: {self.words}; leave it out{instead}."
+        return f"{written}: {self.words}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Rows under one title."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+def accepted(flag: str, words: str, values: str = "") -> Row:
+    """A flag that asks for what is done anyway; with ``values``, separated by spaces, only where it has one of them."""
+    return _row(flag, "accepted", words, values)
+
+
+def refused(flag: str, words: str) -> Row:
+    """A flag whose meaning can't be had."""
+    return _row(flag, "refused", words)
+
+
+def not_yet(flag: str, words: str = "", values: str = "") -> Row:
+    """A flag that an option here is to be built for; ``values``, separated by spaces, ask for what is done today."""
+    return _row(flag, "not built yet", words, values)
+
+
+def other_name(flag: str, option: str) -> Row:
+    """A flag whose every value means the same under the name of an option here."""
+    return _row(flag, "other name", option)
+
+
+def family(title: str, words: str, flags: str) -> Section:
+    """Flags that are refused for one reason."""
+    return Section(title=title, rows=tuple(refused(flag, words) for flag in flags.split()))
+
+
+def _row(flag: str, state: State, words: str, values: str = "") -> Row:
+    """``flag`` ends in ``=`` where a value follows, and in ``=*`` where several may."""
+    name, has_value, several = flag.partition("=")
+    kind: Kind = "several" if several else "value" if has_value else "switch"
+    return Row(name=name, kind=kind, state=state, words=words, values=tuple(values.split()))
+
+
+def _same(word: str, value: str) -> bool:
+    try:
+        return float(word) == float(value)
+    except ValueError:
+        return word == value

@@ -1,0 +1,230 @@
+"""The table of Megatron-LM's flags, and what a command line or a file with them is told.
+
+Run: pytest tests/config/test_megatron_flags.py
+"""
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from hft_megatron.cli.entry import commands
+from hft_megatron.cli.training_command import TrainingOptions
+from hft_megatron.config.flags import Flag, Mistake, flags_of, items_of_arguments, named
+from hft_megatron.config.loading import load_options, options_of
+from hft_megatron.config.megatron_flags import (
+    MEGATRON_DEFAULTS,
+    OF_OTHER_COMMANDS,
+    ROWS,
+    SECTIONS,
+    VALUES_HAD,
+    VALUES_NOT_HAD,
+)
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.errors import UserError
+from hft_megatron.methods.registry import DECLARED
+from tests.support import published_scripts
+
+FLAGS = flags_of(RunConfig)
+NAMES = Path(__file__).with_name("megatron_lm_flags.txt")
+"""Names of Megatron-LM's parser, from core_r0.8 to what becomes 0.20: one a line, with ``=`` where a value follows and
+``=*`` where several do."""
+
+
+def published() -> Iterator[tuple[str, str]]:
+    """Name and kind of every flag of Megatron-LM's parser."""
+    for line in NAMES.read_text(encoding="utf-8").splitlines():
+        name, has_value, several = line.partition("=")
+        yield name, "several" if several else "value" if has_value else "switch"
+
+
+def said_of(method: str, words: Sequence[str], note: Callable[[str], None] | None = None) -> list[str]:
+    """The lines of the mistake that a command makes of these words."""
+    with pytest.raises(UserError) as error:
+        load_options(commands()[method].options, words, note)
+    return str(error.value).splitlines()
+
+
+def names_of(lines: Sequence[str]) -> list[str]:
+    """The options that a list of mistakes is about."""
+    return [line.split()[0].rstrip(":") for line in lines]
+
+
+def test_every_flag_of_megatron_lm_is_an_option_or_a_row_that_takes_as_many_words() -> None:
+    found = list(published())
+    assert len(found) > 900
+    assert [name for name, _ in found if named(name, FLAGS) is None] == []
+    rows = {name: (kind, ROWS[name].kind) for name, kind in found if name in ROWS}
+    assert {name: kinds for name, kinds in rows.items() if len(set(kinds)) > 1} == {}
+
+
+def test_no_flag_of_the_table_falls_through_to_not_an_option() -> None:
+    values = {"switch": [], "value": ["1"], "several": ["1", "2"]}
+    kinds = dict(published()) | {row.name: row.kind for row in ROWS.values()}
+    for method in DECLARED:
+        flags = flags_of(commands()[method].options)
+        for name, kind in kinds.items():
+            items = list(items_of_arguments([f"--{name}", *values[kind], "--lr", "1"], flags))
+            assert len(items) == 2, name
+            assert not isinstance(items[0], Mistake), items[0]
+
+
+def test_what_is_an_option_has_no_row_in_the_table() -> None:
+    """A row of an option that is new must go, and its name is then taken for the option."""
+    assert [name for name in ROWS if isinstance(named(name, FLAGS), Flag) and ROWS[name].state != "other name"] == []
+    assert [name for name in ROWS if name in FLAGS] == []
+    rows = [row.name for section in SECTIONS for row in section.rows]
+    assert len(rows) == len(ROWS), "two rows have one name"
+
+
+def test_other_names_mean_options_that_take_as_many_words() -> None:
+    others = [row for row in ROWS.values() if row.state == "other name"]
+    assert len(others) > 2
+    for row in others:
+        assert row.kind == "value"
+        assert not FLAGS[row.words].is_switch
+        assert not FLAGS[row.words].takes_several
+
+
+def test_what_is_said_of_options_is_still_true() -> None:
+    for values, row in VALUES_NOT_HAD.items():
+        assert not set(values) & set(get_args(FLAGS[row.name].type)), row.name
+    assert FLAGS.keys() >= VALUES_HAD.keys()
+    for name in OF_OTHER_COMMANDS:
+        having = [method for method in DECLARED if name in flags_of(commands()[method].options)]
+        assert 0 < len(having) < len(DECLARED), name
+    defaults = {
+        field.name.replace("_", "-"): field.default
+        for group in get_type_hints(RunConfig).values()
+        for field in fields(group)
+    }
+    assert [name for name, value in MEGATRON_DEFAULTS.items() if str(defaults[name]) == value] == []
+
+
+def test_what_is_done_anyway_is_accepted_and_noted_in_one_line() -> None:
+    notes: list[str] = []
+    words = (
+        "--swiglu --lr 1 --attention_dropout=0 --cp-comm-type p2p a2a --normalization RMSNorm --encoder-num-layers 3"
+    )
+    options = load_options(TrainingOptions, words.split(), notes.append)
+    assert notes == [
+        "> done anyway, or without effect here: --swiglu, --attention-dropout 0, --cp-comm-type p2p a2a, "
+        "--normalization RMSNorm"
+    ]
+    assert (options.optimizer.lr, options.model.num_layers) == (1.0, 3)
+    assert load_options(TrainingOptions, [], notes.append) == TrainingOptions()
+    assert len(notes) == 1
+
+
+def test_all_that_cannot_be_had_is_listed_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("fp16: true\nswiglu: true\nlrr: 1\nmoe_grouped_gemm: false\n")
+    words = "--num-experts 8 a b --trian-iters 5 c --swiglu --hidden-dropout 0.1 --bf16 true d --lr"
+    assert said_of("sft", ["--config", str(file), *words.split()]) == [
+        "8 options can't be had as they are:",
+        f"  {file}:1: fp16: 16-bit training is in bf16; give --bf16.",
+        f"  {file}:3: lrr is not an option; the nearest is --lr.",
+        "  --num-experts 8: mixtures of experts are not built; only dense LLaMA models train.",
+        "  --trian-iters is not an option; the nearest is --train-iters.",
+        "  --hidden-dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
+        "  --bf16 true: a switch takes no value; write --bf16 or --no-bf16.",
+        "  The word 'd' belongs to no option: options start with -- and take at most one value, except for "
+        "--train-data-path and --valid-data-path.",
+        "  --lr needs a value: a number.",
+    ]
+
+
+def test_a_value_given_later_takes_an_earlier_one_back(tmp_path: Path) -> None:
+    notes: list[str] = []
+    file = tmp_path / "run.yaml"
+    file.write_text("attention-dropout: 0.1\ncontext-parallel-size: 2\n")
+    words = "--attention-dropout 0.0 --context-parallel-size 1 --hidden-dropout 0.1 --hidden-dropout 0"
+    load_options(TrainingOptions, ["--config", str(file), *words.split()], notes.append)
+    assert notes == ["> done anyway, or without effect here: --attention-dropout 0.0, --hidden-dropout 0"]
+    words += " --attention-dropout 0.2"
+    assert said_of("sft", words.split())[0].startswith("--attention-dropout 0.2: nothing is dropped")
+
+
+def test_a_call_is_answered_from_the_table_too() -> None:
+    assert options_of(RunConfig, {"swiglu": True, "fp16": False, "encoder_num_layers": 2}).model.num_layers == 2
+    with pytest.raises(UserError, match=r"^fp16: 16-bit training is in bf16") as error:
+        options_of(RunConfig, {"fp16": True})
+    assert "\n" not in str(error.value)
+
+
+NOT_BUILT_FOR_LLAMA3 = [
+    *("--apply-layernorm-1p", "--train-samples", "--lr-decay-samples", "--lr-warmup-samples", "--decoupled-lr"),
+    *("--decoupled-min-lr", "--grad-reduce-in-bf16", "--manual-gc", "--empty-unused-memory-level"),
+]
+PROFILE = ["--profile", "--profile-step-start", "--profile-step-end"]
+SCRIPTS = {
+    "LLAMA3_8B_FP8_MOCK": (
+        "pretrain",
+        [
+            *NOT_BUILT_FOR_LLAMA3,
+            *("--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather"),
+            *("--tokenizer-type", "--data-cache-path", "--tiktoken-pattern", "--num-workers"),
+            *PROFILE,
+        ],
+    ),
+    "LLAMA3_8B_BF16": ("pretrain", [*NOT_BUILT_FOR_LLAMA3, "--data-cache-path", "--num-workers", *PROFILE]),
+    "LLAMA32_1B_FINETUNE": (
+        "sft",
+        [
+            *("--use-rope-scaling", "--train-samples", "--lr-decay-samples", "--split", "--finetune-hf-dataset"),
+            *("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"),
+            *("--no-check-for-nan-in-loss-and-grad", "--export-te-mcore-model"),
+        ],
+    ),
+    "MS_SWIFT_SFT": (
+        "sft",
+        [
+            *("--model", "--save_safetensors", "--dataset", "--sequence_parallel", "--finetune"),
+            *("--cross_entropy_loss_fusion", "--num_train_epochs", "--output_dir", "--save_steps", "--max_length"),
+            *("--system", "--dataloader_num_workers", "--no_save_optim", "--no_save_rng", "--dataset_num_proc"),
+            *("--model_author", "--model_name"),
+        ],
+    ),
+    "MS_SWIFT_LONG_TEXT": (
+        "sft",
+        [
+            *("--model", "--save_safetensors", "--dataset", "--load_from_cache_file", "--split_dataset_ratio"),
+            *("--packing", "--finetune", "--cross_entropy_loss_fusion", "--output_dir", "--eval_steps", "--save_steps"),
+            *("--max_length", "--dataloader_num_workers", "--dataset_num_proc", "--no_save_optim", "--no_save_rng"),
+            "--sequence_parallel",
+        ],
+    ),
+}
+"""Command, and what of the script can't be had, in its order."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_published_script_is_told_at_once_exactly_what_cannot_be_had(script: str) -> None:
+    method, refused = SCRIPTS[script]
+    head, *lines = said_of(method, shlex.split(getattr(published_scripts, script)))
+    assert names_of(lines) == refused
+    assert head == f"{len(refused)} options can't be had as they are:"
+
+
+def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> None:
+    """Also without sequence parallelism, which Megatron-LM turns off by itself where there is no tensor parallelism."""
+    method, refused = SCRIPTS["LLAMA3_8B_BF16"]
+    words, kept, notes = shlex.split(published_scripts.LLAMA3_8B_BF16), list[str](), list[str]()
+    for position, word in enumerate(words):
+        name = word if word.startswith("--") else words[position - 1]
+        kept += [] if name in refused else [word]
+    options = load_options(commands()[method].options, [*kept, "--no-sequence-parallel"], notes.append).as_run
+    validate(options, shape_of(options.model), 8, "pretrain")
+    assert options.model.num_query_groups == 8
+    assert options.corpus.split == "99,1,0"
+    assert notes == [
+        "> done anyway, or without effect here: --use-mcore-models, --group-query-attention, "
+        "--position-embedding-type rope, --rotary-percent 1.0, --attention-dropout 0.0, --hidden-dropout 0.0, "
+        "--swiglu, --normalization RMSNorm, --attention-backend fused, --disable-bias-linear, "
+        "--cross-entropy-loss-fusion, --calculate-per-token-loss, --use-distributed-optimizer, "
+        "--no-create-attention-mask-in-dataloader, --no-mmap-bin-files, --log-throughput, --ckpt-format torch_dist"
+    ]
