@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hft_megatron
-from hft_megatron.cli import average, convert, doctor, half_reset, plan, preprocess, show_data
+from hft_megatron.cli import average, convert, doctor, flags, half_reset, plan, preprocess, show_data
 from hft_megatron.cli.boundary import PROG, StatusFolder, note, run_command, show
 from hft_megatron.cli.training_command import options_of, run_method
 from hft_megatron.config.loading import help_text, load_options
@@ -112,6 +112,11 @@ COMMANDS = {
         summary="look at the machine, the ranks and the parts of a run, and say what is wrong and how to mend it",
         options=doctor.DoctorOptions,
         run=doctor.run,
+    ),
+    "flags": Command(
+        summary="list Megatron-LM's flags: which are options here, which say what is done anyway, which can't be had",
+        options=flags.FlagsOptions,
+        run=flags.run,
     ),
 }
 
