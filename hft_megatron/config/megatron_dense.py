@@ -279,7 +279,7 @@ DENSE = (
                 "use-tp-pp-dp-mapping", "ranks are numbered over tensor, data, then pipeline parallelism; leave it out"
             ),
             refused("ddp-num-buckets=", "give the parameters of one bucket as --ddp-bucket-size"),
-            accepted("no-delay-grad-reduce", "gradients are reduced as soon as their bucket is full"),
+            accepted("no-delay-grad-reduce", "chooses when gradients are reduced, not what is learned"),
         ),
     ),
     Section(
