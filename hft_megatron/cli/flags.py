@@ -13,9 +13,9 @@ from typing import Any, Literal, get_type_hints
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.config.flags import flags_of
-from hft_megatron.config.megatron_flags import MEGATRON_DEFAULTS, SECTIONS, VALUES_HAD, VALUES_NOT_HAD
+from hft_megatron.config.megatron_flags import MEGATRON_DEFAULTS, SECTIONS, VALUES_NOT_HAD
 from hft_megatron.config.megatron_rows import Row
-from hft_megatron.config.schema import RunConfig
+from hft_megatron.config.run import RunConfig
 
 _STATE_WIDTH = len("not built yet")
 _ABOUT = """# Megatron-LM's flags
@@ -103,8 +103,6 @@ def _limits(name: str) -> Iterator[str]:
     for values, row in VALUES_NOT_HAD.items():
         if row.name == name:
             yield row.refusal(", ".join(values))
-    if name in VALUES_HAD:
-        yield VALUES_HAD[name].refusal("Anything else")
 
 
 def _words_of_fields(options: type) -> dict[str, str]:

@@ -4,14 +4,14 @@ tyro parses the values; this file decides what an option is called and words wha
 """
 
 import difflib
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import takewhile
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import get_origin
 
 import tyro
 
+from hft_megatron.config.declared import Declared, declared
 from hft_megatron.config.megatron_flags import OF_OTHER_COMMANDS, ROWS, refused_value
 from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.names import Names, known
@@ -43,33 +43,29 @@ def _names_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
 class Flag:
     """One option: a leaf of the (nested) options dataclass."""
 
-    name: str
-    """As on the command line, without the leading dashes: ``micro-batch-size``."""
-    type: Any
-    """Of its value; None, for unset, is left out."""
+    option: Declared
     group: str | None
     """Name of the nested dataclass that holds it; None for what only the command line can say (--config)."""
 
     @property
+    def name(self) -> str:
+        """As on the command line, without the leading dashes: ``micro-batch-size``."""
+        return self.option.name.replace("_", "-")
+
+    @property
     def is_switch(self) -> bool:
         """Written ``--name`` or ``--no-name``, without a value."""
-        return self.type is bool
+        return self.option.type is bool
 
     @property
     def takes_several(self) -> bool:
         """Written ``--name VALUE VALUE``: all words up to the next option are its value."""
-        return get_origin(self.type) is tuple
+        return get_origin(self.option.type) is tuple
 
     @property
     def expected(self) -> str:
         """What its value must be, in words for an error."""
-        if self.takes_several:
-            return "one or more words"
-        if get_origin(self.type) is Literal:
-            return "one of " + ", ".join(str(choice) for choice in get_args(self.type))
-        if isinstance(self.type, type) and issubclass(self.type, Names):
-            return "one of " + ", ".join(known(self.type))
-        return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.type]
+        return self.option.expected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +99,14 @@ class Setting:
 
 def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
     """Every option of a dataclass of dataclasses, by its flat name."""
-    assert is_dataclass(options_type)
-    hints = get_type_hints(options_type)
     found: dict[str, Flag] = {}
-    for field in fields(options_type):
-        kind = _without_none(hints[field.name])
-        if is_dataclass(kind):
-            assert isinstance(kind, type)
-            inner = flags_of(kind, group=field.name)
+    for option in declared(options_type).values():
+        if is_dataclass(option.type):
+            assert isinstance(option.type, type)
+            inner = flags_of(option.type, group=option.name)
         else:
-            name = field.name.replace("_", "-")
-            inner = {name: Flag(name=name, type=kind, group=group)}
+            flag = Flag(option=option, group=group)
+            inner = {flag.name: flag}
         assert not found.keys() & inner.keys(), "two options have one name"
         found |= inner
     return found
@@ -282,12 +275,3 @@ def _no_value(written: str, meant: Flag | Row) -> Mistake:
 def _except_for_those_with_several(flags: Mapping[str, Flag]) -> str:
     names = [f"--{flag.name}" for flag in flags.values() if flag.takes_several]
     return f", except for {' and '.join(names)}" if names else ""
-
-
-def _without_none(hint: Any) -> Any:
-    """``T`` of ``T`` or ``T | None``."""
-    if get_origin(hint) not in (Union, types.UnionType):
-        return hint
-    kept = [choice for choice in get_args(hint) if choice is not type(None)]
-    assert len(kept) == 1, "an option has one type"
-    return kept[0]

@@ -65,6 +65,10 @@ NOT_BUILT_YET = Section(
         not_yet("no-overlap-p2p-communication", "the interleaved pipeline always overlaps its transfers"),
         not_yet("recompute-activations", "give --recompute-granularity selective"),
         not_yet("no-check-for-nan-in-loss-and-grad", "infinite or undefined losses and gradients are never trained on"),
+        not_yet("context-parallel-size=", "split activations by --sequence-parallel", values="1"),
+        not_yet("expert-model-parallel-size=", "only dense models train", values="1"),
+        not_yet("use-megatron-fsdp", "data parallelism shards the optimizer alone"),
+        not_yet("fp8-format=", "weights are bf16 or fp32"),
     ),
 )
 """Rows to delete when the option exists."""

@@ -122,17 +122,6 @@ VALUES_NOT_HAD = {
 }
 """Rows of options here, by the values that Megatron-LM's option has and this one can't have."""
 
-VALUES_HAD = {
-    row.name: row
-    for row in (
-        not_yet("context-parallel-size=", "split activations by --sequence-parallel", values="1"),
-        not_yet("expert-model-parallel-size=", "only dense models train", values="1"),
-        not_yet("use-megatron-fsdp", "data parallelism shards the optimizer alone", values="False"),
-        not_yet("fp8-format=", "weights are bf16 or fp32"),
-    )
-}
-"""The only values of options of which nothing else is built."""
-
 MEGATRON_DEFAULTS = {
     "bf16": "off",
     "distributed-backend": "nccl",
@@ -147,7 +136,4 @@ MEGATRON_DEFAULTS = {
 
 def refused_value(name: str, words: tuple[str, ...]) -> Row | None:
     """The row that speaks against an option's value; None where nothing does."""
-    had = VALUES_HAD.get(name)
-    if had is not None and not had.agrees(words):
-        return had
     return next((row for values, row in VALUES_NOT_HAD.items() if row.name == name and set(words) & set(values)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Lt
 
 from hft_megatron.config import derived
 from hft_megatron.errors import UserError
@@ -23,7 +23,7 @@ LARGEST_RATE = 1e30
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    lr: Annotated[float, Ge(0), Le(LARGEST_RATE)] = 1e-5
+    lr: Annotated[float, Ge(0)] = 1e-5
     min_lr: Annotated[float, Ge(0)] = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     lr_decay_iters: Annotated[int, Ge(1)] | None = None
@@ -42,8 +42,10 @@ class OptimizerConfig:
 
 
 def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """One form of warm-up, shorter than the run, and a learning rate that decays downwards."""
+    """A rate that can be had, one form of warm-up, shorter than the run, and a learning rate that decays downwards."""
     optimizer, training = config.optimizer, config.training
+    if optimizer.lr > LARGEST_RATE:
+        raise UserError(f"--lr {optimizer.lr}: must be at most {LARGEST_RATE:g}; 1e-5 is a usual one.")
     fraction = optimizer.lr_warmup_fraction
     if fraction is not None and optimizer.lr_warmup_iters:
         raise UserError(

@@ -45,12 +45,6 @@ class ParallelConfig:
     distributed_timeout_minutes: Annotated[float, Gt(0)] = 10.0
     """How long ranks wait for each other, when they meet and in every collective (0.5: half a minute); a host that is
     silent for half of it, at most for two minutes, is named, and ends the run."""
-    context_parallel_size: int = 1
-    """Not built yet: only 1."""
-    expert_model_parallel_size: int = 1
-    """Not built yet: only 1."""
-    use_megatron_fsdp: bool = False
-    """Not built yet: only off."""
 
 
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
@@ -102,20 +96,6 @@ def virtual_stages_share_the_layers(config: RunConfig, shape: ModelShape, world_
         )
     if chunk == per_stage:
         raise UserError(f"{option} is all of a stage's layers, so nothing interleaves; give fewer or leave it out.")
-
-
-def only_what_is_built(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Options that Megatron has and this project does not have yet are refused, not ignored."""
-    parallel = config.parallel
-    asked = {
-        f"--context-parallel-size {parallel.context_parallel_size}": parallel.context_parallel_size != 1,
-        f"--expert-model-parallel-size {parallel.expert_model_parallel_size}": parallel.expert_model_parallel_size != 1,
-        "--use-megatron-fsdp": parallel.use_megatron_fsdp,
-        f"--fp8-format {config.training.fp8_format}": config.training.fp8_format is not None,
-    }
-    for option, is_asked in asked.items():
-        if is_asked:
-            raise UserError(f"{option} is not built yet: leave it out.")
 
 
 def ranks_factor_into_the_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:

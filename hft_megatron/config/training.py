@@ -52,8 +52,6 @@ class TrainingConfig:
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Annotated[int, Ge(1)] | None = None
-    fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """Not built yet: only unset."""
     seed: Annotated[int, Ge(0)] = 1234
     deterministic_mode: bool = False
     """Only deterministic kernels and a fixed order of reductions: repeated runs are equal bit for bit."""

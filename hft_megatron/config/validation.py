@@ -20,7 +20,6 @@ def numbers_are_in_bounds(config: RunConfig, shape: ModelShape, world_size: int)
 
 
 _RULES: tuple[Rule, ...] = (
-    parallel.only_what_is_built,
     numbers_are_in_bounds,
     model.heads_fit_the_model,
     parallel.tensor_parallel_divides_the_model,
@@ -51,7 +50,6 @@ DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {}
 """What every method asks of its own data, after that; ``methods.registry`` fills it."""
 
 _NEEDS_NO_DATA = {
-    parallel.only_what_is_built,
     numbers_are_in_bounds,
     model.heads_fit_the_model,
     parallel.tensor_parallel_divides_the_model,
@@ -67,7 +65,6 @@ PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in _RULES if rule in _NEEDS_N
 """Those that don't need data, a tokenizer, a batch or a place for outputs."""
 
 LAYOUT_RULES: tuple[Rule, ...] = (
-    parallel.only_what_is_built,
     numbers_are_in_bounds,
     parallel.ranks_factor_into_the_layout,
     parallel.overlaps_fit_together,

@@ -174,7 +174,7 @@ MISTAKES = [
     (1, f"{GOOD} --packing --packing-window 0", "--packing-window 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --packing-window 50", "--packing-window 50 needs --packing; add it"),
     (1, f"{GOOD} --packing-algorithm first_fit_shuffle", "--packing-algorithm first_fit_shuffle needs --packing"),
-    (1, f"{GOOD} --lr -1e-5", "--lr -1e-05: must be a number between 0 and 1e+30"),
+    (1, f"{GOOD} --lr -1e-5", "--lr -1e-05: must be a number of at least 0"),
     (1, f"{GOOD} --skip-nonfinite-steps -1", "--skip-nonfinite-steps -1: must be a whole number of at least 0"),
     (1, f"{GOOD} --loss-spike-threshold 0", "--loss-spike-threshold 0.0: must be a number above 0"),
     (1, f"{GOOD} --lr nan", "--lr nan: must be a number"),

@@ -116,16 +116,16 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--lr abc", "--lr abc: the value must be a number."),
-        ("--lr=", "--lr '': the value must be a number."),
-        ("--train-iters 1.5", "--train-iters 1.5: the value must be a whole number."),
-        ("--train_iters x", "--train_iters x: the value must be a whole number."),
+        ("--lr abc", "--lr abc: the value must be a number of at least 0."),
+        ("--lr=", "--lr '': the value must be a number of at least 0."),
+        ("--train-iters 1.5", "--train-iters 1.5: the value must be a whole number of at least 0."),
+        ("--train_iters x", "--train_iters x: the value must be a whole number of at least 0."),
         (
             "--lr-decay-style step",
             "--lr-decay-style step: the value must be one of constant, linear, cosine.",
         ),
-        ("--lr", "--lr needs a value: a number."),
-        ("--lr --seed 1", "--lr needs a value: a number."),
+        ("--lr", "--lr needs a value: a number of at least 0."),
+        ("--lr --seed 1", "--lr needs a value: a number of at least 0."),
         ("--bf16=true", "--bf16=true: a switch takes no value; write --bf16 or --no-bf16."),
         ("--bf16 true", "--bf16 true: a switch takes no value; write --bf16 or --no-bf16."),
         ("--swiglu true", "--swiglu true: a switch takes no value; write --swiglu."),
@@ -177,13 +177,13 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
     ("text", "said"),
     [
         ("lr: 1\nlrr: 2\n", "run.yaml:2: lrr is not an option; the nearest is --lr."),
-        ("lr: abc\n", "run.yaml:1: lr abc: the value must be a number."),
+        ("lr: abc\n", "run.yaml:1: lr abc: the value must be a number of at least 0."),
         ("parallel:\n  sequence-parallel: 2\n", "run.yaml:2: sequence-parallel 2: the value must be true or false."),
         (
             "train-data-path: [a, [b]]\n",
             "run.yaml:1: train-data-path holds a list or a mapping; the value must be one or more words.",
         ),
-        ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number."),
+        ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number of at least 0."),
         ("lr: 1\nseed: 2\noptimizer:\n  lr: 3\n", "run.yaml:4: lr is set twice; the other is {0}run.yaml:1: lr."),
         ("- lr\n", "run.yaml: the file must hold `option: value` lines."),
         ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML."),
@@ -233,11 +233,16 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     write_resolved(replace(config, hft=HFTConfig()), path)
     assert read_resolved(path).hft == HFTConfig()
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    # Earlier versions wrote options of which they had but one value.
+    gone = "context_parallel_size: 1\nexpert_model_parallel_size: 1\nuse_megatron_fsdp: false\nfp8_format: null\n"
+    path.write_text(f"{path.read_text()}{gone}")
+    assert read_resolved(path).hft == HFTConfig()
 
 
 def test_help_shows_every_option_in_groups() -> None:
     text = help_text(Options, prog="hft-megatron sft", description="Fine-tune.")
-    for shown in ("--tensor-model-parallel-size INT", "--bf16, --no-bf16", "--hft-ratio FLOAT", "(default: 1e-05)"):
+    bounded = "(at least 0; default: 1e-05)"
+    for shown in ("--tensor-model-parallel-size INT", "--bf16, --no-bf16", "--hft-ratio FLOAT", bounded):
         assert shown in text
     for group in ("parallel", "model", "training", "optimizer", "data", "hft", "checkpoint", "logging"):
         assert f"{group} options" in text
