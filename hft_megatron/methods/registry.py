@@ -110,6 +110,7 @@ def _dpo() -> "Method":
         name="dpo",
         objective=lambda config: preference_objective(config.dpo),
         read_data=read_preference_data,
+        notes=lambda config: dpo.note_unused_cache(config.dpo),
         sequences_per_sample=2,
         reference=reference_of_run,
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
-from hft_megatron.config.dpo import note_unused_cache
 from hft_megatron.config.exports import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
@@ -96,8 +95,7 @@ class Inputs:
         folders = (self.config.model.load_hf, self.config.dpo.dpo_reference_model)
         lines = [note for folder in folders if folder is not None for note in notes_on_folder(folder)]
         lines += [] if self.tokenizer is None else self.tokenizer.facts.notes
-        if self.method.name == "dpo":
-            lines += note_unused_cache(self.config.dpo)
+        lines += self.method.notes(self.config)
         if self.data is not None:
             lines += self.data.describe()
             if self.data.samples is not None:
@@ -117,7 +115,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     ``shape`` is None when the vocabulary's size is the tokenizer's.
     """
     check_tracking_packages(options.logging)
-    tokenizer, shape = _read_tokenizer_and_shape(options, shape)
+    tokenizer, shape = tokenizer_and_shape(options, shape)
     given = options.checkpoint
     options = _going_on(options)
     found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
@@ -218,7 +216,8 @@ def _check_rounds(inputs: Inputs, world_size: int) -> None:
         rounds.plan(round)
 
 
-def _read_tokenizer_and_shape(options: RunConfig, shape: ModelShape | None) -> tuple[Tokenizer | None, ModelShape]:
+def tokenizer_and_shape(options: RunConfig, shape: ModelShape | None) -> tuple[Tokenizer | None, ModelShape]:
+    """The run's tokenizer, checked against the model's shape, which it decides where ``shape`` is None."""
     tokenizer = _read_tokenizer(options)
     if shape is None:
         assert tokenizer is not None

@@ -99,6 +99,8 @@ class Method:
     """What the options of the method make of it."""
     read_data: ReadData
     """Takes the resolved options, tokenizer, shape and world size; UserError for a mistake in the data."""
+    notes: Callable[[RunConfig], list[str]] = lambda config: []
+    """Lines for the log about its options."""
     sequences_per_sample: int = 1
     """What the model is given of a sample, for the memory of a micro-batch: a pair is two."""
     reference: "Callable[..., Reference] | None" = None

@@ -14,15 +14,13 @@ from hft_megatron.config.names import MethodName
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
-from hft_megatron.data.tokenizer import fit_tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.parallel.groups import leave_groups, stop_groups
 from hft_megatron.parallel.peers import Peers, peers
 from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.trainer.assembly import train_and_export
 from hft_megatron.trainer.bill import announce_bill_of_stages
-from hft_megatron.trainer.inputs import read_inputs
+from hft_megatron.trainer.inputs import read_inputs, tokenizer_and_shape
 from hft_megatron.trainer.method import Method
 from hft_megatron.trainer.resume import with_schedule
 
@@ -44,12 +42,8 @@ def check_stages(stages: Sequence[Stage], world_size: int, methods: Methods) -> 
     """
     lines = []
     for number, stage in enumerate(with_rounds_in_turn(stages)):
-        tokenizer = load_tokenizer(
-            stage.config.data.tokenizer_type, derived.tokenizer_path(stage.config), stage.config.data.chat_template
-        )
-        shape = shape_of(stage.config.model, vocab_size=tokenizer.vocab_size)
-        assert shape is not None
-        tokenizer = fit_tokenizer(tokenizer, shape.vocab_size)
+        tokenizer, shape = tokenizer_and_shape(stage.config, shape_of(stage.config.model))
+        assert tokenizer is not None
         data = methods[stage.method].read_data(stage.config, tokenizer, shape, world_size)
         found = [*tokenizer.facts.notes, *data.describe()]
         lines += [f"stage {number} ({stage.method}): {line}" for line in found]
