@@ -13,8 +13,8 @@ from typing import Any
 from hft_megatron.config.data import DataKeys
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.faults import Faults, RecordUse, printable
-from hft_megatron.data.files.row import Row
-from hft_megatron.data.files.sources import find_rows, row_of
+from hft_megatron.data.files.rows import Row, row_of
+from hft_megatron.data.files.sources import find_rows
 from hft_megatron.data.formats.keys import Key, refusal_of, without_nulls
 from hft_megatron.data.formats.preference import (
     COMPLETION_NAMES,

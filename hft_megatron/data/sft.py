@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.examples import read_examples
 from hft_megatron.data.faults import Faults, RecordRefused, RecordUse
-from hft_megatron.data.files.row import file_digest
-from hft_megatron.data.files.sources import SourceFiles
+from hft_megatron.data.files.sources import SourceFiles, file_digest
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.preprocessed.opening import open_preprocessed

@@ -1,108 +1,16 @@
-"""The files of a data source and their rows, by the kind of each file."""
+"""The files that a data source names, and their rows by the kind of each file."""
 
 import glob
-import json
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hft_megatron.config.data import data_sources
-from hft_megatron.data.files.json_rows import find_in_array_or_lines, find_lines, text_of_line, value_of
-from hft_megatron.data.files.row import MAX_RECORD_BYTES, DataStream, Found, Line, Row, is_prefix
+from hft_megatron.data.files.json_array import find_in_array_or_lines
+from hft_megatron.data.files.rows import Found, Row, find_documents, find_lines, row_of
 from hft_megatron.data.files.tables import find_in_delimited, find_in_parquet
 from hft_megatron.errors import UserError
-
-
-def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
-    """Each document that isn't blank, with the place of its first line.
-
-    With a ``separator`` a document ends at a line that holds nothing else. Raises UserError naming file and line.
-    """
-    stream = DataStream(path)
-    end = None if separator is None else separator.encode()
-    try:
-        first, size = 1, 0
-        parts: list[bytes] = []
-        for number, raw in stream.lines():
-            if number == 1:
-                _refuse_json(raw, path)
-            ends = end is None or raw.strip() == end
-            # Of a document that is too long only so much is kept that its reader sees it is.
-            if not (ends and end is not None) and size <= MAX_RECORD_BYTES:
-                parts.append(raw)
-            size += len(raw)
-            if ends:
-                yield from _document(path, first, parts, size, stream.position)
-                first, parts, size = number + 1, [], 0
-        yield from _document(path, first, parts, size, stream.position)
-    finally:
-        stream.close()
-
-
-def holds_separator(path: Path, separator: str) -> bool:
-    """Whether a line of the file holds nothing else. Raises UserError naming file and line."""
-    stream, end = DataStream(path), separator.encode()
-    try:
-        return any(raw.strip() == end for _, raw in stream.lines())
-    finally:
-        stream.close()
-
-
-def _document(path: Path, line: int, parts: list[bytes], size: int, position: int) -> Iterator[Found]:
-    raw = b"".join(parts)[: MAX_RECORD_BYTES + 1]
-    if raw.strip():
-        yield Found(item=Line(place=f"{path}:{line}", raw=raw, plain=True), size=size, position=position)
-
-
-def _refuse_json(raw: bytes, path: Path) -> None:
-    """JSON Lines under the wrong name would be trained as they stand, braces and all."""
-    try:
-        is_record = raw.lstrip().startswith(b"{") and isinstance(json.loads(raw), dict)
-    except (ValueError, RecursionError):
-        return
-    if is_record:
-        raise UserError(f"{path}:1: the line is a JSON object, but a .txt file is plain text; name the file .jsonl.")
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file in its order: Parquet, a JSON array (``.json``), ``.csv``, ``.tsv``, text (``.txt``), or JSON
-    Lines under any other name.
-
-    ``.gz`` and ``.zst`` behind the name are decompressed. Raises UserError naming the place for a file that can't be
-    opened or read, or isn't what its name says.
-    """
-    for found in find_rows(path):
-        yield row_of(found.item)
-
-
-def find_rows(path: Path, separator: str | None = None) -> Iterator[Found]:
-    """What ``read_rows`` reads, lines not parsed yet; ``separator`` is the line between the documents of a text."""
-    kind = kind_of_file(path)
-    if kind == ".parquet":
-        return find_in_parquet(path)
-    if kind in _DELIMITERS:
-        return find_in_delimited(path, _DELIMITERS[kind])
-    if kind == ".txt":
-        return find_documents(path, separator)
-    return find_in_array_or_lines(path) if kind == ".json" else find_lines(path)
-
-
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-
-
-def kind_of_file(path: Path) -> str:
-    """The suffix that says how the file is read, in small letters: what compresses it is left out."""
-    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
-
-
-def row_of(item: Row | Line) -> Row:
-    """The row, parsed where it isn't yet. Raises UserError naming the place of a line that isn't one."""
-    if isinstance(item, Row):
-        return item
-    if item.plain:
-        return Row(place=item.place, value={"text": text_of_line(item).strip("\r\n")})
-    return Row(place=item.place, value=value_of(item))
-
 
 TRAIN_SPLIT, VALID_SPLIT = "train.json", "eval.json"
 """Files of a TRACE task's folder; its test.json is for scoring."""
@@ -190,3 +98,54 @@ def _split_of_folder(folder: Path, option: str, split: str) -> Path:
         f"{option} {folder} is a folder without {split}, so it is no TRACE task; name a file, or files with a glob "
         f"such as '{folder}/*.jsonl'."
     )
+
+
+FACTS, LOSS_MASK, BOUNDARIES = "_preprocessed.json", "_loss_mask", "_boundaries"
+"""The companions of PREFIX.bin and PREFIX.idx; the last two are .bin and .idx as well."""
+UNFINISHED, BAD_LINES = "_unfinished", "_bad_lines.jsonl"
+"""The folder of what isn't complete, and the records that were passed over."""
+
+
+def is_prefix(path: str) -> bool:
+    """Whether the names of preprocessed data, complete or not, begin so."""
+    return any(Path(f"{path}{end}").exists() for end in (".idx", ".bin", FACTS, UNFINISHED))
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file in its order: Parquet, a JSON array (``.json``), ``.csv``, ``.tsv``, text (``.txt``), or JSON
+    Lines under any other name.
+
+    ``.gz`` and ``.zst`` behind the name are decompressed. Raises UserError naming the place for a file that can't be
+    opened or read, or isn't what its name says.
+    """
+    for found in find_rows(path):
+        yield row_of(found.item)
+
+
+def find_rows(path: Path, separator: str | None = None) -> Iterator[Found]:
+    """What ``read_rows`` reads, lines not parsed yet; ``separator`` is the line between the documents of a text."""
+    kind = kind_of_file(path)
+    if kind == ".parquet":
+        return find_in_parquet(path)
+    if kind in _DELIMITERS:
+        return find_in_delimited(path, _DELIMITERS[kind])
+    if kind == ".txt":
+        return find_documents(path, separator)
+    return find_in_array_or_lines(path) if kind == ".json" else find_lines(path)
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def kind_of_file(path: Path) -> str:
+    """The suffix that says how the file is read, in small letters: what compresses it is left out."""
+    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of the file's bytes, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

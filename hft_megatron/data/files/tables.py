@@ -6,8 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.data.files.json_rows import text_of_line
-from hft_megatron.data.files.row import MAX_RECORD_BYTES, DataStream, Found, Line, Row, missing_package, too_long
+from hft_megatron.data.files.rows import (
+    MAX_RECORD_BYTES,
+    DataStream,
+    Found,
+    Line,
+    Row,
+    missing_package,
+    text_of_line,
+    too_long,
+)
 from hft_megatron.errors import UserError
 
 

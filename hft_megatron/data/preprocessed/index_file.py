@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hft_megatron.data.files.row import Found, Line, Row
-from hft_megatron.data.files.sources import find_rows, row_of
+from hft_megatron.data.files.rows import Found, Line, Row, row_of
+from hft_megatron.data.files.sources import find_rows
 from hft_megatron.data.records import Layout, RecordReader, RecordRules
 from hft_megatron.errors import UserError
 

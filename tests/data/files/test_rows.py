@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.files import json_rows, sources, tables
-from hft_megatron.data.files import row as stream
+from hft_megatron.data.files import json_array, tables
+from hft_megatron.data.files import rows as text_rows
 from hft_megatron.data.files.sources import read_rows
 from hft_megatron.errors import UserError
 
@@ -66,7 +66,7 @@ def test_every_kind_of_file_gives_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
 ) -> None:
     # What comes before the [ must be in the first chunk.
-    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk if name != "pretty.json" else max(chunk, 8))
+    monkeypatch.setattr(json_array, "CHUNK_BYTES", chunk if name != "pretty.json" else max(chunk, 8))
     (tmp_path / name).write_bytes(PLAIN[name]())
     assert values(tmp_path / name) == ROWS
 
@@ -240,10 +240,10 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: Callable[[bytes
 def test_a_record_over_the_limit_is_refused_without_reading_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, place: str
 ) -> None:
-    for module in (stream, json_rows, json_rows, tables):
+    for module in (text_rows, json_array, tables):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
     # What comes before the [ must be in the first chunk.
-    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(json_array, "CHUNK_BYTES", 64)
     content = content if name.endswith(".json") else b"{}\n" + content
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(UserError, match=f"{name}{place} is longer than 0 MiB"):
@@ -254,13 +254,13 @@ def test_a_record_over_the_limit_is_refused_without_reading_on(
 def test_the_limit_is_the_same_behind_a_byte_order_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for module in (stream, json_rows, sources):
+    for module in (text_rows, json_array):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2000)
     fits = b'"' + b"x" * 1997 + b'"\n'
-    (tmp_path / name).write_bytes(stream.BYTE_ORDER_MARK + fits)
+    (tmp_path / name).write_bytes(text_rows.BYTE_ORDER_MARK + fits)
     assert len(values(tmp_path / name)) == 1
     for line in (b"x" * 2001, b"x" * 9000):
-        (tmp_path / name).write_bytes(stream.BYTE_ORDER_MARK + line + b"\nnext\n")
+        (tmp_path / name).write_bytes(text_rows.BYTE_ORDER_MARK + line + b"\nnext\n")
         with pytest.raises(UserError, match=f"{name}:1: the line is longer than 0 MiB"):
             values(tmp_path / name)
 
@@ -274,7 +274,7 @@ def test_a_line_of_100_megabytes_costs_no_more_memory_than_the_limit(tmp_path: P
     tracemalloc.start()
     with pytest.raises(UserError, match=r"a.jsonl.gz:1: the line is longer than 16 MiB"):
         values(tmp_path / "a.jsonl.gz")
-    assert tracemalloc.get_traced_memory()[1] < 3 * stream.MAX_RECORD_BYTES
+    assert tracemalloc.get_traced_memory()[1] < 3 * text_rows.MAX_RECORD_BYTES
     tracemalloc.stop()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hft_megatron.config.data import ignored_keys
 from hft_megatron.data.faults import printable
-from hft_megatron.data.files.row import Row
+from hft_megatron.data.files.rows import Row
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
 from hft_megatron.data.formats.record import Chat
 from hft_megatron.data.formats.table import FORMATS
