@@ -11,7 +11,10 @@ from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.faults import Faults
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.formats.record import NOTHING, Chat, Completion, PassedOver, Preference, Record
+from hft_megatron.data.formats.completions import Completion
+from hft_megatron.data.formats.conversations import NOTHING, Chat, PassedOver
+from hft_megatron.data.formats.preference import Preference
+from hft_megatron.data.formats.table import Record
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.stores import Encoded
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer

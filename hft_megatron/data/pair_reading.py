@@ -14,7 +14,9 @@ from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
 from hft_megatron.data.faults import Faults, RecordRefused
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.fitting import ExampleRules, count_keys
-from hft_megatron.data.formats.record import Completion, Message, Preference, PromptForm
+from hft_megatron.data.formats.completions import Completion
+from hft_megatron.data.formats.conversations import Message
+from hft_megatron.data.formats.preference import Preference, PromptForm
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.special_tokens import SpecialTokens
 from hft_megatron.data.stores import Encoded, ExamplesInMemory, Tokenized, places_in

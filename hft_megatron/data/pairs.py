@@ -13,7 +13,7 @@ from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.files.sources import SourceFiles, file_digest
 from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, notes_of_keys, notes_of_token_names
-from hft_megatron.data.formats.record import PromptForm
+from hft_megatron.data.formats.preference import PromptForm
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs
 from hft_megatron.data.sft import SftDataset, asked_of, data_digest

@@ -5,7 +5,7 @@ A file has one format: that of --data-format, or the one that its first record's
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from hft_megatron.config.names import DataFormat
 from hft_megatron.data.faults import Faults, RecordUse, printable
 from hft_megatron.data.files.rows import Row, row_of
 from hft_megatron.data.files.sources import find_rows
-from hft_megatron.data.formats.keys import Key, refusal_of, without_nulls
+from hft_megatron.data.formats.completions import Completion
+from hft_megatron.data.formats.conversations import Chat, PassedOver, kind_of, weighed_messages
+from hft_megatron.data.formats.keys import Key, refusal_of
 from hft_megatron.data.formats.preference import (
     COMPLETION_NAMES,
     PROMPT_NAMES,
     is_answer_alone,
     only_one_of,
     prompt_keys,
+    weighed_pair,
 )
-from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Record, kind_of, weigh
-from hft_megatron.data.formats.table import FORMATS, recognise
+from hft_megatron.data.formats.table import FORMATS, Format, Record, recognise
 from hft_megatron.errors import UserError
 
 PAIR_LAYOUTS = (
@@ -61,6 +63,42 @@ def _conversation_key(value: object) -> str | None:
     return None
 
 
+def without_nulls(row: dict[str, Any], *, at_any_depth: bool) -> dict[str, Any]:
+    """The row without its keys that are null, and those of its messages and of the parts of their contents, where some
+    tools write every key that any has.
+
+    ``at_any_depth`` takes them out of all that messages hold as well: Parquet has a null there for what is missing.
+    Elsewhere a null that an argument of a tool has is a value, which templates print.
+    """
+    if at_any_depth:
+        return {key: _without_any_nulls(value) for key, value in row.items() if value is not None}
+    return {key: _of_each(value, _message_without_nulls) for key, value in row.items() if value is not None}
+
+
+def _of_each(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """``value`` with an object, or those that a list has, changed."""
+    if isinstance(value, list):
+        return [change(entry) if isinstance(entry, dict) else entry for entry in value]
+    return change(value) if isinstance(value, dict) else value
+
+
+def _message_without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    kept = _object_without_nulls(message)
+    if isinstance(kept.get("content"), list):
+        kept["content"] = _of_each(kept["content"], _object_without_nulls)
+    return kept
+
+
+def _object_without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: inner for key, inner in value.items() if inner is not None}
+
+
+def _without_any_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_any_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_any_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def without(ignored: frozenset[str], row: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The row without the ``ignored`` keys of its own and of its messages, and those that were there."""
     if not ignored:
@@ -77,6 +115,12 @@ def without(ignored: frozenset[str], row: dict[str, Any]) -> tuple[dict[str, Any
 
 def _but(turn: Any, ignored: frozenset[str]) -> Any:
     return {key: value for key, value in turn.items() if key not in ignored} if isinstance(turn, dict) else turn
+
+
+def _unread(row: dict[str, Any], format: Format) -> tuple[str, ...]:
+    """The row's keys that its format doesn't read."""
+    reads = format.reads if format.reads_of is None else format.reads_of(row)
+    return tuple(key for key in row if key not in (*format.keys, *reads))
 
 
 def check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: str, format: DataFormat) -> None:
@@ -169,12 +213,12 @@ class RecordReader:
         for path in files:
             layout = None if self._rules.data_format is None else Layout(format=self._rules.data_format)
             for found in find_rows(path):
-                if layout is None:
-                    layout = self.layout_of(row_of(found.item))
                 try:
-                    record = self.record_of(row_of(found.item), layout)
+                    row = row_of(found.item)
+                    layout = layout or self.layout_of(row)
+                    record = self.record_of(row, layout)
                 except UserError as error:
-                    if faults is None:
+                    if faults is None or layout is None:
                         raise
                     faults.add(found.item.place, error)
                 else:
@@ -203,7 +247,7 @@ class RecordReader:
             value = {key: cell for key, cell in value.items() if cell != "" or key in format.keys}
         if not value.keys() >= set(format.keys):
             raise UserError(_other_keys(row, layout))
-        unread = format.unread(value)
+        unread = _unread(value, format)
         try:
             for key in unread:
                 check_unread(key, value, unread, row.place, layout.format)
@@ -284,3 +328,18 @@ def _keys_in_words(row: Mapping[str, Any]) -> str:
     shown = [f"`{printable(key[:40])}`{' (null)' * (row[key] is None)}" for key in list(row)[:10]]
     shown += ["..."] * (len(row) > 10)
     return "the keys " + ", ".join(shown) if shown else "no keys"
+
+
+def weigh(record: Record) -> Record:
+    """The record without the weights of turns in its messages, and without empty lists; a conversation with what the
+    weights say.
+
+    Raises UserError naming the message for a value that is neither yes nor no, for keys that contradict each other,
+    for a turn that is not the assistant's and shall be trained, and for an answer of a pair that shall not.
+    """
+    if isinstance(record, Completion):
+        return record
+    if isinstance(record, Chat):
+        messages, untrained = weighed_messages(record.messages, record.place)
+        return replace(record, messages=messages, untrained=untrained)
+    return weighed_pair(record)

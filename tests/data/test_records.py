@@ -9,7 +9,9 @@ import pytest
 
 from hft_megatron.config.data import DataKeys, data_keys
 from hft_megatron.data.faults import RecordUse
-from hft_megatron.data.formats.record import Chat, Completion, PassedOver, Preference
+from hft_megatron.data.formats.completions import Completion
+from hft_megatron.data.formats.conversations import Chat, PassedOver
+from hft_megatron.data.formats.preference import Preference
 from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.errors import UserError
 from tests.support.data_files import write_rows

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import completion_pieces
-from hft_megatron.data.formats.record import Completion
+from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from tests.support.data_files import load, write_rows

@@ -16,7 +16,7 @@ from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import completion_pieces
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.fitting import ExampleRules
-from hft_megatron.data.formats.record import Completion
+from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.pairs import load_pair_dataset
 from hft_megatron.data.run_data import training_data, validation_data
 from hft_megatron.data.sft import SftDataset, load_sft_dataset

@@ -19,8 +19,8 @@ from hft_megatron.config import names, validation
 from hft_megatron.config.corpus import CorpusConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.data.formats import table
-from hft_megatron.data.formats.record import Record
-from hft_megatron.data.formats.supervised import parse_prompt_completion
+from hft_megatron.data.formats.completions import parse_prompt_completion
+from hft_megatron.data.formats.table import Record
 from hft_megatron.hft import rules
 from hft_megatron.hft.policy import Draw, Policy
 from hft_megatron.hft.units import Unit

@@ -4,9 +4,8 @@ A record's key that stands neither here nor in its format is passed over and nam
 printed by the chat template. docs/data.md shows this table, and a test holds that it does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from hft_megatron.config.names import DataFormat
 
@@ -147,39 +146,3 @@ def refusal_of(key: str, value: object, format: DataFormat) -> Key | None:
 def message_row(key: str, role: str) -> Key | None:
     """The row about a key of a message of this role, None for one that no trainer is known to read."""
     return next((row for row in MESSAGE_KEYS if key in row.names and (not row.roles or role in row.roles)), None)
-
-
-def without_nulls(row: dict[str, Any], *, at_any_depth: bool) -> dict[str, Any]:
-    """The row without its keys that are null, and those of its messages and of the parts of their contents, where some
-    tools write every key that any has.
-
-    ``at_any_depth`` takes them out of all that messages hold as well: Parquet has a null there for what is missing.
-    Elsewhere a null that an argument of a tool has is a value, which templates print.
-    """
-    if at_any_depth:
-        return {key: _without_any_nulls(value) for key, value in row.items() if value is not None}
-    return {key: _of_each(value, _message_without_nulls) for key, value in row.items() if value is not None}
-
-
-def _of_each(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """``value`` with an object, or those that a list has, changed."""
-    if isinstance(value, list):
-        return [change(entry) if isinstance(entry, dict) else entry for entry in value]
-    return change(value) if isinstance(value, dict) else value
-
-
-def _message_without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    kept = _object_without_nulls(message)
-    if isinstance(kept.get("content"), list):
-        kept["content"] = _of_each(kept["content"], _object_without_nulls)
-    return kept
-
-
-def _object_without_nulls(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: inner for key, inner in value.items() if inner is not None}
-
-
-def _without_any_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_any_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_any_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,20 +1,52 @@
-"""Preference pairs: ``chosen`` and ``rejected``, and a prompt in any of the forms that data sets have it in."""
+"""Preference pairs: ``chosen`` and ``rejected``, and a prompt in any of the forms that data sets have it in.
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+What a prompt and both answers share is the prompt's, and stands once. The rules follow TRL's ``extract_prompt`` where a
+prompt is missing. Unlike there, what a given prompt and both answers begin with is taken off the answers, unless it is
+but a greeting, and a text is cut at a turn and not wherever its letters begin to differ.
+"""
 
-from hft_megatron.data.formats.record import (
+import os.path
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from hft_megatron.data.formats.completions import is_more_than_a_greeting, overlap, repeated_prompt
+from hft_megatron.data.formats.conversations import (
+    NOTHING,
+    SHAREGPT_ROLES,
     Message,
-    Preference,
+    PassedOver,
+    alpaca_prompt,
     check_seam,
     checked_messages,
     kind_of,
     optional_text_of,
+    sharegpt_message,
+    weighed_messages,
+    with_system,
 )
-from hft_megatron.data.formats.shared_beginning import split_messages, split_texts
-from hft_megatron.data.formats.supervised import SHAREGPT_ROLES, alpaca_prompt, sharegpt_message, with_system
 from hft_megatron.errors import UserError
+
+PromptForm = Literal["given", "stripped", "found", "in one answer", "in both answers"]
+"""Where the prompt of a pair was: on its own; on its own and again in front of both answers, where it was taken off; in
+front of both answers alone; on its own and again in front of one answer, which was left as it is; on its own and again
+in front of both, which were left because answers may begin with such a prompt themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """A prompt and two answers, of which the first is preferred; all three text, or all three messages."""
+
+    place: str
+    prompt: str | tuple[Message, ...]
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+    form: PromptForm = "given"
+    fault: str | None = None
+    """Why these are no two answers to one prompt, as a clause; None where they are."""
+    keys: PassedOver = NOTHING
+
 
 PROMPT_NAMES = ("prompt", "question", "query", "problem")
 COMPLETION_NAMES = ("completion", "answer", "response", "solution")
@@ -134,3 +166,119 @@ def _messages(value: object, key: str, place: str) -> tuple[Message, ...]:
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "from" in turn for turn in value):
         return tuple(sharegpt_message(turn, number, place, key=key) for number, turn in enumerate(value, start=1))
     return checked_messages(value, place, key=key)
+
+
+HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
+"""How a transcript such as hh-rlhf's begins its turns."""
+_TURN = re.compile(f"{HUMAN_TURN}|{ASSISTANT_TURN}")
+_BEGIN_DIFFERENTLY = "`chosen` and `rejected` begin differently, so they are no answers to one prompt"
+
+
+def split_texts(place: str, prompt: str | None, chosen: str, rejected: str) -> Preference | None:
+    """The pair of a prompt and two texts. None where there is no prompt, and no transcript to find it in."""
+    asked = prompt or ""
+    repeats = [repeated_prompt(asked, answer) for answer in (chosen, rejected)]
+    repeated = min(repeats, key=len)
+    if repeated and is_more_than_a_greeting(repeated):
+        return _cut_texts(place, repeated, chosen, rejected, "stripped")
+    shared = _transcript_prompt(chosen, rejected)
+    if shared and (not asked.strip() or _is_turn_of(shared, asked)):
+        return _cut_texts(place, shared, chosen, rejected, "stripped" if asked.strip() else "found")
+    if prompt is not None:
+        form: PromptForm = "in both answers" if all(repeats) else "in one answer" if any(repeats) else "given"
+        return Preference(place=place, prompt=prompt, chosen=chosen, rejected=rejected, form=form)
+    if ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected:
+        return Preference(place=place, prompt="", chosen=chosen, rejected=rejected, fault=_BEGIN_DIFFERENTLY)
+    return None
+
+
+def _is_turn_of(transcript: str, asked: str) -> bool:
+    """Whether it is one whole turn of the transcript or several, with or without the names of who speaks."""
+    turns, mine = ([turn.strip() for turn in _TURN.split(f"\n\n{text.strip()}")] for text in (transcript, asked))
+    mine = mine if mine[0] else mine[1:]
+    return any(turns[at : at + len(mine)] == mine for at in range(len(turns)))
+
+
+def _transcript_prompt(chosen: str, rejected: str) -> str:
+    """What both transcripts begin with, up to the last turn of the assistant's that both begin; empty without one."""
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - characters are meant
+    before, turn, _ = shared.rpartition(ASSISTANT_TURN)
+    return before + turn
+
+
+def _cut_texts(place: str, prompt: str, chosen: str, rejected: str, form: PromptForm) -> Preference:
+    answers = chosen[len(prompt) :], rejected[len(prompt) :]
+    fault = None
+    if prompt.endswith(ASSISTANT_TURN) and any(HUMAN_TURN in answer for answer in answers):
+        fault = "the answers differ before the last turn of the assistant's, and a turn of the human's is in one"
+    return Preference(place=place, prompt=prompt, chosen=answers[0], rejected=answers[1], form=form, fault=fault)
+
+
+def split_messages(
+    place: str, prompt: str | Sequence[Message] | None, chosen: Sequence[Message], rejected: Sequence[Message]
+) -> Preference:
+    """The pair of a prompt and two conversations of at least one message each; a prompt of text is the user's."""
+    answers_begin = chosen[0]["role"] == rejected[0]["role"] == "assistant"
+    if isinstance(prompt, str) and answers_begin:
+        prompt = [{"role": "user", "content": prompt}]
+    shared = _common(chosen, rejected)
+    if prompt is None or isinstance(prompt, str):
+        fault = None if shared else _BEGIN_DIFFERENTLY
+        if prompt and shared and all(prompt != message["content"] for message in shared):
+            fault = "`prompt` is none of the messages that `chosen` and `rejected` begin with"
+        return _cut(place, shared, len(shared), chosen, rejected, "found", fault)
+    # First, because a person may ask the same thing twice.
+    if shared[-len(prompt) :] == list(prompt):
+        return _cut(place, shared, len(shared), chosen, rejected, "stripped")
+    repeated = [overlap(prompt, answer) for answer in (chosen, rejected)]
+    if min(repeated) > 0:
+        return _cut(place, prompt, min(repeated), chosen, rejected, "stripped")
+    if max(repeated) > 0:
+        one, other = ("chosen", "rejected") if repeated[0] else ("rejected", "chosen")
+        fault = f"`{one}` repeats the prompt, and `{other}` doesn't"
+        return _cut(place, prompt, 0, chosen, rejected, "in one answer", fault)
+    if any(shared[at : at + len(prompt)] == list(prompt) for at in range(len(shared))):
+        return _cut(place, shared, len(shared), chosen, rejected, "stripped")
+    return _cut(place, prompt, 0, chosen, rejected, "given")
+
+
+def _cut(
+    place: str,
+    prompt: Sequence[Message],
+    start: int,
+    chosen: Sequence[Message],
+    rejected: Sequence[Message],
+    form: PromptForm,
+    fault: str | None = None,
+) -> Preference:
+    return Preference(
+        place=place,
+        prompt=tuple(prompt),
+        chosen=tuple(chosen[start:]),
+        rejected=tuple(rejected[start:]),
+        form=form,
+        fault=fault,
+    )
+
+
+def _common(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
+    """What both conversations begin with, without the last message of either, also of equal ones."""
+    most = min(len(chosen), len(rejected)) - 1
+    common = next((turn for turn in range(most) if chosen[turn] != rejected[turn]), most)
+    return list(chosen[:common])
+
+
+def weighed_pair(pair: Preference) -> Preference:
+    """The pair, whose prompt is never trained and whose answers are compared whole."""
+    parts: dict[str, Any] = {}
+    for name, part in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if isinstance(part, str):
+            continue
+        parts[name], untrained = weighed_messages(part, pair.place, of=f" of `{name}`")
+        answers = [number for number in sorted(untrained) if part[number]["role"] == "assistant"]
+        if name != "prompt" and answers:
+            raise UserError(
+                f"{pair.place}: message {answers[0] + 1} of `{name}` is not to be trained, but the answers of a pair "
+                f"are compared whole; remove that key, or pass over it with --ignore-keys."
+            )
+    return replace(pair, **parts)

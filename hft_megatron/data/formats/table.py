@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from hft_megatron.config.names import DataFormat, add
-from hft_megatron.data.formats.preference import parse_preference, prompt_keys
-from hft_megatron.data.formats.record import Record
-from hft_megatron.data.formats.supervised import (
-    parse_alpaca,
+from hft_megatron.data.formats.completions import (
+    Completion,
     parse_input_output,
-    parse_messages,
     parse_prompt_completion,
-    parse_sharegpt,
     parse_text,
     parse_trace,
 )
+from hft_megatron.data.formats.conversations import Chat, parse_alpaca, parse_messages, parse_sharegpt
+from hft_megatron.data.formats.preference import Preference, parse_preference, prompt_keys
+
+Record = Chat | Completion | Preference
+"""What a row becomes, whatever layout it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,6 @@ class Format:
     """Which of ``reads`` are read of a row, where some take the place of others; all of them when None."""
     parse: Callable[[Mapping[str, Any], str], Record]
     """Takes a row with these keys and its place."""
-
-    def unread(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The row's other keys."""
-        reads = self.reads if self.reads_of is None else self.reads_of(row)
-        return tuple(key for key in row if key not in (*self.keys, *reads))
 
     @property
     def needs(self) -> str:

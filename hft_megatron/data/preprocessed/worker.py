@@ -18,7 +18,7 @@ from hft_megatron.data.examples import Example, example_of, pieces_of
 from hft_megatron.data.faults import Faults, RecordRefused, RecordUse
 from hft_megatron.data.files.rows import Line, Row, row_of
 from hft_megatron.data.fitting import ExampleRules, SftCounts, check_predicts, spans_of
-from hft_megatron.data.formats.record import Record
+from hft_megatron.data.formats.table import Record
 from hft_megatron.data.preprocessed.index_file import Chunk, token_dtype
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.tokenizer import Piece, Tokenizer

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.formats.supervised import parse_alpaca
+from hft_megatron.data.formats.conversations import parse_alpaca
 from hft_megatron.errors import UserError
 
 

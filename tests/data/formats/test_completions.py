@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.formats.record import Chat, Completion
-from hft_megatron.data.formats.supervised import parse_input_output, parse_prompt_completion, parse_trace
+from hft_megatron.data.formats.completions import Completion, parse_input_output, parse_prompt_completion, parse_trace
+from hft_megatron.data.formats.conversations import Chat
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts, write_rows

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.formats.supervised import parse_messages, parse_sharegpt
+from hft_megatron.data.formats.conversations import parse_messages, parse_sharegpt
 from hft_megatron.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hft_megatron.config.data import ignored_keys
 from hft_megatron.data.faults import printable
 from hft_megatron.data.files.rows import Row
+from hft_megatron.data.formats.conversations import Chat
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
-from hft_megatron.data.formats.record import Chat
 from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.records import Layout, RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Tokenizer

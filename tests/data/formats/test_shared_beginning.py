@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from hft_megatron.config.data import DataConfig
-from hft_megatron.data.formats.preference import parse_preference
-from hft_megatron.data.formats.record import Preference
+from hft_megatron.data.formats.preference import Preference, parse_preference
 from hft_megatron.data.run_data import training_pairs
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer

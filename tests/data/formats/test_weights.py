@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.data.formats.record import Chat, Preference, weigh
+from hft_megatron.data.formats.conversations import Chat
+from hft_megatron.data.formats.preference import Preference
+from hft_megatron.data.records import weigh
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizers import load_tokenizer
 from hft_megatron.errors import UserError

@@ -1,11 +1,11 @@
-"""A record of any format as messages or texts, and the weights and masks that it gives to its turns.
+"""Conversations: ``messages``, ShareGPT's turns and Alpaca's records, and what turns say of their own training.
 
 The options of a run say what is trained of all records; a turn's own key can only take it out.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from hft_megatron.data.formats.keys import TURN_MASKS, TURN_SWITCHES, TURN_WEIGHTS, is_empty
 from hft_megatron.errors import UserError
@@ -44,52 +44,123 @@ class Chat:
     keys: PassedOver = NOTHING
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A prompt and what should follow it, both as they are: nothing is put between them."""
-
-    place: str
-    prompt: str
-    completion: str
-    repeated: bool = False
-    """Whether the completion repeated the prompt, and it was taken off."""
-    keys: PassedOver = NOTHING
+def parse_messages(row: Mapping[str, Any], place: str) -> Chat:
+    """``{"messages": [{"role", "content"}]}``. Raises UserError naming the message that is wrong."""
+    _check_layout(row["messages"], "messages", "role", "conversations", "from", place)
+    return chat(place, checked_messages(row["messages"], place))
 
 
-PromptForm = Literal["given", "stripped", "found", "in one answer", "in both answers"]
-"""Where the prompt of a pair was: on its own; on its own and again in front of both answers, where it was taken off; in
-front of both answers alone; on its own and again in front of one answer, which was left as it is; on its own and again
-in front of both, which were left because answers may begin with such a prompt themselves."""
+def parse_sharegpt(row: Mapping[str, Any], place: str) -> Chat:
+    """``{"conversations": [{"from", "value"}]}``, with an optional ``system`` text, as ``messages``."""
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(
+            f"{place}: `conversations` is {kind_of(turns)}, but it must be a list of at least one turn"
+            f"{list_within_text(turns)}."
+        )
+    _check_layout(turns, "conversations", "from", "messages", "role", place)
+    messages = [sharegpt_message(turn, number, place) for number, turn in enumerate(turns, start=1)]
+    return chat(place, with_system(row, messages, place))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preference:
-    """A prompt and two answers, of which the first is preferred; all three text, or all three messages."""
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+"""ShareGPT's names of speakers; data sets made of it use Hugging Face's as well.
 
-    place: str
-    prompt: str | tuple[Message, ...]
-    chosen: str | tuple[Message, ...]
-    rejected: str | tuple[Message, ...]
-    form: PromptForm = "given"
-    fault: str | None = None
-    """Why these are no two answers to one prompt, as a clause; None where they are."""
-    keys: PassedOver = NOTHING
-
-
-Record = Chat | Completion | Preference
-
-
-def text_of(row: Mapping[str, Any], key: str, place: str) -> str:
-    """The text under ``key``. Raises UserError where it is missing or something else."""
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise UserError(f"{place}: `{key}` is {kind_of(value) if key in row else 'missing'}, but it must be text.")
-    return value
+A ``function_call`` is what the assistant says and is trained as its text stands, where LLaMA-Factory would put it into
+the form that a model's tools have: a data set that wants one has it in the text, or ``tool_calls`` in ``messages``.
+"""
 
 
-def optional_text_of(row: Mapping[str, Any], key: str, place: str) -> str:
-    """The text under ``key``, empty where it is missing or null."""
-    return "" if row.get(key) is None else text_of(row, key, place)
+def sharegpt_message(turn: object, number: int, place: str, *, key: str = "conversations") -> Message:
+    """A turn of ``from`` and ``value`` as a message. Raises UserError naming it by its number within ``key``."""
+    of = "" if key == "conversations" else f" of `{key}`"
+    if not isinstance(turn, dict):
+        raise UserError(
+            f"{place}: turn {number}{of} is {kind_of(turn)}, but it must be an object with `from` and `value`."
+        )
+    speaker, text = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        shown = repr(speaker[:40]) if isinstance(speaker, str) else kind_of(speaker) if "from" in turn else "missing"
+        raise UserError(
+            f"{place}: the `from` of turn {number}{of} is {shown}, but it must be one of {', '.join(SHAREGPT_ROLES)}."
+        )
+    if not isinstance(text, str):
+        kind = kind_of(text) if "value" in turn else "missing"
+        raise UserError(f"{place}: the `value` of turn {number}{of} is {kind}, but it must be text.")
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    for key in ("role", "content"):
+        if key in others:
+            raise UserError(
+                f"{place}: turn {number}{of} has `{key}` as well as `from` and `value`; keep one of the two forms."
+            )
+    return {"role": SHAREGPT_ROLES[speaker], "content": text, **others}
+
+
+def _check_layout(turns: object, key: str, name: str, other_key: str, other_name: str, place: str) -> None:
+    """Raise UserError for turns that are all in the form of the other layout."""
+    if not isinstance(turns, list) or not turns:
+        return
+    if all(isinstance(turn, dict) and other_name in turn and name not in turn for turn in turns):
+        raise UserError(
+            f"{place}: the turns of `{key}` have `{other_name}` and no `{name}`, which is the form of `{other_key}`; "
+            f"read it with --data-keys {key}={other_key}."
+        )
+
+
+def parse_alpaca(row: Mapping[str, Any], place: str) -> Chat:
+    """The user says the instruction and, on the next line, the input, or the one of them that isn't empty; the output
+    is the answer.
+
+    ``system`` (a text) and ``history`` (earlier pairs of question and answer) are optional, as in LLaMA-Factory.
+    """
+    prompt = alpaca_prompt(row, place)
+    return chat(place, [*prompt, {"role": "assistant", "content": text_of(row, "output", place)}])
+
+
+def alpaca_prompt(row: Mapping[str, Any], place: str) -> list[Message]:
+    """The messages that the output answers, the user's with the instruction last."""
+    instruction = text_of(row, "instruction", place)
+    given = optional_text_of(row, "input", place)
+    system = optional_text_of(row, "system", place)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for question, answer in _history(row.get("history"), place):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": "\n".join(text for text in (instruction, given) if text)})
+    return messages
+
+
+def _history(pairs: object, place: str) -> list[tuple[str, str]]:
+    if pairs is None:
+        return []
+    if not isinstance(pairs, list):
+        raise UserError(f"{place}: `history` is {kind_of(pairs)}, but it must be a list of pairs of texts.")
+    for number, pair in enumerate(pairs, start=1):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise UserError(f"{place}: entry {number} of `history` must be a list of two texts, question and answer.")
+    return [(question, answer) for question, answer in pairs]
+
+
+def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: str) -> tuple[Message, ...]:
+    """The messages behind the row's ``system`` text, where it has one, once. Raises UserError where they begin with
+    another one."""
+    system = optional_text_of(row, "system", place)
+    if not system or (messages and messages[0]["role"] == "system" and messages[0]["content"] == system):
+        return tuple(messages)
+    if messages and messages[0]["role"] == "system":
+        raise UserError(
+            f"{place}: `system` is another text than the system message of the conversation; keep one of them."
+        )
+    return ({"role": "system", "content": system}, *messages)
 
 
 def checked_messages(messages: object, place: str, *, key: str = "messages") -> tuple[Message, ...]:
@@ -161,6 +232,19 @@ def check_seam(prompt: Sequence[Message], answer: Sequence[Message], place: str,
         )
 
 
+def text_of(row: Mapping[str, Any], key: str, place: str) -> str:
+    """The text under ``key``. Raises UserError where it is missing or something else."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{place}: `{key}` is {kind_of(value) if key in row else 'missing'}, but it must be text.")
+    return value
+
+
+def optional_text_of(row: Mapping[str, Any], key: str, place: str) -> str:
+    """The text under ``key``, empty where it is missing or null."""
+    return "" if row.get(key) is None else text_of(row, key, place)
+
+
 def kind_of(value: object) -> str:
     """What JSON calls the value's type, with its article; Parquet has more types than JSON."""
     if value is None:
@@ -183,37 +267,9 @@ def shortened(value: object) -> str:
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 
-def weigh(record: Record) -> Record:
-    """``record`` without those keys in its messages, and without empty lists; a conversation with what the keys say.
-
-    Raises UserError naming the message for a value that is neither yes nor no, for keys that contradict each other,
-    for a turn that is not the assistant's and shall be trained, and for an answer of a pair that shall not.
-    """
-    if isinstance(record, Completion):
-        return record
-    if isinstance(record, Chat):
-        messages, untrained = _take(record.messages, record.place)
-        return replace(record, messages=messages, untrained=untrained)
-    return _without_weights(record)
-
-
-def _without_weights(pair: Preference) -> Preference:
-    """The pair, whose prompt is never trained and whose answers are compared whole."""
-    parts: dict[str, Any] = {}
-    for name, part in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if isinstance(part, str):
-            continue
-        parts[name], untrained = _take(part, pair.place, of=f" of `{name}`")
-        answers = [number for number in sorted(untrained) if part[number]["role"] == "assistant"]
-        if name != "prompt" and answers:
-            raise UserError(
-                f"{pair.place}: message {answers[0] + 1} of `{name}` is not to be trained, but the answers of a pair "
-                f"are compared whole; remove that key, or pass over it with --ignore-keys."
-            )
-    return replace(pair, **parts)
-
-
-def _take(messages: Sequence[Message], place: str, of: str = "") -> tuple[tuple[Message, ...], frozenset[int]]:
+def weighed_messages(
+    messages: Sequence[Message], place: str, of: str = ""
+) -> tuple[tuple[Message, ...], frozenset[int]]:
     """The messages without their weights, and the indices of those that are not to be trained."""
     kept, untrained = [], set()
     if all(len(message) == 2 for message in messages):  # role and content, as nearly always
