@@ -101,11 +101,11 @@ def run(options: PreprocessOptions, status: StatusFolder) -> None:
     assert tokenizer.tokenizer_model is not None
     # Imported here, because the checks above must not wait for them.
     from hft_megatron.data.chat import LossRule
+    from hft_megatron.data.examples import NO_LIMIT, ExampleRules
     from hft_megatron.data.files.sources import TRAIN_SPLIT, find_input
-    from hft_megatron.data.fitting import NO_LIMIT, ExampleRules
+    from hft_megatron.data.loading import record_rules
     from hft_megatron.data.preprocessed.making import Preprocessing, preprocess
-    from hft_megatron.data.run_data import record_rules
-    from hft_megatron.data.tokenizers import load_tokenizer
+    from hft_megatron.data.tokenizer_loading import load_tokenizer
 
     asked = Preprocessing(
         files=find_input("--input", files.input, TRAIN_SPLIT),

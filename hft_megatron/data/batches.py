@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.order import SampleStream
-from hft_megatron.data.sft import SftDataset
 
 PADDING_MULTIPLE = 64
 """Lengths are rounded up to this: few distinct shapes, and fast ones."""

@@ -1,8 +1,8 @@
 """Turns messages into pieces of text, what the model has to produce for the assistant's turns marked as trained.
 
 That is the assistant's text and the special token that ends it. Where the template doesn't mark it itself
-(``{% generation %}``), it is found by rendering parts of the conversation (``spans.py``); a span that can't be found
-exactly is an error and never a guess.
+(``{% generation %}``), it is found by rendering parts of the conversation (``rendering.py``); a span that can't be
+found exactly is an error and never a guess.
 """
 
 import re
@@ -14,10 +14,8 @@ from typing import Any, Literal
 
 from hft_megatron.data.faults import printable
 from hft_megatron.data.printed_keys import PrintedKeys, unusual_roles
-from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, TemplateError, cut_marks
-from hft_megatron.data.spans import SpanFinder, Turn
-from hft_megatron.data.special_tokens import ESCAPE, SpecialTokens
-from hft_megatron.data.tokenizer import Piece, Place, TokenizerFacts
+from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, SpanFinder, TemplateError, Turn, cut_marks
+from hft_megatron.data.tokenizer import ESCAPE, Piece, Place, SpecialTokens, TokenizerFacts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,23 +1,25 @@
-"""Records to examples: token ids and which of them are trained."""
+"""Records to examples: token ids and which of them are trained, parts of what is too long, and the account of it."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hft_megatron.config.data import LongExamples
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
-from hft_megatron.data.faults import Faults
+from hft_megatron.data.faults import Faults, RecordRefused, notes_of_keys, notes_of_token_names
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import NOTHING, Chat, PassedOver
 from hft_megatron.data.formats.preference import Preference
 from hft_megatron.data.formats.table import Record
-from hft_megatron.data.records import RecordReader
-from hft_megatron.data.stores import Encoded
-from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
+from hft_megatron.data.records import RecordReader, RecordRules
+from hft_megatron.data.tokenizer import Encoded, Piece, Place, Tokenizer
 from hft_megatron.errors import UserError
 
 RECORDS_PER_BATCH = 1024
@@ -49,13 +51,154 @@ class Example:
     keys: PassedOver = NOTHING
 
 
-def read_examples(
+NO_LIMIT = sys.maxsize
+"""A sequence length for looking at data without a model."""
+Span = tuple[int, int]
+"""The first token of an example within its record, and the one behind its last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleRules:
+    """What decides, next to the tokenizer and its template, which examples come of which records."""
+
+    seq_length: int
+    """Longest example, in positions."""
+    long_examples: LongExamples = "error"
+    loss: LossRule = field(default_factory=LossRule)
+    records: RecordRules = field(default_factory=RecordRules)
+
+
+@dataclass(kw_only=True)
+class SftCounts:
+    """What became of the records of a source. Grows while they are read."""
+
+    read: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    """Too long, or nothing trained left after truncation."""
+    split: int = 0
+    """Too long, and made into several examples."""
+    lost_tokens: int = 0
+    """Tokens that are not predicted because they were cut off, dropped, or in a part of a split example in which
+    nothing is trained."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    answers: int = 0
+    empty_answers: int = 0
+    """Those of which nothing but the end token is trained."""
+    untrained_turns: int = 0
+    """Turns of the assistant that their records take out of what is learned."""
+    repeated_prompts: int = 0
+    """Records whose completion repeated the prompt, where it was taken off."""
+    conversations: int = 0
+    """Records that the chat template rendered."""
+    token_names: int = 0
+    """Records of verbatim texts that have names of special tokens in them."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Records with each of the keys that nothing was made of."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """The same for keys of --ignore-keys."""
+
+    def add(self, example: Example, spans: Sequence[Span], rules: ExampleRules) -> None:
+        """Count one more record, whose examples are ``spans``."""
+        self.read += 1
+        self.answers += example.answers
+        self.empty_answers += example.empty_answers
+        self.untrained_turns += example.untrained_turns
+        self.repeated_prompts += example.repeated_prompt
+        self.conversations += example.is_conversation
+        self.token_names += example.has_token_names
+        count_keys(self.unread, example.keys.unread)
+        count_keys(self.ignored, example.keys.ignored)
+        for start, stop in spans:
+            self.tokens += stop - start
+            self.trained_tokens += int(np.count_nonzero(example.trained[start + 1 : stop]))
+        positions = len(example.ids) - 1
+        if positions > rules.seq_length:
+            self.dropped += not spans
+            self.truncated += bool(spans) and rules.long_examples == "truncate"
+            self.split += bool(spans) and rules.long_examples == "split"
+            self.lost_tokens += positions - sum(stop - start - 1 for start, stop in spans)
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> "SftCounts":
+        """The inverse of ``asdict``. In counts of earlier versions every record passes for a conversation."""
+        return SftCounts(**{"conversations": saved["read"], **saved})
+
+    def merge(self, other: "SftCounts") -> None:
+        """Count another part of the source."""
+        for each in fields(SftCounts):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, dict):
+                for key, count in theirs.items():
+                    mine[key] = mine.get(key, 0) + count
+            else:
+                setattr(self, each.name, mine + theirs)
+
+    def notes(self, path: str) -> list[str]:
+        """Lines for the log about the source ``path``: what its records have, and is not learned."""
+        lines = []
+        if self.untrained_turns:
+            lines.append(f"{path}: turns not trained, by a key of their own: {self.untrained_turns:,}")
+        if self.repeated_prompts:
+            lines.append(
+                f"{path}: prompts that their completions repeated, which were taken off them: {self.repeated_prompts:,}"
+            )
+        if self.empty_answers:
+            lines.append(
+                f"{path}: {self.empty_answers:,} of {self.answers:,} answers are empty: only their end token is trained"
+            )
+        return lines + notes_of_token_names(path, self.token_names) + notes_of_keys(path, self.unread, self.ignored)
+
+    def check_learnable(self, examples: int, path: str, rules: ExampleRules) -> None:
+        """Raise UserError where the source ``path`` came to no ``examples``, or every answer of it is empty."""
+        if examples == 0:
+            dropped = f"all {self.dropped} were longer than --seq-length {rules.seq_length}"
+            reason = dropped if self.dropped else "it is empty"
+            raise UserError(f"the data file {path} holds no example to train on: {reason}.")
+        self.check_answers(path)
+
+    def check_answers(self, path: str) -> None:
+        """Raise UserError where every answer of the source ``path`` is empty."""
+        if 0 < self.answers == self.empty_answers:
+            raise UserError(
+                f"{path}: all {self.answers:,} answers are empty, so that nothing but end tokens would be learned; "
+                f"look for the key that has their text, or leave {path} out."
+            )
+
+
+def read_source(
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, faults: Faults
+) -> tuple[list[Encoded], list[str], dict[str, Any]]:
+    """The examples of a source in its order, the places of their records, and the account of it.
+
+    Records that can't be an example are counted among the ``faults``; where all are there are no examples. Raises
+    UserError for a file that can't be read on, and for a source of which nothing can be learned.
+    """
+    kept: list[Encoded] = []
+    places: list[str] = []
+    formats: set[DataFormat] = set()
+    counts = SftCounts()
+    reader, faults_before = RecordReader(rules.records), len(faults)
+    for example in _read_examples(source, reader, tokenizer, rules.loss, faults):
+        formats.add(example.format)
+        try:
+            check_predicts(example)
+            spans = spans_of(example, rules)
+        except RecordRefused as refused:
+            faults.add(example.place, refused)
+            continue
+        kept += [(example.ids[start:stop], example.trained[start:stop]) for start, stop in spans]
+        places += [example.place] * len(spans)
+        counts.add(example, spans, rules)
+    if kept or len(faults) == faults_before:
+        counts.check_learnable(len(kept), source.path, rules)
+    return kept, places, {"formats": sorted(formats), "counts": asdict(counts), "use": asdict(reader.use())}
+
+
+def _read_examples(
     source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
 ) -> Iterator[Example]:
-    """The examples of a source in its order; records that can't be one are counted among the ``faults``.
-
-    Raises UserError for a file that can't be read on.
-    """
     template = ChatTemplate(tokenizer.facts, loss)
     rest = reader.read(source.files, faults)
     while batch := list(islice(rest, RECORDS_PER_BATCH)):
@@ -145,3 +288,43 @@ def completion_pieces(record: Completion, tokenizer: Tokenizer, loss: LossRule) 
     place = Place.INSIDE if record.prompt else Place.START
     completion = [Piece(text=record.completion, place=place, trained=True)] if record.completion else []
     return [*begin, *prompt, *completion, tokenizer.special(tokenizer.eos_id, trained=loss.train_on_eos)]
+
+
+def check_predicts(example: Example) -> None:
+    """Raise RecordRefused for an example of which nothing can be learned."""
+    if example.trained[1:].any():
+        return
+    if example.untrained_turns:
+        raise RecordRefused(
+            example.place,
+            "the example has no token to predict, because its messages say that none of the answers is to be trained; "
+            "correct them, or remove it.",
+        )
+    raise RecordRefused(example.place, "the example has no token to predict; give it a prompt or remove it.")
+
+
+def spans_of(example: Example, rules: ExampleRules) -> list[Span]:
+    """What is trained on of the example: all of it, and where it is too long what the rules say.
+
+    A part of a split example begins with the token that the part before it predicted last, so that each token is
+    predicted once. Raises RecordRefused for an example that is too long under ``error``.
+    """
+    size, length = len(example.ids), rules.seq_length
+    if size - 1 <= length:
+        return [(0, size)]
+    if rules.long_examples == "error":
+        raise RecordRefused(
+            example.place,
+            f"the example has {{}} positions, but --seq-length is {length}; choose --long-examples drop, truncate or "
+            f"split, or raise it where the model has more positions.",
+            size - 1,
+        )
+    starts = {"drop": range(0), "truncate": range(1), "split": range(0, size - 1, length)}[rules.long_examples]
+    spans = [(start, min(start + length + 1, size)) for start in starts]
+    return [(start, stop) for start, stop in spans if example.trained[start + 1 : stop].any()]
+
+
+def count_keys(counts: dict[str, int], keys: Iterable[str]) -> None:
+    """Count one more record with these keys."""
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1

@@ -1,7 +1,7 @@
 """What is said of records: faults with file and line, and counts of what was done with them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,28 @@ def printable(text: str, *, keep: str = "") -> str:
     Data may hold codes that clear a terminal, or that turn the direction of what follows them.
     """
     return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
+
+
+def notes_of_token_names(path: str, count: int) -> list[str]:
+    """A line for the log about records of verbatim texts that a template may have rendered; none where there are none.
+
+    Without it such data would be trained to the end with turns that no generation has.
+    """
+    if not count:
+        return []
+    return [
+        f"{path}: records with names of special tokens in their texts, where these are ordinary characters: {count:,}; "
+        f"give conversations as messages, which the chat template renders"
+    ]
+
+
+def notes_of_keys(path: str, unread: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:
+    """Lines for the log: the keys of records and messages that nothing is made of, and in how many records."""
+    return [
+        f"{path}: {what}: {', '.join(f'{printable(key)} ({count:,})' for key, count in counts.items())}"
+        for what, counts in (("keys that are not read", unread), ("keys passed over by --ignore-keys", ignored))
+        if counts
+    ]
 
 
 _MOST_KINDS, _TOLD_KINDS = 100, 8

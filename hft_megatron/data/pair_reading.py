@@ -10,17 +10,16 @@ import numpy as np
 
 from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
-from hft_megatron.data.examples import RECORDS_PER_BATCH, completion_pieces
+from hft_megatron.data.dataset import ExamplesInMemory, places_in
+from hft_megatron.data.examples import RECORDS_PER_BATCH, ExampleRules, completion_pieces, count_keys
 from hft_megatron.data.faults import Faults, RecordRefused
 from hft_megatron.data.files.sources import SourceFiles
-from hft_megatron.data.fitting import ExampleRules, count_keys
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import Message
 from hft_megatron.data.formats.preference import Preference, PromptForm
 from hft_megatron.data.records import RecordReader
-from hft_megatron.data.special_tokens import SpecialTokens
-from hft_megatron.data.stores import Encoded, ExamplesInMemory, Tokenized, places_in
-from hft_megatron.data.tokenizer import Piece, Tokenizer
+from hft_megatron.data.token_cache import Tokenized
+from hft_megatron.data.tokenizer import Encoded, Piece, SpecialTokens, Tokenizer
 from hft_megatron.errors import UserError
 
 

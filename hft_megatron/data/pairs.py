@@ -10,14 +10,15 @@ from itertools import accumulate
 from typing import Any
 
 from hft_megatron.config.dpo import BadPairs
-from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.dataset import ExampleStore, NamedSource, SftDataset, named_members
+from hft_megatron.data.examples import NO_LIMIT, ExampleRules
+from hft_megatron.data.faults import RecordUse, notes_of_keys, notes_of_token_names
 from hft_megatron.data.files.sources import SourceFiles, file_digest
-from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, notes_of_keys, notes_of_token_names
 from hft_megatron.data.formats.preference import PromptForm
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs
-from hft_megatron.data.sft import SftDataset, asked_of, data_digest
-from hft_megatron.data.stores import ExampleStore, NamedSource, TokenCache, named, named_members, tokenized
+from hft_megatron.data.sft import asked_of, data_digest
+from hft_megatron.data.token_cache import NO_CACHE, TokenCache, named
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 
@@ -138,7 +139,7 @@ def load_pair_dataset(
     tokenizer: Tokenizer,
     rules: ExampleRules,
     bad_pairs: BadPairs,
-    cache: TokenCache | None = None,
+    cache: TokenCache = NO_CACHE,
 ) -> PairDataset:
     """Read and tokenize all sources, or map what another process has put into ``cache``. Needs no model and no process
     group.
@@ -155,7 +156,7 @@ def load_pair_dataset(
     digests = [[file_digest(file) for file in source.files] for source in sources]
     files = [named(*each) for each in zip(sources, digests, strict=True)]
     decisive = ["pairs", bad_pairs, files, *asked_of(tokenizer, rules)]
-    found = tokenized(cache, decisive, lambda: tokenize_pairs(sources, tokenizer, rules, bad_pairs))
+    found = cache.tokenized(decisive, lambda: tokenize_pairs(sources, tokenizer, rules, bad_pairs))
     parts = [_part(*each) for each in zip(sources, found.account["sources"], strict=True)]
     origins = [{"weight": each.weight, "files": files} for each, files in zip(sources, digests, strict=True)]
     digest = data_digest(origins, tokenizer, rules, bad_pairs)

@@ -12,7 +12,7 @@ from typing import Any
 from hft_megatron.data.faults import printable
 from hft_megatron.data.formats.keys import is_empty, message_row
 from hft_megatron.data.rendering import Renderer, TemplateError
-from hft_megatron.data.special_tokens import ESCAPE
+from hft_megatron.data.tokenizer import ESCAPE
 
 Path = tuple[str | int, ...]
 """The keys and indices that lead from a value to a part of it."""

@@ -1,13 +1,20 @@
-"""Renders chat templates as transformers does: the same sandbox, names, variables and ``{% generation %}`` tag.
+"""Chat templates rendered as transformers does, and the assistant's turns found in what they print.
 
-transformers' own compiler has private names that changed between the versions supported here, and what it adds to
-messages changes as well. With a renderer of its own a template gives the same text under all of them, so that a run
-resumes on the same data; tests hold its text and marks against ``apply_chat_template`` of the version installed.
+The same sandbox, names, variables and ``{% generation %}`` tag: transformers' own compiler has private names that
+changed between the versions supported here, and what it adds to messages changes as well. With a renderer of its own a
+template gives the same text under all of them, so that a run resumes on the same data; tests hold its text and marks
+against ``apply_chat_template`` of the version installed.
+
+A turn that the template doesn't mark is found, where something was said to the assistant, by rendering the conversation
+up to the turn and up to its end: what comes between is the turn, with its thoughts and calls of tools. Before that
+there is no conversation up to the turn: an answer that nobody asked for is found in the whole one, by a marked text in
+its place, and begins behind the header that the template puts where generation starts.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
@@ -16,6 +23,8 @@ from typing import Any
 import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hft_megatron.data.tokenizer import SpecialTokens
 
 # Unicode keeps noncharacters for programs' own use; no text may contain them. They survive a template's trim filter.
 SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"
@@ -134,3 +143,209 @@ def compile_template(template: str) -> jinja2.Template:
         raise TemplateError(
             f"the chat template is not valid jinja: line {error.lineno}: {_in_line(str(error.message))}"
         ) from error
+
+
+_PROBE = SPAN_START + SPAN_END
+"""A text that no message can have, to see where a template puts an answer's."""
+_BEFORE = "it puts other text before the message's"
+_BEHIND = "it puts other text behind the message's"
+_AROUND = "it puts other text before or behind the message's, and no special token at the end"
+_OTHER_TEXT = "it doesn't put the message's text there as it is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Where one assistant's turn lies in the rendered text."""
+
+    message: int
+    start: int
+    text_end: int
+    """Behind the text, before the end token."""
+    end: int
+    """Behind the end token; ``text_end`` where the turn has none."""
+
+
+class SpanFinder:
+    """Finds turns in texts of one template."""
+
+    def __init__(self, renderer: Renderer, tokens: SpecialTokens) -> None:
+        self._renderer = renderer
+        self._tokens = tokens
+
+    def find(self, messages: Sequence[Mapping[str, Any]], turn: int, rendered: str) -> Turn:
+        """Message ``turn`` in ``rendered``, the text of all ``messages``.
+
+        Raises TemplateError where the template puts the turn there in another way than as a continuation.
+        """
+        if any(_asks(message) for message in messages[:turn]):
+            return self._find_asked(messages[: turn + 1], rendered)
+        return self._find_unasked(messages, turn, rendered)
+
+    def with_end_token(self, messages: Sequence[Mapping[str, Any]], span: tuple[int, int], rendered: str) -> Turn:
+        """The last message's turn, whose text is marked, with the special token that ends the mark, or that stands
+        right behind it. One behind it ends it only if no text of the same turn follows, such as a call of a tool."""
+        turn, (start, end) = len(messages) - 1, span
+        inside = list(self._tokens.pattern.finditer(rendered, start, end))
+        if inside and inside[-1].end() == end:
+            return Turn(message=turn, start=start, text_end=inside[-1].start(), end=end)
+        behind = self._tokens.pattern.match(rendered, end)
+        if behind is not None:
+            whole = self._whole(messages)
+            closing = self._closing(whole, end)
+            # The next turn may begin with a special token, which is not there before the next turn is.
+            if closing and rendered[:end] == whole[:end] and closing[0].start() == end:
+                return Turn(message=turn, start=start, text_end=end, end=self._tokens.name_end(behind))
+        return Turn(message=turn, start=start, text_end=end, end=end)
+
+    def _find_asked(self, messages: Sequence[Mapping[str, Any]], rendered: str) -> Turn:
+        turn = len(messages) - 1
+        before = self._renderer.render(messages[:turn], add_generation_prompt=True)
+        after = self._renderer.render(messages, add_generation_prompt=False)
+        if not after.startswith(before):
+            raise _not_found(turn)
+        start = len(before)
+        head, tail = self._around_a_text(messages)
+        if not (_reaches(head, before) or self._has_header(messages[:turn], before)):
+            raise _not_found(turn, _BEFORE)
+        found = self._end_token(after, start, tail)
+        if found is None:
+            return self._without_end_token(messages, before, after, rendered)
+        text_end, end = found
+        if rendered[:end] != after[:end]:
+            raise _not_found(turn)
+        content = (messages[turn]["content"] or "").strip()
+        # The header may hold the beginning of the text, as one that opens a thought does.
+        if content and after.rfind(content, max(0, start - len(content) + 1), text_end) < 0:
+            raise _not_found(turn, _OTHER_TEXT)
+        return Turn(message=turn, start=start, text_end=text_end, end=end)
+
+    def _without_end_token(self, messages: Sequence[Mapping[str, Any]], before: str, after: str, rendered: str) -> Turn:
+        """The last message's turn where no special token ends it: its text, if the template adds nothing to that."""
+        turn, start = len(messages) - 1, len(before)
+        if self._tokens.pattern.search(after, start) or not rendered.startswith(after):
+            raise _not_found(turn, _BEHIND)
+        head, _, tail = self._probed(messages, turn)
+        content, body = (messages[turn]["content"] or "").strip(), after[start:]
+        lead = len(body) - len(body.lstrip())
+        # Its own text can't tell: a short or empty one may also be the beginning of what the template adds.
+        if not _reaches(head, before) or not body.startswith(content, lead) or tail != self._around_a_text(messages)[1]:
+            raise _not_found(turn, _AROUND)
+        gap = re.compile(r"\s*").match(body, lead + len(content))
+        assert gap is not None
+        return Turn(message=turn, start=start, text_end=start + gap.end(), end=start + gap.end())
+
+    def _around_a_text(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """What the template puts before and behind the text of the last message, if that has nothing but a text."""
+        plain = [*messages[:-1], {"role": messages[-1]["role"], "content": ""}]
+        try:
+            head, found, tail = self._probed(plain, len(plain) - 1)
+        except TemplateError:  # it wants another key
+            return "", ""
+        return (head, tail) if found else ("", "")
+
+    def _has_header(self, messages: Sequence[Mapping[str, Any]], before: str) -> bool:
+        """Whether ``before`` ends with a header, behind which all is what the model produces."""
+        without = self._renderer.render(messages, add_generation_prompt=False)
+        return before.startswith(without) and bool(before[len(without) :].strip())
+
+    def _end_token(self, text: str, start: int, tail: str) -> tuple[int, int] | None:
+        """(start, end) of the special token that ends the turn from ``start`` to the end of ``text``; None without one.
+
+        Only special tokens and white space may follow it. ``tail`` is what the template puts behind any text: the
+        first one in it ends a turn, and others may end the conversation. Where the turn ends otherwise it is the last.
+        """
+        usual = self._closing(tail, 0)
+        if usual and text.endswith(tail) and len(text) - len(tail) >= start:
+            shift = len(text) - len(tail)
+            return shift + usual[0].start(), shift + self._tokens.name_end(usual[0])
+        closing = self._closing(text, start)
+        return (closing[-1].start(), self._tokens.name_end(closing[-1])) if closing else None
+
+    def _closing(self, text: str, start: int) -> list[re.Match[str]]:
+        """The special tokens at the end of ``text``, with nothing but white space between and behind them."""
+        closing: list[re.Match[str]] = []
+        end = len(text)
+        for token in reversed(list(self._tokens.pattern.finditer(text, start))):
+            if text[token.end() : end].strip():
+                break
+            closing.insert(0, token)
+            end = token.start()
+        return closing
+
+    def _whole(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of ``messages`` as a whole conversation."""
+        try:
+            return cut_marks(self._renderer.render(messages, add_generation_prompt=False))[0]
+        except TemplateError:
+            if len(messages) > 1:
+                raise
+            raise TemplateError(
+                "the chat template refuses the assistant's first message alone, so where it ends can't be found; "
+                "remove the message, or mark it with {% generation %} in the template"
+            ) from None
+
+    def _find_unasked(self, messages: Sequence[Mapping[str, Any]], turn: int, rendered: str) -> Turn:
+        head, put, tail = self._probed(messages, turn)
+        if not put:
+            raise _not_found(turn, _OTHER_TEXT)
+        body = rendered[len(head) : max(len(head), len(rendered) - len(tail))]
+        exact = head + body + tail == rendered and _PROBE not in tail
+        if not exact or body.strip() != (messages[turn]["content"] or "").strip():
+            raise _not_found(turn)
+        start, text_end = self._start(messages, turn, head), len(head) + len(body)
+        whole = self._whole(messages[: turn + 1])
+        plain_tail = self._around_a_text(messages[: turn + 1])[1]
+        found = self._end_token(whole, start, plain_tail)
+        if found is not None and rendered[: found[1]] == whole[: found[1]]:
+            return Turn(message=turn, start=start, text_end=found[0], end=found[1])
+        own_tail = self._probed(messages[: turn + 1], turn)[2]
+        if own_tail != plain_tail or (found is None and self._tokens.pattern.search(own_tail)):
+            raise _not_found(turn, _BEHIND)
+        gap = re.compile(r"\s*").match(rendered, text_end)
+        assert gap is not None
+        end = gap.end() if self._tokens.pattern.match(rendered, gap.end()) else text_end
+        return Turn(message=turn, start=start, text_end=end, end=end)
+
+    def _start(self, messages: Sequence[Mapping[str, Any]], turn: int, head: str) -> int:
+        """Where generation would start in ``head``, all that is in front of the turn's text."""
+        header = self._header(messages)
+        if header:
+            start = head.rfind(header) + len(header)
+            found = header in head
+        else:
+            start = max((token.end() for token in self._tokens.pattern.finditer(head)), default=0)
+            found = True
+        if not found or head[start:].strip():
+            raise _not_found(turn, _BEFORE)
+        return start
+
+    def _header(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """What the template adds where generation starts; asked of these messages up to the last one that asks."""
+        asking = [number for number, message in enumerate(messages) if _asks(message)]
+        asked = messages[: asking[-1] + 1] if asking else messages
+        without = self._renderer.render(asked, add_generation_prompt=False)
+        with_header = self._renderer.render(asked, add_generation_prompt=True)
+        return with_header.removeprefix(without) if with_header.startswith(without) else ""
+
+    def _probed(self, messages: Sequence[Mapping[str, Any]], turn: int) -> tuple[str, str, str]:
+        """All messages' text in front of and behind the text of ``turn``, with the probe, if it is there, between."""
+        probed = [{**message, "content": _PROBE} if n == turn else message for n, message in enumerate(messages)]
+        return self._renderer.render(probed, add_generation_prompt=False).partition(_PROBE)
+
+
+def _asks(message: Mapping[str, Any]) -> bool:
+    """Whether the assistant answers a message like this."""
+    return message["role"] not in ("system", "developer", "assistant")
+
+
+def _reaches(head: str, before: str) -> bool:
+    """Whether nothing but white space is between ``before`` and the end of ``head``."""
+    return head.startswith(before) and not head[len(before) :].strip()
+
+
+def _not_found(turn: int, reason: str = "") -> TemplateError:
+    return TemplateError(
+        f"the chat template doesn't render message {turn + 1} as a continuation of the messages before it"
+        f"{': ' if reason else ''}{reason}, so the trained span can't be found; mark it with {{% generation %}} in the "
+        f"template"
+    )

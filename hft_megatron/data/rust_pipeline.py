@@ -17,8 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.special_tokens import SpecialToken
-from hft_megatron.data.tokenizer import SPACE_MARK
+from hft_megatron.data.tokenizer import SPACE_MARK, SpecialToken
 from hft_megatron.data.tokenizer_files import ADDED_TOKENS_FILE, CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles
 from hft_megatron.errors import UserError
 

@@ -9,9 +9,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 
-from hft_megatron.data.special_tokens import SpecialToken
 from hft_megatron.data.tiktoken_conversion import is_tiktoken
-from hft_megatron.data.tokenizer import SPACE_MARK
+from hft_megatron.data.tokenizer import SPACE_MARK, SpecialToken
 from hft_megatron.data.tokenizer_files import TokenizerFiles
 from hft_megatron.errors import UserError
 

@@ -3,13 +3,13 @@
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.dpo import BadPairs, check_pair_options
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.data.examples import NO_LIMIT
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources, read_rows
-from hft_megatron.data.fitting import NO_LIMIT
+from hft_megatron.data.loading import record_rules, training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.records import RecordReader
-from hft_megatron.data.run_data import record_rules, training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.shown_examples import ShownSource, shown_pairs, shown_sources
 from hft_megatron.data.tokenizer import fit_tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 
 
 def read_shown_data(

@@ -7,11 +7,10 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.faults import printable
 from hft_megatron.data.pairs import PairDataset
-from hft_megatron.data.sft import SftDataset
-from hft_megatron.data.stores import Encoded
-from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizer import Encoded, Tokenizer
 
 _MOST_BYTES = 4
 """Of one character in UTF-8."""

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hft_megatron.data import templates
 from hft_megatron.data.rendering import TemplateError, compile_template
-from hft_megatron.data.special_tokens import SpecialToken
+from hft_megatron.data.tokenizer import SpecialToken
 from hft_megatron.data.tokenizer_files import CONFIG_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER, TokenizerFiles
 from hft_megatron.errors import UserError
 
@@ -171,9 +170,9 @@ def choose_template(choice: str | None, files: TokenizerFiles, special_tokens: S
     and for several templates of which none is ``default``.
     """
     if choice is not None:
-        return templates.read_template(choice, special_tokens)
+        return read_template(choice, special_tokens)
     own = _own_template(files)
-    return templates.DEFAULT if own is None else own
+    return DEFAULT if own is None else own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +237,7 @@ def _own_template(files: TokenizerFiles) -> str | None:
     if paths:
         _refuse_without_default(files, list(paths))
         path = paths[_DEFAULT]
-        return _refuse_empty(templates.read_text(path, str(path)), str(path))
+        return _refuse_empty(read_text(path, str(path)), str(path))
     place = f"{files.folder / CONFIG_FILE}: chat_template"
     template = files.config.get("chat_template")
     if template is None:

@@ -12,9 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from hft_megatron.data.special_tokens import SpecialTokens
 from hft_megatron.data.templates import templates_of_export
-from hft_megatron.data.tokenizer import AnyTokenizer, Piece, Place, Tokenizer, TokenizerFacts
+from hft_megatron.data.tokenizer import AnyTokenizer, Piece, Place, SpecialTokens, Tokenizer, TokenizerFacts
 from hft_megatron.data.tokenizer_files import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,

@@ -18,7 +18,7 @@ from hft_megatron.conversion.load import check_weights
 from hft_megatron.costs.memory_fit import verdict
 from hft_megatron.costs.rank_memory import MemoryModel, in_bytes, memory_of_run
 from hft_megatron.data.tokenizer import fit_tokenizer
-from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
+from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
 from hft_megatron.doctor.findings import Finding, finding_of
 from hft_megatron.doctor.machine import device_memory
 from hft_megatron.doctor.measurements import checkpoints_at_a_time, space_finding

@@ -29,7 +29,7 @@ from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.conversion.weight_files import notes_on_folder
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
-from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
+from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.plan_file import load_plans

@@ -20,9 +20,9 @@ from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.weight_files import notes_on_folder
-from hft_megatron.data.samples import describe_samples, with_iterations
+from hft_megatron.data.order import describe_samples, with_iterations
 from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
-from hft_megatron.data.tokenizers import holds_tokenizer, load_tokenizer
+from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans

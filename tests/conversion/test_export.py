@@ -16,7 +16,7 @@ from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.conversion.kept_files import NewFolder
 from hft_megatron.data.templates import BUILT_IN
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import EXIT_OK
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.units import units_of

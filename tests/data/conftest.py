@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 
 
 @pytest.fixture(scope="session")

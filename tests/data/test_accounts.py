@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.data import DataConfig
-from hft_megatron.data.run_data import training_pairs
+from hft_megatron.data.loading import training_pairs
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, write_rows
 from tests.support.preprocessing import make

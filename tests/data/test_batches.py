@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation, StepBatch
-from hft_megatron.data.order import SampleOrder
-from hft_megatron.data.samples import PackedOrder, PackingRule
-from hft_megatron.data.sft import SftDataset
-from hft_megatron.data.stores import ExamplesInMemory
+from hft_megatron.data.dataset import ExamplesInMemory, SftDataset
+from hft_megatron.data.order import PackedOrder, PackingRule, SampleOrder
 
 PAD = 0
 GLOBAL_BATCH = 8

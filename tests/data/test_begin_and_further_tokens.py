@@ -10,7 +10,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from hft_megatron.data.rendering import Renderer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, write_rows
 from tests.support.tokenizers import make_byte_level

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 CHATML = (

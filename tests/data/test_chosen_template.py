@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from hft_megatron.data.rendering import Renderer
 from hft_megatron.data.templates import PLAIN
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts
 from tests.support.tokenizers import make_byte_level, train_sentencepiece

@@ -13,9 +13,16 @@ import pytest
 from numpy.typing import NDArray
 
 from hft_megatron.config.data import DataConfig
-from hft_megatron.data.order import MixtureOrder, Order, SampleOrder, shares_of_epoch
-from hft_megatron.data.samples import PackedOrder, PackingRule, first_fit
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.order import (
+    MixtureOrder,
+    Order,
+    PackedOrder,
+    PackingRule,
+    SampleOrder,
+    first_fit,
+    shares_of_epoch,
+)
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.data_files import load, write_rows
 
 ALGORITHMS: tuple[Any, ...] = ("first_fit_decreasing", "first_fit_shuffle")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from hft_megatron.config.data import DataConfig
+from hft_megatron.data.loading import training_pairs
 from hft_megatron.data.pairs import PairDataset
-from hft_megatron.data.run_data import training_pairs
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import write_rows
 from tests.support.tokenizers import make_byte_level

@@ -13,7 +13,7 @@ import pytest
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.rendering import Renderer
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.tokenizers import make_byte_level
 
 CHATML = (

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizer_export import trained_ids
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.published_tokenizers import PUTS_BEGIN, PublishedTokenizers
 
 ATOMS = (

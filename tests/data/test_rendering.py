@@ -17,7 +17,7 @@ from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.rendering import TEMPLATE_DATE
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Place, Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.chat_templates import DOCUMENTS, LLAMA31, SHAPES
 from tests.support.tokenizers import make_byte_level
 

@@ -10,7 +10,7 @@ from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import completion_pieces
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.data_files import load, write_rows
 from tests.support.published_tokenizers import PublishedTokenizers
 from tests.support.tokenizers import train_sentencepiece

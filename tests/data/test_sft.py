@@ -13,15 +13,15 @@ import pytest
 from hft_megatron.config.data import DataConfig
 from hft_megatron.data import sft as sft_module
 from hft_megatron.data.chat import LossRule
-from hft_megatron.data.examples import completion_pieces
+from hft_megatron.data.dataset import SftDataset
+from hft_megatron.data.examples import ExampleRules, completion_pieces
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
-from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.formats.completions import Completion
+from hft_megatron.data.loading import training_data, validation_data
 from hft_megatron.data.pairs import load_pair_dataset
-from hft_megatron.data.run_data import training_data, validation_data
-from hft_megatron.data.sft import SftDataset, load_sft_dataset
+from hft_megatron.data.sft import load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_text, write_rows
 from tests.support.preprocessing import make

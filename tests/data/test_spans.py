@@ -11,7 +11,7 @@ import pytest
 
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.tokenizer import TokenizerFacts
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.chat_templates import LLAMA31
 from tests.support.tokenizers import make_byte_level
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts, write_rows
 from tests.support.tiers import quick

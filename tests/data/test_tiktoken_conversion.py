@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from hft_megatron.data.tiktoken_conversion import WORDS
 from hft_megatron.data.tokenizer_export import TEXTS
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts, write_rows
 

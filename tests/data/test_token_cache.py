@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hft_megatron.data import stores
+from hft_megatron.data import token_cache
+from hft_megatron.data.dataset import ExamplesInMemory, SftDataset
+from hft_megatron.data.examples import ExampleRules
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
-from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.pairs import load_pair_dataset
-from hft_megatron.data.sft import SftDataset, load_sft_dataset
-from hft_megatron.data.stores import ExamplesInMemory, TokenCache, Tokenized, user_cache
+from hft_megatron.data.sft import load_sft_dataset
+from hft_megatron.data.token_cache import Tokenized, open_token_cache, user_cache
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import write_rows
 from tests.support.ranks import RankPools
@@ -43,7 +44,7 @@ def ids_of(found: Tokenized) -> list[list[int]]:
 
 
 def test_what_one_process_has_made_another_maps(tmp_path: Path) -> None:
-    cache = TokenCache(str(tmp_path))
+    cache = open_token_cache(str(tmp_path))
     for make in (lambda: tokenized(5, 6, 7), never):
         found = cache.tokenized(DECISIVE, make)
         assert ids_of(found) == [[5], [6, 7]]
@@ -56,17 +57,17 @@ def test_what_one_process_has_made_another_maps(tmp_path: Path) -> None:
 def test_other_rules_other_code_and_other_libraries_are_other_entries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = TokenCache(str(tmp_path))
+    cache = open_token_cache(str(tmp_path))
     cache.tokenized(DECISIVE, lambda: tokenized(1, 2))
     assert ids_of(cache.tokenized({**DECISIVE, "rules": {}}, lambda: tokenized(3, 4))) == [[3], [4]]
-    monkeypatch.setattr(stores, "_code", lambda: ["other code"])
+    monkeypatch.setattr(token_cache, "_code", lambda: ["other code"])
     assert ids_of(cache.tokenized(DECISIVE, lambda: tokenized(5, 6))) == [[5], [6]]
     assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 3
 
 
 @pytest.mark.parametrize("damage", ["a bit", "the account", "a file"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
-    cache = TokenCache(str(tmp_path))
+    cache = open_token_cache(str(tmp_path))
     cache.tokenized(DECISIVE, lambda: tokenized(1, 2, 3))
     entry = next(entry for entry in tmp_path.iterdir() if entry.is_dir())
     if damage == "a bit":
@@ -91,7 +92,7 @@ def _slow_in_process(folder: str, log: str, mistake: bool) -> None:
         return tokenized(1, 2, 3)
 
     try:
-        found = TokenCache(folder).tokenized(DECISIVE, make)
+        found = open_token_cache(folder).tokenized(DECISIVE, make)
         said = str(ids_of(found))
     except UserError as error:
         said = str(error)
@@ -116,7 +117,7 @@ def test_of_processes_that_come_at_once_one_does_the_work_and_all_have_its_outco
 
 
 def test_a_later_start_looks_again_after_a_mistake(tmp_path: Path) -> None:
-    cache = TokenCache(str(tmp_path))
+    cache = open_token_cache(str(tmp_path))
 
     def fail() -> Tokenized:
         raise UserError("data.jsonl:3: no.")
@@ -134,9 +135,9 @@ def test_a_folder_that_cannot_be_used_is_named_where_it_was_given_and_else_done_
     with pytest.raises(
         UserError, match=r"--data-cache-path .*file/cache can't be used: Not a directory; name a folder"
     ):
-        TokenCache(str(tmp_path / "file" / "cache"))
+        open_token_cache(str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    cache = TokenCache(None)
+    cache = open_token_cache(None)
     for ids in ((1, 2), (3, 4)):
         assert ids_of(cache.tokenized(DECISIVE, lambda ids=ids: tokenized(*ids))) == [[ids[0]], [ids[1]]]  # type: ignore[misc]
 
@@ -148,7 +149,7 @@ def test_without_room_for_an_entry_its_maker_goes_on_with_what_it_has(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    cache = TokenCache(str(tmp_path))
+    cache = open_token_cache(str(tmp_path))
     assert ids_of(cache.tokenized(DECISIVE, lambda: tokenized(1, 2))) == [[1], [2]]
     assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
 
@@ -178,7 +179,7 @@ def test_a_kept_data_set_is_the_one_that_the_files_give(tmp_path: Path, tokenize
     rules = ExampleRules(seq_length=32, long_examples="truncate")
     plain = load_sft_dataset(sources, tokenizer, rules)
     for _ in range(2):
-        _same(load_sft_dataset(sources, tokenizer, rules, TokenCache(str(tmp_path / "cache"))), plain)
+        _same(load_sft_dataset(sources, tokenizer, rules, open_token_cache(str(tmp_path / "cache"))), plain)
     assert len(list((tmp_path / "cache").glob("*.lock"))) == 1
 
 
@@ -189,7 +190,7 @@ def test_kept_pairs_are_those_that_the_files_give(tmp_path: Path, tokenizer: Tok
     rules = ExampleRules(seq_length=32)
     plain = load_pair_dataset(sources, tokenizer, rules, "skip")
     for _ in range(2):
-        found = load_pair_dataset(sources, tokenizer, rules, "skip", TokenCache(str(tmp_path / "cache")))
+        found = load_pair_dataset(sources, tokenizer, rules, "skip", open_token_cache(str(tmp_path / "cache")))
         assert (found.sources, found.describe()[:-1]) == (plain.sources, plain.describe())
         _same(found.answers, plain.answers)
 
@@ -197,7 +198,7 @@ def test_kept_pairs_are_those_that_the_files_give(tmp_path: Path, tokenizer: Tok
 def test_files_with_the_same_bytes_that_are_read_otherwise_are_two_entries(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    cache, examples = TokenCache(str(tmp_path / "cache")), []
+    cache, examples = open_token_cache(str(tmp_path / "cache")), []
     for name in ("a.txt", "a.csv"):
         (tmp_path / name).write_text("text\na\nb\n")
         sources = find_sources("--train-data-path", [str(tmp_path / name)], TRAIN_SPLIT)
@@ -224,13 +225,13 @@ def test_a_user_without_a_home_directory_tokenizes_in_every_process(
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    assert ids_of(TokenCache(None).tokenized(DECISIVE, lambda: tokenized(1, 2))) == [[1], [2]]
+    assert ids_of(open_token_cache(None).tokenized(DECISIVE, lambda: tokenized(1, 2))) == [[1], [2]]
     with pytest.raises(UserError, match="--dpo-reference-cache is missing, and there is no home directory for a cache"):
         user_cache("reference", "--dpo-reference-cache")
 
 
 def test_what_nobody_used_for_a_month_is_removed_and_nothing_of_others(tmp_path: Path) -> None:
-    cache = TokenCache(str(tmp_path))
+    cache = open_token_cache(str(tmp_path))
     for number in (1, 2):
         cache.tokenized({"n": number}, lambda: tokenized(1, 2))
     (tmp_path / ".0123abcd-0123abcd").mkdir()  # a process was killed in the middle
@@ -248,7 +249,7 @@ def test_what_nobody_used_for_a_month_is_removed_and_nothing_of_others(tmp_path:
 def test_an_entry_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        TokenCache(str(tmp_path)).tokenized(DECISIVE, lambda: tokenized(1, 2))
+        open_token_cache(str(tmp_path)).tokenized(DECISIVE, lambda: tokenized(1, 2))
     finally:
         os.umask(before)
     [entry] = [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -15,7 +15,7 @@ from hft_megatron.data.templates import BUILT_IN
 from hft_megatron.data.tokenizer import fit_tokenizer
 from hft_megatron.data.tokenizer_export import TransformersView
 from hft_megatron.data.tokenizer_files import COPIED_FILES
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, write_rows
 from tests.support.published_tokenizers import PUTS_BEGIN, PublishedTokenizers

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, write_rows
 from tests.support.published_tokenizers import PublishedTokenizers

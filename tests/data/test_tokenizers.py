@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hft_megatron.data.tokenizer import Tokenizer, choose_pad_id, fit_tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.tokenizers import CORPUS, make_byte_level, train_sentencepiece
 

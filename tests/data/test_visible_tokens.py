@@ -7,7 +7,7 @@ import pytest
 
 from hft_megatron.data.shown_examples import visible_tokens
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.data_files import load, write_rows
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from hft_megatron.data import rust_pipeline
 from hft_megatron.data.rust_pipeline import WordCache, word_pattern
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.tokenizers import CORPUS, make_byte_level, train_sentencepiece
 
 PARTS = [" ", "▁", "  ", "\n", "\u00a0", "Once", "upon", "a", "é", "🙂", "4", "."]

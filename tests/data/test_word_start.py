@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from hft_megatron.data.huggingface_tokenizer import ContinuingPipeline
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizer_export import first_difference
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from hft_megatron.config.data import DataKeys
 from hft_megatron.data.chat import LossRule
+from hft_megatron.data.dataset import SftDataset
+from hft_megatron.data.examples import ExampleRules
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
-from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.records import RecordRules
-from hft_megatron.data.sft import SftDataset, load_sft_dataset
+from hft_megatron.data.sft import load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 
 

@@ -27,9 +27,8 @@ from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.names import MethodName
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
-from hft_megatron.data.order import SampleOrder, SampleStream
-from hft_megatron.data.samples import PackedOrder, PackingRule
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.order import PackedOrder, PackingRule, SampleOrder, SampleStream
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.methods.registry import METHODS
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from hft_megatron.config.data import DataKeys
 from hft_megatron.data.chat import LossRule
+from hft_megatron.data.examples import NO_LIMIT, ExampleRules, SftCounts
 from hft_megatron.data.files.sources import BOUNDARIES, LOSS_MASK, TRAIN_SPLIT, find_input
-from hft_megatron.data.fitting import NO_LIMIT, ExampleRules, SftCounts
 from hft_megatron.data.preprocessed.facts import Facts, Job
 from hft_megatron.data.preprocessed.index_file import token_dtype, write_index
 from hft_megatron.data.preprocessed.making import Preprocessing, preprocess

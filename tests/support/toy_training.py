@@ -15,12 +15,10 @@ from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
+from hft_megatron.data.dataset import ExamplesInMemory, SftDataset, SourcePart
+from hft_megatron.data.examples import SftCounts
 from hft_megatron.data.faults import RecordUse
-from hft_megatron.data.fitting import SftCounts
-from hft_megatron.data.order import SampleOrder, SampleStream
-from hft_megatron.data.samples import PackedOrder, PackingRule
-from hft_megatron.data.sft import SftDataset, SourcePart
-from hft_megatron.data.stores import ExamplesInMemory
+from hft_megatron.data.order import PackedOrder, PackingRule, SampleOrder, SampleStream
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.methods.next_token import NEXT_TOKEN

@@ -12,8 +12,8 @@ import pytest
 
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.training import TrainingConfig
-from hft_megatron.data.samples import PackedOrder, PackingRule
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.order import PackedOrder, PackingRule
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.data_files import load
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for

@@ -36,9 +36,9 @@ WAYS = {
 def write_examples(folder: Path) -> dict[str, float]:
     """``folder/train.jsonl`` with examples of those lengths; the positions that a step of each way holds on average."""
     from hft_megatron.config.data import DataConfig
-    from hft_megatron.data.run_data import training_data
-    from hft_megatron.data.samples import sample_stream, samples_of_epochs
-    from hft_megatron.data.tokenizers import load_tokenizer
+    from hft_megatron.data.loading import training_data
+    from hft_megatron.data.order import sample_stream, samples_of_epochs
+    from hft_megatron.data.tokenizer_loading import load_tokenizer
 
     write_data(folder)
     tokenizer = load_tokenizer(None, folder / "tokenizer.model")

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hft_megatron.data.examples import ExampleRules
 from hft_megatron.data.files.sources import BOUNDARIES, LOSS_MASK
-from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.preprocessed.facts import Facts, check_facts, read_facts
 from hft_megatron.data.preprocessed.index_file import open_documents, token_dtype
-from hft_megatron.data.stores import Encoded
-from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizer import Encoded, Tokenizer
 from hft_megatron.errors import UserError
 
 _BLOCK = 1 << 20

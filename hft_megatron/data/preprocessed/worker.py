@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatTemplate
-from hft_megatron.data.examples import Example, example_of, pieces_of
+from hft_megatron.data.examples import Example, ExampleRules, SftCounts, check_predicts, example_of, pieces_of, spans_of
 from hft_megatron.data.faults import Faults, RecordRefused, RecordUse
 from hft_megatron.data.files.rows import Line, Row, row_of
-from hft_megatron.data.fitting import ExampleRules, SftCounts, check_predicts, spans_of
 from hft_megatron.data.formats.table import Record
 from hft_megatron.data.preprocessed.index_file import Chunk, token_dtype
 from hft_megatron.data.records import RecordReader

@@ -14,10 +14,9 @@ from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import Batches, BatchesInOrder, BatchShare, SampleBatches, ShuffledBatches, StepBatch
-from hft_megatron.data.order import SampleStream
+from hft_megatron.data.loading import training_pairs, validation_pairs
+from hft_megatron.data.order import SampleStream, sample_stream
 from hft_megatron.data.pairs import PairDataset
-from hft_megatron.data.run_data import training_pairs, validation_pairs
-from hft_megatron.data.samples import sample_stream
 from hft_megatron.data.tokenizer import Tokenizer
 
 

@@ -18,7 +18,7 @@ from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import load_weights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import BatchShare
-from hft_megatron.data.stores import user_cache
+from hft_megatron.data.token_cache import user_cache
 from hft_megatron.errors import UserError
 from hft_megatron.methods.dpo.data import PreferenceData
 from hft_megatron.methods.dpo.reference import (

@@ -11,7 +11,7 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.data.batches import BatchShare, StepBatch
-from hft_megatron.data.stores import numbered
+from hft_megatron.data.dataset import numbered
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, Samples, mock_corpus, read_corpus
 

@@ -6,10 +6,9 @@ from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
-from hft_megatron.data.order import SampleStream
-from hft_megatron.data.run_data import training_data, validation_data
-from hft_megatron.data.samples import sample_stream
-from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.dataset import SftDataset
+from hft_megatron.data.loading import training_data, validation_data
+from hft_megatron.data.order import SampleStream, sample_stream
 from hft_megatron.data.tokenizer import Tokenizer
 
 

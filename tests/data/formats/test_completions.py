@@ -7,7 +7,7 @@ import pytest
 
 from hft_megatron.data.formats.completions import Completion, parse_input_output, parse_prompt_completion, parse_trace
 from hft_megatron.data.formats.conversations import Chat
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts, write_rows
 from tests.support.tokenizers import make_byte_level

@@ -23,7 +23,7 @@ from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
 from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.records import Layout, RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, write_rows
 from tests.support.tokenizers import make_byte_level

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from hft_megatron.config.data import DataConfig
 from hft_megatron.data.formats.preference import Preference, parse_preference
-from hft_megatron.data.run_data import training_pairs
+from hft_megatron.data.loading import training_pairs
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from tests.support.data_files import write_rows
 from tests.support.tokenizers import make_byte_level
 

@@ -10,7 +10,7 @@ from hft_megatron.data.formats.conversations import Chat
 from hft_megatron.data.formats.preference import Preference
 from hft_megatron.data.records import weigh
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, trained_texts, write_rows
 from tests.support.tokenizers import make_byte_level

@@ -19,7 +19,7 @@ import pytest
 from hft_megatron.data.preprocessed import index_file, making, worker
 from hft_megatron.data.preprocessed.output import Output
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import RunFailed, Stopped, UserError
 from tests.support.data_files import load, write_rows
 from tests.support.peak_memory import PeakMemory

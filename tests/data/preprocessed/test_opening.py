@@ -14,10 +14,10 @@ import pytest
 
 from hft_megatron.config.data import DataConfig
 from hft_megatron.data.batches import BatchShare, SftBatches
-from hft_megatron.data.samples import PackedOrder, sample_stream
-from hft_megatron.data.sft import SftDataset
+from hft_megatron.data.dataset import SftDataset
+from hft_megatron.data.order import PackedOrder, sample_stream
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.data.tokenizers import load_tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from tests.support.data_files import load, write_rows
 from tests.support.peak_memory import PeakMemory

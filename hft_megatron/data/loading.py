@@ -7,13 +7,14 @@ from hft_megatron.config.data import DataConfig, data_keys, ignored_keys, prompt
 from hft_megatron.config.dpo import BadPairs
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import LossRule
+from hft_megatron.data.dataset import SftDataset
+from hft_megatron.data.examples import ExampleRules
 from hft_megatron.data.faults import RecordUse, check_use
 from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
-from hft_megatron.data.fitting import ExampleRules
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.records import RecordRules
-from hft_megatron.data.sft import SftDataset, load_sft_dataset
-from hft_megatron.data.stores import TokenCache
+from hft_megatron.data.sft import load_sft_dataset
+from hft_megatron.data.token_cache import open_token_cache
 from hft_megatron.data.tokenizer import Tokenizer
 
 
@@ -48,7 +49,7 @@ def _load(
     sources = find_sources(option, words, split)
     if not sources:
         return None
-    dataset = load_sft_dataset(sources, tokenizer, _rules(data, seq_length), TokenCache(data.data_cache_path))
+    dataset = load_sft_dataset(sources, tokenizer, _rules(data, seq_length), open_token_cache(data.data_cache_path))
     _check_use(option, data, [part.use for part in dataset.parts])
     return dataset
 
@@ -65,7 +66,7 @@ def _load_pairs(
     sources = find_sources(option, words, split)
     if not sources:
         return None
-    cache = TokenCache(data.data_cache_path)
+    cache = open_token_cache(data.data_cache_path)
     dataset = load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs, cache)
     _check_use(option, data, [source.use for source in dataset.sources])
     return dataset
