@@ -7,7 +7,6 @@ That quotient doesn't change with the number of ranks, the micro-batch size or t
 micro-batches' means would: those have different numbers of trained tokens.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -93,62 +92,72 @@ class NamedMembers(Sized, Protocol):
         """Words for members by number: their sources, and their numbers in those."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleBatches(ABC):
-    """What training and validation have in common, whatever a sample is."""
+class SampleBatches(Protocol):
+    """Micro-batches of samples, whatever a sample is."""
 
-    dataset: Sized
-    pad_id: int
-    share: BatchShare
+    @property
+    def dataset(self) -> NamedMembers:
+        """What the samples are of."""
 
-    @abstractmethod
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of every step."""
+
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """How a list of samples becomes a rank's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShuffledBatches(SampleBatches):
+class ShuffledBatches:
     """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
 
-    dataset: NamedMembers
+    batches: SampleBatches
     order: SampleStream
     packed: bool = False
     """Whether samples are packs, whose members must not see each other."""
+
+    @property
+    def share(self) -> BatchShare:
+        """This rank's part of every step."""
+        return self.batches.share
 
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
         stop = consumed_samples + self.share.global_batch_size
         samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
-        return self.assemble(samples, packed=self.packed)
+        return self.batches.assemble(samples, packed=self.packed)
 
     def names(self, samples: Sequence[int]) -> str:
         """The examples, or pairs, of ``samples`` by file and line, or by number where lines are not known."""
-        return self.dataset.names([member for sample in samples for member in self.order.sample(sample)])
+        return self.batches.dataset.names([member for sample in samples for member in self.order.sample(sample)])
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchesInOrder(SampleBatches):
+class BatchesInOrder:
     """Validation: the data set in its own order, each member exactly once; every rank gets the same number of steps."""
 
+    batches: SampleBatches
     limit: int | None = None
     """Only the first steps of them; all when None."""
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.share.global_batch_size)
+        return -(-len(self.batches.dataset) // self.batches.share.global_batch_size)
 
     def steps(self, iteration: int) -> Iterator[StepBatch]:
         """The same ones after every iteration. The last of all is filled up with wholly masked rows."""
+        size = self.batches.share.global_batch_size
         for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
-            start = number * self.share.global_batch_size
-            stop = min(start + self.share.global_batch_size, len(self.dataset))
-            yield self.assemble([(index,) for index in range(start, stop)], packed=False)
+            stop = min((number + 1) * size, len(self.batches.dataset))
+            yield self.batches.assemble([(index,) for index in range(number * size, stop)], packed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batches(SampleBatches):
-    """Of examples."""
+class ExampleBatches:
+    """Micro-batches of examples, or of packs of them."""
 
     dataset: SftDataset
+    pad_id: int
+    share: BatchShare
 
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """The rank's rows of a global batch; rows that ``samples`` doesn't fill are padding and wholly masked.
@@ -205,16 +214,6 @@ class Batches(SampleBatches):
             segments += [*positions, length - sum(positions)]
         ends = np.cumsum([0, *(segment for segment in segments if segment > 0)])
         return torch.from_numpy(ends.astype(np.int32))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftBatches(Batches, ShuffledBatches):
-    """Examples, or packs of them, for training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftValidation(Batches, BatchesInOrder):
-    """Examples for validation."""
 
 
 def _round_up(value: int, multiple: int) -> int:

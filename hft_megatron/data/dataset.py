@@ -178,6 +178,11 @@ class SftDataset:
         return self._starts[-1]
 
     @property
+    def uses(self) -> list[RecordUse]:
+        """Of each source, which rules about records did something."""
+        return [part.use for part in self.parts]
+
+    @property
     def uses_chat_template(self) -> bool:
         """Whether the chat template has rendered any of it."""
         return any(part.counts.conversations > 0 for part in self.parts)

@@ -1,7 +1,7 @@
 """The data sets that the data options of a run name."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from hft_megatron.config.data import DataConfig, data_keys, ignored_keys, prompt_separator
 from hft_megatron.config.dpo import BadPairs
@@ -9,12 +9,12 @@ from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.examples import ExampleRules
-from hft_megatron.data.faults import RecordUse, check_use
-from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources
+from hft_megatron.data.faults import check_use
+from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, find_sources
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.records import RecordRules
 from hft_megatron.data.sft import load_sft_dataset
-from hft_megatron.data.token_cache import open_token_cache
+from hft_megatron.data.token_cache import TokenCache, open_token_cache
 from hft_megatron.data.tokenizer import Tokenizer
 
 
@@ -23,52 +23,48 @@ def training_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> Sf
 
     Raises UserError for a source without files and for a mistake in them.
     """
-    return _load("--train-data-path", data.train_data_path, TRAIN_SPLIT, data, tokenizer, seq_length)
+    return _load("--train-data-path", data, _load_examples(data, tokenizer, seq_length))
 
 
 def validation_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> SftDataset | None:
     """What --valid-data-path names, by the same rules as the training data."""
-    return _load("--valid-data-path", data.valid_data_path, VALID_SPLIT, data, tokenizer, seq_length)
+    return _load("--valid-data-path", data, _load_examples(data, tokenizer, seq_length))
 
 
 def training_pairs(data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs) -> PairDataset | None:
     """The preference pairs that --train-data-path names, None where it names nothing."""
-    return _load_pairs("--train-data-path", data.train_data_path, TRAIN_SPLIT, data, tokenizer, seq_length, bad_pairs)
+    return _load("--train-data-path", data, _load_pairs(data, tokenizer, seq_length, bad_pairs))
 
 
 def validation_pairs(
     data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs
 ) -> PairDataset | None:
     """The preference pairs that --valid-data-path names, by the same rules."""
-    return _load_pairs("--valid-data-path", data.valid_data_path, VALID_SPLIT, data, tokenizer, seq_length, bad_pairs)
+    return _load("--valid-data-path", data, _load_pairs(data, tokenizer, seq_length, bad_pairs))
 
 
-def _load(
-    option: str, words: Sequence[str], split: str, data: DataConfig, tokenizer: Tokenizer, seq_length: int
-) -> SftDataset | None:
+DatasetT = TypeVar("DatasetT", SftDataset, PairDataset)
+_Loader = Callable[[Sequence[SourceFiles], TokenCache], DatasetT]
+
+
+def _load_examples(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> _Loader[SftDataset]:
+    return lambda sources, cache: load_sft_dataset(sources, tokenizer, _rules(data, seq_length), cache)
+
+
+def _load_pairs(data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs) -> _Loader[PairDataset]:
+    return lambda sources, cache: load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs, cache)
+
+
+def _load(option: str, data: DataConfig, load: _Loader[DatasetT]) -> DatasetT | None:
+    is_train = option == "--train-data-path"
+    words, split = (data.train_data_path, TRAIN_SPLIT) if is_train else (data.valid_data_path, VALID_SPLIT)
     sources = find_sources(option, words, split)
     if not sources:
         return None
-    dataset = load_sft_dataset(sources, tokenizer, _rules(data, seq_length), open_token_cache(data.data_cache_path))
-    _check_use(option, data, [part.use for part in dataset.parts])
-    return dataset
-
-
-def _load_pairs(
-    option: str,
-    words: Sequence[str],
-    split: str,
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    seq_length: int,
-    bad_pairs: BadPairs,
-) -> PairDataset | None:
-    sources = find_sources(option, words, split)
-    if not sources:
-        return None
-    cache = open_token_cache(data.data_cache_path)
-    dataset = load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs, cache)
-    _check_use(option, data, [source.use for source in dataset.sources])
+    dataset = load(sources, open_token_cache(data.data_cache_path))
+    # Validation data may do without what training has.
+    if is_train or not data.train_data_path:
+        check_use(data_keys(data.data_keys), prompt_separator(data.prompt_separator), dataset.uses, option)
     return dataset
 
 
@@ -102,10 +98,3 @@ def record_rules(options: RecordOptions) -> RecordRules:
         prompt_separator=prompt_separator(options.prompt_separator),
         ignore_keys=ignored_keys(options.ignore_keys),
     )
-
-
-def _check_use(option: str, data: DataConfig, uses: Sequence[RecordUse]) -> None:
-    """Raise UserError for a rule about records that did nothing. Validation data may do without what training has."""
-    if option == "--valid-data-path" and data.train_data_path:
-        return
-    check_use(data_keys(data.data_keys), prompt_separator(data.prompt_separator), uses, option)

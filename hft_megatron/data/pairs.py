@@ -81,6 +81,11 @@ class PairDataset:
         return self.answers.digest
 
     @property
+    def uses(self) -> list[RecordUse]:
+        """Of each source, which rules about records did something."""
+        return [source.use for source in self.sources]
+
+    @property
     def uses_chat_template(self) -> bool:
         """Whether the chat template has rendered any of them."""
         return any(source.conversations > 0 for source in self.sources)

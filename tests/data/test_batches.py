@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation, StepBatch
+from hft_megatron.data.batches import BatchesInOrder, BatchShare, ExampleBatches, ShuffledBatches, StepBatch
 from hft_megatron.data.dataset import ExamplesInMemory, SftDataset
 from hft_megatron.data.order import PackedOrder, PackingRule, SampleOrder
 
@@ -41,33 +41,25 @@ def random_dataset(num_examples: int) -> SftDataset:
     return make_dataset(lengths, seq_length=201)
 
 
-def training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: int = 1) -> SftBatches:
-    return SftBatches(
-        dataset=dataset,
+def share_of(size: int, rank: int, ranks: int, multiple: int = 1) -> BatchShare:
+    return BatchShare(
+        micro_batch_size=size,
+        global_batch_size=GLOBAL_BATCH,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+        length_multiple=multiple,
+    )
+
+
+def training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: int = 1) -> ShuffledBatches:
+    return ShuffledBatches(
+        batches=ExampleBatches(dataset=dataset, pad_id=PAD, share=share_of(size, rank, ranks, multiple)),
         order=SampleOrder(num_examples=len(dataset), seed=7),
-        pad_id=PAD,
-        share=BatchShare(
-            micro_batch_size=size,
-            global_batch_size=GLOBAL_BATCH,
-            data_parallel_rank=rank,
-            data_parallel_size=ranks,
-            length_multiple=multiple,
-        ),
     )
 
 
-def validation(dataset: SftDataset, size: int, rank: int, ranks: int) -> SftValidation:
-    return SftValidation(
-        dataset=dataset,
-        pad_id=PAD,
-        share=BatchShare(
-            micro_batch_size=size,
-            global_batch_size=GLOBAL_BATCH,
-            data_parallel_rank=rank,
-            data_parallel_size=ranks,
-            length_multiple=1,
-        ),
-    )
+def validation(dataset: SftDataset, size: int, rank: int, ranks: int) -> BatchesInOrder:
+    return BatchesInOrder(batches=ExampleBatches(dataset=dataset, pad_id=PAD, share=share_of(size, rank, ranks)))
 
 
 def global_batch(parts: list[StepBatch], name: str) -> torch.Tensor:
@@ -164,7 +156,7 @@ def test_an_epoch_holds_each_example_once_in_every_layout(size: int, ranks: int)
     assert sorted(seen) == list(range(24))
 
 
-def packed_training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: int = 1) -> SftBatches:
+def packed_training(dataset: SftDataset, size: int, rank: int, ranks: int, multiple: int = 1) -> ShuffledBatches:
     lengths = dataset.lengths - 1
     rule = PackingRule(capacity=dataset.seq_length, algorithm="first_fit_shuffle", window=50)
     order = PackedOrder(SampleOrder(num_examples=len(dataset), seed=7), lengths, rule)

@@ -14,7 +14,7 @@ from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
-from hft_megatron.data.batches import BatchShare, SftBatches, SftValidation
+from hft_megatron.data.batches import BatchesInOrder, BatchShare, ExampleBatches, ShuffledBatches
 from hft_megatron.data.dataset import ExamplesInMemory, SftDataset, SourcePart
 from hft_megatron.data.examples import SftCounts
 from hft_megatron.data.faults import RecordUse
@@ -92,9 +92,10 @@ def toy_samples(*, packed: bool = False) -> SampleStream:
     return PackedOrder(order, dataset.lengths - 1, rule)
 
 
-def toy_batches(share: BatchShare, *, packed: bool = False) -> SftBatches:
+def toy_batches(share: BatchShare, *, packed: bool = False) -> ShuffledBatches:
     order = toy_samples(packed=packed)
-    return SftBatches(dataset=toy_dataset(), pad_id=PAD, share=share, order=order, packed=packed)
+    batches = ExampleBatches(dataset=toy_dataset(), pad_id=PAD, share=share)
+    return ShuffledBatches(batches=batches, order=order, packed=packed)
 
 
 def toy_plan(folder: str, hft: HFTConfig) -> Plan:
@@ -151,7 +152,9 @@ def make_run(
         wrapped=wrapped,
         objective=NEXT_TOKEN,
         batches=toy_batches(share),
-        validation=SftValidation(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share),
+        validation=BatchesInOrder(
+            batches=ExampleBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share)
+        ),
         learning_rate=learning_rate(wrapped, rounds, config, TrainState()),
         tracker=CompositeTracker(),
         announce=lambda line: None,

@@ -13,18 +13,21 @@ import torch
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
-from hft_megatron.data.batches import Batches, BatchesInOrder, BatchShare, SampleBatches, ShuffledBatches, StepBatch
+from hft_megatron.data.batches import BatchesInOrder, BatchShare, ExampleBatches, ShuffledBatches, StepBatch
 from hft_megatron.data.loading import training_pairs, validation_pairs
 from hft_megatron.data.order import SampleStream, sample_stream
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.methods.record_data import RecordData
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OfPairs(SampleBatches):
-    """Of pairs; ``share`` counts samples, as the options do."""
+class PairBatches:
+    """Micro-batches of pairs, or of packs of them; ``share`` counts samples, as the options do."""
 
     dataset: PairDataset
+    pad_id: int
+    share: BatchShare
     first_pair: int = 0
     """Number of the data set's first pair among all of a run, those of training and of validation."""
 
@@ -42,7 +45,7 @@ class _OfPairs(SampleBatches):
                 share, micro_batch_size=2 * share.micro_batch_size, global_batch_size=2 * share.global_batch_size
             )
             rows = [[half] for sample in halves for half in sample]
-        batches = Batches(dataset=answers, pad_id=self.pad_id, share=share)
+        batches = ExampleBatches(dataset=answers, pad_id=self.pad_id, share=share)
         batch = batches.assemble(rows, packed=packed)
         for start, micro_batch in zip(self.share.micro_batch_starts(), batch.micro_batches, strict=True):
             mine = samples[start : start + self.share.micro_batch_size]
@@ -68,64 +71,20 @@ class _OfPairs(SampleBatches):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairBatches(_OfPairs, ShuffledBatches):
-    """Pairs, or packs of them, for training."""
+class PreferenceData(RecordData[PairDataset]):
+    """Pairs, which have numbers."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PairValidation(_OfPairs, BatchesInOrder):
-    """Pairs for validation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceData:
-    """The ``RunData`` of --train-data-path and --valid-data-path where they hold pairs.
-
-    Pairs have numbers: those of training come first, and those of validation behind them.
-    """
-
-    train: PairDataset
-    valid: PairDataset | None
-    samples: SampleStream
-    """The training pairs, or packs of them, in their order."""
-    order_digest: None = None
-    packed: bool
-    eval_iters: int | None
-    pad_id: int
-
-    @property
-    def digest(self) -> str:
-        return self.train.digest
-
-    @property
-    def uses_chat_template(self) -> bool:
-        return self.train.uses_chat_template
-
-    def describe(self) -> list[str]:
-        return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
-
-    def training(self, share: BatchShare) -> PairBatches:
-        return PairBatches(dataset=self.train, pad_id=self.pad_id, share=share, order=self.samples, packed=self.packed)
-
-    def validation(self, share: BatchShare) -> PairValidation | None:
-        if self.valid is None:
-            return None
-        return PairValidation(
-            dataset=self.valid,
-            pad_id=self.pad_id,
-            share=share,
-            first_pair=len(self.train),
-            limit=self.eval_iters,
-        )
+    def batches(self, dataset: PairDataset, share: BatchShare, *, first: int) -> PairBatches:
+        return PairBatches(dataset=dataset, pad_id=self.pad_id, share=share, first_pair=first)
 
     def passes(self, share: BatchShare) -> Iterator[tuple[PairDataset, Iterator[StepBatch]]]:
         """Each data set with batches of all its pairs, which count from 0 in each."""
         yield self.train, self._training_pass(self.training(share))
         if self.valid is not None:
-            batches = PairValidation(dataset=self.valid, pad_id=self.pad_id, share=share)
+            batches = BatchesInOrder(batches=self.batches(self.valid, share, first=0))
             yield self.valid, batches.steps(iteration=0)
 
-    def _training_pass(self, batches: PairBatches) -> Iterator[StepBatch]:
+    def _training_pass(self, batches: ShuffledBatches) -> Iterator[StepBatch]:
         """The first epoch's own steps, so that numbers come out of the shapes that training has, then what a mixture
         leaves out of an epoch."""
         size = batches.share.global_batch_size
@@ -136,7 +95,7 @@ class PreferenceData:
             yield batches.step(consumed)
         rest = np.flatnonzero(left)
         for start in range(0, len(rest), size):
-            yield batches.assemble([(int(pair),) for pair in rest[start : start + size]], packed=False)
+            yield batches.batches.assemble([(int(pair),) for pair in rest[start : start + size]], packed=False)
 
 
 def read_preference_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> PreferenceData:

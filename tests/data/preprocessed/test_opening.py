@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hft_megatron.config.data import DataConfig
-from hft_megatron.data.batches import BatchShare, SftBatches
+from hft_megatron.data.batches import BatchShare, ExampleBatches, ShuffledBatches
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.order import PackedOrder, sample_stream
 from hft_megatron.data.tokenizer import Tokenizer
@@ -42,7 +42,9 @@ def batches_of(dataset: SftDataset, *, packed: bool) -> list[Any]:
     share = BatchShare(
         micro_batch_size=2, global_batch_size=4, data_parallel_rank=1, data_parallel_size=2, length_multiple=1
     )
-    batches = SftBatches(dataset=dataset, pad_id=0, share=share, order=order, packed=packed)
+    batches = ShuffledBatches(
+        batches=ExampleBatches(dataset=dataset, pad_id=0, share=share), order=order, packed=packed
+    )
     steps = [batches.step(4 * number) for number in range(30)]
     return [
         {name: tensor.tolist() for name, tensor in micro_batch.items()}
