@@ -65,7 +65,7 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
     """Read all data, as a run would, and show the first examples. Raises UserError for every mistake in it."""
     shape = _checked(options)
     # Imported here, because the checks above must not wait for them.
-    from hft_megatron.data.shown_data import read_shown_data
+    from hft_megatron.data.shown_examples import read_shown_data
     from hft_megatron.report.shown_data import data_page, data_text, is_data_page
 
     if options.html is not None and not is_data_page(Path(options.html)):

@@ -7,11 +7,12 @@ That quotient doesn't change with the number of ranks, the micro-batch size or t
 micro-batches' means would: those have different numbers of trained tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -218,6 +219,63 @@ class ExampleBatches:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+class RunDataset(NamedMembers, Protocol):
+    """A data set that a run trains or validates on."""
+
+    @property
+    def digest(self) -> str:
+        """Equal digests mean equal members in equal order."""
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the chat template has rendered any of it."""
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+
+
+DatasetT = TypeVar("DatasetT", bound=RunDataset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordData(ABC, Generic[DatasetT]):
+    """The ``RunData`` of --train-data-path and --valid-data-path."""
+
+    train: DatasetT
+    valid: DatasetT | None
+    samples: SampleStream
+    """The training examples or pairs, or packs of them, in their order."""
+    packed: bool
+    eval_iters: int | None
+    pad_id: int
+    order_digest: None = None
+
+    @abstractmethod
+    def batches(self, dataset: DatasetT, share: BatchShare, *, first: int) -> SampleBatches:
+        """Micro-batches of ``dataset``, whose first member has the number ``first`` among all of the run: those of
+        training come first, and those of validation behind them."""
+
+    @property
+    def digest(self) -> str:
+        return self.train.digest
+
+    @property
+    def uses_chat_template(self) -> bool:
+        return self.train.uses_chat_template
+
+    def describe(self) -> list[str]:
+        return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
+
+    def training(self, share: BatchShare) -> ShuffledBatches:
+        batches = self.batches(self.train, share, first=0)
+        return ShuffledBatches(batches=batches, order=self.samples, packed=self.packed)
+
+    def validation(self, share: BatchShare) -> BatchesInOrder | None:
+        if self.valid is None:
+            return None
+        return BatchesInOrder(batches=self.batches(self.valid, share, first=len(self.train)), limit=self.eval_iters)
 
 
 class PrefetchedSteps:

@@ -4,23 +4,25 @@ The model sees ``tokens[:-1]`` of an example and predicts ``tokens[1:]``, so an 
 and that number is what the sequence length limits.
 """
 
+import hashlib
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hft_megatron.config.names import DataFormat
-from hft_megatron.data.examples import NO_LIMIT, SftCounts
+from hft_megatron.data.examples import NO_LIMIT, ExampleRules, SftCounts
 from hft_megatron.data.faults import RecordUse
 from hft_megatron.data.order import Order, SourceMix
-from hft_megatron.data.tokenizer import Encoded
+from hft_megatron.data.tokenizer import Encoded, Tokenizer
 
 
 class ExampleStore(Protocol):
@@ -226,3 +228,21 @@ class SftDataset:
     def describe(self) -> list[str]:
         """Lines for the log."""
         return [*(line for account in self.accounts() for line in account), *filter(None, [self.note])]
+
+
+_READING = 2
+"""To be raised when the same files, tokenizer and rules become other examples: runs of before are of other data."""
+
+
+def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: ExampleRules, *others: str) -> str:
+    """sha256 (hex) over all that decides the examples: what each source was made of, the tokenizer, the rules, and
+    ``others`` that not every method has."""
+    identity, decided = asked_of(tokenizer, rules)
+    decisive = {"reading": _READING, "sources": origins, "tokenizer": identity, "rules": [decided, *others]}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def asked_of(tokenizer: Tokenizer, rules: ExampleRules) -> tuple[list[Any], dict[str, Any]]:
+    """What decides the examples that files become: the tokenizer with its template, and the rules. As JSON has it."""
+    facts = tokenizer.facts
+    return [facts.identity, facts.chat_template, dict(facts.template_variables)], asdict(rules)

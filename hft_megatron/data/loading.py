@@ -1,21 +1,30 @@
-"""The data sets that the data options of a run name."""
+"""Loads the data sets that the data options of a run name: tokenizes them, or maps what an earlier start has kept."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hft_megatron.config.data import DataConfig, data_keys, ignored_keys, prompt_separator
 from hft_megatron.config.dpo import BadPairs
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import LossRule
-from hft_megatron.data.dataset import SftDataset
-from hft_megatron.data.examples import ExampleRules
-from hft_megatron.data.faults import check_use
-from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, find_sources
+from hft_megatron.data.dataset import (
+    ExamplesInMemory,
+    ExampleStore,
+    SftDataset,
+    SourcePart,
+    asked_of,
+    data_digest,
+    places_in,
+)
+from hft_megatron.data.examples import ExampleRules, SftCounts, read_source
+from hft_megatron.data.faults import Faults, RecordUse, check_use
+from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, file_digest, find_sources
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
+from hft_megatron.data.preprocessed.opening import open_preprocessed
 from hft_megatron.data.records import RecordRules
-from hft_megatron.data.sft import load_sft_dataset
-from hft_megatron.data.token_cache import TokenCache, open_token_cache
-from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.token_cache import NO_CACHE, TokenCache, Tokenized, named, open_token_cache
+from hft_megatron.data.tokenizer import Encoded, Tokenizer
+from hft_megatron.errors import UserError
 
 
 def training_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> SftDataset | None:
@@ -23,45 +32,45 @@ def training_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> Sf
 
     Raises UserError for a source without files and for a mistake in them.
     """
-    return _load("--train-data-path", data, _load_examples(data, tokenizer, seq_length))
+    return _load("--train-data-path", data, seq_length, _load_examples(tokenizer))
 
 
 def validation_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> SftDataset | None:
     """What --valid-data-path names, by the same rules as the training data."""
-    return _load("--valid-data-path", data, _load_examples(data, tokenizer, seq_length))
+    return _load("--valid-data-path", data, seq_length, _load_examples(tokenizer))
 
 
 def training_pairs(data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs) -> PairDataset | None:
     """The preference pairs that --train-data-path names, None where it names nothing."""
-    return _load("--train-data-path", data, _load_pairs(data, tokenizer, seq_length, bad_pairs))
+    return _load("--train-data-path", data, seq_length, _load_pairs(tokenizer, bad_pairs))
 
 
 def validation_pairs(
     data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs
 ) -> PairDataset | None:
     """The preference pairs that --valid-data-path names, by the same rules."""
-    return _load("--valid-data-path", data, _load_pairs(data, tokenizer, seq_length, bad_pairs))
+    return _load("--valid-data-path", data, seq_length, _load_pairs(tokenizer, bad_pairs))
 
 
 DatasetT = TypeVar("DatasetT", SftDataset, PairDataset)
-_Loader = Callable[[Sequence[SourceFiles], TokenCache], DatasetT]
+_Loader = Callable[[Sequence[SourceFiles], ExampleRules, TokenCache], DatasetT]
 
 
-def _load_examples(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> _Loader[SftDataset]:
-    return lambda sources, cache: load_sft_dataset(sources, tokenizer, _rules(data, seq_length), cache)
+def _load_examples(tokenizer: Tokenizer) -> _Loader[SftDataset]:
+    return lambda sources, rules, cache: load_sft_dataset(sources, tokenizer, rules, cache)
 
 
-def _load_pairs(data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs) -> _Loader[PairDataset]:
-    return lambda sources, cache: load_pair_dataset(sources, tokenizer, _rules(data, seq_length), bad_pairs, cache)
+def _load_pairs(tokenizer: Tokenizer, bad_pairs: BadPairs) -> _Loader[PairDataset]:
+    return lambda sources, rules, cache: load_pair_dataset(sources, tokenizer, rules, bad_pairs, cache)
 
 
-def _load(option: str, data: DataConfig, load: _Loader[DatasetT]) -> DatasetT | None:
+def _load(option: str, data: DataConfig, seq_length: int, load: _Loader[DatasetT]) -> DatasetT | None:
     is_train = option == "--train-data-path"
     words, split = (data.train_data_path, TRAIN_SPLIT) if is_train else (data.valid_data_path, VALID_SPLIT)
     sources = find_sources(option, words, split)
     if not sources:
         return None
-    dataset = load(sources, open_token_cache(data.data_cache_path))
+    dataset = load(sources, _rules(data, seq_length), open_token_cache(data.data_cache_path))
     # Validation data may do without what training has.
     if is_train or not data.train_data_path:
         check_use(data_keys(data.data_keys), prompt_separator(data.prompt_separator), dataset.uses, option)
@@ -74,6 +83,100 @@ def _rules(data: DataConfig, seq_length: int) -> ExampleRules:
         long_examples=data.long_examples,
         loss=LossRule(loss_on=data.loss_on, train_on_eos=data.train_on_eos),
         records=record_rules(data),
+    )
+
+
+def load_sft_dataset(
+    sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache = NO_CACHE
+) -> SftDataset:
+    """Read and tokenize all sources, or map what another process has put into ``cache``.
+
+    Needs no model and no process group. Raises UserError with every kind of fault that records have (malformed, not to
+    be rendered, nothing to learn, too long under ``error``) and the places of two, and for a source without examples
+    or with too small a weight.
+    """
+    found, note = _read_sources([each for each in sources if each.prefix is None], tokenizer, rules, cache)
+    read = iter(found)
+    loaded = [
+        next(read) if source.prefix is None else _open_source(source, source.prefix, tokenizer, rules)
+        for source in sources
+    ]
+    parts = tuple(part for _, part, _ in loaded)
+    dataset = SftDataset(
+        parts=parts,
+        stores=tuple(store for store, _, _ in loaded),
+        seq_length=rules.seq_length,
+        digest=data_digest([origin for _, _, origin in loaded], tokenizer, rules),
+        note=note,
+    )
+    for part, share in zip(parts, dataset.mix.shares or (1,) * len(parts), strict=True):
+        if share == 0:
+            raise UserError(
+                f"the weight {part.weight:g} of {part.path} gives it no sample in an epoch of {len(dataset)}; raise "
+                f"it, or leave the source out."
+            )
+    return dataset
+
+
+_Loaded = tuple[ExampleStore, SourcePart, dict[str, Any]]
+"""The examples of a source, their account, and what they were made of."""
+
+
+def _read_sources(
+    sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache
+) -> tuple[list[_Loaded], str]:
+    """All sources, and where they are mapped from, for the log."""
+    if not sources:
+        return [], ""
+    digests = [[file_digest(file) for file in source.files] for source in sources]
+    decisive = ["sft", [named(*each) for each in zip(sources, digests, strict=True)], *asked_of(tokenizer, rules)]
+    found = cache.tokenized(decisive, lambda: _tokenize(sources, tokenizer, rules))
+    loaded: list[_Loaded] = []
+    first = 0
+    for source, files, account in zip(sources, digests, found.account["sources"], strict=True):
+        part = _part(
+            source,
+            tuple(account["formats"]),
+            account["examples"],
+            SftCounts.from_dict(account["counts"]),
+            RecordUse.from_dict(account["use"]),
+        )
+        origin = {"weight": source.weight, "files": files}
+        loaded.append((found.store.part(first, part.examples), part, origin))
+        first += part.examples
+    return loaded, found.note
+
+
+def _tokenize(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> Tokenized:
+    faults, kept, places = Faults(), list[Encoded](), list[str]()
+    accounts = []
+    for source in sources:
+        examples, of_source, account = read_source(source, tokenizer, rules, faults)
+        kept += examples
+        places += places_in(source.files, of_source)
+        accounts.append({"examples": len(examples), **account})
+    faults.raise_if_any()
+    return Tokenized(store=ExamplesInMemory.of(kept, places), account={"sources": accounts})
+
+
+def _open_source(source: SourceFiles, prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> _Loaded:
+    store, facts = open_preprocessed(prefix, tokenizer, rules)
+    facts.counts.check_learnable(facts.examples, source.path, rules)
+    part = _part(source, facts.formats, facts.examples, facts.counts, facts.use)
+    return store, part, {"weight": source.weight, **facts.origin}
+
+
+def _part(
+    source: SourceFiles, formats: tuple[DataFormat, ...], examples: int, counts: SftCounts, use: RecordUse
+) -> SourcePart:
+    return SourcePart(
+        path=source.path,
+        weight=source.weight,
+        formats=formats,
+        files=tuple(map(str, source.files)),
+        examples=examples,
+        counts=counts,
+        use=use,
     )
 
 

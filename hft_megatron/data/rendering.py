@@ -1,9 +1,9 @@
 """Chat templates rendered as transformers does, and the assistant's turns found in what they print.
 
 The same sandbox, names, variables and ``{% generation %}`` tag: transformers' own compiler has private names that
-changed between the versions supported here, and what it adds to messages changes as well. With a renderer of its own a
-template gives the same text under all of them, so that a run resumes on the same data; tests hold its text and marks
-against ``apply_chat_template`` of the version installed.
+changed between the versions supported here, counts spans wrong that begin a text or stand in a ``{% set %}`` block, and
+changes what it adds to messages. With a renderer of its own a template gives the same text under all versions, so that
+a run resumes on the same data; tests hold its text and marks against ``apply_chat_template`` of the one installed.
 
 A turn that the template doesn't mark is found, where something was said to the assistant, by rendering the conversation
 up to the turn and up to its end: what comes between is the turn, with its thoughts and calls of tools. Before that

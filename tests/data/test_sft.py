@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 
 from hft_megatron.config.data import DataConfig
-from hft_megatron.data import sft as sft_module
+from hft_megatron.data import dataset as dataset_module
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.examples import ExampleRules, completion_pieces
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
 from hft_megatron.data.formats.completions import Completion
-from hft_megatron.data.loading import training_data, validation_data
+from hft_megatron.data.loading import load_sft_dataset, training_data, validation_data
 from hft_megatron.data.pairs import load_pair_dataset
-from hft_megatron.data.sft import load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
@@ -455,7 +454,7 @@ def test_the_same_records_become_the_same_examples_or_the_reading_has_another_ve
         for index in range(len(found)):
             for array in found.example(index):
                 digest.update(array.tobytes())
-    assert {sft_module._READING: digest.hexdigest()} == MEANING
+    assert {dataset_module._READING: digest.hexdigest()} == MEANING
 
 
 def test_examples_are_named_by_the_file_and_line_of_their_record(tokenizer: Tokenizer, tmp_path: Path) -> None:

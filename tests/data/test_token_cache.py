@@ -11,8 +11,8 @@ from hft_megatron.data import token_cache
 from hft_megatron.data.dataset import ExamplesInMemory, SftDataset
 from hft_megatron.data.examples import ExampleRules
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
+from hft_megatron.data.loading import load_sft_dataset
 from hft_megatron.data.pairs import load_pair_dataset
-from hft_megatron.data.sft import load_sft_dataset
 from hft_megatron.data.token_cache import Tokenized, open_token_cache, user_cache
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizer_loading import load_tokenizer

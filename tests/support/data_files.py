@@ -10,8 +10,8 @@ from hft_megatron.data.chat import LossRule
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.examples import ExampleRules
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources
+from hft_megatron.data.loading import load_sft_dataset
 from hft_megatron.data.records import RecordRules
-from hft_megatron.data.sft import load_sft_dataset
 from hft_megatron.data.tokenizer import Tokenizer
 
 

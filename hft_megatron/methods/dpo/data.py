@@ -13,12 +13,11 @@ import torch
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
-from hft_megatron.data.batches import BatchesInOrder, BatchShare, ExampleBatches, ShuffledBatches, StepBatch
+from hft_megatron.data.batches import BatchesInOrder, BatchShare, ExampleBatches, RecordData, ShuffledBatches, StepBatch
 from hft_megatron.data.loading import training_pairs, validation_pairs
 from hft_megatron.data.order import SampleStream, sample_stream
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.methods.record_data import RecordData
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
-from hft_megatron.data.batches import BatchShare, ExampleBatches
+from hft_megatron.data.batches import BatchShare, ExampleBatches, RecordData
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.loading import training_data, validation_data
 from hft_megatron.data.order import sample_stream
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.methods.record_data import RecordData
 
 
 @dataclass(frozen=True, kw_only=True)
