@@ -38,7 +38,7 @@ setup(
         "protobuf>=4.25",  # transformers reads a SentencePiece model file with it
         "jinja2>=3.1",  # transformers renders chat templates with it
         "filelock>=3.12",  # one process of a start tokenizes
-        "tyro>=0.9",
+        "tyro>=1.0",
         "annotated-types>=0.6",
         "pyyaml>=6",
         "tqdm>=4.66",

@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from hft_megatron.cli.boundary import StatusFolder, end_of_peers
+from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.hft import HFTConfig
-from hft_megatron.config.loading import read_resolved
+from hft_megatron.config.loading import read_groups, with_checkpoint_args
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
@@ -72,7 +72,7 @@ def options_of(method: Declaration) -> type[TrainingOptions]:
 
 def run_method(method: MethodName, options: TrainingOptions, status: StatusFolder) -> None:
     """Check, and train unless only the check is asked for; every rank checks for itself and finds the same."""
-    config = options.as_run
+    config = with_checkpoint_args(options.as_run)
     if config.checkpoint.save is not None and not options.check:
         status.use(Path(config.checkpoint.save))
     world_size = launch.world_size()
@@ -102,15 +102,15 @@ def _with_options_of_others(options: TrainingOptions, config: RunConfig) -> RunC
     """With the groups of --config that this command lacks, and that a stage of another method may need."""
     if options.config is None:
         return config
-    own = {field.name for field in fields(options)}
-    file = read_resolved(Path(options.config))
-    return replace(config, **{f.name: getattr(file, f.name) for f in fields(file) if f.name not in own})
+    lacking = {group.name for group in fields(RunConfig)} - {group.name for group in fields(options)}
+    file = read_groups(Path(options.config), lacking)
+    return replace(config, **{name: getattr(file, name) for name in lacking})
 
 
 def _run_stages(
     path: str, config: RunConfig, shape: ModelShape | None, world_size: int, status: StatusFolder, *, check: bool
 ) -> None:
-    stages = read_stages(path, config)
+    stages = read_stages(path, config, note)
     for stage in with_rounds_in_turn(stages):
         validate(stage.config, shape, world_size, stage.method)
     from hft_megatron.engine.start import prepare_engine

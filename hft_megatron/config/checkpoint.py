@@ -33,6 +33,8 @@ class CheckpointConfig:
     finetune: bool = False
     """Take only the weights of --load and start a new run from them, with its own rounds, data and schedule. Where
     --save holds a checkpoint of that run already, the run goes on from there."""
+    use_checkpoint_args: bool = False
+    """Take the model from the run in --load where this command names none."""
     override_opt_param_scheduler: bool = False
     """On resume, use this command's schedule and optimizer options (--lr, --min-lr, the length of the decay,
     --weight-decay, --adam-beta1 and so on) where the checkpoint has others. That is also done without it, with a

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from hft_megatron.config.declared import SAME_RUN
+from hft_megatron.config.declared import SAME_RUN, flag
 from hft_megatron.config.names import DataFormat
 from hft_megatron.errors import UserError
 
@@ -229,8 +229,7 @@ def packing_is_asked_for(config: RunConfig, shape: ModelShape, world_size: int) 
     for field in fields(DataConfig):
         value = getattr(config.data, field.name)
         if field.name.startswith("packing_") and value != field.default:
-            flag = "--" + field.name.replace("_", "-")
-            raise UserError(f"{flag} {value} needs --packing; add it or leave {flag} out.")
+            raise UserError(f"{flag(field.name)} {value} needs --packing; add it or leave {flag(field.name)} out.")
 
 
 def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -238,5 +237,4 @@ def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -
     for name in ("eval_interval", "eval_iters"):
         value = getattr(config.logging, name)
         if value is not None and not config.data.valid_data_path:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value} needs --valid-data-path; add it or leave {flag} out.")
+            raise UserError(f"{flag(name)} {value} needs --valid-data-path; add it or leave {flag(name)} out.")

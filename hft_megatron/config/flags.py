@@ -4,7 +4,7 @@ tyro parses the values; this file decides what an option is called and words wha
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import takewhile
 from typing import get_origin
@@ -77,6 +77,11 @@ class Setting:
     """As written; ``True`` or ``False`` for a switch. More than one only where the option takes several."""
     where: str
     """How an error calls it: ``--lr``, or ``run.yaml:3: lr``."""
+
+    @property
+    def written(self) -> str:
+        """The name that was used, with dashes: the option's own or another one for it."""
+        return self.where.split()[-1].lstrip("-").replace("_", "-").removeprefix("no-")
 
     @property
     def value(self) -> str:
@@ -156,6 +161,9 @@ class Mistake:
 
 
 Item = Setting | Request | Mistake
+_GROUPED = "group-query-attention"
+_OF_TRAINING = "train-iters"
+"""An option that every command has which the table is for."""
 
 
 class Reading:
@@ -175,21 +183,31 @@ class Reading:
             if isinstance(item, Mistake):
                 self._mistakes[item.sentence] = item.sentence
             elif isinstance(item, Setting):
+                before = self.settings.get(item.flag.name)
                 self.settings[item.flag.name] = item
                 self._note(item.flag.name, item.refusal)
+                if before is not None and before.written != item.written and before.words != item.words:
+                    self._note(item.flag.name, f"{before.where} and {item.where} are one option; keep one of them.")
             else:
                 self.accepted.pop(item.row.name, None)
                 self._note(item.row.name, item.refusal)
                 if item.is_accepted:
                     self.accepted[item.row.name] = " ".join((f"--{item.row.name}", *item.words))
 
-    def check(self) -> None:
-        """Raise UserError with every mistake: one sentence, or a line for each."""
-        mistakes = list(self._mistakes.values())
-        if len(mistakes) == 1:
-            raise UserError(mistakes[0])
-        if mistakes:
-            raise UserError("\n  ".join((f"{len(mistakes)} options can't be had as they are:", *mistakes)))
+    @property
+    def mistakes(self) -> list[str]:
+        """Sentences about what can't be had."""
+        groups = self.accepted.get(_GROUPED)
+        if groups is not None and not {"num-query-groups", "load-hf", "use-checkpoint-args"} & self.settings.keys():
+            return [*self._mistakes.values(), f"{groups} needs --num-query-groups, which Megatron-LM takes to be 1."]
+        return list(self._mistakes.values())
+
+    def check(self, note: Callable[[str], None] | None = None) -> None:
+        """Raise UserError with every mistake: one sentence, or a line for each.
+
+        ``note`` is given one line where flags of Megatron-LM's ask for what is done anyway.
+        """
+        check_all([self], note)
 
     def _note(self, name: str, refusal: str | None) -> None:
         self._mistakes.pop(name, None)
@@ -197,11 +215,25 @@ class Reading:
             self._mistakes[name] = refusal
 
 
+def check_all(readings: Sequence[Reading], note: Callable[[str], None] | None = None) -> None:
+    """``Reading.check`` over several at once."""
+    mistakes = list(dict.fromkeys(mistake for reading in readings for mistake in reading.mistakes))
+    if len(mistakes) == 1:
+        raise UserError(mistakes[0])
+    if mistakes:
+        raise UserError("\n  ".join((f"{len(mistakes)} options can't be had as they are:", *mistakes)))
+    accepted = dict.fromkeys(flag for reading in readings for flag in reading.accepted.values())
+    if accepted and note is not None:
+        note(f"> done anyway, or without effect here: {', '.join(accepted)}")
+
+
 def named(name: str, flags: Mapping[str, Flag]) -> Flag | Row | None:
     """The option (of a switch also with ``no-`` before it) or the row of the table that a name with dashes means."""
     positive = flags.get(name.removeprefix("no-"))
     if name in flags or (positive is not None and positive.is_switch):
         return flags.get(name, positive)
+    if _OF_TRAINING not in flags:
+        return None
     row = ROWS.get(name) or OF_OTHER_COMMANDS.get(name)
     return flags.get(row.words) if row is not None and row.state == "other name" else row
 
@@ -226,7 +258,7 @@ def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> I
     while position < len(arguments):
         word = arguments[position]
         position += 1
-        following = list(takewhile(lambda word: not _is_name(word), arguments[position:]))
+        following = list(takewhile(lambda word: not word.startswith("--"), arguments[position:]))
         if not _is_name(word):
             position += len(following)
             yield Mistake(

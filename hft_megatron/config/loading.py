@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -27,14 +27,16 @@ from hft_megatron.config.flags import (
     Reading,
     Request,
     Setting,
+    check_all,
     flags_of,
     items_of_arguments,
     named,
     unknown_option,
 )
 from hft_megatron.config.megatron_rows import Row
+from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.run import RunConfig
-from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, write_atomically
 from hft_megatron.errors import UserError
 
 T = TypeVar("T")
@@ -104,16 +106,14 @@ def load_options(options_type: type[T], arguments: Sequence[str], note: Callable
         reading.take(item for item in every if not isinstance(item, Setting) or item.flag.name in taken)
     # A later setting replaces an earlier one: an option repeated after a script's own arrays wins.
     reading.take(items)
-    reading.check()
-    if reading.accepted and note is not None:
-        note(f"> done anyway, or without effect here: {', '.join(reading.accepted.values())}")
+    reading.check(note)
     return _build(options_type, list(reading.settings.values()))
 
 
-def options_of(options_type: type[T], values: Mapping[str, Any]) -> T:
+def options_of(options_type: type[T], values: Mapping[str, Any], note: Callable[[str], None] | None = None) -> T:
     """Build ``options_type`` from Python values by name (``micro_batch_size``); None leaves an option unset.
 
-    Raises UserError for names that are no options and for a value that none can have.
+    Raises UserError for names that are no options and for a value that none can have. ``note`` as in ``load_options``.
     """
     flags, reading = flags_of(options_type), Reading()
     for written, value in values.items():
@@ -121,9 +121,11 @@ def options_of(options_type: type[T], values: Mapping[str, Any]) -> T:
         meant = _meaning(written, written, flags)
         if isinstance(meant, Mistake):
             reading.take([meant])
+        elif meant.is_switch and value is not None and not isinstance(value, bool):
+            reading.take([Mistake(sentence=f"{written} {value!r}: the value must be {meant.expected}.")])
         elif value is not None:
             reading.take([_item(meant, words, written)])
-    reading.check()
+    reading.check(note)
     return _build(options_type, list(reading.settings.values()))
 
 
@@ -140,11 +142,36 @@ def read_resolved(path: Path) -> RunConfig:
     return _build(RunConfig, list(reading.settings.values()))
 
 
-def stages_of_file(path: Path, base: RunConfig) -> Iterator[tuple[str, int, RunConfig]]:
+def read_groups(path: Path, names: Collection[str]) -> RunConfig:
+    """A run's options with those of a file that are in the groups ``names``; what else it says is passed over."""
+    items = _items_of_file(path, flags_of(RunConfig))
+    return _build(RunConfig, [item for item in items if isinstance(item, Setting) and item.flag.group in names])
+
+
+def with_checkpoint_args(config: RunConfig) -> RunConfig:
+    """With the model of the run in --load where --use-checkpoint-args asks for it and the command names none.
+
+    Raises UserError where no run is named.
+    """
+    checkpoint = config.checkpoint
+    if not checkpoint.use_checkpoint_args:
+        return config
+    if checkpoint.load is None:
+        raise UserError("--use-checkpoint-args needs --load, the folder of the run whose model it is; add it.")
+    file = Path(checkpoint.load) / RESOLVED_CONFIG_FILE
+    if config.model != ModelConfig() or not file.exists():
+        return config
+    return replace(config, model=read_resolved(file).model)
+
+
+def stages_of_file(
+    path: Path, base: RunConfig, note: Callable[[str], None] | None = None
+) -> list[tuple[str, int, RunConfig]]:
     """The method, the line and the options of every stage of a YAML list: ``base`` with what the stage sets.
 
-    Raises UserError naming file and line for what is no list of stages, or no option.
+    Raises UserError naming file and line for what is no list of stages, and for all that is no option.
     """
+    stages, readings = [], []
     root = _yaml_of_file(path, "--stages")
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         raise UserError(f"--stages {path}: the file must hold a list of stages, each `- method: ...` and its options.")
@@ -158,8 +185,10 @@ def stages_of_file(path: Path, base: RunConfig) -> Iterator[tuple[str, int, RunC
         node.value = [(key, value) for key, value in node.value if key.value != _METHOD]
         reading = Reading()
         reading.take(_once_each(_items_of_mapping(node, path, flags_of(RunConfig))))
-        reading.check()
-        yield keys[_METHOD].value, line, _with(base, list(reading.settings.values()))
+        readings.append(reading)
+        stages.append((keys[_METHOD].value, line, list(reading.settings.values())))
+    check_all(readings, note)
+    return [(method, line, _with(base, settings)) for method, line, settings in stages]
 
 
 def _with(base: RunConfig, settings: Sequence[Setting]) -> RunConfig:

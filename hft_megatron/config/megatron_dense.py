@@ -183,7 +183,10 @@ DENSE = (
     Section(
         title="Batches and length",
         rows=(
-            accepted("calculate-per-token-loss", "the loss is divided by the trained tokens of the global batch"),
+            accepted(
+                "calculate-per-token-loss",
+                "the loss is divided by the trained tokens of the global batch, a preference loss by its pairs",
+            ),
             refused("batch-size=", "Megatron-LM has renamed it; give --micro-batch-size"),
             refused("warmup=", "Megatron-LM has renamed it; give --lr-warmup-fraction, 0.01 for 1"),
             refused("step-batch-size-schedule=", "--global-batch-size stays as it is for the whole run; leave it out"),
@@ -221,7 +224,6 @@ DENSE = (
     Section(
         title="Checkpoints",
         rows=(
-            accepted("use-checkpoint-args", "a run resumes with the shape that its checkpoint has"),
             refused("use-mp-args-from-checkpoint-args", "a checkpoint is loaded in any layout; give that of this run"),
             refused("no-use-tokenizer-model-from-checkpoint-args", "give --tokenizer-model; leave it out"),
             refused("disable-use-tokenizer-model-from-checkpoint-args", "give --tokenizer-model; leave it out"),
@@ -289,7 +291,7 @@ DENSE = (
     Section(
         title="Data and tokenizer",
         rows=(
-            accepted("sft", "the command's name says it"),
+            refused("sft", "the command's name says it; leave it out"),
             refused("sft-tokenizer-prompt-format=", "--chat-template renders conversations"),
             accepted("dataloader-type=", "samples come in one order, the same after a resume", values="single"),
             other_name("encoder-seq-length=", "seq-length"),

@@ -125,10 +125,12 @@ VALUES_NOT_HAD = {
 MEGATRON_DEFAULTS = {
     "bf16": "off",
     "distributed-backend": "nccl",
+    "eval-interval": "1000",
     "eval-iters": "100",
     "log-interval": "100",
     "lr-decay-style": "linear",
     "make-vocab-size-divisible-by": "128",
+    "num-query-groups": "1",
     "transformer-impl": "transformer_engine",
 }
 """Defaults of Megatron-LM's options of the same name where they differ from those here."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Gt
 
+from hft_megatron.config.declared import flag
 from hft_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ class ModelConfig:
 
     load_hf: str | None = None
     """Hugging Face folder (config.json and safetensors) to start from; the shape flags below are then not allowed."""
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-    kv_channels: int | None = None
-    vocab_size: int | None = None
+    num_layers: Annotated[int, Ge(1)] | None = None
+    hidden_size: Annotated[int, Ge(1)] | None = None
+    ffn_hidden_size: Annotated[int, Ge(1)] | None = None
+    num_attention_heads: Annotated[int, Ge(1)] | None = None
+    num_query_groups: Annotated[int, Ge(1)] | None = None
+    kv_channels: Annotated[int, Ge(1)] | None = None
+    vocab_size: Annotated[int, Ge(1)] | None = None
     """The tokenizer's when unset."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Annotated[int, Ge(1)] | None = None
     norm_epsilon: Annotated[float, Gt(0)] = 1e-5
     rotary_base: Annotated[float, Gt(0)] = 10000.0
     untie_embeddings_and_output_weights: bool = False
@@ -49,8 +50,9 @@ def model_is_given_once(config: ModelConfig) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in _ALLOWED_WITH_LOAD_HF and value != field.default:
-            flag = "--" + field.name.replace("_", "-")
-            raise UserError(f"{flag} {value} cannot be given with --load-hf, whose config.json sets it; leave it out.")
+            raise UserError(
+                f"{flag(field.name)} {value} cannot be given with --load-hf, whose config.json sets it; leave it out."
+            )
 
 
 def heads_fit_the_model(config: RunConfig, shape: ModelShape, world_size: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.declared import check_bounds, flag
 from hft_megatron.config.hf_keys import refuse_other_models
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.errors import UserError
@@ -97,6 +98,7 @@ class ModelShape:
         feed-forward of 8/3 hidden rounded down to a multiple of 64. ``vocab_size`` is the embedding's rows.
         Raises UserError naming a size that is missing or not positive.
         """
+        check_bounds(config)
         hidden_size = _size_from_flag(config, "hidden_size")
         heads = _size_from_flag(config, "num_attention_heads")
         return ModelShape(
@@ -169,12 +171,9 @@ def load_hf_config(folder: str) -> dict[str, Any]:
 
 def _size_from_flag(config: ModelConfig, name: str, default: int | None = None) -> int:
     value = getattr(config, name)
-    flag = "--" + name.replace("_", "-")
     size: int | None = default if value is None else value
     if size is None:
-        raise UserError(f"{flag} is missing: give it, or start from a model folder with --load-hf.")
-    if size < 1:
-        raise UserError(f"{flag} {size}: a size must be at least 1.")
+        raise UserError(f"{flag(name)} is missing: give it, or start from a model folder with --load-hf.")
     return size
 
 

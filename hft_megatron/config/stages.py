@@ -2,7 +2,7 @@
 method's (or several). A stage starts from the weights that the one before left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Stage:
         return Path(self.config.checkpoint.save)
 
 
-def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
+def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None = None) -> tuple[Stage, ...]:
     """The stages that a YAML file describes; ``base`` are the options of all of them.
 
     Raises UserError for a file that can't be read, a method that there isn't, an option that is no stage's own, and
@@ -53,7 +53,7 @@ def read_stages(path: str, base: RunConfig) -> tuple[Stage, ...]:
     if base.hft.hft_first_round is not None:
         raise UserError(f"--hft-first-round {base.hft.hft_first_round} is what --stages numbers itself; leave it out.")
     stages: list[Stage] = []
-    read = list(stages_of_file(Path(path), base))
+    read = stages_of_file(Path(path), base, note)
     for number, (method, line, config) in enumerate(read):
         if method not in known(MethodName):
             raise UserError(f"{path}:{line}: the method {method} is none of {', '.join(known(MethodName))}.")

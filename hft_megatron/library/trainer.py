@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hft_megatron.config.loading import options_of
+from hft_megatron.config.loading import options_of, with_checkpoint_args
 from hft_megatron.config.names import MethodName, known
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import shape_of, validate
@@ -33,7 +33,7 @@ class Trainer:
             if not isinstance(hook, Hook):
                 raise ValueError(f"hooks has a {type(hook).__name__}, which doesn't extend hft_megatron.Hook.")
         try:
-            self.config = options_of(RunConfig, options)
+            self.config = with_checkpoint_args(options_of(RunConfig, options, _say))
             """All options of the run with their values."""
             self._shape, self._ranks = shape_of(self.config.model), launch.world_size()
             validate(self.config, self._shape, self._ranks, method)
@@ -64,6 +64,11 @@ class Trainer:
             raise ValueError(in_arguments(str(error))) from None
         finally:
             signals.close()
+
+
+def _say(line: str) -> None:
+    if launch.rank() == 0:
+        print(line, flush=True)
 
 
 def _say_loss(loss: PeersLost) -> None:

@@ -70,7 +70,7 @@ def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
     training = inputs.config.training
     check_implementation(training.transformer_impl, bf16=training.bf16 is True)
     placement = start_groups(inputs.config.parallel, inputs.shape.num_layers, training.seed)
-    announce = announcer(placement)
+    announce = _announcer(placement)
     _announce_start(inputs, placement, company, announce)
     check_inputs_agree(inputs, placement)
     inputs = with_sound_checkpoint(inputs, placement, announce)
@@ -122,7 +122,7 @@ def _tracker(inputs: Inputs, placement: Placement) -> Tracker:
     return mine[0]
 
 
-def announcer(placement: Placement) -> Callable[[str], None]:
+def _announcer(placement: Placement) -> Callable[[str], None]:
     """Prints a line on rank 0, nothing on others."""
 
     def announce(line: str) -> None:

@@ -194,7 +194,7 @@ MISTAKES = [
     (1, "--load-hf absent --train-data-path data.jsonl", "--load-hf absent: there is no such folder"),
     (1, "--load-hf . --train-data-path data.jsonl", "--load-hf .: there is no config.json"),
     (1, "--num-layers 2 --train-data-path data.jsonl", "--hidden-size is missing"),
-    (1, f"{FROM_FLAGS} --num-layers 0", "--num-layers 0: a size must be at least 1"),
+    (1, f"{FROM_FLAGS} --num-layers 0", "--num-layers 0: must be a whole number of at least 1"),
     (1, f"{FROM_FLAGS} --num-query-groups 3", "--num-query-groups 3", "8 attention heads"),
     (1, f"{FROM_FLAGS} --hidden-size 63", "--num-attention-heads 8 does not divide the model's hidden size 63"),
     (1, f"{FROM_FLAGS} --kv-channels 7", "--kv-channels 7", "is odd"),

@@ -1,12 +1,13 @@
 """What a declaration of an option says. Run: pytest tests/config/test_declared.py"""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
 from hft_megatron.config.declared import SAME_RUN, check_bounds, declared
+from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 
 
@@ -60,3 +61,37 @@ def test_numbers_out_of_bounds_are_named_in_groups_within_groups() -> None:
 def test_marks_are_found_on_either_side_of_none() -> None:
     assert SAME_RUN in declared(Inner)["count"].marks
     assert SAME_RUN not in declared(Inner)["share"].marks
+
+
+BOUNDS = {
+    "at least 1": """
+        check_replicas_interval ddp_bucket_size decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
+        eval_interval eval_iters ffn_hidden_size global_batch_size hft_audit_interval hidden_size keep_last kv_channels
+        log_interval lr_decay_iters make_vocab_size_divisible_by max_position_embeddings micro_batch_size
+        num_attention_heads num_layers num_layers_per_virtual_pipeline_stage num_query_groups packing_window
+        pipeline_model_parallel_size recompute_num_layers save_hf_interval save_hf_keep save_interval
+        save_retain_interval seq_length tensor_model_parallel_size train_epochs vocab_size
+    """,
+    "at least 0": """
+        clip_grad dpo_sft_weight hft_first_round hft_seed lr lr_warmup_iters min_lr seed skip_nonfinite_steps
+        train_iters weight_decay
+    """,
+    "above 0": """
+        adam_eps distributed_timeout_minutes dpo_beta exit_duration_in_mins init_method_std loss_spike_threshold
+        norm_epsilon rotary_base
+    """,
+    "between 0 and 1": "hft_ratio",
+    "from 0 to below 1": "adam_beta1 adam_beta2 lr_warmup_fraction",
+    "from 0 to below 0.5": "dpo_label_smoothing",
+}
+
+
+def test_the_numbers_of_a_run_have_bounds() -> None:
+    found: dict[str, list[str]] = {}
+    for group in get_type_hints(RunConfig).values():
+        for name, option in declared(group).items():
+            if option.type in (int, float):
+                found.setdefault(option.bounds.removeprefix("of "), []).append(name)
+    assert {bounds: sorted(names) for bounds, names in found.items()} == {
+        bounds: names.split() for bounds, names in BOUNDS.items()
+    }

@@ -161,7 +161,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
             "--lr-decay-style WSD",
             "--lr-decay-style WSD is not built yet; constant, linear and cosine are.",
         ),
-        ("--encoder-num-layers x", "--encoder-num-layers x: the value must be a whole number."),
+        ("--encoder-num-layers x", "--encoder-num-layers x: the value must be a whole number of at least 1."),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(

@@ -13,8 +13,9 @@ import pytest
 
 from hft_megatron.cli.entry import commands
 from hft_megatron.cli.training_command import TrainingOptions
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.flags import Flag, Mistake, flags_of, items_of_arguments, named
-from hft_megatron.config.loading import load_options, options_of
+from hft_megatron.config.loading import load_options, options_of, stages_of_file, with_checkpoint_args, write_resolved
 from hft_megatron.config.megatron_flags import (
     MEGATRON_DEFAULTS,
     OF_OTHER_COMMANDS,
@@ -22,6 +23,7 @@ from hft_megatron.config.megatron_flags import (
     SECTIONS,
     VALUES_NOT_HAD,
 )
+from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.errors import UserError
@@ -41,6 +43,10 @@ def published() -> Iterator[tuple[str, str]]:
         yield name, "several" if several else "value" if has_value else "switch"
 
 
+def kind_of(flag: Flag) -> str:
+    return "switch" if flag.is_switch else "several" if flag.takes_several else "value"
+
+
 def said_of(method: str, words: Sequence[str], note: Callable[[str], None] | None = None) -> list[str]:
     """The lines of the mistake that a command makes of these words."""
     with pytest.raises(UserError) as error:
@@ -57,8 +63,8 @@ def test_every_flag_of_megatron_lm_is_an_option_or_a_row_that_takes_as_many_word
     found = list(published())
     assert len(found) > 900
     assert [name for name, _ in found if named(name, FLAGS) is None] == []
-    rows = {name: (kind, ROWS[name].kind) for name, kind in found if name in ROWS}
-    assert {name: kinds for name, kinds in rows.items() if len(set(kinds)) > 1} == {}
+    ours = {name: row.kind for name, row in ROWS.items()} | {name: kind_of(flag) for name, flag in FLAGS.items()}
+    assert {name: (kind, ours[name]) for name, kind in found if ours.get(name, kind) != kind} == {}
 
 
 def test_no_flag_of_the_table_falls_through_to_not_an_option() -> None:
@@ -229,3 +235,66 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
         "--context-parallel-size 1, --no-create-attention-mask-in-dataloader, --no-mmap-bin-files, "
         "--log-throughput, --ckpt-format torch_dist"
     ]
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "said"),
+    [
+        ("pretrain", "--sft", "--sft: the command's name says it; leave it out."),
+        (
+            "sft",
+            "--group-query-attention --num-layers 2",
+            "--group-query-attention needs --num-query-groups, which Megatron-LM takes to be 1.",
+        ),
+        (
+            "sft",
+            "--seq-length 8192 --encoder-seq-length 512",
+            "--seq-length and --encoder-seq-length are one option; keep one of them.",
+        ),
+        (
+            "sft",
+            "--lr -- --check",
+            "2 options can't be had as they are:|  --lr needs a value: a number of at least 0.|  The word '--' belongs "
+            "to no option: options start with -- and take at most one value, except for --train-data-path and "
+            "--valid-data-path.",
+        ),
+        ("plan", "--beta 3", "--beta is not an option; --help lists all of them."),
+        ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help lists all of them."),
+        ("average", "--swiglu", "--swiglu is not an option; --help lists all of them."),
+    ],
+)
+def test_what_would_be_read_as_something_else_is_said(method: str, words: str, said: str) -> None:
+    assert said_of(method, words.split()) == said.split("|")
+
+
+def test_switches_of_a_call_are_true_or_false() -> None:
+    with pytest.raises(UserError) as error:
+        options_of(RunConfig, {"fp16": 1, "packing": "true", "sequence_parallel": True})
+    assert str(error.value).splitlines()[1:] == [
+        "  fp16 1: the value must be true or false.",
+        "  packing 'true': the value must be true or false.",
+    ]
+
+
+def test_all_stages_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    file, notes = tmp_path / "stages.yaml", list[str]()
+    file.write_text("- method: sft\n  moe_grouped_gemm: true\n- method: sft\n  fp16: true\n")
+    with pytest.raises(UserError) as error:
+        stages_of_file(file, RunConfig())
+    assert len(str(error.value).splitlines()) == 3
+    file.write_text("- method: sft\n  swiglu: true\n- method: dpo\n  lr: 1\n")
+    assert [method for method, _, _ in stages_of_file(file, RunConfig(), notes.append)] == ["sft", "dpo"]
+    assert notes == ["> done anyway, or without effect here: --swiglu"]
+
+
+def test_the_model_of_a_run_is_taken_where_the_command_names_none(tmp_path: Path) -> None:
+    asking = CheckpointConfig(load=str(tmp_path), use_checkpoint_args=True)
+    run = RunConfig(model=ModelConfig(num_layers=3, hidden_size=8))
+    assert with_checkpoint_args(RunConfig(checkpoint=asking)).model == ModelConfig(), "nothing is there yet"
+    write_resolved(run, tmp_path / "resolved_config.yaml")
+    assert with_checkpoint_args(RunConfig(checkpoint=asking)).model == run.model
+    assert with_checkpoint_args(RunConfig(checkpoint=CheckpointConfig(load=str(tmp_path)))).model == ModelConfig()
+    own = RunConfig(model=ModelConfig(num_layers=4), checkpoint=asking)
+    assert with_checkpoint_args(own) == own, "the run's identity compares them"
+    with pytest.raises(UserError, match="--use-checkpoint-args needs --load"):
+        with_checkpoint_args(RunConfig(checkpoint=CheckpointConfig(use_checkpoint_args=True)))

@@ -64,7 +64,13 @@ def test_a_command_that_trains_nothing_does_not_differ_in_its_data() -> None:
 
 
 def test_every_option_that_fixes_the_plans_is_part_of_the_identity() -> None:
-    assert identity().to_dict().keys() >= {*CHOICE_OF_UNITS, "hft_round_interval", "hft_plan_digest"}
+    assert identity().to_dict().keys() >= {*CHOICE_OF_UNITS, "hft_plan_digest"}
+    assert identity().options.keys() == {
+        *(name for name in CHOICE_OF_UNITS if name != "hft_seed"),
+        *("hft_round_interval", "hft_moments", "hft_resting_moments"),
+        *("packing", "packing_algorithm", "packing_window"),
+        *("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_sft_weight"),
+    }
     changed = HFTConfig(hft_level="layer", hft_rotation="fixed", hft_train="*.q_proj", hft_round_interval="epoch")
     saved = identity(replace(CONFIG, hft=changed)).to_dict()
     assert {

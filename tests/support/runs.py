@@ -133,7 +133,7 @@ def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
     from hft_megatron.trainer import assembly, prepare, saving
 
     said: list[str] = []
-    original_hooks, original_announcer = assembly.build_hooks, prepare.announcer
+    original_hooks, original_announcer = assembly.build_hooks, prepare._announcer
 
     def build_hooks(run: Any, **options: Any) -> list[Any]:
         return [recorder, *original_hooks(run, **options)]
@@ -150,7 +150,7 @@ def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
     with (
         patch.object(assembly, "stop_groups", lambda: None),
         patch.object(assembly, "build_hooks", build_hooks),
-        patch.object(prepare, "announcer", announcer),
+        patch.object(prepare, "_announcer", announcer),
         # The pool's own handler of SIGUSR1 shows where a rank is stuck.
         patch.object(saving.Signals, "NUMBERS", (signal.SIGTERM,)),
     ):
