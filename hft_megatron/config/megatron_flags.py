@@ -5,7 +5,7 @@ A name that a command has as an option is that option, and needs no row. ``hft-m
 
 from hft_megatron.config.megatron_dense import DENSE
 from hft_megatron.config.megatron_others import OTHERS
-from hft_megatron.config.megatron_rows import Row, Section, not_yet, refused
+from hft_megatron.config.megatron_rows import Row, Section, refused
 
 _ROUND_TRIP = "folders in Hugging Face's format are read and written directly; leave it out"
 _LORA = "low-rank adapters are not built; --hft-ratio says how much of the model trains"
@@ -108,7 +108,6 @@ OF_OTHER_COMMANDS = {
 """Rows of options that only some of the commands have, for the others."""
 
 VALUES_NOT_HAD = {
-    ("WSD", "inverse-square-root"): not_yet("lr-decay-style=", "constant, linear and cosine are"),
     ("inference_optimized",): refused("transformer-impl=", "nothing is generated while a model trains"),
     (
         *("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer", "GPTSentencePieceTokenizer"),

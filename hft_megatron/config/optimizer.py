@@ -25,15 +25,29 @@ class OptimizerConfig:
 
     lr: Annotated[float, Ge(0)] = 1e-5
     min_lr: Annotated[float, Ge(0)] = 0.0
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """How --lr goes down after the warm-up. ``inverse-square-root``: to --lr x sqrt(warm-up / iteration) or --min-lr.
+    ``WSD``: --lr stays as it is until the last --lr-wsd-decay-iters of the decay."""
     lr_decay_iters: Annotated[int, Ge(1)] | None = None
     """Iterations until the learning rate has come down to --min-lr, where it stays; those of the run when unset, or of
     a round under --hft-lr-schedule round. Given, a run can be made longer without another schedule."""
+    lr_wsd_decay_iters: Annotated[int, Ge(1)] | None = None
+    """Iterations at the end of --lr-decay-style WSD in which the rate comes down."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """How it comes down in those. ``exponential``: by 2 x 0.5^x - 1, ``minus_sqrt``: by 1 - sqrt(x), x from 0 to 1."""
+    lr_warmup_init: Annotated[float, Ge(0)] = 0.0
+    """Learning rate that the warm-up begins at."""
     lr_warmup_iters: Annotated[int, Ge(0)] = 0
     lr_warmup_fraction: Annotated[float, Ge(0), Lt(1)] | None = None
     """Warm-up as a fraction of the iterations of the decay, instead of --lr-warmup-iters."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """Not applied to one-dimensional parameters (norms), as in Megatron."""
+    start_weight_decay: Annotated[float, Ge(0)] | None = None
+    """Weight decay at the start of the schedule, instead of --weight-decay."""
+    end_weight_decay: Annotated[float, Ge(0)] | None = None
+    """Weight decay at the end of the run, or of a round under --hft-lr-schedule round."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight decay goes from --start-weight-decay to --end-weight-decay."""
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     adam_beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     adam_eps: Annotated[float, Gt(0)] = 1e-8
@@ -56,6 +70,57 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
         warmup_fits(optimizer, derived.train_iters(training))
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")
+    if optimizer.lr_warmup_init > optimizer.lr:
+        raise UserError(
+            f"--lr-warmup-init {optimizer.lr_warmup_init} is above --lr {optimizer.lr}, which the warm-up goes up to; "
+            f"use at most {optimizer.lr}."
+        )
+
+
+def decay_style_has_what_it_needs(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """WSD needs the length of its end, which is of no other style; the inverse square root needs a warm-up."""
+    optimizer = config.optimizer
+    style, end = optimizer.lr_decay_style, optimizer.lr_wsd_decay_iters
+    if style == "WSD" and end is None:
+        raise UserError(
+            "--lr-decay-style WSD needs --lr-wsd-decay-iters, the iterations at its end in which the rate comes down; "
+            "add it."
+        )
+    given = None if end is None else f"--lr-wsd-decay-iters {end}"
+    if optimizer.lr_wsd_decay_style != "exponential":
+        given = f"--lr-wsd-decay-style {optimizer.lr_wsd_decay_style}"
+    if style != "WSD" and given is not None:
+        raise UserError(f"{given} needs --lr-decay-style WSD, and it is {style}; leave one of the two out.")
+    has_warmup = optimizer.lr_warmup_iters > 0 or optimizer.lr_warmup_fraction
+    if style == "inverse-square-root" and not has_warmup:
+        raise UserError(
+            "--lr-decay-style inverse-square-root is --lr x sqrt(warm-up / iteration) and has no meaning without a "
+            "warm-up; give --lr-warmup-iters."
+        )
+    if optimizer.lr_warmup_init > 0 and not has_warmup:
+        raise UserError(
+            f"--lr-warmup-init {optimizer.lr_warmup_init} is the rate that a warm-up begins at, and there is none; "
+            f"give --lr-warmup-iters, or leave it out."
+        )
+
+
+def weight_decay_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """A constant one, or one that rises between two values (Megatron's rule)."""
+    optimizer = config.optimizer
+    style, start, end = optimizer.weight_decay_incr_style, optimizer.start_weight_decay, optimizer.end_weight_decay
+    for option, value in (("--start-weight-decay", start), ("--end-weight-decay", end)):
+        if style == "constant" and value is not None:
+            raise UserError(
+                f"{option} {value} needs --weight-decay-incr-style linear or cosine; add it, or give the constant one "
+                f"as --weight-decay."
+            )
+        if style != "constant" and value is None:
+            raise UserError(f"--weight-decay-incr-style {style} needs {option}; add it.")
+    if start is not None and end is not None and end < start:
+        raise UserError(
+            f"--end-weight-decay {end} is below --start-weight-decay {start}, and weight decay only rises; give at "
+            f"least {start}."
+        )
 
 
 def warmup_fits(optimizer: OptimizerConfig, iterations: int) -> None:
@@ -71,4 +136,10 @@ def warmup_fits(optimizer: OptimizerConfig, iterations: int) -> None:
         raise UserError(
             f"--lr-warmup-iters {warmup} must be below --lr-decay-iters {decay}, which counts from the start of the "
             f"schedule; give a longer decay or a shorter warm-up."
+        )
+    end, room = optimizer.lr_wsd_decay_iters, derived.decay_iters(optimizer, iterations) - warmup
+    if iterations and end is not None and end > room:
+        raise UserError(
+            f"--lr-wsd-decay-iters {end} is more than the {room} iterations of the decay after the warm-up; give at "
+            f"most {room}."
         )

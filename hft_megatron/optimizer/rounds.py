@@ -56,7 +56,8 @@ def span_of_round(
 
 
 class LearningRate:
-    """Warm-up, then constant, linear or cosine decay to --min-lr at the end of the schedule, or after --lr-decay-iters.
+    """Learning rate and weight decay: warm-up, then --lr-decay-style down to --min-lr at the end of the schedule, or
+    after --lr-decay-iters, and weight decay by --weight-decay-incr-style over the whole schedule.
 
     Holds nothing that a checkpoint would need: the value follows from the position in the schedule alone.
     """
@@ -67,18 +68,21 @@ class LearningRate:
         self._optimizer = optimizer
         self._span = span
         self._iteration = iteration
+        constant_decay = options.weight_decay_incr_style == "constant"
         self._scheduler = OptimizerParamScheduler(
             optimizer,
-            init_lr=0.0,
+            init_lr=options.lr_warmup_init,
             max_lr=options.lr,
             min_lr=options.min_lr,
             lr_warmup_steps=warmup_iters(options, span.length),
             lr_decay_steps=max(decay_iters(options, span.length), 1),
             lr_decay_style=options.lr_decay_style,
-            start_wd=options.weight_decay,
-            end_wd=options.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
+            start_wd=options.weight_decay if constant_decay else options.start_weight_decay,
+            end_wd=options.weight_decay if constant_decay else options.end_weight_decay,
+            wd_incr_steps=span.length,
+            wd_incr_style=options.weight_decay_incr_style,
+            wsd_decay_steps=options.lr_wsd_decay_iters,
+            lr_wsd_decay_style=options.lr_wsd_decay_style,
         )
         self._scheduler.step(increment=span.position(iteration))
         self.last = self._current()

@@ -72,6 +72,12 @@ def resumed_schedule(config: RunConfig, noted: Noted, span: int, *, iteration: i
         config = _with_values(config, noted)
     lines = [_choice(config, noted, new, differing, iteration)] if differing else []
     if noted.get(_LENGTH, new[_LENGTH]) != new[_LENGTH]:
+        if from_checkpoint and _decay_of_weights_spans_the_run(config):
+            raise UserError(
+                f"{_USE_CHECKPOINT}: the weight decay of iteration {iteration} in --load {config.checkpoint.load} "
+                f"reaches --end-weight-decay at iteration {noted[_LENGTH]}, and this run has {new[_LENGTH]}; give "
+                f"--train-iters {noted[_LENGTH]}, or leave {_USE_CHECKPOINT} out."
+            )
         lines.append(_other_length(config, noted, new, span, iteration))
     return config, lines
 
@@ -106,7 +112,13 @@ def _other_length(config: RunConfig, noted: Noted, new: Noted, span: int, iterat
         line += f"; warning: from iteration {end} on the learning rate is --min-lr {optimizer.min_lr}"
         if optimizer.min_lr == 0:
             line += ", so that these iterations change nothing"
+    if _decay_of_weights_spans_the_run(config):
+        line += f"; warning: the weight decay reaches --end-weight-decay at iteration {asked} instead"
     return line
+
+
+def _decay_of_weights_spans_the_run(config: RunConfig) -> bool:
+    return config.hft.hft_lr_schedule == "run" and config.optimizer.weight_decay_incr_style != "constant"
 
 
 def _called(name: str) -> str:

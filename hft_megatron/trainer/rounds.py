@@ -115,6 +115,12 @@ def _check_warmup(config: RunConfig, schedule: RoundSchedule, plan: Plan) -> Non
             f"--lr-warmup-iters {warmup} must be below the {stop - start} iterations of a round under "
             f"--hft-lr-schedule round, or the full learning rate is never reached."
         )
+    end = config.optimizer.lr_wsd_decay_iters
+    if per_round and end is not None and end > derived.decay_iters(config.optimizer, stop - start) - warmup:
+        raise UserError(
+            f"--lr-wsd-decay-iters {end} must be at most the {stop - start - warmup} iterations of a round after its "
+            f"warm-up under --hft-lr-schedule round."
+        )
 
 
 def _check_single_round(config: RunConfig, loaded: Sequence[Plan], selection: str) -> None:

@@ -187,6 +187,28 @@ MISTAKES = [
     (1, f"{GOOD} --lr-warmup-iters 100", "--lr-warmup-iters 100 must be below --train-iters 100"),
     (1, f"{GOOD} --lr-decay-iters 0", "--lr-decay-iters 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --lr-warmup-iters 7 --lr-decay-iters 7", "--lr-warmup-iters 7 must be below --lr-decay-iters 7"),
+    (1, f"{GOOD} --lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+    (1, f"{GOOD} --lr-wsd-decay-iters 5", "--lr-wsd-decay-iters 5 needs --lr-decay-style WSD, and it is cosine"),
+    (1, f"{GOOD} --lr-wsd-decay-style linear", "--lr-wsd-decay-style linear needs --lr-decay-style WSD"),
+    (
+        1,
+        f"{GOOD} --lr-decay-style WSD --lr-wsd-decay-iters 91 --lr-warmup-iters 10",
+        "--lr-wsd-decay-iters 91 is more than the 90 iterations of the decay after the warm-up; give at most 90",
+    ),
+    (1, f"{GOOD} --lr-decay-style inverse-square-root", "has no meaning without a warm-up; give --lr-warmup-iters"),
+    (1, f"{GOOD} --lr-warmup-init 1e-6", "--lr-warmup-init 1e-06 is the rate that a warm-up begins at, and there is"),
+    (1, f"{GOOD} --lr-warmup-iters 5 --lr-warmup-init 1", "--lr-warmup-init 1.0 is above --lr 1e-05"),
+    (1, f"{GOOD} --end-weight-decay 1", "--end-weight-decay 1.0 needs --weight-decay-incr-style linear or cosine"),
+    (
+        1,
+        f"{GOOD} --weight-decay-incr-style linear --end-weight-decay 1",
+        "--weight-decay-incr-style linear needs --start-weight-decay; add it",
+    ),
+    (
+        1,
+        f"{GOOD} --weight-decay-incr-style cosine --start-weight-decay 1 --end-weight-decay 0.5",
+        "--end-weight-decay 0.5 is below --start-weight-decay 1.0, and weight decay only rises; give at least 1.0",
+    ),
     (1, f"{GOOD} --save-interval 0", "--save-interval 0: must be a whole number of at least 1"),
     # the model
     (1, "--train-data-path data.jsonl", "No model is given", "--load-hf"),

@@ -122,7 +122,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("--train_iters x", "--train_iters x: the value must be a whole number of at least 0."),
         (
             "--lr-decay-style step",
-            "--lr-decay-style step: the value must be one of constant, linear, cosine.",
+            "--lr-decay-style step: the value must be one of constant, linear, cosine, inverse-square-root, WSD.",
         ),
         ("--lr", "--lr needs a value: a number of at least 0."),
         ("--lr --seed 1", "--lr needs a value: a number of at least 0."),
@@ -158,8 +158,8 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ),
         ("--use_megatron_fsdp", "--use_megatron_fsdp is not built yet; data parallelism shards the optimizer alone."),
         (
-            "--lr-decay-style WSD",
-            "--lr-decay-style WSD is not built yet; constant, linear and cosine are.",
+            "--transformer-impl inference_optimized",
+            "--transformer-impl inference_optimized: nothing is generated while a model trains.",
         ),
         ("--encoder-num-layers x", "--encoder-num-layers x: the value must be a whole number of at least 1."),
     ],

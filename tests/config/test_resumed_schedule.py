@@ -54,6 +54,16 @@ def test_a_given_length_of_the_decay_leaves_only_another_length_of_the_run_to_sa
     assert resumed_schedule(longer, noted, iterations, iteration=4) == (longer, [expected])
 
 
+def test_a_weight_decay_that_rises_over_another_length_is_said_and_cannot_be_kept() -> None:
+    rising = OptimizerConfig(start_weight_decay=0.0, end_weight_decay=0.1, weight_decay_incr_style="linear")
+    noted = schedule_to_note(replace(RUN, optimizer=replace(rising, lr_decay_iters=20)), 8)
+    longer = RunConfig(training=TrainingConfig(train_iters=12), optimizer=replace(rising, lr_decay_iters=20))
+    _, [line] = resumed_schedule(longer, noted, 12, iteration=4)
+    assert line.endswith("; warning: the weight decay reaches --end-weight-decay at iteration 12 instead")
+    with pytest.raises(UserError, match="at iteration 8, and this run has 12; give --train-iters 8, or leave"):
+        resumed_schedule(replace(longer, checkpoint=KEEPS), noted, 12, iteration=4)
+
+
 def test_the_schedule_of_a_checkpoint_that_notes_none_cannot_be_kept() -> None:
     _, [line] = resumed_schedule(RUN, {}, 8, iteration=4)
     assert "iteration 4 was saved by an earlier version, which noted no schedule" in line

@@ -1,5 +1,6 @@
-"""Learning rates against numbers worked out by hand."""
+"""Learning rates and weight decays against numbers worked out by hand."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,18 +12,24 @@ from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.optimizer.rounds import LearningRate, Span, span_of_round
 
 
-def rates(options: dict[str, Any], train_iters: int, iteration: int = 0) -> tuple[list[float], list[float]]:
-    """The rate each update from ``iteration`` on would use, and what is reported as the newest one after it."""
+def schedule(options: dict[str, Any], train_iters: int, iteration: int = 0) -> Iterator[tuple[float, float, float]]:
+    """Of each update from ``iteration`` on: its rate, its weight decay, and the rate that is reported after it."""
     group = {"params": [], "lr": 0.0, "weight_decay": 0.0, "wd_mult": 1.0, "lr_mult": 1.0, "default_config": True}
     settings = OptimizerConfig(**{"lr": 1.0, "min_lr": 0.2, "lr_decay_style": "constant"} | options)
     span = Span(length=train_iters, position=lambda iteration: iteration)
     rate = LearningRate(SimpleNamespace(param_groups=[group]), settings, span, iteration)
-    used, reported = [], []
     for _ in range(iteration, train_iters):
-        used.append(group["lr"])
+        lr, weight_decay = group["lr"], group["weight_decay"]
         rate.advance()
-        reported.append(rate.last)
-    return used, reported
+        yield lr, weight_decay, rate.last
+
+
+def rates(options: dict[str, Any], train_iters: int, iteration: int = 0) -> list[float]:
+    """The rates of updates from ``iteration`` on."""
+    return [rate for rate, *_ in schedule(options, train_iters, iteration)]
+
+
+WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4}
 
 
 @pytest.mark.parametrize(
@@ -33,18 +40,54 @@ def rates(options: dict[str, Any], train_iters: int, iteration: int = 0) -> tupl
         ({"lr_decay_style": "cosine"}, [1.0, 0.8828427, 0.6, 0.3171573]),
         ({"lr_decay_style": "linear", "lr_warmup_iters": 2}, [0.0, 0.5, 1.0, 0.6]),
         ({"lr_warmup_fraction": 0.5}, [0.0, 0.5, 1.0, 1.0]),
+        ({"lr_warmup_iters": 2, "lr_warmup_init": 0.4}, [0.4, 0.7, 1.0, 1.0]),
+        # lr x sqrt(warm-up / iteration), at least min_lr, and that after the decay.
+        (
+            {"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 1, "min_lr": 0.55},
+            [0.0, 1.0, 0.7071068, 0.5773503, 0.55, 0.55],
+        ),
+        (
+            {"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 1, "lr_decay_iters": 2},
+            [0.0, 1.0, 0.7071068, 0.2, 0.2],
+        ),
+        # From iteration 2 (6 - 4) on, with x = 0, 1/4, 1/2, 3/4, 1: 0.2 + 0.8 x what comes down from 1 to 0.
+        (WSD | {"lr_wsd_decay_style": "linear", "lr_decay_iters": 6}, [1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        (WSD | {"lr_wsd_decay_style": "minus_sqrt"}, [1.0, 0.6, 0.4343146, 0.3071797]),
+        (WSD | {"lr_wsd_decay_style": "cosine"}, [1.0, 0.8828427, 0.6, 0.3171573]),
+        (WSD, [1.0, 0.7454343, 0.5313708, 0.3513656]),
+        (WSD | {"lr_decay_iters": 6, "lr_warmup_iters": 2}, [0.0, 0.5, 1.0, 0.7454343, 0.5313708, 0.3513656, 0.2, 0.2]),
     ],
 )
 def test_rates_equal_megatrons_rule_by_hand(options, expected):
-    used, reported = rates(options, train_iters=4)
-    assert used == pytest.approx(expected, abs=1e-6)
-    assert reported == used
+    found = list(schedule(options, train_iters=len(expected)))
+    assert [rate for rate, *_ in found] == pytest.approx(expected, abs=1e-6)
+    assert [reported for *_, reported in found] == [rate for rate, *_ in found]
 
 
-@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"weight_decay": 0.3}, [0.3, 0.3, 0.3, 0.3]),
+        ({"weight_decay_incr_style": "linear"}, [0.1, 0.2, 0.3, 0.4]),
+        # 0.1 + 0.4 x (1 - cos(pi x iteration / 4)) / 2
+        ({"weight_decay_incr_style": "cosine"}, [0.1, 0.1585786, 0.3, 0.4414214]),
+        # The decay of the rate has nothing to do with it.
+        ({"weight_decay_incr_style": "linear", "lr_decay_iters": 2, "lr_warmup_iters": 1}, [0.1, 0.2, 0.3, 0.4]),
+    ],
+)
+def test_weight_decays_equal_megatrons_rule_by_hand(options, expected):
+    rising = {} if "weight_decay" in options else {"start_weight_decay": 0.1, "end_weight_decay": 0.5}
+    found = [weight_decay for _, weight_decay, _ in schedule(options | rising, train_iters=4)]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root", "WSD"])
 def test_a_resumed_schedule_goes_on_where_it_stood(style):
-    options = {"lr_decay_style": style, "lr_warmup_iters": 2}
-    assert rates(options, train_iters=9, iteration=4)[0] == rates(options, train_iters=9)[0][4:]
+    options = {"lr_decay_style": style, "lr_warmup_iters": 2, "weight_decay_incr_style": "cosine"}
+    options |= {"lr_wsd_decay_iters": 5, "start_weight_decay": 0.0, "end_weight_decay": 0.2}
+    whole = list(schedule(options, train_iters=9))
+    assert list(schedule(options, train_iters=9, iteration=4)) == whole[4:]
+    assert len(set(whole)) == 9
 
 
 def positions(
