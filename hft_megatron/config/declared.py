@@ -71,7 +71,7 @@ class Declared:
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
         if get_origin(self.type) is tuple:
-            return "one or more words"
+            return "one or more whole numbers" if int in get_args(self.type) else "one or more words"
         kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         return f"{kinds[self.type]} {self.bounds}".rstrip()
 

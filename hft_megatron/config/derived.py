@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from hft_megatron.config.batch_sizes import BatchSizes
+
 if TYPE_CHECKING:
     from hft_megatron.config.dpo import DpoConfig
     from hft_megatron.config.model_shape import ModelShape
@@ -38,6 +40,11 @@ def global_batch_size(config: RunConfig, world_size: int) -> int:
     if config.training.global_batch_size is not None:
         return config.training.global_batch_size
     return config.training.micro_batch_size * data_parallel_size(config.parallel, world_size)
+
+
+def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
+    """Sequences of every optimizer step."""
+    return BatchSizes(full=global_batch_size(config, world_size), ramp=config.training.rampup_batch_size)
 
 
 def virtual_pipeline_size(parallel: ParallelConfig, num_layers: int) -> int | None:
@@ -89,23 +96,50 @@ DEFAULT_TRAIN_ITERS = 100
 
 
 def train_iters(training: TrainingConfig) -> int:
-    """Optimizer steps. Those of --train-epochs are known, as --train-iters, once the data has been read."""
-    if training.train_iters is not None:
-        return training.train_iters
+    """Optimizer steps. Those of --train-epochs are known, as --train-iters, once the data has been read; those of
+    --train-samples take resolved options."""
+    known = known_train_iters(training)
+    if known is not None:
+        return known
     assert training.train_epochs is None, "epochs become iterations when the data has been read"
+    assert training.train_samples is None, "samples become iterations when the batch size is resolved"
     return DEFAULT_TRAIN_ITERS
 
 
-def decay_iters(optimizer: OptimizerConfig, span: int) -> int:
-    """Iterations from the start of the schedule to the end of its decay; ``span`` are those of the run or the round."""
-    return span if optimizer.lr_decay_iters is None else optimizer.lr_decay_iters
+def known_train_iters(training: TrainingConfig) -> int | None:
+    """Optimizer steps where these options say them; None where it takes the data or the ranks, or nothing is said."""
+    if training.train_samples is None or training.global_batch_size is None:
+        return training.train_iters
+    sizes = BatchSizes(full=training.global_batch_size, ramp=training.rampup_batch_size)
+    return sizes.iterations_of(training.train_samples)
 
 
-def warmup_iters(optimizer: OptimizerConfig, span: int) -> int:
-    """Iterations of linear warm-up, from either form of the option; a fraction is rounded to the nearest iteration."""
+def schedule_unit(training: TrainingConfig) -> str:
+    """What a schedule counts, as the names of options end: ``iters``, or ``samples`` under --train-samples."""
+    return "iters" if training.train_samples is None else "samples"
+
+
+def schedule_length(training: TrainingConfig) -> int:
+    """Steps of a schedule over the whole run, in its unit."""
+    return train_iters(training) if training.train_samples is None else training.train_samples
+
+
+def decay_steps(optimizer: OptimizerConfig, span: int) -> int:
+    """Steps from the start of the schedule to the end of its decay; ``span`` are those of the run or the round."""
+    given = optimizer.lr_decay_iters if optimizer.lr_decay_samples is None else optimizer.lr_decay_samples
+    return span if given is None else given
+
+
+def warmup_steps(optimizer: OptimizerConfig, span: int) -> int:
+    """Steps of linear warm-up, from any form of the option; a fraction is rounded to the nearest step."""
     if optimizer.lr_warmup_fraction is None:
-        return optimizer.lr_warmup_iters
-    return round(optimizer.lr_warmup_fraction * decay_iters(optimizer, span))
+        return optimizer.lr_warmup_samples or optimizer.lr_warmup_iters
+    return round(optimizer.lr_warmup_fraction * decay_steps(optimizer, span))
+
+
+def wsd_decay_steps(optimizer: OptimizerConfig) -> int | None:
+    """Steps at the end of --lr-decay-style WSD in which the rate comes down; None for other styles."""
+    return optimizer.lr_wsd_decay_iters if optimizer.lr_wsd_decay_samples is None else optimizer.lr_wsd_decay_samples
 
 
 def hft_seed(config: RunConfig) -> int:
@@ -146,7 +180,7 @@ def resolve(config: RunConfig, shape: ModelShape, world_size: int, saved: RunCon
             training,
             global_batch_size=global_batch_size(config, world_size),
             seq_length=sequence_length(training, shape),
-            train_iters=train_iters(training) if training.train_epochs is None else None,
+            train_iters=train_iters(training) if training.train_epochs is training.train_samples is None else None,
         ),
         hft=replace(hft, hft_seed=hft_seed(config)),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hft_megatron.config.checkpoint import CheckpointConfig
+from hft_megatron.config.derived import known_train_iters
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
@@ -93,10 +94,11 @@ def check_filled_export_folder(config: RunConfig) -> None:
             f"--save-hf {folder.path} holds exports of another run than --save {checkpoint.save}; choose a new folder, "
             f"or empty this one."
         )
-    if folder.has_final() and config.training.train_iters not in (None, noted.final_iteration):
+    last = known_train_iters(config.training)
+    if folder.has_final() and last not in (None, noted.final_iteration):
         raise UserError(
             f"--save-hf {folder.path} holds the final export of this run, of iteration {noted.final_iteration}; choose "
-            f"a new folder for that of iteration {config.training.train_iters}."
+            f"a new folder for that of iteration {last}."
         )
 
 

@@ -306,4 +306,5 @@ def _no_value(written: str, meant: Flag | Row) -> Mistake:
 
 def _except_for_those_with_several(flags: Mapping[str, Flag]) -> str:
     names = [f"--{flag.name}" for flag in flags.values() if flag.takes_several]
-    return f", except for {' and '.join(names)}" if names else ""
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    return f", except for {listed}" if names else ""

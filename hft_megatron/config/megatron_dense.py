@@ -7,7 +7,6 @@ from hft_megatron.config.megatron_rows import Section, accepted, not_yet, other_
 
 _ONE_KERNEL = "chooses a kernel, not what is learned; --transformer-impl chooses the kernels here"
 _NO_SCALE = "bf16 and fp32 scale no loss"
-_IN_SAMPLES = "count iterations meanwhile"
 _REFORMAT = "a checkpoint has one format here; leave it out"
 _ONE_LENGTH = "every sequence has at most --seq-length tokens"
 _PER_RUN = "leave it out; the run's own state says it"
@@ -17,11 +16,6 @@ _PERFORMANCE = "it is not built, and what is learned doesn't depend on it; leave
 NOT_BUILT_YET = Section(
     title="To be built",
     rows=(
-        not_yet("train-samples=", "give the length as --train-iters"),
-        not_yet("lr-decay-samples=", "give --lr-decay-iters"),
-        not_yet("lr-warmup-samples=", "give --lr-warmup-iters", values="0"),
-        not_yet("lr-wsd-decay-samples="),
-        not_yet("rampup-batch-size=*", "--global-batch-size stays as it is for the whole run"),
         not_yet("iterations-to-skip=*", "--skip-nonfinite-steps leaves out steps whose loss or gradients are infinite"),
         not_yet("no-load-optim", "--finetune takes only the weights of --load"),
         not_yet("no-load-rng", "--finetune takes only the weights of --load"),

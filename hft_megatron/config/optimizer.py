@@ -31,15 +31,21 @@ class OptimizerConfig:
     lr_decay_iters: Annotated[int, Ge(1)] | None = None
     """Iterations until the learning rate has come down to --min-lr, where it stays; those of the run when unset, or of
     a round under --hft-lr-schedule round. Given, a run can be made longer without another schedule."""
+    lr_decay_samples: Annotated[int, Ge(1)] | None = None
+    """As --lr-decay-iters, in sequences: in a run of --train-samples."""
     lr_wsd_decay_iters: Annotated[int, Ge(1)] | None = None
     """Iterations at the end of --lr-decay-style WSD in which the rate comes down."""
+    lr_wsd_decay_samples: Annotated[int, Ge(1)] | None = None
+    """As --lr-wsd-decay-iters, in sequences: in a run of --train-samples."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """How it comes down in those. ``exponential``: by 2 x 0.5^x - 1, ``minus_sqrt``: by 1 - sqrt(x), x from 0 to 1."""
     lr_warmup_init: Annotated[float, Ge(0)] = 0.0
     """Learning rate that the warm-up begins at."""
     lr_warmup_iters: Annotated[int, Ge(0)] = 0
+    lr_warmup_samples: Annotated[int, Ge(0)] = 0
+    """As --lr-warmup-iters, in sequences: in a run of --train-samples."""
     lr_warmup_fraction: Annotated[float, Ge(0), Lt(1)] | None = None
-    """Warm-up as a fraction of the iterations of the decay, instead of --lr-warmup-iters."""
+    """Warm-up as a fraction of the decay, instead of --lr-warmup-iters or --lr-warmup-samples."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """Not applied to one-dimensional parameters (norms), as in Megatron."""
     start_weight_decay: Annotated[float, Ge(0)] | None = None
@@ -60,14 +66,14 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
     optimizer, training = config.optimizer, config.training
     if optimizer.lr > LARGEST_RATE:
         raise UserError(f"--lr {optimizer.lr}: must be at most {LARGEST_RATE:g}; 1e-5 is a usual one.")
-    fraction = optimizer.lr_warmup_fraction
-    if fraction is not None and optimizer.lr_warmup_iters:
+    fraction, unit = optimizer.lr_warmup_fraction, derived.schedule_unit(training)
+    warmup = getattr(optimizer, f"lr_warmup_{unit}")
+    if fraction is not None and warmup:
         raise UserError(
-            f"--lr-warmup-fraction {fraction} and --lr-warmup-iters {optimizer.lr_warmup_iters} are both given; "
-            f"keep one of them."
+            f"--lr-warmup-fraction {fraction} and --lr-warmup-{unit} {warmup} are both given; keep one of them."
         )
     if training.train_epochs is None:
-        warmup_fits(optimizer, derived.train_iters(training))
+        warmup_fits(optimizer, derived.schedule_length(training), unit)
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")
     if optimizer.lr_warmup_init > optimizer.lr:
@@ -79,28 +85,28 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
 
 def decay_style_has_what_it_needs(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """WSD needs the length of its end, which is of no other style; the inverse square root needs a warm-up."""
-    optimizer = config.optimizer
-    style, end = optimizer.lr_decay_style, optimizer.lr_wsd_decay_iters
+    optimizer, unit = config.optimizer, derived.schedule_unit(config.training)
+    style, end = optimizer.lr_decay_style, derived.wsd_decay_steps(optimizer)
     if style == "WSD" and end is None:
         raise UserError(
-            "--lr-decay-style WSD needs --lr-wsd-decay-iters, the iterations at its end in which the rate comes down; "
-            "add it."
+            f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its end in which the rate comes down; "
+            f"add it."
         )
-    given = None if end is None else f"--lr-wsd-decay-iters {end}"
+    given = None if end is None else f"--lr-wsd-decay-{unit} {end}"
     if optimizer.lr_wsd_decay_style != "exponential":
         given = f"--lr-wsd-decay-style {optimizer.lr_wsd_decay_style}"
     if style != "WSD" and given is not None:
         raise UserError(f"{given} needs --lr-decay-style WSD, and it is {style}; leave one of the two out.")
-    has_warmup = optimizer.lr_warmup_iters > 0 or optimizer.lr_warmup_fraction
+    has_warmup = derived.warmup_steps(optimizer, 1) > 0 or bool(optimizer.lr_warmup_fraction)
     if style == "inverse-square-root" and not has_warmup:
         raise UserError(
-            "--lr-decay-style inverse-square-root is --lr x sqrt(warm-up / iteration) and has no meaning without a "
-            "warm-up; give --lr-warmup-iters."
+            f"--lr-decay-style inverse-square-root is --lr x sqrt(warm-up / iteration) and has no meaning without a "
+            f"warm-up; give --lr-warmup-{unit}."
         )
     if optimizer.lr_warmup_init > 0 and not has_warmup:
         raise UserError(
             f"--lr-warmup-init {optimizer.lr_warmup_init} is the rate that a warm-up begins at, and there is none; "
-            f"give --lr-warmup-iters, or leave it out."
+            f"give --lr-warmup-{unit}, or leave it out."
         )
 
 
@@ -123,23 +129,23 @@ def weight_decay_is_given_once(config: RunConfig, shape: ModelShape, world_size:
         )
 
 
-def warmup_fits(optimizer: OptimizerConfig, iterations: int) -> None:
-    """Raise UserError for a warm-up that takes all iterations; those of --train-epochs are known with the data."""
-    warmup, fraction = derived.warmup_iters(optimizer, iterations), optimizer.lr_warmup_fraction
-    if iterations and warmup >= iterations:
-        given = f"--lr-warmup-iters {warmup}" if fraction is None else f"--lr-warmup-fraction {fraction} ({warmup})"
+def warmup_fits(optimizer: OptimizerConfig, length: int, unit: str = "iters") -> None:
+    """Raise UserError for a warm-up that takes all of a run, whose length is in ``unit``, iters or samples; that of
+    --train-epochs is known with the data."""
+    warmup, fraction = derived.warmup_steps(optimizer, length), optimizer.lr_warmup_fraction
+    option = f"--lr-warmup-{unit}"
+    if length and warmup >= length:
+        given = f"{option} {warmup}" if fraction is None else f"--lr-warmup-fraction {fraction} ({warmup})"
+        raise UserError(f"{given} must be below --train-{unit} {length}, or the full learning rate is never reached.")
+    decay = derived.decay_steps(optimizer, length)
+    if length and warmup >= decay:
         raise UserError(
-            f"{given} must be below --train-iters {iterations}, or the full learning rate is never reached."
+            f"{option} {warmup} must be below --lr-decay-{unit} {decay}, which counts from the start of the schedule; "
+            f"give a longer decay or a shorter warm-up."
         )
-    decay = optimizer.lr_decay_iters
-    if decay is not None and warmup >= decay:
+    end = derived.wsd_decay_steps(optimizer)
+    if length and end is not None and end > decay - warmup:
         raise UserError(
-            f"--lr-warmup-iters {warmup} must be below --lr-decay-iters {decay}, which counts from the start of the "
-            f"schedule; give a longer decay or a shorter warm-up."
-        )
-    end, room = optimizer.lr_wsd_decay_iters, derived.decay_iters(optimizer, iterations) - warmup
-    if iterations and end is not None and end > room:
-        raise UserError(
-            f"--lr-wsd-decay-iters {end} is more than the {room} iterations of the decay after the warm-up; give at "
-            f"most {room}."
+            f"--lr-wsd-decay-{unit} {end} is more than the {decay - warmup} of the decay after the warm-up; give at "
+            f"most {decay - warmup}."
         )

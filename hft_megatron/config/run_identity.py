@@ -86,6 +86,7 @@ class RunIdentity:
         if shape["rope_scaling"] is not None:
             shape["rope_scaling"] = Llama3RopeScaling(**shape["rope_scaling"])
         options = {name: saved.get(name, default) for name, default in _OPTIONS.items()}
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         values = {name: value for name, value in saved.items() if name not in _OPTIONS}
         return RunIdentity(**{**values, "shape": ModelShape(**shape), "options": options})
 
@@ -194,7 +195,7 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
         values.append(("--hft-plan", _plan_file(saved), _plan_file(new)))
     for name in ("global_batch_size", "seed", "hft_seed", "dpo_average_log_probs"):
         values.append((flag(name), getattr(saved, name), getattr(new, name)))
-    values += [(flag(name), saved.options[name], new.options[name]) for name in new.options]
+    values += [(flag(name), _written(saved.options[name]), _written(new.options[name])) for name in new.options]
     if None not in (saved.order_digest, new.order_digest) and saved.order_digest != new.order_digest:
         values.append(("order of samples", _order(saved), _order(new)))
     return [entry for entry in values if entry[1] != entry[2]]
@@ -206,6 +207,11 @@ def _sizes(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, obje
         (f"model's {field.name.replace('_', ' ')}", getattr(saved.shape, field.name), getattr(new.shape, field.name))
         for field in fields(ModelShape)
     ]
+
+
+def _written(value: Any) -> Any:
+    """An option's value as on the command line where it has several words; None where it has none."""
+    return " ".join(map(str, value)) or None if isinstance(value, tuple) else value
 
 
 def _tokenizer(identity: RunIdentity) -> str:

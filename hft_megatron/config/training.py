@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt
 
 from hft_megatron.config import derived
+from hft_megatron.config.declared import SAME_RUN, flag
 from hft_megatron.config.parallel import nearest_divisor
 from hft_megatron.errors import UserError
 
@@ -29,6 +30,9 @@ class TrainingConfig:
     preference tuning pairs, or packs of them, are counted, here and in --global-batch-size."""
     global_batch_size: Annotated[int, Ge(1)] | None = None
     """Sequences of one optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
+    rampup_batch_size: Annotated[tuple[int, ...], SAME_RUN] = ()
+    """START INCREMENT SAMPLES: the first steps have START sequences, and over the first SAMPLES sequences of the run
+    steps grow by INCREMENT up to --global-batch-size. Needs --train-samples."""
     skip_nonfinite_steps: Annotated[int, Ge(0)] = 0
     """Steps of the run, at most, whose loss or gradients are infinite or undefined and that are left out; the next one
     ends the run. Their samples count as seen; weights, moments and learning rate stay as if the step had not been."""
@@ -37,6 +41,9 @@ class TrainingConfig:
     train_epochs: Annotated[int, Ge(1)] | None = None
     """Passes over the training data, instead of --train-iters. The last batch of an epoch is filled up with the first
     samples of the next, the last one of all too."""
+    train_samples: Annotated[int, Ge(1)] | None = None
+    """Sequences to train on, instead of --train-iters; a last step that would take more is left out. The schedule of
+    the learning rate then counts sequences, and so do the options of its parts."""
     check_replicas_interval: Annotated[int, Ge(1)] | None = None
     """Iterations between comparisons of the weights that several ranks hold, bit for bit: those of data-parallel
     replicas, norms over tensor-parallel ranks, tied embeddings. Ranks that differ end the run and are named."""
@@ -61,6 +68,7 @@ def batch_divides_over_the_ranks(config: RunConfig, shape: ModelShape, world_siz
     """A step is whole micro-batches on every data-parallel rank; interleaving needs a multiple of PP of them."""
     micro_batch, replicas = config.training.micro_batch_size, derived.data_parallel_size(config.parallel, world_size)
     batch, step = derived.global_batch_size(config, world_size), micro_batch * replicas
+    _ramp_fits(config, batch)
     if batch % step:
         raise UserError(
             f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro_batch} x data-parallel size "
@@ -72,6 +80,46 @@ def batch_divides_over_the_ranks(config: RunConfig, shape: ModelShape, world_siz
             f"--global-batch-size {batch} makes {microbatches} micro-batches per step, and the interleaved schedule "
             f"needs a multiple of --pipeline-model-parallel-size {stages}; the nearest size that fits is "
             f"{_nearest_multiple(batch, step * stages)}."
+        )
+    if config.parallel.num_layers_per_virtual_pipeline_stage is not None:
+        step *= stages
+    for name, size in zip(("START", "INCREMENT"), config.training.rampup_batch_size, strict=False):
+        if size % step:
+            raise UserError(
+                f"--rampup-batch-size: {name} {size} is not a multiple of the {step} sequences that the ranks take at "
+                f"least in a step (--micro-batch-size x data-parallel size, and under the interleaved schedule x "
+                f"--pipeline-model-parallel-size); the nearest size that fits is {_nearest_multiple(size, step)}."
+            )
+
+
+def _ramp_fits(config: RunConfig, batch: int) -> None:
+    """--rampup-batch-size comes to the full batch within the run."""
+    ramp, samples = config.training.rampup_batch_size, config.training.train_samples
+    if not ramp:
+        return
+    given = " ".join(["--rampup-batch-size", *map(str, ramp)])
+    if len(ramp) != 3 or min(ramp) < 1:
+        raise UserError(
+            f"{given}: must be three whole numbers of at least 1: the sequences of the first steps, by how many they "
+            f"grow, and over how many sequences of the run."
+        )
+    start, increment, ramp_samples = ramp
+    if start >= batch or (batch - start) % increment:
+        raise UserError(
+            f"{given}: --global-batch-size {batch} must be START {start} and one or more times INCREMENT {increment}; "
+            f"the nearest size that fits is {start + _nearest_multiple(batch - start, increment)}."
+        )
+    if samples is None:
+        raise UserError(f"{given} needs the length of the run as --train-samples; give it instead of others.")
+    if samples <= ramp_samples:
+        raise UserError(
+            f"--train-samples {samples} ends before the full batch that {given} leads to; give more than "
+            f"{ramp_samples}, or a shorter ramp."
+        )
+    if config.hft.hft_lr_schedule == "round":
+        raise UserError(
+            f"{given} makes rounds of as many iterations differ in their samples, and --hft-lr-schedule round has one "
+            f"schedule for all of them; leave one of the two out."
         )
 
 
@@ -115,7 +163,23 @@ def sequence_fits_the_model(config: RunConfig, shape: ModelShape, world_size: in
 
 
 def length_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Iterations or epochs: of two lengths one would be ignored."""
-    iterations, epochs = config.training.train_iters, config.training.train_epochs
-    if iterations is not None and epochs is not None:
-        raise UserError(f"--train-iters {iterations} and --train-epochs {epochs} are both given; keep one of them.")
+    """Iterations, epochs or samples: of two lengths one would be ignored. The schedule counts what the length does."""
+    training, optimizer = config.training, config.optimizer
+    lengths = {"iters": training.train_iters, "epochs": training.train_epochs, "samples": training.train_samples}
+    given = [f"--train-{name} {value}" for name, value in lengths.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} are both given; keep one of them.")
+    wanted, other = ("iters", "samples") if training.train_samples is None else ("samples", "iters")
+    for part in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        value = getattr(optimizer, f"{part}_{other}")
+        if value:
+            raise UserError(
+                f"{flag(part)}-{other} {value} is not of a run whose length is {given[0] if given else 'in iterations'}"
+                f"; give {flag(part)}-{wanted}{'' if wanted == 'samples' else ', or --train-samples as the length'}."
+            )
+    batch = derived.global_batch_size(config, world_size)
+    if training.train_samples is not None and training.train_samples < batch:
+        raise UserError(
+            f"--train-samples {training.train_samples} is less than one step of --global-batch-size {batch}; give at "
+            f"least {batch}."
+        )

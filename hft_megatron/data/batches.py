@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import lcm
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from hft_megatron.config.batch_sizes import BatchSizes
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.order import SampleStream
 
@@ -48,15 +50,26 @@ class BatchShare:
     micro_batch_size: int
     """Sequences of one forward pass on one rank."""
     global_batch_size: int
-    """Sequences of one step over all ranks."""
+    """Sequences of one step over all ranks, of one that is not in the ramp."""
     data_parallel_rank: int
     data_parallel_size: int
     length_multiple: int
     """Sequence parallelism needs lengths that the tensor-parallel size divides."""
+    ramp: tuple[int, ...] = ()
+    """--rampup-batch-size; validation has none."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0
         assert 0 <= self.data_parallel_rank < self.data_parallel_size
+
+    @cached_property
+    def sizes(self) -> BatchSizes:
+        """Sequences of every step of the run."""
+        return BatchSizes(full=self.global_batch_size, ramp=self.ramp)
+
+    def after(self, consumed_samples: int) -> "BatchShare":
+        """The part of the step after so many samples (over all ranks), which is of its own size."""
+        return replace(self, global_batch_size=self.sizes.after(consumed_samples), ramp=())
 
     def micro_batch_starts(self) -> range:
         """The first row of each of the rank's micro-batches. Micro-batch k of rank r of D, each of m rows, holds rows
@@ -104,13 +117,16 @@ class SampleBatches(Protocol):
     def share(self) -> BatchShare:
         """This rank's part of every step."""
 
+    def with_share(self, share: BatchShare) -> "SampleBatches":
+        """The same for another part of a step."""
+
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """How a list of samples becomes a rank's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledBatches:
-    """Training: an endless stream of shuffled samples, ``global_batch_size`` at a step."""
+    """Training: an endless stream of shuffled samples."""
 
     batches: SampleBatches
     order: SampleStream
@@ -124,9 +140,10 @@ class ShuffledBatches:
 
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks). A step may reach into the next epoch."""
-        stop = consumed_samples + self.share.global_batch_size
+        share = self.share.after(consumed_samples)
+        stop = consumed_samples + share.global_batch_size
         samples = [self.order.sample(position) for position in range(consumed_samples, stop)]
-        return self.batches.assemble(samples, packed=self.packed)
+        return self.batches.with_share(share).assemble(samples, packed=self.packed)
 
     def names(self, samples: Sequence[int]) -> str:
         """The examples, or pairs, of ``samples`` by file and line, or by number where lines are not known."""
@@ -159,6 +176,10 @@ class ExampleBatches:
     dataset: SftDataset
     pad_id: int
     share: BatchShare
+
+    def with_share(self, share: BatchShare) -> SampleBatches:
+        """The same for another part of a step."""
+        return replace(self, share=share)
 
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """The rank's rows of a global batch; rows that ``samples`` doesn't fill are padding and wholly masked.
@@ -303,7 +324,7 @@ class PrefetchedSteps:
         assert self._next is not None
         batch = self._next[1].result()
         self._next = None
-        following = consumed_samples + self.share.global_batch_size
+        following = consumed_samples + self.share.sizes.after(consumed_samples)
         if following < self._stop:
             self._begin(following)
         return batch

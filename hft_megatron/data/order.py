@@ -323,7 +323,7 @@ def with_iterations(config: RunConfig, samples: SampleStream, world_size: int) -
     epochs = config.training.train_epochs
     if epochs is None:
         return config
-    iterations = -(-samples_of_epochs(samples, epochs) // derived.global_batch_size(config, world_size))
+    iterations = derived.batch_sizes(config, world_size).first_from(samples_of_epochs(samples, epochs))
     warmup_fits(config.optimizer, iterations)
     return replace(config, training=replace(config.training, train_iters=iterations, train_epochs=None))
 

@@ -148,7 +148,8 @@ class RunInputs:
     def _readable(self) -> RunConfig:
         if self.has_data:
             return self.config
-        return replace(self.config, training=replace(self.config.training, train_iters=0, train_epochs=None))
+        nothing = replace(self.config.training, train_iters=0, train_epochs=None, train_samples=None)
+        return replace(self.config, training=nothing)
 
     def _look_at_memory(self, config: RunConfig, shape: ModelShape) -> Finding:
         model = memory_of_run(
@@ -164,8 +165,8 @@ class RunInputs:
 
     def _look_at_space(self, config: RunConfig, shape: ModelShape, save: str) -> Finding:
         bf16 = _takes_bf16(config)
-        is_known = config.training.train_iters is not None and self.has_data
-        kept = checkpoints_at_a_time(config.checkpoint, derived.train_iters(config.training)) if is_known else None
+        length = derived.known_train_iters(config.training)
+        kept = checkpoints_at_a_time(config.checkpoint, length) if length is not None and self.has_data else None
         return space_finding(save, checkpoint_bytes(_first_plan(config, shape), config, bf16=bf16), kept)
 
     def _look_at_wandb(self) -> Iterator[Finding]:

@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hft_megatron.config.batch_sizes import BatchSizes
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSchedule:
@@ -15,7 +17,7 @@ class RoundSchedule:
     epoch_starts: Sequence[int]
     """How many samples come before each epoch, up to and with the first number that the iterations don't go beyond.
     Read for ``epoch`` alone."""
-    global_batch_size: int
+    batches: BatchSizes
     first_round: int = 0
     """Number of the stage's first round: how many rounds the stages before it had."""
 
@@ -30,7 +32,7 @@ class RoundSchedule:
         if self.interval == "stage":
             return self.first_round
         if self.interval == "epoch":
-            epoch = bisect_right(self.epoch_starts, iteration * self.global_batch_size) - 1
+            epoch = bisect_right(self.epoch_starts, self.batches.samples_before(iteration)) - 1
             return self.first_round + min(iteration, epoch)
         return self.first_round + iteration // int(self.interval)
 
@@ -53,7 +55,7 @@ class RoundSchedule:
         if self.interval == "epoch":
             if index >= len(self.epoch_starts):
                 return self.train_iters
-            start = max(index, -(-self.epoch_starts[index] // self.global_batch_size))
+            start = max(index, self.batches.first_from(self.epoch_starts[index]))
         else:
             start = index * int(self.interval)
         return min(start, self.train_iters)

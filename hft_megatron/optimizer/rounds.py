@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
-from hft_megatron.config.derived import decay_iters, warmup_iters
+from hft_megatron.config.derived import decay_steps, schedule_length, warmup_steps, wsd_decay_steps
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.model.parameters import parameter_slots
@@ -20,17 +22,16 @@ from hft_megatron.optimizer.wrapping import WrappedModel, unwrap, wrap
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One pass of the schedule: its length, and where in it the run stands after some iterations."""
+    """One pass of the schedule, in its steps: iterations, or samples under --train-samples."""
 
     length: int
     position: Callable[[int], int]
-    """Of the iterations that made an update."""
-    skipped: int = 0
-    """Iterations of the span that made none: as in Megatron the rate waits for updates and not for iterations."""
+    """Steps that are done when so many iterations of the run are, without those of iterations that made no update: as
+    in Megatron the rate waits for updates and not for iterations."""
 
 
 def span_of_round(
-    hft: HFTConfig,
+    config: RunConfig,
     rounds: RoundSchedule,
     round: int,
     *,
@@ -44,15 +45,25 @@ def span_of_round(
     have trained once (arXiv 2401.15207); None for other selections. ``skipped_iterations`` (from 1) are those that
     --skip-nonfinite-steps has left out so far.
     """
-    if hft.hft_lr_schedule == "round":
+
+    def steps(start: int, stop: int) -> int:
+        if config.training.train_samples is None:
+            return stop - start
+        return rounds.batches.samples_before(stop) - rounds.batches.samples_before(start)
+
+    def updates(start: int, stop: int) -> int:
+        left_out = [steps(number - 1, number) for number in skipped_iterations if start < number <= stop]
+        return steps(start, stop) - sum(left_out)
+
+    if config.hft.hft_lr_schedule == "round":
         first, (start, _) = rounds.bounds(rounds.first_round), rounds.bounds(round)
-        skipped = sum(iteration > start for iteration in skipped_iterations)
-        return Span(length=first[1] - first[0], position=lambda iteration: iteration - start, skipped=skipped)
+        return Span(length=steps(*first), position=partial(updates, start))
+    length = schedule_length(config.training)
     if cycle is not None:
         cycle_start, _ = rounds.bounds(round - (round - rounds.first_round) % cycle)
-        updates = cycle_start - sum(iteration <= cycle_start for iteration in skipped_iterations)
-        return Span(length=rounds.train_iters, position=lambda iteration: updates)
-    return Span(length=rounds.train_iters, position=lambda iteration: iteration, skipped=len(skipped_iterations))
+        done = updates(0, cycle_start)
+        return Span(length=length, position=lambda iteration: done)
+    return Span(length=length, position=partial(updates, 0))
 
 
 class LearningRate:
@@ -63,25 +74,23 @@ class LearningRate:
     """
 
     def __init__(self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int) -> None:
-        """``iteration`` counts the run's finished iterations without those that the span has ``skipped``; ``span`` says
-        where in the schedule each stands."""
+        """``iteration`` counts the run's finished iterations; ``span`` says where in the schedule each stands."""
         self._optimizer = optimizer
         self._span = span
-        self._iteration = iteration
         constant_decay = options.weight_decay_incr_style == "constant"
         self._scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=options.lr_warmup_init,
             max_lr=options.lr,
             min_lr=options.min_lr,
-            lr_warmup_steps=warmup_iters(options, span.length),
-            lr_decay_steps=max(decay_iters(options, span.length), 1),
+            lr_warmup_steps=warmup_steps(options, span.length),
+            lr_decay_steps=max(decay_steps(options, span.length), 1),
             lr_decay_style=options.lr_decay_style,
             start_wd=options.weight_decay if constant_decay else options.start_weight_decay,
             end_wd=options.weight_decay if constant_decay else options.end_weight_decay,
             wd_incr_steps=span.length,
             wd_incr_style=options.weight_decay_incr_style,
-            wsd_decay_steps=options.lr_wsd_decay_iters,
+            wsd_decay_steps=wsd_decay_steps(options),
             lr_wsd_decay_style=options.lr_wsd_decay_style,
         )
         self._scheduler.step(increment=span.position(iteration))
@@ -93,11 +102,10 @@ class LearningRate:
         assert value is not None
         return float(value)
 
-    def advance(self) -> None:
-        """Moves on by one iteration; call after each update."""
+    def advance(self, iteration: int) -> None:
+        """Moves on by the update of the iteration that so many came before."""
         self.last = self._current()
-        self._iteration += 1
-        self._scheduler.step(increment=self._span.position(self._iteration) - self._scheduler.num_steps)
+        self._scheduler.step(increment=self._span.position(iteration + 1) - self._span.position(iteration))
 
 
 def switch_round(

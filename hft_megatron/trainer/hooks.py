@@ -151,7 +151,7 @@ class LogSteps(Hook):
             names.CONSUMED_SAMPLES: run.state.consumed_samples,
             names.ITERATION_TIME: mean(step.times.total for step in steps),
             names.LEARNING_RATE: run.learning_rate.last,
-            names.GLOBAL_BATCH_SIZE: run.batches.share.global_batch_size,
+            names.GLOBAL_BATCH_SIZE: run.rounds.schedule.batches.of(run.state.iteration - 1),
             names.ROUND: run.state.round,
             names.TRAINABLE_PARAMETERS: plan.trainable_parameters,
             names.FROZEN_PARAMETERS: plan.frozen_parameters,

@@ -149,7 +149,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     )
     identity = _checked_with_held_runs(config, identity)
     if checkpoint is not None and saved is not None:
-        _check_goes_on(config, saved, checkpoint)
+        _check_goes_on(config, saved, checkpoint, world_size)
     inputs = Inputs(
         method=method,
         config=config,
@@ -187,15 +187,20 @@ def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> N
         )
 
 
-def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: Path) -> None:
+def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: Path, world_size: int) -> None:
     """A run keeps its precision and can't end before where it goes on; its export would have the name of an iteration
     that it is not of."""
     folder = config.checkpoint.load
     asked, reached = derived.train_iters(config.training), iteration_of(checkpoint)
     if 0 < asked < reached:
+        samples, least = config.training.train_samples, reached
+        given = f"--train-iters {asked}"
+        if samples is not None:
+            given = f"--train-samples {samples} ({asked} iterations)"
+            least = derived.batch_sizes(config, world_size).samples_before(reached)
         raise UserError(
-            f"--train-iters {asked} is below iteration {reached} of the checkpoint in --load {folder}; "
-            f"give at least {reached}, or another folder."
+            f"{given} is below iteration {reached} of the checkpoint in --load {folder}; give at least {least}, or "
+            f"another folder."
         )
     if config.training.bf16 != saved.training.bf16:
         new, kept = ("--bf16" if bf16 else "--no-bf16" for bf16 in (config.training.bf16, saved.training.bf16))
@@ -323,7 +328,7 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
 
 
 def _as_written(value: object) -> object:
-    return " ".join(value) if isinstance(value, tuple) else value
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | None:

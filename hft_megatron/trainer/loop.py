@@ -60,7 +60,7 @@ def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
             hook.at_round_start(run)
     result = train_step(run)
     if result.updated:
-        run.learning_rate.advance()
+        run.learning_rate.advance(run.state.iteration)
     run.advance(updated=result.updated)
     return result
 
@@ -90,7 +90,5 @@ def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, stat
     plan = wrapped.plan
     # The plan's word and not the option's: a plan file may hold the rounds of HiFT too.
     cycle = RULES[plan.policy.rule].cycle(plan.units, plan.policy.exact_ratio)
-    span = span_of_round(
-        config.hft, rounds.schedule, state.round, cycle=cycle, skipped_iterations=state.skipped_iterations
-    )
-    return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration - span.skipped)
+    span = span_of_round(config, rounds.schedule, state.round, cycle=cycle, skipped_iterations=state.skipped_iterations)
+    return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration)

@@ -140,7 +140,8 @@ def _in_words(run: Run, batch: StepBatch, first: _Finding | None, norm: float) -
 
 def _samples(run: Run, first: _Finding | None) -> range | list[int]:
     """The run's samples that the finding may come from: of a micro-batch where its loss is found, else the step's."""
-    share, consumed = run.batches.share, run.state.consumed_samples
+    consumed = run.state.consumed_samples
+    share = run.batches.share.after(consumed)
     if first is None or first.kind != _LOSS:
         return range(consumed, consumed + share.global_batch_size)
     of_rank: BatchShare = replace(share, data_parallel_rank=first.data_rank)

@@ -48,6 +48,7 @@ class Prepared:
         return BatchShare(
             micro_batch_size=self.config.training.micro_batch_size,
             global_batch_size=global_batch_size(self.config, self.placement.world_size),
+            ramp=self.config.training.rampup_batch_size,
             data_parallel_rank=self.placement.data_rank,
             data_parallel_size=self.placement.data_size,
             length_multiple=self.placement.tensor_size,
@@ -56,7 +57,7 @@ class Prepared:
     def training_steps(self) -> PrefetchedSteps:
         """This rank's part of every step, made one step ahead."""
         assert self.inputs.data is not None
-        stop = train_iters(self.config.training) * self.share.global_batch_size
+        stop = self.share.sizes.samples_before(train_iters(self.config.training))
         return PrefetchedSteps(self.inputs.data.training(self.share), stop=stop)
 
 

@@ -32,21 +32,31 @@ from hft_megatron.trainer.inputs import Inputs
 from hft_megatron.trainer.saving import Base
 
 Noted = Mapping[str, Any]
-"""Options of the schedule and the optimizer by field name, with ``lr_decay_iters`` and ``train_iters`` resolved."""
+"""Options of the schedule, the optimizer and the run's length by field name, with the length of the decay (in samples
+under --train-samples) and ``train_iters`` resolved."""
 
 _OVERRIDE = "--override-opt-param-scheduler"
 _USE_CHECKPOINT = "--use-checkpoint-opt-param-scheduler"
-_DECAY, _LENGTH, _SPAN = "lr_decay_iters", "train_iters", "hft_lr_schedule"
+_ITERATIONS, _SAMPLES, _SPAN = "train_iters", "train_samples", "hft_lr_schedule"
+_COUNTED = {"iters": "iterations", "samples": "samples"}
 
 
 def schedule_to_note(config: RunConfig, span: int) -> dict[str, Any]:
-    """The values that a checkpoint of this run notes; ``span`` is how many iterations one pass of the schedule has."""
+    """The values that a checkpoint of this run notes; ``span`` is how many steps one pass of the schedule has."""
+    unit = derived.schedule_unit(config.training)
     return {
         **asdict(config.optimizer),
-        _DECAY: derived.decay_iters(config.optimizer, span),
+        f"lr_decay_{unit}": derived.decay_steps(config.optimizer, span),
         _SPAN: config.hft.hft_lr_schedule,
-        _LENGTH: derived.train_iters(config.training),
+        _ITERATIONS: derived.train_iters(config.training),
+        _SAMPLES: config.training.train_samples,
     }
+
+
+def _length(noted: Noted) -> tuple[int | None, str]:
+    """The length of the run, in iterations or samples, and which of them; None of a checkpoint that notes none."""
+    samples = noted.get(_SAMPLES)
+    return (noted.get(_ITERATIONS), "iters") if samples is None else (samples, "samples")
 
 
 def resumed_schedule(config: RunConfig, noted: Noted, span: int, *, iteration: int) -> tuple[RunConfig, list[str]]:
@@ -67,17 +77,24 @@ def resumed_schedule(config: RunConfig, noted: Noted, span: int, *, iteration: i
             f"decay and optimizer options are used and can't be compared"
         ]
     new = schedule_to_note(config, span)
-    differing = [name for name in new if name != _LENGTH and name in noted and noted[name] != new[name]]
+    lengths = _ITERATIONS, _SAMPLES
+    differing = [name for name in new if name not in lengths and name in noted and noted[name] != new[name]]
+    (had, counted), (asked, unit) = _length(noted), _length(new)
     if from_checkpoint:
-        config = _with_values(config, noted)
-    lines = [_choice(config, noted, new, differing, iteration)] if differing else []
-    if noted.get(_LENGTH, new[_LENGTH]) != new[_LENGTH]:
-        if from_checkpoint and _decay_of_weights_spans_the_run(config):
+        saved = f"{_USE_CHECKPOINT}: iteration {iteration} in --load {config.checkpoint.load}"
+        if counted != unit:
             raise UserError(
-                f"{_USE_CHECKPOINT}: the weight decay of iteration {iteration} in --load {config.checkpoint.load} "
-                f"reaches --end-weight-decay at iteration {noted[_LENGTH]}, and this run has {new[_LENGTH]}; give "
-                f"--train-iters {noted[_LENGTH]}, or leave {_USE_CHECKPOINT} out."
+                f"{saved} has a schedule that counts {_COUNTED[counted]}, and this command's counts {_COUNTED[unit]}; "
+                f"give the length as --train-{counted}, or leave {_USE_CHECKPOINT} out."
             )
+        config = _with_values(config, noted)
+        if had not in (None, asked) and _decay_of_weights_spans_the_run(config):
+            raise UserError(
+                f"{saved} has a weight decay that reaches --end-weight-decay after {had} {_COUNTED[unit]}, and this "
+                f"run has {asked}; give --train-{unit} {had}, or leave {_USE_CHECKPOINT} out."
+            )
+    lines = [_choice(config, noted, new, differing, iteration)] if differing else []
+    if had not in (None, asked) or counted != unit:
         lines.append(_other_length(config, noted, new, span, iteration))
     return config, lines
 
@@ -105,15 +122,17 @@ def _choice(config: RunConfig, noted: Noted, new: Noted, differing: list[str], i
 
 
 def _other_length(config: RunConfig, noted: Noted, new: Noted, span: int, iteration: int) -> str:
-    asked = derived.train_iters(config.training)
-    line = f"the run has {asked} iterations now, and had {noted[_LENGTH]} when iteration {iteration} was saved"
-    end, optimizer = derived.decay_iters(config.optimizer, span), config.optimizer
+    (had, counted), (asked, unit) = _length(noted), _length(new)
+    assert asked is not None
+    before = f"{had}" if counted == unit else f"{had} {_COUNTED[counted]}"
+    line = f"the run has {asked} {_COUNTED[unit]} now, and had {before} when iteration {iteration} was saved"
+    end, optimizer = derived.decay_steps(config.optimizer, span), config.optimizer
     if config.hft.hft_lr_schedule == "run" and optimizer.lr_decay_style != "constant" and end < asked:
-        line += f"; warning: from iteration {end} on the learning rate is --min-lr {optimizer.min_lr}"
+        line += f"; warning: from {_COUNTED[unit][:-1]} {end} on the learning rate is --min-lr {optimizer.min_lr}"
         if optimizer.min_lr == 0:
-            line += ", so that these iterations change nothing"
+            line += f", so that these {_COUNTED[unit]} change nothing"
     if _decay_of_weights_spans_the_run(config):
-        line += f"; warning: the weight decay reaches --end-weight-decay at iteration {asked} instead"
+        line += f"; warning: the weight decay reaches --end-weight-decay after {asked} {_COUNTED[unit]} instead"
     return line
 
 
@@ -122,7 +141,8 @@ def _decay_of_weights_spans_the_run(config: RunConfig) -> bool:
 
 
 def _called(name: str) -> str:
-    return "length of the decay in iterations" if name == _DECAY else f"--{name.replace('_', '-')}"
+    decay = {f"lr_decay_{unit}": f"length of the decay in {words}" for unit, words in _COUNTED.items()}
+    return decay.get(name) or f"--{name.replace('_', '-')}"
 
 
 def with_sound_checkpoint(inputs: Inputs, placement: Placement, announce: Announce) -> Inputs:
@@ -180,9 +200,9 @@ def with_schedule(inputs: Inputs, world_size: int, announce: Announce) -> Inputs
 
 
 def _span(inputs: Inputs, world_size: int) -> int:
-    """Iterations of one pass of the schedule: the run's, or a round's under --hft-lr-schedule round."""
+    """Steps of one pass of the schedule: the run's, or a round's under --hft-lr-schedule round."""
     rounds = inputs.round_schedule(world_size)
-    return span_of_round(inputs.config.hft, rounds, rounds.first_round, cycle=None).length
+    return span_of_round(inputs.config, rounds, rounds.first_round, cycle=None).length
 
 
 def check_plan(inputs: Inputs, plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """The rounds of a run: which plan each iteration trains under."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
@@ -12,6 +13,7 @@ from hft_megatron.hft.on_ranks import check_agreement
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.hft.rules import RULES
+from hft_megatron.optimizer.rounds import span_of_round
 from hft_megatron.parallel.groups import Placement
 
 _OF_SEVERAL_ROUNDS = {"hft_rotation": "independent", "hft_moments": "reset", "hft_lr_schedule": "run"}
@@ -52,13 +54,14 @@ class Rounds:
 
 def round_schedule(config: RunConfig, world_size: int, samples: SampleStream | None) -> RoundSchedule:
     """When each round of a run begins; ``samples`` as for ``rounds_of_run``."""
-    train_iters, batch = derived.train_iters(config.training), derived.global_batch_size(config, world_size)
+    train_iters, batches = derived.train_iters(config.training), derived.batch_sizes(config, world_size)
+    stop = batches.samples_before(train_iters)
     by_epoch = samples is not None and config.hft.hft_round_interval == "epoch"
     return RoundSchedule(
         interval=config.hft.hft_round_interval,
         train_iters=train_iters,
-        epoch_starts=samples.epoch_starts(train_iters * batch) if samples is not None and by_epoch else (0,),
-        global_batch_size=batch,
+        epoch_starts=samples.epoch_starts(stop) if samples is not None and by_epoch else (0,),
+        batches=batches,
         first_round=config.hft.hft_first_round or 0,
     )
 
@@ -88,20 +91,22 @@ def rounds_of_run(
     if schedule.train_iters > 0:
         plan = rounds.plan(schedule.first_round)
         _check_warmup(config, schedule, plan)
+        _check_growing_batches(config, schedule)
         _check_single_round(config, loaded, plan.policy.selection)
     return rounds
 
 
 def _check_warmup(config: RunConfig, schedule: RoundSchedule, plan: Plan) -> None:
     """A rate that is zero throughout, or that never becomes what was asked for."""
-    start, stop = schedule.bounds(schedule.first_round)
-    per_round = config.hft.hft_lr_schedule == "round"
-    warmup = derived.warmup_iters(config.optimizer, stop - start if per_round else derived.train_iters(config.training))
+    per_round, unit = config.hft.hft_lr_schedule == "round", derived.schedule_unit(config.training)
+    counts = "iterations" if unit == "iters" else unit
+    length = span_of_round(config, schedule, schedule.first_round, cycle=None).length
+    warmup = derived.warmup_steps(config.optimizer, length)
     selection = plan.policy.selection
     by_cycle = RULES[plan.policy.rule].cycle(plan.units, plan.policy.exact_ratio) is not None
     if by_cycle and warmup > 0:
         raise UserError(
-            f"A warm-up of {warmup} iterations (--lr-warmup-iters, --lr-warmup-fraction) would keep the first cycle "
+            f"A warm-up of {warmup} {counts} (--lr-warmup-{unit}, --lr-warmup-fraction) would keep the first cycle "
             f"of --hft-selection {selection} at a learning rate of 0, because the rate moves only after a full cycle; "
             "leave it out."
         )
@@ -110,16 +115,28 @@ def _check_warmup(config: RunConfig, schedule: RoundSchedule, plan: Plan) -> Non
             f"--hft-lr-schedule round has no meaning for the rounds of --hft-selection {selection}, whose rate "
             "moves after a full cycle; leave --hft-lr-schedule out."
         )
-    if per_round and warmup >= stop - start:
+    if per_round and warmup >= length:
         raise UserError(
-            f"--lr-warmup-iters {warmup} must be below the {stop - start} iterations of a round under "
+            f"--lr-warmup-{unit} {warmup} must be below the {length} {counts} of a round under "
             f"--hft-lr-schedule round, or the full learning rate is never reached."
         )
-    end = config.optimizer.lr_wsd_decay_iters
-    if per_round and end is not None and end > derived.decay_iters(config.optimizer, stop - start) - warmup:
+    end, room = derived.wsd_decay_steps(config.optimizer), derived.decay_steps(config.optimizer, length) - warmup
+    if per_round and end is not None and end > room:
         raise UserError(
-            f"--lr-wsd-decay-iters {end} must be at most the {stop - start - warmup} iterations of a round after its "
-            f"warm-up under --hft-lr-schedule round."
+            f"--lr-wsd-decay-{unit} {end} must be at most the {room} {counts} of a round's decay after its warm-up "
+            f"under --hft-lr-schedule round."
+        )
+
+
+def _check_growing_batches(config: RunConfig, schedule: RoundSchedule) -> None:
+    """Batches that outgrow an epoch would pass over its round."""
+    ramp, full = config.training.rampup_batch_size, schedule.batches.full
+    shortest = min((stop - start for start, stop in pairwise(schedule.epoch_starts)), default=full)
+    if ramp and shortest < full:
+        raise UserError(
+            f"--rampup-batch-size {' '.join(map(str, ramp))}: under --hft-round-interval epoch no batch may be larger "
+            f"than an epoch, and --global-batch-size is {full} and an epoch has {shortest} samples; give the "
+            f"iterations of a round instead."
         )
 
 

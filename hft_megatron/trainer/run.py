@@ -70,7 +70,7 @@ class Run:
             self.state,
             iteration=iteration,
             skipped_iterations=skipped if updated else (*skipped, iteration),
-            consumed_samples=self.state.consumed_samples + self.batches.share.global_batch_size,
+            consumed_samples=self.state.consumed_samples + self.batches.share.sizes.after(self.state.consumed_samples),
         )
 
     def log(self, metrics: Metrics) -> None:

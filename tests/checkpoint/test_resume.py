@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.support.ranks import RankPools
-from tests.support.runs import make_inputs, run_sft_words, words_for
+from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for
 from tests.support.tiers import quick
 
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -72,6 +72,38 @@ def test_resume_equals_uninterrupted_across_rounds(case: str, ranks: RankPools, 
     world_size, options = ROUND_CASES[case]
     whole = run_whole_and_in_two(ranks, world_size, words_for(inputs, *options), tmp_path, kill_at=3)
     assert set(json.loads(whole[0]["state"]["unit steps"]).values()) == {2}
+
+
+def in_samples(inputs: Path, *options: object) -> list[str]:
+    """The words of a run of six steps of 2, 2, 2, 4, 4 and 4 samples, whose schedule counts samples."""
+    words = words_for(inputs, "--train-samples", 20, "--rampup-batch-size", 2, 2, 6, "--lr-warmup-samples", 4, *options)
+    for name in ("--train-iters", "--lr-warmup-iters"):
+        del words[words.index(name) : words.index(name) + 2]
+    return words
+
+
+STARTS = [0, 2, 4, 6, 10, 14]
+"""Samples before every step of those."""
+
+
+@pytest.mark.parametrize("kill_at", [2, 4])
+def test_a_run_whose_batches_grow_resumes_at_its_sample_also_at_another_data_parallel_size(
+    kill_at: int, ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    words = in_samples(inputs, *ROUNDS, "--lr-decay-style", "WSD", "--lr-wsd-decay-samples", 8)
+    whole = run_whole_and_in_two(ranks, 1, words, tmp_path, kill_at=kill_at)[0]["steps"]
+    assert [step["consumed"] for step in whole] == [*STARTS[1:], 18]
+    # Warm-up over 4 of 20 samples, then 5e-3 until 8 before the end, then by 2 x 0.5^x - 1.
+    expected = [0, 2 / 4, 1, 1, 1, 2 * 0.5 ** (2 / 8) - 1]
+    assert [step["lr"] for step in whole] == pytest.approx([5e-3 * share for share in expected])
+    assert [line["global batch size"] for line in read_metrics(tmp_path)] == [2, 2, 2, 4, 4, 4]
+
+    shutil.rmtree(tmp_path / "iter_0000006")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(kill_at))
+    resumed = ranks(2).run(run_sft_words, words=[*words, "--save", str(tmp_path), "--load", str(tmp_path)])[-1]["steps"]
+    for step, same in zip(resumed, whole[kill_at:], strict=True):
+        assert (step["iteration"], step["consumed"], step["lr"]) == (same["iteration"], same["consumed"], same["lr"])
+        assert (step["loss"], step["grad_norm"]) == pytest.approx((same["loss"], same["grad_norm"]), rel=1e-5)
 
 
 def test_a_run_goes_on_to_another_number_of_iterations(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hft_megatron.errors import EXIT_OK, EXIT_USAGE
 from tests.cli.conftest import Training
 
 GOOD = "--load-hf MODEL --train-data-path data.jsonl"
+RAMPED = f"{GOOD} --global-batch-size 8 --train-samples 40"
 EXPORTS = "--save-hf OUT --save-hf-interval 4"
 FROM_FLAGS = (
     "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 128 "
@@ -33,6 +34,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --recompute-granularity full --recompute-method uniform --recompute-num-layers 4"),
     (1, f"{GOOD} --recompute-granularity full --recompute-method block --recompute-num-layers 3"),
     (1, f"{GOOD} --recompute-granularity selective"),
+    (2, f"{RAMPED} --rampup-batch-size 2 2 20 --lr-warmup-samples 8 --lr-decay-samples 30"),
     (1, f"{GOOD} --hft-ratio 0"),
     (1, f"{GOOD} --packing --packing-window 50 --long-examples split --train-epochs 2 --lr-warmup-iters 500"),
     (1, f"{GOOD} --hft-ratio 1 --lr-warmup-fraction 0.03 --seq-length 128"),
@@ -121,6 +123,32 @@ MISTAKES = [
     (1, f"{GOOD} --fp8-format hybrid", "--fp8-format hybrid is not built yet"),
     (1, f"{GOOD} --use-megatron-fsdp", "--use-megatron-fsdp is not built yet"),
     # the batch
+    (1, f"{GOOD} --rampup-batch-size 4 4", "--rampup-batch-size 4 4: must be three whole numbers of at least 1"),
+    (1, f"{GOOD} --rampup-batch-size 4 x 4", "--rampup-batch-size 4 x 4: the value must be one or more whole numbers"),
+    (1, f"{RAMPED} --rampup-batch-size 8 4 9", "--global-batch-size 8 must be START 8 and one or more times INCREMENT"),
+    (1, f"{RAMPED} --rampup-batch-size 2 4 9", "--rampup-batch-size 2 4 9: --global-batch-size 8", "that fits is 10."),
+    (
+        2,
+        f"{RAMPED} --micro-batch-size 2 --rampup-batch-size 4 2 9",
+        "--rampup-batch-size: INCREMENT 2 is not a multiple of the 4 sequences that the ranks take at least in a step",
+    ),
+    (
+        2,
+        f"{RAMPED} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
+        "--rampup-batch-size 1 7 9",
+        "--rampup-batch-size: START 1 is not a multiple of the 2 sequences",
+    ),
+    (
+        1,
+        f"{GOOD} --global-batch-size 8 --rampup-batch-size 4 4 9",
+        "--rampup-batch-size 4 4 9 needs the length of the run as --train-samples; give it",
+    ),
+    (1, f"{RAMPED} --rampup-batch-size 4 4 40", "--train-samples 40 ends before the full batch", "more than 40"),
+    (
+        1,
+        f"{RAMPED} --rampup-batch-size 4 4 9 --hft-round-interval 2 --hft-lr-schedule round",
+        "--hft-lr-schedule round has one schedule for all of them; leave one of the two out",
+    ),
     (
         2,
         f"{GOOD} --micro-batch-size 2 --global-batch-size 6",
@@ -171,6 +199,25 @@ MISTAKES = [
     (1, f"{GOOD} --train-iters -1", "--train-iters -1: must be a whole number of at least 0"),
     (1, f"{GOOD} --train-epochs 0", "--train-epochs 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --train-epochs 2 --train-iters 100", "--train-iters 100 and --train-epochs 2 are both given"),
+    (1, f"{GOOD} --train-samples 9 --train-iters 100", "--train-iters 100 and --train-samples 9 are both given"),
+    (1, f"{GOOD} --train-samples 9 --train-epochs 1", "--train-epochs 1 and --train-samples 9 are both given"),
+    (1, f"{GOOD} --train-samples 7 --global-batch-size 8", "--train-samples 7 is less than one step", "at least 8"),
+    (
+        1,
+        f"{GOOD} --train-samples 9 --lr-decay-iters 5",
+        "--lr-decay-iters 5 is not of a run whose length is --train-samples 9; give --lr-decay-samples.",
+    ),
+    (
+        1,
+        f"{GOOD} --lr-warmup-samples 5",
+        "--lr-warmup-samples 5 is not of a run whose length is in iterations; give --lr-warmup-iters, or",
+    ),
+    (1, f"{GOOD} --train-samples 9 --lr-warmup-samples 9", "--lr-warmup-samples 9 must be below --train-samples 9"),
+    (
+        1,
+        f"{GOOD} --train-samples 9 --lr-decay-style WSD --lr-wsd-decay-samples 9 --lr-warmup-samples 1",
+        "--lr-wsd-decay-samples 9 is more than the 8 of the decay after the warm-up; give at most 8",
+    ),
     (1, f"{GOOD} --packing --packing-window 0", "--packing-window 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --packing-window 50", "--packing-window 50 needs --packing; add it"),
     (1, f"{GOOD} --packing-algorithm first_fit_shuffle", "--packing-algorithm first_fit_shuffle needs --packing"),
@@ -193,7 +240,7 @@ MISTAKES = [
     (
         1,
         f"{GOOD} --lr-decay-style WSD --lr-wsd-decay-iters 91 --lr-warmup-iters 10",
-        "--lr-wsd-decay-iters 91 is more than the 90 iterations of the decay after the warm-up; give at most 90",
+        "--lr-wsd-decay-iters 91 is more than the 90 of the decay after the warm-up; give at most 90",
     ),
     (1, f"{GOOD} --lr-decay-style inverse-square-root", "has no meaning without a warm-up; give --lr-warmup-iters"),
     (1, f"{GOOD} --lr-warmup-init 1e-6", "--lr-warmup-init 1e-06 is the rate that a warm-up begins at, and there is"),

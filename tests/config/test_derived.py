@@ -50,8 +50,8 @@ def test_virtual_stages_count_the_chunks_of_one_rank() -> None:
 
 
 def test_warm_up_has_two_forms() -> None:
-    assert derived.warmup_iters(OptimizerConfig(lr_warmup_iters=7), span=100) == 7
-    assert derived.warmup_iters(OptimizerConfig(lr_warmup_fraction=0.03), span=100) == 3
+    assert derived.warmup_steps(OptimizerConfig(lr_warmup_iters=7), span=100) == 7
+    assert derived.warmup_steps(OptimizerConfig(lr_warmup_fraction=0.03), span=100) == 3
 
 
 def test_resolving_fills_in_what_the_options_leave_open() -> None:

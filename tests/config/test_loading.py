@@ -18,8 +18,8 @@ from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 
 NO_OPTION = (
-    "belongs to no option: options start with -- and take at most one value, except for --train-data-path and "
-    "--valid-data-path and --data-path."
+    "belongs to no option: options start with -- and take at most one value, except for "
+    "--rampup-batch-size, --train-data-path, --valid-data-path and --data-path."
 )
 
 
@@ -151,7 +151,6 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("--fp16", "--fp16: 16-bit training is in bf16; give --bf16."),
         ("--num_experts=8", "--num_experts 8: mixtures of experts are not built; only dense LLaMA models train."),
         ("--profile-ranks 0 1", "--profile-ranks 0 1 is not built yet."),
-        ("--lr-warmup-samples 9", "--lr-warmup-samples 9 is not built yet; give --lr-warmup-iters."),
         (
             "--context-parallel-size 2",
             "--context-parallel-size 2 is not built yet; split activations by --sequence-parallel.",

@@ -137,7 +137,7 @@ def test_all_that_cannot_be_had_is_listed_at_once(tmp_path: Path) -> None:
         "  --hidden-dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
         "  --bf16 true: a switch takes no value; write --bf16 or --no-bf16.",
         "  The word 'd' belongs to no option: options start with -- and take at most one value, except for "
-        "--train-data-path and --valid-data-path.",
+        "--rampup-batch-size, --train-data-path and --valid-data-path.",
         "  --lr needs a value: a number of at least 0.",
     ]
 
@@ -163,7 +163,7 @@ def test_a_call_is_answered_from_the_table_too() -> None:
 
 
 NOT_BUILT_FOR_LLAMA3 = [
-    *("--apply-layernorm-1p", "--train-samples", "--lr-decay-samples", "--lr-warmup-samples", "--decoupled-lr"),
+    *("--apply-layernorm-1p", "--decoupled-lr"),
     *("--decoupled-min-lr", "--grad-reduce-in-bf16", "--manual-gc", "--empty-unused-memory-level"),
 ]
 PROFILE = ["--profile", "--profile-step-start", "--profile-step-end"]
@@ -181,7 +181,7 @@ SCRIPTS = {
     "LLAMA32_1B_FINETUNE": (
         "sft",
         [
-            *("--use-rope-scaling", "--train-samples", "--lr-decay-samples", "--split", "--finetune-hf-dataset"),
+            *("--use-rope-scaling", "--split", "--finetune-hf-dataset"),
             *("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"),
             *("--no-check-for-nan-in-loss-and-grad", "--export-te-mcore-model"),
         ],

@@ -59,9 +59,30 @@ def test_a_weight_decay_that_rises_over_another_length_is_said_and_cannot_be_kep
     noted = schedule_to_note(replace(RUN, optimizer=replace(rising, lr_decay_iters=20)), 8)
     longer = RunConfig(training=TrainingConfig(train_iters=12), optimizer=replace(rising, lr_decay_iters=20))
     _, [line] = resumed_schedule(longer, noted, 12, iteration=4)
-    assert line.endswith("; warning: the weight decay reaches --end-weight-decay at iteration 12 instead")
-    with pytest.raises(UserError, match="at iteration 8, and this run has 12; give --train-iters 8, or leave"):
+    assert line.endswith("; warning: the weight decay reaches --end-weight-decay after 12 iterations instead")
+    with pytest.raises(UserError, match="after 8 iterations, and this run has 12; give --train-iters 8, or leave"):
         resumed_schedule(replace(longer, checkpoint=KEEPS), noted, 12, iteration=4)
+
+
+def test_a_schedule_in_samples_is_another_one_than_in_iterations() -> None:
+    training = TrainingConfig(train_samples=70, global_batch_size=8)
+    in_samples = replace(RUN, training=training)
+    noted = schedule_to_note(in_samples, 70)
+    assert resumed_schedule(in_samples, noted, 70, iteration=4) == (in_samples, [])
+    longer = replace(in_samples, training=replace(training, train_samples=71))
+    config, lines = resumed_schedule(replace(longer, checkpoint=KEEPS), noted, 71, iteration=4)
+    assert config.optimizer.lr_decay_samples == 70
+    assert "length of the decay in samples 70 -> 71" in lines[0]
+    assert lines[1].startswith(
+        "the run has 71 samples now, and had 70 when iteration 4 was saved; warning: from sample"
+    )
+    _, lines = resumed_schedule(RUN, noted, 8, iteration=4)
+    assert "length of the decay in iterations None -> 8, length of the decay in samples 70 -> None" in lines[0]
+    assert lines[1] == "the run has 8 iterations now, and had 70 samples when iteration 4 was saved"
+    with pytest.raises(
+        UserError, match=r"counts samples, and this command's counts iterations; give .* --train-samples"
+    ):
+        resumed_schedule(replace(RUN, checkpoint=KEEPS), noted, 8, iteration=4)
 
 
 def test_the_schedule_of_a_checkpoint_that_notes_none_cannot_be_kept() -> None:

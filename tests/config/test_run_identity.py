@@ -46,7 +46,8 @@ def identity(config: RunConfig = CONFIG, world_size: int = 4) -> RunIdentity:
 
 
 def test_an_identity_survives_json() -> None:
-    assert RunIdentity.from_dict(json.loads(json.dumps(identity().to_dict()))) == identity()
+    for kept in (identity(), changed(rampup_batch_size=(2, 2, 9))):
+        assert RunIdentity.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
 
 
 def test_another_layout_length_or_place_of_the_data_is_the_same_run() -> None:
@@ -141,6 +142,7 @@ def test_a_plan_file_is_the_same_one_when_its_content_is(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"rampup_batch_size": (2, 2, 9)}, "its --rampup-batch-size is None, and this command's is 2 2 9"),
         ({"method": "dpo"}, "its method is sft, and this command's is dpo"),
         ({"shape": replace(SHAPE, num_layers=4)}, "its model's num layers is 8, and this command's is 4"),
         ({"shape": replace(SHAPE, rope_scaling=None)}, "its model's rope scaling is Llama3RopeScaling"),

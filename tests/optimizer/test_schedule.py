@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.batch_sizes import BatchSizes
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.optimizer import OptimizerConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.optimizer.rounds import LearningRate, Span, span_of_round
 
@@ -18,9 +21,9 @@ def schedule(options: dict[str, Any], train_iters: int, iteration: int = 0) -> I
     settings = OptimizerConfig(**{"lr": 1.0, "min_lr": 0.2, "lr_decay_style": "constant"} | options)
     span = Span(length=train_iters, position=lambda iteration: iteration)
     rate = LearningRate(SimpleNamespace(param_groups=[group]), settings, span, iteration)
-    for _ in range(iteration, train_iters):
+    for done in range(iteration, train_iters):
         lr, weight_decay = group["lr"], group["weight_decay"]
-        rate.advance()
+        rate.advance(done)
         yield lr, weight_decay, rate.last
 
 
@@ -95,9 +98,10 @@ def positions(
 ) -> list[tuple[int, int]]:
     """(position, length) in the schedule of every iteration of a run."""
     rounds = RoundSchedule(
-        interval=interval, train_iters=train_iters, epoch_starts=range(train_iters + 1), global_batch_size=1
+        interval=interval, train_iters=train_iters, epoch_starts=range(train_iters + 1), batches=BatchSizes(full=1)
     )
-    spans = [span_of_round(hft, rounds, round, cycle=cycle) for round in range(rounds.rounds)]
+    config = RunConfig(hft=hft, training=TrainingConfig(train_iters=train_iters))
+    spans = [span_of_round(config, rounds, round, cycle=cycle) for round in range(rounds.rounds)]
     return [
         (spans[rounds.round_of(iteration)].position(iteration), spans[rounds.round_of(iteration)].length)
         for iteration in range(train_iters)
@@ -120,12 +124,12 @@ def test_hifts_rate_moves_only_after_every_group_has_trained():
 
 def rates_of_rounds(hft: HFTConfig, skipped: tuple[int, ...], cycle: int | None = None) -> list[int]:
     """The position in the schedule of every iteration of a run that is started anew before each of them."""
-    rounds = RoundSchedule(interval="3", train_iters=9, epoch_starts=range(10), global_batch_size=1)
-    found = []
+    rounds = RoundSchedule(interval="3", train_iters=9, epoch_starts=range(10), batches=BatchSizes(full=1))
+    found, config = [], RunConfig(hft=hft, training=TrainingConfig(train_iters=9))
     for iteration in range(9):
         before = tuple(number for number in skipped if number <= iteration)
-        span = span_of_round(hft, rounds, rounds.round_of(iteration), cycle=cycle, skipped_iterations=before)
-        found.append(span.position(iteration - span.skipped))
+        span = span_of_round(config, rounds, rounds.round_of(iteration), cycle=cycle, skipped_iterations=before)
+        found.append(span.position(iteration))
     return found
 
 
@@ -133,3 +137,30 @@ def test_the_rate_waits_for_updates_and_not_for_iterations_that_were_left_out():
     assert rates_of_rounds(HFTConfig(), (2, 5)) == [0, 1, 1, 2, 3, 3, 4, 5, 6]
     assert rates_of_rounds(HFTConfig(hft_lr_schedule="round"), (2, 5)) == [0, 1, 1, 0, 1, 1, 0, 1, 2]
     assert rates_of_rounds(HFTConfig(hft_selection="hift"), (2, 5), cycle=2) == [0] * 6 + [4] * 3
+
+
+RAMPED = TrainingConfig(train_samples=31, global_batch_size=4, rampup_batch_size=(2, 2, 6))
+
+
+def test_under_train_samples_the_schedule_counts_samples_also_of_batches_that_grow() -> None:
+    # Batches of 2 2 2 4 4 4 4 4 4.
+    rounds = RoundSchedule(interval="3", train_iters=9, epoch_starts=(0,), batches=BatchSizes(full=4, ramp=(2, 2, 6)))
+    starts = [0, 2, 4, 6, 10, 14, 18, 22, 26]
+    for hft, cycle, expected in (
+        (HFTConfig(), None, starts),
+        (HFTConfig(hft_selection="hift"), 2, [0] * 6 + [18] * 3),
+    ):
+        config = RunConfig(hft=hft, training=RAMPED)
+        spans = [span_of_round(config, rounds, round, cycle=cycle) for round in range(3)]
+        assert [spans[rounds.round_of(iteration)].position(iteration) for iteration in range(9)] == expected
+        assert {span.length for span in spans} == {31}
+    span = span_of_round(RunConfig(training=RAMPED), rounds, 2, cycle=None, skipped_iterations=(2, 5))
+    assert (span.position(5), span.position(7)) == (14 - 2 - 4, 22 - 2 - 4)
+
+
+def test_a_round_of_its_own_schedule_is_as_long_as_its_samples() -> None:
+    training = TrainingConfig(train_samples=30, global_batch_size=4)
+    rounds = RoundSchedule(interval="3", train_iters=7, epoch_starts=(0,), batches=BatchSizes(full=4))
+    config = RunConfig(hft=HFTConfig(hft_lr_schedule="round"), training=training)
+    span = span_of_round(config, rounds, 1, cycle=None, skipped_iterations=(2, 4))
+    assert (span.length, [span.position(iteration) for iteration in (4, 5, 6)]) == (12, [0, 4, 8])

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.batch_sizes import BatchSizes
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
@@ -132,7 +133,7 @@ def make_run(
         interval=config.hft.hft_round_interval,
         train_iters=train_iters(config.training),
         epoch_starts=toy_samples().epoch_starts(train_iters(config.training) * GLOBAL_BATCH),
-        global_batch_size=GLOBAL_BATCH,
+        batches=BatchSizes(full=GLOBAL_BATCH),
     )
     rounds = Rounds(schedule, lambda round: make_plan(shape, config.hft, default_seed=SEED, round=round))
     carries = config.hft.hft_moments == "carry"

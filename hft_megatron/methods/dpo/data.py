@@ -30,6 +30,10 @@ class PairBatches:
     first_pair: int = 0
     """Number of the data set's first pair among all of a run, those of training and of validation."""
 
+    def with_share(self, share: BatchShare) -> "PairBatches":
+        """The same for another part of a step."""
+        return replace(self, share=share)
+
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
         """Micro-batches hold, besides what those of examples do, ``pairs`` (n,) int64, the numbers of their pairs,
         and ``answers`` (n, 2) int64, the sequence or segment that each half is in, chosen and rejected.
@@ -88,10 +92,13 @@ class PreferenceData(RecordData[PairDataset]):
         leaves out of an epoch."""
         size = batches.share.global_batch_size
         left = np.ones(len(self.train), dtype=np.bool_)
-        for consumed in range(0, self.samples.epoch_starts(1)[1], size):
-            for position in range(consumed, consumed + size):
+        consumed = 0
+        while consumed < self.samples.epoch_starts(1)[1]:
+            following = consumed + batches.share.sizes.after(consumed)
+            for position in range(consumed, following):
                 left[list(self.samples.sample(position))] = False
             yield batches.step(consumed)
+            consumed = following
         rest = np.flatnonzero(left)
         for start in range(0, len(rest), size):
             yield batches.batches.assemble([(int(pair),) for pair in rest[start : start + size]], packed=False)

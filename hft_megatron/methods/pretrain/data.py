@@ -1,7 +1,7 @@
 """A corpus as the data of a run, and its micro-batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ FIELDS = ("tokens", "labels", "loss_mask")
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusBatches:
-    """Training: the samples one after the other, ``global_batch_size`` at a step; each is exactly ``seq_length``."""
+    """Training: the samples one after the other; each is exactly ``seq_length``."""
 
     samples: Samples
     seq_length: int
@@ -28,17 +28,18 @@ class CorpusBatches:
 
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks); reads this rank's rows only."""
+        share = self.share.after(consumed_samples)
         micro_batches = []
-        for start in self.share.micro_batch_starts():
+        for start in share.micro_batch_starts():
             first = consumed_samples + start
-            rows = [self.samples[first + row] for row in range(self.share.micro_batch_size)]
+            rows = [self.samples[first + row] for row in range(share.micro_batch_size)]
             micro_batches.append({name: torch.stack([row[name] for row in rows]) for name in FIELDS})
         return StepBatch(
-            sequences=self.share.micro_batch_size,
+            sequences=share.micro_batch_size,
             seq_length=self.seq_length,
             micro_batches=micro_batches,
-            tokens=self.share.global_batch_size * self.seq_length,
-            squared_lengths=self.share.global_batch_size * self.seq_length**2,
+            tokens=share.global_batch_size * self.seq_length,
+            squared_lengths=share.global_batch_size * self.seq_length**2,
         )
 
     def names(self, samples: Sequence[int]) -> str:
@@ -97,8 +98,9 @@ class CorpusData:
         if self.corpus.valid is None:
             return None
         assert self.logging.eval_iters is not None
+        full = replace(share, ramp=())
         return CorpusValidation(
-            batches=CorpusBatches(samples=self.corpus.valid, seq_length=self.counts.seq_length, share=share),
+            batches=CorpusBatches(samples=self.corpus.valid, seq_length=self.counts.seq_length, share=full),
             eval_iters=self.logging.eval_iters,
             eval_interval=self.logging.eval_interval,
         )
@@ -109,7 +111,7 @@ def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape,
 
     Raises UserError for a mistake in them and for sources that are too short.
     """
-    iterations, batch = derived.train_iters(config.training), derived.global_batch_size(config, world_size)
+    iterations, batches = derived.train_iters(config.training), derived.batch_sizes(config, world_size)
     logging, seed = config.logging, config.training.seed
     valid = 0
     if logging.eval_iters is not None:
@@ -117,10 +119,12 @@ def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape,
             train_iters=iterations,
             eval_interval=logging.eval_interval,
             eval_iters=logging.eval_iters,
-            global_batch_size=batch,
+            global_batch_size=batches.full,
         )
     length = derived.sequence_length(config.training, shape)
-    counts = SampleCounts(seq_length=length, train=iterations * batch, valid=valid)
+    # As in Megatron the samples of a last step that is left out are among those that are shuffled.
+    train = max(batches.samples_before(iterations), config.training.train_samples or 0)
+    counts = SampleCounts(seq_length=length, train=train, valid=valid)
     if config.corpus.mock_data:
         return CorpusData(corpus=mock_corpus(tokenizer, counts, seed=seed), counts=counts, logging=logging)
     sources = data_sources("--data-path", config.corpus.data_path)

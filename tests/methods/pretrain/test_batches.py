@@ -22,13 +22,14 @@ class Numbered:
         return {"tokens": tokens, "labels": tokens + 1, "loss_mask": torch.ones(LENGTH), "position_ids": tokens}
 
 
-def batches(size: int, rank: int, ranks: int) -> CorpusBatches:
+def batches(size: int, rank: int, ranks: int, ramp: tuple[int, ...] = ()) -> CorpusBatches:
     share = BatchShare(
         micro_batch_size=size,
         global_batch_size=GLOBAL_BATCH,
         data_parallel_rank=rank,
         data_parallel_size=ranks,
         length_multiple=1,
+        ramp=ramp,
     )
     return CorpusBatches(samples=Numbered(), seq_length=LENGTH, share=share)
 
@@ -49,6 +50,14 @@ def test_a_step_holds_the_same_samples_in_the_same_order_in_every_layout(size: i
             assert (part.tokens, part.squared_lengths) == (GLOBAL_BATCH * LENGTH, GLOBAL_BATCH * LENGTH**2)
             assert {tuple(micro[name].shape) for micro in part.micro_batches for name in micro} == {(size, LENGTH)}
             assert {name for micro in part.micro_batches for name in micro} == {"tokens", "labels", "loss_mask"}
+
+
+@pytest.mark.parametrize(("size", "ranks"), [layout for layout in LAYOUTS if 4 % (layout[0] * layout[1]) == 0])
+def test_a_step_of_a_ramp_holds_as_many_samples_as_it_should(size: int, ranks: int) -> None:
+    for consumed, count in ((0, 4), (4, 4), (8, 8), (16, 12), (28, 12)):
+        parts = [batches(size, rank, ranks, ramp=(4, 4, 16)).step(consumed) for rank in range(ranks)]
+        assert samples_in(parts) == list(range(consumed, consumed + count))
+        assert {(part.tokens, part.squared_lengths) for part in parts} == {(count * LENGTH, count * LENGTH**2)}
 
 
 @pytest.mark.parametrize(("interval", "iterations"), [(4, [4, 8, 10]), (5, [5, 10]), (None, [10]), (20, [10])])
