@@ -31,8 +31,9 @@ class BatchSizes:
     def after(self, samples: int) -> int:
         """The size of a batch that begins after so many samples.
 
-        Megatron's rule (``RampupBatchsizeNumMicroBatchesCalculator``): the ramp's samples are shared out evenly among
-        its sizes below the full one, and a batch has the size of the share that it begins in.
+        Megatron's rule (``RampupBatchsizeNumMicroBatchesCalculator`` of megatron-core 0.16; 0.19 has none): the ramp's
+        samples are shared out evenly among its sizes below the full one, and a batch has the size of the share that it
+        begins in.
         """
         if not self.ramp or samples > self.ramp[2]:
             return self.full

@@ -23,8 +23,6 @@ NOT_BUILT_YET = Section(
         not_yet(
             "exit-on-missing-checkpoint", "a --load folder without checkpoints starts a fresh run, and the log says so"
         ),
-        not_yet("decoupled-lr=", "embedding and head have the --lr of all others"),
-        not_yet("decoupled-min-lr=", "embedding and head have the --min-lr of all others"),
         not_yet("reset-position-ids", "positions of a corpus run through a whole sequence"),
         not_yet("reset-attention-mask", "in a corpus attention reaches over the ends of documents"),
         not_yet("eod-mask-loss", "in a corpus the token that ends a document is trained"),

@@ -25,6 +25,10 @@ class OptimizerConfig:
 
     lr: Annotated[float, Ge(0)] = 1e-5
     min_lr: Annotated[float, Ge(0)] = 0.0
+    decoupled_lr: Annotated[float, Ge(0)] | None = None
+    """--lr of embedding and head, where theirs is another one; it follows the same schedule."""
+    decoupled_min_lr: Annotated[float, Ge(0)] | None = None
+    """--min-lr of embedding and head; that of the others when unset."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """How --lr goes down after the warm-up. ``inverse-square-root``: to --lr x sqrt(warm-up / iteration) or --min-lr.
     ``WSD``: --lr stays as it is until the last --lr-wsd-decay-iters of the decay."""
@@ -80,6 +84,26 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
         raise UserError(
             f"--lr-warmup-init {optimizer.lr_warmup_init} is above --lr {optimizer.lr}, which the warm-up goes up to; "
             f"use at most {optimizer.lr}."
+        )
+
+
+def decoupled_rates_fit(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Rates of embedding and head are a schedule of their own, and of something that may train."""
+    optimizer, hft = config.optimizer, config.hft
+    rate, least = optimizer.decoupled_lr, optimizer.decoupled_min_lr
+    if rate is None:
+        if least is not None:
+            raise UserError(f"--decoupled-min-lr {least} needs --decoupled-lr; add it or leave it out.")
+        return
+    if rate > LARGEST_RATE:
+        raise UserError(f"--decoupled-lr {rate}: must be at most {LARGEST_RATE:g}; 1e-5 is a usual one.")
+    given = f"--min-lr {optimizer.min_lr}" if least is None else f"--decoupled-min-lr {least}"
+    if (optimizer.min_lr if least is None else least) > rate:
+        raise UserError(f"{given} is above --decoupled-lr {rate}; give a --decoupled-min-lr of at most {rate}.")
+    if hft.hft_freeze_embedding and hft.hft_freeze_head:
+        raise UserError(
+            f"--decoupled-lr {rate} is the rate of embedding and head, and --hft-freeze-embedding and "
+            f"--hft-freeze-head keep both as they are; leave it out."
         )
 
 

@@ -33,6 +33,7 @@ _RULES: tuple[Rule, ...] = (
     training.length_is_given_once,
     optimizer.decay_style_has_what_it_needs,
     optimizer.schedule_fits_the_run,
+    optimizer.decoupled_rates_fit,
     optimizer.weight_decay_is_given_once,
     *hft.METHOD_RULES,
     data.tokenizer_is_given,

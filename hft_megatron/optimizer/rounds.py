@@ -6,7 +6,7 @@ from functools import partial
 
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from hft_megatron.config.derived import decay_steps, schedule_length, warmup_steps, wsd_decay_steps
 from hft_megatron.config.hft import HFTConfig
@@ -75,8 +75,11 @@ class LearningRate:
 
     def __init__(self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int) -> None:
         """``iteration`` counts the run's finished iterations; ``span`` says where in the schedule each stands."""
-        self._optimizer = optimizer
         self._span = span
+        self._decoupled: dict[str, float] | None = None
+        if options.decoupled_lr is not None:
+            least = options.min_lr if options.decoupled_min_lr is None else options.decoupled_min_lr
+            self._decoupled = {"max_lr": options.decoupled_lr, "min_lr": least}
         constant_decay = options.weight_decay_incr_style == "constant"
         self._scheduler = OptimizerParamScheduler(
             optimizer,
@@ -94,17 +97,17 @@ class LearningRate:
             lr_wsd_decay_style=options.lr_wsd_decay_style,
         )
         self._scheduler.step(increment=span.position(iteration))
-        self.last = self._current()
-        """The rate of the newest update, or of the coming one before the first."""
+        self.last, self.last_decoupled = self._current()
+        """The rate of the newest update, or of the coming one before the first; and that of embedding and head, where
+        it is another one (--decoupled-lr). Those of the schedule: a rank may hold neither."""
 
-    def _current(self) -> float:
-        value = get_canonical_lr_for_logging(self._optimizer.param_groups)
-        assert value is not None
-        return float(value)
+    def _current(self) -> tuple[float, float | None]:
+        rate = float(self._scheduler.get_lr({}))
+        return rate, None if self._decoupled is None else float(self._scheduler.get_lr(self._decoupled))
 
     def advance(self, iteration: int) -> None:
         """Moves on by the update of the iteration that so many came before."""
-        self.last = self._current()
+        self.last, self.last_decoupled = self._current()
         self._scheduler.step(increment=self._span.position(iteration + 1) - self._span.position(iteration))
 
 

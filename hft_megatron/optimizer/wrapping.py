@@ -118,6 +118,8 @@ def wrap(
                 optimizer="adam",
                 lr=options.lr,
                 min_lr=options.min_lr,
+                decoupled_lr=options.decoupled_lr,
+                decoupled_min_lr=options.decoupled_min_lr,
                 weight_decay=options.weight_decay,
                 adam_beta1=options.adam_beta1,
                 adam_beta2=options.adam_beta2,

@@ -9,6 +9,7 @@ from typing import TextIO
 from hft_megatron.tracking.tracker import (
     ACTUAL_THROUGHPUT,
     CONSUMED_SAMPLES,
+    DECOUPLED_LEARNING_RATE,
     DEVICE_PEAK,
     GLOBAL_BATCH_SIZE,
     GRAD_NORM,
@@ -36,6 +37,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     (ITERATION_TIME, ".1f"),
     (THROUGHPUT, ".1f"),
     (LEARNING_RATE, ".6E"),
+    (DECOUPLED_LEARNING_RATE, ".6E"),
     (GLOBAL_BATCH_SIZE, "5d"),
     (LOSS, ".6E"),
     (PREFERENCE_LOSS, ".6E"),

@@ -21,6 +21,7 @@ DEVICE_PEAK = "max allocated memory (GB)"
 PROCESS_PEAK = "max resident memory of the process (GB)"
 """Where there is no such device."""
 LEARNING_RATE = "learning rate"
+DECOUPLED_LEARNING_RATE = "decoupled learning rate"
 GLOBAL_BATCH_SIZE = "global batch size"
 LOSS = "lm loss"
 PREFERENCE_LOSS = "preference loss"
@@ -98,6 +99,7 @@ DASHBOARD_NAMES: Mapping[str, tuple[str, float]] = {
     TOKENS_PER_SECOND: ("tokens-per-second-per-gpu", 1),
     DEVICE_PEAK: ("mem-max-allocated-bytes", 1e9),
     LEARNING_RATE: ("learning-rate", 1),
+    DECOUPLED_LEARNING_RATE: ("decoupled-learning-rate", 1),
     GRAD_NORM: ("grad-norm", 1),
     GLOBAL_BATCH_SIZE: ("batch-size", 1),
     "loss scale": ("loss-scale", 1),

@@ -166,6 +166,8 @@ class LogSteps(Hook):
             **rates(self._work, run.placement.world_size),
             **peak_memory(),
         }
+        if run.learning_rate.last_decoupled is not None:
+            record[names.DECOUPLED_LEARNING_RATE] = run.learning_rate.last_decoupled
         for section, name in SECTION_METRICS.items():
             record[name] = mean(step.times.sections[section] for step in steps)
         if run.reference is not None:

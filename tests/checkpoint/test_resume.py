@@ -56,15 +56,24 @@ def run_whole_and_in_two(
 
 ROUNDS = ["--hft-round-interval", "2"]
 HIFT = ["--hft-selection", "hift", "--hft-ratio", "0.3", "--lr-warmup-iters", "0"]
+RISING = ["--weight-decay-incr-style", "cosine", "--start-weight-decay", "0", "--end-weight-decay", "0.5"]
 ROUND_CASES: dict[str, tuple[int, list[str]]] = {
     "groups in turn, so that one stage rests": (2, [*ROUNDS, *HIFT, *PP2]),
     "scores computed once": (2, [*ROUNDS, "--hft-selection", "spectrum", "--hft-rotation", "complementary"]),
+    "a rate of their own for embedding and head": (
+        2,
+        [*ROUNDS, *PP2, "--decoupled-lr", "1e-3", *RISING],
+    ),
     "a rate of its own in every round": (1, ["--hft-round-interval", "4", "--hft-lr-schedule", "round"]),
 }
 """World size and options of what tests/trainer/test_run_matrix.py has no column for."""
 
 
-QUICK = ["groups in turn, so that one stage rests", "a rate of its own in every round"]
+QUICK = [
+    "a rate of their own for embedding and head",
+    "groups in turn, so that one stage rests",
+    "a rate of its own in every round",
+]
 
 
 @pytest.mark.parametrize("case", quick(ROUND_CASES, QUICK))

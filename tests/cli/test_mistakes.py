@@ -234,6 +234,13 @@ MISTAKES = [
     (1, f"{GOOD} --lr-warmup-iters 100", "--lr-warmup-iters 100 must be below --train-iters 100"),
     (1, f"{GOOD} --lr-decay-iters 0", "--lr-decay-iters 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --lr-warmup-iters 7 --lr-decay-iters 7", "--lr-warmup-iters 7 must be below --lr-decay-iters 7"),
+    (1, f"{GOOD} --decoupled-min-lr 1e-6", "--decoupled-min-lr 1e-06 needs --decoupled-lr; add it"),
+    (1, f"{GOOD} --min-lr 1e-6 --decoupled-lr 1e-7", "--min-lr 1e-06 is above --decoupled-lr 1e-07; give"),
+    (
+        1,
+        f"{GOOD} --decoupled-lr 1e-6 --hft-freeze-embedding --hft-freeze-head",
+        "--decoupled-lr 1e-06 is the rate of embedding and head, and --hft-freeze-embedding and",
+    ),
     (1, f"{GOOD} --lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
     (1, f"{GOOD} --lr-wsd-decay-iters 5", "--lr-wsd-decay-iters 5 needs --lr-decay-style WSD, and it is cosine"),
     (1, f"{GOOD} --lr-wsd-decay-style linear", "--lr-wsd-decay-style linear needs --lr-decay-style WSD"),

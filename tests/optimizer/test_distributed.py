@@ -59,6 +59,45 @@ def test_the_optimizer_refuses_buckets_that_do_not_match_the_plan(ranks, tmp_pat
         assert answer.startswith(refusal)
 
 
+def run_with_rates_of_embedding_and_head(folder: str, layout: dict[str, Any]) -> dict[str, list[float]]:
+    """The rate that every unit of this rank is trained with in each of three steps, and what is reported of both."""
+    rates = {"lr": 0.5, "min_lr": 0.1, "lr_warmup_iters": 0, "lr_decay_style": "linear", "weight_decay": 0.0}
+    run = make_run(
+        folder, layout, ratio=1.0, training={"train_iters": 4}, optimizer=rates | {"decoupled_lr": 0.04, **FLOOR}
+    )
+    seen: dict[str, list[float]] = {"reported": [], "reported of both": []}
+    for _ in range(3):
+        adamw = run.wrapped.shards.optimizer
+        rate_of = {id(main): group["lr"] for group in adamw.param_groups for main in group["params"]}
+        for slot in parameter_slots(run.wrapped.modules):
+            _, main = run.wrapped.shards._main_param(slot.parameter)
+            seen.setdefault(slot.unit, []).append(rate_of[id(main)])
+        take_steps(run, 1)
+        seen["reported"].append(run.learning_rate.last)
+        seen["reported of both"].append(run.learning_rate.last_decoupled)
+    return seen
+
+
+FLOOR = {"decoupled_min_lr": 0.02}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("variant", ["gqa", "tied"])
+def test_embedding_and_head_have_rates_of_their_own_tied_or_not(ranks, tmp_path, variant):
+    folder = str(make_llama(tmp_path / "model", variant, **TINY))
+    first, last = ranks(2).run(
+        run_with_rates_of_embedding_and_head, folder=folder, layout={"pipeline_model_parallel_size": 2}
+    )
+    own = {"model.embed_tokens", "lm_head"}
+    for seen in (first, last):
+        assert seen.pop("reported") == pytest.approx([0.5, 0.4, 0.3])
+        assert seen.pop("reported of both") == pytest.approx([0.04, 0.035, 0.03])
+        for unit, found in seen.items():
+            assert found == pytest.approx([0.04, 0.035, 0.03] if unit in own else [0.5, 0.4, 0.3]), unit
+    assert {unit for seen in (first, last) for unit in seen} >= (own if variant == "gqa" else {"model.embed_tokens"})
+    assert own & last.keys()
+
+
 def accumulate(run: Run) -> None:
     """Gradients of one step, reduced."""
     run.wrapped.zero_gradients()

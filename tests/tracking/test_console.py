@@ -17,6 +17,7 @@ METRICS = {
     "consumed samples": 320,
     "elapsed time per iteration (ms)": 812.34,
     "learning rate": 1e-5,
+    "decoupled learning rate": 1e-6,
     "global batch size": 32,
     "lm loss": 1.234567,
     "grad norm": 1.2344,
@@ -56,7 +57,8 @@ def test_the_iteration_line_is_megatrons_to_the_character() -> None:
     line = iteration_line(10, 100, METRICS, now=datetime(2026, 8, 22, 10, 0, 0, 123456))
     assert line == (
         " [2026-08-22 10:00:00.123456] iteration       10/     100 | consumed samples:          320 |"
-        " elapsed time per iteration (ms): 812.3 | learning rate: 1.000000E-05 | global batch size:    32 |"
+        " elapsed time per iteration (ms): 812.3 | learning rate: 1.000000E-05 |"
+        " decoupled learning rate: 1.000000E-06 | global batch size:    32 |"
         " lm loss: 1.234567E+00 | grad norm: 1.234 | round: 2 |"
     )
 

@@ -81,9 +81,12 @@ def test_every_iteration_is_one_line_with_every_key(layout: list[str], ranks: Ra
 
 def test_a_line_is_the_mean_over_its_log_interval_and_the_last_step_has_one(ranks: RankPools, tmp_path: Path) -> None:
     words = words_for(make_inputs(tmp_path), "--train-iters", 5, "--log-interval", 2, "--save", tmp_path / "run")
+    words += ["--decoupled-lr", "1e-3"]
     [report] = ranks(1).run(run_sft_words, words=words)
     lines = read_metrics(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [2, 4, 5]
     losses = [step["loss"] for step in report["steps"]]
     means = [mean(losses[:2]), mean(losses[2:4]), losses[4]]
     assert [line["lm loss"] for line in lines] == means
+    decoupled = [line["decoupled learning rate"] for line in lines]
+    assert decoupled == pytest.approx([line["learning rate"] / 5 for line in lines]), "both follow one schedule"
