@@ -6,7 +6,8 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 """A user's mistake: one sentence on standard error says what and how to fix it."""
 EXIT_STOPPED = 3
-"""A signal or a time limit stopped the run; with --save the checkpoint is written and a restart goes on from it."""
+"""A signal, a time limit or --exit-interval stopped the run; with --save the checkpoint is written and a restart goes
+on from it."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C where no checkpoint could be written (before training started); shells report the same number."""
 
@@ -24,7 +25,8 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A signal or a time limit ended the run, and with --save the checkpoint is written; ends with ``EXIT_STOPPED``.
+    """A signal, a time limit or --exit-interval ended the run, and with --save the checkpoint is written; ends with
+    ``EXIT_STOPPED``.
 
     The message is one sentence: the reason, the iteration and the folder that a restart goes on from.
     """

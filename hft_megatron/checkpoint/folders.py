@@ -120,6 +120,11 @@ class Checkpoints:
             return None
         return self.folder / ITERATION_FOLDER.format(self.tracked)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no checkpoint, and none is missing."""
+        return self.newest is None and self.missing is None
+
     def notes(self) -> list[str]:
         """Lines for the log: what is not chosen although it looks like a checkpoint, and why."""
         lines = [f"{path} is skipped: it is not complete" for path in self.unfinished if path != self.missing]

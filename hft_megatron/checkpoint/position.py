@@ -20,8 +20,10 @@ class TrainState:
     consumed_samples: int = 0
     """Samples over all ranks; names the next example at any layout."""
     skipped_iterations: tuple[int, ...] = ()
-    """Numbers (from 1) of those that made no update, under --skip-nonfinite-steps. They count as iterations, and their
-    samples as consumed; the learning rate and the optimizer's step counts go without them."""
+    """Numbers (from 1) of those that made no update, under --skip-nonfinite-steps or --iterations-to-skip. They count
+    as iterations, and their samples as consumed; the learning rate and the optimizer's step counts go without them."""
+    asked_to_skip: tuple[int, ...] = ()
+    """Those of them that --iterations-to-skip named."""
     round: int = 0
     """HFT round, from 0."""
     tensor_model_parallel_size: int = 1
@@ -64,5 +66,6 @@ class TrainState:
                 f"--load {folder.parent}: {folder.name} has checkpoint format {version}, and this version reads "
                 f"{FORMAT}; go on with the version of hft_megatron that saved it."
             )
-        record["skipped_iterations"] = tuple(record.get("skipped_iterations", ()))
+        for name in ("skipped_iterations", "asked_to_skip"):
+            record[name] = tuple(record.get(name, ()))
         return TrainState(**record)

@@ -74,6 +74,14 @@ def set_training_state(
     give_state(wrapped.shards, _training_slots(wrapped), carried, placement.groups.dp)
 
 
+def set_masters_from_weights(wrapped: WrappedModel) -> None:
+    """Has the fp32 masters of what trains begin at the model's present weights; an fp32 weight is its own."""
+    if "param" not in wrapped.shards.state_names:
+        return
+    for slot in _training_slots(wrapped):
+        wrapped.shards.set_shard(slot.parameter, {"param": slot.parameter.detach().float().view(-1)})
+
+
 def sharded_resting_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
     """The state of what rests and has steps (``--hft-resting-moments host``); tensors that are not there are made."""
     by_unit = keepers(list(parameter_slots(wrapped.modules)), placement.groups.dp)
@@ -196,10 +204,11 @@ def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
         )
 
 
-def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> TrainState:
+def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, optimizer: bool = True) -> TrainState:
     """Fills model, optimizer and random states from ``path``; every rank must call it.
 
-    Of a checkpoint without all weights whose base is a Hugging Face folder, that folder must be in the model already.
+    Without ``optimizer`` its state starts anew: moments at zero, and masters from the loaded weights. Of a checkpoint
+    without all weights whose base is a Hugging Face folder, that folder must be in the model already.
     """
     state = TrainState.read(path)
     same_layout = (state.tensor_model_parallel_size, state.pipeline_model_parallel_size, state.device) == (
@@ -208,20 +217,23 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement) -> 
         placement.device.type,
     )
     load_weights(path, wrapped.modules)
-    training, described = wrapped.plan.training, _described(wrapped.modules)
-    wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
-    description: dict[str, Any] = {
-        "optimizer": empty_training_state(wrapped, described, placement),
-        "resting": sharded_resting_state(wrapped, described, placement),
-    }
+    description: dict[str, Any] = {}
+    if optimizer:
+        training, described = wrapped.plan.training, _described(wrapped.modules)
+        wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
+        description["optimizer"] = empty_training_state(wrapped, described, placement)
+        description["resting"] = sharded_resting_state(wrapped, described, placement)
     if same_layout:
         # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start, so new
         # ones change nothing.
         description["random_state"] = sharded_random_state(placement)
-    loaded: dict[str, Any] = dist_checkpointing.load(description, str(path))
-    # Absent on a rank that keeps nothing: dist_checkpointing drops empty dictionaries.
-    set_training_state(wrapped, loaded.get("optimizer", {}), state.unit_steps, placement)
-    wrapped.resting.tensors = flattened(loaded.get("resting", {}))
+    loaded: dict[str, Any] = dist_checkpointing.load(description, str(path)) if description else {}
+    if optimizer:
+        # Absent on a rank that keeps nothing: dist_checkpointing drops empty dictionaries.
+        set_training_state(wrapped, loaded.get("optimizer", {}), state.unit_steps, placement)
+        wrapped.resting.tensors = flattened(loaded.get("resting", {}))
+    else:
+        set_masters_from_weights(wrapped)
     if same_layout:
         set_random_state({name: row.squeeze(0) for name, row in loaded["random_state"].items()})
     return state

@@ -30,11 +30,17 @@ class CheckpointConfig:
     says. Load only folders you trust: torch reads a checkpoint's index with pickle."""
     load_fallback: bool = False
     """Where the newest checkpoint is damaged, go on from the newest good one instead of stopping."""
+    exit_on_missing_checkpoint: bool = False
+    """End with a mistake (exit code 2) where --load holds no checkpoint, instead of starting fresh."""
     finetune: bool = False
     """Take only the weights of --load and start a new run from them, with its own rounds, data and schedule. Where
     --save holds a checkpoint of that run already, the run goes on from there."""
     use_checkpoint_args: bool = False
     """Take the model from the run in --load where this command names none."""
+    load_optim: bool = True
+    """With --no-load-optim only weights, position and data go on from --load: moments start at zero and fp32 masters
+    from the weights, as at the start of a run, while the learning rate stays that of the position. --finetune does so
+    anyway."""
     override_opt_param_scheduler: bool = False
     """On resume, use this command's schedule and optimizer options (--lr, --min-lr, the length of the decay,
     --weight-decay, --adam-beta1 and so on) where the checkpoint has others. That is also done without it, with a
@@ -79,6 +85,7 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
         ("--async-save", checkpoint.async_save, "--save", checkpoint.save),
         ("--save-trained-only", checkpoint.save_trained_only, "--save", checkpoint.save),
         ("--load-fallback", checkpoint.load_fallback, "--load", checkpoint.load),
+        ("--exit-on-missing-checkpoint", checkpoint.exit_on_missing_checkpoint, "--load", checkpoint.load),
         ("--finetune", checkpoint.finetune, "--load", checkpoint.load),
         ("--override-opt-param-scheduler", checkpoint.override_opt_param_scheduler, "--load", checkpoint.load),
         (
@@ -92,6 +99,8 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
         ("--keep-source-tokenizer", checkpoint.keep_source_tokenizer, "--save-hf", checkpoint.save_hf),
         ("--wandb-exp-name", logging.wandb_exp_name, "--wandb-project", logging.wandb_project),
     )
+    if not checkpoint.load_optim and checkpoint.load is None:
+        raise UserError("--no-load-optim needs --load; add it or leave --no-load-optim out.")
     for option, value, needed, needed_value in needs:
         if value not in (None, False) and needed_value is None:
             given = option if value is True else f"{option} {value}"

@@ -16,13 +16,6 @@ _PERFORMANCE = "it is not built, and what is learned doesn't depend on it; leave
 NOT_BUILT_YET = Section(
     title="To be built",
     rows=(
-        not_yet("iterations-to-skip=*", "--skip-nonfinite-steps leaves out steps whose loss or gradients are infinite"),
-        not_yet("no-load-optim", "--finetune takes only the weights of --load"),
-        not_yet("no-load-rng", "--finetune takes only the weights of --load"),
-        not_yet("exit-interval=", "--exit-duration-in-mins ends a run after a time"),
-        not_yet(
-            "exit-on-missing-checkpoint", "a --load folder without checkpoints starts a fresh run, and the log says so"
-        ),
         not_yet("reset-position-ids", "positions of a corpus run through a whole sequence"),
         not_yet("reset-attention-mask", "in a corpus attention reaches over the ends of documents"),
         not_yet("eod-mask-loss", "in a corpus the token that ends a document is trained"),
@@ -233,6 +226,7 @@ DENSE = (
             accepted("verify-integrity", "every file of a checkpoint has a digest that is verified when it is loaded"),
             refused("no-save-optim", "a checkpoint can always be resumed from; --save-hf exports the weights alone"),
             refused("no-save-rng", "a checkpoint can always be resumed from; leave it out"),
+            accepted("no-load-rng", "nothing is random after the start of a run, whatever state is loaded"),
             refused("pretrained-checkpoint=", "--load with --finetune starts from a checkpoint's weights"),
             refused("load-main-params-from-ckpt", "--load-hf and --finetune say what is started from"),
             refused("ckpt-step=", "the newest complete checkpoint is loaded; leave it out"),

@@ -36,6 +36,10 @@ class TrainingConfig:
     skip_nonfinite_steps: Annotated[int, Ge(0)] = 0
     """Steps of the run, at most, whose loss or gradients are infinite or undefined and that are left out; the next one
     ends the run. Their samples count as seen; weights, moments and learning rate stay as if the step had not been."""
+    iterations_to_skip: tuple[int, ...] = ()
+    """Numbers (from 1) of iterations that take their samples and do nothing with them: weights, moments and learning
+    rate stay as if they had not been, as Megatron has it, and nothing is logged of them. A resumed run may name others
+    among those that are to come."""
     train_iters: Annotated[int, Ge(0)] | None = None
     """Optimizer steps; 100 when neither this nor --train-epochs is set. 0 trains nothing."""
     train_epochs: Annotated[int, Ge(1)] | None = None
@@ -49,6 +53,8 @@ class TrainingConfig:
     replicas, norms over tensor-parallel ranks, tied embeddings. Ranks that differ end the run and are named."""
     exit_duration_in_mins: Annotated[float, Gt(0)] | None = None
     """Save and end (exit code 3, as after a signal) at the first iteration this long after the start."""
+    exit_interval: Annotated[int, Ge(1)] | None = None
+    """Save and end, in the same way, after the next iteration that is a multiple of this and not the last."""
     seq_length: Annotated[int, Ge(1)] | None = None
     """Longest training sequence in tokens; the model's limit when unset."""
     bf16: bool | None = None
@@ -160,6 +166,15 @@ def sequence_fits_the_model(config: RunConfig, shape: ModelShape, world_size: in
     length, limit = derived.sequence_length(config.training, shape), shape.max_position_embeddings
     if length > limit:
         raise UserError(f"--seq-length {length} is beyond the model's {limit} positions; use at most {limit}.")
+
+
+def iterations_are_numbered_from_1(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """The log's numbers: there is no iteration 0."""
+    for iteration in config.training.iterations_to_skip:
+        if iteration < 1:
+            raise UserError(
+                f"--iterations-to-skip {iteration}: iterations are numbered from 1, as the log has them; leave it out."
+            )
 
 
 def length_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) -> None:

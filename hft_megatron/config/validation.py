@@ -32,6 +32,7 @@ _RULES: tuple[Rule, ...] = (
     training.sequence_fits_the_model,
     training.length_is_given_once,
     optimizer.decay_style_has_what_it_needs,
+    training.iterations_are_numbered_from_1,
     optimizer.schedule_fits_the_run,
     optimizer.decoupled_rates_fit,
     optimizer.weight_decay_is_given_once,

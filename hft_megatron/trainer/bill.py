@@ -136,6 +136,8 @@ class Bill(Hook):
     """round -> what was held in it at most."""
     _switch_ms: list[float] = field(default_factory=list)
     _flops: StepFlops = field(init=False)
+    _first: int | None = None
+    """Iteration of the first step; later ones may have been skipped."""
     _work: list[Work] = field(default_factory=list)
     """Of each step that the times may leave out, and then of all others together."""
     _times: "dict[str, array[float]]" = field(
@@ -149,6 +151,7 @@ class Bill(Hook):
 
     def after_step(self, run: Run, result: StepResult) -> None:
         shards = run.wrapped.shards
+        self._first = self._first or run.state.iteration
         self._sent["reduced"] += result.reduce_scatter_bytes
         self._sent["gathered"] += result.all_gather_bytes
         held = {
@@ -171,10 +174,10 @@ class Bill(Hook):
 
     def at_end(self, run: Run) -> None:
         steps = len(self._times[STEP])
-        if steps == 0:  # a finished run that was started again
+        if self._first is None:  # a finished run that was started again
             return
         accounts = gathered(self._account(run, steps))
-        bill = _bill_of(run, accounts, steps=steps, timed_steps=steps - _warm_up(steps))
+        bill = _bill_of(run, accounts, first=self._first, steps=steps, timed_steps=steps - _warm_up(steps))
         timed = self._work[_warm_up(steps) :]
         bill["throughput"] = {**rates(timed, run.placement.world_size), "formula": FORMULA}
         bill["switches"] = {
@@ -233,8 +236,8 @@ def _warm_up(steps: int) -> int:
     return min(WARM_UP_STEPS, steps - 1)
 
 
-def _bill_of(run: Run, accounts: list[dict[str, Any]], *, steps: int, timed_steps: int) -> dict[str, Any]:
-    """What bill.json holds.
+def _bill_of(run: Run, accounts: list[dict[str, Any]], *, first: int, steps: int, timed_steps: int) -> dict[str, Any]:
+    """What bill.json holds; ``first`` is the iteration of the first step.
 
     Bytes reduced and gathered are those of all ``steps``; times are means over the timed steps, so that a step's parts
     add up to it.
@@ -249,7 +252,7 @@ def _bill_of(run: Run, accounts: list[dict[str, Any]], *, steps: int, timed_step
         # Ranks hold their most in different rounds: what all hold together is the most of one round.
         totals[name]["measured"] = max(sum(rounds[round][name] for rounds in by_round) for round in by_round[0])
     return {
-        "first_iteration": run.state.iteration - steps + 1,
+        "first_iteration": first,
         "last_iteration": run.state.iteration,
         "steps": steps,
         "timed_steps": timed_steps,

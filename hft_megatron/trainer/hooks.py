@@ -75,8 +75,10 @@ class ComputeTimes:
 
     def take(self, run: Run) -> dict[str, float | str]:
         """Median and worst of all ranks per step, and who is the slowest, by their names in the log, since the last
-        call; nothing of a run of one rank. Collective: 8 bytes of every rank."""
+        call; nothing of a run of one rank, or where no step was added. Collective: 8 bytes of every rank."""
         placement = run.placement
+        if self._steps == 0:
+            return {}
         mean, self._milliseconds, self._steps = self._milliseconds / self._steps, 0.0, 0
         if placement.world_size == 1:
             return {}
@@ -124,6 +126,8 @@ class LogSteps(Hook):
     _time_left: TimeLeft = field(default_factory=TimeLeft)
     _flops: StepFlops = field(init=False)
     _switch_ms: float | None = None
+    _spike: float | None = None
+    """Score of the newest step's loss, where it is a spike."""
 
     def at_round_start(self, run: Run) -> None:
         self._switch_ms = run.switch_ms
@@ -134,11 +138,15 @@ class LogSteps(Hook):
         self._work.append(work_of(result, self._flops))
         self._time_left.add(result)
         self._compute.add(result)
-        last = run.is_complete
+        self._spike = None if result.loss is None else self.spikes.score(result.loss)
+
+    def after_iteration(self, run: Run) -> None:
+        due = run.state.iteration % self.interval == 0 or run.is_complete
         # On all ranks: the record of a spike, which the last stage alone sees, is no place for a collective.
-        compute = self._compute.take(run) if run.state.iteration % self.interval == 0 or last else {}
-        spike = None if result.loss is None else self.spikes.score(result.loss)
-        if run.state.iteration % self.interval == 0 or last or spike is not None:
+        compute = self._compute.take(run) if due else {}
+        spike, self._spike = self._spike, None
+        # Where every iteration since the last record was skipped there is nothing to say.
+        if self._pending and (due or spike is not None):
             record = {**self._record(run), **compute}
             run.log(record if spike is None else {**record, names.LOSS_SPIKE: spike})
             self._pending.clear()
@@ -200,7 +208,7 @@ class Validate(Hook):
         dist.broadcast_object_list(measured, src=run.placement.world_size - 1)
         return measured[0]
 
-    def after_step(self, run: Run, result: StepResult) -> None:
+    def after_iteration(self, run: Run) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
             self._validate(run)
 
@@ -256,5 +264,5 @@ def build_hooks(
         saver = SaveCheckpoints(config.checkpoint, writer, last=already, base=base, audit=audit)
         hooks.append(saver)
     hooks.append(Bill(config.checkpoint.save, of_a_stage=of_a_stage))
-    hooks.append(StopEarly(saver, config.training.exit_duration_in_mins, signals))
+    hooks.append(StopEarly(saver, config.training, signals))
     return hooks

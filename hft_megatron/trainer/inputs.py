@@ -104,7 +104,7 @@ class Inputs:
             lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
         if self.found is not None:
             lines += self.found.notes()
-            if self.found.newest is None and self.found.missing is None:
+            if self.found.is_empty:
                 lines.append(f"--load {self.found.folder} holds no checkpoint yet: starting from the beginning")
         return lines
 
@@ -118,9 +118,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     tokenizer, shape = tokenizer_and_shape(options, shape)
     given = options.checkpoint
     options = _going_on(options)
-    found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
-    if options.checkpoint.finetune:
-        _check_weights_are_there(options, found)
+    found = _checkpoints_to_load(options)
     checkpoint = None if found is None else found.newest
     saved = None
     if checkpoint is not None and not options.checkpoint.finetune:
@@ -173,14 +171,28 @@ def _going_on(options: RunConfig) -> RunConfig:
     if not checkpoint.finetune or checkpoint.save is None:
         return options
     found = find_checkpoints(checkpoint.save)
-    if found.newest is None and found.missing is None:
+    if found.is_empty:
         return options
-    return replace(options, checkpoint=replace(checkpoint, load=checkpoint.save, finetune=False))
+    # --no-load-optim was about the weights of --finetune, and not about every restart of the run.
+    return replace(options, checkpoint=replace(checkpoint, load=checkpoint.save, finetune=False, load_optim=True))
+
+
+def _checkpoints_to_load(options: RunConfig) -> Checkpoints | None:
+    """What --load holds; UserError where that is nothing and something is asked for."""
+    found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
+    if options.checkpoint.finetune:
+        _check_weights_are_there(options, found)
+    if options.checkpoint.exit_on_missing_checkpoint and found is not None and found.is_empty:
+        raise UserError(
+            f"--load {found.folder} holds no checkpoint, and --exit-on-missing-checkpoint asks for one; give the "
+            f"--save folder of a run that saved one, or leave it out to start fresh."
+        )
+    return found
 
 
 def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> None:
     """A new run without the weights it should start from would start from others, in silence."""
-    if found is None or (found.newest is None and found.missing is None):
+    if found is None or found.is_empty:
         raise UserError(
             f"--finetune takes the weights of --load {options.checkpoint.load}, which holds no complete checkpoint; "
             f"give the --save folder of another run."

@@ -26,6 +26,9 @@ class Hook:
     def after_step(self, run: Run, result: StepResult) -> None:
         """After every optimizer step."""
 
+    def after_iteration(self, run: Run) -> None:
+        """After every iteration, with a step or (--iterations-to-skip) without one."""
+
     def at_round_end(self, run: Run) -> None:
         """Before every switch to another round, and after the last step."""
 
@@ -39,9 +42,16 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         hook.at_round_start(run)
     while not run.is_complete:
-        result = next_step(run, hooks)
+        enter_round(run, hooks)
+        result = None
+        if run.is_to_skip:
+            skip_iteration(run)
+        else:
+            result = next_step(run)
         for hook in hooks:
-            hook.after_step(run, result)
+            if result is not None:
+                hook.after_step(run, result)
+            hook.after_iteration(run)
     for hook in hooks:
         hook.at_round_end(run)
     for hook in hooks:
@@ -51,6 +61,25 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
 
 def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
     """One optimizer step, in a new round where one begins with it."""
+    enter_round(run, hooks)
+    result = train_step(run)
+    if result.updated:
+        run.learning_rate.advance(run.state.iteration)
+    run.advance(updated=result.updated)
+    return result
+
+
+def skip_iteration(run: Run) -> None:
+    """Passes over the coming iteration and its samples, of which nothing is read."""
+    run.announce(
+        f"> iteration {run.state.iteration + 1} is left out (--iterations-to-skip); its samples are "
+        f"{run.batches.names(run.coming_samples)}"
+    )
+    run.advance(updated=False)
+
+
+def enter_round(run: Run, hooks: Sequence[Hook]) -> None:
+    """Begins a new round where the coming iteration is its first."""
     round = run.rounds.schedule.round_of(run.state.iteration)
     if round != run.state.round:
         for hook in hooks:
@@ -58,11 +87,6 @@ def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
         begin_round(run, round)
         for hook in hooks:
             hook.at_round_start(run)
-    result = train_step(run)
-    if result.updated:
-        run.learning_rate.advance(run.state.iteration)
-    run.advance(updated=result.updated)
-    return result
 
 
 def begin_round(run: Run, round: int) -> None:

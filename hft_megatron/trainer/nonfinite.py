@@ -52,7 +52,7 @@ def leave_out_or_fail(run: Run, batch: StepBatch, reports: Sequence[dict[str, Te
     first = _first_of_all([*_of_weights(run), *_of_losses(run, reports), *_of_gradients(run)])
     found, samples = _in_words(run, batch, first, norm), run.batches.names(_samples(run, first))
     iteration, allowed = run.state.iteration + 1, run.config.training.skip_nonfinite_steps
-    skipped = len(run.state.skipped_iterations)
+    skipped = len(run.state.skipped_iterations) - len(run.state.asked_to_skip)
     if first is not None and first.kind == _WEIGHT:
         raise RunFailed(f"iteration {iteration}: {found}; {_weights_are_lost(run)}")
     if skipped < allowed:
@@ -143,7 +143,7 @@ def _samples(run: Run, first: _Finding | None) -> range | list[int]:
     consumed = run.state.consumed_samples
     share = run.batches.share.after(consumed)
     if first is None or first.kind != _LOSS:
-        return range(consumed, consumed + share.global_batch_size)
+        return run.coming_samples
     of_rank: BatchShare = replace(share, data_parallel_rank=first.data_rank)
     start = consumed + of_rank.micro_batch_starts()[first.place]
     return range(start, start + share.micro_batch_size)

@@ -246,13 +246,20 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
     if not inputs.resumes:
         return state
     assert inputs.checkpoint is not None
-    loaded = load_checkpoint(inputs.checkpoint, wrapped, placement)
+    takes_optimizer = inputs.config.checkpoint.load_optim
+    loaded = load_checkpoint(inputs.checkpoint, wrapped, placement, optimizer=takes_optimizer)
     announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {loaded.iteration}")
+    if not takes_optimizer:
+        announce(
+            "> --no-load-optim: moments start at zero and masters from the weights; data and learning rate go on where "
+            "they stood"
+        )
     return replace(
         state,
         iteration=loaded.iteration,
         consumed_samples=loaded.consumed_samples,
         skipped_iterations=loaded.skipped_iterations,
+        asked_to_skip=loaded.asked_to_skip,
         round=loaded.round,
     )
 

@@ -62,15 +62,27 @@ class Run:
         """Whether no step is left."""
         return self.state.iteration >= self.length
 
+    @property
+    def coming_samples(self) -> range:
+        """The run's samples that the coming iteration takes."""
+        consumed = self.state.consumed_samples
+        return range(consumed, consumed + self.batches.share.sizes.after(consumed))
+
+    @property
+    def is_to_skip(self) -> bool:
+        """Whether --iterations-to-skip names the coming iteration."""
+        return self.state.iteration + 1 in self.config.training.iterations_to_skip
+
     def advance(self, *, updated: bool) -> None:
         """One step is done, or was left out."""
         iteration = self.state.iteration + 1
-        skipped = self.state.skipped_iterations
+        skipped, asked = self.state.skipped_iterations, self.state.asked_to_skip
         self.state = replace(
             self.state,
             iteration=iteration,
             skipped_iterations=skipped if updated else (*skipped, iteration),
-            consumed_samples=self.state.consumed_samples + self.batches.share.sizes.after(self.state.consumed_samples),
+            asked_to_skip=(*asked, iteration) if self.is_to_skip else asked,
+            consumed_samples=self.coming_samples.stop,
         )
 
     def log(self, metrics: Metrics) -> None:

@@ -23,6 +23,7 @@ from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.kept_files import Destination, FinalExport, IterationExport, NewFolder
 from hft_megatron.conversion.save import Announce, ExportRules
@@ -34,7 +35,6 @@ from hft_megatron.trainer.inputs import Inputs
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.nonfinite import check_weights
 from hft_megatron.trainer.run import Run
-from hft_megatron.trainer.step import StepResult
 from hft_megatron.trainer.weight_checks import AuditRounds
 
 
@@ -61,7 +61,7 @@ class SaveCheckpoints(Hook):
     audit: AuditRounds | None = None
     """Asked before every save: the next run would take what a checkpoint holds for the truth."""
 
-    def after_step(self, run: Run, result: StepResult) -> None:
+    def after_iteration(self, run: Run) -> None:
         interval = self.options.save_interval
         if interval is not None and run.state.iteration % interval == 0:
             self.save(run)
@@ -155,18 +155,19 @@ class Signals:
 
 
 class StopEarly(Hook):
-    """A signal or --exit-duration-in-mins: finish the step, save, and end. One that comes in the last iteration, or
-    after it, changes nothing.
+    """A signal, --exit-duration-in-mins or --exit-interval: finish the step, save, and end. What comes in the last
+    iteration, or after it, changes nothing.
 
     Ends it without saving where a rank can't write its log.
     """
 
-    def __init__(self, saver: SaveCheckpoints | None, minutes: float | None, signals: Signals) -> None:
+    def __init__(self, saver: SaveCheckpoints | None, options: TrainingConfig, signals: Signals) -> None:
         self._saver = saver
-        self._minutes = minutes
+        self._minutes = options.exit_duration_in_mins
+        self._interval = options.exit_interval
         self._signals = signals
 
-    def after_step(self, run: Run, result: StepResult) -> None:
+    def after_iteration(self, run: Run) -> None:
         # Signals and clocks reach ranks at different steps: all stop at the first step where any has a reason.
         mine = [self._signals.received, int(self._time_is_up()), int(run.failure is not None)]
         reasons = torch.tensor(mine, device=run.placement.device)
@@ -174,9 +175,11 @@ class StopEarly(Hook):
         number, late, failed = reasons.tolist()
         if failed:
             self._fail_if_any(run)
-        if not (number or late) or run.is_complete:
+        due = self._interval is not None and run.state.iteration % self._interval == 0
+        if not (number or late or due) or run.is_complete:
             return
-        what = signal.Signals(number).name if number else f"--exit-duration-in-mins {self._minutes:g}"
+        what = f"--exit-duration-in-mins {self._minutes:g}" if late else f"--exit-interval {self._interval}"
+        what = signal.Signals(number).name if number else what
         stopped = f"{what} stopped the run at iteration {run.state.iteration}"
         if self._saver is None:
             raise Stopped(f"{stopped}; without --save it is lost")
@@ -281,7 +284,7 @@ class ExportModels(Hook):
     """Gives what was validated after this step, by name, on every rank, collective; None where nothing is."""
     audit: AuditRounds | None
 
-    def after_step(self, run: Run, result: StepResult) -> None:
+    def after_iteration(self, run: Run) -> None:
         if run.state.iteration % self.interval:
             return
         if self.audit is not None:

@@ -19,7 +19,6 @@ from hft_megatron.parallel.groups import host_name
 from hft_megatron.parallel.launch import numbers_in_words
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.run import Run
-from hft_megatron.trainer.step import StepResult
 
 
 @dataclass
@@ -32,7 +31,7 @@ class AuditRounds(Hook):
     def at_round_start(self, run: Run) -> None:
         self._audit = Audit(list(parameter_slots(run.wrapped.modules)), run.wrapped.plan)
 
-    def after_step(self, run: Run, result: StepResult) -> None:
+    def after_iteration(self, run: Run) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
             self.verify(run)
 
@@ -59,7 +58,7 @@ class CheckReplicas(Hook):
 
     interval: int | None
 
-    def after_step(self, run: Run, result: StepResult) -> None:
+    def after_iteration(self, run: Run) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
             check_replicas(run)
 

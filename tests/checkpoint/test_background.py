@@ -157,3 +157,20 @@ def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: P
     second = ranks(2).run(run_sft_words, words=[*words, "--exit-duration-in-mins", "1e6"])
     for rank in range(2):
         assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
+
+
+def test_a_run_stops_at_the_next_multiple_of_an_interval_and_goes_on(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    """Also after a start between two of them, and not at the last iteration, after which nothing is left."""
+    words = words_for(inputs, "--lr-decay-style", "constant")
+    saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
+    [whole] = ranks(1).run(run_sft_words, words=words)
+    parts = [
+        ranks(1).run(run_sft_words, words=[*saved, "--exit-interval", interval, "--train-iters", length])[0]
+        for interval, length in (("4", "3"), ("2", "6"), ("3", "6"))
+    ]
+    stopped = f"--exit-interval 2 stopped the run at iteration 4; start it again with --load {tmp_path}"
+    assert [part["stopped"] for part in parts] == [None, stopped, None]
+    assert [step for part in parts for step in part["steps"]] == whole["steps"]
+    assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == ["iter_0000003", "iter_0000004", "iter_0000006"]

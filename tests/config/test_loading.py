@@ -19,7 +19,7 @@ from hft_megatron.errors import UserError
 
 NO_OPTION = (
     "belongs to no option: options start with -- and take at most one value, except for "
-    "--rampup-batch-size, --train-data-path, --valid-data-path and --data-path."
+    "--rampup-batch-size, --iterations-to-skip, --train-data-path, --valid-data-path and --data-path."
 )
 
 

@@ -137,7 +137,7 @@ def test_all_that_cannot_be_had_is_listed_at_once(tmp_path: Path) -> None:
         "  --hidden-dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
         "  --bf16 true: a switch takes no value; write --bf16 or --no-bf16.",
         "  The word 'd' belongs to no option: options start with -- and take at most one value, except for "
-        "--rampup-batch-size, --train-data-path and --valid-data-path.",
+        "--rampup-batch-size, --iterations-to-skip, --train-data-path and --valid-data-path.",
         "  --lr needs a value: a number of at least 0.",
     ]
 

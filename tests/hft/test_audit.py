@@ -61,11 +61,11 @@ def run_with_a_flipped_bit(folder: str, layout: dict[str, Any], guilty: int, int
     hook = AuditRounds(interval)
     hook.at_round_start(run)
     for step in range(4):
-        result = next_step(run, [hook])
+        next_step(run, [hook])
         if step == 2 and run.placement.rank == guilty:
             flip_a_bit(run, resting(run, 3))
         try:
-            hook.after_step(run, result)
+            hook.after_iteration(run)
         except RunFailed as failure:
             return {"failure": str(failure), "after": step, "unit": resting(run, 3)}
     try:
@@ -99,10 +99,12 @@ def run_into_a_checkpoint(folder: str, save: str) -> str:
     options = CheckpointConfig(save=save, save_interval=2)
     saver = SaveCheckpoints(options, CheckpointWriter(options, run.placement), last=None, audit=audit)
     audit.at_round_start(run)
-    saver.after_step(run, next_step(run))
+    next_step(run)
+    saver.after_iteration(run)
     flip_a_bit(run, resting(run, 1))
+    next_step(run)
     with pytest.raises(RunFailed) as caught:
-        saver.after_step(run, next_step(run))
+        saver.after_iteration(run)
     return str(caught.value)
 
 

@@ -77,6 +77,9 @@ class Recorder:
         if run.state.iteration == self.kill_at and run.placement.rank == self.kill_rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def after_iteration(self, run: Any) -> None:
+        self.run = run
+
     def at_round_start(self, run: Any) -> None:
         self.run = run
 

@@ -71,3 +71,16 @@ def test_a_rank_with_other_data_is_named(ranks: RankPools, inputs: Path, tmp_pat
     sentence = one_sentence(ranks, [words_for(inputs, "--train-data-path", "data.jsonl")] * 2, folders)
     assert "rank 1 on " in sentence
     assert "the training data is data.jsonl (digest" in sentence
+
+
+def test_a_folder_without_checkpoints_is_a_mistake_where_one_is_asked_for(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    words = words_for(inputs, "--save", tmp_path, "--load", tmp_path, "--train-iters", 1, "--lr-warmup-iters", 0)
+    asked = [*words, "--exit-on-missing-checkpoint"]
+    sentence = one_sentence(ranks, [asked, asked], [inputs, inputs])
+    assert sentence.startswith(f"--load {tmp_path} holds no checkpoint, and --exit-on-missing-checkpoint asks for one")
+    assert not list(tmp_path.iterdir())
+    for number, options in enumerate((words, asked)):
+        [found, _] = ranks(2).run(run_sft_words, words=options)
+        assert len(found["steps"]) == 1 - number

@@ -15,7 +15,7 @@ from hft_megatron.errors import RunFailed
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.trainer import step
 from hft_megatron.trainer.hooks import FEWEST, LossSpikes
-from hft_megatron.trainer.loop import next_step
+from hft_megatron.trainer.loop import next_step, skip_iteration
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.preferences import write_pairs
 from tests.support.runs import Recorder, make_inputs, read_metrics, run_cli, run_recorded, state_of, words_for
@@ -171,43 +171,57 @@ class Without:
         return self._steps.step(consumed_samples + (GLOBAL_BATCH if consumed_samples >= self._bad else 0))
 
 
-def run_steps(folder: str, layout: dict[str, Any], training: dict[str, Any], left_out: bool) -> dict[str, Any]:
-    """Six steps of which the third is left out, or the five others alone: the bits after them, and what was said."""
+def run_steps(folder: str, layout: dict[str, Any], training: dict[str, Any], left_out: str) -> dict[str, Any]:
+    """Six steps of which the third is left out, for its bad data or because it is asked for, or the five others alone:
+    the bits after them, and what was said."""
     said: list[str] = []
-    run = make_run(folder, layout, training={"micro_batch_size": 2, "skip_nonfinite_steps": 1, **training})
+    asked = {"iterations_to_skip": (3,)} if left_out == "asked" else {"skip_nonfinite_steps": 1}
+    run = make_run(folder, layout, training={"micro_batch_size": 2, **asked, **training})
     run.announce = said.append
     if not left_out:
         run.batches = Without(run.batches, 2 * GLOBAL_BATCH)
+    updated = []
     with planted("data", lambda: run, [3] if left_out else []):
-        updated = [next_step(run).updated for _ in range(6 if left_out else 5)]
+        for _ in range(6 if left_out else 5):
+            if run.is_to_skip:
+                skip_iteration(run)
+                updated.append(False)
+            else:
+                updated.append(next_step(run).updated)
     state = run.state
     return {
         "bits": state_of(run),
         "updated": updated,
-        "state": [state.consumed_samples, list(state.skipped_iterations)],
+        "state": [state.consumed_samples, list(state.skipped_iterations), list(state.asked_to_skip)],
         "said": said,
     }
+
+
+LEFT_OUT = {
+    "bad": (
+        r"> iteration 3 is left out \(1 of --skip-nonfinite-steps 1\): the loss of micro-batch 2 of \d is not finite "
+        r".*; its samples are toy:\d+, toy:\d+$"
+    ),
+    "asked": r"> iteration 3 is left out \(--iterations-to-skip\); its samples are toy:\d+.*$",
+}
 
 
 @pytest.mark.parametrize(("layout", "bf16"), [("pp2", False), ("dp2", True)])
 def test_a_step_that_is_left_out_changes_not_a_bit_of_weights_moments_counts_and_rate(ranks, tmp_path, layout, bf16):
     folder = str(make_llama(tmp_path / "model", **TINY))
     options = LAYOUTS[layout] | (OVERLAP if layout == "dp2" else {})
-    with_it, alone = (
+    bad, asked, alone = (
         ranks(2).run(run_steps, folder=folder, layout=options, training={"bf16": bf16}, left_out=left_out)
-        for left_out in (True, False)
+        for left_out in ("bad", "asked", "")
     )
-    for one, other in zip(with_it, alone, strict=True):
-        assert len(one["bits"]) > 10
-        assert one["bits"] == other["bits"]
-        assert one["updated"] == [True, True, False, True, True, True]
-        assert one["state"] == [6 * GLOBAL_BATCH, [3]]
-        [line] = one["said"]
-        assert re.match(
-            r"> iteration 3 is left out \(1 of --skip-nonfinite-steps 1\): the loss of micro-batch 2 of \d is not "
-            r"finite .*; its samples are toy:\d+, toy:\d+$",
-            line,
-        )
+    for kind, found in {"bad": bad, "asked": asked}.items():
+        for one, other in zip(found, alone, strict=True):
+            assert len(one["bits"]) > 10
+            assert one["bits"] == other["bits"]
+            assert one["updated"] == [True, True, False, True, True, True]
+            assert one["state"] == [6 * GLOBAL_BATCH, [3], [3] if kind == "asked" else []]
+            [line] = one["said"]
+            assert re.match(LEFT_OUT[kind], line)
 
 
 def test_the_count_of_skipped_steps_survives_a_resume_and_one_more_than_allowed_ends_the_run(ranks, inputs, tmp_path):
@@ -229,6 +243,36 @@ def test_the_count_of_skipped_steps_survives_a_resume_and_one_more_than_allowed_
     [ended] = ranks(1).run(run_spoiled, method="sft", words=words, fault="data", iterations=[5])
     assert ended["steps"] == []
     assert "as all 1 of --skip-nonfinite-steps are used up, the model itself may be ill" in ended["failed"]
+
+
+def test_skipped_iterations_take_their_samples_on_a_resume_too_and_count_as_no_nonfinite_step(ranks, inputs, tmp_path):
+    """Across rounds whose learning rate begins anew, where saving and validating stay at their multiples."""
+    words = words_for(
+        inputs, "--lr-decay-style", "linear", "--lr-warmup-iters", 0, "--valid-data-path", inputs / "data.jsonl"
+    )
+    words += ["--hft-round-interval", "3", "--hft-lr-schedule", "round", "--eval-interval", "2", "--save-interval", "2"]
+    words += ["--skip-nonfinite-steps", "1", "--save", str(tmp_path), "--load", str(tmp_path)]
+    skipping = [*words, "--iterations-to-skip", "2", "4"]
+    [whole] = ranks(1).run(run_spoiled, method="sft", words=skipping, fault="data", iterations=[5])
+    assert [one["iteration"] for one in whole["steps"]] == [1, 3, 5, 6]
+    assert [one["consumed"] for one in whole["steps"]] == [4, 12, 20, 24]
+    # Rounds are iterations 1 to 3 and 4 to 6; the rate waits for updates: 5e-3 x (1 - updates of the round / 3).
+    assert [one["lr"] for one in whole["steps"]] == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3, 5e-3])
+    metrics = read_metrics(tmp_path)
+    assert [line["iteration"] for line in metrics if "lm loss" in line or "grad norm" in line] == [1, 3, 6]
+    assert [line["iteration"] for line in metrics if "lm loss validation" in line] == [2, 4, 6]
+    assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == [f"iter_000000{n}" for n in (2, 4, 6)]
+    state = json.loads((tmp_path / "iter_0000006" / "train_state.json").read_text())
+    assert (state["skipped_iterations"], state["asked_to_skip"]) == ([2, 4, 5], [2, 4])
+    for resumed_at in ("4", "2"):
+        for folder in tmp_path.glob("iter_000000*"):
+            if folder.name > f"iter_000000{resumed_at}":
+                folder.rename(tmp_path / f"was-{resumed_at}-{folder.name}")
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(resumed_at)
+        coming = words if resumed_at == "4" else [*words, "--iterations-to-skip", "4"]
+        [resumed] = ranks(1).run(run_spoiled, method="sft", words=coming, fault="data", iterations=[5])
+        assert resumed["steps"] == [one for one in whole["steps"] if one["iteration"] > int(resumed_at)]
+        assert resumed["state"] == whole["state"]
 
 
 def run_saving_a_spoiled_weight(words: list[str]) -> str:
