@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from hft_megatron.config import derived
 from hft_megatron.config.data import data_sources
+from hft_megatron.config.declared import SAME_RUN
 from hft_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ class CorpusConfig:
     alone."""
     mock_data: bool = False
     """Megatron-core's made-up documents of counting numbers instead of --data-path, to try a run out."""
+    reset_attention_mask: Annotated[bool, SAME_RUN] = False
+    """Have the documents of a sample, each of which ends with the tokenizer's end token, see only themselves, as if
+    each stood alone. Without it attention reaches over their ends."""
+    reset_position_ids: bool = False
+    """Count positions from 0 in each of those documents; needs --reset-attention-mask. Rotary positions are differences
+    within what sees each other, so that this says what holds anyway."""
+    eod_mask_loss: Annotated[bool, SAME_RUN] = False
+    """Don't train what follows an end token: the first token of a document after another's."""
 
 
 def split_parts(split: str) -> tuple[float, float, float]:
@@ -63,6 +72,15 @@ def corpus_words_are_clear(config: RunConfig, shape: ModelShape, world_size: int
     """Weights stand before prefixes, for all or none, and a split has parts."""
     data_sources("--data-path", config.corpus.data_path)
     split_parts(config.corpus.split)
+
+
+def positions_restart_with_attention(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Positions that begin anew where attention goes on would put two documents into one place."""
+    if config.corpus.reset_position_ids and not config.corpus.reset_attention_mask:
+        raise UserError(
+            "--reset-position-ids needs --reset-attention-mask: rotary positions begin anew only where documents don't "
+            "see each other; add it, or leave --reset-position-ids out."
+        )
 
 
 def length_is_in_iterations(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -104,6 +122,7 @@ def samples_divide_over_the_ranks(config: RunConfig, shape: ModelShape, world_si
 CORPUS_RULES = (
     corpus_is_given,
     corpus_words_are_clear,
+    positions_restart_with_attention,
     length_is_in_iterations,
     validation_has_a_length,
     samples_divide_over_the_ranks,

@@ -16,9 +16,6 @@ _PERFORMANCE = "it is not built, and what is learned doesn't depend on it; leave
 NOT_BUILT_YET = Section(
     title="To be built",
     rows=(
-        not_yet("reset-position-ids", "positions of a corpus run through a whole sequence"),
-        not_yet("reset-attention-mask", "in a corpus attention reaches over the ends of documents"),
-        not_yet("eod-mask-loss", "in a corpus the token that ends a document is trained"),
         not_yet("test-data-path=*", "leave it out; nothing is tested at the end"),
         not_yet("use-precision-aware-optimizer", "master weights and moments are fp32"),
         not_yet("main-grads-dtype=", "gradients are summed in fp32", values="fp32"),
@@ -284,7 +281,7 @@ DENSE = (
             refused("per-dataset-sequences-path=", "lengths are read from the data; leave it out"),
             refused("dataloader-fast-cache-load", _PERFORMANCE),
             refused("dataloader-defer-npy-index-mmap", _PERFORMANCE),
-            refused("dataloader-inter-document-masking", "in a corpus attention reaches over the ends of documents"),
+            refused("dataloader-inter-document-masking", "give --reset-attention-mask, with which it is the same"),
             refused("object-storage-cache-path=", "data is read from files; leave it out"),
             refused("s3-cache-path=", "data is read from files; leave it out"),
             refused("mid-level-dataset-surplus=", "megatron-core's default is used; leave it out"),

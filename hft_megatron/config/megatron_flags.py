@@ -5,7 +5,7 @@ A name that a command has as an option is that option, and needs no row. ``hft-m
 
 from hft_megatron.config.megatron_dense import DENSE
 from hft_megatron.config.megatron_others import OTHERS
-from hft_megatron.config.megatron_rows import Row, Section, refused
+from hft_megatron.config.megatron_rows import Row, Section, accepted, refused
 
 _ROUND_TRIP = "folders in Hugging Face's format are read and written directly; leave it out"
 _LORA = "low-rank adapters are not built; --hft-ratio says how much of the model trains"
@@ -102,6 +102,9 @@ OF_OTHER_COMMANDS = {
         refused(
             "data-cache-path=", "`hft-megatron sft` and `dpo` have it; a corpus's index stays in memory, leave it out"
         ),
+        accepted("reset-attention-mask", "examples of a pack see only themselves"),
+        accepted("reset-position-ids", "examples of a pack have positions of their own"),
+        refused("eod-mask-loss", "`hft-megatron pretrain` has it; --loss-on and --train-on-eos say what is trained"),
         refused("chat-template=", "`hft-megatron sft` and `dpo` have it; a corpus has no conversations, leave it out"),
     )
 }

@@ -63,6 +63,7 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
     ),
     (1, f"{GOOD} --split 0,1", ["--split 0,1 leaves nothing to train on"]),
     (1, f"{GOOD} --split 0", ["--split 0 leaves nothing to train on"]),
+    (1, f"{GOOD} --reset-position-ids", ["--reset-position-ids needs --reset-attention-mask: rotary positions begin"]),
     (1, f"{GOOD} --train-epochs 2", ["--train-epochs 2: a corpus ", "give --train-iters"]),
     (1, f"{GOOD} --hft-round-interval epoch", ["--hft-round-interval epoch: a corpus ", "--hft-round-interval 50"]),
     (1, f"{GOOD} --eval-interval 5", ["--eval-interval 5 needs --eval-iters"]),
@@ -118,6 +119,12 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
         GOOD,
         ["holds the id 340 (token 30), and the model's vocabulary has 340 rows"],
     ),
+    "no end of a document": (
+        lambda f: None,
+        f"{GOOD} --reset-attention-mask",
+        ["--reset-attention-mask goes by the token", "corpus.bin has none; make the corpus with it (--append-eod)"],
+    ),
+    "no end that could be left out": (lambda f: None, f"{GOOD} --eod-mask-loss", ["--eod-mask-loss goes by the token"]),
     "shorter than a sample": (
         lambda f: write_corpus(f / "corpus", [[5] * 8] * 2),
         f"{GOOD} --split 1",

@@ -181,8 +181,7 @@ SCRIPTS = {
         "sft",
         [
             *("--use-rope-scaling", "--split", "--finetune-hf-dataset"),
-            *("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"),
-            *("--no-check-for-nan-in-loss-and-grad", "--export-te-mcore-model"),
+            *("--eod-mask-loss", "--no-check-for-nan-in-loss-and-grad", "--export-te-mcore-model"),
         ],
     ),
     "MS_SWIFT_SFT": (

@@ -9,7 +9,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 VOCAB_SIZE = 335
 """Of ``tests.support.runs.make_inputs``."""
-END = 2
+END = 332
+"""The end token of its tokenizer."""
 
 
 def write_corpus(prefix: Path, documents: Iterable[Sequence[int]], dtype: type[np.number] = np.uint16) -> str:

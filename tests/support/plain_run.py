@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +31,7 @@ from hft_megatron.data.order import PackedOrder, PackingRule, SampleOrder, Sampl
 from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.methods.registry import METHODS
+from tests.support.corpora import END
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +273,7 @@ def _shifted(ids: NDArray[Any], trained: NDArray[Any]) -> Answer:
 class _Alone:
     """All that megatron-core's GPTDataset asks of a tokenizer."""
 
-    vocab_size, eod = 334, 2
+    vocab_size, eod = 334, END
     unique_identifiers = ("alone",)
 
 
@@ -290,7 +291,7 @@ def _samples_of_corpus(config: RunConfig, cache: str) -> Samples:
         tokenizer=_Alone(),
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=config.corpus.eod_mask_loss,
         create_attention_mask=False,
     )
     # Here is no process group, and no rank 0 but this one.
@@ -298,8 +299,17 @@ def _samples_of_corpus(config: RunConfig, cache: str) -> Samples:
         builder = BlendedMegatronDatasetBuilder(GPTDataset, [iterations * size, 0, 0], lambda: True, options)
         samples = builder.build()[0]
 
-    def example(number: int) -> Answer:
+    def examples(number: int) -> list[Example]:
         row = samples[number]
-        return Answer(tokens=row["tokens"], labels=row["labels"], mask=row["loss_mask"].bool())
+        lengths = [len(row["tokens"])]
+        if config.corpus.reset_attention_mask:
+            starts = [
+                0,
+                *(place + 1 for place in range(lengths[0] - 1) if row["tokens"][place] == _Alone.eod),
+                *lengths,
+            ]
+            lengths = [stop - start for start, stop in pairwise(starts)]
+        parts = zip(*(row[name].split(lengths) for name in ("tokens", "labels", "loss_mask")), strict=True)
+        return [Answer(tokens=tokens, labels=labels, mask=mask.bool()) for tokens, labels, mask in parts]
 
-    return lambda step: [[example(number)] for number in range(step * size, (step + 1) * size)]
+    return lambda step: [examples(number) for number in range(step * size, (step + 1) * size)]

@@ -103,6 +103,8 @@ def run_to_a_mistake(words: list[str]) -> str:
         (["--split", "80,20"], "its --split is 90,10, and this command's is 80,20"),
         (["--data-path", "0.6", "A", "0.4", "B"], "its training data is 0.7 "),
         (["--seed", "8"], "its --seed is 7, and this command's is 8"),
+        (["--reset-attention-mask"], "its --reset-attention-mask is False, and this command's is True"),
+        (["--eod-mask-loss"], "its --eod-mask-loss is False, and this command's is True"),
         (["--seq-length", "16"], "its --seq-length is 32, and this command's is 16"),
     ],
 )

@@ -61,6 +61,7 @@ ROUNDS = {
     "carry": ["--hft-round-interval", "2", "--hft-moments", "carry"],
     "host": ["--hft-round-interval", "2", "--hft-moments", "carry", "--hft-resting-moments", "host"],
 }
+APART = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"]
 PREFERENCE_LOSSES = (
     ["--dpo-beta", "0.1", "--dpo-label-smoothing", "0.1"],
     ["--dpo-beta", "0.1"],
@@ -99,6 +100,7 @@ class Row:
     micro: Literal[1, 4]
     """Micro-batches of a step on a rank."""
     packing: bool
+    """Several examples in a sequence, or the documents of a corpus' sample, that don't see each other."""
     decay: bool
     clip: bool
     tied: bool
@@ -156,7 +158,6 @@ FORBIDDEN: set[frozenset[Value]] = {
     *(frozenset({("frozen", "stage"), ("layout", layout)}) for layout in ("tp1", "tp2", "tp2_sp", "dp2")),
     # The interleaved schedule takes micro-batches two by two.
     frozenset({("layout", "pp2_vpp"), ("micro", 1)}),
-    frozenset({("packing", True), ("method", "pretrain")}),
     # Overlapped traffic needs two replicas to mean anything, and one rank is the simplest case of all.
     frozenset({("layout", "tp1"), ("overlap", True)}),
     *(frozenset({("layout", name), ("resumed", name)}) for name in ("tp1", "tp2_sp", "pp2_vpp", "dp2")),
@@ -179,7 +180,7 @@ TABLE = read_rows("""
 method         layout     resumed saved_at rounds level    frozen overlap recompute micro packing decay clip tied bf16
 sft            tp1        there   3        reset  category drawn  -       none      4     yes     yes   yes  -    -
 sft            tp1        tp2_sp  3        carry  category bottom -       full      1     -       -     yes  yes  yes
-pretrain       tp1        there   4        host   layer    bottom -       selective 1     -       -     -    -    -
+pretrain       tp1        there   4        host   layer    bottom -       selective 1     yes     -     -    -    -
 dpo-precompute tp1        dp2     3        reset  model    bottom -       full      1     -       -     yes  yes  -
 dpo-shared     tp1        pp2_vpp 3        reset  category bottom -       selective 1     -       -     yes  yes  -
 dpo-model      tp1        dp2     4        one    full     drawn  -       selective 4     -       -     -    yes  -
@@ -189,13 +190,13 @@ dpo-precompute tp2        tp2_sp  4        one    full     drawn  yes     select
 dpo-shared     tp2        there   3        host   layer    drawn  yes     none      4     -       -     -    -    yes
 dpo-model      tp2        dp2     3        one    layer    drawn  yes     none      4     -       yes   yes  -    yes
 sft            tp2_sp     dp2     3        host   layer    drawn  -       selective 1     -       -     yes  yes  -
-pretrain       tp2_sp     tp1     3        host   category bottom yes     full      1     -       -     yes  -    -
+pretrain       tp2_sp     tp1     3        host   category bottom yes     full      1     yes     -     yes  -    -
 dpo-precompute tp2_sp     tp1     3        reset  category bottom yes     full      4     -       -     -    -    yes
 dpo-precompute tp2_sp     pp2_vpp 3        reset  layer    bottom -       none      1     yes     yes   yes  yes  yes
 dpo-shared     tp2_sp     tp1     3        one    full     drawn  yes     selective 4     yes     yes   -    yes  -
 dpo-model      tp2_sp     there   4        carry  model    drawn  -       full      1     yes     -     -    yes  -
 sft            pp2_uneven tp1     4        one    full     drawn  yes     none      1     yes     -     yes  -    yes
-pretrain       pp2_uneven tp2_sp  3        carry  model    stage  -       full      1     -       yes   yes  yes  yes
+pretrain       pp2_uneven tp2_sp  3        carry  model    stage  -       full      1     yes     yes   yes  yes  yes
 dpo-precompute pp2_uneven there   3        one    category stage  yes     none      1     -       yes   yes  -    yes
 dpo-shared     pp2_uneven dp2     4        host   layer    stage  -       full      1     yes     -     -    -    -
 dpo-shared     pp2_uneven dp2     3        host   model    bottom -       selective 4     -       yes   yes  yes  yes
@@ -290,7 +291,7 @@ def words_of(row: Row, number: int, folder: Path) -> list[str]:
     words += ["--weight-decay", 0.1 if row.decay else 0.0, "--clip-grad", CLIP[row.command] if row.clip else 0.0]
     words += ["--bf16" if row.bf16 else "--no-bf16", "--adam-eps", EPSILON_BF16 if row.bf16 else EPSILON]
     words += [*RECOMPUTE[row.recompute], *ROUNDS[row.rounds], *row.freeze_words()]
-    words += ["--packing"] if row.packing else []
+    words += (APART if row.command == "pretrain" else ["--packing"]) if row.packing else []
     return [str(word) for word in words]
 
 

@@ -13,7 +13,7 @@ from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.data.dataset import numbered
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, Samples, mock_corpus, read_corpus
+from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, SampleRules, Samples, mock_corpus, read_corpus
 
 FIELDS = ("tokens", "labels", "loss_mask")
 
@@ -25,22 +25,45 @@ class CorpusBatches:
     samples: Samples
     seq_length: int
     share: BatchShare
+    end: int | None = None
+    """The token that ends a document, where documents must not see each other; None where attention goes on."""
 
     def step(self, consumed_samples: int) -> StepBatch:
-        """The step after ``consumed_samples`` samples (over all ranks); reads this rank's rows only."""
+        """The step after ``consumed_samples`` samples (over all ranks). Reads this rank's rows only, unless documents
+        are apart: how long they are in the whole global batch is what attention costs."""
         share = self.share.after(consumed_samples)
-        micro_batches = []
-        for start in share.micro_batch_starts():
-            first = consumed_samples + start
-            rows = [self.samples[first + row] for row in range(share.micro_batch_size)]
-            micro_batches.append({name: torch.stack([row[name] for row in rows]) for name in FIELDS})
+        size, batch = share.micro_batch_size, share.global_batch_size
+        packed = self.end is not None
+        squared_lengths = batch * self.seq_length**2
+        if packed:
+            rows = (self.samples[consumed_samples + row]["tokens"] for row in range(batch))
+            squared_lengths = sum(int(self._segments(tokens).diff().square().sum()) for tokens in rows)
         return StepBatch(
-            sequences=share.micro_batch_size,
-            seq_length=self.seq_length,
-            micro_batches=micro_batches,
-            tokens=share.global_batch_size * self.seq_length,
-            squared_lengths=share.global_batch_size * self.seq_length**2,
+            sequences=1 if packed else size,
+            seq_length=size * self.seq_length if packed else self.seq_length,
+            micro_batches=[self._micro_batch(consumed_samples + row) for row in share.micro_batch_starts()],
+            tokens=batch * self.seq_length,
+            squared_lengths=squared_lengths,
         )
+
+    def _micro_batch(self, first: int) -> dict[str, torch.Tensor]:
+        """The samples from ``first`` on; where documents are apart, laid end to end as the engine knows them."""
+        rows = [self.samples[first + row] for row in range(self.share.micro_batch_size)]
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in FIELDS}
+        if self.end is None:
+            return stacked
+        apart = {name: tensor.view(1, -1) for name, tensor in stacked.items()}
+        return {**apart, "cu_seqlens": self._segments(stacked["tokens"]).int()}
+
+    def _segments(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where the documents of (..., seq_length) begin in the flat tokens, and the end: int64, (documents + 1,).
+
+        As in Megatron an end token belongs to the document before it; every sample begins with a document of its own.
+        """
+        assert self.end is not None
+        is_last = tokens.eq(self.end)
+        is_last[..., -1] = True
+        return torch.cat([torch.zeros(1, dtype=torch.int64), is_last.flatten().nonzero().flatten() + 1])
 
     def names(self, samples: Sequence[int]) -> str:
         """Numbers from 1 in megatron-core's order: its shuffle and blend decide what they hold."""
@@ -76,6 +99,8 @@ class CorpusData:
     corpus: Corpus
     counts: SampleCounts
     logging: LoggingConfig
+    end: int | None
+    """As ``CorpusBatches`` has it."""
     uses_chat_template: bool = False
     samples: None = None
     """No epochs: all passes over a corpus are shuffled together."""
@@ -89,10 +114,15 @@ class CorpusData:
         return self.corpus.order_digest
 
     def describe(self) -> list[str]:
-        return [*self.corpus.lines, f"{self.counts.train:,} samples of {self.counts.seq_length:,} tokens to train on"]
+        apart = [] if self.end is None else [f"documents see only themselves: each ends with the token {self.end}"]
+        return [
+            *self.corpus.lines,
+            *apart,
+            f"{self.counts.train:,} samples of {self.counts.seq_length:,} tokens to train on",
+        ]
 
     def training(self, share: BatchShare) -> CorpusBatches:
-        return CorpusBatches(samples=self.corpus.train, seq_length=self.counts.seq_length, share=share)
+        return self._batches(self.corpus.train, share)
 
     def validation(self, share: BatchShare) -> CorpusValidation | None:
         if self.corpus.valid is None:
@@ -100,10 +130,13 @@ class CorpusData:
         assert self.logging.eval_iters is not None
         full = replace(share, ramp=())
         return CorpusValidation(
-            batches=CorpusBatches(samples=self.corpus.valid, seq_length=self.counts.seq_length, share=full),
+            batches=self._batches(self.corpus.valid, full),
             eval_iters=self.logging.eval_iters,
             eval_interval=self.logging.eval_interval,
         )
+
+    def _batches(self, samples: Samples, share: BatchShare) -> CorpusBatches:
+        return CorpusBatches(samples=samples, seq_length=self.counts.seq_length, share=share, end=self.end)
 
 
 def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> CorpusData:
@@ -112,7 +145,7 @@ def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape,
     Raises UserError for a mistake in them and for sources that are too short.
     """
     iterations, batches = derived.train_iters(config.training), derived.batch_sizes(config, world_size)
-    logging, seed = config.logging, config.training.seed
+    logging, options = config.logging, config.corpus
     valid = 0
     if logging.eval_iters is not None:
         valid = validation_samples(
@@ -125,8 +158,16 @@ def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape,
     # As in Megatron the samples of a last step that is left out are among those that are shuffled.
     train = max(batches.samples_before(iterations), config.training.train_samples or 0)
     counts = SampleCounts(seq_length=length, train=train, valid=valid)
-    if config.corpus.mock_data:
-        return CorpusData(corpus=mock_corpus(tokenizer, counts, seed=seed), counts=counts, logging=logging)
-    sources = data_sources("--data-path", config.corpus.data_path)
-    corpus = read_corpus(sources, config.corpus.split, tokenizer, counts, seed=seed, vocab_size=shape.vocab_size)
-    return CorpusData(corpus=corpus, counts=counts, logging=logging)
+    flags = {"--reset-attention-mask": options.reset_attention_mask, "--eod-mask-loss": options.eod_mask_loss}
+    rules = SampleRules(
+        seed=config.training.seed,
+        eod_mask_loss=options.eod_mask_loss,
+        needs_ends=next((flag for flag, is_on in flags.items() if is_on), None),
+    )
+    if options.mock_data:
+        corpus = mock_corpus(tokenizer, counts, rules)
+    else:
+        sources = data_sources("--data-path", options.data_path)
+        corpus = read_corpus(sources, options.split, tokenizer, counts, rules, vocab_size=shape.vocab_size)
+    end = tokenizer.eos_id if options.reset_attention_mask else None
+    return CorpusData(corpus=corpus, counts=counts, logging=logging, end=end)

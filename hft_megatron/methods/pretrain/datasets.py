@@ -55,10 +55,13 @@ class CorpusFiles:
     """Tokens of each sequence, which --split divides and megatron-core shuffles; shape (sequences,)."""
     digest: str
     """Of both files: SHA-256 of the index, and of the CRC-32 of every 64 MiB of the tokens."""
+    has_end: bool
+    """Whether the token that was asked for is there."""
 
 
-def read_corpus_files(prefix: str, vocab_size: int) -> CorpusFiles:
-    """Reads and checks PREFIX.idx and PREFIX.bin; about 3 GB/s where a processor is the limit.
+def read_corpus_files(prefix: str, vocab_size: int, end: int | None = None) -> CorpusFiles:
+    """Reads and checks PREFIX.idx and PREFIX.bin, and looks for the token ``end``; about 3 GB/s where a processor is
+    the limit.
 
     Raises UserError for files that are missing, cut short, damaged or of two corpora, and for a token id that is not
     below ``vocab_size``.
@@ -74,12 +77,12 @@ def read_corpus_files(prefix: str, vocab_size: int) -> CorpusFiles:
                 f"{tokens} has {held} bytes, and {index.name} describes {described}: one of them was cut short or "
                 f"belongs to another corpus; copy both files again."
             )
-        checksums = _check_ids(tokens, token_type, vocab_size)
+        checksums, has_end = _check_ids(tokens, token_type, vocab_size, end)
     except OSError as error:
         raise UserError(f"--data-path {prefix} can't be read: {error.strerror}.") from None
     digest = hashlib.sha256(content.data)
     digest.update(repr(checksums).encode())
-    return CorpusFiles(prefix=prefix, sequence_lengths=lengths, digest=digest.hexdigest())
+    return CorpusFiles(prefix=prefix, sequence_lengths=lengths, digest=digest.hexdigest(), has_end=has_end)
 
 
 def _both_files(prefix: str) -> tuple[Path, Path]:
@@ -131,9 +134,11 @@ def _read_index(path: Path, content: NDArray[np.uint8]) -> tuple[TokenType, NDAr
     return token_type, lengths
 
 
-def _check_ids(path: Path, token_type: TokenType, vocab_size: int) -> list[int]:
-    """The CRC-32 of every ``READ_BYTES`` of the tokens, all of whose ids are rows of the model's vocabulary."""
+def _check_ids(path: Path, token_type: TokenType, vocab_size: int, end: int | None) -> tuple[list[int], bool]:
+    """The CRC-32 of every ``READ_BYTES`` of the tokens, and whether ``end`` is among them; all ids must be rows of the
+    model's vocabulary."""
     checksums, before, count = [], 0, READ_BYTES // np.dtype(token_type).itemsize
+    has_end = False
     with path.open("rb") as file:
         while (ids := np.fromfile(file, dtype=token_type, count=count)).size:
             wrong = ids.max() >= vocab_size or ids.min() < 0
@@ -143,9 +148,10 @@ def _check_ids(path: Path, token_type: TokenType, vocab_size: int) -> list[int]:
                     f"{path} holds the id {ids[place]} (token {before + place}), and the model's vocabulary has "
                     f"{vocab_size} rows; use a corpus that was made with the model's tokenizer."
                 )
+            has_end = has_end or (end is not None and bool((ids == end).any()))
             checksums.append(zlib.crc32(ids.data))
             before += ids.size
-    return checksums
+    return checksums, has_end
 
 
 IN_MEMORY = ""
@@ -171,6 +177,16 @@ class SampleCounts:
     """Samples of all validations."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleRules:
+    """What samples are, beside how many."""
+
+    seed: int
+    eod_mask_loss: bool = False
+    needs_ends: str | None = None
+    """The option for which documents must end with the tokenizer's end token; None where none does."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
     """Samples in the order in which a run takes them."""
@@ -185,9 +201,9 @@ class Corpus:
     """For the log."""
 
 
-def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, *, seed: int) -> Corpus:
+def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules) -> Corpus:
     """megatron-core's made-up documents of counting numbers."""
-    train, valid = _build(None, "1,1,1", tokenizer, counts, seed)
+    train, valid = _build(None, "1,1,1", tokenizer, counts, rules)
     return Corpus(
         train=train,
         valid=valid,
@@ -198,19 +214,25 @@ def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, *, seed: int) -> Cor
 
 
 def read_corpus(
-    sources: Sequence[DataSource], split: str, tokenizer: Tokenizer, counts: SampleCounts, *, seed: int, vocab_size: int
+    sources: Sequence[DataSource],
+    split: str,
+    tokenizer: Tokenizer,
+    counts: SampleCounts,
+    rules: SampleRules,
+    *,
+    vocab_size: int,
 ) -> Corpus:
     """The samples of the files that ``sources`` name.
 
     Raises UserError for a mistake in the files and for a part of a source that is shorter than one sample.
     """
-    files = [read_corpus_files(source.path, vocab_size) for source in sources]
+    files = [_read_files(source.path, vocab_size, tokenizer.eos_id, rules) for source in sources]
     lines = tuple(_checked_parts(source, found, split, counts) for source, found in zip(sources, files, strict=True))
     # The share of one source is everything, whatever its weight.
     weights = [source.weight if len(sources) > 1 else None for source in sources]
     blend = [source.path for source in sources], None if None in weights else weights
     try:
-        train, valid = _build(blend, split, tokenizer, counts, seed)
+        train, valid = _build(blend, split, tokenizer, counts, rules)
     except IndexError:
         raise UserError(
             f"--data-path: {len(sources)} sources are too many for {counts.train} samples, of which each would get at "
@@ -227,7 +249,18 @@ def read_corpus(
     return Corpus(train=train, valid=valid, digest=digest, order_digest=_order_digest(train), lines=lines)
 
 
-def _build(blend: Any, split: str, tokenizer: Tokenizer, counts: SampleCounts, seed: int) -> tuple[Any, Any]:
+def _read_files(prefix: str, vocab_size: int, end: int, rules: SampleRules) -> CorpusFiles:
+    """The files of one source, whose documents end as the rules need it."""
+    found = read_corpus_files(prefix, vocab_size, None if rules.needs_ends is None else end)
+    if rules.needs_ends is not None and not found.has_end:
+        raise UserError(
+            f"{rules.needs_ends} goes by the token {end}, with which the tokenizer ends a document, and {prefix}.bin "
+            f"has none; make the corpus with it (--append-eod), or leave {rules.needs_ends} out."
+        )
+    return found
+
+
+def _build(blend: Any, split: str, tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules) -> tuple[Any, Any]:
     """megatron-core's data sets for training and, where there are validations, for those."""
     try:
         import_module("megatron.core.datasets.helpers_cpp")
@@ -237,15 +270,16 @@ def _build(blend: Any, split: str, tokenizer: Tokenizer, counts: SampleCounts, s
             f"compiled part: `pip install --force-reinstall --only-binary :all: megatron-core`."
         ) from None
     config = GPTDatasetConfig(
-        random_seed=seed,
+        random_seed=rules.seed,
         sequence_length=counts.seq_length,
         blend=blend,
         split=split,
         path_to_cache=IN_MEMORY,
         tokenizer=_EndOfDocument(vocab_size=tokenizer.vocab_size, eod=tokenizer.eos_id),
+        # Positions and attention follow from the batches.
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=rules.eod_mask_loss,
         create_attention_mask=False,
     )
     # A part that nobody asked for may be empty, and megatron-core counts passes over nothing without end.

@@ -5,6 +5,7 @@ import torch
 
 from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.methods.pretrain.data import CorpusBatches, CorpusValidation, validation_samples
+from hft_megatron.methods.pretrain.datasets import Samples
 
 GLOBAL_BATCH, LENGTH = 12, 5
 LAYOUTS = [(1, 1), (12, 1), (3, 2), (2, 3), (1, 4), (1, 12)]
@@ -22,7 +23,14 @@ class Numbered:
         return {"tokens": tokens, "labels": tokens + 1, "loss_mask": torch.ones(LENGTH), "position_ids": tokens}
 
 
-def batches(size: int, rank: int, ranks: int, ramp: tuple[int, ...] = ()) -> CorpusBatches:
+def batches(
+    size: int,
+    rank: int,
+    ranks: int,
+    samples: Samples | None = None,
+    end: int | None = None,
+    ramp: tuple[int, ...] = (),
+) -> CorpusBatches:
     share = BatchShare(
         micro_batch_size=size,
         global_batch_size=GLOBAL_BATCH,
@@ -31,7 +39,7 @@ def batches(size: int, rank: int, ranks: int, ramp: tuple[int, ...] = ()) -> Cor
         length_multiple=1,
         ramp=ramp,
     )
-    return CorpusBatches(samples=Numbered(), seq_length=LENGTH, share=share)
+    return CorpusBatches(samples=samples or Numbered(), seq_length=LENGTH, share=share, end=end)
 
 
 def samples_in(parts: list[StepBatch]) -> list[int]:
@@ -58,6 +66,33 @@ def test_a_step_of_a_ramp_holds_as_many_samples_as_it_should(size: int, ranks: i
         parts = [batches(size, rank, ranks, ramp=(4, 4, 16)).step(consumed) for rank in range(ranks)]
         assert samples_in(parts) == list(range(consumed, consumed + count))
         assert {(part.tokens, part.squared_lengths) for part in parts} == {(count * LENGTH, count * LENGTH**2)}
+
+
+ENDS = ([9, 1, 1, 9, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 9], [9, 9, 1, 1, 1])
+"""Samples in turn, in which 9 ends a document."""
+DOCUMENTS = ([1, 3, 1], [5], [5], [1, 1, 3])
+"""How long the documents of each are."""
+
+
+class WithEnds(Numbered):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**super().__getitem__(index), "tokens": torch.tensor(ENDS[index % 4])}
+
+
+@pytest.mark.parametrize(("size", "ranks"), LAYOUTS)
+def test_documents_that_are_apart_are_segments_of_one_sequence_in_every_layout(size: int, ranks: int) -> None:
+    consumed = 2
+    parts = [batches(size, rank, ranks, WithEnds(), end=9).step(consumed) for rank in range(ranks)]
+    found = [micro for step in zip(*(part.micro_batches for part in parts), strict=True) for micro in step]
+    for number, micro in enumerate(found):
+        own = [(consumed + number * size + row) % 4 for row in range(size)]
+        assert micro["cu_seqlens"].dtype == torch.int32
+        assert micro["cu_seqlens"].diff().tolist() == [length for row in own for length in DOCUMENTS[row]]
+        assert micro["tokens"].tolist() == [[token for row in own for token in ENDS[row]]]
+        assert {tuple(micro[name].shape) for name in ("tokens", "labels", "loss_mask")} == {(1, size * LENGTH)}
+    for part in parts:
+        assert (part.sequences, part.seq_length, part.tokens) == (1, size * LENGTH, GLOBAL_BATCH * LENGTH)
+        assert part.squared_lengths == 3 * sum(length**2 for lengths in DOCUMENTS for length in lengths)
 
 
 @pytest.mark.parametrize(("interval", "iterations"), [(4, [4, 8, 10]), (5, [5, 10]), (None, [10]), (20, [10])])

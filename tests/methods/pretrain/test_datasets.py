@@ -12,17 +12,25 @@ import torch
 
 from hft_megatron.config.data import data_sources
 from hft_megatron.errors import UserError
-from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, Samples, mock_corpus, read_corpus
+from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, SampleRules, Samples, mock_corpus, read_corpus
 from tests.support.corpora import VOCAB_SIZE, random_documents, write_corpus
 
 TOKENIZER: Any = SimpleNamespace(vocab_size=VOCAB_SIZE - 1, eos_id=330)
 LENGTH = 16
+RULES = SampleRules(seed=7)
 
 
-def read(*words: object, split: str = "90,10", train: int = 24, valid: int = 0, length: int = LENGTH) -> Corpus:
+def read(
+    *words: object,
+    split: str = "90,10",
+    train: int = 24,
+    valid: int = 0,
+    length: int = LENGTH,
+    rules: SampleRules = RULES,
+) -> Corpus:
     counts = SampleCounts(seq_length=length, train=train, valid=valid)
     sources = data_sources("--data-path", [str(word) for word in words])
-    return read_corpus(sources, split, TOKENIZER, counts, seed=7, vocab_size=VOCAB_SIZE)
+    return read_corpus(sources, split, TOKENIZER, counts, rules, vocab_size=VOCAB_SIZE)
 
 
 def tokens_of(samples: Samples, count: int) -> list[list[int]]:
@@ -48,6 +56,17 @@ def test_one_pass_trains_every_position_once_but_for_the_rest_of_a_sample(corpor
     whole = Counter(token for document in documents for token in document)
     assert not seen - whole
     assert (whole - seen).total() == total - LENGTH * len(corpus.train) <= LENGTH
+
+
+def test_what_follows_an_end_token_is_left_out_of_the_loss_where_that_is_asked_for(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "a", [[number] * 6 + [330] for number in range(40)])
+    rules = SampleRules(seed=7, eod_mask_loss=True, needs_ends="--eod-mask-loss")
+    corpus = read(prefix, split="1", rules=rules)
+    masks = [(sample["tokens"] == 330, sample["loss_mask"]) for sample in (corpus.train[i] for i in range(17))]
+    assert sum(int(is_end.sum()) for is_end, _ in masks) > 30
+    for is_end, mask in masks:
+        assert mask.tolist() == (~is_end).float().tolist()
+    assert read(prefix, split="1").order_digest == corpus.order_digest
 
 
 def test_the_parts_of_a_split_share_no_document(tmp_path: Path) -> None:
@@ -86,9 +105,7 @@ def test_the_order_is_a_function_of_seed_and_data_and_longer_within_a_pass(corpo
     assert first.order_digest == again.order_digest == longer.order_digest
     assert read(corpora[0], train=1000).order_digest != first.order_digest
     assert read(corpora[1]).order_digest != first.order_digest
-    counts = SampleCounts(seq_length=LENGTH, train=24, valid=0)
-    sources = data_sources("--data-path", [corpora[0]])
-    other = read_corpus(sources, "90,10", TOKENIZER, counts, seed=8, vocab_size=VOCAB_SIZE)
+    other = read(corpora[0], rules=SampleRules(seed=8))
     assert other.order_digest != first.order_digest
     assert other.digest == first.digest
 
@@ -152,7 +169,7 @@ def test_nothing_is_written_next_to_the_data(corpora: tuple[str, str], tmp_path:
 
 def test_mock_data_counts_and_is_always_the_same() -> None:
     counts = SampleCounts(seq_length=LENGTH, train=24, valid=8)
-    first, again = (mock_corpus(TOKENIZER, counts, seed=7) for _ in range(2))
+    first, again = (mock_corpus(TOKENIZER, counts, RULES) for _ in range(2))
     steps = {tuple(np.diff(sample).tolist()) for sample in tokens_of(first.train, 24)}
     assert (1,) * (LENGTH - 1) in steps
     assert (first.order_digest, first.digest) == (again.order_digest, again.digest)
