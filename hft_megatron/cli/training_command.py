@@ -1,16 +1,15 @@
 """What the commands that train have in common: their options, the checks, and the way to the run."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
+from hft_megatron.config.flags import flags_of
 from hft_megatron.config.hft import HFTConfig
-from hft_megatron.config.loading import read_groups, with_checkpoint_args
+from hft_megatron.config.loading import read_others, with_checkpoint_args
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
@@ -44,16 +43,15 @@ class TrainingOptions:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
-    parts_of: ClassVar[Mapping[str, str]] = {}
-
     @property
     def as_run(self) -> RunConfig:
         """The run that these options describe."""
-        of_run = {group.name for group in fields(RunConfig)}
-        own = {group.name: getattr(self, group.name) for group in fields(self)}
-        run = RunConfig(**{name: value for name, value in own.items() if name in of_run})
-        parts = {group: replace(getattr(run, group), **vars(own[name])) for name, group in self.parts_of.items()}
-        return replace(run, **parts)
+        return self.on(RunConfig())
+
+    def on(self, base: RunConfig) -> RunConfig:
+        """``base`` with these options in place of its own; a command's group may have some of a run's group."""
+        own = {group.name for group in fields(self)} & {group.name for group in fields(base)}
+        return replace(base, **{name: replace(getattr(base, name), **vars(getattr(self, name))) for name in own})
 
 
 @cache
@@ -64,7 +62,7 @@ def options_of(method: Declaration) -> type[TrainingOptions]:
         f"{method.name.capitalize()}Options",
         groups,
         bases=(TrainingOptions,),
-        namespace={"parts_of": method.parts_of, "__doc__": f"The options of ``hft-megatron {method.name}``."},
+        namespace={"__doc__": f"The options of ``hft-megatron {method.name}``."},
         frozen=True,
         kw_only=True,
     )
@@ -99,12 +97,11 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
 
 
 def _with_options_of_others(options: TrainingOptions, config: RunConfig) -> RunConfig:
-    """With the groups of --config that this command lacks, and that a stage of another method may need."""
+    """With the options of --config that this command lacks, and that a stage of another method may need."""
     if options.config is None:
         return config
-    lacking = {group.name for group in fields(RunConfig)} - {group.name for group in fields(options)}
-    file = read_groups(Path(options.config), lacking)
-    return replace(config, **{name: getattr(file, name) for name in lacking})
+    file = read_others(Path(options.config), flags_of(type(options)))
+    return replace(options.on(file), model=config.model)
 
 
 def _run_stages(

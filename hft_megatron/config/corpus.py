@@ -56,12 +56,22 @@ def split_parts(split: str) -> tuple[float, float, float]:
 
 def corpus_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Training needs tokens, from files or made up."""
-    corpus = config.corpus
-    if corpus.mock_data and corpus.data_path:
-        raise UserError(f"--mock-data and --data-path {' '.join(corpus.data_path)} are both given; keep one of them.")
+    corpus, data = config.corpus, config.data
+    sources = {"--data-path": corpus.data_path, "--train-data-path": data.train_data_path}
+    given = ["--mock-data"] * corpus.mock_data
+    given += [f"{option} {' '.join(words)}" for option, words in sources.items() if words]
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} are both given; keep one of them.")
     if corpus.mock_data and corpus.split != CorpusConfig.split:
         raise UserError(f"--split {corpus.split} divides files, and --mock-data has thirds; leave one of them out.")
-    if config.training.train_iters != 0 and not (corpus.data_path or corpus.mock_data):
+    if data.train_data_path and corpus.split != CorpusConfig.split:
+        raise UserError(f"--split {corpus.split} divides --data-path and not --train-data-path; leave one of them out.")
+    if data.valid_data_path and not data.train_data_path:
+        raise UserError(
+            f"--valid-data-path {' '.join(data.valid_data_path)} goes with --train-data-path; give both, or leave it "
+            f"out and have --split divide --data-path."
+        )
+    if config.training.train_iters != 0 and not given:
         raise UserError(
             "--data-path is missing: give the prefix of .bin and .idx files, --mock-data to try a run out, or "
             "--train-iters 0 to train nothing."
@@ -71,6 +81,8 @@ def corpus_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> No
 def corpus_words_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Weights stand before prefixes, for all or none, and a split has parts."""
     data_sources("--data-path", config.corpus.data_path)
+    data_sources("--train-data-path", config.data.train_data_path)
+    data_sources("--valid-data-path", config.data.valid_data_path)
     split_parts(config.corpus.split)
 
 
@@ -99,9 +111,20 @@ def length_is_in_iterations(config: RunConfig, shape: ModelShape, world_size: in
 
 def validation_has_a_length(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """A corpus is too large to validate on all of it, and a part of it must be kept back for that."""
-    logging, split = config.logging, config.corpus.split
+    logging, split, data = config.logging, config.corpus.split, config.data
+    if data.valid_data_path and logging.eval_iters is None:
+        raise UserError(
+            f"--valid-data-path {' '.join(data.valid_data_path)} needs --eval-iters; add it, or leave it out."
+        )
     if logging.eval_interval is not None and logging.eval_iters is None:
         raise UserError(f"--eval-interval {logging.eval_interval} needs --eval-iters; add it, or leave it out.")
+    if data.train_data_path:
+        if logging.eval_iters is not None and not data.valid_data_path:
+            raise UserError(
+                f"--eval-iters {logging.eval_iters} needs --valid-data-path beside --train-data-path; add it, or leave "
+                f"--eval-iters out."
+            )
+        return
     if logging.eval_iters is not None and split_parts(split)[1] == 0:
         raise UserError(
             f"--eval-iters {logging.eval_iters} needs a part for validation, and --split {split} has none; make its "

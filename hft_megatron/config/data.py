@@ -34,9 +34,10 @@ class DataConfig:
     train_data_path: tuple[str, ...] = ()
     """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), or
     the prefix of data from `hft-megatron preprocess`. A number before each is its weight: the share of training samples
-    drawn from it, as in Megatron. Without weights every example comes once in an epoch."""
+    drawn from it, as in Megatron. Without weights every example comes once in an epoch. `pretrain` takes prefixes of
+    .bin and .idx files for training alone, in place of --data-path and --split."""
     valid_data_path: tuple[str, ...] = ()
-    """Like --train-data-path, without weights; of a TRACE folder, eval.json."""
+    """Like --train-data-path, without weights (but in `pretrain`); of a TRACE folder, eval.json."""
     data_format: DataFormat | None = None
     """Layout of the records; recognised by the keys of a file's first record when unset."""
     data_keys: str | None = None
@@ -59,7 +60,8 @@ class DataConfig:
     """Hugging Face folder or SentencePiece .model file; the --load-hf folder when unset."""
     data_cache_path: str | None = None
     """Folder in which the first process of a start keeps what it has tokenized, for the others and for later starts;
-    hft_megatron/data in $XDG_CACHE_HOME, or in ~/.cache, when unset."""
+    hft_megatron/data in $XDG_CACHE_HOME, or in ~/.cache, when unset. Of `pretrain` the indices of samples, which stay
+    in memory when unset."""
     long_examples: LongExamples = "error"
     """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several
     examples of it (each begins where the last one ended, and sees nothing of it). All are counted and reported."""

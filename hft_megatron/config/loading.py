@@ -142,10 +142,10 @@ def read_resolved(path: Path) -> RunConfig:
     return _build(RunConfig, list(reading.settings.values()))
 
 
-def read_groups(path: Path, names: Collection[str]) -> RunConfig:
-    """A run's options with those of a file that are in the groups ``names``; what else it says is passed over."""
+def read_others(path: Path, known: Collection[str]) -> RunConfig:
+    """A run's options with those of a file that are not ``known`` (by flag); what else it says is passed over."""
     items = _items_of_file(path, flags_of(RunConfig))
-    return _build(RunConfig, [item for item in items if isinstance(item, Setting) and item.flag.group in names])
+    return _build(RunConfig, [item for item in items if isinstance(item, Setting) and item.flag.name not in known])
 
 
 def with_checkpoint_args(config: RunConfig) -> RunConfig:

@@ -16,7 +16,6 @@ _PERFORMANCE = "it is not built, and what is learned doesn't depend on it; leave
 NOT_BUILT_YET = Section(
     title="To be built",
     rows=(
-        not_yet("test-data-path=*", "leave it out; nothing is tested at the end"),
         not_yet("use-precision-aware-optimizer", "master weights and moments are fp32"),
         not_yet("main-grads-dtype=", "gradients are summed in fp32", values="fp32"),
         not_yet("main-params-dtype=", "master weights are fp32", values="fp32"),
@@ -270,6 +269,7 @@ DENSE = (
         rows=(
             refused("sft", "the command's name says it; leave it out"),
             refused("sft-tokenizer-prompt-format=", "--chat-template renders conversations"),
+            accepted("test-data-path=*", "there is no test at the end of a run, and its data is left alone"),
             accepted("dataloader-type=", "samples come in one order, the same after a resume", values="single"),
             other_name("encoder-seq-length=", "seq-length"),
             refused("decoder-seq-length=", _ONE_LENGTH),
@@ -281,7 +281,7 @@ DENSE = (
             refused("per-dataset-sequences-path=", "lengths are read from the data; leave it out"),
             refused("dataloader-fast-cache-load", _PERFORMANCE),
             refused("dataloader-defer-npy-index-mmap", _PERFORMANCE),
-            refused("dataloader-inter-document-masking", "give --reset-attention-mask, with which it is the same"),
+            refused("dataloader-inter-document-masking", "give --reset-attention-mask, which goes by the end token"),
             refused("object-storage-cache-path=", "data is read from files; leave it out"),
             refused("s3-cache-path=", "data is read from files; leave it out"),
             refused("mid-level-dataset-surplus=", "megatron-core's default is used; leave it out"),

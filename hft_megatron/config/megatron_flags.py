@@ -89,7 +89,6 @@ ROWS = {row.name: row for section in SECTIONS for row in section.rows}
 """By name."""
 
 _RECORDS = "`hft-megatron pretrain` has it; what is trained on here is named by --train-data-path"
-_CORPUS = "`hft-megatron sft` and `dpo` have it; a corpus is named by --data-path and divided by --split"
 
 OF_OTHER_COMMANDS = {
     row.name: row
@@ -97,11 +96,6 @@ OF_OTHER_COMMANDS = {
         refused("data-path=*", _RECORDS),
         refused("mock-data", _RECORDS),
         refused("split=", "`hft-megatron pretrain` has it; give files as --valid-data-path"),
-        refused("train-data-path=*", _CORPUS),
-        refused("valid-data-path=*", _CORPUS),
-        refused(
-            "data-cache-path=", "`hft-megatron sft` and `dpo` have it; a corpus's index stays in memory, leave it out"
-        ),
         accepted("reset-attention-mask", "examples of a pack see only themselves"),
         accepted("reset-position-ids", "examples of a pack have positions of their own"),
         refused("eod-mask-loss", "`hft-megatron pretrain` has it; --loss-on and --train-on-eos say what is trained"),

@@ -8,29 +8,27 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
-import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from filelock import FileLock
-from numpy.typing import NDArray
-
 from hft_megatron.data.dataset import ExamplesInMemory
 from hft_megatron.data.files.sources import SourceFiles, kind_of_file
+from hft_megatron.data.kept import (
+    ACCOUNT,
+    folder_for_entries,
+    key_of,
+    one_at_a_time,
+    read_entry,
+    remove_unused,
+    write_entry,
+)
 from hft_megatron.errors import UserError
 
 _OPTION = "--data-cache-path"
-_ACCOUNT = "account.json"
-_UNUSED_S = 30 * 24 * 3600
-"""After this many seconds without a use an entry is removed."""
 _ARRAYS = ("tokens", "trained", "offsets", "places")
 
 
@@ -69,17 +67,17 @@ class TokenCache:
         """
         if self._folder is None:
             return _as_read(make())
-        key = _digest([decisive, _code()])
+        key = key_of([decisive, _code()])
         entry, mistake = self._folder / key, self._folder / f"{key}.mistake"
-        account_before, mistake_before = _version(entry / _ACCOUNT), _version(mistake)
+        account_before, mistake_before = _version(entry / ACCOUNT), _version(mistake)
         # All ranks look at all of it, and not one after the other.
         if (found := _read(entry)) is not None:
             return replace(found, note=f"tokens are taken from {entry}, where an earlier process has kept them")
         made: Tokenized | None = None
-        with _lock(self._folder / f"{key}.lock"):
+        with one_at_a_time(self._folder / f"{key}.lock"):
             if _version(mistake) not in (mistake_before, None):
                 raise UserError(mistake.read_text(encoding="utf-8"))
-            if _version(entry / _ACCOUNT) == account_before:
+            if _version(entry / ACCOUNT) == account_before:
                 made = self._make(entry, mistake, make)
         # As the others have it: this process' own copy goes.
         return _read(entry) or _as_read(made or make())
@@ -92,8 +90,9 @@ class TokenCache:
                 mistake.write_text(str(error), encoding="utf-8")
             raise
         with suppress(OSError):  # A full disk costs the next process its time, and nothing else.
-            _remove_unused(entry.parent)
-            _write(entry, made)
+            remove_unused(entry.parent)
+            arrays = {name: getattr(made.store, name) for name in _ARRAYS}
+            write_entry(entry, arrays, made.account)
             mistake.unlink(missing_ok=True)
         return made
 
@@ -108,20 +107,11 @@ def open_token_cache(folder: str | None) -> TokenCache:
     """
     try:
         found = user_cache("data", _OPTION) if folder is None else Path(folder)
-        found.mkdir(parents=True, exist_ok=True)
-        if not os.access(found, os.W_OK):
-            raise UserError(f"{_OPTION} {folder} can't be used: it can't be written; name another folder.")
+        return TokenCache(folder_for_entries(found, _OPTION))
     except UserError:
         if folder is None:
             return NO_CACHE
         raise
-    except OSError as error:
-        if folder is None:
-            return NO_CACHE
-        raise UserError(
-            f"{_OPTION} {folder} can't be used: {error.strerror}; name a folder that can be written."
-        ) from error
-    return TokenCache(found)
 
 
 def _as_read(made: Tokenized) -> Tokenized:
@@ -134,59 +124,12 @@ def named(source: SourceFiles, digests: Sequence[str]) -> list[list[str]]:
     return [[kind_of_file(file), digest] for file, digest in zip(source.files, digests, strict=True)]
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Where the file system has no locks, processes that come at once each do the work."""
-    lock = FileLock(path)
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _read(entry: Path) -> Tokenized | None:
-    """The entry, its arrays mapped; None where it is missing or damaged."""
-    try:
-        account = json.loads((entry / _ACCOUNT).read_text(encoding="utf-8"))
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        if account["sha256"] != _digest_of(arrays):
-            return None
-        with suppress(OSError):  # another user's
-            os.utime(entry)
-    except (OSError, ValueError, KeyError, EOFError):
+    found = read_entry(entry)
+    if found is None:
         return None
-    return Tokenized(store=ExamplesInMemory(**arrays), account=account["account"], note=f"tokens are kept in {entry}")
-
-
-def _write(entry: Path, made: Tokenized) -> None:
-    arrays: dict[str, NDArray[Any]] = {name: getattr(made.store, name) for name in _ARRAYS}
-    part = entry.with_name(f".{entry.name[:8]}-{secrets.token_hex(4)}")
-    part.mkdir()
-    try:
-        for name, array in arrays.items():
-            np.save(part / f"{name}.npy", array, allow_pickle=False)
-        account = {"account": made.account, "sha256": _digest_of(arrays)}
-        (part / _ACCOUNT).write_text(json.dumps(account), encoding="utf-8")
-        # Only a damaged one can be in its place.
-        shutil.rmtree(entry, ignore_errors=True)
-        part.rename(entry)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _remove_unused(folder: Path) -> None:
-    """Entries, what a stopped process left of one, locks and mistakes, all of long ago."""
-    for path in folder.iterdir():
-        if re.fullmatch(r"[0-9a-f]{64}(\.lock|\.mistake)?|\.[0-9a-f]{8}-[0-9a-f]{8}", path.name) is None:
-            continue
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _UNUSED_S:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    arrays, account = found
+    return Tokenized(store=ExamplesInMemory(**arrays), account=account, note=f"tokens are kept in {entry}")
 
 
 def _version(path: Path) -> tuple[int, int] | None:
@@ -195,18 +138,6 @@ def _version(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def _digest_of(arrays: dict[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name in _ARRAYS:
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @cache

@@ -29,15 +29,13 @@ class Declaration:
     summary: str
     """What the command does, in a line."""
     groups: Mapping[str, type]
-    """Groups of its own options, by name: a group of a run, or another class with some of one's fields."""
+    """Groups of its own options, by name: a group of a run, or for one of that name a class with some of its fields."""
     rules: tuple[Rule, ...]
     """About its data and its own options."""
     measures: Mapping[str, bool] = field(default_factory=dict)
     """What its validation measures that --save-hf-best can go by: names of the log, and whether higher is better."""
     load: "Callable[[], Method]"
     """Imports what it trains with."""
-    parts_of: Mapping[str, str] = field(default_factory=dict)
-    """For those of ``groups`` that are another class: the group of a run whose fields they have."""
 
 
 DECLARED: dict[MethodName, Declaration] = {}
@@ -83,9 +81,16 @@ SUPERVISED_RULES: tuple[Rule, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainTokenizerConfig:
+class PretrainDataConfig:
     """What of a run's data options has a meaning here: the corpus holds ids already."""
 
+    train_data_path: tuple[str, ...] = ()
+    """Like --data-path, in place of it and of --split: prefixes of .bin and .idx files for training alone."""
+    valid_data_path: tuple[str, ...] = ()
+    """Beside --train-data-path, for validation, also with weights."""
+    data_cache_path: str | None = None
+    """Folder in which the first process of a start keeps the indices of samples, for the others and for later starts;
+    when unset every rank makes its own, in memory. Made-up data has none."""
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
     """Found from the files when unset."""
     tokenizer_model: str | None = None
@@ -148,8 +153,7 @@ register(
     Declaration(
         name="pretrain",
         summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
-        groups={"corpus": CorpusConfig, "tokenizer": PretrainTokenizerConfig},
-        parts_of={"tokenizer": "data"},
+        groups={"corpus": CorpusConfig, "data": PretrainDataConfig},
         rules=corpus.CORPUS_RULES,
         measures={"lm loss": False},
         load=_pretrain,

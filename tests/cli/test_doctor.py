@@ -83,7 +83,6 @@ MISTAKES = [
     (["--context-parallel-size", "2"], "is not built yet"),
     (["--train-data-path", "data.jsonl"], "No model is given"),
     (["--load-hf", "model", "--data-path", "corpus"], "add --method pretrain"),
-    (["--load-hf", "model", "--method", "pretrain", "--train-data-path", "data.jsonl"], "no options of pretrain"),
     (["--load-hf", "model", "--num-layers", "2"], "cannot be given with --load-hf"),
 ]
 

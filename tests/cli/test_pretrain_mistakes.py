@@ -18,6 +18,7 @@ from tests.support.corpora import write_corpus
 from tests.support.tokenizers import make_byte_level
 
 GOOD = "--load-hf MODEL --data-path CORPUS --seq-length 16"
+APART = "--load-hf MODEL --train-data-path CORPUS --seq-length 16"
 VOCAB_SIZE = 340
 
 
@@ -77,7 +78,19 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
     # options of fine-tuning
     (1, f"{GOOD} --chat-template tulu", ["--chat-template tulu: `hft-megatron sft` and `dpo` have it"]),
     (1, f"{GOOD} --packing", ["--packing is not an option of this command"]),
-    (1, f"{GOOD} --train-data-path x", ["--train-data-path x: `hft-megatron sft` and `dpo` have it"]),
+    # sources of their own for training and validation
+    (1, f"{GOOD} --train-data-path x", ["--data-path ", "corpus and --train-data-path x are both given; keep one"]),
+    (1, "--load-hf MODEL --mock-data --train-data-path x", ["--mock-data and --train-data-path x are both given"]),
+    (1, f"{APART} --split 9,1", ["--split 9,1 divides --data-path and not --train-data-path"]),
+    (1, f"{APART} --valid-data-path x", ["--valid-data-path x needs --eval-iters; add it"]),
+    (1, f"{APART} --eval-iters 2", ["--eval-iters 2 needs --valid-data-path beside --train-data-path"]),
+    (
+        1,
+        f"{APART} --train-data-path 0.5 CORPUS CORPUS",
+        ["--train-data-path: ", "corpus has no weight, but other paths"],
+    ),
+    (1, f"{APART} --valid-data-path 0.5 --eval-iters 1", ["--valid-data-path: the weight 0.5 has no path behind it"]),
+    (1, f"{GOOD} --valid-data-path x --eval-iters 1", ["--valid-data-path x goes with --train-data-path; give both"]),
 ]
 
 
@@ -114,6 +127,16 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no index": (lambda f: (f / "corpus.idx").unlink(), GOOD, ["corpus.idx is missing, and corpus.bin is there"]),
     "cut tokens": (cut_tokens, GOOD, ["corpus.bin has 3900 bytes, and corpus.idx describes 4000"]),
     "damaged index": (damage_index, GOOD, ["corpus.idx is damaged"]),
+    "no such files to validate on": (
+        lambda f: None,
+        f"{APART} --valid-data-path ABSENT --eval-iters 1",
+        ["--valid-data-path ", "there are no files", "absent.bin"],
+    ),
+    "no folder for indices": (
+        lambda f: (f / "absent").touch(),
+        f"{GOOD} --data-cache-path ABSENT",
+        ["--data-cache-path ", "absent can't be used: File exists; name a folder that can be written"],
+    ),
     "ids beyond the model": (
         lambda f: write_corpus(f / "corpus", [[5] * 30, [VOCAB_SIZE]]),
         GOOD,
@@ -169,10 +192,10 @@ def test_one_file_of_options_serves_both_commands(
 ) -> None:
     (folder / "run.yaml").write_text(
         f"load_hf: {folder / 'model'}\ndata_path: [0.5, {folder / 'corpus'}, 0.5, {folder / 'corpus'}]\n"
-        "train_data_path: x.jsonl\nchat_template: tulu\nseq_length: 16\n"
+        "chat_template: tulu\nseq_length: 16\n"
     )
-    for command in ("pretrain", "sft"):
-        assert main([command, "--config", str(folder / "run.yaml")]) == EXIT_OK, capsys.readouterr().err
+    for command, *words in (("pretrain",), ("sft", "--train-data-path", "x.jsonl")):
+        assert main([command, "--config", str(folder / "run.yaml"), *words]) == EXIT_OK, capsys.readouterr().err
     (_, pretraining, _), (_, tuning, _) = training.calls
     assert pretraining.corpus.data_path[::2] == ("0.5", "0.5")
     assert pretraining.data.chat_template is None

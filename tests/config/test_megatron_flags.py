@@ -172,11 +172,11 @@ SCRIPTS = {
         [
             *NOT_BUILT_FOR_LLAMA3,
             *("--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather"),
-            *("--tokenizer-type", "--data-cache-path", "--tiktoken-pattern", "--num-workers"),
+            *("--tokenizer-type", "--tiktoken-pattern", "--num-workers"),
             *PROFILE,
         ],
     ),
-    "LLAMA3_8B_BF16": ("pretrain", [*NOT_BUILT_FOR_LLAMA3, "--data-cache-path", "--num-workers", *PROFILE]),
+    "LLAMA3_8B_BF16": ("pretrain", [*NOT_BUILT_FOR_LLAMA3, "--num-workers", *PROFILE]),
     "LLAMA32_1B_FINETUNE": (
         "sft",
         [

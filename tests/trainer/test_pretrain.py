@@ -139,6 +139,27 @@ def test_validation_goes_through_its_part_of_the_corpus(ranks: RankPools, inputs
     assert len(set(seen[0])) == 3
 
 
+def test_sources_of_their_own_for_training_and_validation_are_the_same_run_as_one_that_is_not_divided(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    """With indices that are kept, at two ranks, and resumed at one by the other options, without the folder."""
+    base = words_for(inputs, "--train-iters", 6, "--lr-warmup-iters", 2)
+    place = base.index("--data-path")
+    without = [*base[:place], *base[base.index("--seq-length") :]]
+    whole_words = [*without, "--data-path", str(inputs / "a"), "--split", "1"]
+    apart = [*without, "--train-data-path", str(inputs / "a"), "--data-cache-path", str(tmp_path / "kept")]
+    apart += ["--valid-data-path", "0.5", str(inputs / "a"), "0.5", str(inputs / "b")]
+    apart += ["--eval-interval", "3", "--eval-iters", "1"]
+    [whole] = ranks(1).run(run_method_words, method="pretrain", words=whole_words)
+    first, second = run_in_two(ranks, (2, 1), (apart, whole_words), tmp_path / "run", kill_at=3)
+    steps = first[0]["steps"] + second[0]["steps"]
+    assert [step["loss"] for step in steps] == pytest.approx(column(whole, "loss"), rel=TOLERANCE)
+    validated = [line for line in read_metrics(tmp_path / "run") if "lm loss validation" in line]
+    assert [line["iteration"] for line in validated] == [3]
+    assert f"> indices of samples are kept in {tmp_path / 'kept'}" in first[0]["said"]
+    assert len([entry for entry in (tmp_path / "kept").iterdir() if entry.is_dir()]) == 3
+
+
 def test_mock_data_trains_a_model_from_random_weights(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     model = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--max-position-embeddings", 64]
     words = [*model, "--tokenizer-model", inputs / "model", "--mock-data", "--train-iters", 8, "--lr", 1e-2]

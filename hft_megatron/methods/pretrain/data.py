@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -12,8 +13,17 @@ from hft_megatron.config.run import RunConfig
 from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.data.dataset import numbered
+from hft_megatron.data.kept import folder_for_entries
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, SampleRules, Samples, mock_corpus, read_corpus
+from hft_megatron.methods.pretrain.datasets import (
+    Corpus,
+    CorpusSources,
+    SampleCounts,
+    SampleRules,
+    Samples,
+    mock_corpus,
+    read_corpus,
+)
 
 FIELDS = ("tokens", "labels", "loss_mask")
 
@@ -94,7 +104,7 @@ def validation_samples(*, train_iters: int, eval_interval: int | None, eval_iter
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusData:
-    """The ``RunData`` of --data-path or --mock-data."""
+    """The ``RunData`` of a corpus."""
 
     corpus: Corpus
     counts: SampleCounts
@@ -159,15 +169,26 @@ def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape,
     train = max(batches.samples_before(iterations), config.training.train_samples or 0)
     counts = SampleCounts(seq_length=length, train=train, valid=valid)
     flags = {"--reset-attention-mask": options.reset_attention_mask, "--eod-mask-loss": options.eod_mask_loss}
+    folder = config.data.data_cache_path
     rules = SampleRules(
         seed=config.training.seed,
         eod_mask_loss=options.eod_mask_loss,
         needs_ends=next((flag for flag, is_on in flags.items() if is_on), None),
+        kept_in=None if folder is None else folder_for_entries(Path(folder), "--data-cache-path"),
     )
     if options.mock_data:
         corpus = mock_corpus(tokenizer, counts, rules)
     else:
-        sources = data_sources("--data-path", options.data_path)
-        corpus = read_corpus(sources, options.split, tokenizer, counts, rules, vocab_size=shape.vocab_size)
+        corpus = read_corpus(_sources(config), tokenizer, counts, rules, vocab_size=shape.vocab_size)
     end = tokenizer.eos_id if options.reset_attention_mask else None
     return CorpusData(corpus=corpus, counts=counts, logging=logging, end=end)
+
+
+def _sources(config: RunConfig) -> CorpusSources:
+    """One blend, which --split divides, or one for training and one for validation."""
+    if config.corpus.data_path:
+        return CorpusSources(train=data_sources("--data-path", config.corpus.data_path), split=config.corpus.split)
+    return CorpusSources(
+        train=data_sources("--train-data-path", config.data.train_data_path),
+        valid=data_sources("--valid-data-path", config.data.valid_data_path),
+    )

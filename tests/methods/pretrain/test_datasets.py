@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from hft_megatron.config.data import data_sources
 from hft_megatron.errors import UserError
-from hft_megatron.methods.pretrain.datasets import Corpus, SampleCounts, SampleRules, Samples, mock_corpus, read_corpus
+from hft_megatron.methods.pretrain.datasets import (
+    Corpus,
+    CorpusSources,
+    SampleCounts,
+    SampleRules,
+    Samples,
+    mock_corpus,
+    read_corpus,
+)
 from tests.support.corpora import VOCAB_SIZE, random_documents, write_corpus
 
 TOKENIZER: Any = SimpleNamespace(vocab_size=VOCAB_SIZE - 1, eos_id=330)
@@ -29,8 +39,15 @@ def read(
     rules: SampleRules = RULES,
 ) -> Corpus:
     counts = SampleCounts(seq_length=length, train=train, valid=valid)
-    sources = data_sources("--data-path", [str(word) for word in words])
-    return read_corpus(sources, split, TOKENIZER, counts, rules, vocab_size=VOCAB_SIZE)
+    sources = CorpusSources(train=data_sources("--data-path", [str(word) for word in words]), split=split)
+    return read_corpus(sources, TOKENIZER, counts, rules, vocab_size=VOCAB_SIZE)
+
+
+def read_apart(train: Sequence[object], valid: Sequence[object] = (), *, validated: int = 0) -> Corpus:
+    """Of --train-data-path and --valid-data-path."""
+    counts = SampleCounts(seq_length=LENGTH, train=24, valid=validated)
+    first, second = (data_sources("", [str(word) for word in words]) for words in (train, valid))
+    return read_corpus(CorpusSources(train=first, valid=second), TOKENIZER, counts, RULES, vocab_size=VOCAB_SIZE)
 
 
 def tokens_of(samples: Samples, count: int) -> list[list[int]]:
@@ -75,6 +92,80 @@ def test_the_parts_of_a_split_share_no_document(tmp_path: Path) -> None:
     assert corpus.valid is not None
     assert set(np.unique(tokens_of(corpus.train, 100))) == set(range(80))
     assert set(np.unique(tokens_of(corpus.valid, 40))) <= set(range(80, 95))
+
+
+def test_sources_of_their_own_for_each_part_are_those_of_the_part_alone(corpora: tuple[str, str]) -> None:
+    first, second = corpora
+    for words in ([first], [0.3, first, 0.7, second], [first, second]):
+        apart, whole = read_apart(words), read(*words, split="1")
+        assert tokens_of(apart.train, 24) == tokens_of(whole.train, 24)
+        assert (apart.digest, apart.order_digest) == (whole.digest, whole.order_digest)
+        assert apart.valid is None
+    both = read_apart([first], [0.5, first, 0.5, second], validated=9)
+    assert both.valid is not None
+    assert (both.digest, both.order_digest) == (read(first, split="1").digest, read(first, split="1").order_digest)
+    assert len(tokens_of(both.valid, 9)) == 9
+    assert both.lines[0] == f"{first}: {sum(map(len, random_documents(100))):,} tokens in 100 documents for training"
+    assert both.lines[1].startswith(f"{first} (weight 0.5): ")
+    assert both.lines[1].endswith("100 documents for validation")
+
+
+def test_a_mistake_in_sources_of_their_own_names_their_option(corpora: tuple[str, str], tmp_path: Path) -> None:
+    short = write_corpus(tmp_path / "short", [[5] * 8, [6] * 8])
+    first, second = corpora
+    for train, valid, sentence in (
+        ([short], [], "--train-data-path .*short: it has 16 tokens in 2 documents for training, and one sample needs"),
+        ([first], [short], "--valid-data-path .*short: it has 16 tokens in 2 documents for validation"),
+        ([first], ["absent"], "--valid-data-path absent: there are no files absent.idx"),
+        ([first], [second, second], "--valid-data-path: one pass over all .* --eval-iters asks for 1000"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read_apart(train, valid, validated=1000 if valid else 0)
+
+
+def entries_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def test_indices_are_kept_by_what_they_are_of_and_made_anew_where_they_were_damaged(
+    corpora: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    keeping = SampleRules(seed=7, kept_in=folder)
+    words = (0.3, corpora[0], 0.7, corpora[1])
+    in_memory = read(*words, valid=9)
+    first, again = (read(*words, valid=9, rules=keeping) for _ in range(2))
+    for found in (first, again):
+        assert found.valid is not None
+        assert in_memory.valid is not None
+        assert tokens_of(found.train, 24) == tokens_of(in_memory.train, 24)
+        assert tokens_of(found.valid, 9) == tokens_of(in_memory.valid, 9)
+        assert (found.digest, found.order_digest) == (in_memory.digest, in_memory.order_digest)
+        datasets: Any = found.train
+        assert all(isinstance(one.sample_index, np.memmap) for one in datasets.datasets)
+    assert first.lines[-1] == f"indices of samples are kept in {folder}"
+    made = entries_of(folder)
+    assert len(made) == 4, "of two sources and two parts"
+    built, build = list[str](), GPTDataset._build_document_sample_shuffle_indices
+
+    def counted(self: Any) -> Any:
+        built.append(self.dataset_path)
+        return build(self)
+
+    monkeypatch.setattr(GPTDataset, "_build_document_sample_shuffle_indices", counted)
+    read(*words, valid=9, rules=keeping)
+    assert built == []
+    (made[0] / "shuffle_index.npy").write_bytes((made[0] / "shuffle_index.npy").read_bytes()[:-4])
+    read(*words, valid=9, rules=keeping)
+    assert len(built) == 1
+    write_corpus(Path(corpora[0]), random_documents(100, seed=5))
+    other = read(*words, valid=9, rules=keeping)
+    assert len(built) == 3, "the same path, and other documents"
+    assert tokens_of(other.train, 24) == tokens_of(read(*words, valid=9).train, 24)
+    assert len(entries_of(folder)) == 6
+    read(*words, valid=9, rules=SampleRules(seed=8, kept_in=folder))
+    assert len(entries_of(folder)) == 10
 
 
 def test_shares_of_a_blend_are_its_weights(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hft_megatron.errors import UserError
-from hft_megatron.methods.pretrain import datasets
-from hft_megatron.methods.pretrain.datasets import read_corpus_files
+from hft_megatron.methods.pretrain import files
+from hft_megatron.methods.pretrain.files import read_corpus_files
 from tests.support.corpora import VOCAB_SIZE, random_documents, write_corpus
 
 DOCUMENTS = random_documents(20)
@@ -33,7 +33,7 @@ def test_every_length_is_read_and_equal_files_have_equal_digests(dtype: type[np.
 
 
 def test_one_token_more_or_less_changes_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "READ_BYTES", 64)  # several blocks
+    monkeypatch.setattr(files, "READ_BYTES", 64)  # several blocks
     digests = set()
     for place in (None, 0, 100, -1):
         documents = [list(document) for document in DOCUMENTS]
@@ -105,7 +105,7 @@ def test_an_index_without_sequences_is_damaged(tmp_path: Path) -> None:
 def test_an_id_beyond_the_vocabulary_is_named_with_its_place(
     dtype: type[np.number], place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "READ_BYTES", 64)  # several blocks
+    monkeypatch.setattr(files, "READ_BYTES", 64)  # several blocks
     document = [5] * 100
     document[place] = VOCAB_SIZE
     prefix = write_corpus(tmp_path / "corpus", [document], dtype)
