@@ -103,6 +103,11 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         gradients = {self._unit_of[p]: self._main_param(p)[1].grad for p in held}
         return [unit for unit, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
 
+    def updated_shards(self) -> dict[Parameter, Tensor]:
+        """What this rank updates, by whole parameter: (elements,) fp32 values, the newest there are; live tensors."""
+        held = {} if self.is_stub_optimizer else self.model_param_gbuf_map
+        return {p: self._main_param(p)[1].detach() for p in held}
+
     def step_with_ready_grads(self) -> bool:
         successful: bool = super().step_with_ready_grads()
         self.updates += successful

@@ -4,32 +4,44 @@ import math
 import os
 import sys
 from datetime import datetime, timedelta
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 from hft_megatron.tracking.tracker import (
     ACTUAL_THROUGHPUT,
+    ALL_GATHER_WAIT,
+    BACKWARD_TIME,
     CONSUMED_SAMPLES,
     DECOUPLED_LEARNING_RATE,
     DEVICE_PEAK,
+    FASTEST,
+    FORWARD_TIME,
     GLOBAL_BATCH_SIZE,
     GRAD_NORM,
     ITERATION_TIME,
     LEARNING_RATE,
     LOSS,
+    LOSS_SCALE,
     LOSS_SPIKE,
+    NAN_ITERATIONS,
+    NUM_ZEROS,
     OF_VALIDATION,
+    OPTIMIZER_TIME,
+    PARAMS_NORM,
     PREFERENCE_LOSS,
     PROCESS_PEAK,
+    REDUCE_SCATTER_WAIT,
     REWARD_ACCURACY,
     REWARD_MARGIN,
     ROUND,
     ROUND_SWITCH_TIME,
     SKIPPED_ITERATIONS,
+    SLOWEST,
     SLOWEST_RANK,
     THROUGHPUT,
     TIME_LEFT,
     TOKENS_PER_SECOND,
     Metrics,
+    over_ranks,
 )
 
 _FIELDS: tuple[tuple[str, str], ...] = (
@@ -43,12 +55,12 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     (PREFERENCE_LOSS, ".6E"),
     (REWARD_ACCURACY, ".3f"),
     (REWARD_MARGIN, ".4f"),
-    ("loss scale", ".1f"),
+    (LOSS_SCALE, ".1f"),
     (GRAD_NORM, ".3f"),
-    ("num zeros", "d"),
-    ("params norm", ".3f"),
+    (NUM_ZEROS, "d"),
+    (PARAMS_NORM, ".3f"),
     (SKIPPED_ITERATIONS, "3d"),
-    ("number of nan iterations", "3d"),
+    (NAN_ITERATIONS, "3d"),
     (LOSS_SPIKE, ".1f"),
     (ROUND, "d"),
     (ROUND_SWITCH_TIME, ".1f"),
@@ -62,6 +74,17 @@ _FIELDS: tuple[tuple[str, str], ...] = (
 
 A round's plan, with its counts and its digest, has lines of its own where the round begins.
 """
+_ALWAYS: Metrics = {LOSS_SCALE: 1.0, SKIPPED_ITERATIONS: 0, NAN_ITERATIONS: 0}
+"""Fields that Megatron's line always has and its parsers look for, where they are not measured: no loss is scaled, and
+without --skip-nonfinite-steps the run ends where a step can't be taken."""
+_TIMERS = (
+    ("all-grads-sync", REDUCE_SCATTER_WAIT),
+    ("params-all-gather", ALL_GATHER_WAIT),
+    ("optimizer", OPTIMIZER_TIME),
+    ("forward-compute", FORWARD_TIME),
+    ("backward-compute", BACKWARD_TIME),
+)
+"""Megatron's timers and what is measured under them, in its order."""
 _BAR_FORMAT = "{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}"
 _BAR_FIELDS = (
     (LOSS, "loss {:.4f}"),
@@ -81,10 +104,24 @@ def iteration_line(step: int, train_iters: int, metrics: Metrics, *, now: dateti
 
     It ends with the time left in hours, minutes and seconds.
     """
-    fields = "".join(f" {name}: {metrics[name]:{form}} |" for name, form in _FIELDS if name in metrics)
+    shown = {**_ALWAYS, **metrics}
+    fields = "".join(f" {name}: {shown[name]:{form}} |" for name, form in _FIELDS if name in shown)
     if TIME_LEFT in metrics:
         fields += f" time left: {timedelta(seconds=round(float(metrics[TIME_LEFT])))} |"
     return f" [{now:%Y-%m-%d %H:%M:%S.%f}] iteration {step:8d}/{train_iters:8d} |{fields}"
+
+
+def timer_lines(metrics: Metrics) -> str:
+    """Megatron's lines of what --timing-log-level measured over ranks; empty where it measured nothing.
+
+    As in Megatron a timer that never ran has no line.
+    """
+    lines = []
+    for timer, name in _TIMERS:
+        low, high = (float(metrics.get(over_ranks(name, which), 0.0)) for which in (FASTEST, SLOWEST))
+        if high > 0:
+            lines.append(f"    {(timer + ' ').ljust(48, '.')}: ({low:.2f}, {high:.2f})")
+    return "\n".join(["(min, max) time across ranks (ms):", *lines]) if lines else ""
 
 
 def validation_line(step: int, metrics: Metrics) -> str:
@@ -113,6 +150,8 @@ class ConsoleTracker:
     columns, where a bar would break over many lines. The lines are printed unless the bar stands on the same
     screen (both are terminals), so that ``> train.log`` keeps them and a person is not flooded.
     """
+
+    is_dashboard: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -147,6 +186,8 @@ class ConsoleTracker:
             return
         if self._prints_lines:
             self._print(iteration_line(step, self._train_iters, metrics, now=datetime.now()))
+            if timers := timer_lines(metrics):
+                self._print(timers)
         if self._bar is not None:
             shown = [form.format(metrics[name]) for name, form in _BAR_FIELDS if name in metrics]
             self._bar.set_postfix_str(" ".join(shown), refresh=False)

@@ -5,7 +5,7 @@ The loop logs into one tracker and never asks where the numbers go.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 Metrics = Mapping[str, float | int | str]
 """One record: what was measured, by name. Text is for digests."""
@@ -34,9 +34,14 @@ REJECTED_LOG_PROBS = "logps/rejected"
 KL = "kl"
 OF_VALIDATION = " validation"
 """Behind the name of what was measured on the validation data."""
+LOSS_SCALE = "loss scale"
 GRAD_NORM = "grad norm"
+NUM_ZEROS = "num zeros"
+PARAMS_NORM = "params norm"
 SKIPPED_ITERATIONS = "number of skipped iterations"
 """Since the last record, as in Megatron."""
+NAN_ITERATIONS = "number of nan iterations"
+"""Those of them whose loss is infinite or undefined."""
 LOSS_SPIKE = "loss spike (robust z-score)"
 """Only of an iteration that is one."""
 ROUND = "round"
@@ -54,6 +59,8 @@ BACKWARD_TIME = "backward time (ms)"
 REDUCE_SCATTER_WAIT = "reduce-scatter wait (ms)"
 ALL_GATHER_WAIT = "all-gather wait (ms)"
 OPTIMIZER_TIME = "optimizer time (ms)"
+FASTEST, SLOWEST = ", fastest rank", ", slowest rank"
+"""Behind a section's name, of times that are gathered over ranks: ``optimizer time, slowest rank (ms)``."""
 REDUCE_SCATTER_BYTES = "reduce-scatter bytes"
 ALL_GATHER_BYTES = "all-gather bytes"
 GRADIENT_BYTES = "gradient buffer bytes"
@@ -63,8 +70,16 @@ OPTIMIZER_BYTES = "optimizer bytes"
 REFERENCE_BYTES = "reference bytes"
 
 
+def over_ranks(name: str, which: str) -> str:
+    """The name of a time in milliseconds on the ``FASTEST`` or the ``SLOWEST`` rank."""
+    return name.replace(" (ms)", f"{which} (ms)")
+
+
 class Tracker(Protocol):
     """Somewhere numbers go."""
+
+    is_dashboard: ClassVar[bool]
+    """Whether --tensorboard-log-interval says how often it gets a training record, instead of --log-interval."""
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record what was measured after iteration ``step`` (the first iteration is 1)."""
@@ -79,7 +94,12 @@ class Tracker(Protocol):
 class CompositeTracker:
     """Passes every record to each of its trackers, in order; with none it is the tracker that does nothing."""
 
+    is_dashboard: ClassVar[bool] = False
     trackers: Sequence[Tracker] = ()
+
+    def part(self, *, dashboards: bool) -> "CompositeTracker":
+        """Its dashboards alone, or its other trackers."""
+        return CompositeTracker(trackers=tuple(one for one in self.trackers if one.is_dashboard == dashboards))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Log to every tracker."""
@@ -101,8 +121,9 @@ DASHBOARD_NAMES: Mapping[str, tuple[str, float]] = {
     LEARNING_RATE: ("learning-rate", 1),
     DECOUPLED_LEARNING_RATE: ("decoupled-learning-rate", 1),
     GRAD_NORM: ("grad-norm", 1),
+    NUM_ZEROS: ("num-zeros", 1),
+    PARAMS_NORM: ("params-norm", 1),
     GLOBAL_BATCH_SIZE: ("batch-size", 1),
-    "loss scale": ("loss-scale", 1),
 }
 """Names of the log line that Megatron spells differently in TensorBoard and wandb (or whose slashes wandb would take
 for folders), and the factor to the unit there: milliseconds become seconds, gigabytes bytes."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.errors import RunFailed, UserError
@@ -22,6 +22,8 @@ class JsonlTracker:
 
     A loss that is not a number is written as ``NaN``, which Python reads back and strict JSON does not know.
     """
+
+    is_dashboard: ClassVar[bool] = False
 
     def __init__(self, path: Path, *, start_iteration: int) -> None:
         """Open ``path`` for a run that goes on after ``start_iteration`` (0 for a fresh run).
@@ -81,6 +83,8 @@ def _iteration_of(line: str, where: str) -> int:
 class TensorBoardTracker:
     """Writes every number of a record as a scalar; text (the plan digest) has no curve and is left out."""
 
+    is_dashboard: ClassVar[bool] = True
+
     def __init__(self, folder: str, *, start_iteration: int) -> None:
         """Write event files into ``folder``; a resumed run hides the events of iterations it does again."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only when asked for
@@ -101,6 +105,8 @@ class TensorBoardTracker:
 
 class WandbTracker:
     """One wandb run. It gets the resolved options and the records; no source, no diff, no terminal output."""
+
+    is_dashboard: ClassVar[bool] = True
 
     def __init__(self, *, project: str, name: str | None, folder: str | None, config: Mapping[str, Any]) -> None:
         """Start a run of ``project``; its files go to ``folder``/wandb (./wandb when None).

@@ -1,7 +1,7 @@
 """What happens around steps: log lines and validation here, and the list of all hooks of a run."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from statistics import mean, median
@@ -11,13 +11,16 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.writer import CheckpointWriter
 from hft_megatron.config.run_folder import same_folder
+from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.costs.flops import StepFlops
 from hft_megatron.parallel import step_clock
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import host_name
 from hft_megatron.tracking import tracker as names
+from hft_megatron.tracking.tracker import Tracker
 from hft_megatron.trainer.bill import Bill, TimeLeft, Work, flops_of, peak_memory, rates, work_of
 from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.params_norm import params_norm
 from hft_megatron.trainer.run import Run
 from hft_megatron.trainer.saving import Base, Exporter, ExportModels, SaveCheckpoints, Signals, StopEarly, exports_of
 from hft_megatron.trainer.step import StepResult, validate
@@ -99,6 +102,21 @@ def in_words(times: list[float], places: list[str]) -> dict[str, float | str]:
     return found
 
 
+def over_all_ranks(times: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Times of this rank in milliseconds, by their names in the log -> the least and the most of all ranks. Collective:
+    16 bytes for each."""
+    mine = torch.tensor(list(times.values()), dtype=torch.float64, device=device)
+    # The largest of the negatives is the smallest: one collective for both.
+    both = torch.stack([-mine, mine])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    lowest, highest = (-both[0]).tolist(), both[1].tolist()
+    return {
+        names.over_ranks(name, which): value
+        for which, values in ((names.FASTEST, lowest), (names.SLOWEST, highest))
+        for name, value in zip(times, values, strict=True)
+    }
+
+
 SECTION_METRICS = {
     step_clock.FORWARD: names.FORWARD_TIME,
     step_clock.BACKWARD: names.BACKWARD_TIME,
@@ -106,21 +124,30 @@ SECTION_METRICS = {
     step_clock.ALL_GATHER_WAIT: names.ALL_GATHER_WAIT,
     step_clock.OPTIMIZER: names.OPTIMIZER_TIME,
 }
+TIMED_AT = {
+    0: (),
+    1: (step_clock.REDUCE_SCATTER_WAIT, step_clock.ALL_GATHER_WAIT, step_clock.OPTIMIZER),
+    2: step_clock.SECTIONS,
+}
+"""Sections whose times are gathered over ranks, by --timing-log-level."""
 
 
 @dataclass
 class LogSteps(Hook):
-    """Records one line every --log-interval steps.
+    """Records one line every ``interval`` steps.
 
     What the objective measures, times, rates and bytes sent are means over those steps, as in Megatron; times, bytes
     and sizes are the last rank's. Steps that were left out have their times and bytes, and no loss or norm. The record
-    of a spike of the loss comes at once.
+    of a spike of the loss comes at once, without what ranks would have to gather.
     """
 
     interval: int
+    options: LoggingConfig
     spikes: LossSpikes
     counts_skipped: bool
+    tracker: Tracker
     _pending: list[StepResult] = field(default_factory=list)
+    _since_gathered: list[StepResult] = field(default_factory=list)
     _work: list[Work] = field(default_factory=list)
     _compute: ComputeTimes = field(default_factory=ComputeTimes)
     _time_left: TimeLeft = field(default_factory=TimeLeft)
@@ -135,6 +162,7 @@ class LogSteps(Hook):
 
     def after_step(self, run: Run, result: StepResult) -> None:
         self._pending.append(result)
+        self._since_gathered.append(result)
         self._work.append(work_of(result, self._flops))
         self._time_left.add(result)
         self._compute.add(result)
@@ -143,14 +171,31 @@ class LogSteps(Hook):
     def after_iteration(self, run: Run) -> None:
         due = run.state.iteration % self.interval == 0 or run.is_complete
         # On all ranks: the record of a spike, which the last stage alone sees, is no place for a collective.
-        compute = self._compute.take(run) if due else {}
+        gathered_now = self._gather(run) if due else {}
         spike, self._spike = self._spike, None
         # Where every iteration since the last record was skipped there is nothing to say.
         if self._pending and (due or spike is not None):
-            record = {**self._record(run), **compute}
-            run.log(record if spike is None else {**record, names.LOSS_SPIKE: spike})
+            record = {**self._record(run), **gathered_now}
+            run.log(record if spike is None else {**record, names.LOSS_SPIKE: spike}, self.tracker)
             self._pending.clear()
             self._work.clear()
+
+    def _gather(self, run: Run) -> dict[str, float | int | str]:
+        """What all ranks together have to measure; collective."""
+        found: dict[str, float | int | str] = {**self._compute.take(run)}
+        # Not those that a record waits for, which are fewer on the rank that has logged a spike.
+        steps, self._since_gathered = self._since_gathered, []
+        if not steps:
+            return found
+        if sections := TIMED_AT[self.options.timing_log_level]:
+            times = {SECTION_METRICS[one]: mean(step.times.sections[one] for step in steps) for one in sections}
+            found |= over_all_ranks(times, run.placement.device)
+        if self.options.log_num_zeros_in_grad and steps[-1].updated:
+            # They lie there until the next step begins.
+            found[names.NUM_ZEROS] = int(run.wrapped.optimizer.count_zeros())
+        if self.options.log_params_norm:
+            found[names.PARAMS_NORM] = params_norm(run)
+        return found
 
     def _record(self, run: Run) -> dict[str, float | int | str]:
         steps, updates = self._pending, [step for step in self._pending if step.updated]
@@ -182,6 +227,8 @@ class LogSteps(Hook):
             record[names.REFERENCE_BYTES] = run.reference.held_bytes
         if self.counts_skipped:
             record[names.SKIPPED_ITERATIONS] = len(steps) - len(updates)
+            losses = [step.loss for step in steps if not step.updated and step.loss is not None]
+            record[names.NAN_ITERATIONS] = sum(not isfinite(loss) for loss in losses)
         if updates:
             record[names.GRAD_NORM] = updates[-1].grad_norm
             for name in updates[-1].measured:
@@ -223,6 +270,22 @@ class Validate(Hook):
         self._last = run.state.iteration
 
 
+def _logging_hooks(run: Run) -> list[LogSteps]:
+    """One for everything, or another one for dashboards, where they have an interval of their own."""
+    options, counts_skipped = run.config.logging, run.config.training.skip_nonfinite_steps > 0
+    dashboards = options.tensorboard_log_interval or options.log_interval
+    parts: list[tuple[int, Tracker]] = [(options.log_interval, run.tracker)]
+    if dashboards != options.log_interval:
+        parts = [
+            (options.log_interval, run.tracker.part(dashboards=False)),
+            (dashboards, run.tracker.part(dashboards=True)),
+        ]
+    return [
+        LogSteps(interval, options, LossSpikes(options.loss_spike_threshold), counts_skipped, tracker)
+        for interval, tracker in parts
+    ]
+
+
 def build_hooks(
     run: Run,
     *,
@@ -239,9 +302,7 @@ def build_hooks(
     ``exporter`` writes under --save-hf-interval. ``of_a_stage``, the run ends with a line instead of its whole bill.
     """
     config = run.config
-    spikes = LossSpikes(config.logging.loss_spike_threshold)
-    log = LogSteps(config.logging.log_interval, spikes, counts_skipped=config.training.skip_nonfinite_steps > 0)
-    hooks: list[Hook] = [log]
+    hooks: list[Hook] = [*_logging_hooks(run)]
     if isinstance(run.reference, Hook):
         hooks.append(run.reference)
     audit = AuditRounds(config.hft.hft_audit_interval) if config.hft.hft_audit else None

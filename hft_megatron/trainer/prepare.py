@@ -14,7 +14,7 @@ from hft_megatron.optimizer.wrapping import adam_in_use
 from hft_megatron.parallel.consensus import gathered, together
 from hft_megatron.parallel.groups import Placement, make_deterministic, start_groups
 from hft_megatron.parallel.peers import Peers
-from hft_megatron.tracking.tracker import Tracker
+from hft_megatron.tracking.tracker import CompositeTracker
 from hft_megatron.tracking.trackers import build_tracker
 from hft_megatron.trainer.inputs import Inputs, check_inputs_agree, scores_of_run
 from hft_megatron.trainer.resume import check_plan, with_schedule, with_sound_checkpoint
@@ -34,7 +34,7 @@ class Prepared:
     rounds: Rounds
     plan: Plan
     """Of the round that the run starts in."""
-    tracker: Tracker | None
+    tracker: CompositeTracker | None
     """None where nothing is trained."""
 
     @property
@@ -104,9 +104,9 @@ def _with_dtype(inputs: Inputs) -> Inputs:
     return replace(inputs, config=replace(inputs.config, training=replace(training, bf16=bf16)))
 
 
-def _tracker(inputs: Inputs, placement: Placement) -> Tracker:
+def _tracker(inputs: Inputs, placement: Placement) -> CompositeTracker:
     """The trackers of this rank; what one rank is refused (a dashboard, a file), all ranks raise."""
-    mine: list[Tracker] = []
+    mine: list[CompositeTracker] = []
 
     def build() -> None:
         tracker = build_tracker(

@@ -12,7 +12,7 @@ from hft_megatron.errors import RunFailed
 from hft_megatron.optimizer.rounds import LearningRate
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
-from hft_megatron.tracking.tracker import Metrics, Tracker
+from hft_megatron.tracking.tracker import CompositeTracker, Metrics, Tracker
 from hft_megatron.trainer.method import Objective
 from hft_megatron.trainer.rounds import Rounds
 
@@ -43,7 +43,7 @@ class Run:
     reference: Reference | None = None
     """None where nothing is learned from preferences."""
     learning_rate: LearningRate
-    tracker: Tracker
+    tracker: CompositeTracker
     announce: Callable[[str], None]
     """Prints one line on rank 0."""
     state: TrainState
@@ -85,9 +85,10 @@ class Run:
             consumed_samples=self.coming_samples.stop,
         )
 
-    def log(self, metrics: Metrics) -> None:
-        """Records what was measured after this iteration; where that can't be written, notes the failure."""
+    def log(self, metrics: Metrics, tracker: Tracker | None = None) -> None:
+        """Records what was measured after this iteration, in one tracker or in all; where that can't be written, notes
+        the failure."""
         try:
-            self.tracker.log(self.state.iteration, metrics)
+            (tracker or self.tracker).log(self.state.iteration, metrics)
         except RunFailed as failure:
             self.failure = str(failure)

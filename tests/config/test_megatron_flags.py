@@ -172,16 +172,16 @@ SCRIPTS = {
         [
             *NOT_BUILT_FOR_LLAMA3,
             *("--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather"),
-            *("--tokenizer-type", "--tiktoken-pattern", "--num-workers"),
+            *("--tokenizer-type", "--tiktoken-pattern"),
             *PROFILE,
         ],
     ),
-    "LLAMA3_8B_BF16": ("pretrain", [*NOT_BUILT_FOR_LLAMA3, "--num-workers", *PROFILE]),
+    "LLAMA3_8B_BF16": ("pretrain", [*NOT_BUILT_FOR_LLAMA3, *PROFILE]),
     "LLAMA32_1B_FINETUNE": (
         "sft",
         [
             *("--use-rope-scaling", "--split", "--finetune-hf-dataset"),
-            *("--eod-mask-loss", "--no-check-for-nan-in-loss-and-grad", "--export-te-mcore-model"),
+            *("--eod-mask-loss", "--export-te-mcore-model"),
         ],
     ),
     "MS_SWIFT_SFT": (
@@ -189,7 +189,7 @@ SCRIPTS = {
         [
             *("--model", "--save_safetensors", "--dataset", "--sequence_parallel", "--finetune"),
             *("--cross_entropy_loss_fusion", "--num_train_epochs", "--output_dir", "--save_steps", "--max_length"),
-            *("--system", "--dataloader_num_workers", "--no_save_optim", "--no_save_rng", "--dataset_num_proc"),
+            *("--system", "--no_save_optim", "--no_save_rng", "--dataset_num_proc"),
             *("--model_author", "--model_name"),
         ],
     ),
@@ -198,7 +198,7 @@ SCRIPTS = {
         [
             *("--model", "--save_safetensors", "--dataset", "--load_from_cache_file", "--split_dataset_ratio"),
             *("--packing", "--finetune", "--cross_entropy_loss_fusion", "--output_dir", "--eval_steps", "--save_steps"),
-            *("--max_length", "--dataloader_num_workers", "--dataset_num_proc", "--no_save_optim", "--no_save_rng"),
+            *("--max_length", "--dataset_num_proc", "--no_save_optim", "--no_save_rng"),
             "--sequence_parallel",
         ],
     ),
@@ -231,7 +231,7 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
         "--swiglu, --normalization RMSNorm, --attention-backend fused, --disable-bias-linear, "
         "--cross-entropy-loss-fusion, --calculate-per-token-loss, --use-distributed-optimizer, "
         "--context-parallel-size 1, --no-create-attention-mask-in-dataloader, --no-mmap-bin-files, "
-        "--log-throughput, --ckpt-format torch_dist"
+        "--num-workers 1, --log-throughput, --ckpt-format torch_dist"
     ]
 
 

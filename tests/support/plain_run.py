@@ -54,6 +54,10 @@ class PlainStep:
     loss: float
     grad_norm: float
     learning_rate: float
+    zeros: int
+    """Elements of the trained gradients that are 0."""
+    params_norm: float
+    """Of all weights after the step: masters of what trains, what is frozen as it is."""
     rewards: tuple[float, float] | None
     """Mean of the chosen and of the rejected answers, of preference pairs."""
     plan: Plan
@@ -116,9 +120,19 @@ def plain_run(method: MethodName, words: Sequence[str], cache: str) -> PlainRun:
                 total, count, rewards = total + loss.item(), count + weight, rewards + reward
             optimizer.accumulate()
         rate = learning_rate(config, step)
-        norm = optimizer.step(count, rate)
+        norm, zeros = optimizer.step(count, rate)
         means = (float(rewards[0] / count), float(rewards[1] / count)) if method == "dpo" else None
-        steps.append(PlainStep(loss=total / count, grad_norm=norm, learning_rate=rate, rewards=means, plan=plan))
+        steps.append(
+            PlainStep(
+                loss=total / count,
+                grad_norm=norm,
+                learning_rate=rate,
+                zeros=zeros,
+                params_norm=optimizer.params_norm,
+                rewards=means,
+                plan=plan,
+            )
+        )
     weights = {name: p.detach() for name, p in model.named_parameters()}
     source = load_file(Path(folder) / "model.safetensors")
     return PlainRun(
@@ -179,8 +193,9 @@ class _Optimizer:
                 assert parameter.grad is not None
                 master.grad = parameter.grad.float() if master.grad is None else master.grad + parameter.grad.float()
 
-    def step(self, count: int, rate: float) -> float:
-        """Updates with the mean over ``count`` tokens or pairs; returns the gradient norm before clipping."""
+    def step(self, count: int, rate: float) -> tuple[float, int]:
+        """Updates with the mean over ``count`` tokens or pairs; returns the gradient norm before clipping, and how many
+        elements are 0."""
         trained = [self._masters[unit] for unit, p in self._named.items() if p.requires_grad]
         for master in trained:
             assert master.grad is not None
@@ -189,13 +204,19 @@ class _Optimizer:
         norm = float(torch.nn.utils.clip_grad_norm_(trained, largest if largest > 0 else math.inf))
         for group in self._adam.param_groups:
             group["lr"] = rate
+        zeros = sum(int((master.grad == 0).sum()) for master in trained if master.grad is not None)
         self._adam.step()
         self._adam.zero_grad()
         with torch.no_grad():
             for unit, parameter in self._named.items():
                 if parameter.requires_grad:
                     parameter.copy_(self._masters[unit])
-        return norm
+        return norm, zeros
+
+    @property
+    def params_norm(self) -> float:
+        weights = [self._masters[unit] if p.requires_grad else p.detach() for unit, p in self._named.items()]
+        return math.sqrt(sum(float(weight.double().square().sum()) for weight in weights))
 
     @property
     def updates(self) -> dict[str, int]:

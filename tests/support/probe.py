@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hft_megatron.config.derived import padded_vocab_size
 from hft_megatron.costs.rank_costs import CostModel, RankCosts
 from hft_megatron.model.parameter_names import chunk_parameters, chunk_places, local_elements
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
@@ -148,9 +149,11 @@ class Probe(Recorder):
 
     def report(self) -> dict[str, Any]:
         run: Run = self.run
+        shape = run.wrapped.modules[0].shape
         return {
             # A run that is resumed where a round ends leaves that round without a step.
             "rounds": [seen for seen in self.rounds if seen["steps"]],
+            "padded rows": padded_vocab_size(shape, run.placement.tensor_size, 1) - shape.vocab_size,
             "place": [run.placement.tensor_rank, run.placement.pipeline_rank, run.placement.data_rank],
             "table": parameters_by_table(run),
             "parameters": [[(n, p.numel()) for n, p in m.named_parameters()] for m in run.wrapped.modules],

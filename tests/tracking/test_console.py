@@ -59,17 +59,30 @@ def test_the_iteration_line_is_megatrons_to_the_character() -> None:
         " [2026-08-22 10:00:00.123456] iteration       10/     100 | consumed samples:          320 |"
         " elapsed time per iteration (ms): 812.3 | learning rate: 1.000000E-05 |"
         " decoupled learning rate: 1.000000E-06 | global batch size:    32 |"
-        " lm loss: 1.234567E+00 | grad norm: 1.234 | round: 2 |"
+        " lm loss: 1.234567E+00 | loss scale: 1.0 | grad norm: 1.234 | number of skipped iterations:   0 |"
+        " number of nan iterations:   0 | round: 2 |"
     )
 
 
 def test_megatrons_other_fields_stand_where_megatron_puts_them() -> None:
-    metrics = {"grad norm": 1.234, "number of skipped iterations": 0, "loss scale": 1.0, "num zeros": 0, "lm loss": 2.0}
-    line = iteration_line(1, 1, metrics, now=datetime(2026, 1, 1))
+    metrics = {"number of nan iterations": 1, "number of skipped iterations": 2, "params norm": 12.5, "num zeros": 7}
+    line = iteration_line(1, 1, {**metrics, "grad norm": 1.234, "lm loss": 2.0}, now=datetime(2026, 1, 1))
     assert line.endswith(
-        "| lm loss: 2.000000E+00 | loss scale: 1.0 | grad norm: 1.234 | num zeros: 0 |"
-        " number of skipped iterations:   0 |"
+        "| lm loss: 2.000000E+00 | loss scale: 1.0 | grad norm: 1.234 | num zeros: 7 | params norm: 12.500 |"
+        " number of skipped iterations:   2 | number of nan iterations:   1 |"
     )
+
+
+def test_times_over_ranks_are_megatrons_lines_below_the_iteration(capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"optimizer time, fastest rank (ms)": 0.25, "optimizer time, slowest rank (ms)": 12.346}
+    times |= {"all-gather wait, fastest rank (ms)": 0.0, "all-gather wait, slowest rank (ms)": 0.0}
+    ConsoleTracker(train_iters=9, start_iteration=0, progress=io.StringIO()).log(1, {**METRICS, **times})
+    iteration, *lines = capsys.readouterr().out.splitlines()
+    assert "] iteration        1/" in iteration
+    assert lines == [
+        "(min, max) time across ranks (ms):",
+        "    optimizer ......................................: (0.25, 12.35)",
+    ]
 
 
 def test_the_rates_stand_where_megatron_puts_throughput_and_the_time_left_ends_the_line() -> None:
@@ -84,7 +97,8 @@ def test_the_rates_stand_where_megatron_puts_throughput_and_the_time_left_ends_t
     }
     line = iteration_line(1, 1, rates, now=datetime(2026, 1, 1))
     assert line.endswith(
-        "| elapsed time per iteration (ms): 812.3 | throughput per GPU (TFLOP/s/GPU): 401.2 | round: 2 |"
+        "| elapsed time per iteration (ms): 812.3 | throughput per GPU (TFLOP/s/GPU): 401.2 | loss scale: 1.0 |"
+        " number of skipped iterations:   0 | number of nan iterations:   0 | round: 2 |"
         " tokens per GPU (tokens/s/GPU): 9876.5 | actual throughput per GPU (TFLOP/s/GPU): 334.5 |"
         " max allocated memory (GB): 69.50 | time left: 1 day, 1:01:01 |"
     )

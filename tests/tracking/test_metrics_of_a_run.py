@@ -6,6 +6,7 @@ from statistics import mean
 
 import pytest
 
+from tests.support.event_files import scalars
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for, write_data
 
@@ -90,3 +91,19 @@ def test_a_line_is_the_mean_over_its_log_interval_and_the_last_step_has_one(rank
     assert [line["lm loss"] for line in lines] == means
     decoupled = [line["decoupled learning rate"] for line in lines]
     assert decoupled == pytest.approx([line["learning rate"] / 5 for line in lines]), "both follow one schedule"
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5])])
+def test_dashboards_can_have_an_interval_of_their_own(
+    interval: int, steps: list[int], ranks: RankPools, tmp_path: Path
+) -> None:
+    folders = ["--save", tmp_path / "run", "--tensorboard-dir", tmp_path / "tb"]
+    words = words_for(make_inputs(tmp_path), "--train-iters", 5, "--log-interval", 3, *folders)
+    [report] = ranks(1).run(run_sft_words, words=[*words, "--tensorboard-log-interval", str(interval)])
+    losses = [step["loss"] for step in report["steps"]]
+    assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [3, 5]
+    assert [line["lm loss"] for line in read_metrics(tmp_path / "run")] == [mean(losses[:3]), mean(losses[3:])]
+    shown = scalars(tmp_path / "tb")["lm loss"]
+    assert [step for step, _ in shown] == steps
+    bounds = zip([0, *steps], steps, strict=False)
+    assert [loss for _, loss in shown] == pytest.approx([mean(losses[a:b]) for a, b in bounds], rel=1e-6)

@@ -3,14 +3,9 @@ from pathlib import Path
 import pytest
 
 from hft_megatron.tracking.trackers import TensorBoardTracker
+from tests.support.event_files import scalars
 
-accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = accumulator.EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+pytest.importorskip("tensorboard")
 
 
 def test_event_files_read_back_under_megatrons_keys(tmp_path: Path) -> None:

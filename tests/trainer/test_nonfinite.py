@@ -230,6 +230,7 @@ def test_the_count_of_skipped_steps_survives_a_resume_and_one_more_than_allowed_
     assert [one["iteration"] for one in whole["steps"]] == [1, 2, 3, 4, 5, 6]
     metrics = read_metrics(tmp_path)
     assert [line["number of skipped iterations"] for line in metrics] == [0, 0, 1, 0, 0, 0]
+    assert [line["number of nan iterations"] for line in metrics] == [0, 0, 1, 0, 0, 0]
     assert [line["iteration"] for line in metrics if "lm loss" not in line] == [3]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     for folder in tmp_path.glob("iter_0000006"):

@@ -292,6 +292,7 @@ def words_of(row: Row, number: int, folder: Path) -> list[str]:
     words += ["--bf16" if row.bf16 else "--no-bf16", "--adam-eps", EPSILON_BF16 if row.bf16 else EPSILON]
     words += [*RECOMPUTE[row.recompute], *ROUNDS[row.rounds], *row.freeze_words()]
     words += (APART if row.command == "pretrain" else ["--packing"]) if row.packing else []
+    words += ["--log-params-norm", "--log-num-zeros-in-grad", "--timing-log-level", 2]
     return [str(word) for word in words]
 
 
@@ -381,7 +382,7 @@ def check_run(
     assert idle or begun > 0 or (row.frozen != "stage" and row.layout != "pp4")
     assert json.loads(answers[0]["state"]["unit steps"]) == expected.updates
     check_replicas(answers)
-    check_log(answers[-1], save, begun, steps)
+    check_log(row, answers[-1], save, begun, steps)
     check_export(row, expected, Path(f"{save}-hf"))
 
 
@@ -437,7 +438,7 @@ def check_replicas(answers: Sequence[dict[str, Any]]) -> None:
         assert weights.setdefault(tuple(answer["place"][:2]), mine) == mine
 
 
-def check_log(last: dict[str, Any], save: Path, begun: int, steps: Sequence[PlainStep]) -> None:
+def check_log(row: Row, last: dict[str, Any], save: Path, begun: int, steps: Sequence[PlainStep]) -> None:
     lines = read_metrics(save)
     assert [line["iteration"] for line in lines] == list(range(1, STEPS + 1))
     for line, step, plain in zip(lines[begun:], last["steps"], steps, strict=True):
@@ -449,6 +450,14 @@ def check_log(last: dict[str, Any], save: Path, begun: int, steps: Sequence[Plai
         assert line["plan digest"] == plain.plan.short_digest
         assert line["trainable params"] == plain.plan.trainable_parameters
         assert line["frozen params"] == plain.plan.frozen_parameters
+        assert line["params norm"] == pytest.approx(plain.params_norm, rel=1e-3 if row.bf16 else TOLERANCE)
+        padding = (
+            last["padded rows"] * UNEVEN["hidden_size"] * len({"model.embed_tokens", "lm_head"} & plain.plan.training)
+        )
+        assert row.bf16 or line["num zeros"] == plain.zeros + padding
+        for section in ("forward time", "backward time", "optimizer time", "all-gather wait", "reduce-scatter wait"):
+            fastest, slowest = (line[f"{section}, {which} rank (ms)"] for which in ("fastest", "slowest"))
+            assert 0 <= fastest <= line[f"{section} (ms)"] <= slowest
 
 
 def check_export(row: Row, expected: PlainRun, folder: Path) -> None:
