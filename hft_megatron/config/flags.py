@@ -262,8 +262,8 @@ def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> I
         if not _is_name(word):
             position += len(following)
             yield Mistake(
-                sentence=f"The word {word!r} belongs to no option: options start with -- and take at most one value"
-                f"{_except_for_those_with_several(flags)}."
+                sentence=f"The word {word!r} belongs to no option: options start with --, and --help says which take "
+                "several values."
             )
             continue
         item, taken = _item_of_word(word, following, flags)
@@ -302,9 +302,3 @@ def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]
 def _no_value(written: str, meant: Flag | Row) -> Mistake:
     negative = f" or --no-{meant.name}" if isinstance(meant, Flag) else ""
     return Mistake(sentence=f"{written}: a switch takes no value; write --{meant.name}{negative}.")
-
-
-def _except_for_those_with_several(flags: Mapping[str, Flag]) -> str:
-    names = [f"--{flag.name}" for flag in flags.values() if flag.takes_several]
-    listed = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-    return f", except for {listed}" if names else ""

@@ -1,11 +1,17 @@
-"""Options of what a person or a dashboard sees."""
+"""Options of what a person, a dashboard or a profiler sees."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt
+
+from hft_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from hft_megatron.config.model_shape import ModelShape
+    from hft_megatron.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +38,32 @@ class LoggingConfig:
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
+    profile: bool = False
+    """Profile a few iterations: for nsys (started with `--capture-range=cudaProfilerApi`), or with torch's profiler."""
+    use_pytorch_profiler: bool = False
+    """With --profile: torch's profiler writes a trace per rank to torch_profile/ in the --save folder, or without one
+    in --tensorboard-dir. Where there is no CUDA it does so anyway."""
+    profile_step_start: Annotated[int, Ge(0)] = 10
+    """With --profile: iterations before the first one that is profiled."""
+    profile_step_end: Annotated[int, Ge(1)] = 12
+    """With --profile: the last iteration that is profiled."""
+    profile_ranks: tuple[int, ...] = ()
+    """With --profile: the ranks that are profiled; rank 0 when unset."""
+
+
+def profile_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Some iteration and some rank is profiled, and a trace has a place."""
+    options = config.logging
+    if not options.profile:
+        return
+    first, last = options.profile_step_start, options.profile_step_end
+    if last <= first:
+        raise UserError(
+            f"--profile-step-end {last} must be above --profile-step-start {first}, after which the first iteration is "
+            f"profiled; give at least {first + 1}."
+        )
+    for rank in options.profile_ranks:
+        if not 0 <= rank < world_size:
+            raise UserError(f"--profile-ranks {rank}: the run's ranks are 0 to {world_size - 1}; name one of them.")
+    if options.use_pytorch_profiler and config.checkpoint.save is None and options.tensorboard_dir is None:
+        raise UserError("--use-pytorch-profiler needs a folder for its traces; give --save or --tensorboard-dir.")

@@ -5,7 +5,7 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import checkpoint, data, exports, hft, model, optimizer, parallel, training
+from hft_megatron.config import checkpoint, data, exports, hft, model, optimizer, parallel, tracking, training
 from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import MethodName
@@ -36,6 +36,7 @@ _RULES: tuple[Rule, ...] = (
     optimizer.schedule_fits_the_run,
     optimizer.decoupled_rates_fit,
     optimizer.weight_decay_is_given_once,
+    tracking.profile_fits_the_run,
     *hft.METHOD_RULES,
     data.tokenizer_is_given,
     checkpoint.outputs_have_a_place,

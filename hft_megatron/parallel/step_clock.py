@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings
+from torch.profiler import record_function
 
 FORWARD = "forward"
 BACKWARD = "backward"
@@ -63,11 +64,14 @@ class StepClock:
         """From each moment on, the section that time belongs to, and whether it is spent in a collective of it."""
         self._open: list[str] = []
         self._begun: float | None = None
+        self.annotates = False
+        """Whether sections are also ranges of their names in the trace of a profiler, which costs time."""
+        self._ranges: list[Any] = []
 
     def begin(self) -> None:
         """Starts a step. An earlier one that an exception cut short is forgotten."""
         self._wait_for_device()
-        self._marks, self._open = [], []
+        self._marks, self._open, self._ranges = [], [], []
         self._begun = time.perf_counter()
         self._mark(OTHER)
 
@@ -115,10 +119,13 @@ class StepClock:
         if self._begun is not None:
             self._open.append(name)
             self._mark(name)
+            self._ranges.append(record_function(name) if self.annotates else contextlib.nullcontext())
+            self._ranges[-1].__enter__()
 
     def leave(self) -> None:
         """Closes the innermost section."""
         if self._begun is not None:
+            self._ranges.pop().__exit__(None, None, None)
             self._open.pop()
             self._mark(self._open[-1] if self._open else OTHER)
 

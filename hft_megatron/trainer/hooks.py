@@ -21,6 +21,7 @@ from hft_megatron.tracking.tracker import Tracker
 from hft_megatron.trainer.bill import Bill, TimeLeft, Work, flops_of, peak_memory, rates, work_of
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.params_norm import params_norm
+from hft_megatron.trainer.profiling import Profile, trace_folder
 from hft_megatron.trainer.run import Run
 from hft_megatron.trainer.saving import Base, Exporter, ExportModels, SaveCheckpoints, Signals, StopEarly, exports_of
 from hft_megatron.trainer.step import StepResult, validate
@@ -325,5 +326,9 @@ def build_hooks(
         saver = SaveCheckpoints(config.checkpoint, writer, last=already, base=base, audit=audit)
         hooks.append(saver)
     hooks.append(Bill(config.checkpoint.save, of_a_stage=of_a_stage))
+    if config.logging.profile:
+        options = config.logging
+        ranks = options.profile_ranks or (0,)
+        hooks.append(Profile(options.profile_step_start, options.profile_step_end, ranks, trace_folder(config)))
     hooks.append(StopEarly(saver, config.training, signals))
     return hooks

@@ -17,6 +17,7 @@ from hft_megatron.parallel.peers import Peers
 from hft_megatron.tracking.tracker import CompositeTracker
 from hft_megatron.tracking.trackers import build_tracker
 from hft_megatron.trainer.inputs import Inputs, check_inputs_agree, scores_of_run
+from hft_megatron.trainer.profiling import trace_folder
 from hft_megatron.trainer.resume import check_plan, with_schedule, with_sound_checkpoint
 from hft_megatron.trainer.rounds import Rounds
 
@@ -70,6 +71,7 @@ def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
     inputs = _with_dtype(inputs)
     training = inputs.config.training
     check_implementation(training.transformer_impl, bf16=training.bf16 is True)
+    trace_folder(inputs.config)
     placement = start_groups(inputs.config.parallel, inputs.shape.num_layers, training.seed)
     announce = _announcer(placement)
     _announce_start(inputs, placement, company, announce)

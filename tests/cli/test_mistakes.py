@@ -36,6 +36,8 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --recompute-granularity selective"),
     (2, f"{RAMPED} --rampup-batch-size 2 2 20 --lr-warmup-samples 8 --lr-decay-samples 30"),
     (1, f"{GOOD} --hft-ratio 0"),
+    (4, f"{GOOD} --profile --use-pytorch-profiler --profile-step-end 11 --profile-ranks 0 3 --tensorboard-dir TB"),
+    (1, f"{GOOD} --profile-step-start 12 --use-pytorch-profiler"),
     (1, f"{GOOD} --packing --packing-window 50 --long-examples split --train-epochs 2 --lr-warmup-iters 500"),
     (1, f"{GOOD} --hft-ratio 1 --lr-warmup-fraction 0.03 --seq-length 128"),
     (1, f"{GOOD} --eval-interval 5 --eval-iters 2 --valid-data-path valid.jsonl --save RUN --save-interval 10"),
@@ -117,6 +119,16 @@ MISTAKES = [
     (1, f"{GOOD} --tensor-model-parallel-size 2", "world size 1", "start 2 ranks"),
     (1, f"{GOOD} --sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size"),
     (1, f"{GOOD} --overlap-param-gather", "--overlap-param-gather needs --overlap-grad-reduce"),
+    # the profiler
+    (
+        1,
+        f"{GOOD} --profile --profile-step-start 12",
+        "--profile-step-end 12 must be above --profile-step-start 12, after which",
+        "give at least 13",
+    ),
+    (2, f"{GOOD} --profile --profile-ranks 1 2", "--profile-ranks 2: the run's ranks are 0 to 1; name one of them"),
+    (1, f"{GOOD} --profile --profile-ranks all", "--profile-ranks all: the value must be one or more whole numbers"),
+    (1, f"{GOOD} --profile --use-pytorch-profiler", "--use-pytorch-profiler needs a folder", "--tensorboard-dir"),
     # not built yet
     (2, f"{GOOD} --context-parallel-size 2", "--context-parallel-size 2 is not built yet"),
     (2, f"{GOOD} --expert-model-parallel-size 2", "--expert-model-parallel-size 2 is not built yet"),

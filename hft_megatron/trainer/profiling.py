@@ -1,0 +1,125 @@
+"""Profiles a few iterations: a trace of each rank by torch's profiler, or ranges that nsys captures."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler import emit_nvtx
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from hft_megatron.config.run import RunConfig
+from hft_megatron.errors import UserError
+from hft_megatron.parallel.launch import numbers_in_words
+from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.run import Run
+from hft_megatron.trainer.step import StepResult
+
+FOLDER = "torch_profile"
+"""Of traces, in the folder of --save or --tensorboard-dir."""
+
+
+def trace_folder(config: RunConfig) -> Path | None:
+    """Where the options want traces; None where nsys keeps what is profiled, or nothing is.
+
+    UserError where there is no CUDA that nsys could capture, and no folder for traces instead.
+    """
+    options = config.logging
+    if not options.profile or (torch.cuda.is_available() and not options.use_pytorch_profiler):
+        return None
+    parent = config.checkpoint.save or options.tensorboard_dir
+    if parent is None:
+        raise UserError(
+            "--profile: without CUDA nsys captures nothing, and torch's profiler needs a folder for its traces; give "
+            "--save or --tensorboard-dir."
+        )
+    return Path(parent) / FOLDER
+
+
+@dataclass
+class Profile(Hook):
+    """Profiles those iterations after --profile-step-start up to --profile-step-end that this process does.
+
+    In a trace each is a range ``iteration 11``, with its hooks; the sections of its step are ranges within it. A run
+    that ends before the last one still has a trace; one that a signal stops has none.
+    """
+
+    before_first: int
+    """The iteration after which profiling begins."""
+    last: int
+    ranks: tuple[int, ...]
+    folder: Path | None
+    """Of traces; None leaves them to nsys."""
+    _running: ExitStack | None = None
+    _iteration: ExitStack = field(default_factory=ExitStack)
+    _begun: int = 0
+
+    def at_round_start(self, run: Run) -> None:
+        if self._running is None and self.before_first <= run.state.iteration < self.last:
+            self._start(run)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if self._running is None and run.state.iteration == self.before_first:
+            self._start(run)
+        elif self._running is not None and run.state.iteration == self.last:
+            self._stop(run)
+        elif self._running is not None:
+            self._iteration.close()
+            self._begin_iteration(run)
+
+    def at_end(self, run: Run) -> None:
+        if self._running is not None:
+            self._stop(run)
+
+    def _start(self, run: Run) -> None:
+        if run.is_complete:
+            return
+        self._running, self._begun = ExitStack(), run.state.iteration
+        where = "for nsys" if self.folder is None else f"for traces in {self.folder}"
+        run.announce(
+            f"> profiling iterations {self._begun + 1} to {min(self.last, run.length)} of "
+            f"{numbers_in_words(list(self.ranks))} {where}"
+        )
+        if run.placement.rank in self.ranks:
+            run.wrapped.traffic.clock.annotates = True
+            self._running.enter_context(_captured_by_nsys() if self.folder is None else self._traced(run))
+            self._begin_iteration(run)
+
+    def _begin_iteration(self, run: Run) -> None:
+        if run.placement.rank in self.ranks and not run.is_complete:
+            self._iteration.enter_context(record_function(f"iteration {run.state.iteration + 1}"))
+
+    def _stop(self, run: Run) -> None:
+        assert self._running is not None
+        self._iteration.close()
+        try:
+            self._running.close()
+        except (OSError, RuntimeError) as error:  # the second is torch's
+            run.failure = f"the trace of rank {run.placement.rank} can't be written to {self.folder}: {error}"
+        run.wrapped.traffic.clock.annotates = False
+        self._running = None
+        if self.folder is not None:
+            run.announce(f"> profiled: {self.folder}/{self._name(run, '*')} (Perfetto opens them)")
+
+    def _name(self, run: Run, rank: int | str) -> str:
+        return f"iterations-{self._begun + 1}-{run.state.iteration}.rank-{rank}.json.gz"
+
+    @contextmanager
+    def _traced(self, run: Run) -> Iterator[None]:
+        assert self.folder is not None
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        with profile(activities=activities, record_shapes=True) as profiler:
+            yield
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / self._name(run, run.placement.rank)))
+
+
+@contextmanager
+def _captured_by_nsys() -> Iterator[None]:
+    """What ``nsys profile --capture-range=cudaProfilerApi`` captures, with torch's operators as ranges."""
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaProfilerStart())
+    with emit_nvtx(record_shapes=True):
+        yield
+    torch.cuda.check_error(runtime.cudaProfilerStop())
