@@ -41,6 +41,8 @@ class PlanTrainingConfig:
     """For --memory: sequences of one forward pass on one data-parallel rank."""
     seq_length: Annotated[int, Ge(1)] | None = None
     """For --memory: the longest training sequence in tokens; the model's limit when unset."""
+    recompute_activations: bool = False
+    """The same as --recompute-granularity selective."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """For --memory: what the backward pass makes again, as in a run."""
     recompute_method: Literal["uniform", "block"] | None = None

@@ -22,13 +22,6 @@ NOT_BUILT_YET = Section(
         not_yet("exp-avg-dtype=", "moments are fp32", values="fp32"),
         not_yet("exp-avg-sq-dtype=", "moments are fp32", values="fp32"),
         not_yet("grad-reduce-in-bf16", "gradients are reduced in fp32"),
-        not_yet("manual-gc"),
-        not_yet("manual-gc-interval=", values="0"),
-        not_yet("no-manual-gc-eval"),
-        not_yet("disable-manual-gc-eval"),
-        not_yet("empty-unused-memory-level=", values="0"),
-        not_yet("no-overlap-p2p-communication", "the interleaved pipeline always overlaps its transfers"),
-        not_yet("recompute-activations", "give --recompute-granularity selective"),
         not_yet("context-parallel-size=", "split activations by --sequence-parallel", values="1"),
         not_yet("expert-model-parallel-size=", "only dense models train", values="1"),
         not_yet("use-megatron-fsdp", "data parallelism shards the optimizer alone"),
@@ -163,6 +156,7 @@ DENSE = (
             refused(
                 "gpu-sniff-test-interval=", "`hft-megatron doctor` looks at the devices before a run; leave it out"
             ),
+            refused("disable-manual-gc-eval", "give --no-manual-gc-eval"),
             refused("train-sync-interval=", _PERFORMANCE),
             accepted(
                 "no-check-for-nan-in-loss-and-grad",

@@ -32,6 +32,8 @@ class ParallelConfig:
     """Layers of the last pipeline stage, which also has the head and the loss."""
     num_layers_per_virtual_pipeline_stage: Annotated[int, Ge(1)] | None = None
     """Layers of one model chunk under the interleaved pipeline schedule."""
+    overlap_p2p_communication: bool = True
+    """Under the interleaved schedule, send to and receive from other stages while layers compute."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence (needs TP > 1)."""
     overlap_grad_reduce: bool = False

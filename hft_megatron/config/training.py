@@ -62,12 +62,27 @@ class TrainingConfig:
     transformer_impl: TransformerImpl = "local"
     """Whose kernels compute attention, norms and Adam: torch's, whatever else is installed, or those of
     transformer-engine (needs CUDA and bf16), or NVIDIA's Apex for Adam where it alone has one."""
+    recompute_activations: bool = False
+    """The same as --recompute-granularity selective."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Annotated[int, Ge(1)] | None = None
     seed: Annotated[int, Ge(0)] = 1234
     deterministic_mode: bool = False
     """Only deterministic kernels and a fixed order of reductions: repeated runs are equal bit for bit."""
+    empty_unused_memory_level: Literal[0, 1, 2] = 0
+    """Give the device back what torch keeps of freed memory: 1 before every update, 2 after it as well; costs time."""
+    manual_gc: bool = False
+    """Collect Python's garbage on all ranks at once, and at no other time: before training, around validations and
+    every --manual-gc-interval."""
+    manual_gc_interval: Annotated[int, Ge(0)] = 0
+    """With --manual-gc: iterations between collections; 0 for none."""
+    manual_gc_eval: bool = True
+    """With --manual-gc: collect before and after every validation (--no-manual-gc-eval for not)."""
+
+    def __post_init__(self) -> None:
+        if self.recompute_activations and self.recompute_granularity is None:
+            object.__setattr__(self, "recompute_granularity", "selective")
 
 
 def batch_divides_over_the_ranks(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -138,6 +153,14 @@ def recompute_options_fit_together(config: RunConfig, shape: ModelShape, world_s
         training.recompute_num_layers,
     )
     units = {"--recompute-method": method, "--recompute-num-layers": count}
+    if training.recompute_activations:
+        full = {"--recompute-granularity": granularity if granularity == "full" else None} | units
+        for option, value in full.items():
+            if value is not None:
+                raise UserError(
+                    f"--recompute-activations recomputes attention alone, and {option} {value} whole layers; keep one "
+                    f"of them."
+                )
     for option, value in units.items():
         if granularity == "full" and value is None:
             raise UserError(f"--recompute-granularity full needs {option}; add it.")

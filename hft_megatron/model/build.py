@@ -78,7 +78,7 @@ def transformer_config(
         # Under the interleaved schedule of two stages a rank's neighbours before and after it are one rank, and in one
         # batch of sends and receives between them activations would be taken for gradients: each goes on its own.
         batch_p2p_comm=virtual_size is None,
-        overlap_p2p_comm=virtual_size is not None,
+        overlap_p2p_comm=virtual_size is not None and parallel.overlap_p2p_communication,
         # It would wait for the whole device after every transfer, for the sake of torch before 2.0.
         batch_p2p_sync=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -11,6 +11,7 @@ from hft_megatron.config.run import RunConfig
 from hft_megatron.hft.rules import RULES
 from hft_megatron.optimizer.rounds import LearningRate, span_of_round, switch_round
 from hft_megatron.optimizer.wrapping import WrappedModel
+from hft_megatron.trainer.garbage import collect_after_step, collected_by_hand
 from hft_megatron.trainer.nonfinite import check_weights
 from hft_megatron.trainer.rounds import Rounds
 from hft_megatron.trainer.run import Run
@@ -39,23 +40,25 @@ class Hook:
 def train(run: Run, hooks: Sequence[Hook]) -> None:
     """Steps until --train-iters; every rank calls it. Raises RunFailed where the last step left a weight that is not
     finite, and what hooks raise."""
-    for hook in hooks:
-        hook.at_round_start(run)
-    while not run.is_complete:
-        enter_round(run, hooks)
-        result = None
-        if run.is_to_skip:
-            skip_iteration(run)
-        else:
-            result = next_step(run)
+    with collected_by_hand(run.config.training):
         for hook in hooks:
-            if result is not None:
-                hook.after_step(run, result)
-            hook.after_iteration(run)
-    for hook in hooks:
-        hook.at_round_end(run)
-    for hook in hooks:
-        hook.at_end(run)
+            hook.at_round_start(run)
+        while not run.is_complete:
+            enter_round(run, hooks)
+            result = None
+            if run.is_to_skip:
+                skip_iteration(run)
+            else:
+                result = next_step(run)
+            for hook in hooks:
+                if result is not None:
+                    hook.after_step(run, result)
+                hook.after_iteration(run)
+            collect_after_step(run.config.training, run.state.iteration)
+        for hook in hooks:
+            hook.at_round_end(run)
+        for hook in hooks:
+            hook.at_end(run)
     check_weights(run)
 
 

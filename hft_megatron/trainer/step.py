@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hft_megatron.optimizer.distributed import NonFiniteNorm
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes, timed_collectives
+from hft_megatron.trainer.garbage import collected_around_validation
 from hft_megatron.trainer.method import run_schedule
 from hft_megatron.trainer.nonfinite import leave_out_or_fail
 from hft_megatron.trainer.run import Run
@@ -53,6 +54,9 @@ def train_step(run: Run) -> StepResult:
     run.wrapped.zero_gradients()
     with timed_collectives(traffic.clock, run.placement.groups.tp):
         reports = run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
+    level = run.config.training.empty_unused_memory_level
+    if level >= 1:
+        torch.cuda.empty_cache()
     grad_norm, failure = 0.0, None
     run.wrapped.shards.note_losses([measured for report in reports for measured in report.values()])
     with traffic.clock.section(OPTIMIZER):
@@ -64,6 +68,8 @@ def train_step(run: Run) -> StepResult:
     if failure is not None:
         grad_norm = failure.norm
         leave_out_or_fail(run, batch, reports, failure.norm)
+    if level >= 2:
+        torch.cuda.empty_cache()
     measured = _measure(run, reports)
     times = traffic.clock.end()
     reduce_scatter_bytes, all_gather_bytes = traffic.take_bytes()
@@ -84,7 +90,7 @@ def validate(run: Run) -> dict[str, float]:
     """The objective's means over the validation data (or --eval-iters of it); empty off the last stage."""
     assert run.validation is not None
     reports: list[dict[str, Tensor]] = []
-    with run.wrapped.gathered_parameters(), torch.no_grad():
+    with collected_around_validation(run.config.training), run.wrapped.gathered_parameters(), torch.no_grad():
         for chunk in run.wrapped.chunks:
             chunk.eval()
         for batch in run.validation.steps(run.state.iteration):

@@ -35,6 +35,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --recompute-granularity full --recompute-method block --recompute-num-layers 3"),
     (1, f"{GOOD} --recompute-granularity selective"),
     (2, f"{RAMPED} --rampup-batch-size 2 2 20 --lr-warmup-samples 8 --lr-decay-samples 30"),
+    (1, f"{GOOD} --recompute-activations --no-overlap-p2p-communication --no-manual-gc-eval"),
     (1, f"{GOOD} --hft-ratio 0"),
     (4, f"{GOOD} --profile --use-pytorch-profiler --profile-step-end 11 --profile-ranks 0 3 --tensorboard-dir TB"),
     (1, f"{GOOD} --profile-step-start 12 --use-pytorch-profiler"),
@@ -179,6 +180,15 @@ MISTAKES = [
     (1, f"{GOOD} --prompt-separator \\x", "--prompt-separator \\x: a \\ stands before n, t or another"),
     # recomputation
     (1, f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
+    (
+        1,
+        f"{GOOD} --recompute-activations --recompute-granularity full --recompute-method block "
+        "--recompute-num-layers 1",
+        "--recompute-activations recomputes attention alone, and --recompute-granularity full whole layers; keep one",
+    ),
+    (1, f"{GOOD} --recompute-activations --recompute-num-layers 2", "and --recompute-num-layers 2 whole layers"),
+    (1, f"{GOOD} --empty-unused-memory-level 3", "--empty-unused-memory-level 3: the value must be one of 0, 1, 2"),
+    (1, f"{GOOD} --manual-gc --manual-gc-interval -1", "--manual-gc-interval -1: must be a whole number of at least 0"),
     (1, f"{GOOD} --recompute-granularity full --recompute-method block", "needs --recompute-num-layers"),
     (1, f"{GOOD} --recompute-method block", "--recompute-method block needs --recompute-granularity full"),
     (

@@ -85,6 +85,13 @@ def test_an_option_that_takes_several_words_takes_all_up_to_the_next(tmp_path: P
     assert data == DataConfig(train_data_path=("0.3", "a.jsonl"), valid_data_path=("v.jsonl",))
 
 
+def test_recompute_activations_is_the_selective_kind_from_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("recompute_activations: true\n")
+    for words in (("--recompute-activations",), ("--config", str(tmp_path / "run.yaml"))):
+        assert load(*words).training.recompute_granularity == "selective"
+    assert load().training.recompute_granularity is None
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(

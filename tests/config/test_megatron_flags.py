@@ -162,7 +162,7 @@ def test_a_call_is_answered_from_the_table_too() -> None:
 
 
 NOT_BUILT_FOR_LLAMA3 = [
-    *("--apply-layernorm-1p", "--grad-reduce-in-bf16", "--manual-gc", "--empty-unused-memory-level"),
+    *("--apply-layernorm-1p", "--grad-reduce-in-bf16"),
 ]
 SCRIPTS = {
     "LLAMA3_8B_FP8_MOCK": (

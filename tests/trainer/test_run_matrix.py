@@ -125,6 +125,7 @@ class Row:
         return [
             *flags(LAYOUTS[self.layout] | (OVERLAP if self.overlap else {})),
             *("--micro-batch-size", str(self.micro_batch_size)),
+            *(["--no-overlap-p2p-communication"] if self.layout == "pp2_vpp" and self.recompute == "full" else []),
         ]
 
     def resumed_words(self) -> list[str]:
