@@ -49,6 +49,8 @@ class PlanTrainingConfig:
     recompute_num_layers: Annotated[int, Ge(1)] | None = None
     bf16: bool = True
     """Costs with bf16 weights and fp32 masters, or with fp32 weights (--no-bf16)."""
+    accumulate_allreduce_grads_in_fp32: bool = True
+    """Gradients beside bf16 weights in fp32, or (--no-accumulate-allreduce-grads-in-fp32) in bf16, as in a run."""
     seed: Annotated[int, Ge(0)] = TrainingConfig.seed
     """Seed of the draw when --hft-seed is unset."""
 
@@ -92,6 +94,7 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
         parallel=options.parallel,
         world_size=world_size,
         bf16=options.training.bf16,
+        fp32_gradients=options.training.accumulate_allreduce_grads_in_fp32,
         vocab_multiple=options.model.make_vocab_size_divisible_by,
     )
     report = make_report(_plans(options, shape), model)

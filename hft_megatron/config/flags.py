@@ -235,7 +235,13 @@ def named(name: str, flags: Mapping[str, Flag]) -> Flag | Row | None:
     if _OF_TRAINING not in flags:
         return None
     row = ROWS.get(name) or OF_OTHER_COMMANDS.get(name)
-    return flags.get(row.words) if row is not None and row.state == "other name" else row
+    return named(row.words, flags) if row is not None and row.state == "other name" else row
+
+
+def turns_off(name: str, meant: Flag) -> bool:
+    """Whether a name with dashes, which means the switch ``meant``, says the opposite of it."""
+    row = ROWS.get(name)
+    return f"no-{meant.name}" == (name if row is None else row.words)
 
 
 def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> Mistake:
@@ -295,7 +301,7 @@ def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]
         return Mistake(sentence=f"{written} needs a value: {meant.expected}."), 0
     if isinstance(meant, Row):
         return Request(row=meant, words=values, where=written), taken
-    words = (str(name != f"no-{meant.name}"),) if meant.is_switch else values
+    words = (str(not turns_off(name, meant)),) if meant.is_switch else values
     return Setting(flag=meant, words=words, where=written), taken
 
 

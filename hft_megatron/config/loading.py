@@ -31,6 +31,7 @@ from hft_megatron.config.flags import (
     flags_of,
     items_of_arguments,
     named,
+    turns_off,
     unknown_option,
 )
 from hft_megatron.config.megatron_rows import Row
@@ -124,7 +125,7 @@ def options_of(options_type: type[T], values: Mapping[str, Any], note: Callable[
         elif meant.is_switch and value is not None and not isinstance(value, bool):
             reading.take([Mistake(sentence=f"{written} {value!r}: the value must be {meant.expected}.")])
         elif value is not None:
-            reading.take([_item(meant, words, written)])
+            reading.take([_item(meant, words, written, written)])
     reading.check(note)
     return _build(options_type, list(reading.settings.values()))
 
@@ -271,7 +272,7 @@ def _items_of_mapping(node: yaml.MappingNode, path: Path, flags: Mapping[str, Fl
             yield meant
         # null leaves an option unset, as in a resolved config.
         elif value.tag != _YAML_NULL:
-            yield _item(meant, _yaml_words(meant, value, where), where)
+            yield _item(meant, _yaml_words(meant, value, where), where, key.value)
 
 
 def _meaning(where: str, written: str, flags: Mapping[str, Flag]) -> Flag | Row | Mistake:
@@ -283,8 +284,10 @@ def _meaning(where: str, written: str, flags: Mapping[str, Flag]) -> Flag | Row 
     return meant
 
 
-def _item(meant: Flag | Row, words: tuple[str, ...], where: str) -> Item:
+def _item(meant: Flag | Row, words: tuple[str, ...], where: str, written: str) -> Item:
     if isinstance(meant, Flag):
+        if meant.is_switch and turns_off(written.replace("_", "-"), meant):
+            words = ("False" if words == ("True",) else "True",)
         return Setting(flag=meant, words=words, where=where)
     if meant.is_switch:
         words = () if words == ("True",) else (OFF,)

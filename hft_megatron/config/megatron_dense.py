@@ -6,6 +6,7 @@ Those that are options here have no row. ``megatron_others`` has the families th
 from hft_megatron.config.megatron_rows import Section, accepted, not_yet, other_name, refused
 
 _ONE_KERNEL = "chooses a kernel, not what is learned; --transformer-impl chooses the kernels here"
+_TE_ADAM = "other types take transformer-engine's Adam"
 _NO_SCALE = "bf16 and fp32 scale no loss"
 _REFORMAT = "a checkpoint has one format here; leave it out"
 _ONE_LENGTH = "every sequence has at most --seq-length tokens"
@@ -16,12 +17,6 @@ _PERFORMANCE = "it is not built, and what is learned doesn't depend on it; leave
 NOT_BUILT_YET = Section(
     title="To be built",
     rows=(
-        not_yet("use-precision-aware-optimizer", "master weights and moments are fp32"),
-        not_yet("main-grads-dtype=", "gradients are summed in fp32", values="fp32"),
-        not_yet("main-params-dtype=", "master weights are fp32", values="fp32"),
-        not_yet("exp-avg-dtype=", "moments are fp32", values="fp32"),
-        not_yet("exp-avg-sq-dtype=", "moments are fp32", values="fp32"),
-        not_yet("grad-reduce-in-bf16", "gradients are reduced in fp32"),
         not_yet("context-parallel-size=", "split activations by --sequence-parallel", values="1"),
         not_yet("expert-model-parallel-size=", "only dense models train", values="1"),
         not_yet("use-megatron-fsdp", "data parallelism shards the optimizer alone"),
@@ -127,7 +122,12 @@ DENSE = (
         title="Precision",
         rows=(
             refused("fp16", "16-bit training is in bf16; give --bf16"),
-            accepted("accumulate-allreduce-grads-in-fp32", "gradients are added up and reduced in fp32"),
+            other_name("grad-reduce-in-bf16", "no-accumulate-allreduce-grads-in-fp32"),
+            refused("use-precision-aware-optimizer", f"masters and moments are fp32; {_TE_ADAM}"),
+            accepted("main-grads-dtype=", f"gradients are fp32 in the optimizer; {_TE_ADAM}", values="fp32"),
+            accepted("main-params-dtype=", f"master weights are fp32; {_TE_ADAM}", values="fp32"),
+            accepted("exp-avg-dtype=", f"moments are fp32; {_TE_ADAM}", values="fp32"),
+            accepted("exp-avg-sq-dtype=", f"moments are fp32; {_TE_ADAM}", values="fp32"),
             accepted("loss-scale=", _NO_SCALE, values="1"),
             accepted("initial-loss-scale=", _NO_SCALE),
             accepted("min-loss-scale=", _NO_SCALE),

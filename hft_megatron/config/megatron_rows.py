@@ -83,7 +83,8 @@ def not_yet(flag: str, words: str = "", values: str = "") -> Row:
 
 
 def other_name(flag: str, option: str) -> Row:
-    """A flag whose every value means the same under the name of an option here."""
+    """A flag whose every value means the same under the name of an option here; for a switch that says the opposite of
+    one here, ``option`` begins with ``no-``."""
     return _row(flag, "other name", option)
 
 

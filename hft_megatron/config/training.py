@@ -59,6 +59,9 @@ class TrainingConfig:
     """Longest training sequence in tokens; the model's limit when unset."""
     bf16: bool | None = None
     """bf16 weights with fp32 masters, or fp32 (--no-bf16). Unset: bf16 on CUDA and CPUs with AMX or AVX512-BF16."""
+    accumulate_allreduce_grads_in_fp32: Annotated[bool, SAME_RUN] = True
+    """Gradients beside bf16 weights are added up, over micro-batches and ranks, in fp32; --no-... adds them in bf16:
+    2 bytes less of memory and half of what is reduced for each weight that trains, and rounding in every sum."""
     transformer_impl: TransformerImpl = "local"
     """Whose kernels compute attention, norms and Adam: torch's, whatever else is installed, or those of
     transformer-engine (needs CUDA and bf16), or NVIDIA's Apex for Adam where it alone has one."""
@@ -198,6 +201,16 @@ def iterations_are_numbered_from_1(config: RunConfig, shape: ModelShape, world_s
             raise UserError(
                 f"--iterations-to-skip {iteration}: iterations are numbered from 1, as the log has them; leave it out."
             )
+
+
+def gradients_have_a_precision(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Beside fp32 weights there are no gradients in bf16."""
+    training = config.training
+    if training.bf16 is False and not training.accumulate_allreduce_grads_in_fp32:
+        raise UserError(
+            "--no-accumulate-allreduce-grads-in-fp32 adds up gradients in the bf16 of the weights, and --no-bf16 has "
+            "fp32 weights; leave one of the two out."
+        )
 
 
 def length_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) -> None:

@@ -30,6 +30,7 @@ _RULES: tuple[Rule, ...] = (
     parallel.overlaps_fit_together,
     training.recompute_options_fit_together,
     training.sequence_fits_the_model,
+    training.gradients_have_a_precision,
     training.length_is_given_once,
     optimizer.decay_style_has_what_it_needs,
     training.iterations_are_numbered_from_1,
@@ -64,6 +65,7 @@ _NEEDS_NO_DATA = {
     parallel.overlaps_fit_together,
     training.recompute_options_fit_together,
     training.sequence_fits_the_model,
+    training.gradients_have_a_precision,
     *hft.METHOD_RULES,
 }
 PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in _RULES if rule in _NEEDS_NO_DATA)

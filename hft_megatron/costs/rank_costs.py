@@ -97,7 +97,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 FP32_BYTES = 4
-"""Width of gradients, masters and both moments, whatever the weights are."""
+"""Width of masters and both moments, whatever the weights are, and of gradients where nothing else is asked for."""
 BF16_BYTES = 2
 
 
@@ -129,6 +129,8 @@ class CostModel:
     parallel: ParallelConfig
     world_size: int
     bf16: bool
+    fp32_gradients: bool = True
+    """--accumulate-allreduce-grads-in-fp32; beside fp32 weights gradients are fp32 anyway."""
     vocab_multiple: int = 1
     """--make-vocab-size-divisible-by."""
 
@@ -136,6 +138,11 @@ class CostModel:
     def data_size(self) -> int:
         """Data-parallel ranks."""
         return data_parallel_size(self.parallel, self.world_size)
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of one weight's gradient, as it is added up and reduced."""
+        return FP32_BYTES if self.fp32_gradients or not self.bf16 else BF16_BYTES
 
     def stage_costs(self, trains: Callable[[str], bool], pipeline_rank: int) -> tuple[RankCosts, ...]:
         """Costs of a pipeline stage's ranks by data-parallel rank, when the units train for which ``trains`` is true.
@@ -160,9 +167,9 @@ class CostModel:
         return tuple(
             RankCosts(
                 trainable_parameters=parameters,
-                gradient_bytes=FP32_BYTES * elements,
+                gradient_bytes=self.gradient_width * elements,
                 optimizer_bytes=state_bytes * count,
-                reduce_scatter_bytes=FP32_BYTES * sent,
+                reduce_scatter_bytes=self.gradient_width * sent,
                 all_gather_bytes=weight_bytes * sent,
             )
             for count in owned

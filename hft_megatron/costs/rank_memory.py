@@ -12,7 +12,7 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
-from hft_megatron.costs.rank_costs import BF16_BYTES, FP32_BYTES, CostModel
+from hft_megatron.costs.rank_costs import BF16_BYTES, FP32_BYTES, CostModel, RankCosts
 from hft_megatron.hft.units import (
     ATTENTION_IN,
     ATTENTION_OUT,
@@ -203,7 +203,8 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int
-    """What all micro-batches in flight keep, and what a layer's backward pass needs beyond the room of the logits."""
+    """What all micro-batches in flight keep, and what a layer's backward pass needs beyond the room of the logits; with
+    bf16 gradients at least what the optimizer's fp32 copies of them need beyond it."""
     logits: int
 
     @property
@@ -256,14 +257,21 @@ class MemoryModel:
         )
         chunks = [model.of_chunk(place, trains) for place in places]
         logits, working = (max(getattr(chunk, name) for chunk in chunks) for name in ("logits", "working"))
+        # The loss is over when the first layer goes backward.
+        activations = self._in_flight(chunks, pipeline_rank) + max(0, working - logits)
         return RankMemory(
             weights=(BF16_BYTES if costs.bf16 else FP32_BYTES) * elements,
             gradients=of_rank.gradient_bytes,
             optimizer=of_rank.optimizer_bytes,
-            # The loss is over when the first layer goes backward.
-            activations=self._in_flight(chunks, pipeline_rank) + max(0, working - logits),
+            activations=max(activations, self._gradient_copies(of_rank) - logits),
             logits=logits,
         )
+
+    def _gradient_copies(self, rank: RankCosts) -> int:
+        """Bytes of the fp32 gradients that the optimizer makes of others of what it updates, when all activations are
+        gone."""
+        is_needed = self.costs.gradient_width < FP32_BYTES
+        return rank.optimizer_bytes // 3 if is_needed else 0  # As large as the masters, one of three.
 
     def largest(self, trains: Callable[[str], bool]) -> RankMemory:
         """The rank of the whole layout that holds most."""
@@ -297,6 +305,7 @@ def memory_of_run(
             parallel=config.parallel,
             world_size=world_size,
             bf16=bf16,
+            fp32_gradients=training.accumulate_allreduce_grads_in_fp32,
             vocab_multiple=config.model.make_vocab_size_divisible_by,
         ),
         training=training,

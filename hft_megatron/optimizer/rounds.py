@@ -119,6 +119,7 @@ def switch_round(
     hft: HFTConfig,
     *,
     bf16: bool,
+    fp32_gradients: bool,
     group: dist.ProcessGroup,
 ) -> WrappedModel:
     """Unwraps the model and wraps it for ``plan``; ``wrapped`` is of no use after that.
@@ -137,7 +138,16 @@ def switch_round(
         resting = wrapped.resting
         carried = CarriedState(steps=resting.steps | fresh.steps, tensors=resting.tensors | fresh.tensors)
     chunks = unwrap(wrapped)
-    new = wrap(chunks, plan, parallel, options, bf16=bf16, steps_per_unit=carries, traffic=wrapped.traffic)
+    new = wrap(
+        chunks,
+        plan,
+        parallel,
+        options,
+        bf16=bf16,
+        fp32_gradients=fp32_gradients,
+        steps_per_unit=carries,
+        traffic=wrapped.traffic,
+    )
     give_state(new.shards, slots, carried, group)
     new.resting.steps, new.resting.tensors = carried.steps, carried.tensors
     return new

@@ -83,6 +83,7 @@ def wrap(
     options: OptimizerConfig,
     *,
     bf16: bool,
+    fp32_gradients: bool = True,
     steps_per_unit: bool = False,
     traffic: Traffic | None = None,
 ) -> WrappedModel:
@@ -96,7 +97,7 @@ def wrap(
     slots = list(parameter_slots(chunks))
     apply_plan(slots, plan)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=fp32_gradients,
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,

@@ -53,8 +53,10 @@ def _setting(report: PlanReport) -> Iterator[str]:
     model, parallel = report.model, report.parallel
     yield f"a LLaMA of {report.shape.parameter_count():,} parameters in {report.shape.num_layers} layers"
     tensor, pipeline = parallel.tensor_model_parallel_size, pipeline_words(parallel, report.shape.num_layers)
-    dtype = "bf16" if model.bf16 else "fp32"
-    yield f"TP {tensor} x {pipeline} x DP {model.data_size}, world size {model.world_size:,}, {dtype} weights"
+    weights = f"{'bf16' if model.bf16 else 'fp32'} weights"
+    if model.bf16 and not model.fp32_gradients:
+        weights += " and gradients"
+    yield f"TP {tensor} x {pipeline} x DP {model.data_size}, world size {model.world_size:,}, {weights}"
 
 
 def _legend() -> Iterator[str]:

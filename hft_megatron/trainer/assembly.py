@@ -89,6 +89,7 @@ def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Ho
         config.parallel,
         config.optimizer,
         bf16=config.training.bf16 is True,
+        fp32_gradients=config.training.accumulate_allreduce_grads_in_fp32,
         steps_per_unit=config.hft.hft_moments == "carry",
     )
     state = starting_state(inputs, placement, wrapped, announce)

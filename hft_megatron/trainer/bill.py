@@ -216,6 +216,7 @@ def _full_bytes(run: Run, steps: int) -> dict[str, int]:
         parallel=config.parallel,
         world_size=placement.world_size,
         bf16=bf16,
+        fp32_gradients=config.training.accumulate_allreduce_grads_in_fp32,
         vocab_multiple=config.model.make_vocab_size_divisible_by,
     )
     costs = model.stage_costs(lambda unit: True, placement.pipeline_rank)[placement.data_rank]

@@ -103,6 +103,7 @@ def begin_round(run: Run, round: int) -> None:
         config.optimizer,
         config.hft,
         bf16=config.training.bf16 is True,
+        fp32_gradients=config.training.accumulate_allreduce_grads_in_fp32,
         group=run.placement.groups.dp,
     )
     run.state = replace(run.state, round=round)

@@ -135,6 +135,13 @@ def _announcer(placement: Placement) -> Callable[[str], None]:
     return announce
 
 
+def _precision(config: RunConfig) -> str:
+    training = config.training
+    if not training.bf16:
+        return "fp32"
+    return f"bf16 with fp32 masters{'' if training.accumulate_allreduce_grads_in_fp32 else ' and bf16 gradients'}"
+
+
 def _announce_start(inputs: Inputs, placement: Placement, company: Peers, announce: Callable[[str], None]) -> None:
     for line in inputs.describe():
         announce(f"> {line}")
@@ -145,7 +152,7 @@ def _announce_start(inputs: Inputs, placement: Placement, company: Peers, announ
     announce(
         f"> TP {placement.tensor_size} x {pipeline_words(config.parallel, inputs.shape.num_layers)} x "
         f"DP {placement.data_size} on "
-        f"{placement.device.type}, {'bf16 with fp32 masters' if config.training.bf16 else 'fp32'}, "
+        f"{placement.device.type}, {_precision(config)}, "
         f"attention and norms by {engine}, Adam by {adam}"
     )
     if len(company.hosts) > 1:

@@ -64,6 +64,7 @@ ROUND_CASES: dict[str, tuple[int, list[str]]] = {
         2,
         [*ROUNDS, *PP2, "--decoupled-lr", "1e-3", *RISING],
     ),
+    "gradients that are added up in bf16": (2, [*ROUNDS, *OVERLAP, "--bf16", "--grad-reduce-in-bf16"]),
     "a rate of its own in every round": (1, ["--hft-round-interval", "4", "--hft-lr-schedule", "round"]),
 }
 """World size and options of what tests/trainer/test_run_matrix.py has no column for."""
@@ -72,6 +73,7 @@ ROUND_CASES: dict[str, tuple[int, list[str]]] = {
 QUICK = [
     "a rate of their own for embedding and head",
     "groups in turn, so that one stage rests",
+    "gradients that are added up in bf16",
     "a rate of its own in every round",
 ]
 

@@ -240,6 +240,8 @@ MISTAKES = [
         f"{GOOD} --train-samples 9 --lr-decay-style WSD --lr-wsd-decay-samples 9 --lr-warmup-samples 1",
         "--lr-wsd-decay-samples 9 is more than the 8 of the decay after the warm-up; give at most 8",
     ),
+    (1, f"{GOOD} --no-bf16 --grad-reduce-in-bf16", "--no-accumulate-allreduce-grads-in-fp32 adds up"),
+    (1, f"{GOOD} --use-precision-aware-optimizer", "masters and moments are fp32; other types take"),
     (1, f"{GOOD} --packing --packing-window 0", "--packing-window 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --packing-window 50", "--packing-window 50 needs --packing; add it"),
     (1, f"{GOOD} --packing-algorithm first_fit_shuffle", "--packing-algorithm first_fit_shuffle needs --packing"),

@@ -90,9 +90,21 @@ def test_other_names_mean_options_that_take_as_many_words() -> None:
     others = [row for row in ROWS.values() if row.state == "other name"]
     assert len(others) > 2
     for row in others:
-        assert row.kind == "value"
-        assert not FLAGS[row.words].is_switch
-        assert not FLAGS[row.words].takes_several
+        meant = FLAGS[row.words.removeprefix("no-")]
+        assert (row.kind, meant.is_switch) in (("value", False), ("switch", True))
+        assert not meant.takes_several
+
+
+def test_a_switch_of_megatron_lm_s_can_be_the_opposite_of_one_here(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for written, value in (("true", False), ("false", True)):
+        file.write_text(f"grad_reduce_in_bf16: {written}\n")
+        options = load_options(TrainingOptions, ["--config", str(file)])
+        assert options.training.accumulate_allreduce_grads_in_fp32 is value
+        of_a_call = options_of(RunConfig, {"grad_reduce_in_bf16": written == "true"})
+        assert of_a_call.training.accumulate_allreduce_grads_in_fp32 is value
+    for words, value in ((["--grad-reduce-in-bf16"], False), (["--accumulate-allreduce-grads-in-fp32"], True)):
+        assert load_options(TrainingOptions, words).training.accumulate_allreduce_grads_in_fp32 is value
 
 
 def test_what_is_said_of_options_is_still_true() -> None:
@@ -162,7 +174,7 @@ def test_a_call_is_answered_from_the_table_too() -> None:
 
 
 NOT_BUILT_FOR_LLAMA3 = [
-    *("--apply-layernorm-1p", "--grad-reduce-in-bf16"),
+    "--apply-layernorm-1p",
 ]
 SCRIPTS = {
     "LLAMA3_8B_FP8_MOCK": (

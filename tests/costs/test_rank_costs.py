@@ -32,6 +32,18 @@ def test_full_fine_tuning_on_one_rank_holds_4_bytes_of_gradient_and_12_of_state_
     assert (rank.reduce_scatter_bytes, rank.all_gather_bytes) == (0, 0)
 
 
+def test_gradients_in_bf16_are_2_bytes_where_they_are_held_and_sent_and_change_nothing_else():
+    fp32, bf16 = (
+        costs(world_size=2, fp32_gradients=kept).stage_costs(lambda unit: True, 0)[0] for kept in (True, False)
+    )
+    assert bf16 == replace(
+        fp32, gradient_bytes=fp32.gradient_bytes // 2, reduce_scatter_bytes=fp32.reduce_scatter_bytes // 2
+    )
+    assert costs(bf16=False, fp32_gradients=False).stage_costs(lambda unit: True, 0) == costs(bf16=False).stage_costs(
+        lambda unit: True, 0
+    ), "beside fp32 weights there are only fp32 ones"
+
+
 def test_a_stage_where_everything_rests_costs_nothing():
     pipeline = ParallelConfig(pipeline_model_parallel_size=2)
     model = costs(parallel=pipeline, world_size=4)

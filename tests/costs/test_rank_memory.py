@@ -1,16 +1,20 @@
 """Memory by formula against the allocations of real steps on a CPU. Run: pytest tests/costs/test_rank_memory.py"""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.costs.rank_memory import MemoryModel, MicroBatch
 from hft_megatron.trainer.loop import next_step
 from hft_megatron.trainer.method import run_schedule
 from tests.support.allocations import Allocations
 from tests.support.models import LAYOUTS, make_llama
+from tests.support.shapes import tiny_shape
 from tests.support.toy_training import GLOBAL_BATCH, make_run
 from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SELECTIVE, UNIFORM
 
@@ -39,6 +43,7 @@ CASES: dict[str, Case] = {
     "full, sequence parallel": (2, "tp2_sp", {"bf16": True}, {"hft_ratio": 1.0}),
     "half, sequence parallel, uniform": (2, "tp2_sp", {"bf16": True, **UNIFORM}, {}),
     "half, uneven stages": (2, "pp2_uneven", {"bf16": True}, {}),
+    "half, bf16 gradients": (1, "tp1", {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}, {}),
     "half, interleaved": (2, "pp2_vpp", {"bf16": True}, {}),
 }
 """Ranks, layout, options of training, and what trains."""
@@ -60,6 +65,7 @@ def run_measured(folder: str, layout: str, training: dict, hft: dict) -> list[in
             parallel=config.parallel,
             world_size=run.placement.world_size,
             bf16=config.training.bf16 is True,
+            fp32_gradients=config.training.accumulate_allreduce_grads_in_fp32,
         ),
         training=config.training,
         micro_batch=MicroBatch(sequences=batch.sequences, seq_length=batch.seq_length),
@@ -84,3 +90,21 @@ def test_a_step_takes_what_the_formula_says_within_a_tenth(ranks, folder, name):
     size, layout, training, hft = CASES[name]
     for most, formula in ranks(size).run(run_measured, folder=folder, layout=layout, training=training, hft=hft):
         assert formula == pytest.approx(most, rel=0.1)
+
+
+def test_bf16_gradients_take_half_and_the_optimizer_makes_fp32_ones_when_activations_are_gone() -> None:
+    costs = CostModel(shape=tiny_shape(4), parallel=ParallelConfig(), world_size=2, bf16=True)
+    small, large = MicroBatch(sequences=1, seq_length=1), MicroBatch(sequences=8, seq_length=128)
+    for batch in (small, large):
+        model = MemoryModel(costs=costs, training=TrainingConfig(), micro_batch=batch)
+        other = replace(model, costs=replace(costs, fp32_gradients=False))
+        fp32, bf16 = model.largest(everything), other.largest(everything)
+        assert bf16.gradients == fp32.gradients / 2
+        assert (bf16.weights, bf16.optimizer, bf16.logits) == (fp32.weights, fp32.optimizer, fp32.logits)
+        # Of 12 bytes of the optimizer's 4 are a master, and so many a gradient.
+        assert bf16.activations + bf16.logits == max(fp32.activations + fp32.logits, fp32.optimizer / 3)
+
+
+def everything(unit: str) -> bool:
+    """Full fine-tuning."""
+    return True

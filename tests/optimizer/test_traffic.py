@@ -5,6 +5,7 @@ How many bytes there should be is checked in tests/trainer/test_run_matrix.py.
 
 from typing import Any
 
+import pytest
 import torch
 from megatron.core.distributed import param_and_grad_buffer
 
@@ -16,7 +17,9 @@ from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.trainer.run import Run
 from hft_megatron.trainer.step import train_step, validate
 from tests.support.models import make_llama
-from tests.support.toy_training import TINY, make_run, toy_plan
+from tests.support.probe import costs_by_formula, live_costs
+from tests.support.toy_training import TINY, make_run, take_steps, toy_plan
+from tests.support.wire import sent_bytes
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 2000}
 BORROWED = ("_ParamAndGradBucketGroup", "_coalescing_manager", "dist_all_gather_func", "dist_reduce_scatter_func")
@@ -37,6 +40,45 @@ def expected(run: Run) -> list[int]:
     model = CostModel(shape=shape, parallel=run.config.parallel, world_size=run.placement.world_size, bf16=False)
     costs = model.stage_costs(run.wrapped.plan.trains, 0)[run.placement.data_rank]
     return [costs.reduce_scatter_bytes, costs.all_gather_bytes]
+
+
+def run_with_gradients(folder: str, fp32_gradients: bool) -> dict[str, Any]:
+    """Of two steps with bf16 weights: what is held and sent, in fact and by formula, and what was learned."""
+    training = {"bf16": True, "accumulate_allreduce_grads_in_fp32": fp32_gradients}
+    run = make_run(
+        folder, OVERLAP, training=training, optimizer={"lr_warmup_iters": 0}, hft={"hft_round_interval": "1"}
+    )
+    with sent_bytes() as counts:
+        steps = take_steps(run, 2)
+    formula, held = costs_by_formula(run), live_costs(run)
+    shards = run.wrapped.shards
+    copies = [main.grad for group in shards.optimizer.param_groups for main in group["params"]]
+    return {
+        "steps": steps,
+        "held": held,
+        "held by formula": {name: getattr(formula, name) for name in held},
+        "reduced": counts["reduce_scatter"],
+        "copied": sum(grad.nbytes for grad in copies),
+        "masters": shards.master_bytes,
+        "dtypes": sorted({str(buffer.grad_data.dtype) for buffer in shards.buffers}),
+    }
+
+
+@pytest.mark.engine
+def test_gradients_in_bf16_are_half_of_what_is_held_and_sent_and_train_as_well(ranks, tmp_path):
+    folder = str(make_llama(tmp_path / "model", **TINY))
+    fp32, bf16 = (ranks(2).run(run_with_gradients, folder=folder, fp32_gradients=kept) for kept in (True, False))
+    for full, half in zip(fp32, bf16, strict=True):
+        assert (full["dtypes"], half["dtypes"]) == (["torch.float32"], ["torch.bfloat16"])
+        assert half["held"] == half["held by formula"]
+        assert full["held"] == full["held by formula"]
+        assert 2 * half["held"]["gradient_bytes"] == full["held"]["gradient_bytes"] > 0
+        assert 2 * half["reduced"] == full["reduced"] > 0
+        assert half["held"]["optimizer_bytes"] == full["held"]["optimizer_bytes"]
+        assert half["copied"] == half["masters"], "the optimizer's own are fp32"
+        assert half["steps"] != full["steps"]
+        for step, other in zip(half["steps"], full["steps"], strict=True):
+            assert step == pytest.approx(other, rel=0.02)
 
 
 def run_rounds(folder: str) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def costs_by_formula(run: Run) -> RankCosts:
         parallel=run.config.parallel,
         world_size=place.world_size,
         bf16=run.config.training.bf16 is True,
+        fp32_gradients=run.config.training.accumulate_allreduce_grads_in_fp32,
     )
     return costs.stage_costs(run.wrapped.plan.trains, place.pipeline_rank)[place.data_rank]
 

@@ -137,7 +137,15 @@ def make_run(
     )
     rounds = Rounds(schedule, lambda round: make_plan(shape, config.hft, default_seed=SEED, round=round))
     carries = config.hft.hft_moments == "carry"
-    wrapped = wrap(chunks, rounds.plan(0), config.parallel, config.optimizer, bf16=bf16, steps_per_unit=carries)
+    wrapped = wrap(
+        chunks,
+        rounds.plan(0),
+        config.parallel,
+        config.optimizer,
+        bf16=bf16,
+        fp32_gradients=config.training.accumulate_allreduce_grads_in_fp32,
+        steps_per_unit=carries,
+    )
     assert config.training.global_batch_size is not None
     share = BatchShare(
         micro_batch_size=config.training.micro_batch_size,
