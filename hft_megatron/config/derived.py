@@ -35,6 +35,11 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
 
 
+def splits_sequences(parallel: ParallelConfig) -> bool:
+    """Whether --sequence-parallel splits anything: without tensor parallelism it is off, as in Megatron."""
+    return parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
+
+
 def global_batch_size(config: RunConfig, world_size: int) -> int:
     """Sequences of one optimizer step; one micro-batch per data-parallel rank when the option is unset."""
     if config.training.global_batch_size is not None:

@@ -35,7 +35,8 @@ class ParallelConfig:
     overlap_p2p_communication: bool = True
     """Under the interleaved schedule, send to and receive from other stages while layers compute."""
     sequence_parallel: bool = False
-    """Split activations between tensor-parallel regions along the sequence (needs TP > 1)."""
+    """Split activations between tensor-parallel regions along the sequence; without tensor parallelism it is off, as a
+    line of the log says."""
     overlap_grad_reduce: bool = False
     """Reduce-scatter gradients bucket by bucket while the backward pass runs."""
     overlap_param_gather: bool = False
@@ -135,8 +136,6 @@ def tensor_parallel_divides_the_model(config: RunConfig, shape: ModelShape, worl
 def overlaps_fit_together(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """What needs another option to mean anything."""
     parallel = config.parallel
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise UserError("--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out.")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("--overlap-param-gather needs --overlap-grad-reduce; add it.")
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hft_megatron.config.derived import padded_vocab_size, virtual_pipeline_size
+from hft_megatron.config.derived import padded_vocab_size, splits_sequences, virtual_pipeline_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.training import TrainingConfig
@@ -86,7 +86,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual_size,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=splits_sequences(parallel),
         # Sequences of a step share one length, but steps differ in it.
         variable_seq_lengths=False,
         # The loss is a sum over trained tokens, divided once by their number over the global batch.

@@ -92,8 +92,11 @@ class Inputs:
 
     def describe(self) -> list[str]:
         """Lines for the log: what is trained on, and where from."""
+        parallel = self.config.parallel
         folders = (self.config.model.load_hf, self.config.dpo.dpo_reference_model)
         lines = [note for folder in folders if folder is not None for note in notes_on_folder(folder)]
+        if parallel.sequence_parallel and not derived.splits_sequences(parallel):
+            lines.append("--sequence-parallel is off: there are no tensor-parallel ranks to split activations over")
         lines += [] if self.tokenizer is None else self.tokenizer.facts.notes
         lines += self.method.notes(self.config)
         if self.data is not None:

@@ -39,6 +39,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --hft-ratio 0"),
     (4, f"{GOOD} --profile --use-pytorch-profiler --profile-step-end 11 --profile-ranks 0 3 --tensorboard-dir TB"),
     (1, f"{GOOD} --profile-step-start 12 --use-pytorch-profiler"),
+    (1, f"{GOOD} --sequence-parallel --hft-ratio 0"),
     (1, f"{GOOD} --packing --packing-window 50 --long-examples split --train-epochs 2 --lr-warmup-iters 500"),
     (1, f"{GOOD} --hft-ratio 1 --lr-warmup-fraction 0.03 --seq-length 128"),
     (1, f"{GOOD} --eval-interval 5 --eval-iters 2 --valid-data-path valid.jsonl --save RUN --save-interval 10"),
@@ -118,7 +119,6 @@ MISTAKES = [
     ),
     (6, f"{GOOD} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", "world size 6", "start 4 ranks"),
     (1, f"{GOOD} --tensor-model-parallel-size 2", "world size 1", "start 2 ranks"),
-    (1, f"{GOOD} --sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size"),
     (1, f"{GOOD} --overlap-param-gather", "--overlap-param-gather needs --overlap-grad-reduce"),
     # the profiler
     (

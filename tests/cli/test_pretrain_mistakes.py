@@ -53,7 +53,6 @@ def mistake_of(options: str, folder: Path, capsys: pytest.CaptureFixture[str], *
 OPTIONS: list[tuple[int, str, list[str]]] = [
     (1, "--load-hf MODEL", ["--data-path is missing: give the prefix of .bin and .idx files, --mock-data"]),
     (1, f"{GOOD} --mock-data", ["--mock-data and --data-path ", "both given"]),
-    (1, "--load-hf MODEL --mock-data --split 9,1", ["--split 9,1 divides files", "--mock-data has thirds"]),
     (1, f"{GOOD} --data-path 0.5 CORPUS 0.5", ["--data-path: the weight 0.5 has no path behind it"]),
     (1, f"{GOOD} --data-path 0.5 CORPUS CORPUS", ["corpus has no weight, but other paths do"]),
     (1, f"{GOOD} --data-path 0.5 0.5", ["--data-path: the weight 0.5 has no path behind it"]),

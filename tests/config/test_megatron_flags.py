@@ -224,13 +224,12 @@ def test_a_published_script_is_told_at_once_exactly_what_cannot_be_had(script: s
 
 
 def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> None:
-    """Also without sequence parallelism, which Megatron-LM turns off by itself where there is no tensor parallelism."""
     method, refused = SCRIPTS["LLAMA3_8B_BF16"]
     words, kept, notes = shlex.split(published_scripts.LLAMA3_8B_BF16), list[str](), list[str]()
     for position, word in enumerate(words):
         name = word if word.startswith("--") else words[position - 1]
         kept += [] if name in refused else [word]
-    options = load_options(commands()[method].options, [*kept, "--no-sequence-parallel"], notes.append).as_run
+    options = load_options(commands()[method].options, kept, notes.append).as_run
     validate(options, shape_of(options.model), 8, "pretrain")
     assert options.model.num_query_groups == 8
     assert options.corpus.split == "99,1,0"

@@ -163,12 +163,19 @@ def test_sources_of_their_own_for_training_and_validation_are_the_same_run_as_on
 def test_mock_data_trains_a_model_from_random_weights(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     model = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--max-position-embeddings", 64]
     words = [*model, "--tokenizer-model", inputs / "model", "--mock-data", "--train-iters", 8, "--lr", 1e-2]
-    words += ["--global-batch-size", 8, "--no-bf16", "--save-hf", tmp_path / "out", *ROUNDS]  # half of it at a time
-    [value] = ranks(1).run(run_method_words, method="pretrain", words=[str(word) for word in words])
+    words += ["--global-batch-size", 8, "--no-bf16", *ROUNDS, "--eval-iters", 1]  # half of it at a time
+    saved = [*words, "--save-hf", tmp_path / "out"]
+    [value] = ranks(1).run(run_method_words, method="pretrain", words=[str(word) for word in saved])
     losses = column(value, "loss")
     assert losses[-1] < losses[0] - 0.5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 334
-    assert {"> --mock-data: counting numbers", "> 64 samples of 64 tokens to train on"} <= {*value["said"]}
+    thirds = "> --mock-data: counting numbers, in thirds for training, validation and test whatever --split says"
+    assert {thirds, "> 64 samples of 64 tokens to train on"} <= {*value["said"]}
+    published = [*map(str, words), "--split", "99,0,1", "--sequence-parallel"]
+    [other] = ranks(1).run(run_method_words, method="pretrain", words=published)
+    assert other["steps"] == value["steps"]
+    off = "> --sequence-parallel is off: there are no tensor-parallel ranks to split activations over"
+    assert {*other["said"]} - {*value["said"]} >= {off}
 
 
 @pytest.mark.slow

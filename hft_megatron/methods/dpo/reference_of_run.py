@@ -13,6 +13,7 @@ import torch
 from hft_megatron.checkpoint.folders import identity_of
 from hft_megatron.checkpoint.store import load_weights as load_checkpoint_weights
 from hft_megatron.checkpoint.verification import shared_digest
+from hft_megatron.config.derived import splits_sequences
 from hft_megatron.config.run_folder import REFERENCE_FILE, found_again, write_atomically
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import load_weights
@@ -105,7 +106,7 @@ def _arithmetic(inputs: Inputs, placement: Placement) -> str:
     """
     config = inputs.config
     engine = "torch" if config.training.transformer_impl == "local" else "transformer-engine"
-    sequence = ", SP" if config.parallel.sequence_parallel else ""
+    sequence = ", SP" if splits_sequences(config.parallel) else ""
     packing = ", packed" if config.data.packing else ""
     return f"{placement.device.type}, {engine}, TP {placement.tensor_size}{sequence}{packing}"
 

@@ -94,7 +94,7 @@ def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules) 
         valid=valid,
         digest=_sha256("mock data"),
         order_digest=_order_digest(train),
-        lines=("--mock-data: counting numbers",),
+        lines=("--mock-data: counting numbers, in thirds for training, validation and test whatever --split says",),
     )
 
 
