@@ -17,7 +17,7 @@
 #   GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as in Megatron, where bash starts the ranks
 #   MAX_RESTARTS   how often ranks that died are started again from the newest checkpoint, where bash starts them (0)
 #
-# Under bash: exit code 0 finished, 1 failed, 2 a mistake to correct, 3 stopped by a signal or --exit-duration-in-mins
+# Under bash: exit code 0 finished, 1 failed, 2 a mistake to correct, 3 stopped by a signal, a time limit or --exit-interval
 # (start it again with the same SAVE), 130 stopped by Ctrl-C before training began; what stops it in the last iteration, or
 # later, lets it finish. torchrun reports 1 whatever happened, also of a run that has finished although a signal came.
 #
