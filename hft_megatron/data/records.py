@@ -254,6 +254,8 @@ class RecordReader:
             record = weigh(format.parse(value, row.place))
         except UserError as error:
             raise UserError(self._in_users_names(str(error))) from error
+        except ValueError as error:  # of a parser that somebody has registered
+            raise UserError(f"{row.place}: as {layout.format} {error}.") from error
         return self._with_separator(replace(record, keys=PassedOver(unread=unread, ignored=ignored)))
 
     def _read_keys(self, row: Row) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hft_megatron.data.dataset import ExamplesInMemory
 from hft_megatron.data.files.sources import SourceFiles, kind_of_file
+from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.kept import (
     ACCOUNT,
     folder_for_entries,
@@ -67,7 +67,7 @@ class TokenCache:
         """
         if self._folder is None:
             return _as_read(make())
-        key = key_of([decisive, _code()])
+        key = key_of([decisive, code_of_data()])
         entry, mistake = self._folder / key, self._folder / f"{key}.mistake"
         account_before, mistake_before = _version(entry / ACCOUNT), _version(mistake)
         # All ranks look at all of it, and not one after the other.
@@ -140,12 +140,18 @@ def _version(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-@cache
-def _code() -> list[str]:
-    """What makes tokens of the same files: this package's code for data, and the libraries it asks."""
+def code_of_data() -> list[str]:
+    """What makes tokens of the same files: this package's code for data, parsers of a user's own, and the libraries
+    that they ask."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
         digest.update(file.read_bytes())
+    for name, format in FORMATS.items():
+        code = format.parse.__code__
+        if package not in Path(code.co_filename).parents:
+            file = Path(code.co_filename)
+            digest.update(name.encode() + (file.read_bytes() if file.is_file() else code.co_code))
     return [
         digest.hexdigest(),
         *(importlib.metadata.version(name) for name in ("jinja2", "sentencepiece", "tokenizers")),

@@ -18,7 +18,7 @@ from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.policy import check_choice
 
-_FLAG = re.compile(r"(?<![\w/.-])--(?:hft-)?([a-z][a-z0-9-]*)")
+_FLAG = re.compile(r"(?<![\w/.-])--([a-z][a-z0-9-]*)")
 """Not within a path: a folder of Hugging Face's cache is called models--ORGANISATION--NAME."""
 
 
@@ -83,12 +83,13 @@ def draw_plan(
             rule(RunConfig(hft=config), shape, 1)
         return make_plan(shape, config, default_seed=seed, round=round, scores=scores)
     except UserError as error:
-        raise ValueError(in_arguments(str(error))) from None
+        raise ValueError(in_arguments(str(error), of_plans=True)) from None
 
 
-def in_arguments(sentence: str) -> str:
-    """A sentence about options of the command line as one about arguments: ``--hft-ratio`` is ``ratio``."""
-    return _FLAG.sub(lambda flag: flag[1].replace("-", "_"), sentence)
+def in_arguments(sentence: str, *, of_plans: bool = False) -> str:
+    """A sentence about options of the command line as one about arguments: ``--hft-ratio`` is ``hft_ratio``, and of
+    plans ``ratio``."""
+    return _FLAG.sub(lambda flag: flag[1].removeprefix("hft-" if of_plans else "").replace("-", "_"), sentence)
 
 
 def _shape_of(model: HasConfig | Mapping[str, Any] | str | PathLike[str] | ModelShape) -> ModelShape:

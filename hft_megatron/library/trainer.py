@@ -12,6 +12,7 @@ from hft_megatron.errors import PeersLost, UserError
 from hft_megatron.library.plans import in_arguments
 from hft_megatron.methods.registry import METHODS
 from hft_megatron.parallel import launch
+from hft_megatron.parallel.groups import stop_groups
 from hft_megatron.trainer.assembly import run_training
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.saving import Signals
@@ -64,6 +65,8 @@ class Trainer:
             raise ValueError(in_arguments(str(error))) from None
         finally:
             signals.close()
+            if self._ranks == 1:
+                stop_groups()  # of a run that failed; ranks that others wait for leave theirs as they are
 
 
 def _say(line: str) -> None:

@@ -115,22 +115,7 @@ def wrap(
     torch_adam = steps_per_unit or config.transformer_impl == "local"
     with _building_hft_optimizers(plan, slots, torch_adam=torch_adam):
         optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=options.lr,
-                min_lr=options.min_lr,
-                decoupled_lr=options.decoupled_lr,
-                decoupled_min_lr=options.decoupled_min_lr,
-                weight_decay=options.weight_decay,
-                adam_beta1=options.adam_beta1,
-                adam_beta2=options.adam_beta2,
-                adam_eps=options.adam_eps,
-                clip_grad=options.clip_grad,
-                bf16=bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-                overlap_param_gather=parallel.overlap_param_gather,
-            ),
+            _optimizer_config(options, parallel, dtype=config.params_dtype, bf16=bf16),
             list(wrapped),
             use_gloo_process_groups=False,
         )
@@ -138,6 +123,28 @@ def wrap(
     _connect_schedules(config, wrapped, optimizer)
     config.timers = traffic.clock.megatron_timers
     return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards, traffic=traffic)
+
+
+def _optimizer_config(
+    options: OptimizerConfig, parallel: ParallelConfig, *, dtype: torch.dtype, bf16: bool
+) -> MegatronOptimizerConfig:
+    """megatron-core's own options of the optimizer; ``dtype`` is that of the weights."""
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        decoupled_lr=options.decoupled_lr,
+        decoupled_min_lr=options.decoupled_min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
 
 
 @contextlib.contextmanager

@@ -218,9 +218,10 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_published_script_is_told_at_once_exactly_what_cannot_be_had(script: str) -> None:
     method, refused = SCRIPTS[script]
-    head, *lines = said_of(method, shlex.split(getattr(published_scripts, script)))
+    lines = said_of(method, shlex.split(getattr(published_scripts, script)))
+    if len(refused) > 1:
+        assert lines.pop(0) == f"{len(refused)} options can't be had as they are:"
     assert names_of(lines) == refused
-    assert head == f"{len(refused)} options can't be had as they are:"
 
 
 def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> None:

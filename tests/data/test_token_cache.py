@@ -60,7 +60,7 @@ def test_other_rules_other_code_and_other_libraries_are_other_entries(
     cache = open_token_cache(str(tmp_path))
     cache.tokenized(DECISIVE, lambda: tokenized(1, 2))
     assert ids_of(cache.tokenized({**DECISIVE, "rules": {}}, lambda: tokenized(3, 4))) == [[3], [4]]
-    monkeypatch.setattr(token_cache, "_code", lambda: ["other code"])
+    monkeypatch.setattr(token_cache, "code_of_data", lambda: ["other code"])
     assert ids_of(cache.tokenized(DECISIVE, lambda: tokenized(5, 6))) == [[5], [6]]
     assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 3
 

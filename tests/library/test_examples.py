@@ -86,7 +86,7 @@ def test_trls_own_trainer_trains_another_half_in_each_epoch(
     [
         ({"load_fh": "x"}, "load_fh is not an option; the nearest is load_hf."),
         ({"lr": "fast"}, "lr fast: the value must be a number of at least 0."),
-        ({"hft_ratio": 3}, "ratio 3.0: must be a number between 0 and 1"),
+        ({"hft_ratio": 3}, "hft_ratio 3.0: must be a number between 0 and 1"),
         ({"micro_batch_size": 0}, "micro_batch_size 0"),
     ],
 )

@@ -3,9 +3,10 @@
 docs/library.md says how.
 """
 
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,28 @@ import pytest
 
 from hft_megatron import draw_plan
 from hft_megatron.cli import main
-from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.cli.entry import COMMANDS, Command
+from hft_megatron.cli.entry import COMMANDS
 from hft_megatron.config import names, validation
 from hft_megatron.config.corpus import CorpusConfig
-from hft_megatron.config.data import DataConfig
+from hft_megatron.data import token_cache
 from hft_megatron.data.formats import table
-from hft_megatron.data.formats.completions import parse_prompt_completion
-from hft_megatron.data.formats.table import Record
 from hft_megatron.hft import rules
-from hft_megatron.hft.policy import Draw, Policy
-from hft_megatron.hft.units import Unit
 from hft_megatron.methods import registry
 from tests.support.runs import make_inputs, read_metrics, run_method_words, run_sft_words, words_for
+
+
+def load(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("registrations", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+OWN = load("examples/library/registrations.py")
+"""What docs/library.md shows."""
 
 
 @pytest.fixture
@@ -48,28 +58,9 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         one.update(before)
 
 
-class LowerHalf(rules.SelectionRule):
-    """The lower half of the layers, and what stands outside of them."""
-
-    def select(
-        self, units: Sequence[Unit], *, policy: Policy, draw: Draw, scores: Mapping[str, float]
-    ) -> frozenset[str]:
-        layers = 1 + max(unit.layer for unit in units if unit.layer is not None)
-        return frozenset(unit.name for unit in units if unit.layer is None or unit.layer < layers // 2)
-
-
-def parse_question(row: Mapping[str, Any], place: str) -> Record:
-    return parse_prompt_completion({"prompt": row["q"], "completion": row["a"]}, place)
-
-
-def register_both() -> None:
-    rules.register("lower-half", LowerHalf(), names.Selection(what="trains the lower half", without=("hft_level",)))
-    table.register("question", table.Format(keys=("q", "a"), parse=parse_question))
-
-
 def run_registered(words: Sequence[str]) -> dict[str, Any]:
     """On a rank, which takes other cases afterwards."""
-    register_both()
+    OWN.register_rule_and_format()
     try:
         return run_sft_words(words)
     finally:
@@ -82,7 +73,7 @@ def run_registered(words: Sequence[str]) -> dict[str, Any]:
 def test_a_selection_rule_and_a_format_of_ones_own_work_in_help_plan_run_and_library(
     ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    register_both()
+    OWN.register_rule_and_format()
     inputs = make_inputs(tmp_path)
     assert main(["sft", "--help"]) == 0
     said = capsys.readouterr().out
@@ -103,55 +94,18 @@ def test_a_selection_rule_and_a_format_of_ones_own_work_in_help_plan_run_and_lib
     assert read_metrics(tmp_path / "run")[0]["plan digest"] == drawn.short_digest
 
 
-@dataclass(frozen=True, kw_only=True)
-class CountOptions:
-    """What the command takes."""
-
-    up_to: int = 3
-    """Where it ends."""
-
-
 @pytest.mark.usefixtures("registries")
 def test_a_command_of_ones_own_is_in_the_help_and_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    def run(options: CountOptions, status: StatusFolder) -> None:
-        show(" ".join(map(str, range(options.up_to))))
-
-    COMMANDS["count"] = Command(summary="count to a number", options=CountOptions, run=run)
+    OWN.register_command()
     assert main(["--help"]) == 0
     assert "count        count to a number" in capsys.readouterr().out
     assert main(["count", "--up-to", "4"]) == 0
     assert capsys.readouterr().out == "0 1 2 3\n"
 
 
-def load_doubled() -> Any:
-    """Twice the next-token loss, as an objective of one's own."""
-    from hft_megatron.methods import next_token
-    from hft_megatron.methods.sft.data import read_sft_data
-    from hft_megatron.trainer.method import Method, Objective
-
-    def forward_step(batches: Iterator[Any], chunk: Any) -> tuple[Any, Any]:
-        losses, reduce = next_token.forward_step(batches, chunk)
-        return losses, lambda output: reduce(2 * output)
-
-    objective = Objective(loss_name=next_token.LOSS, forward_step=forward_step, measure=next_token.measure)
-    return Method(name="doubled", objective=lambda config: objective, read_data=read_sft_data)
-
-
-def register_doubled() -> None:
-    registry.register(
-        registry.Declaration(
-            name="doubled",
-            summary="train twice the loss",
-            groups={"data": DataConfig},
-            rules=registry.SUPERVISED_RULES,
-            load=load_doubled,
-        )
-    )
-
-
 def run_doubled(words: Sequence[str]) -> dict[str, Any]:
     """On a rank, which takes other cases afterwards."""
-    register_doubled()
+    OWN.register_objective()
     try:
         return run_method_words("doubled", words)
     finally:
@@ -163,7 +117,7 @@ def run_doubled(words: Sequence[str]) -> dict[str, Any]:
 def test_an_objective_of_ones_own_has_a_command_with_options_rules_and_a_run(
     ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    register_doubled()
+    OWN.register_objective()
     inputs = make_inputs(tmp_path)
     assert main(["--help"]) == 0
     assert "doubled      train twice the loss" in capsys.readouterr().out
@@ -188,10 +142,42 @@ def test_the_doctor_asks_the_declaration_of_ones_own_method_what_data_it_takes(
             summary="train twice the loss",
             groups={"corpus": CorpusConfig},
             rules=(),
-            load=load_doubled,
+            load=OWN.load_doubled,
         )
     )
     assert main(["doctor", "--load-hf", "model", "--data-path", "corpus"]) == 2
     assert "are options of pretrain and doubled; add --method pretrain" in capsys.readouterr().err
     assert main(["doctor", "--method", "doubled", "--load-hf", "model", "--train-data-path", "data.jsonl"]) == 2
     assert "are no options of doubled; give --data-path." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_parser_of_ones_own_is_asked_again_when_it_changes(tmp_path: Path) -> None:
+    """Tokens are kept by what makes them, and a parser is part of that."""
+    keys = []
+    for text in ('return Completion(prompt=row["q"], completion=row["a"], place=place)', "raise ValueError('no')"):
+        file = tmp_path / "registrations.py"
+        source = Path("examples/library/registrations.py").read_text()
+        file.write_text(source.replace('return Completion(prompt=row["q"], completion=row["a"], place=place)', text))
+        own = load(str(file))
+        table.FORMATS["question"] = table.Format(keys=("q", "a"), parse=own.parse_question)
+        keys.append(token_cache.code_of_data())
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_mistake_of_a_parser_of_ones_own_is_told_with_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    OWN.register_rule_and_format()
+    inputs = make_inputs(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "two"}\n{"q": "three", "a": ""}\n')
+    words = [
+        "show-data",
+        "--tokenizer-model",
+        str(inputs / "model"),
+        "--train-data-path",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    assert main([str(word) for word in words]) == 2
+    assert f"{tmp_path}/rows.jsonl:2: as question the answer `a` is empty." in capsys.readouterr().err
