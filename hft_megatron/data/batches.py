@@ -69,6 +69,8 @@ class BatchShare:
 
     def after(self, consumed_samples: int) -> "BatchShare":
         """The part of the step after so many samples (over all ranks), which is of its own size."""
+        if not self.ramp:
+            return self
         return replace(self, global_batch_size=self.sizes.after(consumed_samples), ramp=())
 
     def micro_batch_starts(self) -> range:
@@ -324,7 +326,7 @@ class PrefetchedSteps:
         assert self._next is not None
         batch = self._next[1].result()
         self._next = None
-        following = consumed_samples + self.share.sizes.after(consumed_samples)
+        following = consumed_samples + self.share.after(consumed_samples).global_batch_size
         if following < self._stop:
             self._begin(following)
         return batch
