@@ -116,6 +116,12 @@ def batch_divides_over_the_ranks(config: RunConfig, shape: ModelShape, world_siz
             )
 
 
+def _may_be_saved(config: RunConfig) -> bool:
+    """Whether what the command leaves open may be known with the checkpoint that it goes on from: rules are asked again
+    then."""
+    return config.checkpoint.load is not None and not config.checkpoint.finetune
+
+
 def _ramp_fits(config: RunConfig, batch: int) -> None:
     """--rampup-batch-size comes to the full batch within the run."""
     ramp, samples = config.training.rampup_batch_size, config.training.train_samples
@@ -127,6 +133,10 @@ def _ramp_fits(config: RunConfig, batch: int) -> None:
             f"{given}: must be three whole numbers of at least 1: the sequences of the first steps, by how many they "
             f"grow, and over how many sequences of the run."
         )
+    if config.training.global_batch_size is None:
+        if _may_be_saved(config):
+            return
+        raise UserError(f"{given} leads up to --global-batch-size; add it.")
     start, increment, ramp_samples = ramp
     if start >= batch or (batch - start) % increment:
         raise UserError(
@@ -229,7 +239,8 @@ def length_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) 
                 f"; give {flag(part)}-{wanted}{'' if wanted == 'samples' else ', or --train-samples as the length'}."
             )
     batch = derived.global_batch_size(config, world_size)
-    if training.train_samples is not None and training.train_samples < batch:
+    is_known = training.global_batch_size is not None or not _may_be_saved(config)
+    if is_known and training.train_samples is not None and training.train_samples < batch:
         raise UserError(
             f"--train-samples {training.train_samples} is less than one step of --global-batch-size {batch}; give at "
             f"least {batch}."

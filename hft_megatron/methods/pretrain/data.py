@@ -154,7 +154,9 @@ def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape,
 
     Raises UserError for a mistake in them and for sources that are too short.
     """
-    iterations, batches = derived.train_iters(config.training), derived.batch_sizes(config, world_size)
+    batches = derived.batch_sizes(config, world_size)
+    # A stage that is checked before its turn comes with its options unresolved.
+    iterations = derived.train_iters(replace(config.training, global_batch_size=batches.full))
     logging, options = config.logging, config.corpus
     valid = 0
     if logging.eval_iters is not None:
