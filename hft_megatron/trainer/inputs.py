@@ -103,6 +103,7 @@ class Inputs:
             lines += self.data.describe()
             if self.data.samples is not None:
                 lines += describe_samples(self.data.samples, self.epochs, derived.train_iters(self.config.training))
+        lines += self._leaves_random()
         if self.finetune_has_begun:
             lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
         if self.found is not None:
@@ -110,6 +111,16 @@ class Inputs:
             if self.found.is_empty:
                 lines.append(f"--load {self.found.folder} holds no checkpoint yet: starting from the beginning")
         return lines
+
+    def _leaves_random(self) -> list[str]:
+        """A warning where weights that nothing has trained stay as they were drawn, to the end of the run."""
+        hft, is_random = self.config.hft, self.config.model.load_hf is None and self.checkpoint is None
+        if not (is_random and self.data is not None and hft.hft_ratio < 1 and hft.hft_round_interval == "stage"):
+            return []
+        return [
+            f"warning: the model starts from random weights, and --hft-ratio {hft.hft_ratio} leaves what it freezes "
+            "random for the whole run; --hft-ratio 1 trains everything, --hft-round-interval N other weights in turn"
+        ]
 
 
 def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, world_size: int) -> Inputs:
