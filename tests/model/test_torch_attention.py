@@ -174,7 +174,7 @@ def run_gradients(folder: str, size: int) -> dict[str, Any]:
         data_parallel_size=1,
         length_multiple=1,
     )
-    steps = toy_batches(share, packed=True).step(0), toy_batches(rows).assemble(examples, packed=False)
+    steps = toy_batches(share, packed=True).step(0), toy_batches(rows).batches.assemble(examples, packed=False)
     losses, gradients = [], []
     (model,), _, _ = build_from_folder(folder, {})
     for step in steps:
