@@ -148,8 +148,17 @@ class RunInputs:
     def _readable(self) -> RunConfig:
         if self.has_data:
             return self.config
-        nothing = replace(self.config.training, train_iters=0, train_epochs=None, train_samples=None)
-        return replace(self.config, training=nothing)
+        training, optimizer = self.config.training, self.config.optimizer
+        if training.train_samples is not None:  # What counts samples has no meaning beside a length of 0.
+            training = replace(training, train_samples=None, rampup_batch_size=())
+            optimizer = replace(
+                optimizer,
+                lr_decay_style="constant",
+                lr_decay_samples=None,
+                lr_wsd_decay_samples=None,
+                lr_warmup_samples=0,
+            )
+        return replace(self.config, training=replace(training, train_iters=0, train_epochs=None), optimizer=optimizer)
 
     def _look_at_memory(self, config: RunConfig, shape: ModelShape) -> Finding:
         model = memory_of_run(

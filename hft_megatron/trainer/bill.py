@@ -96,17 +96,19 @@ def peak_memory() -> dict[str, float]:
 
 @dataclass
 class TimeLeft:
-    """Estimates how long the steps that are left will take; validations and checkpoints are not in it."""
+    """Estimates how long the samples that are left will take; validations and checkpoints are not in it."""
 
     _recent: "deque[float]" = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    """Milliseconds of a sample in the newest steps, whose batches may be of different sizes."""
 
-    def add(self, result: StepResult) -> None:
-        """A step is done."""
-        self._recent.append(result.times.total)
+    def add(self, result: StepResult, run: Run) -> None:
+        """The run's newest step is done."""
+        self._recent.append(result.times.total / run.rounds.schedule.batches.of(run.state.iteration - 1))
 
     def seconds(self, run: Run) -> float:
         """From the run's iteration to its last."""
-        return (run.length - run.state.iteration) * median(self._recent) / 1e3
+        left = run.rounds.schedule.batches.samples_before(run.length) - run.state.consumed_samples
+        return left * median(self._recent) / 1e3
 
 
 WARM_UP_STEPS = 2
@@ -268,6 +270,7 @@ def _bill_of(run: Run, accounts: list[dict[str, Any]], *, first: int, steps: int
         "overlap_param_gather": config.parallel.overlap_param_gather,
         "device": placement.device.type,
         "bf16": config.training.bf16 is True,
+        "fp32_gradients": config.training.accumulate_allreduce_grads_in_fp32,
         "total_bytes": totals,
         "ranks": accounts,
     }
@@ -326,7 +329,9 @@ def _layout_of(bill: dict[str, Any]) -> list[Any]:
     """What must be alike for ranks to be compared; bills of earlier versions have other means."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
     overlap = ("overlap_grad_reduce", "overlap_param_gather", "device", "bf16")
-    return [*(bill[name] for name in (*sizes, *overlap)), sorted(bill["switches"])]
+    layout = [*(bill[name] for name in (*sizes, *overlap)), sorted(bill["switches"])]
+    # Bills of earlier versions have no gradients in bf16.
+    return [*layout, bill.get("fp32_gradients", True)]
 
 
 def _bytes_together(bytes: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

@@ -149,6 +149,9 @@ class LogSteps(Hook):
     tracker: Tracker
     _pending: list[StepResult] = field(default_factory=list)
     _since_gathered: list[StepResult] = field(default_factory=list)
+    _gathered: dict[str, float | int | str] = field(default_factory=dict)
+    """What a record is still to have: none comes where all that followed a spike was skipped."""
+    _gradients_are_there: bool = False
     _work: list[Work] = field(default_factory=list)
     _compute: ComputeTimes = field(default_factory=ComputeTimes)
     _time_left: TimeLeft = field(default_factory=TimeLeft)
@@ -159,24 +162,28 @@ class LogSteps(Hook):
 
     def at_round_start(self, run: Run) -> None:
         self._switch_ms = run.switch_ms
+        self._gradients_are_there = False
         self._flops = flops_of(run)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         self._pending.append(result)
         self._since_gathered.append(result)
+        self._gradients_are_there = result.updated
         self._work.append(work_of(result, self._flops))
-        self._time_left.add(result)
+        self._time_left.add(result, run)
         self._compute.add(result)
         self._spike = None if result.loss is None else self.spikes.score(result.loss)
 
     def after_iteration(self, run: Run) -> None:
         due = run.state.iteration % self.interval == 0 or run.is_complete
         # On all ranks: the record of a spike, which the last stage alone sees, is no place for a collective.
-        gathered_now = self._gather(run) if due else {}
+        if due:
+            self._gathered |= self._gather(run)
         spike, self._spike = self._spike, None
         # Where every iteration since the last record was skipped there is nothing to say.
         if self._pending and (due or spike is not None):
-            record = {**self._record(run), **gathered_now}
+            record = {**self._record(run), **self._gathered}
+            self._gathered = {}
             run.log(record if spike is None else {**record, names.LOSS_SPIKE: spike}, self.tracker)
             self._pending.clear()
             self._work.clear()
@@ -191,8 +198,8 @@ class LogSteps(Hook):
         if sections := TIMED_AT[self.options.timing_log_level]:
             times = {SECTION_METRICS[one]: mean(step.times.sections[one] for step in steps) for one in sections}
             found |= over_all_ranks(times, run.placement.device)
-        if self.options.log_num_zeros_in_grad and steps[-1].updated:
-            # They lie there until the next step begins.
+        # They lie there until the next step, or round, begins.
+        if self.options.log_num_zeros_in_grad and self._gradients_are_there:
             found[names.NUM_ZEROS] = int(run.wrapped.optimizer.count_zeros())
         if self.options.log_params_norm:
             found[names.PARAMS_NORM] = params_norm(run)
@@ -326,9 +333,12 @@ def build_hooks(
         saver = SaveCheckpoints(config.checkpoint, writer, last=already, base=base, audit=audit)
         hooks.append(saver)
     hooks.append(Bill(config.checkpoint.save, of_a_stage=of_a_stage))
+    before_stop = None
     if config.logging.profile:
         options = config.logging
         ranks = options.profile_ranks or (0,)
-        hooks.append(Profile(options.profile_step_start, options.profile_step_end, ranks, trace_folder(config)))
-    hooks.append(StopEarly(saver, config.training, signals))
+        profile = Profile(options.profile_step_start, options.profile_step_end, ranks, trace_folder(config))
+        before_stop = profile.at_end
+        hooks.append(profile)
+    hooks.append(StopEarly(saver, config.training, signals, before_stop))
     return hooks

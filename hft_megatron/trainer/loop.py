@@ -73,7 +73,7 @@ def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
 
 
 def skip_iteration(run: Run) -> None:
-    """Passes over the coming iteration and its samples, of which nothing is read."""
+    """Passes over the coming iteration and its samples, of which nothing is made."""
     run.announce(
         f"> iteration {run.state.iteration + 1} is left out (--iterations-to-skip); its samples are "
         f"{run.batches.names(run.coming_samples)}"

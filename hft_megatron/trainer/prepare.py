@@ -18,7 +18,7 @@ from hft_megatron.tracking.tracker import CompositeTracker
 from hft_megatron.tracking.trackers import build_tracker
 from hft_megatron.trainer.inputs import Inputs, check_inputs_agree, scores_of_run
 from hft_megatron.trainer.profiling import trace_folder
-from hft_megatron.trainer.resume import check_plan, with_schedule, with_sound_checkpoint
+from hft_megatron.trainer.resume import check_plan, idle_skips, with_schedule, with_sound_checkpoint
 from hft_megatron.trainer.rounds import Rounds
 
 
@@ -78,6 +78,8 @@ def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
     check_inputs_agree(inputs, placement)
     inputs = with_sound_checkpoint(inputs, placement, announce)
     inputs = with_schedule(inputs, world_size, announce)
+    for line in idle_skips(inputs):
+        announce(f"> {line}")
     scores = scores_of_run(inputs, placement)
     rounds = inputs.rounds(world_size, scores)
     plan = rounds.plan(inputs.position.round)

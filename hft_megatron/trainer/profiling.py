@@ -14,7 +14,6 @@ from hft_megatron.errors import UserError
 from hft_megatron.parallel.launch import numbers_in_words
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.run import Run
-from hft_megatron.trainer.step import StepResult
 
 FOLDER = "torch_profile"
 """Of traces, in the folder of --save or --tensorboard-dir."""
@@ -42,7 +41,7 @@ class Profile(Hook):
     """Profiles those iterations after --profile-step-start up to --profile-step-end that this process does.
 
     In a trace each is a range ``iteration 11``, with its hooks; the sections of its step are ranges within it. A run
-    that ends before the last one still has a trace; one that a signal stops has none.
+    that ends or is stopped before the last one still has a trace.
     """
 
     before_first: int
@@ -59,7 +58,7 @@ class Profile(Hook):
         if self._running is None and self.before_first <= run.state.iteration < self.last:
             self._start(run)
 
-    def after_step(self, run: Run, result: StepResult) -> None:
+    def after_iteration(self, run: Run) -> None:
         if self._running is None and run.state.iteration == self.before_first:
             self._start(run)
         elif self._running is not None and run.state.iteration == self.last:

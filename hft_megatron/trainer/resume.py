@@ -76,6 +76,8 @@ def resumed_schedule(config: RunConfig, noted: Noted, span: int, *, iteration: i
             f"iteration {iteration} was saved by an earlier version, which noted no schedule: this command's --lr, "
             f"decay and optimizer options are used and can't be compared"
         ]
+    # What runs did before an option existed is its default.
+    noted = {**asdict(OptimizerConfig()), _SAMPLES: None, **noted}
     new = schedule_to_note(config, span)
     lengths = _ITERATIONS, _SAMPLES
     differing = [name for name in new if name not in lengths and name in noted and noted[name] != new[name]]
@@ -197,6 +199,19 @@ def with_schedule(inputs: Inputs, world_size: int, announce: Announce) -> Inputs
     for line in lines:
         announce(f"> {line}")
     return replace(inputs, config=config)
+
+
+def idle_skips(inputs: Inputs) -> list[str]:
+    """A line about iterations that are to be skipped and that this run doesn't come to."""
+    training, position = inputs.config.training, inputs.position
+    here = range(position.iteration + 1, derived.train_iters(training) + 1)
+    idle = [one for one in training.iterations_to_skip if one not in {*here, *position.skipped_iterations}]
+    if not idle:
+        return []
+    return [
+        f"warning: --iterations-to-skip {' '.join(map(str, idle))}: this run goes from iteration {here.start} to "
+        f"{here.stop - 1}; they change nothing"
+    ]
 
 
 def _span(inputs: Inputs, world_size: int) -> int:

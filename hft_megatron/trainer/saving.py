@@ -161,8 +161,16 @@ class StopEarly(Hook):
     Ends it without saving where a rank can't write its log.
     """
 
-    def __init__(self, saver: SaveCheckpoints | None, options: TrainingConfig, signals: Signals) -> None:
+    def __init__(
+        self,
+        saver: SaveCheckpoints | None,
+        options: TrainingConfig,
+        signals: Signals,
+        before_stop: Callable[[Run], None] | None = None,
+    ) -> None:
+        """``before_stop`` is called before the run is ended, and saved."""
         self._saver = saver
+        self._before_stop = before_stop
         self._minutes = options.exit_duration_in_mins
         self._interval = options.exit_interval
         self._signals = signals
@@ -181,6 +189,8 @@ class StopEarly(Hook):
         what = f"--exit-duration-in-mins {self._minutes:g}" if late else f"--exit-interval {self._interval}"
         what = signal.Signals(number).name if number else what
         stopped = f"{what} stopped the run at iteration {run.state.iteration}"
+        if self._before_stop is not None:
+            self._before_stop(run)
         if self._saver is None:
             raise Stopped(f"{stopped}; without --save it is lost")
         self._saver.save_and_wait(run)

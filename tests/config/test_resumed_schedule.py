@@ -85,6 +85,17 @@ def test_a_schedule_in_samples_is_another_one_than_in_iterations() -> None:
         resumed_schedule(replace(RUN, checkpoint=KEEPS), noted, 8, iteration=4)
 
 
+def test_an_option_that_came_after_a_checkpoint_had_its_default() -> None:
+    new = ("decoupled_lr", "end_weight_decay", "train_samples")
+    earlier = {name: value for name, value in NOTED.items() if name not in new}
+    assert resumed_schedule(RUN, earlier, 8, iteration=4) == (RUN, [])
+    other = replace(RUN, optimizer=replace(RUN.optimizer, decoupled_lr=0.5))
+    _, [line] = resumed_schedule(other, earlier, 8, iteration=4)
+    assert "--decoupled-lr None -> 0.5" in line
+    kept, _ = resumed_schedule(replace(other, checkpoint=KEEPS), earlier, 8, iteration=4)
+    assert kept.optimizer.decoupled_lr is None
+
+
 def test_the_schedule_of_a_checkpoint_that_notes_none_cannot_be_kept() -> None:
     _, [line] = resumed_schedule(RUN, {}, 8, iteration=4)
     assert "iteration 4 was saved by an earlier version, which noted no schedule" in line

@@ -67,6 +67,12 @@ def test_broken_data_are_named_by_line_while_the_parts_are_ok(inputs: Path) -> N
     assert "data.jsonl:25: the line is not valid JSON" in str(found["run"].fix)
 
 
+def test_a_length_in_samples_is_no_mistake_where_no_data_is_given(inputs: Path) -> None:
+    ramp = ["--train-samples", 40, "--global-batch-size", 8, "--rampup-batch-size", 2, 2, 12, "--lr-warmup-samples", 6]
+    found = look_at("--load-hf", inputs / "model", "--seq-length", 96, "--no-bf16", *ramp, has_data=False)
+    assert found["run"].status == "ok", found["run"].fix
+
+
 def test_options_that_do_not_fit_the_model_are_wrong_with_the_sentence_of_a_run(inputs: Path) -> None:
     found = look_at(*words_for(inputs, "--seq-length", 100000))
     assert str(found["run"].fix).startswith("--seq-length 100000 is beyond the model's ")

@@ -68,14 +68,23 @@ def test_a_trace_of_each_rank_has_the_iterations_and_the_sections_of_their_steps
 
 @pytest.mark.parametrize(
     ("start", "stop", "names"),
-    [(4, 9, ["iterations-5-6.rank-0.json.gz"]), (0, 1, ["iterations-1-1.rank-0.json.gz"]), (6, 7, [])],
+    [
+        (4, 9, ["iterations-5-6.rank-0.json.gz"]),
+        (0, 1, ["iterations-1-1.rank-0.json.gz"]),
+        (2, 4, ["iterations-3-4.rank-0.json.gz"]),
+        (6, 7, []),
+    ],
 )
 def test_without_cuda_torch_profiles_anyway_and_as_much_as_there_is(
     start: int, stop: int, names: list[str], ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     steps = ["--profile-step-start", start, "--profile-step-end", stop]
     words = words_for(inputs, "--profile", *steps, "--tensorboard-dir", tmp_path / "tb")
-    [report] = ranks(1).run(run_sft_words, words=words)
+    # Iterations that are skipped are iterations.
+    skipping = ["--iterations-to-skip", "2", "4", "9"] if start == 2 else []
+    [report] = ranks(1).run(run_sft_words, words=[*words, *skipping])
+    idle = "> warning: --iterations-to-skip 9: this run goes from iteration 1 to 6; they change nothing"
+    assert [line for line in report["said"] if line.startswith("> warning")] == [idle] * bool(skipping)
     folder = tmp_path / "tb" / "torch_profile"
     assert [trace.name for trace in folder.glob("*")] == names
     assert any(line.startswith("> profiled: ") for line in report["said"]) == bool(names)
@@ -88,6 +97,15 @@ def test_a_resumed_run_profiles_what_is_left_of_its_iterations(ranks: RankPools,
     ranks(1).run(run_sft_words, words=words)
     [trace] = (tmp_path / "torch_profile").iterdir()
     assert {name for name in ranges_of(trace) if name.startswith("iteration ")} == {"iteration 4", "iteration 5"}
+
+
+def test_a_run_that_is_stopped_leaves_the_trace_of_what_it_did(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+    stops = ["--profile-step-start", "1", "--profile-step-end", "5", "--exit-interval", "3"]
+    [report] = ranks(1).run(run_sft_words, words=words_for(inputs, "--save", tmp_path, "--profile", *stops))
+    assert report["stopped"].startswith("--exit-interval 3 stopped the run at iteration 3")
+    [trace] = (tmp_path / "torch_profile").iterdir()
+    assert trace.name == "iterations-2-3.rank-0.json.gz"
+    assert ranges_of(trace).keys() >= {"iteration 2", "iteration 3"}
 
 
 def test_without_cuda_and_a_folder_there_is_no_place_for_a_trace(

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from hft_megatron.config.batch_sizes import BatchSizes
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.dpo import DpoConfig
 from hft_megatron.config.parallel import ParallelConfig
@@ -32,11 +33,20 @@ RESULT = StepResult(
 )
 
 
+SIZE = 4
+"""Samples of a step."""
+
+
 def run_of(config: RunConfig, *, iteration: int = 0, reference: object = None) -> Run:
     wrapped = SimpleNamespace(modules=[SimpleNamespace(shape=SHAPE)], plan=SimpleNamespace(trains=lambda unit: True))
     state: Any = SimpleNamespace(iteration=iteration)
-    length = train_iters(config.training)
-    return cast(Run, SimpleNamespace(config=config, length=length, wrapped=wrapped, reference=reference, state=state))
+    length, batches = train_iters(config.training), BatchSizes(full=SIZE)
+    state.consumed_samples = iteration * SIZE
+    rounds = SimpleNamespace(schedule=SimpleNamespace(batches=batches))
+    run = SimpleNamespace(
+        config=config, length=length, rounds=rounds, wrapped=wrapped, reference=reference, state=state
+    )
+    return cast(Run, run)
 
 
 def test_a_rate_is_a_mean_over_time_and_a_share_of_one_rank() -> None:
@@ -68,7 +78,7 @@ def test_a_reference_in_memory_is_a_forward_pass_more(kind: Any, passes: int) ->
 def test_the_time_left_follows_the_median_of_recent_steps() -> None:
     left = TimeLeft()
     for milliseconds in [9000.0] * RECENT_STEPS + [500.0] * (RECENT_STEPS - 1) + [60_000.0]:
-        left.add(replace(RESULT, times=StepTimes(total=milliseconds, sections={})))
+        left.add(replace(RESULT, times=StepTimes(total=milliseconds, sections={})), run_of(RunConfig(), iteration=1))
     config = RunConfig(training=TrainingConfig(train_iters=300))
     assert left.seconds(run_of(config, iteration=200)) == 50.0
     assert left.seconds(run_of(config, iteration=300)) == 0.0
