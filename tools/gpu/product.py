@@ -99,9 +99,9 @@ def _logged() -> Iterator[list[dict[str, Any]]]:
     records: list[dict[str, Any]] = []
     log = ProductRun.log
 
-    def also_here(of_run: ProductRun, metrics: Mapping[str, Any]) -> None:
+    def also_here(of_run: ProductRun, metrics: Mapping[str, Any], *tracker: Any) -> None:
         records.append({"iteration": of_run.state.iteration, **metrics})
-        log(of_run, metrics)
+        log(of_run, metrics, *tracker)
 
     with patch.object(ProductRun, "log", also_here):
         yield records
