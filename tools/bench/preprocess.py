@@ -1,10 +1,11 @@
-"""Measures tools/preprocess_data.py against a plain loop over transformers' tokenizer, into results/preprocess.json.
+"""Measures ``hft-megatron preprocess`` against a plain loop over transformers' tokenizer, and against itself without
+the cache of words, into results/preprocess.json.
 
 Run: ``python tools/bench/preprocess.py --data FOLDER`` on a machine that does nothing else, or with ``--render`` for
 the lines only. FOLDER has ``gsm8k/train.jsonl`` (question, answer), ``text/tinystories_2mb.txt`` (stories between lines
-of ``<|endoftext|>``) and ``tokenizers/llama2``. Whole commands are timed, start included, in pairs, alternating; the
-data are repeated, so that the start counts little; as in any long text, words of the Llama 2 tokenizer are mostly known
-then (word_cache.py). Both write tokens and mask of all records with as many processes.
+of ``<|endoftext|>``) and ``tokenizers/llama2``. Whole commands are timed, start included, in turn; the data are
+repeated, so that the start counts little; as in any long text, words of the Llama 2 tokenizer are mostly known then
+(``WordCache`` in rust_pipeline.py). All write tokens and mask of all records with as many processes.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from result_file import in_turn, measure_and_render
 REPOSITORY = DEMO.parents[1]
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "preprocess.json"
-PLAIN, OURS = "plain loop", "preprocess_data.py"
+PLAIN, OURS, WITHOUT = WAYS = "plain loop", "hft-megatron preprocess", "without the cache of words"
+COMMAND = "import sys; from hft_megatron.cli.entry import main; sys.exit(main(['preprocess', *sys.argv[1:]]))"
+NO_WORDS = "from hft_megatron.data import huggingface_tokenizer as h; h.word_pattern = lambda _: None"
+CODE = {OURS: COMMAND, WITHOUT: f"{NO_WORDS}; {COMMAND}"}  # workers are forked, so that they have no words either
 REPEATS = {"GSM8K": 24, "TinyStories": 60}
 SEPARATOR = "<|endoftext|>"
 
@@ -51,7 +55,7 @@ def run_once(way: str, source: Path, data: Path, workers: int) -> float:
         if way == PLAIN:
             words = [str(HERE / "plain_tokenize.py"), str(source), prefix, tokenizer, str(workers)]
         else:
-            words = [str(HERE.parent / "preprocess_data.py"), "--input", str(source), "--output-prefix", prefix]
+            words = ["-c", CODE[way], "--input", str(source), "--output-prefix", prefix]
             words += ["--tokenizer-model", tokenizer, "--tokenizer-type", "HuggingFaceTokenizer", "--append-eod"]
             words += ["--workers", str(workers)]
         variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
@@ -68,15 +72,15 @@ def measure(data: Path, workers: int, pairs: int) -> dict[str, Any]:
             lines = [json.dumps(record) + "\n" for record in records(data, name)] * repeats
             source = Path(folder) / f"{name}.jsonl"
             source.write_text("".join(lines), encoding="utf-8")
-            rates: dict[str, list[float]] = {PLAIN: [], OURS: []}
-            for pair, way in in_turn((PLAIN, OURS), pairs):
-                print(f"{name}, pair {pair}: {way}", flush=True)
+            rates: dict[str, list[float]] = {way: [] for way in WAYS}
+            for turn, way in in_turn(WAYS, pairs):
+                print(f"{name}, turn {turn}: {way}", flush=True)
                 rates[way].append(len(lines) / run_once(way, source, data, workers))
-            ratios = [ours / plain for plain, ours in zip(rates[PLAIN], rates[OURS], strict=True)]
             sets[name] = {
                 "documents": len(lines),
                 "documents per second": rates,
-                "ratio": {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+                "ratio": _ratio(rates[OURS], rates[PLAIN]),
+                "ratio to without the cache": _ratio(rates[OURS], rates[WITHOUT]),
             }
     return {
         "command": f"python tools/bench/preprocess.py --data FOLDER --workers {workers} --pairs {pairs}",
@@ -87,15 +91,22 @@ def measure(data: Path, workers: int, pairs: int) -> dict[str, Any]:
     }
 
 
+def _ratio(ours: list[float], others: list[float]) -> dict[str, float]:
+    ratios = [one / other for one, other in zip(ours, others, strict=True)]
+    return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
 def render(results: dict[str, Any]) -> str:
     """The result file as a sentence for each data set."""
     lines = []
     for name, found in results["data"].items():
         plain, ours = (median(found["documents per second"][way]) for way in (PLAIN, OURS))
-        ratio = found["ratio"]
+        ratio, cached = found["ratio"], found["ratio to without the cache"]
         lines.append(
             f"{name}: {ours:,.0f} documents/s with {results['workers']} workers, plain loop {plain:,.0f}: "
-            f"{ratio['median']:.2f} times as many ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+            f"{ratio['median']:.2f} times as many ({ratio['lowest']:.2f} to {ratio['highest']:.2f}); "
+            f"the cache of words makes it {cached['median']:.2f} times as many ({cached['lowest']:.2f} to "
+            f"{cached['highest']:.2f})"
         )
     return "\n".join(lines)
 
