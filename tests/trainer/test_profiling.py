@@ -69,10 +69,10 @@ def test_a_trace_of_each_rank_has_the_iterations_and_the_sections_of_their_steps
 @pytest.mark.parametrize(
     ("start", "stop", "names"),
     [
-        (4, 9, ["iterations-5-6.rank-0.json.gz"]),
-        (0, 1, ["iterations-1-1.rank-0.json.gz"]),
+        pytest.param(4, 9, ["iterations-5-6.rank-0.json.gz"], marks=pytest.mark.slow),
+        pytest.param(0, 1, ["iterations-1-1.rank-0.json.gz"], marks=pytest.mark.slow),
         (2, 4, ["iterations-3-4.rank-0.json.gz"]),
-        (6, 7, []),
+        pytest.param(6, 7, [], marks=pytest.mark.slow),
     ],
 )
 def test_without_cuda_torch_profiles_anyway_and_as_much_as_there_is(
@@ -90,6 +90,7 @@ def test_without_cuda_torch_profiles_anyway_and_as_much_as_there_is(
     assert any(line.startswith("> profiled: ") for line in report["said"]) == bool(names)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_profiles_what_is_left_of_its_iterations(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--save", tmp_path, "--load", tmp_path)
     ranks(1).run(run_sft_words, words=[*words, "--train-iters", "3", "--lr-decay-iters", "6"])
