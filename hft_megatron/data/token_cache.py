@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +141,37 @@ def _version(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
+_PACKAGE = Path(__file__).parent
+
+
 def code_of_data() -> list[str]:
     """What makes tokens of the same files: this package's code for data, parsers of a user's own, and the libraries
     that they ask."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for file in sorted(package.rglob("*.py")):
-        digest.update(file.read_bytes())
+    digest = hashlib.sha256(_own_code())
     for name, format in FORMATS.items():
-        code = format.parse.__code__
-        if package not in Path(code.co_filename).parents:
-            file = Path(code.co_filename)
-            digest.update(name.encode() + (file.read_bytes() if file.is_file() else code.co_code))
+        digest.update(_code_of_parser(name, format.parse))
     return [
         digest.hexdigest(),
         *(importlib.metadata.version(name) for name in ("jinja2", "sentencepiece", "tokenizers")),
     ]
+
+
+@cache
+def _own_code() -> bytes:
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()
+
+
+def _code_of_parser(name: str, parse: Any) -> bytes:
+    """A parser's file, or where it has none its compiled code; nothing of this package's own."""
+    while isinstance(parse, partial):
+        parse = parse.func
+    code = getattr(parse, "__code__", None) or getattr(type(parse).__call__, "__code__", None)
+    if code is None:  # compiled
+        return f"{name} {parse!r}".encode()
+    file = Path(code.co_filename)
+    if _PACKAGE in file.parents:
+        return b""
+    return name.encode() + (file.read_bytes() if file.is_file() else code.co_code)

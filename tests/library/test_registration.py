@@ -6,7 +6,8 @@ docs/library.md says how.
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,20 @@ def test_a_parser_of_ones_own_is_asked_again_when_it_changes(tmp_path: Path) -> 
         table.FORMATS["question"] = table.Format(keys=("q", "a"), parse=own.parse_question)
         keys.append(token_cache.code_of_data())
     assert keys[0] != keys[1]
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_parser_may_be_anything_that_can_be_called() -> None:
+    class Parser:
+        def __call__(self, row: Mapping[str, Any], place: str) -> Any:
+            return OWN.parse_question(row, place)
+
+    keys = []
+    for parse in (OWN.parse_question, partial(OWN.parse_question), Parser(), dict.get):
+        table.FORMATS["question"] = table.Format(keys=("q", "a"), parse=parse)
+        keys.append(token_cache.code_of_data())
+    assert keys[0] == keys[1]
+    assert len({key[0] for key in keys}) == 3
 
 
 @pytest.mark.usefixtures("registries")
