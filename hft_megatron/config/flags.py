@@ -132,6 +132,11 @@ class Request:
     """How an error calls it, as that of a setting."""
 
     @property
+    def shown(self) -> str:
+        """As it would be written on the command line."""
+        return " ".join((f"--{self.row.name}", *self.words))
+
+    @property
     def is_accepted(self) -> bool:
         """Whether it asks for nothing but what is done anyway."""
         return self.row.agrees(self.words) and not self._is_off
@@ -161,7 +166,6 @@ class Mistake:
 
 
 Item = Setting | Request | Mistake
-_GROUPED = "group-query-attention"
 _OF_TRAINING = "train-iters"
 """An option that every command has which the table is for."""
 
@@ -172,8 +176,8 @@ class Reading:
     def __init__(self) -> None:
         self.settings: dict[str, Setting] = {}
         """By option."""
-        self.accepted: dict[str, str] = {}
-        """Flags of Megatron-LM's that ask for what is done anyway, by name, as they would be written."""
+        self.accepted: dict[str, Request] = {}
+        """Flags of Megatron-LM's that ask for what is done anyway, by name."""
         self._mistakes: dict[str, str] = {}
         """Sentences by the name they are about, so that a value given later can take one back."""
 
@@ -192,15 +196,17 @@ class Reading:
                 self.accepted.pop(item.row.name, None)
                 self._note(item.row.name, item.refusal)
                 if item.is_accepted:
-                    self.accepted[item.row.name] = " ".join((f"--{item.row.name}", *item.words))
+                    self.accepted[item.row.name] = item
 
     @property
     def mistakes(self) -> list[str]:
         """Sentences about what can't be had."""
-        groups = self.accepted.get(_GROUPED)
-        if groups is not None and not {"num-query-groups", "load-hf", "use-checkpoint-args"} & self.settings.keys():
-            return [*self._mistakes.values(), f"{groups} needs --num-query-groups, which Megatron-LM takes to be 1."]
-        return list(self._mistakes.values())
+        lacking = [
+            f"{request.shown} {request.row.lacking}."
+            for request in self.accepted.values()
+            if request.row.beside and self.settings.keys().isdisjoint(request.row.beside)
+        ]
+        return [*self._mistakes.values(), *lacking]
 
     def check(self, note: Callable[[str], None] | None = None) -> None:
         """Raise UserError with every mistake: one sentence, or a line for each.
@@ -222,7 +228,7 @@ def check_all(readings: Sequence[Reading], note: Callable[[str], None] | None = 
         raise UserError(mistakes[0])
     if mistakes:
         raise UserError("\n  ".join((f"{len(mistakes)} options can't be had as they are:", *mistakes)))
-    accepted = dict.fromkeys(flag for reading in readings for flag in reading.accepted.values())
+    accepted = dict.fromkeys(request.shown for reading in readings for request in reading.accepted.values())
     if accepted and note is not None:
         note(f"> done anyway, or without effect here: {', '.join(accepted)}")
 

@@ -35,7 +35,10 @@ DENSE = (
             accepted("swiglu", "the feed-forward layers are SwiGLU"),
             accepted("normalization=", "all norms are RMSNorm", values="RMSNorm"),
             accepted(
-                "group-query-attention", "attention has the --num-query-groups of the options or the model folder"
+                "group-query-attention",
+                "attention has the --num-query-groups of the options or the model folder",
+                beside="num-query-groups load-hf use-checkpoint-args",
+                lacking="needs --num-query-groups, which Megatron-LM takes to be 1",
             ),
             accepted("disable-bias-linear", "linear layers have no bias"),
             accepted("hidden-dropout=", "nothing is dropped", values="0.0"),

@@ -1,7 +1,7 @@
 """What the table of Megatron-LM's flags is made of: its rows, and short ways to write them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["switch", "value", "several"]
@@ -22,6 +22,9 @@ class Row:
     that is not built what serves meanwhile (may be empty), of another name the option's name here."""
     values: tuple[str, ...] = ()
     """Values that say what is done anyway; of an accepted flag without any, every value does."""
+    beside: tuple[str, ...] = ()
+    """Options of which one must be given with an accepted flag, or ``lacking`` is said of it."""
+    lacking: str = ""
 
     @property
     def is_switch(self) -> bool:
@@ -67,9 +70,10 @@ class Section:
     rows: tuple[Row, ...]
 
 
-def accepted(flag: str, words: str, values: str = "") -> Row:
-    """A flag that asks for what is done anyway; with ``values``, separated by spaces, only where it has one of them."""
-    return _row(flag, "accepted", words, values)
+def accepted(flag: str, words: str, values: str = "", *, beside: str = "", lacking: str = "") -> Row:
+    """A flag that asks for what is done anyway; with ``values``, separated by spaces, only where it has one of them,
+    and with ``beside`` only where one of these options is given, too."""
+    return replace(_row(flag, "accepted", words, values), beside=tuple(beside.split()), lacking=lacking)
 
 
 def refused(flag: str, words: str) -> Row:
