@@ -1,5 +1,7 @@
 """The errors a person can cause and the exit codes a run can end with."""
 
+from collections.abc import Callable
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 """The run failed: one sentence or a traceback says where."""
@@ -58,3 +60,7 @@ class PeersLost(Exception):
         """``speaks`` is whether this rank is the one of its host that says it; the first one where it is None."""
         super().__init__(message)
         self.speaks = speaks
+
+
+OnLoss = Callable[[PeersLost], None]
+"""What is called, on another thread, when a host is lost; the process ends after it."""

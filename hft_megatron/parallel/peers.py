@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from hft_megatron.config.parallel import ParallelConfig
-from hft_megatron.errors import EXIT_FAILURE, PeersLost
+from hft_megatron.errors import EXIT_FAILURE, OnLoss, PeersLost
 from hft_megatron.parallel.groups import host_name, start_backend
 from hft_megatron.parallel.launch import Host, hosts_of
 from hft_megatron.parallel.meeting import Meeting, did_not_meet, meet, wait_for_all_ranks
 from hft_megatron.parallel.neighbours import Neighbours, Process
-from hft_megatron.parallel.watchdog import OnLoss, Watchdog
+from hft_megatron.parallel.watchdog import Watchdog
 
 CONNECTION_WAIT_S = 5.0
 """How long after a connection is lost the end of the other process is waited for."""

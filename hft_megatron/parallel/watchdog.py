@@ -18,12 +18,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from hft_megatron.errors import EXIT_FAILURE, PeersLost
+from hft_megatron.errors import EXIT_FAILURE, OnLoss, PeersLost
 from hft_megatron.parallel.launch import Host
 from hft_megatron.parallel.meeting import Meeting
 
@@ -36,8 +36,6 @@ FIRST_PAUSE_AT_THE_END_S, LONGEST_PAUSE_AT_THE_END_S = 0.02, 1.0
 """Nearly always all ranks come to the end together; one that exports may keep the others waiting."""
 SAY_WITHIN_S = 5.0
 """The status file may lie on the host that is gone."""
-
-OnLoss = Callable[[PeersLost], None]
 
 
 def limit_of(minutes: float) -> float:

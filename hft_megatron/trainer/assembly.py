@@ -5,7 +5,7 @@ from functools import partial
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
-from hft_megatron.errors import PeersLost, Stopped
+from hft_megatron.errors import OnLoss, Stopped
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.parallel.groups import stop_groups
 from hft_megatron.parallel.peers import Peers, peers
@@ -26,7 +26,7 @@ def run_training(
     shape: ModelShape | None,
     world_size: int,
     *,
-    on_loss: Callable[[PeersLost], None],
+    on_loss: OnLoss,
     hooks: Sequence[Hook] = (),
     signals: Signals | None = None,
 ) -> None:

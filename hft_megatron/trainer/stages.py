@@ -14,10 +14,9 @@ from hft_megatron.config.names import MethodName
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
-from hft_megatron.errors import UserError
+from hft_megatron.errors import OnLoss, UserError
 from hft_megatron.parallel.groups import leave_groups, stop_groups
 from hft_megatron.parallel.peers import Peers, peers
-from hft_megatron.parallel.watchdog import OnLoss
 from hft_megatron.trainer.assembly import train_and_export
 from hft_megatron.trainer.bill import announce_bill_of_stages
 from hft_megatron.trainer.inputs import read_inputs, tokenizer_and_shape
