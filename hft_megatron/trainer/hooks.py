@@ -20,12 +20,11 @@ from hft_megatron.tracking import tracker as names
 from hft_megatron.tracking.tracker import Tracker
 from hft_megatron.trainer.bill import Bill, TimeLeft, Work, flops_of, peak_memory, rates, work_of
 from hft_megatron.trainer.loop import Hook
-from hft_megatron.trainer.params_norm import params_norm
 from hft_megatron.trainer.profiling import Profile, trace_folder
 from hft_megatron.trainer.run import Run
 from hft_megatron.trainer.saving import Base, Exporter, ExportModels, SaveCheckpoints, Signals, StopEarly, exports_of
 from hft_megatron.trainer.step import StepResult, validate
-from hft_megatron.trainer.weight_checks import AuditRounds, CheckReplicas
+from hft_megatron.trainer.weight_checks import AuditRounds, CheckReplicas, params_norm
 
 WINDOW = 100
 """Finished iterations that a loss is compared with; a run that is resumed begins to gather them anew."""

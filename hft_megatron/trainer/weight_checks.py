@@ -1,19 +1,21 @@
-"""Checks of weights while a run trains: frozen ones as they were, replicated ones alike.
+"""Looks at weights while a run trains: frozen ones as they were, replicated ones alike, and the norm of all.
 
 What is replicated follows from the names alone: a tensor-parallel part of a unit is on every data-parallel rank, a norm
 on every tensor-parallel rank as well, and a tied embedding on the first and on the last pipeline stage.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hft_megatron.errors import RunFailed
 from hft_megatron.hft.on_ranks import Audit, fingerprint
-from hft_megatron.model.parameters import parameter_slots
+from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import host_name
 from hft_megatron.parallel.launch import numbers_in_words
@@ -117,3 +119,31 @@ def odd_ones(holders: Mapping[int, int], where: Sequence[str]) -> str:
 
 def _more(units: int) -> str:
     return f" and {units} more unit{'s' * (units > 1)}" if units else ""
+
+
+def params_norm(run: Run) -> float:
+    """2-norm of every weight of the model, counted once each, the same on all ranks; collective, 8 bytes.
+
+    Of trainable weights the fp32 values that the optimizer updates, of frozen ones the weights themselves: nothing has
+    to be gathered. Each tensor's norm is taken in fp32, their sum in fp64.
+    """
+    placement, trained = run.placement, run.wrapped.shards.updated_shards()
+    tensors: list[Tensor] = []
+    for slot in parameter_slots(run.wrapped.modules):
+        if _is_copy(slot) or (slot.cut is None and placement.tensor_rank > 0):
+            continue
+        if slot.parameter.requires_grad:
+            tensors += [trained[slot.parameter]] if slot.parameter in trained else []
+        elif placement.data_rank == 0:
+            tensors.append(slot.parameter.detach())
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32).double() for tensor in tensors]
+    total = torch.zeros((), dtype=torch.float64, device=placement.device)
+    if norms:
+        total += torch.stack(norms).square().sum()
+    dist.all_reduce(total)
+    return math.sqrt(float(total))
+
+
+def _is_copy(slot: ParameterSlot) -> bool:
+    """Whether it is the head of a tied embedding, which the first pipeline stage holds too."""
+    return slot.unit == "model.embed_tokens" and slot.local_name.startswith("output_layer")
