@@ -49,7 +49,7 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
             if run.is_to_skip:
                 skip_iteration(run)
             else:
-                result = next_step(run)
+                result = _take_step(run)
             for hook in hooks:
                 if result is not None:
                     hook.after_step(run, result)
@@ -65,6 +65,10 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
 def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
     """One optimizer step, in a new round where one begins with it."""
     enter_round(run, hooks)
+    return _take_step(run)
+
+
+def _take_step(run: Run) -> StepResult:
     result = train_step(run)
     if result.updated:
         run.learning_rate.advance(run.state.iteration)
