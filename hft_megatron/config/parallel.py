@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from hft_megatron.config.declared import flag
 from hft_megatron.config.derived import layers_per_stage
 from hft_megatron.errors import UserError
 
@@ -173,7 +174,7 @@ def proposed_split(parallel: ParallelConfig, num_layers: int) -> ParallelConfig:
 
 def end_words(parallel: ParallelConfig) -> str:
     """The options that size the first and the last stage, as one gives them; empty without them."""
-    return " ".join(f"--{name.replace('_', '-')} {size}" for name, size in _given_ends(parallel).items())
+    return " ".join(f"{flag(name)} {size}" for name, size in _given_ends(parallel).items())
 
 
 def pipeline_words(parallel: ParallelConfig, num_layers: int) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from hft_megatron.config.declared import flag
 from hft_megatron.config.parallel import ParallelConfig, end_words, proposed_split
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.rank_memory import MemoryModel, RankMemory
@@ -135,7 +136,7 @@ def _changes(model: MemoryModel) -> Iterator[tuple[list[str], MemoryModel]]:
             words.append(f"--micro-batch-size {size}")
             candidate = replace(candidate, micro_batch=replace(model.micro_batch, sequences=size))
         if recompute:
-            words.append(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in recompute.items()))
+            words.append(" ".join(f"{flag(name)} {value}" for name, value in recompute.items()))
             plain = replace(model.training, recompute_method=None, recompute_num_layers=None)
             candidate = replace(candidate, training=replace(plain, **recompute))
         if words:

@@ -9,6 +9,7 @@ from pathlib import Path
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
+from hft_megatron.config.declared import flag
 from hft_megatron.config.exports import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
@@ -340,7 +341,7 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
         for name, value in options.items():
             other = theirs.options[group][name]
             if other != value:
-                return f"--{name.replace('_', '-')} is {_as_written(other)} instead of {_as_written(value)}"
+                return f"{flag(name)} is {_as_written(other)} instead of {_as_written(value)}"
     for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
         if here != there:
             return f"the newest checkpoint is {there} instead of {here}"

@@ -14,6 +14,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint, load_weights
 from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
 from hft_megatron.config import derived
+from hft_megatron.config.declared import flag
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
@@ -144,7 +145,7 @@ def _decay_of_weights_spans_the_run(config: RunConfig) -> bool:
 
 def _called(name: str) -> str:
     decay = {f"lr_decay_{unit}": f"length of the decay in {words}" for unit, words in _COUNTED.items()}
-    return decay.get(name) or f"--{name.replace('_', '-')}"
+    return decay.get(name) or flag(name)
 
 
 def with_sound_checkpoint(inputs: Inputs, placement: Placement, announce: Announce) -> Inputs:

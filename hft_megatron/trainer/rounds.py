@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from hft_megatron.config import derived
+from hft_megatron.config.declared import flag
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run import RunConfig
@@ -146,7 +147,7 @@ def _check_single_round(config: RunConfig, loaded: Sequence[Plan], selection: st
     if hft.hft_round_interval != "stage" or hft.hft_first_round is not None:
         return  # several rounds, or one of those of several runs
     given = [
-        f"--{name.replace('_', '-')} {getattr(hft, name)}"
+        f"{flag(name)} {getattr(hft, name)}"
         for name, default in _OF_SEVERAL_ROUNDS.items()
         if getattr(hft, name) != default
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_megatron.config.data import data_keys
+from hft_megatron.config.declared import flag
 from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules, SftCounts
@@ -81,7 +82,7 @@ class Job:
             if mine != theirs:
                 if name in _TOLD_BY_NAME:
                     return _TOLD_BY_NAME[name]
-                return f"--{name.replace('_', '-')} {_word(mine)} instead of {_word(theirs)}"
+                return f"{flag(name)} {_word(mine)} instead of {_word(theirs)}"
         return None
 
 
@@ -193,7 +194,7 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
     of_records = ["data_keys"] * _reads_other_keys(facts, run) + ["prompt_separator"] * _joins(facts)
     for name in ("loss_on", "train_on_eos", "ignore_keys", *of_records):
         if getattr(job, name) != getattr(run, name):
-            yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
+            yield flag(name), _word(getattr(job, name)), _word(getattr(run, name))
     if run.data_format is not None and facts.formats != (run.data_format,):
         yield "records of the format", " and ".join(facts.formats), f"--data-format {run.data_format}"
     # Limits that nothing reached make no difference.
@@ -201,7 +202,7 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
         if limit is not None and facts.longest > limit:
             for name in ("seq_length", "long_examples"):
                 if getattr(job, name) != getattr(run, name):
-                    yield f"--{name.replace('_', '-')}", _word(getattr(job, name)), _word(getattr(run, name))
+                    yield flag(name), _word(getattr(job, name)), _word(getattr(run, name))
 
 
 def _reads_other_keys(facts: Facts, run: Job) -> bool:
