@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment of Python 3.12 with the versions of constraints/cuda.txt in the user's cache, and prints its folder:
 # what a GPU container has, on CPU. It takes 5 GB and some minutes, and is made where setup.py, the constraints, the engine's
-# seams or the images have changed within twenty commits; otherwise one that is there is used, or nothing is printed.
+# seams or the images have changed within sixty commits; otherwise one that is there is used, or nothing is printed.
 #
 #   PYTHONPATH=. "$(.ci/newer-python.sh)/bin/python" -m pytest tests/docker/test_gpu_python.py
 set -euo pipefail
@@ -24,9 +24,9 @@ DIGEST=$({ "$NEWER" --version && cat setup.py constraints/cuda.txt; } | sha256su
 FOLDER=$CACHE/python3.12-$DIGEST
 
 if [[ ! -e $FOLDER/complete ]]; then
-    if ! git rev-parse --quiet --verify HEAD~20 >/dev/null; then
-        echo "Python 3.12: this clone does not say what has changed within twenty commits, so it is tested" >&2
-    elif git diff --quiet HEAD~20 -- setup.py constraints hft_megatron/engine docker; then
+    if ! git rev-parse --quiet --verify HEAD~60 >/dev/null; then
+        echo "Python 3.12: this clone does not say what has changed within sixty commits, so it is tested" >&2
+    elif git diff --quiet HEAD~60 -- setup.py constraints hft_megatron/engine docker; then
         echo "Python 3.12: not tested, nothing that concerns it has changed and $FOLDER is not there" >&2
         exit
     fi
