@@ -2,24 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hft_megatron.checkpoint.folders import checkpoint_at, combined_digest, digest_of
-from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.checkpoint.store import PLAN_FILE, check_saved_plan
 from hft_megatron.checkpoint.tensors import CheckpointTensors
-from hft_megatron.config import derived
-from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model import heads_fit_the_model
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run import RunConfig
-from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, SPECTRUM_FILE
-from hft_megatron.config.run_identity import RunIdentity
+from hft_megatron.config.run_folder import SPECTRUM_FILE
 from hft_megatron.conversion.export import export_tensors
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.kept_files import NewFolder
@@ -27,97 +23,13 @@ from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.logits_check import LogitDifference, compare_logits
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.conversion.weight_files import notes_on_folder
-from hft_megatron.data.templates import BUILT_IN
-from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
-from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
-from hft_megatron.errors import RunFailed, UserError
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import RunFailed
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.hft.units import units_of
 from hft_megatron.trainer.inputs import read_scores
 from hft_megatron.trainer.rounds import rounds_of_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedRun:
-    """One checkpoint of a run, and the run around it."""
-
-    folder: str
-    """The run's --save."""
-    checkpoint: Path
-    config: RunConfig
-    """The run's resolved options."""
-    identity: RunIdentity
-    state: TrainState
-
-    @staticmethod
-    def read(folder: str, iteration: int | None) -> "SavedRun":
-        """Reads ``folder``, the newest checkpoint where ``iteration`` is None; UserError for what is missing."""
-        checkpoint = checkpoint_at(folder, iteration)
-        identity = RunIdentity.read("--load", folder)
-        return SavedRun(
-            folder=folder,
-            checkpoint=checkpoint,
-            config=read_resolved(Path(folder) / RESOLVED_CONFIG_FILE),
-            identity=identity,
-            state=TrainState.read(checkpoint),
-        )
-
-    def source(self) -> str | None:
-        """The Hugging Face folder that the run started from; None where there was none or it is gone.
-
-        UserError when the folder holds other weights by now, or when it is gone and the checkpoint lacks those that
-        rested (--save-trained-only).
-        """
-        folder = self.config.model.load_hf
-        on_source = not self.state.is_whole and self.state.base_iteration is None
-        if folder is None or not Path(folder).is_dir():
-            if on_source:
-                raise UserError(
-                    f"--load {self.folder}: {self.checkpoint.name} holds only what its round trained, and --load-hf "
-                    f"{folder}, where the rest is, is not there; put it back, or choose another --iteration."
-                )
-            return None
-        is_same = check_weights(folder, self.identity.shape) == self.identity.weights_digest
-        if is_same and on_source:
-            with HuggingFaceWeights(folder) as weights:
-                files = {path.name: digest_of(path) for path in weights.files()}
-            is_same = combined_digest(files) == self.state.base_digest
-        if not is_same:
-            raise UserError(
-                f"--load {self.folder}: its run started from --load-hf {folder}, which holds other weights now; put "
-                "the old ones back, or rename that folder to convert without it."
-            )
-        return folder
-
-    def trained(self) -> frozenset[str]:
-        """Units that the run may have changed until this checkpoint.
-
-        UserError when the options (a plan file, scores) don't give the checkpoint's own plan any more.
-        """
-        shape = self.identity.shape
-        file = self.checkpoint / PLAN_FILE
-        if self.state.round == 0:
-            return Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file)).training
-        hft = self.config.hft
-        needs_scores = SELECTIONS[hft.hft_selection].needs_scores
-        rounds = rounds_of_run(
-            # Without iterations, as in any conversion: lengths of rounds, which epochs may decide, are not looked at.
-            replace(self.config, training=replace(self.config.training, train_iters=0)),
-            shape,
-            world_size=1,
-            samples=None,
-            loaded=() if hft.hft_plan is None else load_plans(hft.hft_plan, shape),
-            scores=read_scores(Path(self.folder) / SPECTRUM_FILE, shape) if needs_scores else None,
-        )
-        trained = rounds.trained_until(self.state.round)
-        check_saved_plan(self.checkpoint, rounds.plan(self.state.round), shape)
-        return trained
-
-    def tokenizer_path(self) -> str | None:
-        """Where the run's tokenizer was read from; None where nothing is there any more."""
-        path = derived.tokenizer_path(self.config)
-        return path if Path(path).exists() else None
 
 
 def convert_checkpoint(
@@ -145,7 +57,7 @@ def convert_checkpoint(
         announce(_without_source(run, tensors.dtype))
     rules = ExportRules(
         source=source,
-        trained=run.trained(),
+        trained=units_trained(run),
         adds_template=run.identity.uses_chat_template or run.config.data.chat_template is not None,
         save_dtype=None if save_dtype is None else getattr(torch, save_dtype),
         keep_source_tokenizer=run.config.checkpoint.keep_source_tokenizer,
@@ -177,6 +89,31 @@ def check_model_folder(load_hf: str, announce: Announce) -> None:
     _compare(load_hf, difference, announce)
 
 
+def units_trained(run: SavedRun) -> frozenset[str]:
+    """Units that the run may have changed until this checkpoint.
+
+    UserError when the options (a plan file, scores) don't give the checkpoint's own plan any more.
+    """
+    shape = run.identity.shape
+    file = run.checkpoint / PLAN_FILE
+    if run.state.round == 0:
+        return Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file)).training
+    hft = run.config.hft
+    needs_scores = SELECTIONS[hft.hft_selection].needs_scores
+    rounds = rounds_of_run(
+        # Without iterations, as in any conversion: lengths of rounds, which epochs may decide, are not looked at.
+        replace(run.config, training=replace(run.config.training, train_iters=0)),
+        shape,
+        world_size=1,
+        samples=None,
+        loaded=() if hft.hft_plan is None else load_plans(hft.hft_plan, shape),
+        scores=read_scores(Path(run.folder) / SPECTRUM_FILE, shape) if needs_scores else None,
+    )
+    trained = rounds.trained_until(run.state.round)
+    check_saved_plan(run.checkpoint, rounds.plan(run.state.round), shape)
+    return trained
+
+
 @contextmanager
 def _reader(tensors: CheckpointTensors, source: str | None) -> Iterator[Callable[[str], Tensor]]:
     """Reads a unit's weight as the run has it: from its checkpoints, or rounded from the source where they leave it."""
@@ -202,18 +139,10 @@ def _without_source(run: SavedRun, dtype: torch.dtype) -> str:
 
 
 def _tokenizer(run: SavedRun, announce: Announce) -> Tokenizer | None:
-    path = run.tokenizer_path()
-    if path is None or not holds_tokenizer(path):
+    tokenizer = run.tokenizer()
+    if tokenizer is None:
         announce("> the run's tokenizer is not there: the folder will have none")
-        return None
-    template = run.config.data.chat_template
-    if template is not None and template not in BUILT_IN and not Path(template).is_file():
-        raise UserError(
-            f"--load {run.folder}: its run was trained with --chat-template {template}, which is not there; put the "
-            f"file back, so that the folder gets the template that was trained."
-        )
-    tokenizer = load_tokenizer(run.config.data.tokenizer_type, path, template)
-    return fit_tokenizer(tokenizer, run.identity.shape.vocab_size)
+    return tokenizer
 
 
 def _coarsest_rounding(run_dtype: torch.dtype, written: torch.dtype, *, has_source: bool) -> torch.dtype:

@@ -64,12 +64,13 @@ def _resting_bits(folder: Path, model: Path) -> int:
     import torch
     from safetensors.torch import load_file
 
+    from hft_megatron.checkpoint.saved_run import SavedRun
     from hft_megatron.checkpoint.tensors import CheckpointTensors
     from hft_megatron.hft.units import units_of
-    from hft_megatron.trainer.convert import SavedRun
+    from hft_megatron.trainer.convert import units_trained
 
     saved = SavedRun.read(str(folder), None)
-    tensors, trained = CheckpointTensors(saved.checkpoint, saved.identity.shape), saved.trained()
+    tensors, trained = CheckpointTensors(saved.checkpoint, saved.identity.shape), units_trained(saved)
     before = load_file(model / "model.safetensors")
     units = [unit.name for unit in units_of(saved.identity.shape)]
     for unit in units:

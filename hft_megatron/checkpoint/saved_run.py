@@ -1,0 +1,88 @@
+"""One checkpoint of a run, with what the folder around it says of the run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hft_megatron.checkpoint.folders import checkpoint_at, combined_digest, digest_of
+from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config import derived
+from hft_megatron.config.loading import read_resolved
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE
+from hft_megatron.config.run_identity import RunIdentity
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import check_weights
+from hft_megatron.data.templates import BUILT_IN
+from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
+from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
+from hft_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """One checkpoint of a run, and the run around it."""
+
+    folder: str
+    """The run's --save."""
+    checkpoint: Path
+    config: RunConfig
+    """The run's resolved options."""
+    identity: RunIdentity
+    state: TrainState
+
+    @staticmethod
+    def read(folder: str, iteration: int | None) -> "SavedRun":
+        """Reads ``folder``, the newest checkpoint where ``iteration`` is None; UserError for what is missing."""
+        checkpoint = checkpoint_at(folder, iteration)
+        identity = RunIdentity.read("--load", folder)
+        return SavedRun(
+            folder=folder,
+            checkpoint=checkpoint,
+            config=read_resolved(Path(folder) / RESOLVED_CONFIG_FILE),
+            identity=identity,
+            state=TrainState.read(checkpoint),
+        )
+
+    def source(self) -> str | None:
+        """The Hugging Face folder that the run started from; None where there was none or it is gone.
+
+        UserError when the folder holds other weights by now, or when it is gone and the checkpoint lacks those that
+        rested (--save-trained-only).
+        """
+        folder = self.config.model.load_hf
+        on_source = not self.state.is_whole and self.state.base_iteration is None
+        if folder is None or not Path(folder).is_dir():
+            if on_source:
+                raise UserError(
+                    f"--load {self.folder}: {self.checkpoint.name} holds only what its round trained, and --load-hf "
+                    f"{folder}, where the rest is, is not there; put it back, or choose another --iteration."
+                )
+            return None
+        is_same = check_weights(folder, self.identity.shape) == self.identity.weights_digest
+        if is_same and on_source:
+            with HuggingFaceWeights(folder) as weights:
+                files = {path.name: digest_of(path) for path in weights.files()}
+            is_same = combined_digest(files) == self.state.base_digest
+        if not is_same:
+            raise UserError(
+                f"--load {self.folder}: its run started from --load-hf {folder}, which holds other weights now; put "
+                "the old ones back, or rename that folder to convert without it."
+            )
+        return folder
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The run's tokenizer with its chat template, from where the run read it; None where it is gone.
+
+        UserError where the template file that the run was trained with is gone.
+        """
+        path = derived.tokenizer_path(self.config)
+        if not Path(path).exists() or not holds_tokenizer(path):
+            return None
+        template = self.config.data.chat_template
+        if template is not None and template not in BUILT_IN and not Path(template).is_file():
+            raise UserError(
+                f"--load {self.folder}: its run was trained with --chat-template {template}, which is not there; put "
+                f"the file back, so that the template that was trained is used."
+            )
+        tokenizer = load_tokenizer(self.config.data.tokenizer_type, path, template)
+        return fit_tokenizer(tokenizer, self.identity.shape.vocab_size)
