@@ -25,7 +25,7 @@ from hft_megatron.errors import UserError
 from hft_megatron.model.head import VocabularyHead
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm, RotaryTable
 from hft_megatron.model.linear import RowParallel
-from hft_megatron.model.torch_attention import TorchAttention
+from hft_megatron.model.torch_attention import PackedSegments, TorchAttention
 from hft_megatron.parallel.groups import Placement
 
 
@@ -106,6 +106,7 @@ class LlamaModel(GPTModel):
             vp_stage=virtual_stage,
         )
         self.shape = shape
+        self._keeps_hidden_states = False
         if pre_process:
             self.embedding.register_forward_hook(self._lay_out_one_sequence)
         if pre_process and config.recompute_granularity == "full":
@@ -115,6 +116,20 @@ class LlamaModel(GPTModel):
             rows = padded_vocab // placement.tensor_size
             real_rows = max(0, min(rows, shape.vocab_size - placement.tensor_rank * rows))
             self.output_layer: VocabularyHead = VocabularyHead(self.output_layer, config, real_rows=real_rows)
+
+    def hidden_states(self, tokens: Tensor, segments: PackedSegments) -> Tensor:
+        """This chunk's output for packed sequences, before the head makes anything of it.
+
+        Tokens (t,) -> (t / tp or t, 1, h), on the last stage behind the final norm. A chunk that is not the first reads
+        what ``set_input_tensor`` was given instead.
+        """
+        self._keeps_hidden_states = True
+        try:
+            positions = segments.positions.unsqueeze(0)
+            output: Tensor = self(tokens.unsqueeze(0), positions, None, packed_seq_params=segments)
+            return output
+        finally:
+            self._keeps_hidden_states = False
 
     def _lay_out_one_sequence(self, module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
         """(s, 1, h) with the strides of a tensor made in that shape; the same memory.
@@ -140,7 +155,10 @@ class LlamaModel(GPTModel):
             output.requires_grad_()
 
     def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
-        """Hidden states before the last stage; there logits (b, s, rows), or with labels (b, s) losses (b, s)."""
+        """Hidden states before the last stage; there logits (b, s, rows), or with labels (b, s) losses (b, s); for
+        ``hidden_states`` those."""
+        if self._keeps_hidden_states:
+            return hidden_states
         if labels is None or not self.post_process:
             output: Tensor = super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
             return output

@@ -38,6 +38,11 @@ class PackedSegments(PackedSeqParams):
     positions: Tensor
     """(tokens,) on the device: each token's place in its segment."""
 
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Query (t, heads / tp, d), key and value (t, groups / tp, d) of a layer -> (t, heads / tp, d); each segment
+        sees itself alone."""
+        return packed_attention(query, key, value, self, scale)
+
 
 class TorchAttention(MegatronModule):
     """Causal attention by torch's own kernels: no score matrix is materialised.
@@ -60,6 +65,7 @@ class TorchAttention(MegatronModule):
         assert attn_mask_type is AttnMaskType.causal
         assert config.context_parallel_size == 1
         self.softmax_scale = softmax_scale
+        self.layer_number = layer_number
 
     def forward(
         self,
@@ -75,7 +81,7 @@ class TorchAttention(MegatronModule):
     ) -> Tensor:
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, PackedSegments)
-            return packed_attention(query, key, value, packed_seq_params, self.softmax_scale).flatten(1)
+            return packed_seq_params.attend(self.layer_number, query, key, value, self.softmax_scale).flatten(1)
         # Padding stands on the right, where a causal mask already hides it from every real token.
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = causal_attention(q, k, v, self.softmax_scale)

@@ -1,0 +1,121 @@
+"""What the head says of hidden states when nothing is trained: logits, scores of tokens, and how two models differ.
+
+The vocabulary is cut over tensor ranks as in training, and logits are in memory for a chunk of tokens at a time.
+All functions are collective over tensor ranks of the last stage, and give every one of them the same.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hft_megatron.config.derived import tokens_of_a_chunk
+from hft_megatron.model.head import hide_padded_rows
+from hft_megatron.model.linear import gather_sequence
+from hft_megatron.model.llama import LlamaModel
+
+
+class Readout:
+    """The head of a model's last stage."""
+
+    def __init__(self, chunk: LlamaModel) -> None:
+        head = chunk.output_layer
+        weight = chunk.shared_embedding_or_output_weight() if chunk.shape.tie_embeddings else head.weight
+        assert weight is not None
+        self._weight: Tensor = weight
+        self._group: dist.ProcessGroup = head.tp_group
+        self._splits_sequences = head.sequence_parallel
+        self._real_rows = head.real_rows
+        self._vocab_size = chunk.shape.vocab_size
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """(t / tp or t, 1, h), a last stage's output -> (t, h)."""
+        if self._splits_sequences:
+            hidden, gathered = gather_sequence(hidden, self._group)
+            gathered.wait()
+        return hidden.squeeze(1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, h) -> (n, vocabulary), fp32."""
+        mine = self._of_rank(hidden)
+        if self._group.size() == 1:
+            return mine[:, : self._vocab_size]
+        parts = [torch.empty_like(mine) for _ in range(self._group.size())]
+        dist.all_gather(parts, mine, group=self._group)
+        return torch.cat(parts, dim=1)[:, : self._vocab_size]
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """(n, h) -> the token with the largest logit, the first of several, (n,) int64."""
+        largest, column = self._of_rank(hidden).max(dim=1)
+        return self._best_of_ranks(largest, column + self._group.rank() * self._weight.size(0))[1]
+
+    def token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (nats, fp32) of ``targets`` (n,), and whether each is what greedy generation would choose.
+
+        Of several largest logits that is the first, as with ``argmax`` over the whole vocabulary.
+        """
+        scores, greedy = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
+        for chunk, logits in self._chunks(hidden):
+            wanted, first_row = targets[chunk], self._group.rank() * logits.size(1)
+            largest, column = logits.max(dim=1)
+            best, best_column = self._best_of_ranks(largest, column + first_row)
+            is_here = (wanted >= first_row) & (wanted < first_row + logits.size(1))
+            own = logits.gather(1, (wanted - first_row).where(is_here, 0)[:, None]).squeeze(1) - best
+            sums = torch.stack([own.where(is_here, 0.0), (logits - best[:, None]).exp_().sum(dim=1)])
+            if self._group.size() > 1:
+                dist.all_reduce(sums, group=self._group)
+            scores.append(sums[0] - sums[1].log())
+            greedy.append(best_column == wanted)
+        return torch.cat(scores), torch.cat(greedy)
+
+    def _best_of_ranks(self, largest: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest of all ranks' largest logits (n,), and its place in the whole vocabulary."""
+        if self._group.size() == 1:
+            return largest, column
+        mine = torch.stack([largest.double(), column.double()])
+        ranks = [torch.empty_like(mine) for _ in range(self._group.size())]
+        dist.all_gather(ranks, mine, group=self._group)
+        values, places = torch.stack(ranks).unbind(dim=1)
+        best = values.argmax(dim=0, keepdim=True)
+        return values.gather(0, best).squeeze(0).to(largest.dtype), places.gather(0, best).squeeze(0).long()
+
+    def divergences(self, hidden: Tensor, other: "Readout", of_other: Tensor) -> Tensor:
+        """KL(this || other) and KL(other || this) in nats, (2, n) fp32, of hidden states (n, h) of two models with one
+        vocabulary: sum over the vocabulary of p (log p - log q)."""
+        found = [hidden.new_empty((2, 0), dtype=torch.float32)]
+        for chunk, mine in self._chunks(hidden):
+            first, second = self._log_probs(mine), other._log_probs(other._of_rank(of_other[chunk]))
+            difference = (first - second)[:, : self._real_rows]
+            both = torch.stack(
+                [
+                    (first[:, : self._real_rows].exp() * difference).sum(dim=1),
+                    -(second[:, : self._real_rows].exp() * difference).sum(dim=1),
+                ]
+            )
+            if self._group.size() > 1:
+                dist.all_reduce(both, group=self._group)
+            found.append(both)
+        return torch.cat(found, dim=1)
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        """(n, rows) of this rank -> normalised over the whole vocabulary."""
+        largest = logits.amax(dim=1)
+        if self._group.size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        total = (logits - largest[:, None]).exp_().sum(dim=1)
+        if self._group.size() > 1:
+            dist.all_reduce(total, group=self._group)
+        return logits - (largest + total.log())[:, None]
+
+    def _chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        size = tokens_of_a_chunk(hidden.size(0), self._weight.size(0))
+        for start in range(0, hidden.size(0), max(1, size)):
+            chunk = slice(start, start + size)
+            yield chunk, self._of_rank(hidden[chunk])
+
+    def _of_rank(self, hidden: Tensor) -> Tensor:
+        """(n, h) -> this rank's rows of the vocabulary, (n, rows) fp32."""
+        logits = hidden.mm(self._weight.t())
+        hide_padded_rows(logits, self._real_rows)
+        return logits.float()
