@@ -37,6 +37,8 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=4.25",  # transformers reads a SentencePiece model file with it
         "jinja2>=3.1",  # transformers renders chat templates with it
+        "rapidfuzz>=3.5",  # the edit similarity of texts
+        "sacrebleu>=2.4",  # BLEU, and the words that SARI compares
         "filelock>=3.12",  # one process of a start tokenizes
         "tyro>=1.0",
         "annotated-types>=0.6",
