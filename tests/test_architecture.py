@@ -44,6 +44,7 @@ PURE = (
     "doctor.findings",
     "errors",
     "evaluation.examples",
+    "evaluation.bootstrap",
     "evaluation.extraction",
     "evaluation.measures",
     "evaluation.rouge",
