@@ -45,6 +45,7 @@ PURE = (
     "errors",
     "evaluation.examples",
     "evaluation.bootstrap",
+    "evaluation.comparison",
     "evaluation.extraction",
     "evaluation.measures",
     "evaluation.rouge",
