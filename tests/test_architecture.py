@@ -47,6 +47,7 @@ PURE = (
     "evaluation.bootstrap",
     "evaluation.comparison",
     "evaluation.extraction",
+    "evaluation.frontier",
     "evaluation.measures",
     "evaluation.rouge",
     "evaluation.sari",

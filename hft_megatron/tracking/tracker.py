@@ -10,6 +10,11 @@ from typing import ClassVar, Protocol
 Metrics = Mapping[str, float | int | str]
 """One record: what was measured, by name. Text is for digests."""
 
+FILE_NAME = "metrics.jsonl"
+"""In the save folder of a run: a line per record."""
+ITERATION = "iteration"
+"""In each of these lines, beside the metrics."""
+
 CONSUMED_SAMPLES = "consumed samples"
 ITERATION_TIME = "elapsed time per iteration (ms)"
 TIME_LEFT = "time left (s)"

@@ -11,10 +11,7 @@ from typing import Any, ClassVar
 from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.tracking.console import ConsoleTracker
-from hft_megatron.tracking.tracker import CompositeTracker, Metrics, Tracker, dashboard_metrics
-
-FILE_NAME = "metrics.jsonl"
-ITERATION = "iteration"
+from hft_megatron.tracking.tracker import FILE_NAME, ITERATION, CompositeTracker, Metrics, Tracker, dashboard_metrics
 
 
 class JsonlTracker:
