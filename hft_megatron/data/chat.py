@@ -57,15 +57,7 @@ class ChatTemplate:
 
         Raises ChatError when the template refuses it or loses a part of it, or a span isn't exact.
         """
-        for index, message in enumerate(messages):
-            for key, value in message.items():
-                if _is_deeper(value, _DEEPEST):
-                    key = printable(key)
-                    raise ChatError(
-                        f"`{key}` of message {index + 1} has more than {_DEEPEST} lists and objects inside each other; "
-                        f"write it with fewer, or pass over it with --ignore-keys {key}"
-                    )
-            _refuse_reserved(message)
+        _refuse_unfit(messages)
         hidden = self._tokens.hide([dict(message) for message in messages])
         try:
             self._printed.check_keys(hidden)
@@ -76,6 +68,24 @@ class ChatTemplate:
             raise ChatError(f"{self._tokens.show(str(error))}{unusual_roles(messages)}") from error
         return self._split(rendered, self._trained(turns, untrained, len(rendered)))
 
+    def prompt_pieces(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
+        """The conversation up to where the assistant's next turn is generated, as pieces of which none is trained.
+
+        They are those that ``pieces`` has in front of a trained turn. Raises ChatError when the template refuses the
+        messages or loses a part of them, or marks answers that begin elsewhere.
+        """
+        _refuse_unfit(messages)
+        hidden = self._tokens.hide([dict(message) for message in messages])
+        try:
+            self._printed.check_keys(hidden)
+            rendered, _ = cut_marks(self._renderer.render(hidden, add_generation_prompt=True))
+            self._printed.check_texts(hidden)
+            self._check_names(messages, hidden, rendered, add_generation_prompt=True)
+            self._check_start(hidden, rendered)
+        except TemplateError as error:
+            raise ChatError(f"{self._tokens.show(str(error))}{unusual_roles(messages)}") from error
+        return self._split(rendered, [])
+
     def unread_keys(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         """The messages' harmless keys that the template doesn't print."""
         return self._printed.harmless(messages)
@@ -85,17 +95,37 @@ class ChatTemplate:
         return self._tokens.named_in(*texts)
 
     def _check_names(
-        self, messages: Sequence[Mapping[str, Any]], hidden: Sequence[Mapping[str, Any]], rendered: str
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        hidden: Sequence[Mapping[str, Any]],
+        rendered: str,
+        *,
+        add_generation_prompt: bool = False,
     ) -> None:
         """Raise TemplateError where the names of special tokens in texts, which are hidden while they are rendered,
         would have made another text: the template looks for them."""
         if hidden == list(messages):
             return
-        as_written, _ = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
+        as_written, _ = cut_marks(self._renderer.render(messages, add_generation_prompt=add_generation_prompt))
         if as_written != self._tokens.show(rendered):
             raise TemplateError(
                 "the chat template looks for the name of a special token in a message's text, and would make another "
                 "text of it; remove the name from the text, or the rule from the template"
+            )
+
+    def _check_start(self, messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
+        """Raise TemplateError where the template marks an answer that begins elsewhere than behind the prompt.
+
+        Of other templates an answer is what follows the prompt, or none is found.
+        """
+        if not self._renderer.marks_spans:
+            return
+        answered = [*messages, {"role": "assistant", "content": ESCAPE}]
+        text, spans = cut_marks(self._renderer.render(answered, add_generation_prompt=False))
+        if not spans or text[: spans[-1][0]] != prompt:
+            raise TemplateError(
+                "the chat template marks answers with {% generation %} that don't begin where generation starts; print "
+                "what stands between them where add_generation_prompt is true"
             )
 
     def _render(
@@ -208,6 +238,19 @@ def end_token_ids(facts: TokenizerFacts) -> list[int]:
     trained = {piece.text for piece in pieces if piece.trained and piece.place is Place.SPECIAL}
     ends = [token.id for token in facts.special_tokens if token.content in trained]
     return list(dict.fromkeys([facts.eos_id, *ends]))
+
+
+def _refuse_unfit(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ChatError for a message that is too deep to be looked at, or has a character that marks spans."""
+    for index, message in enumerate(messages):
+        for key, value in message.items():
+            if _is_deeper(value, _DEEPEST):
+                key = printable(key)
+                raise ChatError(
+                    f"`{key}` of message {index + 1} has more than {_DEEPEST} lists and objects inside each other; "
+                    f"write it with fewer, or pass over it with --ignore-keys {key}"
+                )
+        _refuse_reserved(message)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

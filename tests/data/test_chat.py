@@ -8,8 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
+from hft_megatron.data.templates import BUILT_IN, read_template
 from hft_megatron.data.tokenizer import Piece, Place, Tokenizer
 from hft_megatron.data.tokenizer_loading import load_tokenizer
+from tests.support.chat_templates import LLAMA31, QWEN
 from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 CHATML = (
@@ -283,3 +285,34 @@ def test_a_generation_tag_is_found_in_any_form(tmp_path: Path, tag: str) -> None
     _, chat = load(tmp_path, MARKED.replace("{% generation %}", "<b>" + tag))
     text = "".join(piece.text for piece in chat.pieces(CONVERSATION[:3]) if piece.trained)
     assert text == CONVERSATION[2]["content"] + "<|im_end|>"
+
+
+ASKED = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "hi <|im_end|> there"},
+    {"role": "assistant", "content": "Héllo 🙂"},
+    {"role": "user", "content": " more \n"},
+]
+MARKED_WITH_HEADER = MARKED + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("text", ["end", " end \n"])
+@pytest.mark.parametrize("template", [*sorted(BUILT_IN), CHATML, TRIMMING, MARKED_WITH_HEADER, LLAMA31, QWEN])
+def test_generation_starts_behind_the_tokens_that_training_has_in_front_of_an_answer(
+    tmp_path: Path, template: str, text: str
+) -> None:
+    names = ("<|head|>", "<|/head|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>")
+    tokenizer = load_tokenizer(None, make_byte_level(tmp_path, special=names))
+    template = read_template(template, tokenizer.facts.special_tokens) if template in BUILT_IN else template
+    chat = ChatTemplate(replace(tokenizer.facts, chat_template=template), LossRule(loss_on="last"))
+    messages = ASKED[1:] if template == TRIMMING else ASKED
+    answered = chat.pieces([*messages, {"role": "assistant", "content": text}])
+    ((asked, none), (whole, trained)) = tokenizer.encode_pieces([chat.prompt_pieces(messages), answered])
+    assert not none.any()
+    assert asked.tolist() == whole[: int(trained.argmax())].tolist()
+
+
+def test_a_template_that_marks_answers_which_begin_elsewhere_has_no_place_to_generate_at(tmp_path: Path) -> None:
+    _, chat = load(tmp_path, MARKED)
+    with pytest.raises(ChatError, match="don't begin where generation starts"):
+        chat.prompt_pieces([{"role": "user", "content": "hi"}])
