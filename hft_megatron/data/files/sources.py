@@ -111,14 +111,17 @@ def is_prefix(path: str) -> bool:
     return any(Path(f"{path}{end}").exists() for end in (".idx", ".bin", FACTS, UNFINISHED))
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a file in its order: Parquet, a JSON array (``.json``), ``.csv``, ``.tsv``, text (``.txt``), or JSON
     Lines under any other name.
 
-    ``.gz`` and ``.zst`` behind the name are decompressed. Raises UserError naming the place for a file that can't be
-    opened or read, or isn't what its name says.
+    ``.gz`` and ``.zst`` behind the name are decompressed. ``columns`` are the names of those of a ``.csv`` or ``.tsv``
+    file without a line that has them. Raises UserError naming the place for a file that can't be opened or read, or
+    isn't what its name says.
     """
-    for found in find_rows(path):
+    kind = kind_of_file(path)
+    rows = find_in_delimited(path, DELIMITERS[kind], columns) if columns else find_rows(path)
+    for found in rows:
         yield row_of(found.item)
 
 
@@ -127,14 +130,14 @@ def find_rows(path: Path, separator: str | None = None) -> Iterator[Found]:
     kind = kind_of_file(path)
     if kind == ".parquet":
         return find_in_parquet(path)
-    if kind in _DELIMITERS:
-        return find_in_delimited(path, _DELIMITERS[kind])
+    if kind in DELIMITERS:
+        return find_in_delimited(path, DELIMITERS[kind])
     if kind == ".txt":
         return find_documents(path, separator)
     return find_in_array_or_lines(path) if kind == ".json" else find_lines(path)
 
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def kind_of_file(path: Path) -> str:

@@ -19,9 +19,10 @@ from hft_megatron.data.files.rows import (
 from hft_megatron.errors import UserError
 
 
-def find_in_delimited(path: Path, delimiter: str) -> Iterator[Found]:
+def find_in_delimited(path: Path, delimiter: str, names: Sequence[str] = ()) -> Iterator[Found]:
     """Each row that isn't blank, with the line that it begins in; cells in quotes may hold line ends.
 
+    ``names`` are those of the columns of a file whose first line is a row already; otherwise the first line has them.
     Raises UserError naming file and line: for two columns of one name, for a row with more or fewer cells than there
     are columns, for a wrong quote, for a tab or a line end within quotes where tabs stand between cells, and for a cell
     as long as no record may be.
@@ -30,7 +31,7 @@ def find_in_delimited(path: Path, delimiter: str) -> Iterator[Found]:
     # It is the process's own limit: the default of 128 KiB is less than a document may have.
     csv.field_size_limit(MAX_RECORD_BYTES)
     reader = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
-    columns: list[str] = []
+    columns = list(names)
     before = position = 0
     try:
         while (cells := _next(reader, place := f"{path}:{before + 1}")) is not None:

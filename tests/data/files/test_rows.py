@@ -282,3 +282,15 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     for name in ("absent.jsonl", "absent.json.gz"):
         with pytest.raises(UserError, match=f"the data file {tmp_path}/{name} can't be read: No such file"):
             values(tmp_path / name)
+
+
+def test_names_of_columns_can_be_given_for_a_table_without_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"1 + 1, or so?",2,3\nx,y,z\n', encoding="utf-8")
+    rows = list(read_rows(tmp_path / "a.csv", ["question", "A", "B"]))
+    assert [row.value for row in rows] == [
+        {"question": "1 + 1, or so?", "A": "2", "B": "3"},
+        {"question": "x", "A": "y", "B": "z"},
+    ]
+    assert rows[0].place == f"{tmp_path}/a.csv:1"
+    with pytest.raises(UserError, match=r"a\.csv:1: the row has 3 cells, but the file has 2 columns \(question, A\)"):
+        list(read_rows(tmp_path / "a.csv", ["question", "A"]))
