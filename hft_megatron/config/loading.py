@@ -173,7 +173,7 @@ def stages_of_file(
     Raises UserError naming file and line for what is no list of stages, and for all that is no option.
     """
     stages, readings = [], []
-    root = _yaml_of_file(path, "--stages")
+    root = yaml_of_file(path, "--stages")
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         raise UserError(f"--stages {path}: the file must hold a list of stages, each `- method: ...` and its options.")
     for node in root.value:
@@ -225,7 +225,7 @@ def _parsed(options_type: type[T], settings: Sequence[Setting]) -> T | None:
 
 def _items_of_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
     """What is said in a YAML file: options by name, flat or under the name of their group."""
-    root = _yaml_of_file(path, "--config")
+    root = yaml_of_file(path, "--config")
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
@@ -233,7 +233,8 @@ def _items_of_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
     yield from _once_each(_items_of_mapping(root, path, flags))
 
 
-def _yaml_of_file(path: Path, option: str) -> yaml.Node | None:
+def yaml_of_file(path: Path, option: str) -> yaml.Node | None:
+    """What a YAML file holds, with lines; None for an empty one. Raises UserError naming the ``option`` or the line."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

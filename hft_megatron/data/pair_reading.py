@@ -17,6 +17,7 @@ from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import Message
 from hft_megatron.data.formats.preference import Preference, PromptForm
+from hft_megatron.data.formats.table import Record
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.token_cache import Tokenized
 from hft_megatron.data.tokenizer import Encoded, Piece, SpecialTokens, Tokenizer
@@ -101,7 +102,8 @@ def _read_source(
     unread: dict[str, int] = {}
     ignored: dict[str, int] = {}
     reader, faults_before = RecordReader(replace(rules.records, data_format="preference")), len(faults)
-    for pair, halves in _encoded_pairs(source, reader, tokenizer, rules.loss, faults):
+    records = reader.read(source.files, faults)
+    for pair, halves in encoded_pairs((record for _, record in records), tokenizer, rules.loss, faults):
         read += 1
         count_keys(unread, pair.keys.unread)
         count_keys(ignored, pair.keys.ignored)
@@ -165,12 +167,15 @@ def _fitting(
     return fitting
 
 
-def _encoded_pairs(
-    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
+def encoded_pairs(
+    records: Iterator[Record], tokenizer: Tokenizer, loss: LossRule, faults: Faults
 ) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
+    """Each pair with its two halves: the prompt with the chosen answer, and with the rejected one.
+
+    Pairs that the chat template refuses are counted among the ``faults``.
+    """
     template = ChatTemplate(tokenizer.facts, loss)
-    records = reader.read(source.files, faults)
-    while batch := [record for _, record in islice(records, RECORDS_PER_BATCH)]:
+    while batch := list(islice(records, RECORDS_PER_BATCH)):
         pairs: list[Preference] = []
         pieces: list[list[Piece]] = []
         for pair in batch:

@@ -56,11 +56,11 @@ class Renderer:
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **_ABSENT, **self._variables
             )
-        except _REFUSALS as error:
-            raise TemplateError(f"the chat template refuses the messages: {_in_line(str(error))}") from error
+        except REFUSALS as error:
+            raise TemplateError(f"the chat template refuses the messages: {in_line(str(error))}") from error
 
 
-_REFUSALS = (
+REFUSALS = (
     jinja2.TemplateError,
     TypeError,
     ValueError,
@@ -72,7 +72,7 @@ _REFUSALS = (
 """What a template's own expressions can raise on messages that it doesn't expect."""
 
 
-def _in_line(sentence: str) -> str:
+def in_line(sentence: str) -> str:
     """A library's or a template's sentence as a part of another."""
     words = " ".join(sentence.split())
     return f"{words[:-3]}…" if words.endswith("...") else words.rstrip(" .!")
@@ -141,7 +141,7 @@ def compile_template(template: str) -> jinja2.Template:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(
-            f"the chat template is not valid jinja: line {error.lineno}: {_in_line(str(error.message))}"
+            f"the chat template is not valid jinja: line {error.lineno}: {in_line(str(error.message))}"
         ) from error
 
 
