@@ -149,25 +149,25 @@ def find_checkpoints(folder: str) -> Checkpoints:
     )
 
 
-def checkpoint_at(folder: str, iteration: int | None) -> Path:
+def checkpoint_at(folder: str, iteration: int | None, *, option: str = "--load") -> Path:
     """The complete checkpoint of an iteration, the newest for None; UserError for one that is not there."""
     found = find_checkpoints(folder)
     there = ", ".join(str(iteration_of(path)) for path in reversed(found.complete))
     if not there:
         raise UserError(
-            f"--load {folder} holds no complete checkpoint; name the --save folder of a run that saved one."
+            f"{option} {folder} holds no complete checkpoint; name the --save folder of a run that saved one."
         )
     if iteration is not None:
         path = Path(folder) / ITERATION_FOLDER.format(iteration)
         if path not in found.complete:
             raise UserError(
-                f"--iteration {iteration}: --load {folder} has no complete checkpoint of it; there are: {there}."
+                f"--iteration {iteration}: {option} {folder} has no complete checkpoint of it; there are: {there}."
             )
         return path
     if found.missing is not None:
         raise UserError(
-            f"--load {folder}: {found.missing} is not there, but {CHECKPOINT_TRACKER_FILE} names it; choose one that "
-            f"is there with --iteration: {there}."
+            f"{option} {folder}: {found.missing} is not there, but {CHECKPOINT_TRACKER_FILE} names it; choose another "
+            f"iteration; there are: {there}."
         )
     return found.complete[0]
 

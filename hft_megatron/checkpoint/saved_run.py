@@ -22,6 +22,8 @@ from hft_megatron.errors import UserError
 class SavedRun:
     """One checkpoint of a run, and the run around it."""
 
+    option: str
+    """What names the folder on the command line, for messages."""
     folder: str
     """The run's --save."""
     checkpoint: Path
@@ -31,11 +33,12 @@ class SavedRun:
     state: TrainState
 
     @staticmethod
-    def read(folder: str, iteration: int | None) -> "SavedRun":
+    def read(folder: str, iteration: int | None, *, option: str = "--load") -> "SavedRun":
         """Reads ``folder``, the newest checkpoint where ``iteration`` is None; UserError for what is missing."""
-        checkpoint = checkpoint_at(folder, iteration)
-        identity = RunIdentity.read("--load", folder)
+        checkpoint = checkpoint_at(folder, iteration, option=option)
+        identity = RunIdentity.read(option, folder)
         return SavedRun(
+            option=option,
             folder=folder,
             checkpoint=checkpoint,
             config=read_resolved(Path(folder) / RESOLVED_CONFIG_FILE),
@@ -54,8 +57,8 @@ class SavedRun:
         if folder is None or not Path(folder).is_dir():
             if on_source:
                 raise UserError(
-                    f"--load {self.folder}: {self.checkpoint.name} holds only what its round trained, and --load-hf "
-                    f"{folder}, where the rest is, is not there; put it back, or choose another --iteration."
+                    f"{self.option} {self.folder}: {self.checkpoint.name} holds only what its round trained, and "
+                    f"--load-hf {folder}, where the rest is, is not there; put it back, or choose another iteration."
                 )
             return None
         is_same = check_weights(folder, self.identity.shape) == self.identity.weights_digest
@@ -65,8 +68,8 @@ class SavedRun:
             is_same = combined_digest(files) == self.state.base_digest
         if not is_same:
             raise UserError(
-                f"--load {self.folder}: its run started from --load-hf {folder}, which holds other weights now; put "
-                "the old ones back, or rename that folder to convert without it."
+                f"{self.option} {self.folder}: its run started from --load-hf {folder}, which holds other weights now; "
+                "put the old ones back, or rename that folder to convert without it."
             )
         return folder
 
@@ -81,8 +84,8 @@ class SavedRun:
         template = self.config.data.chat_template
         if template is not None and template not in BUILT_IN and not Path(template).is_file():
             raise UserError(
-                f"--load {self.folder}: its run was trained with --chat-template {template}, which is not there; put "
-                f"the file back, so that the template that was trained is used."
+                f"{self.option} {self.folder}: its run was trained with --chat-template {template}, which is not "
+                f"there; put the file back, so that the template that was trained is used."
             )
         tokenizer = load_tokenizer(self.config.data.tokenizer_type, path, template)
         return fit_tokenizer(tokenizer, self.identity.shape.vocab_size)

@@ -191,7 +191,7 @@ def name_a_template_that_is_gone(folder: Path) -> None:
         (change_the_index, ".metadata is not what was saved"),
         (flip_a_bit_of_every_shard_file, ".distcp is not what was saved"),
         (break_the_digests, "iter_0000004/digests.json can't be read"),
-        (remove_the_newest, "choose one that is there with --iteration: 2."),
+        (remove_the_newest, "choose another iteration; there are: 2."),
         (remove_the_identity, "run_identity.json, which says what run its checkpoints are of, can't be read"),
         (leave_no_digests, "holds no complete checkpoint"),
         (name_a_template_that_is_gone, "trained with --chat-template gone.jinja, which is not there; put the file"),
