@@ -6,7 +6,7 @@ factory calls, and the ``torch.cuda.*`` names that ``Tensor.type()`` reports. Up
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ def _set_cpu_random_state(new_state: torch.Tensor, device: Any = -1, graph_safe:
 
 
 _active = False
+_mode = _CudaMeansCpu()
 
 
 def activate() -> None:
@@ -88,8 +89,24 @@ def activate() -> None:
     tensor_parallel_random._get_cuda_rng_state = _cpu_random_state
     tensor_parallel_random._set_cuda_rng_state = _set_cpu_random_state
     # Entered for the life of the process: a context manager around the run would not reach threads' later calls anyway.
-    _CudaMeansCpu().__enter__()
+    _mode.__enter__()
     _active = True
+
+
+@contextlib.contextmanager
+def out_of_the_way() -> Iterator[None]:
+    """Leaves out what looks at every call of torch, for work that names no device but that of its tensors.
+
+    Without CUDA each call takes some microseconds less; where the backend isn't active nothing changes.
+    """
+    if not _active:
+        yield
+        return
+    _mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _mode.__enter__()
 
 
 def has_fast_bf16() -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hft_megatron.engine import cpu_backend
 from hft_megatron.model.kv_cache import KeyValueCache, first_tokens, next_tokens
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.readout import Readout
@@ -77,7 +78,8 @@ class ModelInPlace:
                 )
                 dist.recv(incoming, group=group, group_src=(rank - 1) % size)
                 chunk.set_input_tensor(incoming)
-            output = chunk.hidden_states(tokens, segments)
+            with cpu_backend.out_of_the_way():
+                output = chunk.hidden_states(tokens, segments)
             chunk.set_input_tensor(None)
             if not chunk.post_process:
                 dist.send(output.contiguous(), group=group, group_dst=(rank + 1) % size)

@@ -26,8 +26,8 @@ class GenerationRules:
     """Most tokens of a text; fewer where the model's window ends before."""
     temperature: Annotated[float, Ge(0)] = 0.0
     """What logits are divided by before one token is drawn; 0 always takes the likeliest."""
-    top_k: Annotated[int, Ge(1)] | None = None
-    """Draw among so many likeliest tokens."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Draw among so many likeliest tokens; 0: among all."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Draw among the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
     seed: Annotated[int, Ge(0)] = 0
@@ -139,7 +139,7 @@ def draw(logits: Tensor, rules: GenerationRules, draws: Sequence[torch.Generator
     """One token for each row of logits (n, vocabulary), which are divided by the temperature, cut to ``top_k`` and then
     to ``top_p``, in the order of transformers' ``generate``. On CPU, so that a draw is one number of a row's stream."""
     scaled, order = (logits / rules.temperature).sort(dim=1, descending=True, stable=True)
-    if rules.top_k is not None:
+    if rules.top_k > 0:
         scaled[:, rules.top_k :] = float("-inf")
     shares = scaled.double().softmax(dim=1)
     # A token stays while the likelier ones have less than top_p together, so that the likeliest always does.

@@ -15,17 +15,16 @@ def score(model: ModelInPlace, batch: Sequence[Encoded]) -> list[SequenceScore] 
     A token's log-probability is that of the token behind all tokens before it in its sequence. Sums are in fp64, so
     that they don't depend on how many other tokens there are.
     """
+    assert not any(scored[0] for _, scored in batch), "nothing predicts a first token"
     device = model.placement.device
     with torch.inference_mode():
-        sequences = [torch.from_numpy(ids).long() for ids, _ in batch]
-        hidden = model.read(sequences)
+        # The last token of a sequence predicts nothing that is asked.
+        hidden = model.read([torch.from_numpy(ids[:-1]).long() for ids, _ in batch])
         if hidden is None:
             return None
-        # What stands before a scored token predicts it.
-        masks = [torch.from_numpy(scored).roll(-1) for _, scored in batch]
-        assert not any(bool(mask[-1]) for mask in masks), "nothing predicts a first token"
+        masks = [torch.from_numpy(scored[1:]) for _, scored in batch]
         predicts = torch.cat(masks).to(device)
-        targets = torch.cat([ids.roll(-1) for ids in sequences]).to(device)
+        targets = torch.cat([torch.from_numpy(ids[1:]).long() for ids, _ in batch]).to(device)
         log_probs, greedy = model.readout.token_scores(hidden[predicts], targets[predicts])
     counts = [int(mask.sum()) for mask in masks]
     return [

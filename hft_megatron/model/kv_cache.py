@@ -65,19 +65,19 @@ class CachedSegments(PackedSegments):
     cache: KeyValueCache
     rows: int
     """Segments that are rows of the cache; one behind them is padding."""
-    is_start: bool
+    is_there: Tensor | None = None
+    """Of one more token of each row, which keys it sees: (rows, 1, 1, keys). None where whole sequences begin."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Query (t, heads / tp, d), key and value (t, groups / tp, d) of a layer -> (t, heads / tp, d)."""
-        if self.is_start:
+        if self.is_there is None:
             self.cache.fill(layer, key, value, self.lengths[: self.rows])
             return packed_attention(query, key, value, self, scale)
         keys, values = self.cache.add(layer, key[: self.rows], value[: self.rows])
         groups = key.size(1)
         # The heads of a group read the same keys: as several queries, no key is repeated.
         grouped = query[: self.rows].unflatten(1, (groups, -1))
-        there = torch.arange(keys.size(2), device=keys.device) <= self.cache.lengths[:, None]
-        found = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=there[:, None, None], scale=scale)
+        found = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.is_there, scale=scale)
         answer = found.flatten(1, 2)
         padding = query.size(0) - self.rows
         return F.pad(answer, (0, 0, 0, 0, 0, padding)) if padding else answer
@@ -94,13 +94,14 @@ def first_tokens(
     segments = packed_seq_params(starts, device)
     if cache is None:
         return segments
-    return CachedSegments(**vars(segments), cache=cache, rows=len(lengths), is_start=True)
+    return CachedSegments(**vars(segments), cache=cache, rows=len(lengths))
 
 
 def next_tokens(cache: KeyValueCache, padding: int) -> CachedSegments:
     """Describes one more token of every row of ``cache``, with ``padding`` tokens behind them."""
     rows = cache.lengths.size(0)
     positions = F.pad(cache.lengths, (0, padding))
+    is_there = torch.arange(cache.longest + 1, device=cache.lengths.device) <= cache.lengths[:, None]
     # The lengths of segments are for the kernels of whole sequences, which this step doesn't call.
     return CachedSegments(
         qkv_format="thd",
@@ -108,5 +109,5 @@ def next_tokens(cache: KeyValueCache, padding: int) -> CachedSegments:
         positions=positions,
         cache=cache,
         rows=rows,
-        is_start=False,
+        is_there=is_there[:, None, None],
     )

@@ -129,11 +129,11 @@ def test_a_stop_string_ends_a_text_and_is_no_part_of_it(ranks: RankPools, tmp_pa
     assert answer["ended by"].count("length") >= 1
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (7, 1.0), (None, 0.6), (12, 0.8)])
-def test_tokens_are_drawn_from_the_distribution_that_transformers_makes(top_k: int | None, top_p: float) -> None:
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.6), (12, 0.8)])
+def test_tokens_are_drawn_from_the_distribution_that_transformers_makes(top_k: int, top_p: float) -> None:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7)])
-    warpers += [] if top_k is None else [TopKLogitsWarper(top_k)]
+    warpers += [] if top_k == 0 else [TopKLogitsWarper(top_k)]
     warpers += [TopPLogitsWarper(top_p)]
     expected = warpers(None, logits.clone()).softmax(-1)[0]
     rules = GenerationRules(temperature=0.7, top_k=top_k, top_p=top_p)
