@@ -14,9 +14,7 @@ from typing import Any, Literal
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.bootstrap import Interval, paired_difference
 from hft_megatron.evaluation.measures import MEASURES, Measure
-
-FORMAT = 1
-"""Of result files."""
+from hft_megatron.evaluation.results import FORMAT
 
 FIX = "evaluate again"
 

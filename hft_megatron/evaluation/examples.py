@@ -58,3 +58,7 @@ class TaskExamples:
     """Lines for the log: how many prompts were cut, rows left out and so on."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """The same as numbers, for the result file."""
+
+
+Answer = Generated | SequenceScore
+"""To one question."""

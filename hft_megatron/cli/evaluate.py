@@ -1,0 +1,140 @@
+"""``hft-megatron evaluate``: tasks put to models, in any layout and without a conversion.
+
+Run: ``hft-megatron evaluate --model BASE RUN --tasks tasks.yaml --output results.json``, under torchrun where a model
+needs more than one rank.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note, show
+from hft_megatron.config.declared import check_bounds
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.validation import validate_plan
+from hft_megatron.errors import UserError
+from hft_megatron.evaluation.comparison import compare
+from hft_megatron.evaluation.results import check_output
+from hft_megatron.evaluation.task_files import read_tasks
+from hft_megatron.evaluation.tasks import Task
+from hft_megatron.parallel import launch
+from hft_megatron.report.evaluation import comparison_text, results_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How models are spread over ranks; replicas share the examples. What a run has of it has no say."""
+
+    tensor_model_parallel_size: Annotated[int, Ge(1)] = 1
+    pipeline_model_parallel_size: Annotated[int, Ge(1)] = 1
+    decoder_first_pipeline_num_layers: Annotated[int, Ge(1)] | None = None
+    """Layers of the first pipeline stage, where stages are uneven."""
+    decoder_last_pipeline_num_layers: Annotated[int, Ge(1)] | None = None
+    """Layers of the last pipeline stage."""
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """nccl where CUDA is present, gloo elsewhere, when unset."""
+    distributed_timeout_minutes: Annotated[float, Gt(0)] = ParallelConfig.distributed_timeout_minutes
+    """How long ranks wait for each other, when they meet and for a batch of answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is evaluated on what."""
+
+    model: tuple[str, ...] = ()
+    """Hugging Face folders, runs (their --save: the newest checkpoint) and checkpoints of runs (RUN/iter_0000100). The
+    others are compared with the first. Load only runs you trust: torch reads a checkpoint's index with pickle."""
+    tasks: str | None = None
+    """YAML file of tasks; examples/tasks has some."""
+    task_names: tuple[str, ...] = ()
+    """Only these tasks of the file."""
+    limit: Annotated[int, Ge(1)] | None = None
+    """Only the first so many rows of every task."""
+    output: str | None = None
+    """New file for the results (.json); the answers to every example go into a .predictions.jsonl beside it. A command
+    that was stopped resumes when it is given again."""
+    batch_size: Annotated[int, Ge(1)] = 16
+    """Sequences that a replica reads at once."""
+    bf16: bool | None = None
+    """Read weights as bf16, or (--no-bf16) fp32. Unset: as the run trains; of a Hugging Face folder bf16 where every
+    rank's processor is fast at it."""
+    tokenizer_model: str | None = None
+    """Hugging Face folder or SentencePiece .model file, in place of every model's own."""
+    compare: tuple[str, ...] = ()
+    """Two result files instead of models: how the second differs from the first, with intervals. FILE:MODEL where a
+    file has several."""
+    layout: Layout = field(default_factory=Layout)
+
+
+def run(options: EvaluateOptions, status: StatusFolder) -> None:
+    """Check the options, then evaluate or compare. Raises UserError for every mistake."""
+    check_bounds(options)
+    if options.compare:
+        _compare(options)
+        return
+    tasks = _checked(options)
+    parallel = ParallelConfig(**vars(options.layout))
+    # Imported here, because the checks above must not wait for torch and transformers.
+    from hft_megatron.engine.start import prepare_engine
+
+    prepare_engine()
+    from hft_megatron.evaluation.saved_models import SavedModel
+
+    models = [SavedModel.read(name) for name in options.model]
+    for model in models:
+        validate_plan(RunConfig(parallel=parallel), model.shape, launch.world_size())
+    launch.place_this_process()
+    from hft_megatron.evaluation.side_by_side import Evaluation, evaluate
+    from hft_megatron.parallel.groups import stop_groups
+    from hft_megatron.parallel.peers import peers
+
+    evaluation = Evaluation(
+        models=models,
+        tasks=tasks,
+        parallel=parallel,
+        batch_size=options.batch_size,
+        bf16=options.bf16,
+        tokenizer_model=options.tokenizer_model,
+        output=None if options.output is None else Path(options.output),
+    )
+    with peers(parallel.distributed_timeout_minutes, end_of_peers(status)) as company:
+        results = evaluate(evaluation, company, note)
+        company.leave()
+        stop_groups()
+    note(results_text(results["models"], results["records"]))
+
+
+def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
+    """The tasks that are asked for; UserError for options that don't fit together, before anything heavy is read."""
+    if not options.model:
+        raise UserError("--model is missing: name a Hugging Face folder or the --save folder of a run.")
+    twice = [name for name in options.model if options.model.count(name) > 1]
+    if twice:
+        raise UserError(f"--model {twice[0]} is there twice; name every model once.")
+    if options.tasks is None:
+        raise UserError("--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml.")
+    tasks = read_tasks(Path(options.tasks))
+    names = [task.name for task in tasks]
+    for name in options.task_names:
+        if name not in names:
+            raise UserError(
+                f"--task-names {name}: --tasks {options.tasks} has no such task; it has {', '.join(names)}."
+            )
+    if options.output is not None:
+        check_output(Path(options.output))
+    chosen = tuple(task for task in tasks if not options.task_names or task.name in options.task_names)
+    if options.limit is None:
+        return chosen
+    return tuple(replace(task, limit=min(options.limit, task.limit or options.limit)) for task in chosen)
+
+
+def _compare(options: EvaluateOptions) -> None:
+    if len(options.compare) != 2:
+        raise UserError(f"--compare {' '.join(options.compare)}: give two result files.")
+    for name in ("model", "tasks", "output"):
+        if getattr(options, name):
+            raise UserError(f"--{name} can't be given with --compare, which reads result files alone; leave one out.")
+    show(comparison_text(compare(*options.compare)))

@@ -1,0 +1,47 @@
+"""The files that an evaluation leaves: values of every model and task, and what was answered to every example."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.errors import UserError
+
+FORMAT = 1
+"""Version of the result file."""
+
+
+def predictions_of(output: Path) -> Path:
+    """The file beside a result file that has a line for every example: ``results.predictions.jsonl``."""
+    return output.with_name(f"{output.stem}.predictions.jsonl")
+
+
+def check_output(output: Path) -> None:
+    """UserError where a result file would be written over another one, or can't be written."""
+    if output.suffix != ".json":
+        raise UserError(f"--output {output}: the result file is JSON; give it a name that ends in .json.")
+    for path in (output, predictions_of(output)):
+        if path.exists():
+            raise UserError(f"--output {output}: {path} is there already; remove it, or choose another name.")
+
+
+def write_results(
+    output: Path, results: Mapping[str, Any], records: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
+) -> None:
+    """Writes both files, the predictions first, so that a result file is complete. UserError where they can't be."""
+    lines = [
+        json.dumps({"model": model, "task": task, **record}, ensure_ascii=False)
+        for (model, task), of_task in records.items()
+        for record in of_task
+    ]
+    predictions = predictions_of(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(predictions, "".join(f"{line}\n" for line in lines))
+        whole = {**results, "predictions": predictions.name}
+        write_atomically(output, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--output {output} can't be written: {error}; make room, and give the command again."
+        ) from error

@@ -1,0 +1,120 @@
+"""The models that an evaluation names: Hugging Face folders, and checkpoints of runs, which need no conversion."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hft_megatron.checkpoint.folders import DIGESTS_FILE, identity_of, read_digests
+from hft_megatron.checkpoint.saved_run import SavedRun
+from hft_megatron.checkpoint.store import load_weights as load_checkpoint
+from hft_megatron.checkpoint.verification import damage_of, shared_digest
+from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
+from hft_megatron.config.training import TrainingConfig
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import check_weights
+from hft_megatron.conversion.load import load_weights as load_folder
+from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
+from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
+from hft_megatron.engine.lines import refuse_if_unreadable
+from hft_megatron.errors import UserError
+from hft_megatron.evaluation.forward import ModelInPlace
+from hft_megatron.model.build import build_model
+from hft_megatron.parallel.groups import Placement
+
+OPTION = "--model"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A model on disk."""
+
+    name: str
+    """As it was named: a Hugging Face folder, a run's --save (its newest checkpoint), or one checkpoint in it."""
+    shape: ModelShape
+    run: SavedRun | None
+    """None of a Hugging Face folder."""
+
+    @staticmethod
+    def read(name: str) -> "SavedModel":
+        """Reads what ``name`` says of itself, no weights. UserError for what is no model."""
+        folder, iteration = Path(name), None
+        found = _ITERATION.fullmatch(folder.resolve().name)
+        if found is not None and (folder.resolve().parent / RUN_IDENTITY_FILE).exists():
+            if not (folder / DIGESTS_FILE).exists():
+                raise UserError(f"{OPTION} {name} is no complete checkpoint; name another one, or the run's folder.")
+            folder, iteration = folder.resolve().parent, int(found[1])
+        if (folder / RUN_IDENTITY_FILE).exists():
+            run = SavedRun.read(str(folder), iteration, option=OPTION)
+            refuse_if_unreadable(run.checkpoint, read_digests(run.checkpoint))
+            return SavedModel(name=name, shape=run.identity.shape, run=run)
+        if not (folder / HF_CONFIG_FILE).exists():
+            raise UserError(
+                f"{OPTION} {name} has neither {HF_CONFIG_FILE} (a Hugging Face folder) nor {RUN_IDENTITY_FILE} (the "
+                f"--save of a run); name one of the two."
+            )
+        shape = ModelShape.from_hf_config(load_hf_config(name), source=f"{name}/{HF_CONFIG_FILE}")
+        check_weights(name, shape, option=OPTION)
+        return SavedModel(name=name, shape=shape, run=None)
+
+    @property
+    def iteration(self) -> int | None:
+        """Of the checkpoint; None of a Hugging Face folder."""
+        return None if self.run is None else self.run.state.iteration
+
+    @property
+    def own_bf16(self) -> bool | None:
+        """Whether the run trains in bf16; None of a Hugging Face folder, which any precision can be read in."""
+        return None if self.run is None else self.run.config.training.bf16
+
+    def tokenizer(self, path: str | None) -> Tokenizer:
+        """The model's own tokenizer, or that at ``path`` (--tokenizer-model). UserError where there is none."""
+        found = None
+        if path is not None:
+            found = load_tokenizer(None, path)
+        elif self.run is not None:
+            found = self.run.tokenizer()
+        elif holds_tokenizer(self.name):
+            found = load_tokenizer(None, self.name)
+        if found is None:
+            raise UserError(f"{OPTION} {self.name} has no tokenizer; name one with --tokenizer-model.")
+        return fit_tokenizer(found, self.shape.vocab_size)
+
+    def digest(self, placement: Placement) -> str:
+        """sha256 (hex) over every byte of its files; collective. UserError where a checkpoint is not what was saved."""
+        if self.run is None:
+            with HuggingFaceWeights(self.name, option=OPTION) as weights:
+                return shared_digest(weights.files(), placement)
+        damage = damage_of(self.run.checkpoint, placement)
+        if damage is not None:
+            raise UserError(f"{OPTION} {self.name}: {damage}; evaluate another checkpoint, or copy this one again.")
+        return identity_of(self.run.checkpoint)
+
+    def open(self, parallel: ParallelConfig, placement: Placement, *, bf16: bool) -> ModelInPlace:
+        """This rank's part of it, in the layout of ``placement``; collective."""
+        config = RunConfig() if self.run is None else self.run.config
+        chunks = build_model(
+            self.shape,
+            parallel,
+            TrainingConfig(),
+            placement=placement,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            vocab_multiple=config.model.make_vocab_size_divisible_by,
+        )
+        if self.run is None:
+            load_folder(self.name, chunks, self.shape, placement, option=OPTION)
+        else:
+            state = self.run.state
+            if not state.is_whole and state.base_iteration is None:
+                source = self.run.source()
+                assert source is not None, "SavedRun.source refuses it"
+                load_folder(source, chunks, self.shape, placement, option=OPTION)
+            load_checkpoint(self.run.checkpoint, chunks)
+        for chunk in chunks:
+            chunk.eval().requires_grad_(False)
+        return ModelInPlace(chunks=chunks, placement=placement)

@@ -1,0 +1,214 @@
+"""Several models evaluated on the same tasks, one after the other, each in the layout that was asked for."""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hft_megatron
+from hft_megatron.config.derived import splits_sequences
+from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.engine import cpu_backend
+from hft_megatron.evaluation.examples import Answer
+from hft_megatron.evaluation.journal import Journal
+from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of, read_task
+from hft_megatron.evaluation.results import FORMAT, write_results
+from hft_megatron.evaluation.saved_models import SavedModel
+from hft_megatron.evaluation.tasks import Task
+from hft_megatron.parallel.consensus import gathered, on_rank_0, together
+from hft_megatron.parallel.groups import Placement, leave_groups, start_groups
+from hft_megatron.parallel.peers import Peers
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is evaluated, and how."""
+
+    models: Sequence[SavedModel]
+    tasks: Sequence[Task]
+    parallel: ParallelConfig
+    batch_size: int
+    """Sequences that a replica reads at once."""
+    bf16: bool | None
+    """None: as a run trains; for a Hugging Face folder where every rank's processor is fast at it."""
+    tokenizer_model: str | None
+    output: Path | None
+    """The result file; None where nothing is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A model with what is asked of it."""
+
+    model: SavedModel
+    tokenizer: Tokenizer
+    tasks: Sequence[ReadTask]
+    bf16: bool
+
+
+def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapping[str, Any]:
+    """The results as the result file has them, with ``records`` by model and task; the same on every rank.
+
+    Collective over all ranks of the job. With an output file, what a killed command has been answered already isn't
+    asked again, and the file is the same to the last byte. Raises the same UserError on every rank.
+    """
+    company.join(evaluation.parallel)
+    fast = all(gathered(cpu_backend.has_fast_bf16()))
+    subjects = together(lambda: _subjects(evaluation, fast_bf16=fast))[0]
+    for subject in subjects[:1]:
+        for line in [note for read in subject.tasks for note in read.read.notes]:
+            announce(f"> {line}")
+    placement = start_groups(evaluation.parallel, subjects[0].model.shape.num_layers, seed=0)
+    settings = _settings(evaluation, subjects, placement)
+    journal = _OpenJournal(evaluation.output, settings, placement, announce)
+    records: dict[tuple[str, str], Sequence[Mapping[str, Any]]] = {}
+    models = []
+    for number, subject in enumerate(subjects):
+        if number > 0:
+            placement = start_groups(evaluation.parallel, subject.model.shape.num_layers, seed=0)
+        outcomes = _outcomes(subject, evaluation, placement, journal, announce)
+        leave_groups()
+        models.append(_result(subject, settings["models"][subject.model.name], outcomes))
+        records |= {(subject.model.name, name): outcome.records for name, outcome in outcomes.items()}
+    results = {"format": FORMAT, "settings": settings["settings"], "models": models}
+    if evaluation.output is not None:
+        output = evaluation.output
+        on_rank_0(lambda: write_results(output, results, records))
+        journal.close(finished=True)
+    return {**results, "records": records}
+
+
+def _subjects(evaluation: Evaluation, *, fast_bf16: bool) -> list[_Subject]:
+    """Reads tokenizers and tasks; those that two models read alike are read once."""
+    read: dict[tuple[str, str, int], list[ReadTask]] = {}
+    subjects = []
+    for model in evaluation.models:
+        tokenizer = model.tokenizer(evaluation.tokenizer_model)
+        window = model.shape.max_position_embeddings
+        key = tokenizer.facts.identity, tokenizer.facts.chat_template, window
+        if key not in read:
+            read[key] = [read_task(task, tokenizer, window) for task in evaluation.tasks]
+        own = fast_bf16 if model.own_bf16 is None else model.own_bf16
+        bf16 = own if evaluation.bf16 is None else evaluation.bf16
+        subjects.append(_Subject(model=model, tokenizer=tokenizer, tasks=read[key], bf16=bf16))
+    return subjects
+
+
+def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: Placement) -> dict[str, Any]:
+    """What decides every answer: an unfinished evaluation resumes only where all of it is the same. How many replicas
+    there are is not among it."""
+    return {
+        "models": {subject.model.name: subject.model.digest(placement) for subject in subjects},
+        "tokenizers": {subject.model.name: subject.tokenizer.facts.identity for subject in subjects},
+        "tasks": {task.name: task.digest for task in evaluation.tasks},
+        "settings": {
+            "hft_megatron": hft_megatron.__version__,
+            "torch": torch.__version__,
+            "device": placement.device.type,
+            "dtypes": {subject.model.name: _dtype(subject) for subject in subjects},
+            "batch_size": evaluation.batch_size,
+            "tensor_model_parallel_size": placement.tensor_size,
+            "pipeline_model_parallel_size": placement.pipeline_size,
+            "sequence_parallel": splits_sequences(evaluation.parallel),
+        },
+    }
+
+
+def _dtype(subject: _Subject) -> str:
+    return "bfloat16" if subject.bf16 else "float32"
+
+
+class _OpenJournal:
+    """The journal, which rank 0 has, as every rank sees it."""
+
+    def __init__(
+        self, output: Path | None, settings: Mapping[str, Any], placement: Placement, announce: Announce
+    ) -> None:
+        self._journal: Journal | None = None
+        self._known: dict[tuple[str, str], dict[int, list[Answer]]] = {}
+        if output is None:
+            return
+
+        def read() -> dict[tuple[str, str], dict[int, list[Answer]]]:
+            self._journal = Journal(output, settings)
+            return self._journal.answers
+
+        self._known = on_rank_0(read)
+        batches = sum(map(len, self._known.values()))
+        if batches:
+            announce(f"> --output {output}: resuming an evaluation that was stopped, with {batches} batches answered")
+
+    def known(self, model: str, task: str) -> Mapping[int, Sequence[Answer]]:
+        return self._known.get((model, task), {})
+
+    def add(self, model: str, task: str, batch: int, answers: Sequence[Answer]) -> None:
+        if self._journal is not None:
+            self._journal.add(model, task, batch, answers)
+
+    def close(self, *, finished: bool) -> None:
+        if self._journal is not None:
+            self._journal.close(finished=finished)
+
+
+def _outcomes(
+    subject: _Subject, evaluation: Evaluation, placement: Placement, journal: _OpenJournal, announce: Announce
+) -> dict[str, Outcome]:
+    """By the names of the tasks, of one model; its memory is free afterwards."""
+    name = subject.model.name
+    announce(f"> {name}: {_description(subject)}")
+    model = subject.model.open(evaluation.parallel, placement, bf16=subject.bf16)
+    outcomes = {}
+    for read in subject.tasks:
+        task = read.task.name
+
+        def keep(batch: int, answers: Sequence[Answer], task: str = task) -> None:
+            journal.add(name, task, batch, answers)
+
+        outcomes[task] = outcome_of(
+            read,
+            model,
+            subject.tokenizer,
+            batch_size=evaluation.batch_size,
+            say=announce,
+            known=journal.known(name, task),
+            keep=keep,
+        )
+        values = ", ".join(f"{measure} {value:.4g}" for measure, value in outcomes[task].values.items())
+        announce(f"  {task}: {len(outcomes[task].records)} examples, {values}")
+    del model
+    gc.collect()
+    if placement.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return outcomes
+
+
+def _description(subject: _Subject) -> str:
+    iteration = subject.model.iteration
+    place = "a Hugging Face folder" if iteration is None else f"iteration {iteration} of a run"
+    return f"a LLaMA of {subject.model.shape.parameter_count():,} parameters, {place}, {_dtype(subject)}"
+
+
+def _result(subject: _Subject, digest: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {
+        "name": subject.model.name,
+        "digest": digest,
+        "iteration": subject.model.iteration,
+        "tokenizer_digest": subject.tokenizer.facts.identity,
+        "tasks": [
+            {
+                "name": read.task.name,
+                "digest": read.task.digest,
+                "kind": read.task.kind,
+                "examples": len(outcomes[read.task.name].records),
+                "values": dict(outcomes[read.task.name].values),
+                "counts": dict(outcomes[read.task.name].counts),
+            }
+            for read in subject.tasks
+        ],
+    }

@@ -1,0 +1,62 @@
+"""How the results of an evaluation look on a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hft_megatron.evaluation.bootstrap import Interval, interval, paired_difference
+from hft_megatron.evaluation.comparison import Comparison
+from hft_megatron.evaluation.measures import MEASURES
+from hft_megatron.report.tables import table_lines
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str, str], Records]) -> str:
+    """The values of all models, which are those of a result file, and how every later one differs from the first.
+
+    ``records`` are the examples by model and task. Intervals are 95 %, by resampling examples.
+    """
+    first, *others = models
+    rows = [["task", "measure", "examples", *(model["name"] for model in models)]]
+    rows[0] += [f"{model['name']} - {first['name']}" for model in others]
+    for number, task in enumerate(first["tasks"]):
+        for name, value in task["values"].items():
+            unit = MEASURES[name].unit
+            label = f"{name} ({unit})" if unit else name
+            statistics = [
+                [record["statistics"][name] for record in records[model["name"], task["name"]]] for model in models
+            ]
+            total = MEASURES[name].total
+            cells = [in_words(interval(of_model, total)) for of_model in statistics[:1]] if not others else []
+            cells = cells or [f"{value:.4g}", *(f"{model['tasks'][number]['values'][name]:.4g}" for model in others)]
+            for model, of_model in zip(others, statistics[1:], strict=True):
+                differ = MEASURES[name].of_tokens and model["tokenizer_digest"] != first["tokenizer_digest"]
+                cells.append("other tokens" if differ else in_words(paired_difference(statistics[0], of_model, total)))
+            rows.append([task["name"], label, f"{task['examples']:,}", *cells])
+    lines = list(table_lines(rows, left=2))
+    lines += [f"  {line}" for model in models for line in _counts(model)]
+    return "\n".join([*lines, "  in brackets: 95 % intervals, by resampling examples (paired for differences)"])
+
+
+def in_words(interval: Interval) -> str:
+    """A value and its bounds."""
+    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _counts(model: Mapping[str, Any]) -> list[str]:
+    """Lines about what was cut, left out or never ended."""
+    lines = []
+    for task in model["tasks"]:
+        counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in task["counts"].items() if count]
+        if counts:
+            lines.append(f"{model['name']}, {task['name']}: {', '.join(counts)}, of {task['examples']:,} examples")
+    return lines
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The differences of two result files' models."""
+    rows = [["task", "measure", "first", "second", "second - first", "better"]]
+    for difference in comparison.differences:
+        values = [f"{difference.first:.4g}", f"{difference.second:.4g}", in_words(difference.interval)]
+        rows.append([difference.task, difference.measure, *values, difference.better or "neither"])
+    return "\n".join([*table_lines(rows, left=2), *(f"  {note}" for note in comparison.notes)])
