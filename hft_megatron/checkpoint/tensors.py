@@ -1,6 +1,7 @@
 """Single weights out of a checkpoint, by one process that builds no model and starts no ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from hft_megatron.checkpoint.folders import DIGESTS_FILE, ITERATION_FOLDER, Digest, damage_in, identity_of, read_digests
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.errors import UserError
 from hft_megatron.model.parameter_names import checkpoint_names, whole_shape
 
@@ -62,6 +64,24 @@ class CheckpointTensors:
         planner.set_up_planner({self._names[unit]: tensor}, folder.index, is_coordinator=True)
         folder.reader.read_data(planner.create_local_plan(), planner).wait()
         return tensor[: whole_shape(unit, self._shape)[0]]
+
+    @contextmanager
+    def on(self, source: str | None) -> Iterator[Callable[[str], Tensor]]:
+        """Gives a function that reads any unit's weight as the run has it: from its checkpoints, or where they leave it
+        out rounded from ``source``, the Hugging Face folder of ``SavedRun.source``."""
+        if not self.left_out:
+            yield self.read
+            return
+        assert source is not None, "SavedRun.source refuses it"
+        left_out = frozenset(self.left_out)
+        with HuggingFaceWeights(source) as weights:
+
+            def read(unit: str) -> Tensor:
+                if unit in left_out:
+                    return weights.read(f"{unit}.weight").to(self.dtype)
+                return self.read(unit)
+
+            yield read
 
     def _entry(self, unit: str) -> TensorStorageMetadata:
         entry = self._folder_of[unit].index.state_dict_metadata[self._names[unit]]

@@ -1,12 +1,9 @@
 """Conversion without a run: a checkpoint to a Hugging Face folder in one process, and the check of logits."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.checkpoint.store import PLAN_FILE, check_saved_plan
@@ -62,7 +59,7 @@ def convert_checkpoint(
         save_dtype=None if save_dtype is None else getattr(torch, save_dtype),
         keep_source_tokenizer=run.config.checkpoint.keep_source_tokenizer,
     )
-    with _reader(tensors, source) as read:
+    with tensors.on(source) as read:
         wholes = ((unit.name, read(unit.name)) for unit in units_of(shape))
         written = export_tensors(
             NewFolder(target=Path(save_hf)), wholes, shape, tensors.dtype, rules, _tokenizer(run, announce), announce
@@ -112,24 +109,6 @@ def units_trained(run: SavedRun) -> frozenset[str]:
     trained = rounds.trained_until(run.state.round)
     check_saved_plan(run.checkpoint, rounds.plan(run.state.round), shape)
     return trained
-
-
-@contextmanager
-def _reader(tensors: CheckpointTensors, source: str | None) -> Iterator[Callable[[str], Tensor]]:
-    """Reads a unit's weight as the run has it: from its checkpoints, or rounded from the source where they leave it."""
-    if not tensors.left_out:
-        yield tensors.read
-        return
-    assert source is not None, "SavedRun.source refuses it"
-    left_out = frozenset(tensors.left_out)
-    with HuggingFaceWeights(source) as weights:
-
-        def read(unit: str) -> Tensor:
-            if unit in left_out:
-                return weights.read(f"{unit}.weight").to(tensors.dtype)
-            return tensors.read(unit)
-
-        yield read
 
 
 def _without_source(run: SavedRun, dtype: torch.dtype) -> str:
