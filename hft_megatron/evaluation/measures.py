@@ -160,6 +160,11 @@ register(Measure(name="cross_entropy", total=ratio, higher_is_better=False, unit
 register(Measure(name="perplexity", total=perplexity, higher_is_better=False, of_tokens=True))
 register(Measure(name="bits_per_byte", total=bits, higher_is_better=False, unit="bits"))
 
+# Of texts, a tuned model beside its base: (nats, tokens). Forgetting is the tuned one's cross-entropy less the base's;
+# the divergences are sums over the vocabulary, in the place of each scored token.
+for name in ("base_cross_entropy", "forgetting", "kl_base_tuned", "kl_tuned_base"):
+    register(Measure(name=name, total=ratio, higher_is_better=False, unit="nats", of_tokens=True))
+
 # Of generated answers. What is empty counts as an example and scores 0, as in TRACE.
 register(Measure(name="exact_match", total=percent, higher_is_better=True, unit="%", statistics=exact_match))
 register(Measure(name="bleu", total=corpus_bleu, higher_is_better=True, statistics=bleu_statistics))

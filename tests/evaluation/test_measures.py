@@ -21,6 +21,7 @@ def total(name: str, statistics: Sequence[Sequence[float]]) -> float:
     return MEASURES[name].total([sum(column) for column in zip(*statistics, strict=True)])
 
 
+BESIDE_A_BASE = ["base_cross_entropy", "forgetting", "kl_base_tuned", "kl_tuned_base"]
 OF_TEXTS = [name for name, measure in MEASURES.items() if measure.statistics is not None]
 
 
@@ -30,12 +31,14 @@ def test_the_measures_of_the_field_are_there_each_under_its_own_name() -> None:
         "cross_entropy",
         "perplexity",
         "bits_per_byte",
+        *BESIDE_A_BASE,
     ]
     assert [name for name, measure in MEASURES.items() if measure.of_tokens] == [
         "accuracy_per_token",
         "preference_accuracy_per_token",
         "cross_entropy",
         "perplexity",
+        *BESIDE_A_BASE,
     ]
 
 
