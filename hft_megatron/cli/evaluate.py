@@ -47,6 +47,9 @@ class EvaluateOptions:
     model: tuple[str, ...] = ()
     """Hugging Face folders, runs (their --save: the newest checkpoint) and checkpoints of runs (RUN/iter_0000100). The
     others are compared with the first. Load only runs you trust: torch reads a checkpoint's index with pickle."""
+    base: str | None = None
+    """What the models were tuned from: how far their weights are from it, and of texts how much likelier they were
+    before and how much the predictions differ (KL divergences)."""
     tasks: str | None = None
     """YAML file of tasks; examples/tasks has some."""
     task_names: tuple[str, ...] = ()
@@ -59,8 +62,8 @@ class EvaluateOptions:
     batch_size: Annotated[int, Ge(1)] = 16
     """Sequences that a replica reads at once."""
     bf16: bool | None = None
-    """Read weights as bf16, or (--no-bf16) fp32. Unset: as the run trains; of a Hugging Face folder bf16 where every
-    rank's processor is fast at it."""
+    """Read all weights as bf16, or (--no-bf16) fp32. Unset: bf16 where all runs among the models train in it, or, where
+    there are only Hugging Face folders, where every rank's processor is fast at it."""
     tokenizer_model: str | None = None
     """Hugging Face folder or SentencePiece .model file, in place of every model's own."""
     compare: tuple[str, ...] = ()
@@ -84,15 +87,21 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
     from hft_megatron.evaluation.saved_models import SavedModel
 
     models = [SavedModel.read(name) for name in options.model]
-    for model in models:
+    base = None if options.base is None else SavedModel.read(options.base)
+    for model in [*models, *([] if base is None else [base])]:
         validate_plan(RunConfig(parallel=parallel), model.shape, launch.world_size())
     launch.place_this_process()
     from hft_megatron.evaluation.side_by_side import Evaluation, evaluate
     from hft_megatron.parallel.groups import stop_groups
     from hft_megatron.parallel.peers import peers
+    from hft_megatron.trainer.convert import units_trained
 
+    of_runs = [model for model in models if base is not None and model.run is not None]
+    trained = {model.name: units_trained(model.run) for model in of_runs if model.run is not None}
     evaluation = Evaluation(
         models=models,
+        base=base,
+        trained=trained,
         tasks=tasks,
         parallel=parallel,
         batch_size=options.batch_size,
@@ -114,9 +123,9 @@ def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
     twice = [name for name in options.model if options.model.count(name) > 1]
     if twice:
         raise UserError(f"--model {twice[0]} is there twice; name every model once.")
-    if options.tasks is None:
+    if options.tasks is None and options.base is None:
         raise UserError("--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml.")
-    tasks = read_tasks(Path(options.tasks))
+    tasks = () if options.tasks is None else read_tasks(Path(options.tasks))
     names = [task.name for task in tasks]
     for name in options.task_names:
         if name not in names:

@@ -8,43 +8,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hft_megatron.data.tokenizer import Encoded, Tokenizer
 from hft_megatron.evaluation.examples import Answer
-from hft_megatron.evaluation.forward import ModelInPlace
-from hft_megatron.evaluation.generation import GenerationRules, generate
-from hft_megatron.evaluation.scoring import score
+from hft_megatron.evaluation.forward import is_speaker
 from hft_megatron.parallel.consensus import gathered
+from hft_megatron.parallel.groups import Placement
 
 PROGRESS_S = 10.0
 """Seconds between two lines about how far a task is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """Prompts that are continued by ``rules``, or sequences whose log-probabilities are asked."""
+Ask = Callable[[Sequence[int]], Sequence[Answer] | None]
+"""Puts a batch of questions, by their numbers; collective over a replica's ranks, None off its last stage."""
 
-    prompts: Sequence[NDArray[np.int32]] = ()
-    rules: GenerationRules | None = None
-    sequences: Sequence[Encoded] = ()
 
-    def __len__(self) -> int:
-        return len(self.prompts) or len(self.sequences)
-
-    def batches(self, size: int) -> list[list[int]]:
-        """Numbers of questions, ``size`` at a time, the longest first: those of a batch are of about one length."""
-        lengths = [len(ids) for ids in self.prompts or [ids for ids, _ in self.sequences]]
-        longest_first = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-        return [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
-
-    def put(self, model: ModelInPlace, tokenizer: Tokenizer, batch: Sequence[int]) -> Sequence[Answer] | None:
-        """The answers of a batch; collective over a replica's ranks. None off its last pipeline stage."""
-        if self.rules is None:
-            return score(model, [self.sequences[number] for number in batch])
-        prompts = [self.prompts[number] for number in batch]
-        return generate(model, tokenizer, prompts, self.rules, numbers=batch)
+def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of questions of so many tokens, ``size`` at a time, the longest first: a batch's are of about one
+    length."""
+    longest_first = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    return [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
 
 
 @dataclass
@@ -76,36 +57,36 @@ def _in_words(seconds: float) -> str:
 
 
 def answers_of(
-    model: ModelInPlace,
-    tokenizer: Tokenizer,
-    questions: Questions,
+    lengths: Sequence[int],
+    ask: Ask,
+    placement: Placement,
     *,
     batch_size: int,
     progress: Progress,
     known: Mapping[int, Sequence[Answer]] | None = None,
     keep: Callable[[int, Sequence[Answer]], None] | None = None,
 ) -> list[Answer]:
-    """The answers in the order of the questions, on every rank; collective over all ranks.
+    """The answers to questions of ``lengths`` tokens, in their order, on every rank; collective over all ranks.
 
     ``known`` are those of whole batches by their number, the same on every rank. ``keep`` is told every other one on
     every rank, as soon as it is there.
     """
-    batches = questions.batches(batch_size)
+    batches = batches_of(lengths, batch_size)
     found: dict[int, Sequence[Answer]] = dict(known or {})
     todo = [number for number in range(len(batches)) if number not in found]
     progress.total = sum(len(batches[number]) for number in todo)
-    replicas, replica = model.placement.data_size, model.placement.data_rank
+    replicas, replica = placement.data_size, placement.data_rank
     for first in range(0, len(todo), replicas):
         mine = todo[first : first + replicas][replica : replica + 1]
-        answered = {number: questions.put(model, tokenizer, batches[number]) for number in mine}
-        for of_rank in gathered(answered if model.is_speaker else {}):
+        answered = {number: ask(batches[number]) for number in mine}
+        for of_rank in gathered(answered if is_speaker(placement) else {}):
             for number, answers in of_rank.items():
                 assert answers is not None, "the last stage speaks"
                 found[number] = answers
                 progress.add(len(answers))
                 if keep is not None:
                     keep(number, answers)
-    in_order: list[Answer | None] = [None] * len(questions)
+    in_order: list[Answer | None] = [None] * len(lengths)
     for number, batch in enumerate(batches):
         for question, answer in zip(batch, found[number], strict=True):
             in_order[question] = answer

@@ -60,5 +60,18 @@ class TaskExamples:
     """The same as numbers, for the result file."""
 
 
-Answer = Generated | SequenceScore
+@dataclass(frozen=True, kw_only=True)
+class TextDifference:
+    """Two models on the scored tokens of one sequence: sums in nats, in double precision."""
+
+    tokens: int
+    base_nats: float
+    """Minus the log-probability of the tokens under the base model."""
+    tuned_nats: float
+    kl_base_tuned: float
+    """Sum over the tokens of KL(base || tuned) between what the models expect in their place."""
+    kl_tuned_base: float
+
+
+Answer = Generated | SequenceScore | TextDifference
 """To one question."""

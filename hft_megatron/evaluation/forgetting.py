@@ -5,27 +5,14 @@ model no longer does; KL(tuned || base) is the one that policies are held to a r
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from hft_megatron.data.tokenizer import Encoded, Tokenizer
 from hft_megatron.errors import UserError
+from hft_megatron.evaluation.examples import TextDifference
 from hft_megatron.evaluation.forward import ModelInPlace
 from hft_megatron.evaluation.measures import Statistics
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextDifference:
-    """Two models on the scored tokens of one sequence: sums in nats, in double precision."""
-
-    tokens: int
-    base_nats: float
-    """Minus the log-probability of the tokens under the base model."""
-    tuned_nats: float
-    kl_base_tuned: float
-    """Sum over the tokens of KL(base || tuned) between what the models expect in their place."""
-    kl_tuned_base: float
 
 
 def check_one_vocabulary(names: tuple[str, str], vocab_sizes: tuple[int, int], tokenizers: Sequence[Tokenizer]) -> None:

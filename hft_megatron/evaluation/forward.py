@@ -19,22 +19,17 @@ from hft_megatron.model.torch_attention import PackedSegments
 from hft_megatron.parallel.groups import Placement
 
 
+def is_speaker(placement: Placement) -> bool:
+    """Whether this rank hands on its replica's answers: the first tensor rank of the last stage."""
+    return placement.pipeline_rank == placement.pipeline_size - 1 and placement.tensor_rank == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelInPlace:
     """A model in its layout, as far as this rank holds it; collective over the ranks of one replica."""
 
     chunks: Sequence[LlamaModel]
     placement: Placement
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank has what the model says."""
-        return self.placement.pipeline_rank == self.placement.pipeline_size - 1
-
-    @property
-    def is_speaker(self) -> bool:
-        """Whether this rank hands on its replica's results: the first tensor rank of the last stage."""
-        return self.is_last_stage and self.placement.tensor_rank == 0
 
     @property
     def window(self) -> int:
@@ -83,7 +78,7 @@ class ModelInPlace:
             chunk.set_input_tensor(None)
             if not chunk.post_process:
                 dist.send(output.contiguous(), group=group, group_dst=(rank + 1) % size)
-        if not self.is_last_stage:
+        if rank < size - 1:
             return None
         assert output is not None
         whole = self.readout.whole(output)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_megatron.errors import UserError
-from hft_megatron.evaluation.examples import Answer, Generated, SequenceScore
+from hft_megatron.evaluation.examples import Answer, Generated, SequenceScore, TextDifference
 
 ENDING = ".unfinished.jsonl"
 """Follows the name of the result file."""
@@ -73,7 +73,7 @@ class Journal:
 def _answer(noted: Mapping[str, Any]) -> Answer:
     if "ids" in noted:
         return Generated(ids=tuple(noted["ids"]), text=noted["text"], ended_by=noted["ended_by"])
-    return SequenceScore(**noted)
+    return TextDifference(**noted) if "base_nats" in noted else SequenceScore(**noted)
 
 
 def _differing(header: str, settings: Mapping[str, Any]) -> str:

@@ -1,28 +1,32 @@
 """Tasks put to one model: from their files to values, in the layout that the model is in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hft_megatron.data.chat import end_token_ids
-from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.evaluation.answers import Progress, Questions, answers_of
-from hft_megatron.evaluation.examples import Answer, Generated, SequenceScore, TaskExamples
+from hft_megatron.data.tokenizer import Encoded, Tokenizer
+from hft_megatron.evaluation.answers import Ask, Progress, answers_of
+from hft_megatron.evaluation.examples import Answer, EvalExample, Generated, SequenceScore, TaskExamples, TextDifference
+from hft_megatron.evaluation.forgetting import compare, statistics
 from hft_megatron.evaluation.forward import ModelInPlace
-from hft_megatron.evaluation.generation import GenerationRules
+from hft_megatron.evaluation.generation import GenerationRules, generate
 from hft_megatron.evaluation.kinds import KINDS
 from hft_megatron.evaluation.measures import MEASURES
+from hft_megatron.evaluation.scoring import score
 from hft_megatron.evaluation.tasks import Task
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a model did in a task."""
 
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[Record]
     """One for each example, in their order."""
     values: Mapping[str, float]
-    """By the names of the task's measures."""
+    """By the names of measures."""
     counts: Mapping[str, int]
     """What was cut, left out or never ended, by its name."""
 
@@ -33,29 +37,61 @@ class ReadTask:
 
     task: Task
     read: TaskExamples
-    questions: Questions
+    rules: GenerationRules
+    """For prompts."""
+
+    @property
+    def sequences(self) -> list[Encoded]:
+        """All that are scored, example by example."""
+        return [sequence for example in self.read.examples for sequence in example.sequences]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every question: prompts that are continued, or sequences."""
+        prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
+        return [len(ids) for ids in prompts or [ids for ids, _ in self.sequences]]
+
+    def ask(self, model: ModelInPlace, tokenizer: Tokenizer, base: ModelInPlace | None) -> Ask:
+        """The way to put questions: texts to the model and, where there is one, its base."""
+        if self.task.kind == "generate":
+            prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
+            return lambda batch: generate(
+                model, tokenizer, [prompts[number] for number in batch], self.rules, numbers=batch
+            )
+        sequences = self.sequences
+        if self.task.kind == "text" and base is not None:
+            return lambda batch: compare(base, model, [sequences[number] for number in batch])
+        return lambda batch: score(model, [sequences[number] for number in batch])
 
     def outcome(self, answers: Sequence[Answer]) -> Outcome:
-        """Of the answers to ``questions``, in their order."""
-        kind, remaining = KINDS[self.task.kind], iter(answers)
-        records = []
-        for example in self.read.examples:
-            if example.prompt is not None:
-                answer = next(remaining)
-                assert isinstance(answer, Generated)
-                records.append(kind.record(self.task, example, answer))
-            else:
-                scores = [next(remaining) for _ in example.sequences]
-                assert all(isinstance(score, SequenceScore) for score in scores)
-                records.append(kind.record(self.task, example, scores))  # type: ignore[arg-type]
+        """Of the answers to all questions, in their order."""
+        remaining = iter(answers)
+        records = [self._record(example, remaining) for example in self.read.examples]
         values = {}
-        for name in self.task.metrics:
+        for name in records[0]["statistics"]:
             sums = map(sum, zip(*(record["statistics"][name] for record in records), strict=True))
             values[name] = MEASURES[name].total(list(sums))
         return Outcome(records=records, values=values, counts={**self.read.counts, **_endings(records)})
 
+    def _record(self, example: EvalExample, remaining: Iterator[Answer]) -> Record:
+        kind = KINDS[self.task.kind]
+        if example.prompt is not None:
+            answer = next(remaining)
+            assert isinstance(answer, Generated)
+            return kind.record(self.task, example, answer)
+        answers = [next(remaining) for _ in example.sequences]
+        differences = [answer for answer in answers if isinstance(answer, TextDifference)]
+        scores = [answer for answer in answers if isinstance(answer, SequenceScore)]
+        # What a text's record has of a score are its sums.
+        scores += [SequenceScore(log_prob=-one.tuned_nats, tokens=one.tokens, is_greedy=False) for one in differences]
+        record = kind.record(self.task, example, scores)
+        if differences:
+            beside = {name: list(numbers) for name, numbers in statistics(differences).items()}
+            record["statistics"] = {**record["statistics"], **beside}
+        return record
 
-def _endings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+
+def _endings(records: Sequence[Record]) -> dict[str, int]:
     """How often generation came to no end of its own, and an answer was not found in what it gave."""
     generated = [record for record in records if "ended_by" in record]
     if not generated:
@@ -68,10 +104,6 @@ def _endings(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def read_task(task: Task, tokenizer: Tokenizer, window: int) -> ReadTask:
     """Reads the files of a task. UserError for each mistake in them."""
-    read = KINDS[task.kind].read(task, tokenizer, window)
-    if task.kind != "generate":
-        sequences = [sequence for example in read.examples for sequence in example.sequences]
-        return ReadTask(task=task, read=read, questions=Questions(sequences=sequences))
     rules = GenerationRules(
         max_new_tokens=task.max_new_tokens,
         temperature=task.temperature,
@@ -81,8 +113,7 @@ def read_task(task: Task, tokenizer: Tokenizer, window: int) -> ReadTask:
         stop=task.stop,
         end_ids=tuple(end_token_ids(tokenizer.facts)),
     )
-    prompts = [example.prompt for example in read.examples if example.prompt is not None]
-    return ReadTask(task=task, read=read, questions=Questions(prompts=prompts, rules=rules))
+    return ReadTask(task=task, read=KINDS[task.kind].read(task, tokenizer, window), rules=rules)
 
 
 def outcome_of(
@@ -92,16 +123,20 @@ def outcome_of(
     *,
     batch_size: int,
     say: Callable[[str], None],
+    base: ModelInPlace | None = None,
     known: Mapping[int, Sequence[Answer]] | None = None,
     keep: Callable[[int, Sequence[Answer]], None] | None = None,
 ) -> Outcome:
-    """Puts a task to a model; the same on every rank. Collective over all ranks; see ``answers_of``."""
+    """Puts a task to a model; the same on every rank. Collective over all ranks; see ``answers_of``.
+
+    With a ``base`` texts are also measured against it.
+    """
     answers = answers_of(
-        model,
-        tokenizer,
-        read.questions,
+        read.lengths,
+        read.ask(model, tokenizer, base),
+        model.placement,
         batch_size=batch_size,
-        progress=Progress(name=read.task.name, total=len(read.questions), say=say),
+        progress=Progress(name=read.task.name, total=len(read.lengths), say=say),
         known=known,
         keep=keep,
     )

@@ -1,6 +1,8 @@
 """The models that an evaluation names: Hugging Face folders, and checkpoints of runs, which need no conversion."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
 from hft_megatron.engine.lines import refuse_if_unreadable
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.forward import ModelInPlace
+from hft_megatron.evaluation.weight_changes import UnitWeights, folder_weights, run_weights
 from hft_megatron.model.build import build_model
 from hft_megatron.parallel.groups import Placement
 
@@ -94,6 +97,13 @@ class SavedModel:
         if damage is not None:
             raise UserError(f"{OPTION} {self.name}: {damage}; evaluate another checkpoint, or copy this one again.")
         return identity_of(self.run.checkpoint)
+
+    @contextmanager
+    def weights(self) -> Iterator[UnitWeights]:
+        """Its weights unit by unit, without a model. UserError where it can't be read."""
+        of_run = None if self.run is None else run_weights(self.run)
+        with of_run or folder_weights(self.name, option=OPTION) as weights:
+            yield weights
 
     def open(self, parallel: ParallelConfig, placement: Placement, *, bf16: bool) -> ModelInPlace:
         """This rank's part of it, in the layout of ``placement``; collective."""

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.engine import cpu_backend
 from hft_megatron.evaluation.examples import Answer
+from hft_megatron.evaluation.forgetting import check_one_vocabulary
 from hft_megatron.evaluation.journal import Journal
 from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of, read_task
 from hft_megatron.evaluation.results import FORMAT, write_results
 from hft_megatron.evaluation.saved_models import SavedModel
 from hft_megatron.evaluation.tasks import Task
+from hft_megatron.evaluation.weight_changes import WeightChanges, weight_changes
 from hft_megatron.parallel.consensus import gathered, on_rank_0, together
 from hft_megatron.parallel.groups import Placement, leave_groups, start_groups
 from hft_megatron.parallel.peers import Peers
@@ -31,12 +33,17 @@ class Evaluation:
     """What is evaluated, and how."""
 
     models: Sequence[SavedModel]
+    base: SavedModel | None = None
+    """What the models were tuned from: texts and weights are measured against it."""
+    trained: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Units that a run may have trained, by the model's name: no other may differ from the base's."""
     tasks: Sequence[Task]
     parallel: ParallelConfig
     batch_size: int
     """Sequences that a replica reads at once."""
     bf16: bool | None
-    """None: as a run trains; for a Hugging Face folder where every rank's processor is fast at it."""
+    """One precision for all models. None: bf16 where all runs among them train in it, or, where there are only Hugging
+    Face folders, where every rank's processor is fast at it."""
     tokenizer_model: str | None
     output: Path | None
     """The result file; None where nothing is written."""
@@ -73,10 +80,13 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
         if number > 0:
             placement = start_groups(evaluation.parallel, subject.model.shape.num_layers, seed=0)
         outcomes = _outcomes(subject, evaluation, placement, journal, announce)
+        result = _result(subject, settings["models"][subject.model.name], outcomes)
+        if evaluation.base is not None:
+            result["weight_changes"] = _weight_changes(subject.model, evaluation, placement, announce)
+        models.append(result)
         leave_groups()
-        models.append(_result(subject, settings["models"][subject.model.name], outcomes))
         records |= {(subject.model.name, name): outcome.records for name, outcome in outcomes.items()}
-    results = {"format": FORMAT, "settings": settings["settings"], "models": models}
+    results = {"format": FORMAT, "settings": settings["settings"], "base": settings["base"], "models": models}
     if evaluation.output is not None:
         output = evaluation.output
         on_rank_0(lambda: write_results(output, results, records))
@@ -88,23 +98,29 @@ def _subjects(evaluation: Evaluation, *, fast_bf16: bool) -> list[_Subject]:
     """Reads tokenizers and tasks; those that two models read alike are read once."""
     read: dict[tuple[str, str, int], list[ReadTask]] = {}
     subjects = []
+    of_runs = [model.own_bf16 for model in evaluation.models if model.own_bf16 is not None]
+    bf16 = (all(of_runs) if of_runs else fast_bf16) if evaluation.bf16 is None else evaluation.bf16
     for model in evaluation.models:
         tokenizer = model.tokenizer(evaluation.tokenizer_model)
         window = model.shape.max_position_embeddings
         key = tokenizer.facts.identity, tokenizer.facts.chat_template, window
         if key not in read:
             read[key] = [read_task(task, tokenizer, window) for task in evaluation.tasks]
-        own = fast_bf16 if model.own_bf16 is None else model.own_bf16
-        bf16 = own if evaluation.bf16 is None else evaluation.bf16
         subjects.append(_Subject(model=model, tokenizer=tokenizer, tasks=read[key], bf16=bf16))
+        if evaluation.base is not None:
+            base, other = evaluation.base, evaluation.base.tokenizer(evaluation.tokenizer_model)
+            sizes = base.shape.vocab_size, model.shape.vocab_size
+            check_one_vocabulary((f"--base {base.name}", f"--model {model.name}"), sizes, (other, tokenizer))
     return subjects
 
 
 def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: Placement) -> dict[str, Any]:
     """What decides every answer: an unfinished evaluation resumes only where all of it is the same. How many replicas
     there are is not among it."""
+    base = evaluation.base
     return {
         "models": {subject.model.name: subject.model.digest(placement) for subject in subjects},
+        "base": None if base is None else {"name": base.name, "digest": base.digest(placement)},
         "tokenizers": {subject.model.name: subject.tokenizer.facts.identity for subject in subjects},
         "tasks": {task.name: task.digest for task in evaluation.tasks},
         "settings": {
@@ -163,6 +179,10 @@ def _outcomes(
     name = subject.model.name
     announce(f"> {name}: {_description(subject)}")
     model = subject.model.open(evaluation.parallel, placement, bf16=subject.bf16)
+    has_texts = any(read.task.kind == "text" for read in subject.tasks)
+    base = None
+    if evaluation.base is not None and has_texts:
+        base = evaluation.base.open(evaluation.parallel, placement, bf16=subject.bf16)
     outcomes = {}
     for read in subject.tasks:
         task = read.task.name
@@ -176,16 +196,52 @@ def _outcomes(
             subject.tokenizer,
             batch_size=evaluation.batch_size,
             say=announce,
+            base=base,
             known=journal.known(name, task),
             keep=keep,
         )
         values = ", ".join(f"{measure} {value:.4g}" for measure, value in outcomes[task].values.items())
         announce(f"  {task}: {len(outcomes[task].records)} examples, {values}")
-    del model
+    del model, base
     gc.collect()
     if placement.device.type == "cuda":
         torch.cuda.empty_cache()
     return outcomes
+
+
+def _weight_changes(
+    model: SavedModel, evaluation: Evaluation, placement: Placement, announce: Announce
+) -> dict[str, Any]:
+    """How far the model's weights are from its base's, with what changed although its run froze it; collective."""
+    base = evaluation.base
+    assert base is not None
+    share = slice(placement.rank, None, placement.world_size)
+
+    def of_this_rank() -> WeightChanges:
+        with base.weights() as before, model.weights() as after:
+            return weight_changes(before, after, share)
+
+    found = WeightChanges.joined(together(of_this_rank))
+    whole = found.whole()
+    announce(
+        f"  weights: {100 * whole.changed / whole.parameters:.4g} % of the parameters differ from the base's, by "
+        f"{whole.relative:.4g} of their norm"
+    )
+    result = {
+        "relative": whole.relative,
+        "changed_share": whole.changed / whole.parameters,
+        "by_category": {name: change.relative for name, change in found.by_category().items()},
+        "units": {unit.unit: unit.relative for unit in found.units},
+    }
+    if model.name in evaluation.trained:
+        wrong = found.changed_though_frozen(evaluation.trained[model.name])
+        result["changed_though_frozen"] = list(wrong)
+        if wrong:
+            announce(
+                f"  warning: {', '.join(wrong)}: the run froze these units, and they are not the base's; is --base "
+                f"{base.name} what the run started from?"
+            )
+    return result
 
 
 def _description(subject: _Subject) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -94,6 +95,12 @@ class WeightChanges:
 
     units: tuple[UnitChange, ...]
 
+    @staticmethod
+    def joined(shares: Sequence["WeightChanges"]) -> "WeightChanges":
+        """Of the shares of a model, in the order of its units, where each of them took every n-th."""
+        in_turn = zip_longest(*(share.units for share in shares))
+        return WeightChanges(units=tuple(unit for units in in_turn for unit in units if unit is not None))
+
     def by_category(self) -> dict[Category, Change]:
         """The weights of a category taken as one, for every category that the model has."""
         return {
@@ -121,8 +128,9 @@ def _sum(changes: Sequence[Change]) -> Change:
     )
 
 
-def weight_changes(base: UnitWeights, tuned: UnitWeights) -> WeightChanges:
-    """The change of every unit from ``base`` to ``tuned``, in double precision; one unit of each is in memory.
+def weight_changes(base: UnitWeights, tuned: UnitWeights, share: slice = slice(None)) -> WeightChanges:
+    """The change of every unit, or of a share of them, from ``base`` to ``tuned``, in double precision; one unit of
+    each is in memory.
 
     The base's weights are first rounded to the data type that the tuned model's are kept in, as they are at the start
     of a run: where a bf16 run has frozen a unit of an fp32 folder, that unit has not changed. Raises UserError where
@@ -130,7 +138,7 @@ def weight_changes(base: UnitWeights, tuned: UnitWeights) -> WeightChanges:
     """
     _check_alike(base, tuned)
     changes = []
-    for unit in units_of(tuned.shape):
+    for unit in units_of(tuned.shape)[share]:
         after = tuned.read(unit.name)
         before = base.read(unit.name).to(after.dtype)
         change = _change(before.flatten(), after.flatten())

@@ -16,26 +16,30 @@ def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str
 
     ``records`` are the examples by model and task. Intervals are 95 %, by resampling examples.
     """
-    first, *others = models
-    rows = [["task", "measure", "examples", *(model["name"] for model in models)]]
-    rows[0] += [f"{model['name']} - {first['name']}" for model in others]
-    for number, task in enumerate(first["tasks"]):
-        for name, value in task["values"].items():
-            unit = MEASURES[name].unit
-            label = f"{name} ({unit})" if unit else name
-            statistics = [
-                [record["statistics"][name] for record in records[model["name"], task["name"]]] for model in models
-            ]
-            total = MEASURES[name].total
-            cells = [in_words(interval(of_model, total)) for of_model in statistics[:1]] if not others else []
-            cells = cells or [f"{value:.4g}", *(f"{model['tasks'][number]['values'][name]:.4g}" for model in others)]
-            for model, of_model in zip(others, statistics[1:], strict=True):
-                differ = MEASURES[name].of_tokens and model["tokenizer_digest"] != first["tokenizer_digest"]
-                cells.append("other tokens" if differ else in_words(paired_difference(statistics[0], of_model, total)))
-            rows.append([task["name"], label, f"{task['examples']:,}", *cells])
-    lines = list(table_lines(rows, left=2))
+    first = models[0]
+    header = ["task", "measure", "model", "value", *([f"- {first['name']}"] if len(models) > 1 else [])]
+    rows = [header]
+    for task in first["tasks"]:
+        for name in task["values"]:
+            measure = MEASURES[name]
+            of_first = _statistics(records[first["name"], task["name"]], name)
+            for model in models:
+                of_model = _statistics(records[model["name"], task["name"]], name)
+                cells = ["", "", model["name"], in_words(interval(of_model, measure.total))]
+                if model is first:
+                    cells[:2] = [task["name"], f"{name} ({measure.unit})" if measure.unit else name]
+                elif measure.of_tokens and model["tokenizer_digest"] != first["tokenizer_digest"]:
+                    cells.append("other tokens")
+                else:
+                    cells.append(in_words(paired_difference(of_first, of_model, measure.total)))
+                rows.append(cells)
+    lines = list(table_lines(rows, left=3))
     lines += [f"  {line}" for model in models for line in _counts(model)]
     return "\n".join([*lines, "  in brackets: 95 % intervals, by resampling examples (paired for differences)"])
+
+
+def _statistics(records: Records, name: str) -> list[Sequence[float]]:
+    return [record["statistics"][name] for record in records]
 
 
 def in_words(interval: Interval) -> str:
