@@ -17,11 +17,12 @@ from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_plan
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.comparison import compare
+from hft_megatron.evaluation.frontier import curve_of_run, frontier, shared_levels
 from hft_megatron.evaluation.results import check_output
 from hft_megatron.evaluation.task_files import read_tasks
 from hft_megatron.evaluation.tasks import Task
 from hft_megatron.parallel import launch
-from hft_megatron.report.evaluation import comparison_text, results_text
+from hft_megatron.report.evaluation import comparison_text, frontier_text, results_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +70,24 @@ class EvaluateOptions:
     compare: tuple[str, ...] = ()
     """Two result files instead of models: how the second differs from the first, with intervals. FILE:MODEL where a
     file has several."""
+    frontier: tuple[str, ...] = ()
+    """Runs (their --save) instead of models: what each had forgotten where it had learned the same, because at one
+    learning rate a method that learns less forgets less. Names of metrics.jsonl say what is meant, see below.
+    NAME=RUN,RUN takes runs of one method, such as at several learning rates, together."""
+    frontier_learning: str | None = None
+    """What was learned, such as `lm loss validation/new`."""
+    frontier_forgetting: str | None = None
+    """What may have been forgotten, such as `lm loss validation/old` or `stories/bits_per_byte`."""
+    frontier_levels: Annotated[int, Ge(1)] = 5
+    """Levels of learning, in equal steps up to the furthest that all methods reach."""
     layout: Layout = field(default_factory=Layout)
 
 
 def run(options: EvaluateOptions, status: StatusFolder) -> None:
     """Check the options, then evaluate or compare. Raises UserError for every mistake."""
     check_bounds(options)
-    if options.compare:
-        _compare(options)
+    if options.compare or options.frontier:
+        show(_from_files(options))
         return
     tasks = _checked(options)
     parallel = ParallelConfig(**vars(options.layout))
@@ -140,10 +151,27 @@ def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
     return tuple(replace(task, limit=min(options.limit, task.limit or options.limit)) for task in chosen)
 
 
-def _compare(options: EvaluateOptions) -> None:
-    if len(options.compare) != 2:
-        raise UserError(f"--compare {' '.join(options.compare)}: give two result files.")
-    for name in ("model", "tasks", "output"):
-        if getattr(options, name):
-            raise UserError(f"--{name} can't be given with --compare, which reads result files alone; leave one out.")
-    show(comparison_text(compare(*options.compare)))
+def _from_files(options: EvaluateOptions) -> str:
+    """What --compare and --frontier show, of files that earlier commands have left."""
+    asked = "--compare" if options.compare else "--frontier"
+    others: dict[str, object] = {"--frontier": options.frontier if options.compare else (), "--model": options.model}
+    others |= {"--tasks": options.tasks, "--output": options.output, "--base": options.base}
+    for other, value in others.items():
+        if value:
+            raise UserError(f"{other} can't be given with {asked}, which reads what is there already; leave one out.")
+    if options.compare:
+        if len(options.compare) != 2:
+            raise UserError(f"--compare {' '.join(options.compare)}: give two result files.")
+        return comparison_text(compare(*options.compare))
+    if options.frontier_learning is None or options.frontier_forgetting is None:
+        missing = "learning" if options.frontier_learning is None else "forgetting"
+        raise UserError(f"--frontier-{missing} is missing: name a value of the runs' metrics.jsonl.")
+    curves = {}
+    for word in options.frontier:
+        name, equals, runs = word.partition("=")
+        folders = runs.split(",") if equals else [word]
+        if not all(folders) or not name or name in curves:
+            raise UserError(f"--frontier {word}: write RUN, or NAME=RUN,RUN with another name for every method.")
+        wanted = options.frontier_learning, options.frontier_forgetting
+        curves[name] = [curve_of_run(folder, *wanted) for folder in folders]
+    return frontier_text(frontier(curves, shared_levels(curves, options.frontier_levels)), options.frontier_learning)

@@ -5,6 +5,7 @@ from typing import Any
 
 from hft_megatron.evaluation.bootstrap import Interval, interval, paired_difference
 from hft_megatron.evaluation.comparison import Comparison
+from hft_megatron.evaluation.frontier import Frontier
 from hft_megatron.evaluation.measures import MEASURES
 from hft_megatron.report.tables import table_lines
 
@@ -64,3 +65,12 @@ def comparison_text(comparison: Comparison) -> str:
         values = [f"{difference.first:.4g}", f"{difference.second:.4g}", in_words(difference.interval)]
         rows.append([difference.task, difference.measure, *values, difference.better or "neither"])
     return "\n".join([*table_lines(rows, left=2), *(f"  {note}" for note in comparison.notes)])
+
+
+def frontier_text(frontier: Frontier, learning: str) -> str:
+    """The least forgetting of every method at levels of learning."""
+    rows = [[learning, *frontier.forgetting]]
+    for number, level in enumerate(frontier.levels):
+        values = [of_method[number] for of_method in frontier.forgetting.values()]
+        rows.append([f"{level:.4g}", *("-" if value is None else f"{value:.4g}" for value in values)])
+    return "\n".join([*table_lines(rows), *(f"  {note}" for note in frontier.notes)])
