@@ -2,21 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
-from hft_megatron.config.declared import flag
 from hft_megatron.config.exports import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE
-from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, differences, run_identity
+from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, run_identity
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
@@ -30,8 +28,8 @@ from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.hft.spectrum import spectrum_scores
 from hft_megatron.hft.units import MATRIX_CATEGORIES, units_of
-from hft_megatron.parallel.consensus import gathered, on_rank_0
-from hft_megatron.parallel.groups import Placement, host_name
+from hft_megatron.parallel.consensus import on_rank_0
+from hft_megatron.parallel.groups import Placement
 from hft_megatron.tracking.trackers import check_tracking_packages
 from hft_megatron.trainer.method import Method, RunData
 from hft_megatron.trainer.rounds import Rounds, round_schedule, rounds_of_run
@@ -302,60 +300,6 @@ def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIden
     for option, folder, held in own:
         check_same_run(held, identity, folder, option=option)
     return identity
-
-
-def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
-    """Raises the same UserError on every rank when one of them read another checkpoint, plan, model, data or option.
-
-    Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
-    """
-    everyone = gathered((f"{host_name()} ({placement.coordinates})", _read_by(inputs)))
-    for rank, (where, theirs) in enumerate(everyone):
-        difference = _first_difference(everyone[0][1], theirs)
-        if difference is not None:
-            raise UserError(
-                f"rank {rank} on {where} found other inputs than rank 0: {difference}; every rank must see the same "
-                f"--save, --load, model, plan and data and get the same options: use storage that all hosts share."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What one rank tells the others about what it read."""
-
-    options: dict[str, dict[str, object]]
-    checkpoints: tuple[str, ...]
-    """Newest first."""
-    identity: RunIdentity
-    plans: tuple[Plan, ...]
-
-
-def _read_by(inputs: Inputs) -> _Read:
-    complete = () if inputs.found is None else tuple(path.name for path in inputs.found.complete)
-    return _Read(options=asdict(inputs.config), checkpoints=complete, identity=inputs.identity, plans=inputs.plans)
-
-
-def _first_difference(mine: _Read, theirs: _Read) -> str | None:
-    """What is there, in words, instead of what is here."""
-    for group, options in mine.options.items():
-        for name, value in options.items():
-            other = theirs.options[group][name]
-            if other != value:
-                return f"{flag(name)} is {_as_written(other)} instead of {_as_written(value)}"
-    for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
-        if here != there:
-            return f"the newest checkpoint is {there} instead of {here}"
-    for ours, plan in zip(mine.plans, theirs.plans, strict=False):
-        unit = ours.first_difference(plan)
-        if unit is not None:
-            return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
-    for what, our_value, their_value in differences(mine.identity, theirs.identity):
-        return f"the {what} is {their_value} instead of {our_value}"
-    return None
-
-
-def _as_written(value: object) -> object:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | None:

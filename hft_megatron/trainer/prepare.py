@@ -16,7 +16,8 @@ from hft_megatron.parallel.groups import Placement, make_deterministic, start_gr
 from hft_megatron.parallel.peers import Peers
 from hft_megatron.tracking.tracker import CompositeTracker
 from hft_megatron.tracking.trackers import build_tracker
-from hft_megatron.trainer.inputs import Inputs, check_inputs_agree, scores_of_run
+from hft_megatron.trainer.agreement import check_inputs_agree
+from hft_megatron.trainer.inputs import Inputs, scores_of_run
 from hft_megatron.trainer.profiling import trace_folder
 from hft_megatron.trainer.resume import check_plan, idle_skips, with_schedule, with_sound_checkpoint
 from hft_megatron.trainer.rounds import Rounds

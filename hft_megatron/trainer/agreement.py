@@ -1,0 +1,66 @@
+"""Whether all ranks have read the same, which they find out before one of them waits for another."""
+
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+
+from hft_megatron.config.declared import flag
+from hft_megatron.config.run_identity import RunIdentity, differences
+from hft_megatron.errors import UserError
+from hft_megatron.hft.plan import Plan
+from hft_megatron.parallel.consensus import gathered
+from hft_megatron.parallel.groups import Placement, host_name
+from hft_megatron.trainer.inputs import Inputs
+
+
+def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
+    """Raises the same UserError on every rank when one of them read another checkpoint, plan, model, data or option.
+
+    Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
+    """
+    everyone = gathered((f"{host_name()} ({placement.coordinates})", _read_by(inputs)))
+    for rank, (where, theirs) in enumerate(everyone):
+        difference = _first_difference(everyone[0][1], theirs)
+        if difference is not None:
+            raise UserError(
+                f"rank {rank} on {where} found other inputs than rank 0: {difference}; every rank must see the same "
+                f"--save, --load, model, plan and data and get the same options: use storage that all hosts share."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What one rank tells the others about what it read."""
+
+    options: dict[str, dict[str, object]]
+    checkpoints: tuple[str, ...]
+    """Newest first."""
+    identity: RunIdentity
+    plans: tuple[Plan, ...]
+
+
+def _read_by(inputs: Inputs) -> _Read:
+    complete = () if inputs.found is None else tuple(path.name for path in inputs.found.complete)
+    return _Read(options=asdict(inputs.config), checkpoints=complete, identity=inputs.identity, plans=inputs.plans)
+
+
+def _first_difference(mine: _Read, theirs: _Read) -> str | None:
+    """What is there, in words, instead of what is here."""
+    for group, options in mine.options.items():
+        for name, value in options.items():
+            other = theirs.options[group][name]
+            if other != value:
+                return f"{flag(name)} is {_as_written(other)} instead of {_as_written(value)}"
+    for here, there in zip_longest(mine.checkpoints, theirs.checkpoints):
+        if here != there:
+            return f"the newest checkpoint is {there} instead of {here}"
+    for ours, plan in zip(mine.plans, theirs.plans, strict=False):
+        unit = ours.first_difference(plan)
+        if unit is not None:
+            return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
+    for what, our_value, their_value in differences(mine.identity, theirs.identity):
+        return f"the {what} is {their_value} instead of {our_value}"
+    return None
+
+
+def _as_written(value: object) -> object:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
