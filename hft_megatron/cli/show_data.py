@@ -13,11 +13,12 @@ from typing import Annotated
 from annotated_types import Ge
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.data import DataConfig, check_record_options, check_sources
+from hft_megatron.config.data import DataConfig, check_record_options
 from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.dpo import BadPairs
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.config.valid_sources import check_valid_sources
 from hft_megatron.errors import UserError
 
 
@@ -95,7 +96,7 @@ def _checked(options: ShowDataOptions) -> ModelShape | None:
     check_bounds(options)
     if not options.data.train_data_path and not options.data.valid_data_path:
         raise UserError("--train-data-path is missing: name the data to show.")
-    check_sources(options.data)
+    check_valid_sources(options.data)
     check_record_options(options.data)
     folder = options.model.load_hf
     if folder is None and options.data.tokenizer_model is None:

@@ -37,7 +37,8 @@ class DataConfig:
     drawn from it, as in Megatron. Without weights every example comes once in an epoch. `pretrain` takes prefixes of
     .bin and .idx files for training alone, in place of --data-path and --split."""
     valid_data_path: tuple[str, ...] = ()
-    """Like --train-data-path, without weights (but in `pretrain`); of a TRACE folder, eval.json."""
+    """Like --train-data-path, without weights (but in `pretrain`); of a TRACE folder, eval.json. Several sources have
+    values of their own beside those of all. A .yaml file lists sources with a name and options of their own each."""
     data_format: DataFormat | None = None
     """Layout of the records; recognised by the keys of a file's first record when unset."""
     data_keys: str | None = None

@@ -192,6 +192,17 @@ def stages_of_file(
     return [(method, line, _with(base, settings)) for method, line, settings in stages]
 
 
+def with_mapping(base: RunConfig, node: yaml.MappingNode, path: Path) -> RunConfig:
+    """``base`` with the options that a mapping of the YAML file ``path`` sets.
+
+    Raises UserError naming file and line for a value that none of them can have.
+    """
+    reading = Reading()
+    reading.take(_once_each(_items_of_mapping(node, path, flags_of(RunConfig))))
+    reading.check()
+    return _with(base, list(reading.settings.values()))
+
+
 def _with(base: RunConfig, settings: Sequence[Setting]) -> RunConfig:
     options = _build(RunConfig, settings)
     for setting in settings:
@@ -234,7 +245,8 @@ def _items_of_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
 
 
 def yaml_of_file(path: Path, option: str) -> yaml.Node | None:
-    """What a YAML file holds, with lines; None for an empty one. Raises UserError naming the ``option`` or the line."""
+    """What a YAML file holds, with lines, by its safe loader; None where it is empty. Raises UserError for a file that
+    ``option`` names and that can't be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -314,9 +314,13 @@ DENSE = (
             refused("start-eval-at-iter=", "validation begins with the first --eval-interval; leave it out"),
             refused("eval-global-batch-size=", "validation has the run's --global-batch-size; leave it out"),
             refused("eval-micro-batch-size=", "validation has the run's --micro-batch-size; leave it out"),
-            refused("full-validation", "leave --eval-iters out to validate on a whole file"),
-            refused("multiple-validation-sets", "all --valid-data-path files are one validation; leave it out"),
-            refused("validation-set-names=*", "all --valid-data-path files are one validation; leave it out"),
+            refused("full-validation", "leave --eval-iters out to validate on all of every source"),
+            refused(
+                "multiple-validation-sets",
+                "sft and dpo measure each source of --valid-data-path anyway, and pretrain draws from all as one; "
+                "leave it out",
+            ),
+            refused("validation-set-names=*", "a .yaml file of --valid-data-path names its sources; leave it out"),
         ),
     ),
     Section(

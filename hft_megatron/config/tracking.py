@@ -34,7 +34,7 @@ class LoggingConfig:
     eval_interval: Annotated[int, Ge(1)] | None = None
     """Iterations between validations; needs --valid-data-path, or --eval-iters where a corpus is pre-trained on."""
     eval_iters: Annotated[int, Ge(1)] | None = None
-    """Global batches of one validation; the whole file when unset, and no validation on a corpus."""
+    """Global batches of one validation on each source; all of it when unset, and no validation on a corpus."""
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None

@@ -8,7 +8,7 @@ micro-batches' means would: those have different numbers of trained tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,7 +95,7 @@ class TrainingSteps(Protocol):
 
 
 class ValidationSteps(Protocol):
-    """What a run takes its validations from."""
+    """What a run takes its validations on one source from."""
 
     def steps(self, iteration: int) -> Iterator[StepBatch]:
         """Those of the validation after ``iteration``; every rank gets the same number of them."""
@@ -266,10 +266,12 @@ DatasetT = TypeVar("DatasetT", bound=RunDataset)
 class RecordData(ABC, Generic[DatasetT]):
     """The ``RunData`` of --train-data-path and --valid-data-path."""
 
-    train: DatasetT
-    valid: DatasetT | None
-    samples: SampleStream
-    """The training examples or pairs, or packs of them, in their order."""
+    train: DatasetT | None
+    """None where nothing is trained."""
+    valid: Mapping[str, DatasetT]
+    """By the names of the sources."""
+    samples: SampleStream | None
+    """The training examples or pairs, or packs of them, in their order; None where nothing is trained."""
     packed: bool
     eval_iters: int | None
     pad_id: int
@@ -281,24 +283,39 @@ class RecordData(ABC, Generic[DatasetT]):
         training come first, and those of validation behind them."""
 
     @property
-    def digest(self) -> str:
-        return self.train.digest
+    def digest(self) -> str | None:
+        return None if self.train is None else self.train.digest
+
+    @property
+    def valid_digests(self) -> dict[str, str]:
+        return {name: dataset.digest for name, dataset in self.valid.items()}
 
     @property
     def uses_chat_template(self) -> bool:
-        return self.train.uses_chat_template
+        return self.train is not None and self.train.uses_chat_template
 
     def describe(self) -> list[str]:
-        return [line for dataset in (self.train, self.valid) if dataset is not None for line in dataset.describe()]
+        lines = [] if self.train is None else self.train.describe()
+        for name, dataset in self.valid.items():
+            # Which values of the log are of which files.
+            of_source = f"validation/{name}: " if len(self.valid) > 1 else ""
+            lines += [f"{of_source}{line}" for line in dataset.describe()]
+        return lines
 
     def training(self, share: BatchShare) -> ShuffledBatches:
+        assert self.train is not None
+        assert self.samples is not None
         batches = self.batches(self.train, share, first=0)
         return ShuffledBatches(batches=batches, order=self.samples, packed=self.packed)
 
-    def validation(self, share: BatchShare) -> BatchesInOrder | None:
-        if self.valid is None:
-            return None
-        return BatchesInOrder(batches=self.batches(self.valid, share, first=len(self.train)), limit=self.eval_iters)
+    def validation(self, share: BatchShare) -> dict[str, BatchesInOrder]:
+        """Batches hold members of one source alone, so that its numbers are those of a run that has no other."""
+        found = {}
+        first = 0 if self.train is None else len(self.train)
+        for name, dataset in self.valid.items():
+            found[name] = BatchesInOrder(batches=self.batches(dataset, share, first=first), limit=self.eval_iters)
+            first += len(dataset)
+        return found
 
 
 class PrefetchedSteps:

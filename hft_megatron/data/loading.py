@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 from hft_megatron.config.data import DataConfig, data_keys, ignored_keys, prompt_separator
 from hft_megatron.config.dpo import BadPairs
 from hft_megatron.config.names import DataFormat
+from hft_megatron.config.valid_sources import ValidSource, valid_sources
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.dataset import (
     ExamplesInMemory,
@@ -18,10 +19,11 @@ from hft_megatron.data.dataset import (
 )
 from hft_megatron.data.examples import ExampleRules, SftCounts, read_source
 from hft_megatron.data.faults import Faults, RecordUse, check_use
-from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, SourceFiles, file_digest, find_sources
+from hft_megatron.data.files.sources import TRAIN_SPLIT, SourceFiles, file_digest, find_sources, find_valid_source
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.preprocessed.opening import open_preprocessed
 from hft_megatron.data.records import RecordRules
+from hft_megatron.data.templates import BUILT_IN, read_template
 from hft_megatron.data.token_cache import NO_CACHE, TokenCache, Tokenized, named, open_token_cache
 from hft_megatron.data.tokenizer import Encoded, Tokenizer
 from hft_megatron.errors import UserError
@@ -32,24 +34,25 @@ def training_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> Sf
 
     Raises UserError for a source without files and for a mistake in them.
     """
-    return _load("--train-data-path", data, seq_length, _load_examples(tokenizer))
+    return _load_train(data, seq_length, _load_examples(tokenizer))
 
 
-def validation_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> SftDataset | None:
-    """What --valid-data-path names, by the same rules as the training data."""
-    return _load("--valid-data-path", data, seq_length, _load_examples(tokenizer))
+def validation_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> dict[str, SftDataset]:
+    """What --valid-data-path names, by the names of its sources; each is read by the rules of the training data, or by
+    its own."""
+    return _load_valid(data, seq_length, tokenizer, _load_examples)
 
 
 def training_pairs(data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs) -> PairDataset | None:
     """The preference pairs that --train-data-path names, None where it names nothing."""
-    return _load("--train-data-path", data, seq_length, _load_pairs(tokenizer, bad_pairs))
+    return _load_train(data, seq_length, _load_pairs(tokenizer, bad_pairs))
 
 
 def validation_pairs(
     data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs
-) -> PairDataset | None:
-    """The preference pairs that --valid-data-path names, by the same rules."""
-    return _load("--valid-data-path", data, seq_length, _load_pairs(tokenizer, bad_pairs))
+) -> dict[str, PairDataset]:
+    """The preference pairs that --valid-data-path names, by the names of its sources."""
+    return _load_valid(data, seq_length, tokenizer, lambda tokenizer: _load_pairs(tokenizer, bad_pairs))
 
 
 DatasetT = TypeVar("DatasetT", SftDataset, PairDataset)
@@ -64,17 +67,43 @@ def _load_pairs(tokenizer: Tokenizer, bad_pairs: BadPairs) -> _Loader[PairDatase
     return lambda sources, rules, cache: load_pair_dataset(sources, tokenizer, rules, bad_pairs, cache)
 
 
-def _load(option: str, data: DataConfig, seq_length: int, load: _Loader[DatasetT]) -> DatasetT | None:
-    is_train = option == "--train-data-path"
-    words, split = (data.train_data_path, TRAIN_SPLIT) if is_train else (data.valid_data_path, VALID_SPLIT)
-    sources = find_sources(option, words, split)
+def _load_train(data: DataConfig, seq_length: int, load: _Loader[DatasetT]) -> DatasetT | None:
+    option = "--train-data-path"
+    sources = find_sources(option, data.train_data_path, TRAIN_SPLIT)
     if not sources:
         return None
     dataset = load(sources, _rules(data, seq_length), open_token_cache(data.data_cache_path))
-    # Validation data may do without what training has.
-    if is_train or not data.train_data_path:
-        check_use(data_keys(data.data_keys), prompt_separator(data.prompt_separator), dataset.uses, option)
+    check_use(data_keys(data.data_keys), prompt_separator(data.prompt_separator), dataset.uses, option)
     return dataset
+
+
+def _load_valid(
+    data: DataConfig, seq_length: int, tokenizer: Tokenizer, loader: Callable[[Tokenizer], _Loader[DatasetT]]
+) -> dict[str, DatasetT]:
+    cache = open_token_cache(data.data_cache_path)
+    sources, found, uses = valid_sources(data), dict[str, DatasetT](), list[RecordUse]()
+    for source in sources:
+        files, load = find_valid_source(source), loader(_tokenizer_of(source, tokenizer))
+        found[source.name] = load([files], _rules(source.data, seq_length), cache)
+        uses += found[source.name].uses
+        # What an entry asks for itself it must have; of what the run asks, validation may do without what training has.
+        with source.told():
+            keys = data_keys(source.data.data_keys) if "data_keys" in source.own else ()
+            separator = source.data.prompt_separator if "prompt_separator" in source.own else ""
+            check_use(keys, prompt_separator(separator), found[source.name].uses, source.name)
+    if sources and not data.train_data_path:
+        check_use(data_keys(data.data_keys), prompt_separator(data.prompt_separator), uses, "--valid-data-path")
+    return found
+
+
+def _tokenizer_of(source: ValidSource, tokenizer: Tokenizer) -> Tokenizer:
+    """With the chat template of the source's own, where it has one."""
+    choice = source.data.chat_template
+    if "chat_template" not in source.own or choice is None:
+        return tokenizer
+    with source.told():
+        file = choice if choice in BUILT_IN else str(source.folder / choice)
+        return tokenizer.with_facts(chat_template=read_template(file, tokenizer.facts.special_tokens))
 
 
 def _rules(data: DataConfig, seq_length: int) -> ExampleRules:

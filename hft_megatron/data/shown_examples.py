@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hft_megatron.config.data import DataConfig
-from hft_megatron.config.dpo import BadPairs, check_pair_options
+from hft_megatron.config.dpo import BadPairs
 from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.valid_sources import check_pair_sources, valid_sources
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.examples import NO_LIMIT
 from hft_megatron.data.faults import printable
-from hft_megatron.data.files.sources import TRAIN_SPLIT, VALID_SPLIT, find_sources, read_rows
+from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources, find_valid_source, read_rows
 from hft_megatron.data.loading import record_rules, training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.pairs import PairDataset
 from hft_megatron.data.records import RecordReader
@@ -156,11 +157,12 @@ def read_shown_data(
     if seq_length is not None:
         limit = seq_length
     if _are_pairs(data):
-        check_pair_options(data)
-        pairs = training_pairs(data, tokenizer, limit, bad_pairs), validation_pairs(data, tokenizer, limit, bad_pairs)
+        check_pair_sources(data)
+        train = training_pairs(data, tokenizer, limit, bad_pairs)
+        pairs = [train, *validation_pairs(data, tokenizer, limit, bad_pairs).values()]
         found = [source for each in pairs if each is not None for source in shown_pairs(each, tokenizer, examples)]
         return tokenizer.facts.notes, found
-    read = training_data(data, tokenizer, limit), validation_data(data, tokenizer, limit)
+    read = [training_data(data, tokenizer, limit), *validation_data(data, tokenizer, limit).values()]
     datasets = [dataset for dataset in read if dataset is not None]
     shown = [source for dataset in datasets for source in shown_sources(dataset, tokenizer, examples)]
     return tokenizer.facts.notes, shown
@@ -168,12 +170,13 @@ def read_shown_data(
 
 def _are_pairs(data: DataConfig) -> bool:
     """Whether --data-format or the first record says so; a run learns of pairs alone, or of none."""
-    if data.data_format is not None:
-        return data.data_format == "preference"
-    sources = (
-        *find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT),
-        *find_sources("--valid-data-path", data.valid_data_path, VALID_SPLIT),
-    )
-    reader = RecordReader(record_rules(data))
+    sources = find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT)
+    options = data
+    if not sources:
+        first = valid_sources(data)[0]
+        sources, options = (find_valid_source(first),), first.data
+    if options.data_format is not None:
+        return options.data_format == "preference"
+    reader = RecordReader(record_rules(options))
     row = next((row for file in sources[0].files for row in read_rows(file)), None)
     return row is not None and reader.layout_of(row).format == "preference"

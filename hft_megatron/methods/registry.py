@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from hft_megatron.config import corpus, data, dpo
+from hft_megatron.config import corpus, data, dpo, valid_sources
 from hft_megatron.config.corpus import CorpusConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.dpo import DpoConfig
@@ -74,6 +74,7 @@ def _load(load: "Callable[[], Method]") -> "Method":
 SUPERVISED_RULES: tuple[Rule, ...] = (
     data.training_data_is_given,
     data.data_sources_are_clear,
+    valid_sources.validation_sources_are_clear,
     data.packing_is_asked_for,
     data.validation_has_data,
 )
@@ -144,7 +145,7 @@ register(
         name="dpo",
         summary="tune a LLaMA on preference pairs, half of its matrices at a time",
         groups={"data": DataConfig, "dpo": DpoConfig},
-        rules=(*SUPERVISED_RULES, *dpo.DPO_RULES),
+        rules=(*SUPERVISED_RULES, *dpo.DPO_RULES, valid_sources.sources_hold_pairs),
         measures={"preference loss": False, "rewards/accuracies": True, "rewards/margins": True},
         load=_dpo,
     )

@@ -129,10 +129,11 @@ def validation_line(step: int, metrics: Metrics) -> str:
     perplexity."""
     fields = []
     for name, value in metrics.items():
-        plain = name.removesuffix(OF_VALIDATION)
-        fields.append(f"{plain} value: {float(value):.6E}")
+        plain, _, source = name.partition(OF_VALIDATION)
+        shown = name if source else plain
+        fields.append(f"{shown} value: {float(value):.6E}")
         if plain == LOSS:
-            fields.append(f"{plain} PPL: {math.exp(min(_LARGEST_EXPONENT, float(value))):.6E}")
+            fields.append(f"{shown} PPL: {math.exp(min(_LARGEST_EXPONENT, float(value))):.6E}")
     return f" validation loss at iteration {step} | {' | '.join(fields)} | "
 
 
@@ -180,7 +181,7 @@ class ConsoleTracker:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Print a training record or a validation, told apart by the names in it."""
-        if all(name.endswith(OF_VALIDATION) for name in metrics):
+        if all(OF_VALIDATION in name for name in metrics):
             line = validation_line(step, metrics)
             self._print(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")
             return

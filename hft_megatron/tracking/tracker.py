@@ -38,7 +38,7 @@ CHOSEN_LOG_PROBS = "logps/chosen"
 REJECTED_LOG_PROBS = "logps/rejected"
 KL = "kl"
 OF_VALIDATION = " validation"
-"""Behind the name of what was measured on the validation data."""
+"""Behind the name of what was measured on the validation data; on one source of several a slash and its name follow."""
 LOSS_SCALE = "loss scale"
 GRAD_NORM = "grad norm"
 NUM_ZEROS = "num zeros"
@@ -78,6 +78,11 @@ REFERENCE_BYTES = "reference bytes"
 def over_ranks(name: str, which: str) -> str:
     """The name of a time in milliseconds on the ``FASTEST`` or the ``SLOWEST`` rank."""
     return name.replace(" (ms)", f"{which} (ms)")
+
+
+def of_validation(name: str, source: str | None = None) -> str:
+    """The name of what was measured on all validation data, or on one ``source`` of several."""
+    return f"{name}{OF_VALIDATION}" if source is None else f"{name}{OF_VALIDATION}/{source}"
 
 
 class Tracker(Protocol):

@@ -36,11 +36,20 @@ class _Read:
     """Newest first."""
     identity: RunIdentity
     plans: tuple[Plan, ...]
+    valid: tuple[str, ...]
+    """Sources of the validation data, with their digests."""
 
 
 def _read_by(inputs: Inputs) -> _Read:
     complete = () if inputs.found is None else tuple(path.name for path in inputs.found.complete)
-    return _Read(options=asdict(inputs.config), checkpoints=complete, identity=inputs.identity, plans=inputs.plans)
+    digests = {} if inputs.data is None else inputs.data.valid_digests
+    return _Read(
+        options=asdict(inputs.config),
+        checkpoints=complete,
+        identity=inputs.identity,
+        plans=inputs.plans,
+        valid=tuple(f"{name} (digest {digest[:12]})" for name, digest in digests.items()),
+    )
 
 
 def _first_difference(mine: _Read, theirs: _Read) -> str | None:
@@ -57,6 +66,9 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
         unit = ours.first_difference(plan)
         if unit is not None:
             return f"the plan of round {ours.round} in {mine.options['hft']['hft_plan']} differs first in {unit}"
+    for here, there in zip_longest(mine.valid, theirs.valid):
+        if here != there:
+            return f"the validation data is {there} instead of {here}"
     for what, our_value, their_value in differences(mine.identity, theirs.identity):
         return f"the {what} is {their_value} instead of {our_value}"
     return None

@@ -23,7 +23,8 @@ from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.profiling import Profile, trace_folder
 from hft_megatron.trainer.run import Run
 from hft_megatron.trainer.saving import Base, Exporter, ExportModels, SaveCheckpoints, Signals, StopEarly, exports_of
-from hft_megatron.trainer.step import StepResult, validate
+from hft_megatron.trainer.step import StepResult
+from hft_megatron.trainer.validation import validate
 from hft_megatron.trainer.weight_checks import AuditRounds, CheckReplicas, params_norm
 
 WINDOW = 100
@@ -247,14 +248,15 @@ class LogSteps(Hook):
 
 @dataclass
 class Validate(Hook):
-    """Records the validation loss every --eval-interval steps and at the end."""
+    """Records what validation measures every --eval-interval steps and at the end."""
 
     interval: int | None
     _last: int = -1
     _measured: dict[str, float] = field(default_factory=dict)
 
     def measured_after_step(self, run: Run) -> dict[str, float]:
-        """By name what was measured after this step, on every rank; empty where nothing was. Collective."""
+        """By name what was measured after this step on all validation data, on every rank; empty where nothing was.
+        Collective."""
         if self._last != run.state.iteration:
             return {}
         measured = [self._measured]
@@ -271,9 +273,10 @@ class Validate(Hook):
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
-        self._measured = validate(run)
-        if self._measured:
-            run.log({name + names.OF_VALIDATION: value for name, value in self._measured.items()})
+        measured = validate(run)
+        self._measured = measured.together
+        if metrics := measured.metrics():
+            run.log(metrics)
         self._last = run.state.iteration
 
 
@@ -317,7 +320,7 @@ def build_hooks(
         hooks.append(audit)
     hooks.append(CheckReplicas(config.training.check_replicas_interval))
     measured = None
-    if run.validation is not None:
+    if run.validation:
         validation = Validate(config.logging.eval_interval)
         measured = validation.measured_after_step
         hooks.append(validation)

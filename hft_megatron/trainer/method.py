@@ -14,6 +14,7 @@ from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import BatchShare, StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.data.order import SampleStream
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.parallel.groups import Placement
 
 if TYPE_CHECKING:
     from hft_megatron.trainer.run import Reference
@@ -58,12 +59,23 @@ def run_schedule(
     return reports
 
 
+def means_of(objective: Objective, reports: list[dict[str, Tensor]], placement: Placement) -> dict[str, float]:
+    """What the objective measures over the reports of all ranks, by name; empty off the last stage. Collective."""
+    if placement.pipeline_rank < placement.pipeline_size - 1:
+        return {}
+    return objective.measure(reports, placement.groups.dp, placement.device)
+
+
 class RunData(Protocol):
     """What a run trains and validates on, the same on every rank."""
 
     @property
-    def digest(self) -> str:
-        """sha256 of the training data."""
+    def digest(self) -> str | None:
+        """sha256 of the training data; None where nothing is trained."""
+
+    @property
+    def valid_digests(self) -> Mapping[str, str]:
+        """sha256 of what is validated on, by the names of the sources; all ranks must have the same."""
 
     @property
     def order_digest(self) -> str | None:
@@ -83,8 +95,8 @@ class RunData(Protocol):
     def training(self, share: BatchShare) -> TrainingSteps:
         """This rank's part of every training step."""
 
-    def validation(self, share: BatchShare) -> ValidationSteps | None:
-        """This rank's part of every validation; None where there is nothing to validate on."""
+    def validation(self, share: BatchShare) -> Mapping[str, ValidationSteps]:
+        """This rank's part of every validation, by the names of the sources; empty where there are none."""
 
 
 ReadData = Callable[[RunConfig, Tokenizer, ModelShape, int], RunData]

@@ -1,6 +1,6 @@
 """One run as a value: what the loop and its hooks work on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -39,7 +39,8 @@ class Run:
     wrapped: WrappedModel
     objective: Objective
     batches: TrainingSteps
-    validation: ValidationSteps | None
+    validation: Mapping[str, ValidationSteps]
+    """By the names of the sources."""
     reference: Reference | None = None
     """None where nothing is learned from preferences."""
     learning_rate: LearningRate

@@ -1,15 +1,13 @@
-"""One optimizer step and one validation, through megatron-core's pipeline schedules."""
+"""One optimizer step, through megatron-core's pipeline schedules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hft_megatron.optimizer.distributed import NonFiniteNorm
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes, timed_collectives
-from hft_megatron.trainer.garbage import collected_around_validation
-from hft_megatron.trainer.method import run_schedule
+from hft_megatron.trainer.method import means_of, run_schedule
 from hft_megatron.trainer.nonfinite import leave_out_or_fail
 from hft_megatron.trainer.run import Run
 
@@ -70,7 +68,7 @@ def train_step(run: Run) -> StepResult:
         leave_out_or_fail(run, batch, reports, failure.norm)
     if level >= 2:
         torch.cuda.empty_cache()
-    measured = _measure(run, reports)
+    measured = means_of(run.objective, reports, run.placement)
     times = traffic.clock.end()
     reduce_scatter_bytes, all_gather_bytes = traffic.take_bytes()
     return StepResult(
@@ -84,26 +82,3 @@ def train_step(run: Run) -> StepResult:
         reduce_scatter_bytes=reduce_scatter_bytes,
         all_gather_bytes=all_gather_bytes,
     )
-
-
-def validate(run: Run) -> dict[str, float]:
-    """The objective's means over the validation data (or --eval-iters of it); empty off the last stage."""
-    assert run.validation is not None
-    reports: list[dict[str, Tensor]] = []
-    with collected_around_validation(run.config.training), run.wrapped.gathered_parameters(), torch.no_grad():
-        for chunk in run.wrapped.chunks:
-            chunk.eval()
-        for batch in run.validation.steps(run.state.iteration):
-            if run.reference is not None:
-                run.reference.attach(batch)
-            reports += run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=True)
-        for chunk in run.wrapped.chunks:
-            chunk.train()
-    return _measure(run, reports)
-
-
-def _measure(run: Run, reports: list[dict[str, Tensor]]) -> dict[str, float]:
-    placement = run.placement
-    if placement.pipeline_rank < placement.pipeline_size - 1:
-        return {}
-    return run.objective.measure(reports, placement.groups.dp, placement.device)

@@ -156,7 +156,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("--num_experts=8", "--num_experts 8: mixtures of experts are not built; only dense LLaMA models train."),
         (
             "--validation-set-names a b",
-            "--validation-set-names a b: all --valid-data-path files are one validation; leave it out.",
+            "--validation-set-names a b: a .yaml file of --valid-data-path names its sources; leave it out.",
         ),
         (
             "--context-parallel-size 2",
@@ -206,7 +206,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("fp16: true\n", "run.yaml:1: fp16: 16-bit training is in bf16; give --bf16."),
         (
             "validation-set-names: [a, b]\n",
-            "run.yaml:1: validation-set-names a b: all --valid-data-path files are one validation; leave it out.",
+            "run.yaml:1: validation-set-names a b: a .yaml file of --valid-data-path names its sources; leave it out.",
         ),
     ],
 )

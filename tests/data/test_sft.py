@@ -353,7 +353,7 @@ def test_an_option_about_records_that_does_nothing_is_named(
     # Where something of a mixture has a use for it, it did something; validation data may do without.
     data = DataConfig(train_data_path=(text, pair), valid_data_path=(text,), **options)
     assert training_data(data, tokenizer, 99) is not None
-    assert validation_data(data, tokenizer, 99) is not None
+    assert len(validation_data(data, tokenizer, 99)) == 1
     with pytest.raises(UserError, match=sentence.replace("--train", "--valid")):
         validation_data(DataConfig(valid_data_path=(text,), **options), tokenizer, 99)
 

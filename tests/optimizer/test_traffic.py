@@ -15,7 +15,8 @@ from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.model.build import build_model
 from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.trainer.run import Run
-from hft_megatron.trainer.step import train_step, validate
+from hft_megatron.trainer.step import train_step
+from hft_megatron.trainer.validation import validate
 from tests.support.models import make_llama
 from tests.support.probe import costs_by_formula, live_costs
 from tests.support.toy_training import TINY, make_run, take_steps, toy_plan

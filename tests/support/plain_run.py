@@ -77,6 +77,8 @@ class PlainRun:
     """Sequences or pairs that were trained on; more than samples where they are packed."""
     updates: dict[str, int]
     """unit -> updates that its moments have seen, of units that have moments."""
+    validated: dict[str, tuple[float, int]]
+    """Loss of the last weights, summed, and the tokens (or pairs) it is of, by the name of the validation's source."""
 
 
 def parse(method: MethodName, words: Sequence[str]) -> RunConfig:
@@ -95,7 +97,11 @@ def plain_run(method: MethodName, words: Sequence[str], cache: str) -> PlainRun:
     shape = ModelShape.from_hf_config(load_hf_config(folder), folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    samples = _samples_of_corpus(config, cache) if method == "pretrain" else _samples_of_files(method, config, shape)
+    valid: dict[str, list[Example]] = {}
+    if method == "pretrain":
+        samples = _samples_of_corpus(config, cache)
+    else:
+        samples, valid = _samples_of_files(method, config, shape)
     loss_of: Any = partial(_token_loss, model)
     if method == "dpo":
         reference = LlamaForCausalLM.from_pretrained(folder, dtype=model.dtype)
@@ -133,10 +139,21 @@ def plain_run(method: MethodName, words: Sequence[str], cache: str) -> PlainRun:
                 plan=plan,
             )
         )
+    validated = {}
+    with torch.no_grad():
+        for name, members in valid.items():
+            found = [loss_of(member) for member in members]
+            validated[name] = sum(loss.item() for loss, _, _ in found), sum(weight for _, weight, _ in found)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     source = load_file(Path(folder) / "model.safetensors")
     return PlainRun(
-        steps=steps, weights=weights, source=source, before=before, examples=examples, updates=optimizer.updates
+        steps=steps,
+        weights=weights,
+        source=source,
+        before=before,
+        examples=examples,
+        updates=optimizer.updates,
+        validated=validated,
     )
 
 
@@ -262,9 +279,13 @@ Samples = Callable[[int], list[list[Example]]]
 """Step -> the examples of each of its samples: one, or under packing several."""
 
 
-def _samples_of_files(method: MethodName, config: RunConfig, shape: ModelShape) -> Samples:
+def _samples_of_files(
+    method: MethodName, config: RunConfig, shape: ModelShape
+) -> tuple[Samples, dict[str, list[Example]]]:
+    """Those of training, and the examples of each source of the validation data."""
     tokenizer = load_tokenizer(None, str(config.model.load_hf), None)
-    train: Any = METHODS[method].read_data(config, tokenizer, shape, 1).train
+    data: Any = METHODS[method].read_data(config, tokenizer, shape, 1)
+    train = data.train
     order: SampleStream = SampleOrder(num_examples=len(train), seed=config.training.seed)
     if config.data.packing:
         room, positions = config.training.seq_length, train.lengths - 1 if method == "sft" else None
@@ -273,17 +294,18 @@ def _samples_of_files(method: MethodName, config: RunConfig, shape: ModelShape) 
             room, positions = 2 * room, train.answers.lengths.reshape(-1, 2).sum(axis=1) - 2
         order = PackedOrder(order, positions, PackingRule(capacity=room, algorithm="first_fit_decreasing", window=4096))
 
-    def example(number: int) -> Example:
+    def example(number: int, dataset: Any = train) -> Example:
         if method == "sft":
-            return _shifted(*train.example(number))
-        return _shifted(*train.answers.example(2 * number)), _shifted(*train.answers.example(2 * number + 1))
+            return _shifted(*dataset.example(number))
+        return _shifted(*dataset.answers.example(2 * number)), _shifted(*dataset.answers.example(2 * number + 1))
 
     def of_step(step: int) -> list[list[Example]]:
         size = config.training.global_batch_size
         assert size is not None
         return [[example(i) for i in order.sample(at)] for at in range(step * size, (step + 1) * size)]
 
-    return of_step
+    valid = {name: [example(number, one) for number in range(len(one))] for name, one in data.valid.items()}
+    return of_step, valid
 
 
 def _shifted(ids: NDArray[Any], trained: NDArray[Any]) -> Answer:

@@ -161,9 +161,11 @@ def make_run(
         wrapped=wrapped,
         objective=NEXT_TOKEN,
         batches=toy_batches(share),
-        validation=BatchesInOrder(
-            batches=ExampleBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share)
-        ),
+        validation={
+            "toy": BatchesInOrder(
+                batches=ExampleBatches(dataset=toy_dataset(examples=11, seed=SEED + 1), pad_id=PAD, share=share)
+            )
+        },
         learning_rate=learning_rate(wrapped, rounds, config, TrainState()),
         tracker=CompositeTracker(),
         announce=lambda line: None,

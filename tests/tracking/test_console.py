@@ -172,6 +172,15 @@ def test_a_field_that_was_not_measured_is_not_on_the_line(missing: str) -> None:
     assert f" {missing}:" not in iteration_line(1, 1, metrics, now=datetime(2026, 1, 1))
 
 
+def test_a_validation_of_several_sources_shows_each_by_its_name() -> None:
+    output = io.StringIO()
+    tracker = ConsoleTracker(train_iters=10, start_iteration=0, output=output, progress=io.StringIO())
+    tracker.log(5, {"lm loss validation": 1.2, "lm loss validation/a validation": 1.2})
+    values = "lm loss{0} value: 1.200000E+00 | lm loss{0} PPL: 3.320117E+00 | "
+    shown = values.format("") + values.format(" validation/a validation")
+    assert f"validation loss at iteration 5 | {shown}" in output.getvalue()
+
+
 def test_a_validation_of_pairs_shows_everything_that_was_measured() -> None:
     output = io.StringIO()
     tracker = ConsoleTracker(train_iters=10, start_iteration=0, output=output, progress=io.StringIO())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_a_rank_with_other_data_is_named(ranks: RankPools, inputs: Path, tmp_pat
     sentence = one_sentence(ranks, [words_for(inputs, "--train-data-path", "data.jsonl")] * 2, folders)
     assert "rank 1 on " in sentence
     assert "the training data is data.jsonl (digest" in sentence
+
+
+def test_a_rank_with_other_validation_data_is_named_by_the_source(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "rank0", tmp_path / "rank1"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "valid.yaml").write_text(
+            f"- {{name: chats, path: {inputs}/data.jsonl, train_on_eos: {number == 0}}}\n"
+        )
+    sentence = one_sentence(ranks, [words_for(inputs, "--valid-data-path", "valid.yaml")] * 2, folders)
+    assert "rank 1 on " in sentence
+    assert re.search(r"the validation data is chats \(digest \w{12}\) instead of chats \(digest \w{12}\);", sentence)
 
 
 def test_a_folder_without_checkpoints_is_a_mistake_where_one_is_asked_for(

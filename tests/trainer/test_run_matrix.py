@@ -28,7 +28,7 @@ from tests.support.plain_run import PlainRun, PlainStep, plain_run
 from tests.support.preferences import write_pairs
 from tests.support.probe import Probe
 from tests.support.ranks import RankPools
-from tests.support.runs import make_inputs, read_metrics, run_recorded
+from tests.support.runs import make_inputs, read_metrics, run_recorded, write_data
 
 STEPS = 6
 BATCH = 8
@@ -50,6 +50,8 @@ and IPO's is the square of one. Measured in bf16: 1.3e-3."""
 EPSILON, EPSILON_BF16 = 1e-5, 1e-3
 """Of Adam: large enough that a gradient that is rounding and nothing else moves no weight by a whole step."""
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 3000}
+VALID = ("few", "more")
+"""Files of validation data, of 5 and of 11 examples or pairs: neither fills its last batch."""
 RECOMPUTE = {
     "none": [],
     "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
@@ -263,6 +265,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         rope = {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}}
         folder = make_inputs(root / f"tied-{tied}", "gqa", **UNEVEN, **rope, tie_word_embeddings=tied)
         write_pairs(folder / "pairs.jsonl", 24)
+        for number, name in enumerate(VALID):
+            write_data(folder / f"{name}.jsonl", 5 + 6 * number)
+            write_pairs(folder / f"{name}-pairs.jsonl", 5 + 6 * number, first=40)
         write_corpus(folder / "a", random_documents(80, vocab_size=40))
         write_corpus(folder / "b", random_documents(30, seed=1, vocab_size=40))
         return folder
@@ -276,13 +281,19 @@ def preference_loss(number: int) -> list[str]:
     return PREFERENCE_LOSSES[before % len(PREFERENCE_LOSSES)]
 
 
+def valid_of(row: Row) -> list[str]:
+    """Names of the sources that the row's run validates on after its last step."""
+    return {"sft": [*VALID], "dpo": [f"{name}-pairs" for name in VALID], "pretrain": []}[row.command]
+
+
 def words_of(row: Row, number: int, folder: Path) -> list[str]:
     """Everything but the layout and the folders of the run."""
     data: list[object] = {
-        "sft": ["--train-data-path", folder / "data.jsonl", "--seq-length", 96],
-        "dpo": ["--train-data-path", folder / "pairs.jsonl", "--seq-length", 96],
+        "sft": ["--train-data-path", folder / "data.jsonl", "--seq-length", 96, "--valid-data-path"],
+        "dpo": ["--train-data-path", folder / "pairs.jsonl", "--seq-length", 96, "--valid-data-path"],
         "pretrain": ["--data-path", 0.7, folder / "a", 0.3, folder / "b", "--split", "90,10", "--seq-length", 32],
     }[row.command]
+    data += [folder / f"{name}.jsonl" for name in valid_of(row)]
     if row.command == "dpo":
         kind = row.method.partition("-")[2]
         data += ["--dpo-reference", kind, *preference_loss(number)]
@@ -383,7 +394,7 @@ def check_run(
     assert idle or begun > 0 or (row.frozen != "stage" and row.layout != "pp4")
     assert json.loads(answers[0]["state"]["unit steps"]) == expected.updates
     check_replicas(answers)
-    check_log(row, answers[-1], save, begun, steps)
+    check_log(row, answers[-1], save, begun, expected)
     check_export(row, expected, Path(f"{save}-hf"))
 
 
@@ -439,8 +450,23 @@ def check_replicas(answers: Sequence[dict[str, Any]]) -> None:
         assert weights.setdefault(tuple(answer["place"][:2]), mine) == mine
 
 
-def check_log(row: Row, last: dict[str, Any], save: Path, begun: int, steps: Sequence[PlainStep]) -> None:
-    lines = read_metrics(save)
+def check_validation(row: Row, line: dict[str, Any], expected: PlainRun) -> None:
+    """The loss on each source is plain PyTorch's, whatever the batches are, and together their mean over all tokens."""
+    assert {*expected.validated} == {*valid_of(row)}
+    loss, near_zero = (LOSS_BF16, NEAR_ZERO_BF16) if row.bf16 else (TOLERANCE, NEAR_ZERO)
+    name = {"sft": "lm loss", "dpo": "preference loss"}[row.command]
+    found = [line[f"{name} validation/{source}"] for source in expected.validated]
+    sums, counts = zip(*expected.validated.values(), strict=True)
+    means = [total / count for total, count in zip(sums, counts, strict=True)]
+    assert found == pytest.approx(means, rel=loss, abs=near_zero * expected.steps[0].loss)
+    together = sum(value * count for value, count in zip(found, counts, strict=True)) / sum(counts)
+    assert line[f"{name} validation"] == pytest.approx(together, rel=1e-12)
+
+
+def check_log(row: Row, last: dict[str, Any], save: Path, begun: int, expected: PlainRun) -> None:
+    lines, steps = read_metrics(save), expected.steps[begun:]
+    if valid_of(row):
+        check_validation(row, lines.pop(), expected)
     assert [line["iteration"] for line in lines] == list(range(1, STEPS + 1))
     for line, step, plain in zip(lines[begun:], last["steps"], steps, strict=True):
         assert line["grad norm"] == step["grad_norm"]

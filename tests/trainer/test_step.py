@@ -9,7 +9,7 @@ import torch
 
 from hft_megatron.model.layers import LlamaMLP
 from hft_megatron.parallel.groups import make_deterministic
-from hft_megatron.trainer.step import validate
+from hft_megatron.trainer.validation import validate
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.tiers import quick
 from tests.support.toy_training import TINY, local_weights, make_run, take_steps
@@ -43,8 +43,8 @@ def run_validating(folder: str, layout: dict, each_step: bool) -> list[Any]:
     for _ in range(4):
         results += take_steps(run, 1)
         if each_step:
-            results.append(validate(run).get("lm loss"))
-    return results if each_step else [*results, validate(run).get("lm loss")]
+            results.append(validate(run).together.get("lm loss"))
+    return results if each_step else [*results, validate(run).together.get("lm loss")]
 
 
 def test_validation_does_not_disturb_training_and_its_loss_does_not_depend_on_the_layout(ranks, folder):

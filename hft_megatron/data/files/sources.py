@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hft_megatron.config.data import data_sources
+from hft_megatron.config.data import DataSource, data_sources
+from hft_megatron.config.valid_sources import ValidSource
 from hft_megatron.data.files.json_array import find_in_array_or_lines
 from hft_megatron.data.files.rows import Found, Row, find_documents, find_lines, row_of
 from hft_megatron.data.files.tables import find_in_delimited, find_in_parquet
@@ -21,7 +22,7 @@ class SourceFiles:
     """One source of a mixture."""
 
     path: str
-    """As written."""
+    """As written; of several paths that are one source, its name."""
     weight: float | None
     files: tuple[Path, ...]
     """At least one, of a glob in the order of their names; none of preprocessed data."""
@@ -34,18 +35,30 @@ def find_sources(option: str, words: Sequence[str], split: str) -> tuple[SourceF
 
     ``split`` is the file that is meant by a TRACE task's folder. Raises UserError where a source has no file.
     """
-    sources = []
-    for source in data_sources(option, words):
-        is_prepared = not Path(source.path).is_file() and is_prefix(source.path)
-        sources.append(
-            SourceFiles(
-                path=source.path,
-                weight=source.weight,
-                files=() if is_prepared else _find_files(source.path, option, split),
-                prefix=source.path if is_prepared else None,
-            )
-        )
-    return tuple(sources)
+    return tuple(_find_source(source, option, split) for source in data_sources(option, words))
+
+
+def _find_source(source: DataSource, option: str, split: str) -> SourceFiles:
+    is_prepared = not Path(source.path).is_file() and is_prefix(source.path)
+    return SourceFiles(
+        path=source.path,
+        weight=source.weight,
+        files=() if is_prepared else _find_files(source.path, option, split),
+        prefix=source.path if is_prepared else None,
+    )
+
+
+def find_valid_source(source: ValidSource) -> SourceFiles:
+    """The files of one source of --valid-data-path, of all its paths in order. Raises UserError where a path has no
+    file, and for preprocessed data beside other paths."""
+    option = source.option("path")
+    found = [_find_source(DataSource(path=path, weight=None), option, VALID_SPLIT) for path in source.paths]
+    if len(found) == 1:
+        return found[0]
+    for one in found:
+        if one.prefix is not None:
+            raise UserError(f"{option} {one.path} is preprocessed, and so a source alone; give it its own entry.")
+    return SourceFiles(path=source.name, weight=None, files=tuple(file for one in found for file in one.files))
 
 
 def find_input(option: str, words: Sequence[str], split: str) -> tuple[Path, ...]:

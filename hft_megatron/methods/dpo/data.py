@@ -82,17 +82,18 @@ class PreferenceData(RecordData[PairDataset]):
 
     def passes(self, share: BatchShare) -> Iterator[tuple[PairDataset, Iterator[StepBatch]]]:
         """Each data set with batches of all its pairs, which count from 0 in each."""
-        yield self.train, self._training_pass(self.training(share))
-        if self.valid is not None:
-            batches = BatchesInOrder(batches=self.batches(self.valid, share, first=0))
-            yield self.valid, batches.steps(iteration=0)
+        if self.train is not None:
+            yield self.train, self._training_pass(self.training(share), len(self.train))
+        for dataset in self.valid.values():
+            yield dataset, BatchesInOrder(batches=self.batches(dataset, share, first=0)).steps(iteration=0)
 
-    def _training_pass(self, batches: ShuffledBatches) -> Iterator[StepBatch]:
+    def _training_pass(self, batches: ShuffledBatches, pairs: int) -> Iterator[StepBatch]:
         """The first epoch's own steps, so that numbers come out of the shapes that training has, then what a mixture
         leaves out of an epoch."""
         size = batches.share.global_batch_size
-        left = np.ones(len(self.train), dtype=np.bool_)
+        left = np.ones(pairs, dtype=np.bool_)
         consumed = 0
+        assert self.samples is not None
         while consumed < self.samples.epoch_starts(1)[1]:
             following = consumed + batches.share.sizes.after(consumed)
             for position in range(consumed, following):
@@ -105,14 +106,19 @@ class PreferenceData(RecordData[PairDataset]):
 
 
 def read_preference_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> PreferenceData:
-    """Reads and tokenizes all sources. Raises UserError for a source without files and for a mistake in them."""
+    """Reads and tokenizes all sources, those of training only where something is trained.
+
+    Raises UserError for a source without files and for a mistake in them.
+    """
     seq_length = derived.sequence_length(config.training, shape)
-    train = training_pairs(config.data, tokenizer, seq_length, config.dpo.dpo_bad_pairs)
-    assert train is not None, "validate() refuses a run without data"
+    train = None
+    if config.training.train_iters != 0:
+        train = training_pairs(config.data, tokenizer, seq_length, config.dpo.dpo_bad_pairs)
+        assert train is not None, "validate() refuses a run without data"
     return PreferenceData(
         train=train,
         valid=validation_pairs(config.data, tokenizer, seq_length, config.dpo.dpo_bad_pairs),
-        samples=_samples(config, train),
+        samples=None if train is None else _samples(config, train),
         packed=config.data.packing,
         eval_iters=config.logging.eval_iters,
         pad_id=tokenizer.pad_id,

@@ -120,6 +120,11 @@ class CorpusData:
         return self.corpus.digest
 
     @property
+    def valid_digests(self) -> dict[str, str]:
+        """None: every validation takes --eval-iters steps, whatever is in the files."""
+        return {}
+
+    @property
     def order_digest(self) -> str:
         return self.corpus.order_digest
 
@@ -134,16 +139,18 @@ class CorpusData:
     def training(self, share: BatchShare) -> CorpusBatches:
         return self._batches(self.corpus.train, share)
 
-    def validation(self, share: BatchShare) -> CorpusValidation | None:
+    def validation(self, share: BatchShare) -> dict[str, CorpusValidation]:
+        """One stream, also of several sources: megatron-core draws the samples of a blend as one."""
         if self.corpus.valid is None:
-            return None
+            return {}
         assert self.logging.eval_iters is not None
         full = replace(share, ramp=())
-        return CorpusValidation(
+        steps = CorpusValidation(
             batches=self._batches(self.corpus.valid, full),
             eval_iters=self.logging.eval_iters,
             eval_interval=self.logging.eval_interval,
         )
+        return {"corpus": steps}
 
     def _batches(self, samples: Samples, share: BatchShare) -> CorpusBatches:
         return CorpusBatches(samples=samples, seq_length=self.counts.seq_length, share=share, end=self.end)

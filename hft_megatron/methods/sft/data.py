@@ -21,14 +21,20 @@ class SftData(RecordData[SftDataset]):
 
 
 def read_sft_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> SftData:
-    """Reads and tokenizes all sources. Raises UserError for a source without files and for a mistake in them."""
+    """Reads and tokenizes all sources, those of training only where something is trained.
+
+    Raises UserError for a source without files and for a mistake in them.
+    """
     seq_length = derived.sequence_length(config.training, shape)
-    train = training_data(config.data, tokenizer, seq_length)
-    assert train is not None, "validate() refuses a run without data"
+    train = samples = None
+    if config.training.train_iters != 0:
+        train = training_data(config.data, tokenizer, seq_length)
+        assert train is not None, "validate() refuses a run without data"
+        samples = sample_stream(train.order(config.training.seed), train.lengths - 1, train.seq_length, config.data)
     return SftData(
         train=train,
         valid=validation_data(config.data, tokenizer, seq_length),
-        samples=sample_stream(train.order(config.training.seed), train.lengths - 1, train.seq_length, config.data),
+        samples=samples,
         packed=config.data.packing,
         eval_iters=config.logging.eval_iters,
         pad_id=tokenizer.pad_id,
