@@ -11,10 +11,22 @@ from hft_megatron.data.formats.conversations import kind_of
 from hft_megatron.data.rendering import REFUSALS, in_line
 from hft_megatron.errors import UserError
 
+
+def _printed(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a value that it prints is null")
+    return value
+
+
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    undefined=jinja2.StrictUndefined,
+    finalize=_printed,
+    keep_trailing_newline=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
-"""As the one of chat templates, but a name that isn't there is an error, and a line end at the end is kept."""
+"""As the one of chat templates, but names that aren't there and nulls that would be printed are errors, and a line end
+at the end is kept."""
 
 
 def is_template(written: str) -> bool:

@@ -67,6 +67,16 @@ def test_the_answer_is_a_text_a_number_or_a_letter(tmp_path: Path, tokenizer: To
     assert right("C", answer="{{ 'AB'[c.index('two')] }}") == [1]
 
 
+def test_without_a_begin_token_a_choice_needs_a_prompt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_rows(tmp_path / "a.jsonl", [ROW, {**ROW, "q": ""}])
+    task, without = task_of(tmp_path, **CHOOSING), tokenizer.with_facts(bos_id=None)
+    assert len(asked(task, tokenizer).examples) == 2
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2: the prompt is empty, so that the first token of a choice can't be"
+    ):
+        asked(task, without)
+
+
 def test_several_columns_and_literal_texts_are_choices(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_rows(tmp_path / "a.jsonl", [{"q": "x", "A": "left", "B b": "right", "a": "B"}])
     task = task_of(tmp_path, **{**CHOOSING, "choices": ["{{ A }}", "{{ row['B b'] }}", "no"]})

@@ -189,6 +189,9 @@ def test_columns_that_hold_no_text_are_refused(folder: Path, tokenizer: Tokenize
         write_rows(folder / "a.jsonl", [{"question": "x", "answer": value}])
         with pytest.raises(UserError, match=sentence):
             asked(task_of(folder, **ASKING), tokenizer)
+    write_rows(folder / "a.jsonl", [{"question": None, "answer": "2"}])
+    with pytest.raises(UserError, match=r"the template of `prompt` fails: a value that it prints is null; the columns"):
+        asked(task_of(folder, **TEMPLATED), tokenizer)
     write_rows(folder / "a.jsonl", [["x"]])
     with pytest.raises(UserError, match=r"a\.jsonl:1: the row is a list"):
         asked(task_of(folder, **ASKING), tokenizer)

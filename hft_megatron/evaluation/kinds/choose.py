@@ -49,8 +49,13 @@ class Choose:
             row = question.row
             sequences = [next(answered) for _ in choices]
             for choice, (_, scored) in zip(choices, sequences, strict=True):
-                if not scored[1:].any():
+                if not scored.any():
                     raise UserError(f"{row.row.place}: the choice {choice!r} has no token to score; correct the row.")
+                if scored[0]:
+                    raise UserError(
+                        f"{row.row.place}: the prompt is empty, so that the first token of a choice can't be scored: "
+                        f"the tokenizer puts no begin token before it; give the row a prompt."
+                    )
             # The prompt is the same in front of all choices, and loses the same.
             longest, prompt = max((len(ids), int(np.argmax(scored))) for ids, scored in sequences)
             surplus = cuts.surplus(row.row.place, longest, prompt, window + 1, what)
