@@ -77,7 +77,7 @@ class EvaluateOptions:
     frontier_learning: str | None = None
     """What was learned, such as `lm loss validation/new`."""
     frontier_forgetting: str | None = None
-    """What may have been forgotten, such as `lm loss validation/old` or `stories/bits_per_byte`."""
+    """What may have been forgotten, such as `lm loss validation/old` or `tasks/stories/bits_per_byte`."""
     frontier_levels: Annotated[int, Ge(1)] = 5
     """Levels of learning, in equal steps up to the furthest that all methods reach."""
     layout: Layout = field(default_factory=Layout)

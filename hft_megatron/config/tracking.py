@@ -35,6 +35,13 @@ class LoggingConfig:
     """Iterations between validations; needs --valid-data-path, or --eval-iters where a corpus is pre-trained on."""
     eval_iters: Annotated[int, Ge(1)] | None = None
     """Global batches of one validation on each source; all of it when unset, and no validation on a corpus."""
+    eval_tasks: str | None = None
+    """YAML file of evaluation tasks, as of `hft-megatron evaluate`: put to the model as it trains, at the end of every
+    round and of the run."""
+    eval_tasks_interval: Annotated[int, Ge(1)] | None = None
+    """Also every so many iterations."""
+    eval_tasks_batch_size: Annotated[int, Ge(1)] = 16
+    """Sequences of a task that a data-parallel replica reads at once."""
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
@@ -49,6 +56,22 @@ class LoggingConfig:
     """With --profile: the last iteration that is profiled."""
     profile_ranks: tuple[int, ...] = ()
     """With --profile: the ranks that are profiled; rank 0 when unset."""
+
+
+def tasks_are_there(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Tasks are put to a model that trains, and what is said about them has some."""
+    options = config.logging
+    if options.eval_tasks is None:
+        if options.eval_tasks_interval is not None:
+            raise UserError(
+                f"--eval-tasks-interval {options.eval_tasks_interval} needs --eval-tasks; add it, or leave it out."
+            )
+        return
+    if config.training.train_iters == 0:
+        raise UserError(
+            f"--eval-tasks {options.eval_tasks} is for a model that trains, and --train-iters is 0; run `hft-megatron "
+            f"evaluate --model MODEL --tasks {options.eval_tasks}`."
+        )
 
 
 def profile_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:

@@ -37,6 +37,7 @@ _RULES: tuple[Rule, ...] = (
     optimizer.schedule_fits_the_run,
     optimizer.decoupled_rates_fit,
     optimizer.weight_decay_is_given_once,
+    tracking.tasks_are_there,
     tracking.profile_fits_the_run,
     *hft.METHOD_RULES,
     data.tokenizer_is_given,

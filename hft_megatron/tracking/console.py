@@ -24,6 +24,7 @@ from hft_megatron.tracking.tracker import (
     LOSS_SPIKE,
     NAN_ITERATIONS,
     NUM_ZEROS,
+    OF_TASKS,
     OF_VALIDATION,
     OPTIMIZER_TIME,
     PARAMS_NORM,
@@ -137,6 +138,12 @@ def validation_line(step: int, metrics: Metrics) -> str:
     return f" validation loss at iteration {step} | {' | '.join(fields)} | "
 
 
+def tasks_line(step: int, metrics: Metrics) -> str:
+    """One line of the values that tasks have after an iteration."""
+    values = (f"{name.removeprefix(OF_TASKS)}: {float(value):.4g}" for name, value in metrics.items())
+    return f" tasks at iteration {step} | {' | '.join(values)} | "
+
+
 def _columns(terminal: TextIO) -> int:
     try:
         return os.get_terminal_size(terminal.fileno()).columns
@@ -180,7 +187,10 @@ class ConsoleTracker:
         self._prints_lines = self._bar is None or not self._output.isatty()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Print a training record or a validation, told apart by the names in it."""
+        """Print a training record, a validation or values of tasks, told apart by the names in it."""
+        if all(name.startswith(OF_TASKS) for name in metrics):
+            self._print(tasks_line(step, metrics))
+            return
         if all(OF_VALIDATION in name for name in metrics):
             line = validation_line(step, metrics)
             self._print(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")

@@ -75,6 +75,15 @@ OPTIMIZER_BYTES = "optimizer bytes"
 REFERENCE_BYTES = "reference bytes"
 
 
+OF_TASKS = "tasks/"
+"""Before the name of what was measured in a task of --eval-tasks: ``tasks/gsm8k/exact_match``."""
+
+
+def of_task(task: str, measure: str) -> str:
+    """The name of a measure's value in a task."""
+    return f"{OF_TASKS}{task}/{measure}"
+
+
 def over_ranks(name: str, which: str) -> str:
     """The name of a time in milliseconds on the ``FASTEST`` or the ``SLOWEST`` rank."""
     return name.replace(" (ms)", f"{which} (ms)")

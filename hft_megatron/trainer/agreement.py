@@ -38,6 +38,8 @@ class _Read:
     plans: tuple[Plan, ...]
     valid: tuple[str, ...]
     """Sources of the validation data, with their digests."""
+    tasks: tuple[str, ...]
+    """Of --eval-tasks, with their digests."""
 
 
 def _read_by(inputs: Inputs) -> _Read:
@@ -49,6 +51,7 @@ def _read_by(inputs: Inputs) -> _Read:
         identity=inputs.identity,
         plans=inputs.plans,
         valid=tuple(f"{name} (digest {digest[:12]})" for name, digest in digests.items()),
+        tasks=tuple(f"{one.task.name} (digest {one.task.digest[:12]})" for one in inputs.tasks),
     )
 
 
@@ -69,6 +72,9 @@ def _first_difference(mine: _Read, theirs: _Read) -> str | None:
     for here, there in zip_longest(mine.valid, theirs.valid):
         if here != there:
             return f"the validation data is {there} instead of {here}"
+    for here, there in zip_longest(mine.tasks, theirs.tasks):
+        if here != there:
+            return f"the evaluation task is {there} instead of {here}"
     for what, our_value, their_value in differences(mine.identity, theirs.identity):
         return f"the {what} is {their_value} instead of {our_value}"
     return None

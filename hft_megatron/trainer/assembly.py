@@ -60,7 +60,7 @@ def train_and_export(
     ``of_a_stage``, it ends with a line instead of its whole bill.
     """
     start = prepare(read_inputs(method, options, shape, world_size), world_size, company)
-    hooks_of = partial(build_hooks, own=hooks, of_a_stage=of_a_stage)
+    hooks_of = partial(build_hooks, own=start.with_evaluations(hooks), of_a_stage=of_a_stage)
     with memory_errors_in_words(
         start.inputs, start.placement, plan=lambda: start.plan, when=lambda: "while loading or exporting"
     ):

@@ -23,6 +23,7 @@ from hft_megatron.data.order import describe_samples, with_iterations
 from hft_megatron.data.tokenizer import Tokenizer, fit_tokenizer
 from hft_megatron.data.tokenizer_loading import holds_tokenizer, load_tokenizer
 from hft_megatron.errors import UserError
+from hft_megatron.evaluation.outcomes import ReadTask
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans
 from hft_megatron.hft.rounds import RoundSchedule
@@ -33,6 +34,7 @@ from hft_megatron.parallel.groups import Placement
 from hft_megatron.tracking.trackers import check_tracking_packages
 from hft_megatron.trainer.method import Method, RunData
 from hft_megatron.trainer.rounds import Rounds, round_schedule, rounds_of_run
+from hft_megatron.trainer.task_evaluation import tasks_of_run
 
 _ROUNDS_DRAWN_AHEAD = 100
 """Enough for a full cycle of HiFT's groups in every LLaMA; at 70B they take less than a second."""
@@ -59,6 +61,8 @@ class Inputs:
     """Whether --finetune was given and --save holds a checkpoint already, which the run goes on from."""
     checkpoint: Path | None
     """The newest one there, that the run goes on from, or takes its first weights from."""
+    tasks: tuple[ReadTask, ...] = ()
+    """Of --eval-tasks."""
     plans: tuple[Plan, ...] = ()
     """Of --hft-plan, one per round; empty where plans are drawn."""
 
@@ -102,6 +106,7 @@ class Inputs:
             lines += self.data.describe()
             if self.data.samples is not None:
                 lines += describe_samples(self.data.samples, self.epochs, derived.train_iters(self.config.training))
+        lines += [note for one in self.tasks for note in one.read.notes]
         lines += self._leaves_random()
         if self.finetune_has_begun:
             lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
@@ -172,6 +177,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         found=found,
         finetune_has_begun=given.finetune and not config.checkpoint.finetune,
         checkpoint=checkpoint,
+        tasks=() if tokenizer is None else tasks_of_run(config, tokenizer, shape),
         plans=() if config.hft.hft_plan is None else load_plans(config.hft.hft_plan, shape),
     )
     _check_rounds(inputs, world_size)

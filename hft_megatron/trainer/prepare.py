@@ -1,6 +1,6 @@
 """A run before its model is built: its ranks in groups, agreed on what they read, with the plan they start with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from hft_megatron.config.derived import global_batch_size, train_iters
@@ -18,9 +18,11 @@ from hft_megatron.tracking.tracker import CompositeTracker
 from hft_megatron.tracking.trackers import build_tracker
 from hft_megatron.trainer.agreement import check_inputs_agree
 from hft_megatron.trainer.inputs import Inputs, scores_of_run
+from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.profiling import trace_folder
 from hft_megatron.trainer.resume import check_plan, idle_skips, with_schedule, with_sound_checkpoint
 from hft_megatron.trainer.rounds import Rounds
+from hft_megatron.trainer.task_evaluation import evaluations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,10 @@ class Prepared:
             data_parallel_size=self.placement.data_size,
             length_multiple=self.placement.tensor_size,
         )
+
+    def with_evaluations(self, hooks: Sequence[Hook]) -> list[Hook]:
+        """A user's hooks, behind the one that puts --eval-tasks to the model."""
+        return [*evaluations(self.inputs.tasks, self.inputs.tokenizer, self.config), *hooks]
 
     def training_steps(self) -> PrefetchedSteps:
         """This rank's part of every step, made one step ahead."""

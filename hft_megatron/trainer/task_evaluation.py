@@ -1,0 +1,82 @@
+"""Evaluation tasks during training: put to the weights as they are, in the run's own layout, without a copy of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.run import RunConfig
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import UserError
+from hft_megatron.evaluation.forward import ModelInPlace
+from hft_megatron.evaluation.outcomes import ReadTask, outcome_of, read_task
+from hft_megatron.evaluation.task_files import read_tasks
+from hft_megatron.tracking.tracker import of_task
+from hft_megatron.trainer.garbage import collected_around_validation
+from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.run import Run
+
+
+def tasks_of_run(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape) -> tuple[ReadTask, ...]:
+    """The tasks of --eval-tasks with their examples; none without it. UserError for each mistake in their files."""
+    file = config.logging.eval_tasks
+    if file is None:
+        return ()
+    tasks = read_tasks(Path(file))
+    generated = [task.name for task in tasks if task.kind == "generate"]
+    if generated and config.training.transformer_impl != "local":
+        raise UserError(
+            f"--eval-tasks {file}: {generated[0]} generates, for which keys and values are kept by the attention of "
+            f"--transformer-impl local; choose that one, or evaluate the checkpoints with `hft-megatron evaluate`."
+        )
+    return tuple(read_task(task, tokenizer, shape.max_position_embeddings) for task in tasks)
+
+
+@dataclass
+class EvaluateTasks(Hook):
+    """Records the values of all tasks every ``interval`` iterations, and at the end of every round and of the run."""
+
+    tasks: Sequence[ReadTask]
+    tokenizer: Tokenizer
+    interval: int | None
+    batch_size: int
+    _last: int = -1
+
+    def after_iteration(self, run: Run) -> None:
+        if self.interval is not None and run.state.iteration % self.interval == 0:
+            self._evaluate(run)
+
+    def at_round_end(self, run: Run) -> None:
+        self._evaluate(run)
+
+    def _evaluate(self, run: Run) -> None:
+        if self._last == run.state.iteration:
+            return
+        self._last = run.state.iteration
+        model = ModelInPlace(chunks=run.wrapped.modules, placement=run.placement)
+        values: dict[str, float] = {}
+        with collected_around_validation(run.config.training), run.wrapped.gathered_parameters():
+            for chunk in model.chunks:
+                chunk.eval()
+            for read in self.tasks:
+                outcome = outcome_of(read, model, self.tokenizer, batch_size=self.batch_size, say=run.announce)
+                values |= {of_task(read.task.name, name): value for name, value in outcome.values.items()}
+            for chunk in model.chunks:
+                chunk.train()
+        run.log(values)
+
+
+def evaluations(tasks: Sequence[ReadTask], tokenizer: Tokenizer | None, config: RunConfig) -> list[Hook]:
+    """The hook of a run that has tasks."""
+    if not tasks:
+        return []
+    assert tokenizer is not None
+    options = config.logging
+    return [
+        EvaluateTasks(
+            tasks=tasks,
+            tokenizer=tokenizer,
+            interval=options.eval_tasks_interval,
+            batch_size=options.eval_tasks_batch_size,
+        )
+    ]
