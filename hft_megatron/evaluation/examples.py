@@ -22,7 +22,8 @@ class EvalExample:
     """Ids of shape (tokens,) that generation continues; None where nothing is generated."""
     sequences: tuple[Encoded, ...] = ()
     """Ids and which of them are scored, both of shape (tokens,). The first token of a sequence is never scored: there
-    is nothing before it to expect it from."""
+    is nothing before it to expect it from. A sequence may have one token more than the model reads, because the last
+    one is only predicted."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the kind needs once there are answers: references, byte lengths, which choices are right."""
 

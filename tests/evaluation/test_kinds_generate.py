@@ -230,6 +230,19 @@ def test_an_object_without_the_list_of_rows_is_refused(folder: Path, tokenizer: 
             asked(task_of(folder, **settings), tokenizer)
 
 
+def test_few_shot_examples_may_be_of_another_split_of_a_trace_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for name, row in (("test", ROWS[0]), ("eval", ROWS[1]), ("train", ROWS[2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row, {**row, "answer": "none"}]))
+    settings = {**TEMPLATED, "files": ".", "fewshot": 1, "limit": 1, "fewshot_separator": "|"}
+    assert texts_of(tmp_path, tokenizer, **settings) == ["Q: 1+1?\nA: none|Q: 1+1?\nA:"]
+    assert texts_of(tmp_path, tokenizer, **settings, split="eval") == ["Q: 2+2?\nA: none|Q: 2+2?\nA:"]
+    assert texts_of(tmp_path, tokenizer, **settings, fewshot_split="train") == ["Q: 3+3?\nA: 6|Q: 1+1?\nA:"]
+
+
+def test_a_template_keeps_white_space_at_its_end(folder: Path, tokenizer: Tokenizer) -> None:
+    assert texts_of(folder, tokenizer, **{**ASKING, "prompt": "{{ question }} \n\n"}, limit=1) == ["1+1? \n\n"]
+
+
 def test_names_of_examples_tell_files_apart_wherever_these_are(folder: Path, tokenizer: Tokenizer) -> None:
     for name in ("x", "y"):
         (folder / name).mkdir()

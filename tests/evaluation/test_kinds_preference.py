@@ -99,3 +99,24 @@ def test_both_answers_to_a_long_prompt_lose_the_same(tmp_path: Path, tokenizer: 
     for (ids, scored), (all_ids, all_scored) in zip(cut.examples[0].sequences, whole.sequences, strict=True):
         assert ids.tolist() == [all_ids[0], *all_ids[2:]]
         assert scored.sum() == all_scored.sum()
+
+
+def test_answers_of_equal_tokens_are_no_pair(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    trimming = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim }}<|im_end|>{% endfor %}"
+    trimming += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    halves = [[{"role": "assistant", "content": text}] for text in ("yes", " yes ", "no")]
+    user = [{"role": "user", "content": "Say it"}]
+    rows = [{"prompt": user, "chosen": halves[0], "rejected": rejected} for rejected in halves[1:]]
+    write_rows(tmp_path / "a.jsonl", rows)
+    found = asked(task_of(tmp_path, **PAIRS), tokenizer.with_facts(chat_template=trimming))
+    assert [example.place for example in found.examples] == ["a.jsonl:2"]
+    assert found.counts["bad_pairs"] == 1
+
+
+def test_a_token_with_nothing_before_it_is_not_scored(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "", "chosen": "yes it is", "rejected": "no"}])
+    (example,) = asked(task_of(tmp_path, **PAIRS), tokenizer.with_facts(bos_id=None)).examples
+    for ids, scored in example.sequences:
+        assert not scored[0]
+        assert scored[1:].all()
+        assert ids[0] != tokenizer.bos_id
