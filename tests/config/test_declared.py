@@ -65,9 +65,10 @@ def test_marks_are_found_on_either_side_of_none() -> None:
 
 BOUNDS = {
     "at least 1": """
-        check_replicas_interval ddp_bucket_size decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
-        eval_interval eval_iters exit_interval ffn_hidden_size global_batch_size hft_audit_interval hidden_size
-        keep_last kv_channels log_interval lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
+        check_replicas_interval ddp_bucket_size decoder_first_pipeline_num_layers
+        decoder_last_pipeline_num_layers eval_interval eval_iters eval_tasks_batch_size eval_tasks_interval
+        exit_interval ffn_hidden_size global_batch_size hft_audit_interval hidden_size keep_last kv_channels
+        log_interval lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
         make_vocab_size_divisible_by max_position_embeddings micro_batch_size num_attention_heads num_layers
         num_layers_per_virtual_pipeline_stage num_query_groups packing_window pipeline_model_parallel_size
         profile_step_end recompute_num_layers save_hf_interval save_hf_keep save_interval save_retain_interval
