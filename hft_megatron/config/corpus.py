@@ -64,7 +64,7 @@ def corpus_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> No
         raise UserError(f"{given[0]} and {given[1]} are both given; keep one of them.")
     if data.train_data_path and corpus.split != CorpusConfig.split:
         raise UserError(f"--split {corpus.split} divides --data-path and not --train-data-path; leave one of them out.")
-    if data.valid_data_path and not data.train_data_path:
+    if data.valid_data_path and not data.train_data_path and not derived.only_validates(config):
         raise UserError(
             f"--valid-data-path {' '.join(data.valid_data_path)} goes with --train-data-path; give both, or leave it "
             f"out and have --split divide --data-path."
@@ -116,6 +116,8 @@ def validation_has_a_length(config: RunConfig, shape: ModelShape, world_size: in
         )
     if logging.eval_interval is not None and logging.eval_iters is None:
         raise UserError(f"--eval-interval {logging.eval_interval} needs --eval-iters; add it, or leave it out.")
+    if logging.eval_on_start and logging.eval_iters is None:
+        raise UserError("--eval-on-start needs --eval-iters; add it, or leave it out.")
     if config.corpus.mock_data:
         return
     if data.train_data_path:

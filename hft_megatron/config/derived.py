@@ -111,6 +111,13 @@ def train_iters(training: TrainingConfig) -> int:
     return DEFAULT_TRAIN_ITERS
 
 
+def only_validates(config: RunConfig) -> bool:
+    """Whether the command trains nothing (--train-iters 0) and measures its weights on validation data."""
+    corpus, data = config.corpus, config.data
+    of_corpus = config.logging.eval_iters is not None and (bool(corpus.data_path) or corpus.mock_data)
+    return config.training.train_iters == 0 and (bool(data.valid_data_path) or of_corpus)
+
+
 def known_train_iters(training: TrainingConfig) -> int | None:
     """Optimizer steps where these options say them; None where it takes the data or the ranks, or nothing is said."""
     if training.train_samples is None or training.global_batch_size is None:

@@ -168,7 +168,7 @@ DENSE = (
             refused("check-for-large-grads", "--loss-spike-threshold marks spikes of the loss"),
             refused("check-for-spiky-loss", "--loss-spike-threshold marks spikes of the loss"),
             refused("result-rejected-tracker-filename=", _PER_RUN),
-            refused("skip-train", "--train-iters 0 trains nothing; leave it out"),
+            refused("skip-train", "--train-iters 0 trains nothing and validates; leave it out"),
             refused("test-mode", "leave it out; validation is that of every run"),
             refused("phase-transition-iterations=", "--stages has stages that follow one another"),
         ),

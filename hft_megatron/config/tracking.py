@@ -42,6 +42,8 @@ class LoggingConfig:
     """Also every so many iterations."""
     eval_tasks_batch_size: Annotated[int, Ge(1)] = 16
     """Sequences of a task that a data-parallel replica reads at once."""
+    eval_on_start: bool = False
+    """Validate before the first step, too, which is recorded at iteration 0."""
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None

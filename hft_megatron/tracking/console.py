@@ -174,7 +174,7 @@ class ConsoleTracker:
         self._output = output or sys.stdout
         progress = progress or sys.stderr
         self._bar = None
-        if progress.isatty() and _columns(progress) > 0:
+        if train_iters > 0 and progress.isatty() and _columns(progress) > 0:
             from tqdm import tqdm  # only when a person watches
 
             self._bar = tqdm(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -22,8 +23,9 @@ class JsonlTracker:
 
     is_dashboard: ClassVar[bool] = False
 
-    def __init__(self, path: Path, *, start_iteration: int) -> None:
-        """Open ``path`` for a run that goes on after ``start_iteration`` (0 for a fresh run).
+    def __init__(self, path: Path, *, kept_until: float) -> None:
+        """Open ``path`` for a run that goes on after the iteration ``kept_until``: 0 for a fresh run, or -1 where that
+        validates before its first step; infinite for what is no run.
 
         Lines of later iterations are dropped first: the run that wrote them died before its next checkpoint, and
         they come again. Raises ``UserError`` naming the line when the file is not a record of ours, and where it
@@ -33,7 +35,7 @@ class JsonlTracker:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _drop_lines_after(path, start_iteration)
+                _drop_lines_after(path, kept_until)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} can't be written: {error}; make room, or choose another --save folder.") from error
@@ -56,12 +58,17 @@ class JsonlTracker:
             self._file.close()
 
 
-def _drop_lines_after(path: Path, iteration: int) -> None:
-    """Keep the lines up to ``iteration``; replace the file in one step, so that a kill here loses nothing."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+def _drop_lines_after(path: Path, iteration: float) -> None:
+    """Keep the lines up to ``iteration``; replace the file in one step, so that a kill here loses nothing.
+
+    It is left alone where all lines are kept: another process may be writing on.
+    """
+    found = lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # a run was killed while it wrote
+        lines = lines[:-1]  # a run was killed while it wrote
     kept = [line for number, line in enumerate(lines, 1) if _iteration_of(line, f"{path}:{number}") <= iteration]
+    if kept == found:
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
@@ -82,11 +89,12 @@ class TensorBoardTracker:
 
     is_dashboard: ClassVar[bool] = True
 
-    def __init__(self, folder: str, *, start_iteration: int) -> None:
-        """Write event files into ``folder``; a resumed run hides the events of iterations it does again."""
+    def __init__(self, folder: str, *, kept_until: float) -> None:
+        """Write event files into ``folder``; a run that is resumed after ``kept_until`` hides the events of iterations
+        it does again."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only when asked for
 
-        purge_step = start_iteration + 1 if start_iteration > 0 else None
+        purge_step = int(kept_until) + 1 if 0 < kept_until < math.inf else None
         self._writer = SummaryWriter(log_dir=folder, purge_step=purge_step)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -150,12 +158,14 @@ def build_tracker(
     save: str | None,
     train_iters: int,
     start_iteration: int,
+    kept_until: float,
     resolved_config: Mapping[str, Any],
     is_writer: bool,
 ) -> CompositeTracker:
     """The trackers of this rank: on the writing rank the console, metrics.jsonl (with --save) and what was asked for.
 
-    ``start_iteration`` is the last iteration of the loaded checkpoint, 0 for a fresh run. ``resolved_config`` is what
+    ``start_iteration`` is the last iteration of the loaded checkpoint, 0 for a fresh run; ``kept_until``
+    is the last one whose records stay (infinite: all). ``resolved_config`` is what
     wandb shows as the run's options; it must hold options only, nothing from the environment. Raises ``UserError`` on
     every rank when a package is missing.
     """
@@ -164,9 +174,9 @@ def build_tracker(
         return CompositeTracker()
     trackers: list[Tracker] = []
     if save is not None:
-        trackers.append(JsonlTracker(Path(save) / FILE_NAME, start_iteration=start_iteration))
+        trackers.append(JsonlTracker(Path(save) / FILE_NAME, kept_until=kept_until))
     if logging.tensorboard_dir is not None:
-        trackers.append(TensorBoardTracker(logging.tensorboard_dir, start_iteration=start_iteration))
+        trackers.append(TensorBoardTracker(logging.tensorboard_dir, kept_until=kept_until))
     if logging.wandb_project is not None:
         trackers.append(
             WandbTracker(

@@ -30,7 +30,8 @@ def run_training(
     hooks: Sequence[Hook] = (),
     signals: Signals | None = None,
 ) -> None:
-    """Trains (or, with --train-iters 0, converts) and exports; every rank calls it under torchrun's environment.
+    """Trains (or, with --train-iters 0, validates and converts) and exports; every rank calls it under torchrun's
+    environment.
 
     Raises UserError for a user's mistake before a model is built, PeersLost where the ranks do not meet, Stopped after
     a signal or a time limit and the checkpoint. A host that is lost later is named to ``on_loss``, on another
@@ -73,14 +74,15 @@ def train_and_export(
 
 
 def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Hook]], signals: Signals) -> int:
-    """Builds the model, trains where there is a tracker, and exports; returns the last round."""
+    """Builds the model, trains it or measures it as it is, and exports; returns the last round."""
     inputs, placement, announce, config = start.inputs, start.placement, start.announce, start.config
     chunks = starting_model(inputs, placement, announce)
     reference = None
     if start.tracker is not None and inputs.method.reference is not None:
         reference = inputs.method.reference(inputs, chunks, start.rounds, start.share, placement, announce)
     exporter = Exporter(config.checkpoint, inputs, placement, announce)
-    if start.tracker is None and not inputs.resumes:
+    if not start.trains and not inputs.resumes:
+        start.validate(chunks, reference, 0)
         exporter.export_at_end(chunks, frozenset(), 0)
         return inputs.position.round
     wrapped = wrap(
@@ -93,8 +95,9 @@ def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Ho
         steps_per_unit=config.hft.hft_moments == "carry",
     )
     state = starting_state(inputs, placement, wrapped, announce)
-    if start.tracker is not None:
+    if start.trains:
         assert inputs.data is not None
+        assert start.tracker is not None
         write_run_files(inputs, start.scores, announce)
         signals.listen()
         run = Run(
@@ -114,6 +117,8 @@ def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Ho
         _train(run, start, partial(hooks_of, exporter=exporter, signals=signals))
         wrapped, state = run.wrapped, run.state
     with wrapped.gathered_parameters():
+        if not start.trains:
+            start.validate(chunks, reference, state.iteration)
         exporter.export_at_end(chunks, start.rounds.trained_until(state.round), state.iteration)
     signals.close()  # not before, so that what is trained is exported, and not after a failure
     return state.round

@@ -248,9 +248,11 @@ class LogSteps(Hook):
 
 @dataclass
 class Validate(Hook):
-    """Records what validation measures every --eval-interval steps and at the end."""
+    """Records what validation measures every --eval-interval steps and at the end, and before the first step where
+    --eval-on-start asks for it."""
 
     interval: int | None
+    on_start: bool
     _last: int = -1
     _measured: dict[str, float] = field(default_factory=dict)
 
@@ -263,6 +265,10 @@ class Validate(Hook):
         # The last rank is of the last pipeline stage, where losses are.
         dist.broadcast_object_list(measured, src=run.placement.world_size - 1)
         return measured[0]
+
+    def at_round_start(self, run: Run) -> None:
+        if self.on_start and run.state.iteration == 0:
+            self._validate(run)
 
     def after_iteration(self, run: Run) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
@@ -321,7 +327,7 @@ def build_hooks(
     hooks.append(CheckReplicas(config.training.check_replicas_interval))
     measured = None
     if run.validation:
-        validation = Validate(config.logging.eval_interval)
+        validation = Validate(config.logging.eval_interval, config.logging.eval_on_start)
         measured = validation.measured_after_step
         hooks.append(validation)
     hooks += own

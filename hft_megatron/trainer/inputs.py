@@ -51,7 +51,7 @@ class Inputs:
     tokenizer: Tokenizer | None
     """None only where a model without tokenizer files is converted."""
     data: RunData | None
-    """None where nothing is trained."""
+    """None where nothing is trained or validated on."""
     epochs: int | None
     """Those of --train-epochs; ``config`` has the iterations that they are."""
     identity: RunIdentity
@@ -119,7 +119,8 @@ class Inputs:
     def _leaves_random(self) -> list[str]:
         """A warning where weights that nothing has trained stay as they were drawn, to the end of the run."""
         hft, is_random = self.config.hft, self.config.model.load_hf is None and self.checkpoint is None
-        if not (is_random and self.data is not None and hft.hft_ratio < 1 and hft.hft_round_interval == "stage"):
+        trains = self.config.training.train_iters != 0
+        if not (is_random and trains and hft.hft_ratio < 1 and hft.hft_round_interval == "stage"):
             return []
         return [
             f"warning: the model starts from random weights, and --hft-ratio {hft.hft_ratio} leaves what it freezes "
@@ -145,7 +146,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     validate(config, shape, world_size, method.name)
     data = None
     epochs = config.training.train_epochs
-    if config.training.train_iters != 0:
+    if config.training.train_iters != 0 or derived.only_validates(config):
         assert tokenizer is not None
         data = method.read_data(config, tokenizer, shape, world_size)
         if data.samples is not None:
@@ -266,8 +267,8 @@ def tokenizer_and_shape(options: RunConfig, shape: ModelShape | None) -> tuple[T
 
 def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
     path = derived.tokenizer_path(options)
-    converts_only = options.training.train_iters == 0 and options.data.tokenizer_model is None
-    if converts_only and not holds_tokenizer(path):
+    converts_only = options.training.train_iters == 0 and not derived.only_validates(options)
+    if converts_only and options.data.tokenizer_model is None and not holds_tokenizer(path):
         if options.data.chat_template is not None:
             raise UserError(
                 f"--chat-template {options.data.chat_template} needs a tokenizer, but {path} has none; name one with "

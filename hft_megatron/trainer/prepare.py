@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf
 
 from hft_megatron.config.derived import global_batch_size, train_iters
 from hft_megatron.config.parallel import pipeline_words
 from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import BatchShare, PrefetchedSteps
 from hft_megatron.engine import cpu_backend
+from hft_megatron.errors import RunFailed
 from hft_megatron.hft.plan import Plan
-from hft_megatron.model.llama import check_implementation
+from hft_megatron.model.llama import LlamaModel, check_implementation
 from hft_megatron.optimizer.wrapping import adam_in_use
 from hft_megatron.parallel.consensus import gathered, together
 from hft_megatron.parallel.groups import Placement, make_deterministic, start_groups
@@ -22,7 +24,9 @@ from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.profiling import trace_folder
 from hft_megatron.trainer.resume import check_plan, idle_skips, with_schedule, with_sound_checkpoint
 from hft_megatron.trainer.rounds import Rounds
+from hft_megatron.trainer.run import Reference
 from hft_megatron.trainer.task_evaluation import evaluations
+from hft_megatron.trainer.validation import measure_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,10 @@ class Prepared:
     rounds: Rounds
     plan: Plan
     """Of the round that the run starts in."""
+    trains: bool
+    """Whether there is anything but a conversion, or a validation of the weights as they are."""
     tracker: CompositeTracker | None
-    """None where nothing is trained."""
+    """None where nothing is trained or validated on."""
 
     @property
     def config(self) -> RunConfig:
@@ -67,6 +73,33 @@ class Prepared:
         assert self.inputs.data is not None
         stop = self.share.sizes.samples_before(train_iters(self.config.training))
         return PrefetchedSteps(self.inputs.data.training(self.share), stop=stop)
+
+    def validate(self, chunks: Sequence[LlamaModel], reference: Reference | None, iteration: int) -> None:
+        """Records what validation measures on weights that nothing trains, and closes the tracker; collective.
+
+        Does nothing where there is nothing to validate on. ``chunks`` must hold their weights whole.
+        """
+        if self.tracker is None:
+            return
+        assert self.inputs.data is not None
+        failure = None
+        try:
+            measured = measure_sources(
+                self.inputs.data.validation(self.share),
+                chunks,
+                self.inputs.method.objective(self.config),
+                reference,
+                self.placement,
+                iteration=iteration,
+            )
+            if metrics := measured.metrics():
+                self.tracker.log(iteration, metrics)
+        except RunFailed as failed:  # on the rank that writes
+            failure = str(failed)
+        finally:
+            self.tracker.close()
+        for said in filter(None, gathered(failure)):
+            raise RunFailed(said)
 
 
 def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
@@ -102,7 +135,8 @@ def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
         scores=scores,
         rounds=rounds,
         plan=plan,
-        tracker=_tracker(inputs, placement) if trains else None,
+        trains=trains,
+        tracker=None if inputs.data is None else _tracker(inputs, placement, trains=trains),
     )
 
 
@@ -115,9 +149,14 @@ def _with_dtype(inputs: Inputs) -> Inputs:
     return replace(inputs, config=replace(inputs.config, training=replace(training, bf16=bf16)))
 
 
-def _tracker(inputs: Inputs, placement: Placement) -> CompositeTracker:
+def _tracker(inputs: Inputs, placement: Placement, *, trains: bool) -> CompositeTracker:
     """The trackers of this rank; what one rank is refused (a dashboard, a file), all ranks raise."""
     mine: list[CompositeTracker] = []
+    kept_until: float = inputs.position.iteration
+    if not trains:
+        kept_until = inf
+    elif kept_until == 0 and inputs.config.logging.eval_on_start:
+        kept_until = -1
 
     def build() -> None:
         tracker = build_tracker(
@@ -125,6 +164,7 @@ def _tracker(inputs: Inputs, placement: Placement) -> CompositeTracker:
             save=inputs.config.checkpoint.save,
             train_iters=train_iters(inputs.config.training),
             start_iteration=inputs.position.iteration,
+            kept_until=kept_until,
             resolved_config=asdict(inputs.config),
             is_writer=placement.is_last_rank,
         )

@@ -82,6 +82,7 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
     (1, "--load-hf MODEL --mock-data --train-data-path x", ["--mock-data and --train-data-path x are both given"]),
     (1, f"{APART} --split 9,1", ["--split 9,1 divides --data-path and not --train-data-path"]),
     (1, f"{APART} --valid-data-path x", ["--valid-data-path x needs --eval-iters; add it"]),
+    (1, f"{APART} --eval-on-start", ["--eval-on-start needs --eval-iters; add it"]),
     (1, f"{APART} --eval-iters 2", ["--eval-iters 2 needs --valid-data-path beside --train-data-path"]),
     (
         1,

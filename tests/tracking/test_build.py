@@ -19,6 +19,7 @@ def build_for(logging: LoggingConfig, *, save: Path | None = None, is_writer: bo
         save=None if save is None else str(save),
         train_iters=10,
         start_iteration=0,
+        kept_until=0,
         resolved_config={"optimizer": {"lr": 1e-5}},
         is_writer=is_writer,
     )

@@ -139,6 +139,36 @@ def test_validation_goes_through_its_part_of_the_corpus(ranks: RankPools, inputs
     assert len(set(seen[0])) == 3
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["--split", "--valid-data-path"])
+def test_a_corpus_validates_before_the_first_step_and_without_one(
+    ranks: RankPools, inputs: Path, tmp_path: Path, apart: bool
+) -> None:
+    """With a rate of zero, so that all differ by their samples alone."""
+    words = words_for(inputs, "--lr", 0, "--min-lr", 0, "--lr-warmup-iters", 0, "--eval-interval", 2)
+    words += ["--eval-iters", "1"]
+    place = words.index("--data-path")
+    valid = ["--valid-data-path", str(inputs / "b")] if apart else []
+    train = ["--train-data-path", str(inputs / "a")] if apart else words[place : place + 7]
+    without = [*words[:place], *words[place + 7 :], *valid]
+
+    def validated(save: str, *options: str) -> list[tuple[int, float]]:
+        given = [*without, *options, "--save", str(tmp_path / save)]
+        ranks(1).run(run_method_words, method="pretrain", words=given)
+        lines = read_metrics(tmp_path / save)
+        name = "lm loss validation"
+        return [(line["iteration"], line[name]) for line in lines if name in line]
+
+    start, first, second = validated("run", *train, "--train-iters", "4", "--eval-on-start")
+    assert [start[0], first[0], second[0]] == [0, 2, 4]
+    assert start[1] == first[1] != second[1]
+    # Of a corpus that is gone through more than once, how often decides the order.
+    same = [start] if apart else [(0, pytest.approx(start[1], rel=0.05))]
+    nothing = [*(() if apart else train), "--train-iters", "0"]
+    assert validated("nothing", *nothing) == same
+    loaded = validated("nothing", *nothing, "--load", str(tmp_path / "run"))
+    assert loaded[1:] == [(4, pytest.approx(loaded[0][1], rel=1e-12))]
+
+
 def test_sources_of_their_own_for_training_and_validation_are_the_same_run_as_one_that_is_not_divided(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

@@ -191,8 +191,9 @@ class SharedReference(Hook):
 
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``; collective."""
-        assert self._wrapped is not None, "a round begins before its first step"
-        with self._wrapped.gathered_parameters(), self._put_back():
+        # Without a round nothing trains, and whoever validates has the weights whole.
+        gathered = contextlib.nullcontext() if self._wrapped is None else self._wrapped.gathered_parameters()
+        with gathered, self._put_back():
             log_probs = reference_pass(self._chunks, batch)
         _attach(batch, log_probs)
 

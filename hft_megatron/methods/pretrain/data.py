@@ -90,8 +90,9 @@ class CorpusValidation:
     """Validations stand at its multiples and at the end of the run; only there when None."""
 
     def steps(self, iteration: int) -> Iterator[StepBatch]:
-        """``eval_iters`` steps, which follow from the number of validations before this one."""
-        before = 0 if self.eval_interval is None else (iteration - 1) // self.eval_interval
+        """``eval_iters`` steps, which follow from the number of validations before this one; that of --eval-on-start
+        takes the steps of the one after it, so that the two differ by the weights alone."""
+        before = 0 if self.eval_interval is None else max(0, iteration - 1) // self.eval_interval
         for step in range(before * self.eval_iters, (before + 1) * self.eval_iters):
             yield self.batches.step(step * self.batches.share.global_batch_size)
 
@@ -116,7 +117,7 @@ class CorpusData:
     """No epochs: all passes over a corpus are shuffled together."""
 
     @property
-    def digest(self) -> str:
+    def digest(self) -> str | None:
         return self.corpus.digest
 
     @property
@@ -125,18 +126,16 @@ class CorpusData:
         return {}
 
     @property
-    def order_digest(self) -> str:
+    def order_digest(self) -> str | None:
         return self.corpus.order_digest
 
     def describe(self) -> list[str]:
         apart = [] if self.end is None else [f"documents see only themselves: each ends with the token {self.end}"]
-        return [
-            *self.corpus.lines,
-            *apart,
-            f"{self.counts.train:,} samples of {self.counts.seq_length:,} tokens to train on",
-        ]
+        to_train = f"{self.counts.train:,} samples of {self.counts.seq_length:,} tokens to train on"
+        return [*self.corpus.lines, *apart, *([to_train] if self.counts.train else [])]
 
     def training(self, share: BatchShare) -> CorpusBatches:
+        assert self.corpus.train is not None
         return self._batches(self.corpus.train, share)
 
     def validation(self, share: BatchShare) -> dict[str, CorpusValidation]:
@@ -148,7 +147,8 @@ class CorpusData:
         steps = CorpusValidation(
             batches=self._batches(self.corpus.valid, full),
             eval_iters=self.logging.eval_iters,
-            eval_interval=self.logging.eval_interval,
+            # A single validation is the first, wherever the weights are from.
+            eval_interval=self.logging.eval_interval if self.counts.train else None,
         )
         return {"corpus": steps}
 

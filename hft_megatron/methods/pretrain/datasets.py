@@ -76,11 +76,12 @@ class CorpusSources:
 class Corpus:
     """Samples in the order in which a run takes them."""
 
-    train: Samples
+    train: Samples | None
+    """None where nothing is trained."""
     valid: Samples | None
-    digest: str
-    """Of the files and their weights."""
-    order_digest: str
+    digest: str | None
+    """Of the files that are trained on and their weights."""
+    order_digest: str | None
     """Of the order of the training samples."""
     lines: tuple[str, ...]
     """For the log."""
@@ -92,7 +93,7 @@ def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules) 
     return Corpus(
         train=train,
         valid=valid,
-        digest=_sha256("mock data"),
+        digest=_sha256("mock data") if counts.train else None,
         order_digest=_order_digest(train),
         lines=("--mock-data: counting numbers, in thirds for training, validation and test whatever --split says",),
     )
@@ -102,6 +103,8 @@ def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules) 
 class _Part:
     """What is taken for one purpose."""
 
+    number: int
+    """As megatron-core counts them: 0 for training, 1 for validation."""
     what: str
     wanted: int
     """Samples."""
@@ -131,12 +134,13 @@ def read_corpus(
     if sources.split is not None:
         built = _build_parts(parts, {"blend": _blend(sources.train), "split": sources.split}, tokenizer, counts, rules)
     else:
-        built = [
-            _build_parts([part], {"blend_per_split": _only(number, part)}, tokenizer, counts, rules)[number]
-            for number, part in enumerate(parts)
-        ]
-    train, valid = [*built, None][:2]
-    for part, samples in zip(parts, (train, valid), strict=False):
+        built = [None, None]
+        for part in parts:
+            blends = {"blend_per_split": _only(part.number, part)}
+            built[part.number] = _build_parts([part], blends, tokenizer, counts, rules)[part.number]
+    train, valid = built
+    for part in parts:
+        samples = built[part.number]
         if len(samples) < part.wanted:
             raise UserError(
                 f"{part.option}: one pass over all sources is {len(samples)} samples of {counts.seq_length} tokens, "
@@ -146,12 +150,19 @@ def read_corpus(
     if rules.kept_in is not None:
         lines.append(f"indices of samples are kept in {rules.kept_in}")
     is_weighted = _blend(sources.train)[1] is not None
-    digest = _sha256(*(f"{held[one.path].digest} {one.weight if is_weighted else None}" for one in sources.train))
-    return Corpus(train=train, valid=valid, digest=digest, order_digest=_order_digest(train), lines=tuple(lines))
+    trained = () if train is None else sources.train
+    digests = [f"{held[one.path].digest} {one.weight if is_weighted else None}" for one in trained]
+    return Corpus(
+        train=train,
+        valid=valid,
+        digest=_sha256(*digests) if digests else None,
+        order_digest=_order_digest(train),
+        lines=tuple(lines),
+    )
 
 
 def _parts(sources: CorpusSources, counts: SampleCounts) -> list[_Part]:
-    """Those that something is taken from: training, and validation where it is asked for."""
+    """Those that something is taken from: training and validation, where they are asked for."""
     everything = (0.0, 1.0)
     within: list[tuple[float, float]] = [everything, everything]
     options = ["--train-data-path", "--valid-data-path"]
@@ -160,6 +171,7 @@ def _parts(sources: CorpusSources, counts: SampleCounts) -> list[_Part]:
         within = [part or (1.0, 1.0) for part in convert_split_vector_to_split_matrix(_normalized(sources.split))]
         options = ["--data-path"] * 2
     train = _Part(
+        number=0,
         what="training",
         wanted=counts.train,
         asked_by="--train-iters",
@@ -169,6 +181,7 @@ def _parts(sources: CorpusSources, counts: SampleCounts) -> list[_Part]:
     )
     valid = replace(
         train,
+        number=1,
         what="validation",
         wanted=counts.valid,
         asked_by="--eval-iters",
@@ -176,7 +189,7 @@ def _parts(sources: CorpusSources, counts: SampleCounts) -> list[_Part]:
         sources=sources.train if sources.split is not None else sources.valid,
         within=within[1],
     )
-    return [train, valid] if counts.valid else [train]
+    return [part for part in (train, valid) if part.wanted]
 
 
 def _blend(sources: Sequence[DataSource]) -> tuple[list[str], list[float] | None]:
@@ -238,7 +251,10 @@ def _build(blends: dict[str, Any], tokenizer: Tokenizer, counts: SampleCounts, r
     )
     if config.split_matrix is not None:
         # A part that nobody asked for may be empty, and megatron-core counts passes over nothing without end.
-        config.split_matrix[1:] = [config.split_matrix[1] if counts.valid else None, None]
+        wanted = (counts.train, counts.valid, 0)
+        config.split_matrix[:] = [
+            part if count else None for part, count in zip(config.split_matrix, wanted, strict=True)
+        ]
     kind = GPTDataset if rules.kept_in is None else kept_in(rules.kept_in)
     builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if config.mock else kind, [counts.train, counts.valid, 0], lambda: True, config
@@ -289,8 +305,10 @@ def _normalized(split: str) -> list[float]:
     return shares
 
 
-def _order_digest(train: Any) -> str:
+def _order_digest(train: Any) -> str | None:
     """Equal for two numbers of samples of which the smaller one's order is the beginning of the larger one's."""
+    if train is None:
+        return None
     datasets = getattr(train, "datasets", [train])
     digest = hashlib.sha256(repr(getattr(train, "weights", None)).encode())
     for dataset in datasets:
