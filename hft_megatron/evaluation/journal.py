@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.errors import UserError
+from hft_megatron.errors import RankFailed, UserError
 from hft_megatron.evaluation.examples import Answer, Generated, SequenceScore, TextDifference
 
-ENDING = ".unfinished.jsonl"
-"""Follows the name of the result file."""
+
+def journal_of(output: Path) -> Path:
+    """The journal of an evaluation with this result file."""
+    return output.with_name(f"{output.name}.unfinished.jsonl")
 
 
 class Journal:
@@ -22,44 +24,71 @@ class Journal:
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
         """Reads what an earlier command has left. UserError where that was another evaluation, or can't be read."""
-        self.path = output.with_name(output.name + ENDING)
+        self.path = journal_of(output)
         self.answers: dict[tuple[str, str], dict[int, list[Answer]]] = {}
         """Found, by model, task and number of the batch."""
         lines = self._read()
-        if not lines:
-            lines = [json.dumps(settings, sort_keys=True)]
-        elif lines[0] != json.dumps(settings, sort_keys=True):
-            raise UserError(
-                f"--output {output}: {self.path.name} is of an evaluation with other {_differing(lines[0], settings)}; "
-                f"give that command again to finish it, delete the file, or choose another --output."
-            )
-        for line in lines[1:]:
-            noted = json.loads(line)
-            batches = self.answers.setdefault((noted["model"], noted["task"]), {})
-            batches[noted["batch"]] = [_answer(one) for one in noted["answers"]]
+        if lines:
+            self._check(lines[0], settings, output)
+        for number, line in enumerate(lines[1:], start=2):
+            self._take(line, number)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="ascii")
             # Without what was torn.
-            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+            if not lines:
+                self._write(settings)
         except OSError as error:
             raise UserError(
                 f"--output {output} can't be written: {error}; make room, or choose another folder."
             ) from error
 
     def _read(self) -> list[str]:
+        """The whole lines."""
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_bytes()
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(f"--output: {self.path} can't be read ({error}); delete it to begin anew.") from error
-        return text.split("\n")[:-1]
+        # A byte stays a letter, so that the length is the file's; JSON that is damaged is found below.
+        return text.decode("latin-1").split("\n")[:-1]
+
+    def _check(self, header: str, settings: Mapping[str, Any], output: Path) -> None:
+        try:
+            held = json.loads(header)
+        except ValueError:
+            held = None
+        if not isinstance(held, dict):
+            raise UserError(f"{self.path}:1 is damaged; delete the file to begin anew.")
+        wanted = json.loads(json.dumps(settings))
+        if held != wanted:
+            raise UserError(
+                f"--output {output}: {self.path.name} is of an evaluation with other {differing(held, wanted)}; give "
+                f"that command again to finish it, delete the file, or choose another --output."
+            )
+
+    def _take(self, line: str, number: int) -> None:
+        try:
+            noted = json.loads(line)
+            answers = [_answer(one) for one in noted["answers"]]
+            self.answers.setdefault((noted["model"], noted["task"]), {})[int(noted["batch"])] = answers
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path}:{number} is damaged; delete the file to begin anew.") from error
 
     def add(self, model: str, task: str, batch: int, answers: Sequence[Answer]) -> None:
-        """Writes a batch, so that it is on the disk afterwards. Raises OSError."""
+        """Writes a batch, so that it is on the disk afterwards. Raises RankFailed where it can't be."""
         noted = {"model": model, "task": task, "batch": batch, "answers": [asdict(answer) for answer in answers]}
-        self._file.write(json.dumps(noted) + "\n")
+        try:
+            self._write(noted)
+        except OSError as error:
+            raise RankFailed(
+                f"rank 0 can't write {self.path}: {error}; make room, and give the command again to go on from there."
+            ) from error
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(value) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -67,7 +96,7 @@ class Journal:
         """Closes the file; with ``finished`` it is not needed any more."""
         self._file.close()
         if finished:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
 
 
 def _answer(noted: Mapping[str, Any]) -> Answer:
@@ -76,9 +105,10 @@ def _answer(noted: Mapping[str, Any]) -> Answer:
     return TextDifference(**noted) if "base_nats" in noted else SequenceScore(**noted)
 
 
-def _differing(header: str, settings: Mapping[str, Any]) -> str:
-    try:
-        held = json.loads(header)
-        return ", ".join(sorted(key for key in {*held, *settings} if held.get(key) != settings.get(key)))
-    except (ValueError, TypeError, AttributeError):
-        return "settings"
+def differing(held: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Names of what two evaluations have of their own, for a sentence."""
+    names = sorted(key for key in {*held, *settings} if held.get(key) != settings.get(key))
+    one, other = held.get("settings"), settings.get("settings")
+    if names == ["settings"] and isinstance(one, Mapping) and isinstance(other, Mapping):
+        names = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    return ", ".join(name.replace("_", " ") for name in names)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.errors import UserError
+from hft_megatron.evaluation.journal import journal_of
 
 FORMAT = 1
 """Version of the result file."""
@@ -21,7 +22,9 @@ def check_output(output: Path) -> None:
     """UserError where a result file would be written over another one, or can't be written."""
     if output.suffix != ".json":
         raise UserError(f"--output {output}: the result file is JSON; give it a name that ends in .json.")
-    for path in (output, predictions_of(output)):
+    # Predictions beside a journal are of a command that was killed before it wrote the results: it resumes.
+    unfinished = journal_of(output).exists()
+    for path in (output, *(() if unfinished else (predictions_of(output),))):
         if path.exists():
             raise UserError(f"--output {output}: {path} is there already; remove it, or choose another name.")
 
@@ -31,7 +34,7 @@ def write_results(
 ) -> None:
     """Writes both files, the predictions first, so that a result file is complete. UserError where they can't be."""
     lines = [
-        json.dumps({"model": model, "task": task, **record}, ensure_ascii=False)
+        _json({"model": model, "task": task, **record})
         for (model, task), of_task in records.items()
         for record in of_task
     ]
@@ -40,8 +43,18 @@ def write_results(
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(predictions, "".join(f"{line}\n" for line in lines))
         whole = {**results, "predictions": predictions.name}
-        write_atomically(output, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(output, _json(whole, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"--output {output} can't be written: {error}; make room, and give the command again."
         ) from error
+
+
+def _json(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """As UTF-8 can hold it: where a text has half of a surrogate pair, all but ASCII is escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    return text
