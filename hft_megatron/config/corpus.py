@@ -116,7 +116,7 @@ def validation_has_a_length(config: RunConfig, shape: ModelShape, world_size: in
         )
     if logging.eval_interval is not None and logging.eval_iters is None:
         raise UserError(f"--eval-interval {logging.eval_interval} needs --eval-iters; add it, or leave it out.")
-    if logging.eval_on_start and logging.eval_iters is None:
+    if logging.eval_on_start and logging.eval_iters is None and logging.eval_tasks is None:
         raise UserError("--eval-on-start needs --eval-iters; add it, or leave it out.")
     if config.corpus.mock_data:
         return

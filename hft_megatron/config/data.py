@@ -237,7 +237,8 @@ def packing_is_asked_for(config: RunConfig, shape: ModelShape, world_size: int) 
 
 def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Asking for validation without data to validate on is a forgotten option."""
-    for name in ("eval_interval", "eval_iters", "eval_on_start"):
+    names = ["eval_interval", "eval_iters", *(["eval_on_start"] if config.logging.eval_tasks is None else [])]
+    for name in names:
         value = getattr(config.logging, name)
         if value not in (None, False) and not config.data.valid_data_path:
             given = flag(name) if value is True else f"{flag(name)} {value}"

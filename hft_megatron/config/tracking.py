@@ -43,7 +43,7 @@ class LoggingConfig:
     eval_tasks_batch_size: Annotated[int, Ge(1)] = 16
     """Sequences of a task that a data-parallel replica reads at once."""
     eval_on_start: bool = False
-    """Validate before the first step, too, which is recorded at iteration 0."""
+    """Validate, and put --eval-tasks to the model, before the first step, too; recorded at iteration 0."""
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None

@@ -34,13 +34,19 @@ def tasks_of_run(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape) -> 
 
 @dataclass
 class EvaluateTasks(Hook):
-    """Records the values of all tasks every ``interval`` iterations, and at the end of every round and of the run."""
+    """Records the values of all tasks every ``interval`` iterations, at the end of every round and of the run, and
+    before the first step where --eval-on-start asks for it."""
 
     tasks: Sequence[ReadTask]
     tokenizer: Tokenizer
     interval: int | None
+    on_start: bool
     batch_size: int
     _last: int = -1
+
+    def at_round_start(self, run: Run) -> None:
+        if self.on_start and run.state.iteration == 0:
+            self._evaluate(run)
 
     def after_iteration(self, run: Run) -> None:
         if self.interval is not None and run.state.iteration % self.interval == 0:
@@ -77,6 +83,7 @@ def evaluations(tasks: Sequence[ReadTask], tokenizer: Tokenizer | None, config: 
             tasks=tasks,
             tokenizer=tokenizer,
             interval=options.eval_tasks_interval,
+            on_start=options.eval_on_start,
             batch_size=options.eval_tasks_batch_size,
         )
     ]

@@ -42,14 +42,22 @@ def test_tasks_are_recorded_and_leave_no_trace_in_the_training(
     inputs, tasks = make_inputs(tmp_path), write_tasks(tmp_path)
     words = words_for(inputs, "--hft-round-interval", 3, "--packing", *layout, "--seed", 7)
     without = ranks(2).run(run_sft_words, words=words)
-    asked = ["--eval-tasks", str(tasks), "--eval-tasks-interval", "2", "--save", str(tmp_path / "run")]
+    asked = [
+        "--eval-tasks",
+        str(tasks),
+        "--eval-tasks-interval",
+        "2",
+        "--eval-on-start",
+        "--save",
+        str(tmp_path / "run"),
+    ]
     answered = ranks(2).run(run_sft_words, words=[*words, *asked])
     for mine, theirs in zip(answered, without, strict=True):
         assert mine["state"] == theirs["state"]
         assert mine["steps"] == theirs["steps"]
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     of_tasks = {record["iteration"]: record for record in records if "tasks/texts/perplexity" in record}
-    assert list(of_tasks) == [2, 3, 4, 6], "every second iteration, and the end of a round and of the run"
+    assert list(of_tasks) == [0, 2, 3, 4, 6], "the start, every second iteration, the end of a round and of the run"
     assert of_tasks[6]["tasks/texts/perplexity"] != of_tasks[2]["tasks/texts/perplexity"]
     assert {"tasks/texts/bits_per_byte", "tasks/answers/exact_match", "tasks/answers/edit_similarity"} < set(
         of_tasks[6]
