@@ -1,4 +1,4 @@
-"""``hft-megatron evaluate`` from its words to its files, in every layout. Run: pytest tests/evaluation/test_evaluate.py"""
+"""``hft-megatron evaluate`` from its words to its files, in every layout. Run: pytest tests/evaluation"""
 
 from pathlib import Path
 from typing import Any
