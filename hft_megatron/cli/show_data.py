@@ -96,8 +96,8 @@ def _checked(options: ShowDataOptions) -> ModelShape | None:
     check_bounds(options)
     if not options.data.train_data_path and not options.data.valid_data_path:
         raise UserError("--train-data-path is missing: name the data to show.")
-    check_valid_sources(options.data)
     check_record_options(options.data)
+    check_valid_sources(options.data)
     folder = options.model.load_hf
     if folder is None and options.data.tokenizer_model is None:
         raise UserError("--tokenizer-model is missing: name a tokenizer, or the model folder by --load-hf.")

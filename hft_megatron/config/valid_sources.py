@@ -125,8 +125,8 @@ def _source_of_entry(node: yaml.Node, file: Path, data: DataConfig) -> ValidSour
     if len(names) != 1 or not names[0].isprintable() or names[0] != names[0].strip():
         raise UserError(f"{place}: the name of a source must be one line of text, such as `name: general`.")
     paths = _words(values, _PATH, place)
-    node.value = [(key, value) for key, value in node.value if key.value not in (_NAME, _PATH)]
-    options = with_mapping(RunConfig(data=data), node, file).data
+    own = [(key, value) for key, value in node.value if key.value not in (_NAME, _PATH)]
+    options = with_mapping(RunConfig(data=data), yaml.MappingNode(node.tag, own), file).data
     return ValidSource(
         name=names[0],
         paths=tuple(os.path.join(file.parent, path) for path in paths),
@@ -203,4 +203,5 @@ def check_valid_sources(data: DataConfig) -> None:
     for source in valid_sources(data):
         with source.told():
             check_record_options(source.data)
-            ignored_keys(source.data.ignore_keys)
+            if "ignore_keys" in source.own:
+                ignored_keys(source.data.ignore_keys)

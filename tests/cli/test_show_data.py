@@ -99,6 +99,14 @@ def test_every_source_is_shown_with_its_share(show_data: Show, tmp_path: Path) -
     assert "; 4 samples of it in an epoch of 6 (weight 2)" in shown
 
 
+def test_a_source_of_a_file_is_shown_by_its_own_options(show_data: Show, tmp_path: Path) -> None:
+    write_rows(tmp_path / "b.jsonl", [{"text": "of b"}])
+    (tmp_path / "valid.yaml").write_text("- {name: b, path: b.jsonl}\n- {name: c, path: b.jsonl, train_on_eos: no}\n")
+    shown = show_data("--valid-data-path", tmp_path / "valid.yaml")
+    assert "{+of b<|im_end|>+}" in shown
+    assert "{+of b+}<|im_end|>" in shown
+
+
 def test_colours_show_every_token_and_hide_no_text(
     show_data: Show, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -358,6 +358,37 @@ def test_an_option_about_records_that_does_nothing_is_named(
         validation_data(DataConfig(valid_data_path=(text,), **options), tokenizer, 99)
 
 
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ("path: absent.jsonl", "FILE:1: path FOLDER/absent.jsonl: there is no such file."),
+        ("path: [text.jsonl, made]", "FILE:1: path FOLDER/made is preprocessed, and so a source alone"),
+        (
+            "path: text.jsonl, chat_template: absent",
+            "FILE:1: --chat-template FOLDER/absent is neither a file nor one of",
+        ),
+        (
+            "path: text.jsonl, data_keys: a=text",
+            "FILE:1: --data-keys a=text: no record of x has the key `a`; correct it.",
+        ),
+        (
+            "path: text.jsonl, prompt_separator: b",
+            "FILE:1: --prompt-separator 'b' stands between a prompt and an answer",
+        ),
+    ],
+)
+def test_what_an_entry_of_the_validation_data_asks_for_and_does_not_get_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, entry: str, sentence: str
+) -> None:
+    write_rows(tmp_path / "text.jsonl", [{"text": "a"}])
+    (tmp_path / "made.idx").touch()
+    file = tmp_path / "valid.yaml"
+    file.write_text(f"- {{name: x, {entry}}}\n- {{name: y, path: [text.jsonl, text.jsonl]}}\n")
+    with pytest.raises(UserError) as error:
+        validation_data(DataConfig(train_data_path=("t",), valid_data_path=(str(file),)), tokenizer, 99)
+    assert str(error.value).startswith(sentence.replace("FILE", str(file)).replace("FOLDER", str(tmp_path)))
+
+
 def test_all_that_is_wrong_with_records_is_said_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     long = [{"prompt": "Q", "completion": "7" * size} for size in (90, 40, 60)]
     good = {"prompt": "Q", "completion": "1"}
