@@ -124,7 +124,8 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
         results = evaluate(evaluation, company, note)
         company.leave()
         stop_groups()
-    note(results_text(results["models"], results["records"]))
+    if launch.rank() == 0:
+        note(results_text(results["models"], results["records"]))
 
 
 def _checked(options: EvaluateOptions) -> tuple[Task, ...]:

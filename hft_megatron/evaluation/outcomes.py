@@ -1,5 +1,6 @@
 """Tasks put to one model: from their files to values, in the layout that the model is in."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,14 @@ class ReadTask:
         """Tokens of every question: prompts that are continued, or sequences."""
         prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
         return [len(ids) for ids in prompts or [ids for ids, _ in self.sequences]]
+
+    def digest(self) -> str:
+        """sha256 (hex) of all that is asked: the ids, which of them are scored, and the rules of generation."""
+        found = hashlib.sha256(repr(self.rules).encode())
+        prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
+        for array in [*prompts, *(array for sequence in self.sequences for array in sequence)]:
+            found.update(len(array).to_bytes(8, "big") + array.tobytes())
+        return found.hexdigest()
 
     def ask(self, model: ModelInPlace, tokenizer: Tokenizer, base: ModelInPlace | None) -> Ask:
         """The way to put questions: texts to the model and, where there is one, its base."""

@@ -1,8 +1,9 @@
 """Several models evaluated on the same tasks, one after the other, each in the layout that was asked for."""
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from hft_megatron.config.derived import splits_sequences
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.engine import cpu_backend
+from hft_megatron.errors import UserError
 from hft_megatron.evaluation.examples import Answer
 from hft_megatron.evaluation.forgetting import check_one_vocabulary
-from hft_megatron.evaluation.journal import Journal
+from hft_megatron.evaluation.journal import Journal, differing
 from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of, read_task
 from hft_megatron.evaluation.results import FORMAT, write_results
 from hft_megatron.evaluation.saved_models import SavedModel
@@ -67,12 +69,17 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
     """
     company.join(evaluation.parallel)
     fast = all(gathered(cpu_backend.has_fast_bf16()))
-    subjects = together(lambda: _subjects(evaluation, fast_bf16=fast))[0]
-    for subject in subjects[:1]:
+    subjects: list[_Subject] = []
+    # Every rank reads for itself, and only a mistake goes to the others: examples may be many.
+    together(lambda: subjects.extend(_subjects(evaluation, fast_bf16=fast)))
+    for number, subject in enumerate(subjects):
+        if any(subject.tasks is earlier.tasks for earlier in subjects[:number]):
+            continue
         for line in [note for read in subject.tasks for note in read.read.notes]:
-            announce(f"> {line}")
+            announce(f"> {subject.model.name}: {line}")
     placement = start_groups(evaluation.parallel, subjects[0].model.shape.num_layers, seed=0)
     settings = _settings(evaluation, subjects, placement)
+    _check_agreement(settings)
     journal = _OpenJournal(evaluation.output, settings, placement, announce)
     records: dict[tuple[str, str], Sequence[Mapping[str, Any]]] = {}
     models = []
@@ -123,6 +130,10 @@ def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: P
         "base": None if base is None else {"name": base.name, "digest": base.digest(placement)},
         "tokenizers": {subject.model.name: subject.tokenizer.facts.identity for subject in subjects},
         "tasks": {task.name: task.digest for task in evaluation.tasks},
+        "questions": {
+            subject.model.name: {read.task.name: read.digest() for read in subject.tasks} for subject in subjects
+        },
+        "config.json": {subject.model.name: asdict(subject.model.shape) for subject in subjects},
         "settings": {
             "hft_megatron": hft_megatron.__version__,
             "torch": torch.__version__,
@@ -134,6 +145,17 @@ def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: P
             "sequence_parallel": splits_sequences(evaluation.parallel),
         },
     }
+
+
+def _check_agreement(settings: Mapping[str, Any]) -> None:
+    """The same UserError on every rank where one has read something else, such as a newer checkpoint; collective."""
+    first, *others = gathered(settings)
+    for rank, theirs in enumerate(others, start=1):
+        if theirs != first:
+            raise UserError(
+                f"rank {rank} found other {differing(first, theirs)} than rank 0; every rank must see the same models "
+                f"and data: use storage that all hosts share, and name one checkpoint of a run that is training."
+            )
 
 
 def _dtype(subject: _Subject) -> str:
@@ -247,7 +269,9 @@ def _weight_changes(
 def _description(subject: _Subject) -> str:
     iteration = subject.model.iteration
     place = "a Hugging Face folder" if iteration is None else f"iteration {iteration} of a run"
-    return f"a LLaMA of {subject.model.shape.parameter_count():,} parameters, {place}, {_dtype(subject)}"
+    shape = subject.model.shape
+    size = f"{shape.parameter_count():,} parameters and {shape.max_position_embeddings:,} positions"
+    return f"a LLaMA of {size}, {place}, {_dtype(subject)}"
 
 
 def _result(subject: _Subject, digest: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -262,7 +286,11 @@ def _result(subject: _Subject, digest: str, outcomes: Mapping[str, Outcome]) -> 
                 "digest": read.task.digest,
                 "kind": read.task.kind,
                 "examples": len(outcomes[read.task.name].records),
-                "values": dict(outcomes[read.task.name].values),
+                # JSON has no infinity, which a perplexity can be.
+                "values": {
+                    name: value if math.isfinite(value) else None
+                    for name, value in outcomes[read.task.name].values.items()
+                },
                 "counts": dict(outcomes[read.task.name].counts),
             }
             for read in subject.tasks
