@@ -4,11 +4,13 @@ Batches are made of the questions alone: neither the number of replicas nor what
 shows in an answer, down to its last bit.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hft_megatron.evaluation.examples import Answer
+from hft_megatron.errors import RunFailed
+from hft_megatron.evaluation.examples import Answer, Generated
 from hft_megatron.evaluation.forward import is_speaker
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement
@@ -69,7 +71,7 @@ def answers_of(
     """The answers to questions of ``lengths`` tokens, in their order, on every rank; collective over all ranks.
 
     ``known`` are those of whole batches by their number, the same on every rank. ``keep`` is told every other one on
-    every rank, as soon as it is there.
+    every rank, as soon as it is there. Raises RunFailed on every rank where the model gives no numbers.
     """
     batches = batches_of(lengths, batch_size)
     found: dict[int, Sequence[Answer]] = dict(known or {})
@@ -82,6 +84,11 @@ def answers_of(
         for of_rank in gathered(answered if is_speaker(placement) else {}):
             for number, answers in of_rank.items():
                 assert answers is not None, "the last stage speaks"
+                if not all(map(_is_finite, answers)):
+                    raise RunFailed(
+                        f"{progress.name}: the model's logits are no numbers, or infinite; read it as fp32 "
+                        f"(--no-bf16), or evaluate an earlier checkpoint."
+                    )
                 found[number] = answers
                 progress.add(len(answers))
                 if keep is not None:
@@ -91,3 +98,9 @@ def answers_of(
         for question, answer in zip(batch, found[number], strict=True):
             in_order[question] = answer
     return in_order  # type: ignore[return-value]
+
+
+def _is_finite(answer: Answer) -> bool:
+    if isinstance(answer, Generated):
+        return answer.ended_by != "no number"
+    return all(math.isfinite(value) for value in vars(answer).values())

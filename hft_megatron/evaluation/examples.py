@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from hft_megatron.data.tokenizer import Encoded
 
-EndedBy = Literal["end token", "stop string", "length"]
+EndedBy = Literal["end token", "stop string", "length", "no number"]
+"""The last: the model's logits were no finite numbers, which fails the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,9 @@ def _append(
         chosen = model.readout.likeliest(hidden)
     else:
         logits = model.readout.logits(hidden).cpu()
-        chosen = draw(logits, rules, [text.draws for text in active]).to(placement.device)
+        are_numbers = logits.isfinite().all(dim=1)
+        drawn = draw(logits.where(are_numbers[:, None], 0.0), rules, [text.draws for text in active])
+        chosen = drawn.where(are_numbers, -1).to(placement.device)
     if placement.pipeline_size > 1:
         dist.broadcast(chosen, group=placement.groups.pp, group_src=placement.pipeline_size - 1)
     for text, token in zip(active, chosen.tolist(), strict=True):
@@ -153,6 +155,9 @@ def draw(logits: Tensor, rules: GenerationRules, draws: Sequence[torch.Generator
 
 
 def _add_token(text: _Text, token: int, tokenizer: Tokenizer, rules: GenerationRules, window: int) -> None:
+    if token < 0:
+        text.ended_by = "no number"
+        return
     if token in rules.end_ids:
         text.ended_by = "end token"
         return

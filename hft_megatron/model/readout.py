@@ -46,9 +46,11 @@ class Readout:
         return torch.cat(parts, dim=1)[:, : self._vocab_size]
 
     def likeliest(self, hidden: Tensor) -> Tensor:
-        """(n, h) -> the token with the largest logit, the first of several, (n,) int64."""
+        """(n, h) -> the token with the largest logit, the first of several, (n,) int64; -1 where that is no finite
+        number."""
         largest, column = self._of_rank(hidden).max(dim=1)
-        return self._best_of_ranks(largest, column + self._group.rank() * self._weight.size(0))[1]
+        value, place = self._best_of_ranks(largest, column + self._group.rank() * self._weight.size(0))
+        return place.where(value.isfinite(), -1)
 
     def token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (nats, fp32) of ``targets`` (n,), and whether each is what greedy generation would choose.

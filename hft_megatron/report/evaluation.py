@@ -29,6 +29,8 @@ def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str
                 cells = ["", "", model["name"], in_words(interval(of_model, measure.total))]
                 if model is first:
                     cells[:2] = [task["name"], f"{name} ({measure.unit})" if measure.unit else name]
+                elif _places(records[first["name"], task["name"]]) != _places(records[model["name"], task["name"]]):
+                    cells.append("other examples")
                 elif measure.of_tokens and model["tokenizer_digest"] != first["tokenizer_digest"]:
                     cells.append("other tokens")
                 else:
@@ -41,6 +43,10 @@ def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str
 
 def _statistics(records: Records, name: str) -> list[Sequence[float]]:
     return [record["statistics"][name] for record in records]
+
+
+def _places(records: Records) -> list[str]:
+    return [record["example"] for record in records]
 
 
 def in_words(interval: Interval) -> str:
