@@ -34,7 +34,7 @@ class Generated:
     """The continuation of a prompt."""
 
     ids: tuple[int, ...]
-    """Without the token, or the tokens of the text, that ended it."""
+    """Without an end token; the tokens that a stop string came with are there."""
     text: str
     ended_by: EndedBy
 

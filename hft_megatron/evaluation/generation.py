@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
@@ -12,10 +12,16 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.evaluation.examples import EndedBy, Generated
 from hft_megatron.evaluation.forward import ModelInPlace
 from hft_megatron.model.kv_cache import KeyValueCache
+
+
+class Decoder(Protocol):
+    """What generation asks of a tokenizer."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class _Text:
 
 def generate(
     model: ModelInPlace,
-    tokenizer: Tokenizer,
+    tokenizer: Decoder,
     prompts: Sequence[NDArray[np.int32]],
     rules: GenerationRules,
     *,
@@ -117,7 +123,7 @@ def _at_ends(hidden: Tensor | None, texts: Sequence[_Text]) -> Tensor | None:
 
 
 def _append(
-    model: ModelInPlace, tokenizer: Tokenizer, rules: GenerationRules, active: Sequence[_Text], hidden: Tensor | None
+    model: ModelInPlace, tokenizer: Decoder, rules: GenerationRules, active: Sequence[_Text], hidden: Tensor | None
 ) -> None:
     """Chooses the next token of each text on the last stage, and tells it to the others; marks the texts that end."""
     placement = model.placement
@@ -154,7 +160,7 @@ def draw(logits: Tensor, rules: GenerationRules, draws: Sequence[torch.Generator
     return order.gather(1, places).squeeze(1)
 
 
-def _add_token(text: _Text, token: int, tokenizer: Tokenizer, rules: GenerationRules, window: int) -> None:
+def _add_token(text: _Text, token: int, tokenizer: Decoder, rules: GenerationRules, window: int) -> None:
     if token < 0:
         text.ended_by = "no number"
         return
@@ -193,7 +199,7 @@ def _still_growing(active: list[_Text], cache: KeyValueCache | None) -> list[_Te
     return kept
 
 
-def _result(text: _Text, tokenizer: Tokenizer) -> Generated:
+def _result(text: _Text, tokenizer: Decoder) -> Generated:
     assert text.ended_by is not None
     whole = text.text if text.ended_by == "stop string" else tokenizer.decode(text.ids)
     return Generated(ids=tuple(text.ids), text=whole, ended_by=text.ended_by)
