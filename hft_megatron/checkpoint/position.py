@@ -51,21 +51,24 @@ class TrainState:
         (folder / FILE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
-    def read(folder: Path) -> "TrainState":
-        """The inverse of ``write``; UserError for a checkpoint of another version and for a file that can't be read."""
+    def read(folder: Path, *, option: str = "--load") -> "TrainState":
+        """The inverse of ``write``; UserError for a checkpoint of another version and for a file that can't be read.
+
+        ``option`` is what names the run in sentences.
+        """
         try:
             record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
             version = record.pop("format", 1)
-        except (OSError, ValueError, AttributeError) as error:
+            if version == FORMAT:
+                for name in ("skipped_iterations", "asked_to_skip"):
+                    record[name] = tuple(record.get(name, ()))
+                return TrainState(**record)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(
-                f"--load {folder.parent}: {folder.name}/{FILE_NAME} can't be read ({error}); go on from another "
+                f"{option} {folder.parent}: {folder.name}/{FILE_NAME} can't be read ({error}); go on from another "
                 f"checkpoint."
             ) from error
-        if version != FORMAT:
-            raise UserError(
-                f"--load {folder.parent}: {folder.name} has checkpoint format {version}, and this version reads "
-                f"{FORMAT}; go on with the version of hft_megatron that saved it."
-            )
-        for name in ("skipped_iterations", "asked_to_skip"):
-            record[name] = tuple(record.get(name, ()))
-        return TrainState(**record)
+        raise UserError(
+            f"{option} {folder.parent}: {folder.name} has checkpoint format {version}, and this version reads "
+            f"{FORMAT}; go on with the version of hft_megatron that saved it."
+        )

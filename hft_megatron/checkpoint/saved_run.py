@@ -43,7 +43,7 @@ class SavedRun:
             checkpoint=checkpoint,
             config=read_resolved(Path(folder) / RESOLVED_CONFIG_FILE),
             identity=identity,
-            state=TrainState.read(checkpoint),
+            state=TrainState.read(checkpoint, option=option),
         )
 
     def source(self) -> str | None:
