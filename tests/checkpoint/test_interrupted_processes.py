@@ -1,17 +1,15 @@
 """Real processes that are killed or asked to stop, and go on to the same bits."""
 
-import contextlib
 import os
 import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from hft_megatron.errors import EXIT_OK, EXIT_STOPPED
-from tests.support.forked import Started
+from tests.support.forked import Started, kill_all
 from tests.support.runs import losses_in, make_inputs, read_metrics, run_cli, start_cli, words_for
 
 pytestmark = pytest.mark.slow(reason="every run is 80 steps of two ranks long, so that a signal comes in its middle")
@@ -73,16 +71,6 @@ def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: sig
     exported = [load_file(folder / f"{name}-hf" / "model.safetensors") for name in (how.name, "whole")]
     assert exported[0].keys() == exported[1].keys()
     assert all((exported[0][name] == exported[1][name]).all() for name in exported[0])
-
-
-def kill_all(process: Started) -> None:
-    """torchrun gives each worker a session of its own, so killing the launcher's group would leave them running."""
-    launcher = psutil.Process(process.pid)
-    family = [*launcher.children(recursive=True), launcher]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
 
 
 def test_sigterm_ends_a_single_process_with_exit_code_3_and_a_restart_goes_on(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -109,6 +111,16 @@ def start(
     """
     _ensure_server()
     return Started(words, clean_environment() if environment is None else environment, output, errors, mounts_of)
+
+
+def kill_all(started: Started) -> None:
+    """torchrun gives each worker a session of its own, so killing the launcher's group would leave them running."""
+    launcher = psutil.Process(started.pid)
+    family = [*launcher.children(recursive=True), launcher]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=10)
 
 
 def await_server() -> None:
