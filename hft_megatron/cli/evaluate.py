@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 
 from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note, show
-from hft_megatron.config.declared import check_bounds
+from hft_megatron.config.declared import check_bounds, flag
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_plan
@@ -67,6 +67,13 @@ class EvaluateOptions:
     there are only Hugging Face folders, where every rank's processor is fast at it."""
     tokenizer_model: str | None = None
     """Hugging Face folder or SentencePiece .model file, in place of every model's own."""
+    lm_eval_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness instead of --tasks: names, patterns, or YAML files. Rank 0 runs the harness, all
+    ranks answer. Needs `pip install 'hft-megatron[lm-eval]'`; own tasks may contain code, which is run."""
+    lm_eval_include: str | None = None
+    """Folder of own tasks for the harness."""
+    lm_eval_fewshot: Annotated[int, Ge(0)] | None = None
+    """Solved examples in front of each question of the harness; as each task has it when unset."""
     compare: tuple[str, ...] = ()
     """Two result files instead of models: how the second differs from the first, with intervals. FILE:MODEL where a
     file has several."""
@@ -121,11 +128,22 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
         output=None if options.output is None else Path(options.output),
     )
     with peers(parallel.distributed_timeout_minutes, end_of_peers(status)) as company:
-        results = evaluate(evaluation, company, note)
+        if options.lm_eval_tasks:
+            from hft_megatron.evaluation.harness import HarnessTasks, evaluate_by_harness
+
+            harness = HarnessTasks(
+                names=options.lm_eval_tasks,
+                include_path=options.lm_eval_include,
+                num_fewshot=options.lm_eval_fewshot,
+                limit=options.limit,
+            )
+            text = evaluate_by_harness(evaluation, harness, company, note)
+        else:
+            results = evaluate(evaluation, company, note)
+            text = results_text(results["models"], results["records"]) if launch.rank() == 0 else ""
         company.leave()
         stop_groups()
-    if launch.rank() == 0:
-        note(results_text(results["models"], results["records"]))
+    note(text)
 
 
 def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
@@ -135,7 +153,12 @@ def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
     twice = [name for name in options.model if options.model.count(name) > 1]
     if twice:
         raise UserError(f"--model {twice[0]} is there twice; name every model once.")
-    if options.tasks is None and options.base is None:
+    for name in ("tasks", "base", "lm_eval_include", "lm_eval_fewshot"):
+        given = getattr(options, name)
+        if given is not None and bool(options.lm_eval_tasks) != name.startswith("lm_eval"):
+            side = "is not for" if options.lm_eval_tasks else "needs"
+            raise UserError(f"{flag(name)} {given} {side} --lm-eval-tasks; leave it out, or change that.")
+    if options.tasks is None and options.base is None and not options.lm_eval_tasks:
         raise UserError("--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml.")
     tasks = () if options.tasks is None else read_tasks(Path(options.tasks))
     names = [task.name for task in tasks]
@@ -157,6 +180,7 @@ def _from_files(options: EvaluateOptions) -> str:
     asked = "--compare" if options.compare else "--frontier"
     others: dict[str, object] = {"--frontier": options.frontier if options.compare else (), "--model": options.model}
     others |= {"--tasks": options.tasks, "--output": options.output, "--base": options.base}
+    others |= {"--lm-eval-tasks": options.lm_eval_tasks}
     for other, value in others.items():
         if value:
             raise UserError(f"{other} can't be given with {asked}, which reads what is there already; leave one out.")

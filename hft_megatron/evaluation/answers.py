@@ -9,9 +9,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hft_megatron.data.tokenizer import Encoded
 from hft_megatron.errors import RunFailed
 from hft_megatron.evaluation.examples import Answer, Generated
-from hft_megatron.evaluation.forward import is_speaker
+from hft_megatron.evaluation.forward import ModelInPlace, is_speaker
+from hft_megatron.evaluation.generation import Decoder, GenerationRules, generate
+from hft_megatron.evaluation.scoring import score
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement
 
@@ -21,6 +27,26 @@ PROGRESS_S = 10.0
 
 Ask = Callable[[Sequence[int]], Sequence[Answer] | None]
 """Puts a batch of questions, by their numbers; collective over a replica's ranks, None off its last stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Prompts that are continued by ``rules``, or sequences whose log-probabilities are asked."""
+
+    prompts: Sequence[NDArray[np.int32]] = ()
+    rules: GenerationRules | None = None
+    sequences: Sequence[Encoded] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every question."""
+        return [len(ids) for ids in self.prompts or [ids for ids, _ in self.sequences]]
+
+    def put(self, model: ModelInPlace, tokenizer: Decoder, batch: Sequence[int]) -> Sequence[Answer] | None:
+        """The answers to some of them, by their numbers; see ``Ask``."""
+        if self.rules is None:
+            return score(model, [self.sequences[number] for number in batch])
+        return generate(model, tokenizer, [self.prompts[number] for number in batch], self.rules, numbers=batch)
 
 
 def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -15,9 +15,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hft_megatron.data.tokenizer import Encoded
 from hft_megatron.errors import UserError
+from hft_megatron.evaluation.answers import Questions
 from hft_megatron.evaluation.examples import Answer, Generated, SequenceScore
 from hft_megatron.evaluation.generation import GenerationRules
-from hft_megatron.evaluation.service import Questions
 
 _NEW_TOKENS = 256
 """What ``hf`` generates at most where a task doesn't say."""

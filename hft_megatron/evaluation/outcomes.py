@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from hft_megatron.data.chat import end_token_ids
-from hft_megatron.data.tokenizer import Encoded, Tokenizer
-from hft_megatron.evaluation.answers import Ask, Progress, answers_of
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.evaluation.answers import Ask, Progress, Questions, answers_of
 from hft_megatron.evaluation.examples import Answer, EvalExample, Generated, SequenceScore, TaskExamples, TextDifference
 from hft_megatron.evaluation.forgetting import compare, statistics
 from hft_megatron.evaluation.forward import ModelInPlace
-from hft_megatron.evaluation.generation import GenerationRules, generate
+from hft_megatron.evaluation.generation import GenerationRules
 from hft_megatron.evaluation.kinds import KINDS
 from hft_megatron.evaluation.measures import MEASURES
-from hft_megatron.evaluation.scoring import score
 from hft_megatron.evaluation.tasks import Task
 
 Record = dict[str, Any]
@@ -42,35 +41,26 @@ class ReadTask:
     """For prompts."""
 
     @property
-    def sequences(self) -> list[Encoded]:
-        """All that are scored, example by example."""
-        return [sequence for example in self.read.examples for sequence in example.sequences]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of every question: prompts that are continued, or sequences."""
-        prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
-        return [len(ids) for ids in prompts or [ids for ids, _ in self.sequences]]
+    def questions(self) -> Questions:
+        """All that is asked, example by example: prompts that are continued, or sequences."""
+        if self.task.kind == "generate":
+            prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
+            return Questions(prompts=prompts, rules=self.rules)
+        return Questions(sequences=[sequence for example in self.read.examples for sequence in example.sequences])
 
     def digest(self) -> str:
         """sha256 (hex) of all that is asked: the ids, which of them are scored, and the rules of generation."""
-        found = hashlib.sha256(repr(self.rules).encode())
-        prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
-        for array in [*prompts, *(array for sequence in self.sequences for array in sequence)]:
+        found, questions = hashlib.sha256(repr(self.rules).encode()), self.questions
+        for array in [*questions.prompts, *(array for sequence in questions.sequences for array in sequence)]:
             found.update(len(array).to_bytes(8, "big") + array.tobytes())
         return found.hexdigest()
 
     def ask(self, model: ModelInPlace, tokenizer: Tokenizer, base: ModelInPlace | None) -> Ask:
         """The way to put questions: texts to the model and, where there is one, its base."""
-        if self.task.kind == "generate":
-            prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
-            return lambda batch: generate(
-                model, tokenizer, [prompts[number] for number in batch], self.rules, numbers=batch
-            )
-        sequences = self.sequences
+        questions = self.questions
         if self.task.kind == "text" and base is not None:
-            return lambda batch: compare(base, model, [sequences[number] for number in batch])
-        return lambda batch: score(model, [sequences[number] for number in batch])
+            return lambda batch: compare(base, model, [questions.sequences[number] for number in batch])
+        return lambda batch: questions.put(model, tokenizer, batch)
 
     def outcome(self, answers: Sequence[Answer]) -> Outcome:
         """Of the answers to all questions, in their order."""
@@ -140,12 +130,13 @@ def outcome_of(
 
     With a ``base`` texts are also measured against it.
     """
+    lengths = read.questions.lengths
     answers = answers_of(
-        read.lengths,
+        lengths,
         read.ask(model, tokenizer, base),
         model.placement,
         batch_size=batch_size,
-        progress=Progress(name=read.task.name, total=len(read.lengths), say=say),
+        progress=Progress(name=read.task.name, total=len(lengths), say=say),
         known=known,
         keep=keep,
     )

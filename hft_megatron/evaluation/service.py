@@ -1,46 +1,21 @@
 """Questions that only rank 0 has, put to a model that all ranks hold: the others wait for them and help to answer."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 
-from hft_megatron.data.tokenizer import Encoded
 from hft_megatron.errors import RankFailed, UserError
-from hft_megatron.evaluation.answers import Progress, answers_of
+from hft_megatron.evaluation.answers import Progress, Questions, answers_of
 from hft_megatron.evaluation.examples import Answer
 from hft_megatron.evaluation.forward import ModelInPlace
-from hft_megatron.evaluation.generation import Decoder, GenerationRules, generate
-from hft_megatron.evaluation.scoring import score
+from hft_megatron.evaluation.generation import Decoder
 
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=30)
 """For the next questions, while rank 0 reads tasks or counts. A rank 0 that ends is noticed at once all the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """Prompts that are continued by ``rules``, or sequences whose log-probabilities are asked."""
-
-    prompts: Sequence[NDArray[np.int32]] = ()
-    rules: GenerationRules | None = None
-    sequences: Sequence[Encoded] = ()
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of every question."""
-        return [len(ids) for ids in self.prompts or [ids for ids, _ in self.sequences]]
-
-    def put(self, model: ModelInPlace, tokenizer: Decoder, batch: Sequence[int]) -> Sequence[Answer] | None:
-        """The answers to some of them, by their numbers; see ``answers.Ask``."""
-        if self.rules is None:
-            return score(model, [self.sequences[number] for number in batch])
-        return generate(model, tokenizer, [self.prompts[number] for number in batch], self.rules, numbers=batch)
 
 
 class Service:

@@ -68,10 +68,10 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
     asked again, and the file is the same to the last byte. Raises the same UserError on every rank.
     """
     company.join(evaluation.parallel)
-    fast = all(gathered(cpu_backend.has_fast_bf16()))
+    bf16 = precision(evaluation)
     subjects: list[_Subject] = []
     # Every rank reads for itself, and only a mistake goes to the others: examples may be many.
-    together(lambda: subjects.extend(_subjects(evaluation, fast_bf16=fast)))
+    together(lambda: subjects.extend(_subjects(evaluation, bf16=bf16)))
     for number, subject in enumerate(subjects):
         if any(subject.tasks is earlier.tasks for earlier in subjects[:number]):
             continue
@@ -101,12 +101,19 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
     return {**results, "records": records}
 
 
-def _subjects(evaluation: Evaluation, *, fast_bf16: bool) -> list[_Subject]:
+def precision(evaluation: Evaluation) -> bool:
+    """Whether weights are read as bf16; collective."""
+    fast = all(gathered(cpu_backend.has_fast_bf16()))
+    of_runs = [model.own_bf16 for model in evaluation.models if model.own_bf16 is not None]
+    if evaluation.bf16 is not None:
+        return evaluation.bf16
+    return all(of_runs) if of_runs else fast
+
+
+def _subjects(evaluation: Evaluation, *, bf16: bool) -> list[_Subject]:
     """Reads tokenizers and tasks; those that two models read alike are read once."""
     read: dict[tuple[str, str, int], list[ReadTask]] = {}
     subjects = []
-    of_runs = [model.own_bf16 for model in evaluation.models if model.own_bf16 is not None]
-    bf16 = (all(of_runs) if of_runs else fast_bf16) if evaluation.bf16 is None else evaluation.bf16
     for model in evaluation.models:
         tokenizer = model.tokenizer(evaluation.tokenizer_model)
         window = model.shape.max_position_embeddings
