@@ -1,0 +1,67 @@
+"""docs/evaluation.md: its commands run, and its measures are those there are."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hft_megatron.errors import EXIT_OK
+from hft_megatron.evaluation.kinds import KINDS
+from tests.support.data_files import write_rows
+from tests.support.evaluations import results_of
+from tests.support.forked import run, torchrun
+from tests.support.ranks import RankPools
+from tests.support.runs import make_inputs, run_sft_words, words_for
+
+PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+
+
+def test_every_measure_has_its_row_under_its_kind() -> None:
+    table = PAGE.split("| measure |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", table, re.MULTILINE)
+    assert sorted(rows) == sorted((name, kind) for kind, each in KINDS.items() for name in each.metrics())
+
+
+NAMES = re.compile(r"(?<![\w./-])(base|runs/sft|tasks\.yaml|results\.json|tp2\.json)\b")
+
+
+@pytest.mark.slow(reason="each command is a process or two")
+def test_the_commands_run(ranks: RankPools, tmp_path: Path) -> None:
+    make_inputs(tmp_path, max_position_embeddings=1024)
+    (tmp_path / "model").rename(tmp_path / "base")
+    saves = ["--load-hf", tmp_path / "base", "--train-iters", 4, "--save", tmp_path / "runs/sft", "--save-interval", 2]
+    ranks(2).run(run_sft_words, words=words_for(tmp_path, *saves))
+    write_tasks_of_the_page(tmp_path)
+    said = []
+    for command in shell_commands():
+        program, *words = shlex.split(NAMES.sub(f"{tmp_path}/\\1", command))
+        if program == "torchrun":
+            assert words[:2] == ["--nproc-per-node", "2"]
+            words = [*torchrun(2), *words[2:]]
+        else:
+            words = ["-m", "hft_megatron", *words]
+        done = run(words, tmp_path)
+        assert done.returncode == EXIT_OK, (command, done.stderr)
+        said.append(done.stdout)
+    assert [len(model["tasks"]) for model in results_of(tmp_path / "results.json")["models"]] == [4, 4, 4]
+    assert "articles: 1 examples" in said[2]
+    assert "capitals" not in said[2]
+    compared = [line.split()[0] for line in said[3].splitlines()[1:]]
+    assert set(compared) == {"capitals", "capitals_mc", "articles", "politeness"}
+
+
+def shell_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def write_tasks_of_the_page(folder: Path) -> None:
+    """``tasks.yaml`` and its files."""
+    (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (folder / "tasks.yaml").write_text(shown, encoding="utf-8")
+    (folder / "articles").mkdir()
+    write_rows(folder / "capitals.jsonl", [{"country": "France", "capital": ["Paris"]}])
+    (folder / "capitals_mc.csv").write_text("country,A,B,C,answer\nFrance,Nice,Paris,Brest,B\n")
+    write_rows(folder / "articles/a.jsonl", [{"text": "Paris is a city."}])
+    write_rows(folder / "pairs.jsonl", [{"prompt": "Paris?", "chosen": "Yes.", "rejected": "No."}])
