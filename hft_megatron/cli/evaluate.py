@@ -4,6 +4,8 @@ Run: ``hft-megatron evaluate --model BASE RUN --tasks tasks.yaml --output result
 needs more than one rank.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +17,7 @@ from hft_megatron.config.declared import check_bounds, flag
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_plan
-from hft_megatron.errors import UserError
+from hft_megatron.errors import RankFailed, UserError
 from hft_megatron.evaluation.comparison import compare
 from hft_megatron.evaluation.frontier import curve_of_run, frontier, shared_levels
 from hft_megatron.evaluation.results import check_output
@@ -127,7 +129,10 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
         tokenizer_model=options.tokenizer_model,
         output=None if options.output is None else Path(options.output),
     )
-    with peers(parallel.distributed_timeout_minutes, end_of_peers(status)) as company:
+    with (
+        peers(parallel.distributed_timeout_minutes, end_of_peers(status)) as company,
+        _memory_errors_in_words(options.batch_size),
+    ):
         if options.lm_eval_tasks:
             from hft_megatron.evaluation.harness import HarnessTasks, evaluate_by_harness
 
@@ -144,6 +149,22 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
         company.leave()
         stop_groups()
     note(text)
+
+
+@contextlib.contextmanager
+def _memory_errors_in_words(batch_size: int) -> Iterator[None]:
+    """Within it, an allocation that fails is RankFailed, with one sentence for this rank."""
+    from hft_megatron.trainer.out_of_memory import is_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_of_memory(error):
+            raise
+        raise RankFailed(
+            f"rank {launch.rank()} ran out of memory at --batch-size {batch_size}; make that less, or spread the "
+            f"models over more ranks with --tensor-model-parallel-size."
+        ) from error
 
 
 def _checked(options: EvaluateOptions) -> tuple[Task, ...]:

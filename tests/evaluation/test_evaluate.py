@@ -218,3 +218,21 @@ def test_models_with_other_examples_or_tokens_are_not_paired() -> None:
     read = {("a", "t"): records("1", "2"), ("b", "t"): records("1", "2"), ("c", "t"): records("1", "3")}
     ends = [" ".join(line.split()[-2:]) for line in results_text(models, read).splitlines()[1:7]]
     assert [ends[number] for number in (1, 2, 4, 5)] == ["other tokens", "other examples", "[0, 0]", "other examples"]
+
+
+def run_without_memory(words: list[str]) -> dict[str, Any]:
+    """The model's first batch asks for more than any host has."""
+    from unittest.mock import patch
+
+    import torch
+
+    from hft_megatron.evaluation.forward import ModelInPlace
+
+    with patch.object(ModelInPlace, "read", lambda *_: torch.empty(1 << 60, dtype=torch.uint8)):
+        return run_evaluate(words)
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_a_sentence(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+    words = words_of(inputs / "tasks.yaml", tmp_path / "results.json", inputs / "model", batch_size=512)
+    [answer] = ranks(1).run(run_without_memory, words=words)
+    assert answer["failure"].startswith("rank 0 ran out of memory at --batch-size 512; make that less, or spread the")

@@ -80,12 +80,13 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def run_evaluate(words: Sequence[str]) -> dict[str, Any]:
     """Runs ``hft-megatron evaluate WORDS`` on this rank of a pool; every rank must call it.
 
-    Returns ``said``, the lines of its log, and ``mistake``, the sentence of a UserError or None.
+    Returns ``said``, the lines of its log, and the sentences of a UserError and of another
+    failure, or None: ``mistake`` and ``failure``.
     """
     from hft_megatron.cli import evaluate
     from hft_megatron.cli.boundary import StatusFolder
     from hft_megatron.config.loading import load_options
-    from hft_megatron.errors import RunFailed, UserError
+    from hft_megatron.errors import RankFailed, RunFailed, UserError
 
     said: list[str] = []
     failures: dict[str, str | None] = {"mistake": None, "failure": None}
@@ -98,7 +99,7 @@ def run_evaluate(words: Sequence[str]) -> dict[str, Any]:
             evaluate.run(load_options(evaluate.EvaluateOptions, list(words)), StatusFolder())
         except UserError as error:
             failures["mistake"] = str(error)
-        except RunFailed as error:
+        except (RankFailed, RunFailed) as error:
             failures["failure"] = str(error)
     return {"said": said, **failures}
 
