@@ -20,7 +20,7 @@ from hft_megatron.evaluation.forgetting import check_one_vocabulary
 from hft_megatron.evaluation.journal import Journal, differing
 from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of, read_task
 from hft_megatron.evaluation.results import FORMAT, write_results
-from hft_megatron.evaluation.saved_models import SavedModel
+from hft_megatron.evaluation.saved_models import OPTION, SavedModel
 from hft_megatron.evaluation.tasks import Task
 from hft_megatron.evaluation.weight_changes import WeightChanges, weight_changes
 from hft_megatron.parallel.consensus import gathered, on_rank_0, together
@@ -119,13 +119,23 @@ def _subjects(evaluation: Evaluation, *, bf16: bool) -> list[_Subject]:
         window = model.shape.max_position_embeddings
         key = tokenizer.facts.identity, tokenizer.facts.chat_template, window
         if key not in read:
-            read[key] = [read_task(task, tokenizer, window) for task in evaluation.tasks]
+            read[key] = _read_tasks(evaluation, model.name, tokenizer, window)
         subjects.append(_Subject(model=model, tokenizer=tokenizer, tasks=read[key], bf16=bf16))
         if evaluation.base is not None:
             base, other = evaluation.base, evaluation.base.tokenizer(evaluation.tokenizer_model)
             sizes = base.shape.vocab_size, model.shape.vocab_size
             check_one_vocabulary((f"--base {base.name}", f"--model {model.name}"), sizes, (other, tokenizer))
     return subjects
+
+
+def _read_tasks(evaluation: Evaluation, model: str, tokenizer: Tokenizer, window: int) -> list[ReadTask]:
+    """All tasks for one tokenizer and window. UserError for each mistake, which of several models may have alone."""
+    try:
+        return [read_task(task, tokenizer, window) for task in evaluation.tasks]
+    except UserError as error:
+        if len(evaluation.models) == 1:
+            raise
+        raise UserError(f"{OPTION} {model}: {error}") from error
 
 
 def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: Placement) -> dict[str, Any]:

@@ -141,6 +141,22 @@ def test_what_is_found_in_data_and_tokenizers_is_one_sentence_on_every_rank(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mistake_that_one_of_several_models_has_names_it(ranks: RankPools, folder: Path, tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "texts.jsonl"):
+        shutil.copy(folder / name, tmp_path)
+    narrow = tmp_path / "narrow"
+    make_byte_level(make_llama(narrow, vocab_size=335, max_position_embeddings=16))
+    tasks = write_tasks(tmp_path, {**TEXT, "window": 24})
+    [answer] = ranks(1).run(run_evaluate, words=words_of(tasks, tmp_path / "new.json", folder / "model", narrow))
+    assert answer["mistake"].startswith(
+        f"--model {narrow}: {tasks}:1: window 24 of the task t is more than the 16 tokens"
+    )
+    tasks = write_tasks(tmp_path, TEXT)
+    [answer] = ranks(1).run(run_evaluate, words=words_of(tasks, tmp_path / "new.json", folder / "model", narrow))
+    assert answer["mistake"] is None, "each reads its own windows of the same texts"
+    assert sum(" 16 positions" in line or " 128 positions" in line for line in answer["said"]) == 2
+
+
 def test_a_run_without_a_good_checkpoint_is_one_sentence(
     ranks: RankPools, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
