@@ -148,7 +148,8 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
             text = results_text(results["models"], results["records"]) if launch.rank() == 0 else ""
         company.leave()
         stop_groups()
-    note(text)
+    if text:
+        note(text)
 
 
 @contextlib.contextmanager

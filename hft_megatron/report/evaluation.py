@@ -36,6 +36,8 @@ def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str
                 else:
                     cells.append(in_words(paired_difference(of_first, of_model, measure.total)))
                 rows.append(cells)
+    if len(rows) == 1:
+        return ""  # weights alone were compared, which the log has
     lines = list(table_lines(rows, left=3))
     lines += [f"  {line}" for model in models for line in _counts(model)]
     return "\n".join([*lines, "  in brackets: 95 % intervals, by resampling examples (paired for differences)"])

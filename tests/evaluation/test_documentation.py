@@ -23,7 +23,7 @@ def test_every_measure_has_its_row_under_its_kind() -> None:
     assert sorted(rows) == sorted((name, kind) for kind, each in KINDS.items() for name in each.metrics())
 
 
-NAMES = re.compile(r"(?<![\w./-])(base|runs/sft|tasks\.yaml|results\.json|tp2\.json)\b")
+NAMES = re.compile(r"(?<![\w./-])(base|runs/\w+(?:-5)?|my_tasks|tasks\.yaml|results\.json|harness\.json|tp2\.json)\b")
 
 
 @pytest.mark.slow(reason="each command is a process or two")
@@ -33,6 +33,7 @@ def test_the_commands_run(ranks: RankPools, tmp_path: Path) -> None:
     saves = ["--load-hf", tmp_path / "base", "--train-iters", 4, "--save", tmp_path / "runs/sft", "--save-interval", 2]
     ranks(2).run(run_sft_words, words=words_for(tmp_path, *saves))
     write_tasks_of_the_page(tmp_path)
+    write_runs_and_a_task_of_the_harness(tmp_path)
     said = []
     for command in shell_commands():
         program, *words = shlex.split(NAMES.sub(f"{tmp_path}/\\1", command))
@@ -49,6 +50,9 @@ def test_the_commands_run(ranks: RankPools, tmp_path: Path) -> None:
     assert "capitals" not in said[2]
     compared = [line.split()[0] for line in said[3].splitlines()[1:]]
     assert set(compared) == {"capitals", "capitals_mc", "articles", "politeness"}
+    assert "kl_base_tuned (nats)" in said[4]
+    assert "lm loss validation/new" in said[5]
+    assert "my_task" in said[6]
 
 
 def shell_commands() -> list[str]:
@@ -65,3 +69,28 @@ def write_tasks_of_the_page(folder: Path) -> None:
     (folder / "capitals_mc.csv").write_text("country,A,B,C,answer\nFrance,Nice,Paris,Brest,B\n")
     write_rows(folder / "articles/a.jsonl", [{"text": "Paris is a city."}])
     write_rows(folder / "pairs.jsonl", [{"prompt": "Paris?", "chosen": "Yes.", "rejected": "No."}])
+
+
+def write_runs_and_a_task_of_the_harness(folder: Path) -> None:
+    """Metrics of the runs that the frontier is of, and ``my_tasks``."""
+    for number, name in enumerate(("half_1e-5", "half_3e-5", "full_1e-5", "full_3e-5")):
+        losses = [(0, 3.0, 2.0), (10, 2.5 - number / 10, 2.2 + number / 10)]
+        records = [
+            {"iteration": step, "lm loss validation/new": new, "lm loss validation/old": old}
+            for step, new, old in losses
+        ]
+        (folder / "runs" / name).mkdir()
+        write_rows(folder / "runs" / name / "metrics.jsonl", records)
+    (folder / "my_tasks").mkdir()
+    write_rows(folder / "my_tasks/test.jsonl", [{"question": "Is Paris a city?", "choices": ["Yes", "No"], "gold": 0}])
+    (folder / "my_tasks/my_task.yaml").write_text(
+        "task: my_task\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/my_tasks/test.jsonl}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\n'
+        'doc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{gold}}"\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
