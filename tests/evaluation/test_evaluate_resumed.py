@@ -98,6 +98,19 @@ def test_every_cut_of_the_journal_leads_to_the_same_files(ranks: RankPools, tmp_
         assert_same_files(output, whole)
         for path in output.parent.iterdir():
             path.unlink()
+    # What the digests of weights and data don't have: another end of a text, and other angles.
+    for name, old, new, differs in (
+        ("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"', "questions, tokenizers"),
+        ("config.json", '"rope_theta": 10000.0', '"rope_theta": 20000.0', "config.json"),
+    ):
+        file = folder / "model" / name
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+        journal_of(output).write_bytes(content)
+        [answer] = ranks(1).run(run_evaluate, words=words)
+        assert f"is of an evaluation with other {differs}; give that command again" in answer["mistake"]
+        file.write_text(text)
 
 
 def run_keeping_the_journal(words: list[str], kept: str) -> dict[str, object]:
