@@ -133,7 +133,7 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
             _let_others_speak(OTHER_RANKS_WAIT_S)
         return errors.EXIT_FAILURE
     except _Terminated:
-        return _end(errors.EXIT_STOPPED, "stopped", "SIGTERM stopped it before it could save anything", status)
+        return _end(errors.EXIT_STOPPED, "stopped", "SIGTERM stopped it before its end", status)
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
     except Exception as error:

@@ -184,6 +184,8 @@ def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
         raise UserError("--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml.")
     tasks = () if options.tasks is None else read_tasks(Path(options.tasks))
     names = [task.name for task in tasks]
+    if options.task_names and options.tasks is None:
+        raise UserError(f"--task-names {' '.join(options.task_names)} needs --tasks, whose names they are; add it.")
     for name in options.task_names:
         if name not in names:
             raise UserError(

@@ -66,6 +66,7 @@ EARLY = [
     ("--model absent --tasks tasks.yaml", "--model absent has neither config.json"),
     ("--model empty --tasks tasks.yaml", "--model empty has neither config.json (a Hugging Face folder) nor run_id"),
     ("--model weightless --tasks tasks.yaml", "--model weightless"),
+    ("--model model --base model --task-names texts", "--task-names texts needs --tasks, whose names they are"),
     ("--model model --tasks tasks.yaml --task-names textes", "--task-names textes: --tasks tasks.yaml has no such tas"),
     ("--model model --tasks tasks.yaml --limit 0", "--limit 0"),
     ("--model model --tasks tasks.yaml --batch-size 0", "--batch-size 0"),
