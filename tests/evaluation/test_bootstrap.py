@@ -94,6 +94,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_a_like_one() -> N
     assert interval(values, mean, seed=1).low == pytest.approx(interval(values, mean).low, abs=0.02)
 
 
+@pytest.mark.slow
 def test_ten_thousand_examples_take_little_time() -> None:
     statistics = np.random.default_rng(8).integers(0, 50, size=(10_000, 10)).astype(float)
     start = time.process_time()

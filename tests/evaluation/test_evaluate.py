@@ -125,6 +125,7 @@ def beside(ranks: RankPools, inputs: Path, run: Path) -> tuple[Path, str]:
     return output, answers[0]["said"][-1]
 
 
+@pytest.mark.slow(reason="a run and three models")
 def test_a_run_and_its_checkpoints_are_evaluated_as_their_exports(
     inputs: Path, run: Path, beside: tuple[Path, str], alone: Path
 ) -> None:

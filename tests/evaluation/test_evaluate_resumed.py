@@ -78,6 +78,7 @@ def test_a_killed_command_goes_on_to_the_same_files(folder: Path, tmp_path: Path
     assert_same_files(output, whole)
 
 
+@pytest.mark.slow
 def test_every_cut_of_the_journal_leads_to_the_same_files(ranks: RankPools, tmp_path: Path) -> None:
     """As if the command had been killed at other moments: after no batch, some, and all; and between its two files."""
     folder = make_inputs(tmp_path / "inputs")

@@ -181,6 +181,7 @@ def real(folder: Path, name: str, data: Path) -> dict[str, Task]:
     return {task.name: task for task in read_tasks(folder / f"{name}.yaml")}
 
 
+@pytest.mark.slow
 def test_gsm8k_itself(tmp_path: Path, shared_data: Path, stories: Tokenizer) -> None:
     task = real(tmp_path, "gsm8k", shared_data / "gsm8k")["gsm8k"]
     found = asked(task, stories)
@@ -202,6 +203,7 @@ def test_trace_itself(tmp_path: Path, shared_data: Path, stories: Tokenizer) -> 
             assert answered(task, found, *(row["answer"] for row in rows)) == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_stories_themselves(tmp_path: Path, shared_data: Path, stories: Tokenizer) -> None:
     file = shared_data / "text/tinystories_2mb.txt"
     whole = file.read_text(encoding="utf-8")
@@ -214,6 +216,7 @@ def test_stories_themselves(tmp_path: Path, shared_data: Path, stories: Tokenize
     assert tokens == [len(ids) for ids in stories.encode_batch(texts, continues=False)]
 
 
+@pytest.mark.slow
 def test_ultrafeedback_itself(tmp_path: Path, shared_data: Path, stories: Tokenizer) -> None:
     file = shared_data / "preference/ultrafeedback_eval.jsonl"
     task = task_of(tmp_path, kind="preference", files=str(file))

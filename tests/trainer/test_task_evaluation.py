@@ -32,7 +32,7 @@ def write_tasks(folder: Path) -> Path:
     "layout",
     [
         ["--tensor-model-parallel-size", 2, "--sequence-parallel"],
-        ["--overlap-grad-reduce", "--overlap-param-gather", "--manual-gc"],
+        pytest.param(["--overlap-grad-reduce", "--overlap-param-gather", "--manual-gc"], marks=pytest.mark.slow),
     ],
     ids=["tp2_sp", "dp2_overlap"],
 )

@@ -51,7 +51,7 @@ KIND = {"packed dp2": "precompute", "pp2": "shared", "tp2_sp": "model", "pp2_vpp
 """Of the reference that pairs are compared with."""
 
 
-@pytest.mark.parametrize("layout", quick(LAYOUT, ["packed dp2", "pp2"]))
+@pytest.mark.parametrize("layout", quick(LAYOUT, ["packed dp2"]))
 @pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.slow(reason="four runs"))])
 def test_a_source_among_others_has_to_the_last_bit_the_values_that_it_has_alone(
     method: MethodName, layout: str, ranks: RankPools, inputs: Path, pairs_folder: Path, tmp_path: Path
@@ -111,6 +111,7 @@ def test_eval_iters_takes_as_many_batches_of_every_source(ranks: RankPools, inpu
     assert cut["lm loss validation/general"] > 0
 
 
+@pytest.mark.slow(reason="six commands")
 def test_weights_that_nothing_trains_are_validated_wherever_they_are_from(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_weights_that_nothing_trains_are_validated_wherever_they_are_from(
     assert validated(ranks, 2, exported, tmp_path / "exported") == [finetuned]
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_again_notes_its_start_once(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--train-iters", 3, "--eval-on-start", "--valid-data-path", inputs / "chats.jsonl")
     ranks(1).run(run_method_words, method="sft", words=[*words, "--save", str(tmp_path / "other")])
