@@ -74,18 +74,19 @@ class SavedRun:
         return folder
 
     def tokenizer(self) -> Tokenizer | None:
-        """The run's tokenizer with its chat template, from where the run read it; None where it is gone.
-
-        UserError where the template file that the run was trained with is gone.
-        """
+        """The run's tokenizer with its chat template, from where the run read it; None where it is gone."""
         path = derived.tokenizer_path(self.config)
         if not Path(path).exists() or not holds_tokenizer(path):
             return None
+        tokenizer = load_tokenizer(self.config.data.tokenizer_type, path, self.chat_template())
+        return fit_tokenizer(tokenizer, self.identity.shape.vocab_size)
+
+    def chat_template(self) -> str | None:
+        """The run's --chat-template; UserError where it is a file that is gone."""
         template = self.config.data.chat_template
         if template is not None and template not in BUILT_IN and not Path(template).is_file():
             raise UserError(
                 f"{self.option} {self.folder}: its run was trained with --chat-template {template}, which is not "
                 f"there; put the file back, so that the template that was trained is used."
             )
-        tokenizer = load_tokenizer(self.config.data.tokenizer_type, path, template)
-        return fit_tokenizer(tokenizer, self.identity.shape.vocab_size)
+        return template

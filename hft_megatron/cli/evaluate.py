@@ -5,15 +5,15 @@ needs more than one rank.
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
 from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note, show
-from hft_megatron.config.declared import check_bounds, flag
+from hft_megatron.config.declared import check_bounds, declared, flag
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_plan
@@ -105,11 +105,14 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
 
     prepare_engine()
     from hft_megatron.evaluation.saved_models import SavedModel
+    from hft_megatron.evaluation.weight_changes import check_alike
 
     models = [SavedModel.read(name) for name in options.model]
-    base = None if options.base is None else SavedModel.read(options.base)
+    base = None if options.base is None else SavedModel.read(options.base, "--base")
     for model in [*models, *([] if base is None else [base])]:
         validate_plan(RunConfig(parallel=parallel), model.shape, launch.world_size())
+        if base is not None:
+            check_alike((f"{base.option} {base.name}", f"{model.option} {model.name}"), (base.shape, model.shape))
     launch.place_this_process()
     from hft_megatron.evaluation.side_by_side import Evaluation, evaluate
     from hft_megatron.parallel.groups import stop_groups
@@ -175,11 +178,11 @@ def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
     twice = [name for name in options.model if options.model.count(name) > 1]
     if twice:
         raise UserError(f"--model {twice[0]} is there twice; name every model once.")
-    for name in ("tasks", "base", "lm_eval_include", "lm_eval_fewshot"):
-        given = getattr(options, name)
-        if given is not None and bool(options.lm_eval_tasks) != name.startswith("lm_eval"):
-            side = "is not for" if options.lm_eval_tasks else "needs"
-            raise UserError(f"{flag(name)} {given} {side} --lm-eval-tasks; leave it out, or change that.")
+    own = {name for group in (EvaluateOptions, Layout) for name in declared(group)} - _FRONTIER - {"compare"}
+    if options.lm_eval_tasks:
+        _refuse_others(options, "--lm-eval-tasks", own - {"tasks", "task_names", "base"}, "asks the harness's tasks")
+    else:
+        _refuse_others(options, "--tasks", own - _HARNESS, "needs --frontier or --lm-eval-tasks for that")
     if options.tasks is None and options.base is None and not options.lm_eval_tasks:
         raise UserError("--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml.")
     tasks = () if options.tasks is None else read_tasks(Path(options.tasks))
@@ -199,15 +202,26 @@ def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
     return tuple(replace(task, limit=min(options.limit, task.limit or options.limit)) for task in chosen)
 
 
+_FRONTIER = {"frontier", "frontier_learning", "frontier_forgetting", "frontier_levels"}
+_HARNESS = {"lm_eval_tasks", "lm_eval_include", "lm_eval_fewshot"}
+
+
+def _refuse_others(options: EvaluateOptions, asked: str, own: Collection[str], why: str) -> None:
+    """UserError for the first option that is given and not among a mode's ``own``."""
+    groups: tuple[object, ...] = (options, options.layout)
+    for group in groups:
+        kind: type = type(group)
+        for name, option in declared(kind).items():
+            value = getattr(group, name)
+            if name not in own and not is_dataclass(value) and value != option.default:
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"{flag(name)} {shown} can't be given with {asked}, which {why}; leave one out.")
+
+
 def _from_files(options: EvaluateOptions) -> str:
     """What --compare and --frontier show, of files that earlier commands have left."""
-    asked = "--compare" if options.compare else "--frontier"
-    others: dict[str, object] = {"--frontier": options.frontier if options.compare else (), "--model": options.model}
-    others |= {"--tasks": options.tasks, "--output": options.output, "--base": options.base}
-    others |= {"--lm-eval-tasks": options.lm_eval_tasks}
-    for other, value in others.items():
-        if value:
-            raise UserError(f"{other} can't be given with {asked}, which reads what is there already; leave one out.")
+    asked, own = ("--compare", {"compare"}) if options.compare else ("--frontier", _FRONTIER)
+    _refuse_others(options, asked, own, "reads files that are there already")
     if options.compare:
         if len(options.compare) != 2:
             raise UserError(f"--compare {' '.join(options.compare)}: give two result files.")
@@ -215,12 +229,11 @@ def _from_files(options: EvaluateOptions) -> str:
     if options.frontier_learning is None or options.frontier_forgetting is None:
         missing = "learning" if options.frontier_learning is None else "forgetting"
         raise UserError(f"--frontier-{missing} is missing: name a value of the runs' metrics.jsonl.")
-    curves = {}
+    curves, wanted = {}, (options.frontier_learning, options.frontier_forgetting)
     for word in options.frontier:
         name, equals, runs = word.partition("=")
         folders = runs.split(",") if equals else [word]
-        if not all(folders) or not name or name in curves:
+        if not all(folders) or not name or name in curves or ("," in word and not equals):
             raise UserError(f"--frontier {word}: write RUN, or NAME=RUN,RUN with another name for every method.")
-        wanted = options.frontier_learning, options.frontier_forgetting
         curves[name] = [curve_of_run(folder, *wanted) for folder in folders]
-    return frontier_text(frontier(curves, shared_levels(curves, options.frontier_levels)), options.frontier_learning)
+    return frontier_text(frontier(curves, shared_levels(curves, options.frontier_levels)), *wanted)

@@ -242,4 +242,5 @@ def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -
         value = getattr(config.logging, name)
         if value not in (None, False) and not config.data.valid_data_path:
             given = flag(name) if value is True else f"{flag(name)} {value}"
-            raise UserError(f"{given} needs --valid-data-path; add it or leave {flag(name)} out.")
+            needed = "--valid-data-path, or --eval-tasks" if name == "eval_on_start" else "--valid-data-path"
+            raise UserError(f"{given} needs {needed}; add it or leave {flag(name)} out.")

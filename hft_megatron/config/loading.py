@@ -256,7 +256,8 @@ def yaml_of_file(path: Path, option: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}{_line_of(error)} is not valid YAML.") from None
+        problem = " ".join(str(getattr(error, "problem", None) or "").split())
+        raise UserError(f"{path}{_line_of(error)} is not valid YAML{f': {problem}' if problem else ''}.") from None
 
 
 def _once_each(items: Iterator[Item]) -> Iterator[Item]:

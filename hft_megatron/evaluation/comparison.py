@@ -25,6 +25,8 @@ class TaskResults:
 
     digest: str
     """Of the task's settings and files."""
+    questions: str
+    """Digest of the ids that were asked."""
     statistics: Mapping[str, Mapping[str, list[float]]]
     """By the example's place, then by the measure's name."""
     measures: tuple[str, ...]
@@ -112,15 +114,24 @@ def _check_same(name: str, one: ModelResults, other: ModelResults) -> None:
 def _comparable(name: str, one: ModelResults, other: ModelResults) -> tuple[list[Measure], list[str]]:
     """Measures of a task that both files have, and lines about those that don't tell the models apart fairly."""
     shared = [measure for measure in one.tasks[name].measures if measure in other.tasks[name].measures]
+    alone = [
+        measure
+        for mine, theirs in ((one, other), (other, one))
+        for measure in mine.tasks[name].measures
+        if measure not in theirs.tasks[name].measures
+    ]
     unknown = [measure for measure in shared if measure not in MEASURES]
     known = [MEASURES[measure] for measure in shared if measure in MEASURES]
     same_tokens = one.tokenizer_digest == other.tokenizer_digest
     of_tokens = [measure.name for measure in known if measure.of_tokens and not same_tokens]
+    if same_tokens and one.tasks[name].questions != other.tasks[name].questions:
+        return [], [f"{name}: left out, because the models' contexts differ and they read other windows or prompts"]
     notes = [
         f"{name}: {', '.join(left_out)}: left out, because {reason}"
         for left_out, reason in (
             (of_tokens, "tokens are counted and the tokenizers differ"),
             (unknown, "this version doesn't know it"),
+            (alone, "one of the two files alone has it"),
         )
         if left_out
     ]
@@ -143,7 +154,11 @@ def _difference(task: str, measure: Measure, one: TaskResults, other: TaskResult
 def read_results(source: str) -> ModelResults:
     """One model's results from ``FILE`` or ``FILE:MODEL``; UserError as ``compare`` says."""
     path, wanted = _split(source)
+    if path.endswith(".jsonl"):
+        raise UserError(f"{path} has the predictions; name the .json file beside it, which has the values.")
     content = _object(_read(path), path)
+    if "format" not in content:
+        raise UserError(f"{path} is no result file of `hft-megatron evaluate --tasks`; name one that is.")
     if content.get("format") != FORMAT:
         raise UserError(f"{path} has results format {content.get('format')}, this version reads {FORMAT}; {FIX}.")
     models = _by_name(_of(content, "models", list, path), path)
@@ -172,7 +187,10 @@ def read_results(source: str) -> ModelResults:
         tokenizer_digest=_of(models[name], "tokenizer_digest", str, path),
         tasks={
             task: TaskResults(
-                digest=_of(entry, "digest", str, path), statistics=statistics[task], measures=measures[task]
+                digest=_of(entry, "digest", str, path),
+                questions=_of(entry, "questions", str, path),
+                statistics=statistics[task],
+                measures=measures[task],
             )
             for task, entry in tasks.items()
         },

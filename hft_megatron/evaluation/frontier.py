@@ -4,6 +4,7 @@ At one learning rate a method that learns less forgets less, and seems better th
 at several learning rates, are read as curves of forgetting over learning, and compared at levels of learning.
 """
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from hft_megatron.config.exports import BEST_METRICS
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.measures import MEASURES
-from hft_megatron.tracking.tracker import FILE_NAME, ITERATION, OF_VALIDATION
+from hft_megatron.tracking.tracker import FILE_NAME, ITERATION, OF_TASKS, OF_VALIDATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,9 @@ def curve_of_run(folder: str, learning: str, forgetting: str) -> Curve:
     names = sorted({name for record in records.values() for name in record})
     for name in (learning, forgetting):
         if name not in names:
-            raise UserError(f"{folder}: no record of {FILE_NAME} has {name}; it has {', '.join(names)}.")
+            nearest = difflib.get_close_matches(name, names, n=3)
+            there = f"near it are {', '.join(nearest)}" if nearest else f"it has {', '.join(names)}"
+            raise UserError(f"{folder}: no record of {FILE_NAME} has {name}; {there}.")
     sign, base = (-1 if _more_is_better(forgetting, folder) else 1), records.get(0, {}).get(forgetting)
     if base is None and sign < 0:
         raise UserError(
@@ -170,7 +173,9 @@ def _more_is_better(name: str, folder: str) -> bool:
     for of_method in BEST_METRICS.values():
         known.update(of_method)
     measured = name.partition(OF_VALIDATION)[0]
-    for part in (measured, *measured.split("/")):
+    # A task may have the name of a measure: behind its last slash stands what was measured.
+    parts = [name.rpartition("/")[2]] if name.startswith(OF_TASKS) else [measured, *measured.split("/")]
+    for part in parts:
         if part in known:
             return known[part]
     raise UserError(

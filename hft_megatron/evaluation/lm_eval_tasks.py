@@ -74,7 +74,8 @@ def _names(task: str, manager: TaskManager) -> list[str]:
     nearest = get_close_matches(task, manager.all_tasks, n=1)
     hint = f"the nearest is {nearest[0]}" if nearest else "`lm-eval ls tasks` lists all"
     raise UserError(
-        f"lm-evaluation-harness has no task {task}; {hint}, and own tasks are YAML files in a folder that is included."
+        f"lm-evaluation-harness has no task {task}; {hint}, and own tasks are YAML files in the folder "
+        f"of --lm-eval-include."
     )
 
 

@@ -37,6 +37,8 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 class SavedModel:
     """A model on disk."""
 
+    option: str
+    """What names it on the command line, for messages."""
     name: str
     """As it was named: a Hugging Face folder, a run's --save (its newest checkpoint), or one checkpoint in it."""
     shape: ModelShape
@@ -44,26 +46,26 @@ class SavedModel:
     """None of a Hugging Face folder."""
 
     @staticmethod
-    def read(name: str) -> "SavedModel":
+    def read(name: str, option: str = OPTION) -> "SavedModel":
         """Reads what ``name`` says of itself, no weights. UserError for what is no model."""
         folder, iteration = Path(name), None
         found = _ITERATION.fullmatch(folder.resolve().name)
         if found is not None and (folder.resolve().parent / RUN_IDENTITY_FILE).exists():
             if not (folder / DIGESTS_FILE).exists():
-                raise UserError(f"{OPTION} {name} is no complete checkpoint; name another one, or the run's folder.")
+                raise UserError(f"{option} {name} is no complete checkpoint; name another one, or the run's folder.")
             folder, iteration = folder.resolve().parent, int(found[1])
         if (folder / RUN_IDENTITY_FILE).exists():
-            run = SavedRun.read(str(folder), iteration, option=OPTION)
+            run = SavedRun.read(str(folder), iteration, option=option)
             refuse_if_unreadable(run.checkpoint, read_digests(run.checkpoint))
-            return SavedModel(name=name, shape=run.identity.shape, run=run)
+            return SavedModel(option=option, name=name, shape=run.identity.shape, run=run)
         if not (folder / HF_CONFIG_FILE).exists():
             raise UserError(
-                f"{OPTION} {name} has neither {HF_CONFIG_FILE} (a Hugging Face folder) nor {RUN_IDENTITY_FILE} (the "
+                f"{option} {name} has neither {HF_CONFIG_FILE} (a Hugging Face folder) nor {RUN_IDENTITY_FILE} (the "
                 f"--save of a run); name one of the two."
             )
         shape = ModelShape.from_hf_config(load_hf_config(name), source=f"{name}/{HF_CONFIG_FILE}")
-        check_weights(name, shape, option=OPTION)
-        return SavedModel(name=name, shape=shape, run=None)
+        check_weights(name, shape, option=option)
+        return SavedModel(option=option, name=name, shape=shape, run=None)
 
     @property
     def iteration(self) -> int | None:
@@ -79,30 +81,34 @@ class SavedModel:
         """The model's own tokenizer, or that at ``path`` (--tokenizer-model). UserError where there is none."""
         found = None
         if path is not None:
-            found = load_tokenizer(None, path)
+            # With the template that the run was trained with, which is an option of the run and not of the folder.
+            template = None if self.run is None else self.run.chat_template()
+            found = load_tokenizer(None, path, template)
         elif self.run is not None:
             found = self.run.tokenizer()
         elif holds_tokenizer(self.name):
             found = load_tokenizer(None, self.name)
         if found is None:
-            raise UserError(f"{OPTION} {self.name} has no tokenizer; name one with --tokenizer-model.")
+            raise UserError(f"{self.option} {self.name} has no tokenizer; name one with --tokenizer-model.")
         return fit_tokenizer(found, self.shape.vocab_size)
 
     def digest(self, placement: Placement) -> str:
         """sha256 (hex) over every byte of its files; collective. UserError where a checkpoint is not what was saved."""
         if self.run is None:
-            with HuggingFaceWeights(self.name, option=OPTION) as weights:
+            with HuggingFaceWeights(self.name, option=self.option) as weights:
                 return shared_digest(weights.files(), placement)
         damage = damage_of(self.run.checkpoint, placement)
         if damage is not None:
-            raise UserError(f"{OPTION} {self.name}: {damage}; evaluate another checkpoint, or copy this one again.")
+            raise UserError(
+                f"{self.option} {self.name}: {damage}; evaluate another checkpoint, or copy this one again."
+            )
         return identity_of(self.run.checkpoint)
 
     @contextmanager
     def weights(self) -> Iterator[UnitWeights]:
         """Its weights unit by unit, without a model. UserError where it can't be read."""
         of_run = None if self.run is None else run_weights(self.run)
-        with of_run or folder_weights(self.name, option=OPTION) as weights:
+        with of_run or folder_weights(self.name, option=self.option) as weights:
             yield weights
 
     def open(self, parallel: ParallelConfig, placement: Placement, *, bf16: bool) -> ModelInPlace:
@@ -117,13 +123,13 @@ class SavedModel:
             vocab_multiple=config.model.make_vocab_size_divisible_by,
         )
         if self.run is None:
-            load_folder(self.name, chunks, self.shape, placement, option=OPTION)
+            load_folder(self.name, chunks, self.shape, placement, option=self.option)
         else:
             state = self.run.state
             if not state.is_whole and state.base_iteration is None:
                 source = self.run.source()
                 assert source is not None, "SavedRun.source refuses it"
-                load_folder(source, chunks, self.shape, placement, option=OPTION)
+                load_folder(source, chunks, self.shape, placement, option=self.option)
             load_checkpoint(self.run.checkpoint, chunks)
         for chunk in chunks:
             chunk.eval().requires_grad_(False)

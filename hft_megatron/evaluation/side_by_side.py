@@ -56,7 +56,8 @@ class _Subject:
     """A model with what is asked of it."""
 
     model: SavedModel
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None where nothing is asked."""
     tasks: Sequence[ReadTask]
     bf16: bool
 
@@ -114,17 +115,21 @@ def _subjects(evaluation: Evaluation, *, bf16: bool) -> list[_Subject]:
     """Reads tokenizers and tasks; those that two models read alike are read once."""
     read: dict[tuple[str, str, int], list[ReadTask]] = {}
     subjects = []
+    base = evaluation.base
     for model in evaluation.models:
+        if not evaluation.tasks:
+            subjects.append(_Subject(model=model, tokenizer=None, tasks=[], bf16=bf16))
+            continue
         tokenizer = model.tokenizer(evaluation.tokenizer_model)
         window = model.shape.max_position_embeddings
         key = tokenizer.facts.identity, tokenizer.facts.chat_template, window
         if key not in read:
             read[key] = _read_tasks(evaluation, model.name, tokenizer, window)
         subjects.append(_Subject(model=model, tokenizer=tokenizer, tasks=read[key], bf16=bf16))
-        if evaluation.base is not None:
-            base, other = evaluation.base, evaluation.base.tokenizer(evaluation.tokenizer_model)
+        if base is not None and any(task.kind == "text" for task in evaluation.tasks):
+            names = f"{base.option} {base.name}", f"{model.option} {model.name}"
             sizes = base.shape.vocab_size, model.shape.vocab_size
-            check_one_vocabulary((f"--base {base.name}", f"--model {model.name}"), sizes, (other, tokenizer))
+            check_one_vocabulary(names, sizes, (base.tokenizer(evaluation.tokenizer_model), tokenizer))
     return subjects
 
 
@@ -145,7 +150,7 @@ def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: P
     return {
         "models": {subject.model.name: subject.model.digest(placement) for subject in subjects},
         "base": None if base is None else {"name": base.name, "digest": base.digest(placement)},
-        "tokenizers": {subject.model.name: subject.tokenizer.facts.identity for subject in subjects},
+        "tokenizers": {subject.model.name: _identity(subject) for subject in subjects},
         "tasks": {task.name: task.digest for task in evaluation.tasks},
         "questions": {
             subject.model.name: {read.task.name: read.digest() for read in subject.tasks} for subject in subjects
@@ -155,6 +160,8 @@ def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: P
             "hft_megatron": hft_megatron.__version__,
             "torch": torch.__version__,
             "device": placement.device.type,
+            # On a CPU the order of sums depends on them, and so the last digits.
+            "threads": torch.get_num_threads() if placement.device.type == "cpu" else None,
             "dtypes": {subject.model.name: _dtype(subject) for subject in subjects},
             "batch_size": evaluation.batch_size,
             "tensor_model_parallel_size": placement.tensor_size,
@@ -173,6 +180,10 @@ def _check_agreement(settings: Mapping[str, Any]) -> None:
                 f"rank {rank} found other {differing(first, theirs)} than rank 0; every rank must see the same models "
                 f"and data: use storage that all hosts share, and name one checkpoint of a run that is training."
             )
+
+
+def _identity(subject: _Subject) -> str | None:
+    return None if subject.tokenizer is None else subject.tokenizer.facts.identity
 
 
 def _dtype(subject: _Subject) -> str:
@@ -217,6 +228,8 @@ def _outcomes(
     """By the names of the tasks, of one model; its memory is free afterwards."""
     name = subject.model.name
     announce(f"> {name}: {_description(subject)}")
+    if subject.tokenizer is None:
+        return {}
     model = subject.model.open(evaluation.parallel, placement, bf16=subject.bf16)
     has_texts = any(read.task.kind == "text" for read in subject.tasks)
     base = None
@@ -266,11 +279,11 @@ def _weight_changes(
         f"  weights: {100 * whole.changed / whole.parameters:.4g} % of the parameters differ from the base's, by "
         f"{whole.relative:.4g} of their norm"
     )
-    result = {
-        "relative": whole.relative,
+    result: dict[str, Any] = {
+        "relative": _in_json(whole.relative),
         "changed_share": whole.changed / whole.parameters,
-        "by_category": {name: change.relative for name, change in found.by_category().items()},
-        "units": {unit.unit: unit.relative for unit in found.units},
+        "by_category": {name: _in_json(change.relative) for name, change in found.by_category().items()},
+        "units": {unit.unit: _in_json(unit.relative) for unit in found.units},
     }
     if model.name in evaluation.trained:
         wrong = found.changed_though_frozen(evaluation.trained[model.name])
@@ -281,6 +294,11 @@ def _weight_changes(
                 f"{base.name} what the run started from?"
             )
     return result
+
+
+def _in_json(value: float) -> float | None:
+    """JSON has no infinity, which a perplexity can be, and the change of a weight that was zero."""
+    return value if math.isfinite(value) else None
 
 
 def _description(subject: _Subject) -> str:
@@ -296,18 +314,15 @@ def _result(subject: _Subject, digest: str, outcomes: Mapping[str, Outcome]) -> 
         "name": subject.model.name,
         "digest": digest,
         "iteration": subject.model.iteration,
-        "tokenizer_digest": subject.tokenizer.facts.identity,
+        "tokenizer_digest": _identity(subject),
         "tasks": [
             {
                 "name": read.task.name,
                 "digest": read.task.digest,
                 "kind": read.task.kind,
                 "examples": len(outcomes[read.task.name].records),
-                # JSON has no infinity, which a perplexity can be.
-                "values": {
-                    name: value if math.isfinite(value) else None
-                    for name, value in outcomes[read.task.name].values.items()
-                },
+                "questions": read.digest(),
+                "values": {name: _in_json(value) for name, value in outcomes[read.task.name].values.items()},
                 "counts": dict(outcomes[read.task.name].counts),
             }
             for read in subject.tasks

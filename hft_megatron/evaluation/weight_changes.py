@@ -136,7 +136,7 @@ def weight_changes(base: UnitWeights, tuned: UnitWeights, share: slice = slice(N
     of a run: where a bf16 run has frozen a unit of an fp32 folder, that unit has not changed. Raises UserError where
     the models differ in a unit or its shape.
     """
-    _check_alike(base, tuned)
+    check_alike((base.name, tuned.name), (base.shape, tuned.shape))
     changes = []
     for unit in units_of(tuned.shape)[share]:
         after = tuned.read(unit.name)
@@ -146,15 +146,14 @@ def weight_changes(base: UnitWeights, tuned: UnitWeights, share: slice = slice(N
     return WeightChanges(units=tuple(changes))
 
 
-def _check_alike(base: UnitWeights, tuned: UnitWeights) -> None:
-    shapes = [
-        {unit.name: list(whole_shape(unit.name, one.shape)) for unit in units_of(one.shape)} for one in (base, tuned)
-    ]
+def check_alike(names: tuple[str, str], of_models: tuple[ModelShape, ModelShape]) -> None:
+    """UserError unless a base and a tuned model have the same units, in the same shapes."""
+    shapes = [{unit.name: list(whole_shape(unit.name, shape)) for unit in units_of(shape)} for shape in of_models]
     for unit in shapes[0] | shapes[1]:
         first, second = (f"of shape {held[unit]}" if unit in held else "not there" for held in shapes)
         if first != second:
             raise UserError(
-                f"{base.name} and {tuned.name} can't be compared weight by weight: {unit} is {first} in the one and "
+                f"{names[0]} and {names[1]} can't be compared weight by weight: {unit} is {first} in the one and "
                 f"{second} in the other; compare a model with the one that it was tuned from."
             )
 

@@ -1,12 +1,13 @@
 """How the results of an evaluation look on a terminal."""
 
 from collections.abc import Mapping, Sequence
+from math import isinf
 from typing import Any
 
 from hft_megatron.evaluation.bootstrap import Interval, interval, paired_difference
 from hft_megatron.evaluation.comparison import Comparison
 from hft_megatron.evaluation.frontier import Frontier
-from hft_megatron.evaluation.measures import MEASURES
+from hft_megatron.evaluation.measures import AGAINST_BASE, MEASURES
 from hft_megatron.report.tables import table_lines
 
 Records = Sequence[Mapping[str, Any]]
@@ -18,8 +19,7 @@ def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str
     ``records`` are the examples by model and task. Intervals are 95 %, by resampling examples.
     """
     first = models[0]
-    header = ["task", "measure", "model", "value", *([f"- {first['name']}"] if len(models) > 1 else [])]
-    rows = [header]
+    rows = [["task", "measure", "model", "value", *([f"less {first['name']}"] if len(models) > 1 else [])]]
     for task in first["tasks"]:
         for name in task["values"]:
             measure = MEASURES[name]
@@ -28,19 +28,45 @@ def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str
                 of_model = _statistics(records[model["name"], task["name"]], name)
                 cells = ["", "", model["name"], in_words(interval(of_model, measure.total))]
                 if model is first:
-                    cells[:2] = [task["name"], f"{name} ({measure.unit})" if measure.unit else name]
+                    cells[:2] = [task["name"], _with_unit(name)]
+                elif name in AGAINST_BASE:
+                    pass  # is a difference already
                 elif _places(records[first["name"], task["name"]]) != _places(records[model["name"], task["name"]]):
                     cells.append("other examples")
                 elif measure.of_tokens and model["tokenizer_digest"] != first["tokenizer_digest"]:
                     cells.append("other tokens")
+                elif _are_cut_otherwise(first, model, task["name"]):
+                    cells.append("other windows")
                 else:
                     cells.append(in_words(paired_difference(of_first, of_model, measure.total)))
                 rows.append(cells)
-    if len(rows) == 1:
-        return ""  # weights alone were compared, which the log has
-    lines = list(table_lines(rows, left=3))
-    lines += [f"  {line}" for model in models for line in _counts(model)]
-    return "\n".join([*lines, "  in brackets: 95 % intervals, by resampling examples (paired for differences)"])
+    lines = [] if len(rows) == 1 else [*table_lines(rows, left=3), f"  {_ABOUT_INTERVALS}"]
+    lines += [f"  {line}" for model in models for line in (*_counts(model), *_weights(model))]
+    return "\n".join(lines)
+
+
+_ABOUT_INTERVALS = "in brackets: 95 % intervals, by resampling examples (paired for differences)"
+
+
+def _with_unit(name: str) -> str:
+    unit = MEASURES[name].unit if name in MEASURES else ""
+    return f"{name} ({unit})" if unit else name
+
+
+def _weights(model: Mapping[str, Any]) -> list[str]:
+    """How far a model is from its base, where that was measured."""
+    if "weight_changes" not in model:
+        return []
+    changes = model["weight_changes"]
+    relative = "more than can be said" if changes["relative"] is None else f"{changes['relative']:.4g}"
+    share = f"{100 * changes['changed_share']:.4g} %"
+    return [f"{model['name']}: {share} of the parameters differ from the base's, by {relative} of their norm"]
+
+
+def _are_cut_otherwise(first: Mapping[str, Any], model: Mapping[str, Any], task: str) -> bool:
+    """Whether two models of one tokenizer read other windows or other ends of prompts, as their contexts differ."""
+    asked = {next(one["questions"] for one in each["tasks"] if one["name"] == task) for each in (first, model)}
+    return len(asked) > 1 and bool(model["tokenizer_digest"] == first["tokenizer_digest"])
 
 
 def _statistics(records: Records, name: str) -> list[Sequence[float]]:
@@ -53,6 +79,8 @@ def _places(records: Records) -> list[str]:
 
 def in_words(interval: Interval) -> str:
     """A value and its bounds."""
+    if isinf(interval.low) and isinf(interval.high):
+        return f"{interval.value:.4g} (one example)"
     return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
@@ -71,14 +99,20 @@ def comparison_text(comparison: Comparison) -> str:
     rows = [["task", "measure", "first", "second", "second - first", "better"]]
     for difference in comparison.differences:
         values = [f"{difference.first:.4g}", f"{difference.second:.4g}", in_words(difference.interval)]
-        rows.append([difference.task, difference.measure, *values, difference.better or "neither"])
-    return "\n".join([*table_lines(rows, left=2), *(f"  {note}" for note in comparison.notes)])
+        rows.append([difference.task, _with_unit(difference.measure), *values, difference.better or "neither"])
+    notes = [_ABOUT_INTERVALS, *comparison.notes]
+    return "\n".join([*table_lines(rows, left=2), *(f"  {note}" for note in notes)])
 
 
-def frontier_text(frontier: Frontier, learning: str) -> str:
-    """The least forgetting of every method at levels of learning."""
+def frontier_text(frontier: Frontier, learning: str, forgetting: str) -> str:
+    """The least forgetting of every method at levels of learning, and what that is."""
+    kind = "change since iteration 0" if frontier.is_change else "value"
+    about = (
+        f"least {kind} of {forgetting} among the validations of a method's runs that have learned at least as much, "
+        f"interpolated along each run; less is better"
+    )
     rows = [[learning, *frontier.forgetting]]
     for number, level in enumerate(frontier.levels):
         values = [of_method[number] for of_method in frontier.forgetting.values()]
         rows.append([f"{level:.4g}", *("-" if value is None else f"{value:.4g}" for value in values)])
-    return "\n".join([*table_lines(rows), *(f"  {note}" for note in frontier.notes)])
+    return "\n".join([*table_lines(rows), *(f"  {note}" for note in (about, *frontier.notes))])

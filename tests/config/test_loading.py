@@ -192,7 +192,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number of at least 0."),
         ("lr: 1\nseed: 2\noptimizer:\n  lr: 3\n", "run.yaml:4: lr is set twice; the other is {0}run.yaml:1: lr."),
         ("- lr\n", "run.yaml: the file must hold `option: value` lines."),
-        ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML."),
+        ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML: expected ',' or ']', but got '<stream end>'."),
         ("? [lr]\n: 1\n", "run.yaml:1: a key must be the name of an option or of a group."),
         ("check: true\n", "run.yaml:1: check is not an option; --help lists all of them."),
         ("config: other.yaml\n", "run.yaml:1: config is not an option; --help lists all of them."),

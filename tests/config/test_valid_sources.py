@@ -89,7 +89,7 @@ GENERAL = "- name: general\n  path: a.txt\n"
         ("[]", "--valid-data-path FILE: the file must hold a list of sources"),
         ("name: a\npath: b", "--valid-data-path FILE: the file must hold a list of sources"),
         ("- a.jsonl", "FILE:1: a source must be `- name: ...` with its `path: ...`."),
-        ("- name: [", "FILE:1 is not valid YAML."),
+        ("- name: [", "FILE:1 is not valid YAML: expected the node content, but found '<stream end>'."),
         ("- path: a", "FILE:1: the source has no name; add `name: ...`, which is text."),
         ("- name: ' a'\n  path: a", "FILE:1: the name of a source must be one line of text"),
         ("- name: [a, b]\n  path: a", "FILE:1: the name of a source must be one line of text"),

@@ -22,6 +22,7 @@ def write(
     models: Mapping[str, Mapping[str, Rows]],
     *,
     tokenizer: str = "t",
+    questions: str = "q",
     digests: Mapping[str, str] | None = None,
 ) -> str:
     """A results file as `evaluate` writes it, of models with tasks, and its lines of predictions."""
@@ -40,6 +41,7 @@ def write(
                     {
                         "name": task,
                         "digest": (digests or {}).get(task, "d" * 64),
+                        "questions": f"{tokenizer} {questions}",
                         "kind": "choose",
                         "examples": len(rows),
                         "values": values,
@@ -50,6 +52,13 @@ def write(
     content = {"format": 1, "models": entries, "settings": {}, "predictions": lines.name}
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return str(path)
+
+
+def test_models_that_read_other_windows_are_not_compared(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.json", {"m": {"t": texts(1.0, 2.0), "u": hits(1, 0)}})
+    other = write(tmp_path / "b.json", {"m": {"t": texts(1.0, 2.0), "u": hits(1, 0)}}, questions="longer")
+    with pytest.raises(UserError, match="contexts differ"):
+        compare(one, other)
 
 
 def hits(*values: int) -> Rows:
@@ -236,7 +245,7 @@ def test_a_file_that_is_cut_is_named_within_a_line_and_between_lines(tmp_path: P
         ),
         ("[]", " is not a JSON object; give a file that hft-megatron evaluate wrote."),
         ('{"format": 2}', " has results format 2, this version reads 1; evaluate again."),
-        ("{}", " has results format None, this version reads 1; evaluate again."),
+        ("{}", " is no result file of `hft-megatron evaluate --tasks`; name one that is."),
         ('{"format": 1, "models": [{"name": "a"}, {"name": "a"}]}', " lists a twice; evaluate again."),
         ('{"format": 1, "models": []}', " holds 0 models (); choose one of them, as in {path}:MODEL."),
         (

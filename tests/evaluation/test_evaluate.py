@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from hft_megatron.cli import main
@@ -150,7 +152,7 @@ def test_models_stand_side_by_side_with_paired_intervals(
     assert len(of_export) == 11, "all measures of all tasks"
     assert all(line.endswith(" 0 [0, 0]") for line in of_export)
     assert main(["evaluate", "--compare", f"{output}:{run}", f"{output}:{inputs / 'model'}"]) == EXIT_OK
-    compared = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    compared = [re.sub(r" \(\w+\)|\(%\)", "", line).split() for line in capsys.readouterr().out.splitlines()[1:]]
     of_base = [line for line in table.splitlines() if line.split()[:1] == [str(inputs / "model")]]
     assert [" ".join(words[4:7]) for words in compared[: len(of_base)]] == [
         " ".join(line.split()[-3:]) for line in of_base
@@ -206,9 +208,9 @@ def test_logits_that_are_no_numbers_fail_the_evaluation_in_words(
 
 
 def test_models_with_other_examples_or_tokens_are_not_paired() -> None:
-    def model(name: str, tokenizer: str) -> dict[str, Any]:
+    def model(name: str, tokenizer: str, questions: str = "q") -> dict[str, Any]:
         values = {"perplexity": 2.0, "bits_per_byte": 1.0}
-        tasks = [{"name": "t", "values": values, "examples": 2, "counts": {"windows": 3}}]
+        tasks = [{"name": "t", "questions": questions, "values": values, "examples": 2, "counts": {"windows": 3}}]
         return {"name": name, "tokenizer_digest": tokenizer, "tasks": tasks}
 
     def records(*places: str) -> list[dict[str, Any]]:
@@ -217,8 +219,29 @@ def test_models_with_other_examples_or_tokens_are_not_paired() -> None:
 
     models = [model("a", "x"), model("b", "y"), model("c", "x")]
     read = {("a", "t"): records("1", "2"), ("b", "t"): records("1", "2"), ("c", "t"): records("1", "3")}
+    longer = results_text([models[0], model("b", "x", "more")], read).splitlines()
+    assert all(line.endswith("other windows") for line in (longer[2], longer[4]))
     ends = [" ".join(line.split()[-2:]) for line in results_text(models, read).splitlines()[1:7]]
     assert [ends[number] for number in (1, 2, 4, 5)] == ["other tokens", "other examples", "[0, 0]", "other examples"]
+
+
+@pytest.mark.slow
+def test_weights_alone_are_compared_without_a_tokenizer_also_where_the_base_is_zero(
+    inputs: Path, ranks: RankPools, tmp_path: Path
+) -> None:
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((inputs / "model/config.json").read_text())
+    weights = load_file(inputs / "model/model.safetensors")
+    save_file(weights, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    zero = "model.layers.1.mlp.down_proj"
+    weights[f"{zero}.weight"] = torch.zeros_like(weights[f"{zero}.weight"])
+    save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    words = ["--model", tmp_path / "tuned", "--base", tmp_path / "base", "--output", tmp_path / "r.json"]
+    ranks(2).run(run_evaluate, words=[str(word) for word in words])
+    [changes] = [model["weight_changes"] for model in results_of(tmp_path / "r.json")["models"]]
+    assert changes["units"][zero] is None
+    assert {value for unit, value in changes["units"].items() if unit != zero} == {0.0}
 
 
 def run_without_memory(words: list[str]) -> dict[str, Any]:

@@ -84,8 +84,18 @@ EARLY = [
     ),
     ("--model model --tasks tasks.yaml --tensor-model-parallel-size 2", "--tensor-model-parallel-size 2"),
     ("--compare there.json", "--compare there.json: give two result files."),
-    ("--compare there.json absent.json", "there.json has results format None, this version reads 1; evaluate again."),
-    ("--compare there.json there.json --model model", "--model can't be given with --compare"),
+    (
+        "--compare there.json absent.json",
+        "there.json is no result file of `hft-megatron evaluate --ta",
+    ),
+    ("--compare there.json there.json --limit 3", "--limit 3 can't be given with --compare"),
+    (
+        "--model model --tasks tasks.yaml --frontier-learning loss",
+        "--frontier-learning loss can't be given with --tasks",
+    ),
+    ("--model model --base absent --tasks tasks.yaml", "--base absent has neither config.json"),
+    ("--model model --base small --tasks tasks.yaml", "can't be compared weight by weight"),
+    ("--compare there.json there.json --model model", "--model model can't be given with --compare"),
 ]
 
 

@@ -138,6 +138,14 @@ def test_a_falling_accuracy_is_forgetting(tmp_path: Path) -> None:
     assert curve_of_run(folder, LEARNING, old).points == ((3.0, 0), (2.0, pytest.approx(0.3)))
 
 
+def test_a_task_may_have_the_name_of_a_measure(tmp_path: Path) -> None:
+    for task in ("perplexity", "forgetting", "sari"):
+        name = f"tasks/{task}/accuracy"
+        records = {0: {LEARNING: 3.0, name: 80.0}, 5: {LEARNING: 2.0, name: 75.0}}
+        (tmp_path / task).mkdir()
+        assert curve_of_run(saved(tmp_path / task, records), LEARNING, name).points == ((3.0, 0.0), (2.0, 5.0))
+
+
 def refused(folder: str, learning: str = LEARNING, forgetting: str = FORGETTING) -> str:
     with pytest.raises(UserError) as error:
         curve_of_run(folder, learning, forgetting)
@@ -147,7 +155,7 @@ def refused(folder: str, learning: str = LEARNING, forgetting: str = FORGETTING)
 def test_a_name_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
     folder = saved(tmp_path, {10: {LEARNING: 2.0}})
     assert refused(folder) == (
-        f"{folder}: no record of metrics.jsonl has {FORGETTING}; it has lm loss, lm loss validation/new."
+        f"{folder}: no record of metrics.jsonl has {FORGETTING}; near it are lm loss validation/new."
     )
 
 
