@@ -44,8 +44,11 @@ def names_of_places(paths: Sequence[Path]) -> Callable[[str], str]:
     names = {str(path): str(path.absolute().relative_to(above)) for path in paths}
 
     def name_of(place: str) -> str:
-        # The longest, as the name of a file may be the beginning of another's.
-        path = max((path for path in names if place.startswith(path)), key=len)
+        # A place is the path, a colon and the rest, which is sought from its end: a path may begin with another one.
+        path = place
+        while path not in names:
+            path, colon, _ = path.rpartition(":")
+            assert colon, "a row is of one of the files"
         return names[path] + place.removeprefix(path)
 
     return name_of

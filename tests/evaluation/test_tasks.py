@@ -7,6 +7,7 @@ docs/evaluation.md shows the fields; ``python -m tests.evaluation.test_tasks`` p
 import ast
 import inspect
 import re
+import time
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from hft_megatron.evaluation.forgetting import statistics
 from hft_megatron.evaluation.kinds import KINDS
 from hft_megatron.evaluation.measures import MEASURES
 from hft_megatron.evaluation.task_files import read_tasks
+from hft_megatron.evaluation.task_rows import names_of_places
 from hft_megatron.evaluation.tasks import FIELDS_OF, LOCATION, NEEDED_BY, Task
 from tests.support.data_files import write_rows
 from tests.support.tasks import asked, task_of, write_tasks
@@ -166,6 +168,15 @@ def test_a_mistake_is_one_sentence_with_file_and_line(folder: Path, written: str
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--tasks .*none\.yaml cannot be read"):
         read_tasks(tmp_path / "none.yaml")
+
+
+def test_ten_thousand_files_are_named_at_once(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number % 100) / f"a{number}.json" for number in range(10_000)]
+    name_of, start = names_of_places([*paths, tmp_path / "0/a:1"]), time.monotonic()
+    for number, path in enumerate(paths):
+        assert name_of(f"{path}: record 1") == f"{number % 100}/a{number}.json: record 1"
+    assert time.monotonic() - start < 1, "not every row looks at every file"
+    assert name_of(f"{tmp_path}/0/a:1:12") == "0/a:1:12"
 
 
 CHANGED: dict[str, Any] = {
