@@ -55,7 +55,9 @@ class KeyValueCache:
         """Drops all rows but these, of which the longest has ``longest`` tokens."""
         index = torch.tensor(rows, device=self.lengths.device)
         self.lengths, self.longest = self.lengths[index], longest
-        self._layers = {layer: (keys[index], values[index]) for layer, (keys, values) in self._layers.items()}
+        # One after the other, so that no more than one layer is there twice.
+        for layer, (keys, values) in self._layers.items():
+            self._layers[layer] = keys[index], values[index]
 
 
 @dataclass(kw_only=True)
