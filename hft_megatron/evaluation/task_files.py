@@ -22,15 +22,15 @@ _DEFAULTS = {field.name: field.default for field in fields(Task)}
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-def read_tasks(path: Path) -> tuple[Task, ...]:
-    """The tasks of a YAML file: a list of mappings, whose keys are the fields of ``Task``.
+def read_tasks(path: Path, option: str = "--tasks") -> tuple[Task, ...]:
+    """The tasks of a YAML file that ``option`` names: a list of mappings, whose keys are the fields of ``Task``.
 
     A key with null is as one that is left out. Raises UserError, one sentence with the file and the line, for all that
     is no task; of the data files only that they are there is looked at.
     """
-    root = yaml_of_file(path, "--tasks")
+    root = yaml_of_file(path, option)
     if not isinstance(root, yaml.SequenceNode) or not root.value:
-        raise UserError(f"--tasks {path}: the file must hold a list of tasks, each `- name: ...` and its settings.")
+        raise UserError(f"{option} {path}: the file must hold a list of tasks, each `- name: ...` and its settings.")
     tasks: list[Task] = []
     for node in root.value:
         task = _Entry(node, path).task()

@@ -22,7 +22,7 @@ def tasks_of_run(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape) -> 
     file = config.logging.eval_tasks
     if file is None:
         return ()
-    tasks = read_tasks(Path(file))
+    tasks = read_tasks(Path(file), "--eval-tasks")
     generated = [task.name for task in tasks if task.kind == "generate"]
     if generated and config.training.transformer_impl != "local":
         raise UserError(

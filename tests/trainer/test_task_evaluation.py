@@ -8,10 +8,13 @@ import pytest
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.tracking import LoggingConfig, tasks_are_there
 from hft_megatron.config.training import TrainingConfig
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
+from hft_megatron.trainer.task_evaluation import tasks_of_run
 from tests.support.ranks import RankPools, RanksFailed
 from tests.support.runs import make_inputs, run_sft_words, words_for
 from tests.support.shapes import tiny_shape
+from tests.support.tokenizers import make_byte_level
 
 TASKS = """
 - {name: texts, kind: text, files: texts.txt, separator: "---"}
@@ -69,6 +72,13 @@ def test_a_mistake_in_a_tasks_file_is_said_before_a_model_is_built(ranks: RankPo
     tasks.write_text(TASKS.replace("prompt: question", "prompt: query"))
     with pytest.raises(RanksFailed, match="query"):
         ranks(1).run(run_sft_words, words=words_for(inputs, "--eval-tasks", tasks))
+
+
+def test_a_tasks_file_that_is_not_there_is_named_with_the_option_of_training(tmp_path: Path) -> None:
+    config = RunConfig(logging=LoggingConfig(eval_tasks=str(tmp_path / "none.yaml")))
+    tokenizer = load_tokenizer(None, make_byte_level(tmp_path))
+    with pytest.raises(UserError, match=r"^--eval-tasks .*none\.yaml cannot be read"):
+        tasks_of_run(config, tokenizer, tiny_shape(2))
 
 
 def test_options_about_tasks_have_tasks_and_a_training() -> None:
