@@ -23,6 +23,8 @@ from hft_megatron.parallel.groups import Placement
 
 PROGRESS_S = 10.0
 """Seconds between two lines about how far a task is."""
+TOKENS_OF_A_BATCH = 32_768
+"""Most tokens of a batch, where it has more than one question: 16 windows of a long context are more than fit."""
 
 
 Ask = Callable[[Sequence[int]], Sequence[Answer] | None]
@@ -50,10 +52,17 @@ class Questions:
 
 
 def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of questions of so many tokens, ``size`` at a time, the longest first: a batch's are of about one
-    length."""
-    longest_first = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-    return [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
+    """Numbers of questions of so many tokens, at most ``size`` and ``TOKENS_OF_A_BATCH`` at a time, the longest first:
+    a batch's are of about one length."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        tokens += lengths[number]
+        if not batches or len(batches[-1]) == size or tokens > TOKENS_OF_A_BATCH:
+            batches.append([])
+            tokens = lengths[number]
+        batches[-1].append(number)
+    return batches
 
 
 @dataclass
