@@ -4,8 +4,10 @@ Run: pytest tests/evaluation/test_kinds_text.py
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,12 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.kinds import KINDS
 from hft_megatron.evaluation.kinds.text import windows_of
 from hft_megatron.evaluation.measures import MEASURES
+from tests.support import tokenizers
 from tests.support.data_files import write_rows
 from tests.support.tasks import asked, scores, task_of
+from tests.support.tokenizers import make_byte_level, train_sentencepiece
 
 TEXT = "Once upon a time there was a bridge. " * 8
 
@@ -121,6 +126,38 @@ def test_without_a_begin_token_the_first_token_is_not_scored_nor_are_its_bytes(
     assert found.examples[0].facts["bytes"] == len(TEXT) - len(tokenizer.decode(ids[:1]))
     assert found.counts["unscored_tokens"] == 1
     assert "the first token of each of the 1 documents is not scored" in found.notes[0]
+
+
+def of_sentencepiece(folder: Path) -> Tokenizer:
+    return load_tokenizer(None, train_sentencepiece(folder, add_dummy_prefix=False))
+
+
+def of_bytes(folder: Path) -> Tokenizer:
+    return load_tokenizer(None, make_byte_level(folder, merges=False))
+
+
+def of_parts_of_characters(folder: Path) -> Tokenizer:
+    """Has tokens of several bytes that end within a character."""
+    with patch.object(tokenizers, "CORPUS", ["a🙂 a🙃 a😀 橋 機 橄 "] * 20):
+        return load_tokenizer(None, make_byte_level(folder))
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (of_sentencepiece, [1, 1, 1, 1, 1, 1, 1]),
+        (of_bytes, [1, 1, 1, 1, 1, 1, 1]),
+        (of_parts_of_characters, [2, 2, 4, 3, 1, 1, 1]),
+    ],
+)
+def test_a_first_token_within_a_character_has_its_own_bytes(
+    made: Callable[[Path], Tokenizer], expected: list[int], tmp_path: Path
+) -> None:
+    tokenizer = made(tmp_path / "tokenizer").with_facts(bos_id=None)
+    texts = ["橋 and 橋橋", "機", "🙂🙂", "🙄", "ü", "a🙄", "plain"]
+    write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    sizes = [size for _, size in scored_of(tmp_path, tokenizer, files="a.jsonl")]
+    assert [len(text.encode()) - size for text, size in zip(texts, sizes, strict=True)] == expected
 
 
 def test_windows_that_the_model_has_no_room_for_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

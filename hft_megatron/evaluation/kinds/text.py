@@ -15,6 +15,9 @@ from hft_megatron.evaluation.kinds.kind import Answer
 from hft_megatron.evaluation.task_rows import read_task_rows
 from hft_megatron.evaluation.tasks import Task, TaskKind
 
+_NO_CHARACTER = "\ufffd"
+"""What a tokenizer makes of bytes that are no whole character."""
+
 
 class Documents:
     """See Kind."""
@@ -34,8 +37,8 @@ class Documents:
         for (row, text), (ids, _) in zip(texts, encoded, strict=True):
             if len(ids) < 2:
                 continue
-            unscored = "" if tokenizer.bos_id is not None else tokenizer.decode(ids[:1].tolist())
-            facts = {"bytes": len(text.removeprefix(unscored).encode())}
+            unscored = 0 if tokenizer.bos_id is not None else _bytes_of_first(ids.tolist(), text, tokenizer)
+            facts = {"bytes": len(text.encode()) - unscored}
             sequences = tuple(windows_of(ids, size, stride))
             examples.append(EvalExample(place=row.name, sequences=sequences, facts=facts))
         if not examples:
@@ -95,6 +98,25 @@ def _pieces(text: str, tokenizer: Tokenizer, task: Task) -> list[Piece]:
     begin = [] if tokenizer.bos_id is None else [tokenizer.special(tokenizer.bos_id, trained=False)]
     end = [tokenizer.special(tokenizer.eos_id, trained=True)] if task.end_token else []
     return [*begin, Piece(text=text, place=Place.START, trained=True), *end]
+
+
+def _bytes_of_first(ids: list[int], text: str, tokenizer: Tokenizer) -> int:
+    """How many UTF-8 bytes of ``text`` its first token has."""
+    first = tokenizer.decode(ids[:1])
+    if text.startswith(first):
+        return len(first.encode())
+    before = first.rstrip(_NO_CHARACTER)
+    begun = text[: len(before) + 1]
+    if first == before or not begun.startswith(before):
+        return 0
+    # It ends within a character, which has at most four bytes. In a text that begins behind the token, each of the
+    # character's bytes that are left has become one replacement character.
+    for count in range(2, 5):
+        whole = tokenizer.decode(ids[:count])
+        if whole.startswith(begun):
+            left = len(tokenizer.decode(ids[1:count])) - (len(whole) - len(begun))
+            return len(begun.encode()) - left
+    return len(before.encode())
 
 
 def windows_of(ids: NDArray[np.int32], window: int, stride: int) -> Iterator[Encoded]:
