@@ -132,10 +132,10 @@ def _append(
     elif rules.temperature == 0:
         chosen = model.readout.likeliest(hidden)
     else:
-        logits = model.readout.logits(hidden).cpu()
+        logits = model.readout.logits(hidden)
         are_numbers = logits.isfinite().all(dim=1)
         drawn = draw(logits.where(are_numbers[:, None], 0.0), rules, [text.draws for text in active])
-        chosen = drawn.where(are_numbers, -1).to(placement.device)
+        chosen = drawn.where(are_numbers, -1)
     if placement.pipeline_size > 1:
         dist.broadcast(chosen, group=placement.groups.pp, group_src=placement.pipeline_size - 1)
     for text, token in zip(active, chosen.tolist(), strict=True):
@@ -145,11 +145,10 @@ def _append(
 
 def draw(logits: Tensor, rules: GenerationRules, draws: Sequence[torch.Generator]) -> Tensor:
     """One token for each row of logits (n, vocabulary), which are divided by the temperature, cut to ``top_k`` and then
-    to ``top_p``, in the order of transformers' ``generate``. On CPU, so that a draw is one number of a row's stream."""
-    scaled, order = (logits / rules.temperature).sort(dim=1, descending=True, stable=True)
-    if rules.top_k > 0:
-        scaled[:, rules.top_k :] = float("-inf")
-    shares = scaled.double().softmax(dim=1)
+    to ``top_p``, in the order of transformers' ``generate``. A draw is one number of a row's stream."""
+    scaled, order = _likeliest_first(logits / rules.temperature, rules.top_k)
+    # On CPU, where sums are taken in one order each time.
+    shares = scaled.cpu().double().softmax(dim=1)
     # A token stays while the likelier ones have less than top_p together, so that the likeliest always does.
     shares = shares.where(shares.cumsum(dim=1) - shares < rules.top_p, 0.0)
     sums = shares.cumsum(dim=1)
@@ -157,7 +156,19 @@ def draw(logits: Tensor, rules: GenerationRules, draws: Sequence[torch.Generator
     places = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)
     # A number next to 1 may lie behind every sum that rounding left.
     places = places.minimum((shares > 0).sum(dim=1, keepdim=True) - 1)
-    return order.gather(1, places).squeeze(1)
+    return order.gather(1, places.to(order.device)).squeeze(1)
+
+
+def _likeliest_first(scaled: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` largest of each row (n, vocabulary), or all for 0, and their tokens; of equal ones the first."""
+    if not 0 < top_k < scaled.size(1):
+        return scaled.sort(dim=1, descending=True, stable=True)
+    # Of equal numbers topk takes any: it is asked for all that equal the last one, and these are put in order.
+    last = scaled.topk(top_k, dim=1).values[:, -1:]
+    enough = int((scaled >= last).sum(dim=1).max())
+    tokens = scaled.topk(enough, dim=1, sorted=False).indices.sort(dim=1).values
+    largest, order = scaled.gather(1, tokens).sort(dim=1, descending=True, stable=True)
+    return largest[:, :top_k], tokens.gather(1, order)[:, :top_k]
 
 
 def _add_token(text: _Text, token: int, tokenizer: Decoder, rules: GenerationRules, window: int) -> None:

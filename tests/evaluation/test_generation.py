@@ -1,11 +1,14 @@
 """Generated ids are transformers' at every layout, with and without a cache. Run: pytest tests/evaluation"""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hft_megatron.evaluation.forward import ModelInPlace
@@ -143,3 +146,47 @@ def test_tokens_are_drawn_from_the_distribution_that_transformers_makes(top_k: i
     assert set(drawn.unique().tolist()) <= set(expected.nonzero().flatten().tolist())
     # Four standard deviations of the likeliest token's share.
     assert (shares - expected).abs().max() < 4 * (0.25 / samples) ** 0.5
+
+
+class Sorts(TorchDispatchMode):
+    """Notes how many numbers of a row are sorted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.sort:
+            self.sizes.append(args[0].size(1))
+        return func(*args, **(kwargs or {}))
+
+
+def drawn_with(top_k: int, logits: Tensor, sorts: Sorts | None = None) -> list[int]:
+    rules = GenerationRules(temperature=0.5, top_k=top_k)
+    with sorts or contextlib.nullcontext():
+        return draw(logits, rules, [torch.Generator().manual_seed(row) for row in range(len(logits))]).tolist()
+
+
+def of_few_values() -> Tensor:
+    """Logits (64, 500), of which many are equal, as in bf16."""
+    return torch.randint(0, 12, (64, 500), generator=torch.Generator().manual_seed(1)).float()
+
+
+def test_of_equally_likely_tokens_the_first_are_among_the_top_ones() -> None:
+    logits = of_few_values()
+    for top_k in (1, 3, 60, 499):
+        expected = logits.clone()
+        expected.scatter_(1, logits.sort(dim=1, descending=True, stable=True).indices[:, top_k:], float("-inf"))
+        assert drawn_with(top_k, logits) == drawn_with(0, expected)
+
+
+def test_top_tokens_are_found_without_the_whole_vocabulary_in_order() -> None:
+    logits, sorts = torch.randn(4, 500, generator=torch.Generator().manual_seed(1)), Sorts()
+    drawn_with(7, logits, sorts)
+    assert sorts.sizes == [7, 7]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_a_gpu_draws_what_a_processor_draws(top_k: int) -> None:
+    assert drawn_with(top_k, of_few_values().cuda()) == drawn_with(top_k, of_few_values())
