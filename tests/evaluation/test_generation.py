@@ -87,10 +87,16 @@ CASES = [
     ("llama32", "tp2_pp2"),
     ("gqa", "dp2"),
 ]
+OTHERS = [
+    pytest.param(variant, layout, marks=pytest.mark.slow)
+    for variant in ("mha", "gqa", "tied", "odd_vocab", "llama3_rope")
+    for layout in ("tp1", "tp2", "pp2", "tp2_pp2", "dp2")
+    if (variant, layout) not in CASES
+]
 SIZES = {"tp1": 1, "tp2_pp2": 4}
 
 
-@pytest.mark.parametrize(("variant", "layout"), CASES)
+@pytest.mark.parametrize(("variant", "layout"), [*CASES, *OTHERS])
 def test_ids_and_log_likelihoods_are_transformers(variant: str, layout: str, ranks: RankPools, tmp_path: Path) -> None:
     folder = make_llama(tmp_path, variant)
     plain, _ = by_transformers(folder, [])
