@@ -1,5 +1,6 @@
 """What an evaluation that has not come to its end was answered, so that a killed one resumes where it stood."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,41 +20,52 @@ def journal_of(output: Path) -> Path:
 class Journal:
     """A file beside the result file: the settings of the evaluation, then a line for every batch of answers.
 
-    One process writes it. A line that a crash has torn is dropped, and its batch is asked again.
+    One process writes it, which holds a lock until it ends. A line that a crash has torn is dropped, and its batch is
+    asked again.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        """Reads what an earlier command has left. UserError where that was another evaluation, or can't be read."""
+        """Reads what an earlier command has left. UserError where that was another evaluation, can't be read, is being
+        written, or has come to its end."""
         self.path = journal_of(output)
         self.answers: dict[tuple[str, str], dict[int, list[Answer]]] = {}
         """Found, by model, task and number of the batch."""
-        lines = self._read()
-        if lines:
-            self._check(lines[0], settings, output)
-        for number, line in enumerate(lines[1:], start=2):
-            self._take(line, number)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="ascii")
-            # Without what was torn.
-            self._file.truncate(sum(len(line) + 1 for line in lines))
-            if not lines:
-                self._write(settings)
+            self._file = self.path.open("a+b")
+            try:
+                self._begin(output, settings)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise UserError(
                 f"--output {output} can't be written: {error}; make room, or choose another folder."
             ) from error
 
-    def _read(self) -> list[str]:
-        """The whole lines."""
+    def _begin(self, output: Path, settings: Mapping[str, Any]) -> None:
         try:
-            text = self.path.read_bytes()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f"--output: {self.path} can't be read ({error}); delete it to begin anew.") from error
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"--output {output} is being written by another command; wait for it, or choose another name."
+            ) from None
+        # From the file that is locked: to close another one of it would end the lock.
+        self._file.seek(0)
         # A byte stays a letter, so that the length is the file's; JSON that is damaged is found below.
-        return text.decode("latin-1").split("\n")[:-1]
+        lines = self._file.read().decode("latin-1").split("\n")[:-1]
+        if output.exists():
+            if not lines:
+                self.path.unlink(missing_ok=True)
+            raise UserError(f"--output {output} is there already; remove it, or choose another name.")
+        if lines:
+            self._check(lines[0], settings, output)
+        for number, line in enumerate(lines[1:], start=2):
+            self._take(line, number)
+        # Without what was torn.
+        self._file.truncate(sum(len(line) + 1 for line in lines))
+        if not lines:
+            self._write(settings)
 
     def _check(self, header: str, settings: Mapping[str, Any], output: Path) -> None:
         try:
@@ -88,15 +100,16 @@ class Journal:
             ) from error
 
     def _write(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(value) + "\n")
+        self._file.write(json.dumps(value).encode("ascii") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self, *, finished: bool) -> None:
         """Closes the file; with ``finished`` it is not needed any more."""
-        self._file.close()
         if finished:
+            # Before another command can lock it.
             self.path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def _answer(noted: Mapping[str, Any]) -> Answer:

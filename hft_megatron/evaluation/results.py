@@ -32,7 +32,12 @@ def check_output(output: Path) -> None:
 def write_results(
     output: Path, results: Mapping[str, Any], records: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Writes both files, the predictions first, so that a result file is complete. UserError where they can't be."""
+    """Writes both files, the predictions first, so that a result file is complete. UserError where they can't be, or
+    where a result file has come there meanwhile."""
+    if output.exists():
+        raise UserError(
+            f"--output {output} is there already; remove it and give the command again, which has all answers."
+        )
     lines = [
         _json({"model": model, "task": task, **record})
         for (model, task), of_task in records.items()

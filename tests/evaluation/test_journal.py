@@ -3,6 +3,8 @@
 import json
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from hft_megatron.evaluation.examples import Answer, Generated, SequenceScore, T
 from hft_megatron.evaluation.journal import Journal, journal_of
 from hft_megatron.evaluation.results import check_output, predictions_of, write_results
 
+REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {"models": {"Ärger": "abc"}, "settings": {"batch_size": 3, "device": "cpu"}}
 ANSWERS: dict[int, list[Answer]] = {
     0: [SequenceScore(log_prob=-0.1 - 1e-17, tokens=3, is_greedy=True)],
@@ -101,6 +104,44 @@ def test_another_evaluation_is_refused_by_what_differs(changes: dict[str, Any], 
     with pytest.raises(UserError, match=said):
         Journal(output, SETTINGS | changes)
     assert journal_of(output).read_bytes() == before
+
+
+WRITER = """
+import json, sys
+from pathlib import Path
+from hft_megatron.evaluation.journal import Journal
+journal = Journal(Path(sys.argv[1]), json.loads(sys.argv[2]))
+print("has begun", flush=True)
+input()
+"""
+
+
+def test_a_second_command_is_refused_while_the_first_one_writes(output: Path) -> None:
+    before = journal_of(output).read_bytes()
+    words = [sys.executable, "-c", WRITER, str(output), json.dumps(SETTINGS)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"has begun\n"
+        with pytest.raises(UserError, match=r"--output .*results\.json is being written by another command; wait"):
+            Journal(output, SETTINGS)
+        first.kill()
+    assert journal_of(output).read_bytes() == before
+    journal = Journal(output, SETTINGS)
+    assert journal.answers == {("Ärger", "task"): ANSWERS}
+    journal.close(finished=False)
+
+
+def test_results_that_came_meanwhile_are_not_written_over(output: Path) -> None:
+    output.write_text("{}")
+    for refused in (lambda: Journal(output, SETTINGS), lambda: write_results(output, {"models": []}, {})):
+        with pytest.raises(UserError, match=r"--output .*results\.json is there already; remove it"):
+            refused()
+    assert output.read_text() == "{}"
+    assert sorted(path.name for path in output.parent.iterdir()) == [output.name, journal_of(output).name]
+    journal_of(output).unlink()
+    with pytest.raises(UserError, match="is there already"):
+        Journal(output, SETTINGS)
+    assert list(output.parent.iterdir()) == [output]
 
 
 def test_a_full_disk_is_a_sentence_and_what_was_written_resumes(output: Path) -> None:
