@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.declared import flag
 from hft_megatron.config.loading import stages_of_file
 from hft_megatron.config.names import MethodName, known
 from hft_megatron.config.run import RunConfig
@@ -22,8 +23,8 @@ _OF_EXPORTS: dict[str, Any] = {
     "save_dtype": None,
     "keep_source_tokenizer": False,
 }
-"""Options that are the last stage's alone, and their values in others."""
-_OF_THE_WHOLE = ("save", "load", "finetune", *_OF_EXPORTS)
+"""Options that, given for all stages, are the last one's, and their values in others. A stage may set its own."""
+_OF_THE_WHOLE = ("save", "load", "finetune")
 """Options that a stage can't set: stages follow one another in the folders below --save."""
 
 
@@ -33,6 +34,8 @@ class Stage:
 
     method: MethodName
     config: RunConfig
+    shares_rounds: bool = False
+    """Whether its rounds have the numbers of those of the stage before, and so their plans."""
 
     @property
     def folder(self) -> Path:
@@ -57,10 +60,12 @@ def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None =
     for number, (method, line, config) in enumerate(read):
         if method not in known(MethodName):
             raise UserError(f"{path}:{line}: the method {method} is none of {', '.join(known(MethodName))}.")
-        for name in _OF_THE_WHOLE:
+        exports_itself = config.checkpoint.save_hf != whole.save_hf
+        for name in _OF_THE_WHOLE if exports_itself else (*_OF_THE_WHOLE, *_OF_EXPORTS):
             if getattr(config.checkpoint, name) != getattr(whole, name):
+                with_folder = ", or save_hf for the stage, too" if name in _OF_EXPORTS else ""
                 raise UserError(
-                    f"{path}:{line}: {name} can't be set for one stage; give --{name.replace('_', '-')} for all."
+                    f"{path}:{line}: {name} can't be set for one stage; give {flag(name)} for all{with_folder}."
                 )
         if config.model != base.model:
             raise UserError(
@@ -73,8 +78,13 @@ def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None =
         name = f"stage_{number}_{method}"
         folder = f"{whole.save}/{name}"
         own = replace(config.checkpoint, save=folder)
-        if number < len(read) - 1:
+        if number < len(read) - 1 and not exports_itself:
             own = replace(own, **_OF_EXPORTS)
+        for other in stages:
+            if own.save_hf is not None and same_folder(own.save_hf, other.config.checkpoint.save_hf):
+                raise UserError(
+                    f"{path}:{line}: save_hf {own.save_hf} is where an earlier stage exports to; name another."
+                )
         if number > 0:
             own = replace(own, load=str(stages[-1].folder), finetune=True)
         elif same_folder(whole.save, whole.load):

@@ -43,6 +43,15 @@ def test_a_stage_has_its_own_options_its_folder_and_the_weights_of_the_one_befor
     assert [stage.config.hft.hft_first_round for stage in (first, second)] == [0, 1]
 
 
+def test_a_stage_exports_where_it_says_and_the_last_one_where_all_were_told_to(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("- method: sft\n  save_hf: first\n  save_dtype: float16\n- method: sft\n- method: dpo\n")
+    written = [stage.config.checkpoint for stage in read_stages(str(file), BASE)]
+    assert [one.save_hf for one in written] == ["first", None, "out"]
+    assert [one.save_dtype for one in written] == ["float16", None, None]
+    assert [one.save_hf_interval for one in written] == [5, None, 5]
+
+
 def test_without_a_run_to_go_on_with_the_first_stage_starts_where_the_run_does(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("- method: dpo\n")
     fresh = replace(BASE, checkpoint=replace(BASE.checkpoint, load=None))
@@ -73,7 +82,14 @@ def test_curves_of_stages_have_names_of_their_own(tmp_path: Path) -> None:
         ("- method: sft\n  lr: fast\n", r"stages.yaml:2: lr fast: the value must be a number"),
         ("- method: sft\n  lr: 1\n  lr: 2\n", r"stages.yaml:3: lr is set twice"),
         ("- method: sft\n  save: here\n", r"stages.yaml:1: save can't be set for one stage; give --save for all"),
-        ("- method: sft\n  save_dtype: bfloat16\n", r"stages.yaml:1: save_dtype can't be set for one stage"),
+        (
+            "- method: sft\n  save_dtype: bfloat16\n",
+            r"stages.yaml:1: save_dtype can't be set for one stage; .*or save_hf",
+        ),
+        (
+            "- method: sft\n  save_hf: a\n- method: sft\n  save_hf: ./a\n",
+            r"stages.yaml:3: save_hf ./a is where an earl",
+        ),
         (
             "- method: sft\n- method: dpo\n  train_iters: 0\n",
             r"stages.yaml:2: a stage with --train-iters 0 leaves no w",
