@@ -69,6 +69,7 @@ PURE = (
     "methods.registry",
     "model.parameter_names",
     "parallel.launch",
+    "report.continual",
     "report.evaluation",
     "report.plan",
     "report.plan_picture",

@@ -48,7 +48,7 @@ def draw_picture(report: PlanReport, path: Path) -> None:
     for unit, box in boxes.items():
         for index, plan in enumerate(report.plans):
             colour = ROUND_COLOURS[index % len(ROUND_COLOURS)] if plan.trains(unit) else RESTS
-            _fill(draw, strip(box, index, rounds), colour)
+            fill(draw, strip(box, index, rounds), colour)
     image.save(path, format="PNG")
 
 
@@ -78,7 +78,8 @@ def strip(box: Box, index: int, rounds: int) -> Box:
     return edges[0], top, edges[1], bottom
 
 
-def _fill(draw: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
+def fill(draw: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
+    """Colour a box of pixels."""
     left, top, right, bottom = box
     draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)  # Pillow's corners are inclusive
 
@@ -92,7 +93,7 @@ def _draw_words(draw: ImageDraw.ImageDraw, report: PlanReport, boxes: dict[str, 
 
     legend = LEFT
     for index, plan in enumerate(report.plans):
-        _fill(draw, (legend, 8, legend + 12, 20), ROUND_COLOURS[index % len(ROUND_COLOURS)])
+        fill(draw, (legend, 8, legend + 12, 20), ROUND_COLOURS[index % len(ROUND_COLOURS)])
         write(legend + 16, 8, f"round {plan.round}")
         legend += 80
     for title, category in zip(TITLES, UNIT_LETTERS, strict=True):
