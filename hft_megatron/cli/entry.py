@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import hft_megatron
-from hft_megatron.cli import average, convert, doctor, evaluate, flags, half_reset, plan, preprocess, show_data
+from hft_megatron.cli import (
+    average,
+    continual,
+    convert,
+    doctor,
+    evaluate,
+    flags,
+    half_reset,
+    plan,
+    preprocess,
+    show_data,
+)
 from hft_megatron.cli.boundary import PROG, StatusFolder, note, run_command, show
 from hft_megatron.cli.training_command import options_of, run_method
 from hft_megatron.config.loading import help_text, load_options
@@ -92,6 +103,12 @@ COMMANDS = {
         summary="tokenize data before training, into megatron-core's .bin/.idx",
         options=preprocess.PreprocessOptions,
         run=preprocess.run,
+    ),
+    "continual": Command(
+        summary="learn one task after the other, and measure what each did to the tasks before",
+        options=continual.ContinualOptions,
+        run=continual.run,
+        note=note,
     ),
     "evaluate": Command(
         summary="put tasks to models: folders, or checkpoints of runs as they are; in any layout",

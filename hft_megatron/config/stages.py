@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.declared import flag
 from hft_megatron.config.loading import stages_of_file
 from hft_megatron.config.names import MethodName, known
@@ -79,7 +80,7 @@ def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None =
         folder = f"{whole.save}/{name}"
         own = replace(config.checkpoint, save=folder)
         if number < len(read) - 1 and not exports_itself:
-            own = replace(own, **_OF_EXPORTS)
+            own = without_exports(own)
         for other in stages:
             if own.save_hf is not None and same_folder(own.save_hf, other.config.checkpoint.save_hf):
                 raise UserError(
@@ -89,12 +90,17 @@ def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None =
             own = replace(own, load=str(stages[-1].folder), finetune=True)
         elif same_folder(whole.save, whole.load):
             own = replace(own, load=folder)
-        logging = _named(config.logging, base.logging, name)
+        logging = named_logging(config.logging, base.logging, name)
         stages.append(Stage(method=method, config=replace(config, checkpoint=own, logging=logging)))
     return tuple(stages)
 
 
-def _named(logging: LoggingConfig, of_all: LoggingConfig, stage: str) -> LoggingConfig:
+def without_exports(checkpoint: CheckpointConfig) -> CheckpointConfig:
+    """The options of a stage that exports nothing, because another one does."""
+    return replace(checkpoint, **_OF_EXPORTS)
+
+
+def named_logging(logging: LoggingConfig, of_all: LoggingConfig, stage: str) -> LoggingConfig:
     """With names of its own for a stage's curves where all stages were given one: each counts its iterations from 1."""
     folder, run = logging.tensorboard_dir, logging.wandb_exp_name
     if folder is not None and folder == of_all.tensorboard_dir:

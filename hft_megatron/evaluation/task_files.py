@@ -43,6 +43,17 @@ def read_tasks(path: Path, option: str = "--tasks") -> tuple[Task, ...]:
     return tuple(tasks)
 
 
+def task_of_entry(node: yaml.MappingNode, path: Path, name: str) -> Task:
+    """A task whose settings but for the name are a mapping in another YAML file; raises like ``read_tasks``."""
+    for key, _ in node.value:
+        if key.value == "name":
+            raise UserError(f"{path}:{key.start_mark.line + 1}: `name` is that of the entry around it; remove it.")
+    tag = "tag:yaml.org,2002:str"
+    marks = node.start_mark, node.start_mark
+    named = (yaml.ScalarNode(tag, "name", *marks), yaml.ScalarNode(tag, name, *marks))
+    return _Entry(yaml.MappingNode(node.tag, [named, *node.value], node.start_mark), path).task()
+
+
 class _Entry:
     """One entry of the list: its values, and the lines of its keys."""
 

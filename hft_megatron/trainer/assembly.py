@@ -53,15 +53,17 @@ def train_and_export(
     company: Peers,
     *,
     hooks: Sequence[Hook] = (),
+    after_saving: Sequence[Hook] = (),
     signals: Signals | None = None,
     of_a_stage: bool = False,
 ) -> int:
     """``run_training``, with the process groups left as they are, for a stage that follows; returns the last round.
 
-    ``of_a_stage``, it ends with a line instead of its whole bill.
+    ``after_saving`` are hooks that run behind those that save. ``of_a_stage``, it ends with a line instead of its whole
+    bill.
     """
     start = prepare(read_inputs(method, options, shape, world_size), world_size, company)
-    hooks_of = partial(build_hooks, own=start.with_evaluations(hooks), of_a_stage=of_a_stage)
+    hooks_of = partial(build_hooks, own=start.with_evaluations(hooks), after_saving=after_saving, of_a_stage=of_a_stage)
     with memory_errors_in_words(
         start.inputs, start.placement, plan=lambda: start.plan, when=lambda: "while loading or exporting"
     ):

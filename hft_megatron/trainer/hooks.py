@@ -306,13 +306,15 @@ def build_hooks(
     run: Run,
     *,
     own: Sequence[Hook] = (),
+    after_saving: Sequence[Hook] = (),
     loaded_iteration: int | None,
     base: Base | None,
     exporter: Exporter,
     signals: Signals,
     of_a_stage: bool = False,
 ) -> Sequence[Hook]:
-    """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save.
+    """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save, and
+    ``after_saving`` behind all others.
 
     ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with;
     ``exporter`` writes under --save-hf-interval. ``of_a_stage``, the run ends with a line instead of its whole bill.
@@ -349,4 +351,4 @@ def build_hooks(
         before_stop = profile.at_end
         hooks.append(profile)
     hooks.append(StopEarly(saver, config.training, signals, before_stop))
-    return hooks
+    return [*hooks, *after_saving]

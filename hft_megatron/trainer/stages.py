@@ -4,7 +4,7 @@ After a stop they resume in the stage that they were in.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hft_megatron.checkpoint.folders import complete_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
@@ -20,6 +20,7 @@ from hft_megatron.parallel.peers import Peers, peers
 from hft_megatron.trainer.assembly import train_and_export
 from hft_megatron.trainer.bill import announce_bill_of_stages
 from hft_megatron.trainer.inputs import read_inputs, tokenizer_and_shape
+from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.method import Method
 from hft_megatron.trainer.resume import with_schedule
 
@@ -60,18 +61,31 @@ def run_stages(
     minutes = stages[0].config.parallel.distributed_timeout_minutes
     with peers(minutes, on_loss) as company:
         check_stages(stages, world_size, methods)
-        _run_what_is_left(stages, shape, world_size, methods, company)
+        run_what_is_left(stages, shape, world_size, methods, company)
         company.leave()
         stop_groups()
 
 
-def _run_what_is_left(
-    stages: Sequence[Stage], shape: ModelShape | None, world_size: int, methods: Methods, company: Peers
+def run_what_is_left(
+    stages: Sequence[Stage],
+    shape: ModelShape | None,
+    world_size: int,
+    methods: Methods,
+    company: Peers,
+    *,
+    hooks: Callable[[int], Sequence[Hook]] = lambda number: (),
+    after_saving: Callable[[int], Sequence[Hook]] = lambda number: (),
 ) -> None:
+    """``run_stages`` among ranks that have met, with ``hooks`` of a stage, by its number, before those that save, and
+    behind them."""
     rank, first_round = int(os.environ["RANK"]), 0
+    rounds_of_last = 0
     for number, stage in enumerate(stages):
         following = stages[number + 1] if number + 1 < len(stages) else None
+        if stage.shares_rounds:
+            first_round = rounds_of_last
         one = numbered(stage, first_round)
+        rounds_of_last = first_round
         if following is not None and complete_checkpoints(str(following.folder)):
             _check_done(one, methods[one.method], following, shape, world_size)
             last_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round
@@ -79,7 +93,16 @@ def _run_what_is_left(
             if rank == 0:
                 print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
             # Not read from its checkpoint: another host's folder may show the last one a minute later.
-            last_round = train_and_export(methods[one.method], one.config, shape, world_size, company, of_a_stage=True)
+            last_round = train_and_export(
+                methods[one.method],
+                one.config,
+                shape,
+                world_size,
+                company,
+                hooks=hooks(number),
+                after_saving=after_saving(number),
+                of_a_stage=True,
+            )
             leave_groups()
         first_round = last_round + 1
     if rank == 0:

@@ -1,6 +1,7 @@
 """Evaluation tasks during training: put to the weights as they are, in the run's own layout, without a copy of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def tasks_of_run(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape) -> 
     return tuple(read_task(task, tokenizer, shape.max_position_embeddings) for task in tasks)
 
 
+@contextmanager
+def model_of(run: Run) -> Iterator[ModelInPlace]:
+    """The run's own weights as they are, for reading alone."""
+    model = ModelInPlace(chunks=run.wrapped.modules, placement=run.placement)
+    with collected_around_validation(run.config.training), run.wrapped.gathered_parameters():
+        for chunk in model.chunks:
+            chunk.eval()
+        yield model
+        for chunk in model.chunks:
+            chunk.train()
+
+
 @dataclass
 class EvaluateTasks(Hook):
     """Records the values of all tasks every ``interval`` iterations, at the end of every round and of the run, and
@@ -59,16 +72,11 @@ class EvaluateTasks(Hook):
         if self._last == run.state.iteration:
             return
         self._last = run.state.iteration
-        model = ModelInPlace(chunks=run.wrapped.modules, placement=run.placement)
         values: dict[str, float] = {}
-        with collected_around_validation(run.config.training), run.wrapped.gathered_parameters():
-            for chunk in model.chunks:
-                chunk.eval()
+        with model_of(run) as model:
             for read in self.tasks:
                 outcome = outcome_of(read, model, self.tokenizer, batch_size=self.batch_size, say=run.announce)
                 values |= {of_task(read.task.name, name): value for name, value in outcome.values.items()}
-            for chunk in model.chunks:
-                chunk.train()
         run.log(values)
 
 

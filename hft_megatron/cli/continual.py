@@ -1,0 +1,70 @@
+"""``hft-megatron continual``: one task after the other, and what each did to the tasks before.
+
+Run: ``torchrun --nproc-per-node 8 -m hft_megatron continual --continual-tasks TRACE --load-hf MODEL --save RUN``.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note
+from hft_megatron.cli.training_command import TrainingOptions
+from hft_megatron.config.continual import ContinualConfig, sequence_fits_the_run
+from hft_megatron.config.data import DataConfig
+from hft_megatron.config.declared import check_bounds
+from hft_megatron.config.stages import with_rounds_in_turn
+from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.errors import UserError
+from hft_megatron.parallel import launch
+from hft_megatron.report.continual import draw_matrix, matrix_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualOptions(TrainingOptions):
+    """The options of ``hft-megatron continual``: those of a fine-tuning, and of the sequence."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    continual: ContinualConfig = field(default_factory=ContinualConfig)
+
+
+def run(options: ContinualOptions, status: StatusFolder) -> None:
+    """Check, and learn the sequence unless only the check is asked for. Raises UserError for every mistake."""
+    check_bounds(options)
+    base = options.as_run
+    if options.stages is not None:
+        raise UserError("--stages has stages of its own, and a sequence has tasks; leave one of the two out.")
+    sequence_fits_the_run(options.continual, base)
+    if not options.check:
+        assert base.checkpoint.save is not None
+        status.use(Path(base.checkpoint.save))
+    world_size = launch.world_size()
+    # Imported here and below, because mistakes in the options must not wait for torch and transformers.
+    from hft_megatron.evaluation.task_files import read_tasks
+    from hft_megatron.methods.continual.sequence import parts_of
+    from hft_megatron.methods.continual.tasks import read_continual_tasks
+
+    tasks = read_continual_tasks(options.continual, base)
+    general = options.continual.continual_general
+    parts = parts_of(tasks, base, options.continual)
+    shape = shape_of(base.model)
+    for stage in with_rounds_in_turn([part.stage for part in parts]):
+        validate(stage.config, shape, world_size, stage.method)
+    from hft_megatron.engine.start import prepare_engine
+
+    prepare_engine()
+    from hft_megatron.methods.continual.run import TaskSequence, check_sequence, run_sequence
+
+    sequence = TaskSequence(
+        options=options.continual,
+        base=base,
+        tasks=tasks,
+        general=() if general is None else read_tasks(Path(general)),
+        parts=parts,
+    )
+    if options.check:
+        print("\n".join(check_sequence(sequence, world_size)))
+        return
+    launch.place_this_process()
+    contents = run_sequence(sequence, world_size, announce=note, on_loss=end_of_peers(status))
+    note(matrix_text(contents))
+    if launch.rank() == 0:
+        draw_matrix(contents, sequence.folder / "matrix.png")

@@ -1,0 +1,81 @@
+"""Options of a sequence of tasks, and the rules that tie them to the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from hft_megatron.config.run import RunConfig
+from hft_megatron.errors import UserError
+
+Setting = Literal["sequential", "joint", "single"]
+Evaluated = Literal["seen", "all", "last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualConfig:
+    """Which tasks are learned in which order, and what is measured after each."""
+
+    continual_tasks: str | None = None
+    """TRACE's folder (one folder for each task, with train.json and test.json), or a YAML list of tasks, each with a
+    `name`, options of its training such as `train_data_path`, `train_epochs` and `lr`, and `evaluate`, a task of
+    `hft-megatron evaluate`."""
+    continual_order: tuple[str, ...] = ()
+    """Names of the tasks to learn, in this order; all of them, as the file or TRACE has them, when unset."""
+    continual_setting: Setting = "sequential"
+    """One task after the other; or, as bounds, the data of all tasks at once (joint), and a model for each task from
+    the first weights (single)."""
+    continual_evaluate: Evaluated = "seen"
+    """After each task put the tasks learned so far to the model, or all tasks, or (last) all after the last task
+    alone. The untrained model gets all tasks, too, but for `last`."""
+    continual_general: str | None = None
+    """YAML file of evaluation tasks beside the sequence: general abilities and texts, before the first task and after
+    each."""
+    continual_batch_size: Annotated[int, Ge(1)] = 16
+    """Sequences of an evaluation task that a data-parallel replica reads at once."""
+    continual_average: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Average each task's result with the model before it: so much of the task's weights, the rest of those it started
+    from."""
+    replay_ratio: Annotated[float, Gt(0), Le(1)] | None = None
+    """Train a share of every earlier task's training data again with each task, drawn by --seed."""
+    replay_data_path: tuple[str, ...] = ()
+    """Other data that is trained with what is replayed, all of it with every task, such as TRACE's Lima."""
+    replay_phase: Literal["mixed", "after"] = "mixed"
+    """Replay among a task's own examples, or after them as a phase of one epoch, as TRACE does."""
+
+
+def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
+    """Raise UserError for options of a sequence that are missing, or that contradict each other or the run's."""
+    if options.continual_tasks is None:
+        raise UserError("--continual-tasks is missing: name TRACE's folder, or a YAML list of tasks.")
+    if config.checkpoint.save is None:
+        raise UserError("--save is missing: a sequence of tasks hands its weights on, and its scores, in that folder.")
+    if config.data.train_data_path:
+        raise UserError(
+            f"--train-data-path {' '.join(config.data.train_data_path)} is not read: each of --continual-tasks has its "
+            f"own data; leave it out."
+        )
+    replays = options.replay_ratio is not None or options.replay_data_path
+    if options.replay_phase == "after" and not replays:
+        raise UserError("--replay-phase after needs --replay-ratio or --replay-data-path; add one, or leave it out.")
+    if replays and options.continual_setting != "sequential":
+        given = f"--replay-ratio {options.replay_ratio}" if options.replay_ratio else "--replay-data-path"
+        raise UserError(
+            f"{given} is about tasks that came before, and --continual-setting {options.continual_setting} has none; "
+            f"leave one of them out."
+        )
+    if options.continual_average is not None and config.model.load_hf is None:
+        raise UserError(
+            f"--continual-average {options.continual_average} needs --load-hf: the first task's result is averaged "
+            f"with that model."
+        )
+    if options.continual_average is not None and options.continual_setting != "sequential":
+        raise UserError(
+            f"--continual-average {options.continual_average} is about the model before a task, and "
+            f"--continual-setting {options.continual_setting} has none; leave one of them out."
+        )
+    twice = [name for name in options.continual_order if options.continual_order.count(name) > 1]
+    if twice:
+        raise UserError(f"--continual-order names {twice[0]} twice; a task is learned once.")

@@ -1,0 +1,163 @@
+"""A sequence of tasks from its options to its score matrix, in one process; resumes wherever it was stopped."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hft_megatron.checkpoint.saved_run import SavedRun
+from hft_megatron.config.continual import ContinualConfig
+from hft_megatron.config.run import RunConfig
+from hft_megatron.config.validation import shape_of
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import OnLoss
+from hft_megatron.evaluation.matrix import Column, ScoreMatrix
+from hft_megatron.evaluation.outcomes import ReadTask, read_task
+from hft_megatron.evaluation.tasks import Task
+from hft_megatron.evaluation.weight_changes import UnitWeights, folder_weights, run_weights
+from hft_megatron.methods.continual.averaging import AverageWithBefore
+from hft_megatron.methods.continual.replay import write_replays
+from hft_megatron.methods.continual.scores import MATRIX_FILE, FillRows, Scores
+from hft_megatron.methods.continual.sequence import Part
+from hft_megatron.methods.continual.tasks import ContinualTask
+from hft_megatron.methods.registry import METHODS
+from hft_megatron.parallel.consensus import on_rank_0
+from hft_megatron.parallel.groups import stop_groups
+from hft_megatron.parallel.peers import peers
+from hft_megatron.trainer.inputs import tokenizer_and_shape
+from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.stages import check_stages, run_what_is_left
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSequence:
+    """What is learned in which order, and what is measured."""
+
+    options: ContinualConfig
+    base: RunConfig
+    tasks: tuple[ContinualTask, ...]
+    general: tuple[Task, ...]
+    """Evaluation tasks beside the sequence."""
+    parts: tuple[Part, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The --save folder."""
+        assert self.base.checkpoint.save is not None
+        return Path(self.base.checkpoint.save)
+
+    def asked_after(self, learned: int) -> tuple[str, ...]:
+        """Names of the sequence's tasks that are put to the model when so many have been learned."""
+        names = tuple(task.name for task in self.tasks)
+        is_last = learned == len(names)
+        if self.options.continual_evaluate == "all" or (is_last and self.options.continual_evaluate == "last"):
+            return names
+        if self.options.continual_evaluate == "last":
+            return ()
+        if self.options.continual_setting == "single":
+            return names[learned - 1 : learned]
+        return names[:learned]
+
+    def asked_before(self) -> tuple[str, ...]:
+        """Those that the untrained model gets."""
+        return () if self.options.continual_evaluate == "last" else tuple(task.name for task in self.tasks)
+
+
+def check_sequence(sequence: TaskSequence, world_size: int) -> list[str]:
+    """Reads the data of every stage and every evaluation task; lines that say what was found. UserError for the first
+    mistake. What is replayed is not drawn yet."""
+    lines = check_stages([part.stage for part in sequence.parts if not part.replays], world_size, METHODS)
+    read, _ = _read(sequence)
+    return [*lines, *(f"{name}: {len(one.read.examples)} examples to evaluate" for name, one in read.items())]
+
+
+def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce, on_loss: OnLoss) -> Mapping[str, Any]:
+    """Learns what is not learned yet, and asks what is not answered; the contents of the matrix file.
+
+    Every rank calls it under torchrun's environment. Raises what ``run_training`` does, and UserError where the matrix
+    in --save is of other tasks.
+    """
+    minutes = sequence.base.parallel.distributed_timeout_minutes
+    stages = [part.stage for part in sequence.parts]
+    with peers(minutes, on_loss) as company:
+        company.join(sequence.base.parallel)
+        ratio, seed = sequence.options.replay_ratio, sequence.base.training.seed
+        if ratio is not None:
+            for line in on_rank_0(lambda: write_replays(sequence.parts, ratio=ratio, seed=seed)):
+                announce(f"> {line}")
+        check_stages(stages, world_size, METHODS)
+        read, tokenizer = _read(sequence)
+        for line in [note for one in read.values() for note in one.read.notes]:
+            announce(f"> {line}")
+        matrix, notes = on_rank_0(lambda: _matrix(sequence))
+        for line in notes:
+            announce(f"> {line}")
+        scores = Scores(matrix, sequence.folder, tokenizer, sequence.options.continual_batch_size)
+
+        def after_saving(number: int) -> Sequence[FillRows]:
+            return [_rows_of(sequence, number, scores, read)]
+
+        run_what_is_left(
+            stages,
+            shape_of(sequence.base.model),
+            world_size,
+            METHODS,
+            company,
+            hooks=lambda number: _averaging(sequence, number),
+            after_saving=after_saving,
+        )
+        company.leave()
+        stop_groups()
+    return scores.matrix.contents()
+
+
+def _read(sequence: TaskSequence) -> tuple[dict[str, ReadTask], Tokenizer]:
+    """All evaluation tasks by name, and the tokenizer of the run."""
+    first = sequence.parts[0].stage.config
+    tokenizer, shape = tokenizer_and_shape(first, shape_of(first.model))
+    assert tokenizer is not None
+    window = shape.max_position_embeddings
+    asked = [*(task.evaluation for task in sequence.tasks), *sequence.general]
+    return {task.name: read_task(task, tokenizer, window) for task in asked}, tokenizer
+
+
+def _matrix(sequence: TaskSequence) -> tuple[ScoreMatrix, tuple[str, ...]]:
+    """What --save holds of this sequence's matrix, or an empty one, and notes. UserError where it is of another
+    sequence."""
+    tasks = [_column(task.evaluation) for task in sequence.tasks]
+    general, path = [_column(task) for task in sequence.general], sequence.folder / MATRIX_FILE
+    if not path.exists():
+        return ScoreMatrix(tasks, general), ()
+    return ScoreMatrix.read(path).resumed(tasks, general, path)
+
+
+def _column(task: Task) -> Column:
+    return Column(name=task.name, digest=task.digest, measure=task.metrics[0])
+
+
+def _averaging(sequence: TaskSequence, number: int) -> list[Hook]:
+    """The hook of the stage that ends a task under --continual-average, with what the task started from."""
+    coefficient, part = sequence.options.continual_average, sequence.parts[number]
+    if coefficient is None or not part.ends_task:
+        return []
+    earlier = [other.stage.folder for other in sequence.parts[:number] if other.ends_task]
+    folder = sequence.base.model.load_hf
+
+    def before() -> AbstractContextManager[UnitWeights]:
+        if earlier:
+            return run_weights(SavedRun.read(str(earlier[-1]), None))
+        assert folder is not None, "averaged with the first weights"
+        return folder_weights(folder, option="--load-hf")
+
+    return [AverageWithBefore(coefficient, before)]
+
+
+def _rows_of(sequence: TaskSequence, number: int, scores: Scores, read: Mapping[str, ReadTask]) -> FillRows:
+    general = [read[task.name] for task in sequence.general]
+    part = sequence.parts[number]
+    before = [read[name] for name in sequence.asked_before()] + general if number == 0 else []
+    after = [read[name] for name in sequence.asked_after(part.after)] + general if part.ends_task else []
+    return FillRows(scores=scores, base=before, after=part.after, tasks=after)

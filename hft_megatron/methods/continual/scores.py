@@ -1,0 +1,87 @@
+"""The score matrix as it is filled: tasks put to the model of a stage when its last checkpoint is on the disk."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.data.tokenizer import Tokenizer
+from hft_megatron.errors import RunFailed
+from hft_megatron.evaluation.matrix import ScoreMatrix, cell_of
+from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of
+from hft_megatron.parallel.consensus import gathered
+from hft_megatron.tracking.tracker import of_task
+from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.run import Run
+from hft_megatron.trainer.task_evaluation import model_of
+
+MATRIX_FILE = "matrix.json"
+PREDICTIONS = "predictions"
+"""Folder in --save: what was answered to every example, a file for each cell of the matrix."""
+BASE_ROW = "base"
+"""The folder of the untrained model there."""
+
+
+class Scores:
+    """The matrix of a sequence in its folder, the same on every rank; rank 0 writes it after every cell."""
+
+    def __init__(self, matrix: ScoreMatrix, folder: Path, tokenizer: Tokenizer, batch_size: int) -> None:
+        self.matrix = matrix
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+
+    def fill(self, run: Run, after: int, tasks: Sequence[ReadTask]) -> None:
+        """Puts the tasks to the run's model, behind so many tasks of the sequence, whose cells are not there yet;
+        collective. RunFailed where a cell can't be written."""
+        asked = [read for read in tasks if self.matrix.cell(after, read.task.name) is None]
+        if not asked:
+            return
+        row = self._row(after)
+        run.announce(f"> evaluating {len(asked)} tasks {'before the first task' if after == 0 else f'after {row}'}")
+        with model_of(run) as model:
+            for read in asked:
+                outcome = outcome_of(read, model, self._tokenizer, batch_size=self._batch_size, say=run.announce)
+                self._keep(run, after, read, outcome)
+
+    def _row(self, after: int) -> str:
+        return self.matrix.tasks[after - 1].name if after else BASE_ROW
+
+    def _keep(self, run: Run, after: int, read: ReadTask, outcome: Outcome) -> None:
+        name, metric = read.task.name, read.task.metrics[0]
+        self.matrix.put(after, name, cell_of(outcome.values[metric], len(outcome.records), outcome.counts))
+        run.log({of_task(name, measure): value for measure, value in outcome.values.items()})
+        failure = None
+        if run.placement.rank == 0:
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records)
+            predictions = self._folder / PREDICTIONS / f"{after}_{self._row(after)}" / f"{name}.jsonl"
+            try:
+                predictions.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(predictions, lines)
+                self.matrix.write(self._folder / MATRIX_FILE)
+            except OSError as error:
+                failure = f"the scores in {self._folder} can't be written: {error}"
+        for said in filter(None, gathered(failure)):
+            raise RunFailed(f"{said}; make room, and give the command again.")
+
+
+@dataclass
+class FillRows(Hook):
+    """Fills the row of the task that a stage ends, and that of the untrained model before the first stage."""
+
+    scores: Scores
+    base: Sequence[ReadTask]
+    """What the untrained model is asked; empty in all but the first stage."""
+    after: int
+    """Tasks of the sequence that have been learned when the stage is done."""
+    tasks: Sequence[ReadTask]
+    """What is asked then; nothing where another stage of the same task comes."""
+
+    def at_round_start(self, run: Run) -> None:
+        if run.state.iteration == 0 and self.base:
+            self.scores.fill(run, 0, self.base)
+            self.base = ()
+
+    def at_end(self, run: Run) -> None:
+        self.scores.fill(run, self.after, self.tasks)
