@@ -57,6 +57,8 @@ def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
             f"--train-data-path {' '.join(config.data.train_data_path)} is not read: each of --continual-tasks has its "
             f"own data; leave it out."
         )
+    if config.hft.hft_first_round is not None:
+        raise UserError(f"--hft-first-round {config.hft.hft_first_round}: a sequence numbers its rounds; leave it out.")
     replays = options.replay_ratio is not None or options.replay_data_path
     if options.replay_phase == "after" and not replays:
         raise UserError("--replay-phase after needs --replay-ratio or --replay-data-path; add one, or leave it out.")
@@ -75,6 +77,11 @@ def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
         raise UserError(
             f"--continual-average {options.continual_average} is about the model before a task, and "
             f"--continual-setting {options.continual_setting} has none; leave one of them out."
+        )
+    if options.continual_average is not None and config.hft.hft_round_interval != "stage":
+        raise UserError(
+            f"--continual-average {options.continual_average} would change weights that rest in a task's last round, "
+            f"with --hft-round-interval {config.hft.hft_round_interval}; give each task one round (stage)."
         )
     twice = [name for name in options.continual_order if options.continual_order.count(name) > 1]
     if twice:

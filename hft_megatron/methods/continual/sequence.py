@@ -1,17 +1,21 @@
 """The stages of a sequence of tasks: each task is a stage, and a round of the method's or several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from hft_megatron.config.continual import ContinualConfig
+from hft_megatron.config.declared import flag
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.config.stages import Stage, named_logging, without_exports
+from hft_megatron.errors import UserError
 from hft_megatron.methods.continual.tasks import ContinualTask
 
 REPLAY_FILE = "replay/{}.{}.jsonl"
 """In --save: what a stage replays of an earlier task, by their names."""
+_OF_EACH_TASK = {"train_data_path", "valid_data_path"}
+"""Options that tasks whose data is trained together have for themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,16 @@ class Part:
 
 
 def parts_of(tasks: Sequence[ContinualTask], base: RunConfig, options: ContinualConfig) -> tuple[Part, ...]:
-    """The stages in their order, without the numbers of their rounds."""
+    """The stages in their order, without the numbers of their rounds. Raises UserError where data of several tasks is
+    trained in one stage, and their options differ."""
     if options.continual_setting == "joint":
+        _check_alike(tasks, "--continual-setting joint", [group.name for group in fields(RunConfig)])
         sources = tuple(path for task in tasks for path in task.config.data.train_data_path)
         first = tasks[0].config
         config = replace(first, data=replace(first.data, train_data_path=sources))
         return (Part(stage=_stage(config, base, "joint", None), after=len(tasks)),)
+    if options.replay_ratio is not None:
+        _check_alike(tasks, f"--replay-ratio {options.replay_ratio}", ["data"])
     parts: list[Part] = []
     for number, task in enumerate(tasks):
         name, earlier = f"task_{number}_{task.name}", tasks[:number]
@@ -50,11 +58,26 @@ def parts_of(tasks: Sequence[ContinualTask], base: RunConfig, options: Continual
         parts.append(Part(stage=stage, after=number + 1, ends_task=is_last_phase, replays=replays))
         if not is_last_phase:
             phase = _with_data(task.config, again)
-            phase = replace(phase, training=replace(phase.training, train_epochs=1, train_iters=None))
+            phase = replace(
+                phase, training=replace(phase.training, train_epochs=1, train_iters=None, train_samples=None)
+            )
             following = replace(_stage(phase, base, f"{name}_replay", stage), shares_rounds=True)
             parts.append(Part(stage=following, after=number + 1))
     last = len(parts) - 1
     return tuple(part if number == last else _without_exports(part) for number, part in enumerate(parts))
+
+
+def _check_alike(tasks: Sequence[ContinualTask], option: str, groups: Sequence[str]) -> None:
+    first = tasks[0]
+    for task in tasks[1:]:
+        for group in groups:
+            had, has = (asdict(getattr(one.config, group)) for one in (first, task))
+            for name in sorted(has.keys() - _OF_EACH_TASK):
+                if had[name] != has[name]:
+                    raise UserError(
+                        f"{option} trains data of several tasks at once, but the task {first.name} has {name} "
+                        f"{had[name]} and {task.name} has {has[name]}; give {flag(name)} for all, and no task its own."
+                    )
 
 
 def _without_exports(part: Part) -> Part:

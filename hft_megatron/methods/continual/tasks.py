@@ -1,6 +1,5 @@
 """The tasks of a sequence: what each is trained on, and by which evaluation task it is scored."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,6 +89,8 @@ def _entry(node: yaml.Node, path: Path, base: RunConfig) -> ContinualTask:
     name, evaluation = found.get("name"), found.get("evaluate")
     if not isinstance(node, yaml.MappingNode) or not isinstance(name, yaml.ScalarNode) or not name.value:
         raise UserError(f"{path}:{line}: a task must begin with `name:`, such as `- name: FOMC`.")
+    if "/" in name.value:
+        raise UserError(f"{path}:{line}: the task {name.value} names its folder, in which no / can be; rename it.")
     if not isinstance(evaluation, yaml.MappingNode):
         raise UserError(f"{path}:{line}: the task {name.value} has no `evaluate`, by which it is scored; add it.")
     rest = yaml.MappingNode(node.tag, [pair for pair in node.value if pair[0].value not in _OWN], node.start_mark)
@@ -107,8 +108,3 @@ def _check(config: RunConfig, base: RunConfig, task: str) -> None:
     for group in ("model", "parallel", "checkpoint"):
         if getattr(config, group) != getattr(base, group):
             raise UserError(f"{task} can't have a model, a layout or folders of its own; give them to the command.")
-
-
-def names_of(tasks: Sequence[ContinualTask]) -> tuple[str, ...]:
-    """Their names in order."""
-    return tuple(task.name for task in tasks)
