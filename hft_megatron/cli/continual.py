@@ -51,7 +51,7 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.methods.continual.run import TaskSequence, check_sequence, run_sequence
+    from hft_megatron.methods.continual.run import TaskSequence, check_sequence, run_sequence, trained_share
 
     sequence = TaskSequence(
         options=options.continual,
@@ -65,6 +65,6 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
         return
     launch.place_this_process()
     contents = run_sequence(sequence, world_size, announce=note, on_loss=end_of_peers(status))
-    note(matrix_text(contents))
     if launch.rank() == 0:
+        print(matrix_text(contents, trained_share=trained_share(sequence)), flush=True)
         draw_matrix(contents, sequence.folder / "matrix.png")

@@ -26,7 +26,7 @@ from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.hft.units import units_of
 from hft_megatron.trainer.inputs import read_scores
-from hft_megatron.trainer.rounds import rounds_of_run
+from hft_megatron.trainer.rounds import Rounds, rounds_of_run
 
 
 def convert_checkpoint(
@@ -95,9 +95,17 @@ def units_trained(run: SavedRun) -> frozenset[str]:
     file = run.checkpoint / PLAN_FILE
     if run.state.round == 0:
         return Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file)).training
-    hft = run.config.hft
+    rounds = rounds_of_saved(run)
+    trained = rounds.trained_until(run.state.round)
+    check_saved_plan(run.checkpoint, rounds.plan(run.state.round), shape)
+    return trained
+
+
+def rounds_of_saved(run: SavedRun) -> Rounds:
+    """The plans of a run's rounds as its options and files give them, without their lengths."""
+    hft, shape = run.config.hft, run.identity.shape
     needs_scores = SELECTIONS[hft.hft_selection].needs_scores
-    rounds = rounds_of_run(
+    return rounds_of_run(
         # Without iterations, as in any conversion: lengths of rounds, which epochs may decide, are not looked at.
         replace(run.config, training=replace(run.config.training, train_iters=0)),
         shape,
@@ -106,9 +114,6 @@ def units_trained(run: SavedRun) -> frozenset[str]:
         loaded=() if hft.hft_plan is None else load_plans(hft.hft_plan, shape),
         scores=read_scores(Path(run.folder) / SPECTRUM_FILE, shape) if needs_scores else None,
     )
-    trained = rounds.trained_until(run.state.round)
-    check_saved_plan(run.checkpoint, rounds.plan(run.state.round), shape)
-    return trained
 
 
 def _without_source(run: SavedRun, dtype: torch.dtype) -> str:

@@ -78,14 +78,11 @@ def run_what_is_left(
 ) -> None:
     """``run_stages`` among ranks that have met, with ``hooks`` of a stage, by its number, before those that save, and
     behind them."""
-    rank, first_round = int(os.environ["RANK"]), 0
-    rounds_of_last = 0
+    rank, first_round, next_round = int(os.environ["RANK"]), 0, 0
     for number, stage in enumerate(stages):
         following = stages[number + 1] if number + 1 < len(stages) else None
-        if stage.shares_rounds:
-            first_round = rounds_of_last
+        first_round = first_round if stage.shares_rounds else next_round
         one = numbered(stage, first_round)
-        rounds_of_last = first_round
         if following is not None and complete_checkpoints(str(following.folder)):
             _check_done(one, methods[one.method], following, shape, world_size)
             last_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round
@@ -104,7 +101,8 @@ def run_what_is_left(
                 of_a_stage=True,
             )
             leave_groups()
-        first_round = last_round + 1
+        # A stage that shares rounds may have fewer of them than the one before.
+        next_round = max(next_round, last_round + 1)
     if rank == 0:
         announce_bill_of_stages([stage.folder for stage in stages], lambda text: print(text, flush=True))
 
@@ -116,6 +114,6 @@ def _check_done(stage: Stage, method: Method, following: Stage, shape: ModelShap
     reached, asked = iteration_of(inputs.checkpoint), derived.train_iters(inputs.config.training)
     if asked != reached:
         raise UserError(
-            f"{stage.folder} ended at iteration {reached}, from where {following.folder} has begun, and --stages now "
-            f"gives it {asked}; give {reached}, or another --save."
+            f"{stage.folder} ended at iteration {reached}, from where {following.folder} has begun, and the options "
+            f"give it {asked} now; give {reached}, or another --save."
         )

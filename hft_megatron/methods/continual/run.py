@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ from hft_megatron.evaluation.matrix import Column, ScoreMatrix
 from hft_megatron.evaluation.outcomes import ReadTask, read_task
 from hft_megatron.evaluation.tasks import Task
 from hft_megatron.evaluation.weight_changes import UnitWeights, folder_weights, run_weights
+from hft_megatron.hft.units import units_of
 from hft_megatron.methods.continual.averaging import AverageWithBefore
 from hft_megatron.methods.continual.replay import write_replays
 from hft_megatron.methods.continual.scores import MATRIX_FILE, FillRows, Scores
-from hft_megatron.methods.continual.sequence import Part
+from hft_megatron.methods.continual.sequence import Part, parts_of
 from hft_megatron.methods.continual.tasks import ContinualTask
 from hft_megatron.methods.registry import METHODS
 from hft_megatron.parallel.consensus import on_rank_0
 from hft_megatron.parallel.groups import stop_groups
 from hft_megatron.parallel.peers import peers
+from hft_megatron.trainer.convert import rounds_of_saved
 from hft_megatron.trainer.inputs import tokenizer_and_shape
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.stages import check_stages, run_what_is_left
@@ -69,7 +71,8 @@ class TaskSequence:
 def check_sequence(sequence: TaskSequence, world_size: int) -> list[str]:
     """Reads the data of every stage and every evaluation task; lines that say what was found. UserError for the first
     mistake. What is replayed is not drawn yet."""
-    lines = check_stages([part.stage for part in sequence.parts if not part.replays], world_size, METHODS)
+    parts = parts_of(sequence.tasks, sequence.base, replace(sequence.options, replay_ratio=None))
+    lines = check_stages([part.stage for part in parts], world_size, METHODS)
     read, _ = _read(sequence)
     return [*lines, *(f"{name}: {len(one.read.examples)} examples to evaluate" for name, one in read.items())]
 
@@ -112,6 +115,18 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
         company.leave()
         stop_groups()
     return scores.matrix.contents()
+
+
+def trained_share(sequence: TaskSequence) -> float:
+    """The share of the model's weights (0 to 1) that trained in at least one round of a sequence that is done."""
+    trained = set[str]()
+    for part in sequence.parts:
+        run = SavedRun.read(str(part.stage.folder), None)
+        rounds = rounds_of_saved(run)
+        for round in range(rounds.schedule.first_round, run.state.round + 1):
+            trained |= rounds.plan(round).training
+    units = units_of(run.identity.shape)
+    return sum(unit.parameters for unit in units if unit.name in trained) / sum(unit.parameters for unit in units)
 
 
 def _read(sequence: TaskSequence) -> tuple[dict[str, ReadTask], Tokenizer]:

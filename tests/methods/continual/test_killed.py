@@ -1,0 +1,206 @@
+"""Sequences as real processes: killed and started again, in another layout, averaged, and in several rounds.
+
+Run: pytest tests/methods/continual/test_killed.py
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hft_megatron.checkpoint.folders import complete_checkpoints
+from hft_megatron.checkpoint.saved_run import SavedRun
+from hft_megatron.errors import EXIT_STOPPED
+from hft_megatron.evaluation.weight_changes import folder_weights, run_weights
+from tests.support.forked import kill_all
+from tests.support.runs import make_inputs, read_metrics, run_cli, start_cli
+from tests.support.sequences import IGNORED, write_sequence
+
+pytestmark = pytest.mark.slow(reason="every sequence is three tasks on two ranks, with their evaluations")
+
+TENSOR_2 = ("--tensor-model-parallel-size", 2)
+SECOND = "task_1_numbers"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("sequences"), hidden_size=32, intermediate_size=56)
+    write_sequence(folder)
+    return folder
+
+
+def words_of(inputs: Path, save: Path, *options: object) -> list[str]:
+    base = ["--continual-tasks", inputs / "tasks.yaml", "--continual-general", inputs / "general.yaml"]
+    base += ["--load-hf", inputs / "model", "--seq-length", 96, "--no-bf16", "--global-batch-size", 4, "--lr", 5e-3]
+    base += ["--lr-decay-style", "constant", "--save", save, "--load", save, "--save-interval", 2]
+    base += [
+        "--hft-rotation",
+        "complementary",
+        "--hft-audit",
+        "--log-interval",
+        1,
+        "--continual-batch-size",
+        3,
+        *IGNORED,
+    ]
+    return [str(word) for word in (*base, *options)]
+
+
+def run(words: list[str], log: Path, *, ranks: int | None = 2) -> str:
+    assert run_cli(words, ranks=ranks, log=log, method="continual") == 0, log.read_text()[-4000:]
+    return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path) -> Path:
+    """The folder of a sequence that nobody stopped; its log is beside it."""
+    run(words_of(inputs, inputs / "whole", *TENSOR_2), inputs / "whole.log")
+    return inputs / "whole"
+
+
+def answers(save: Path) -> dict[str, bytes]:
+    """The matrix and every file of predictions."""
+    files = [save / "matrix.json", *sorted((save / "predictions").rglob("*.jsonl"))]
+    return {str(file.relative_to(save)): file.read_bytes() for file in files}
+
+
+def cells(save: Path) -> list[int]:
+    """How many cells each row of the matrix has."""
+    file = save / "matrix.json"
+    return [len(row["cells"]) for row in json.loads(file.read_text())["rows"]] if file.exists() else []
+
+
+def plans(save: Path) -> list[dict[str, Any]]:
+    """Of each stage in the order of their names."""
+    folders = sorted(save.glob("task_*"))
+    return [json.loads((complete_checkpoints(str(folder))[0] / "plan.json").read_text()) for folder in folders]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint of a stage, by unit."""
+    names = [unit["name"] for unit in plans(folder.parent)[0]["units"]]
+    with run_weights(SavedRun.read(str(folder), None)) as held:
+        return {name: held.read(name).clone() for name in names}
+
+
+def steps_of(folder: Path) -> list[tuple[Any, ...]]:
+    """What two stages that are the same have alike in every step."""
+    keys = ("iteration", "lm loss", "learning rate", "grad norm", "round")
+    return [tuple(line[key] for key in keys) for line in read_metrics(folder) if "grad norm" in line]
+
+
+def in_training(save: Path) -> bool:
+    file = save / SECOND / "metrics.jsonl"
+    return file.exists() and len(file.read_text().splitlines()) >= 3
+
+
+KILLED: dict[str, Callable[[Path], bool]] = {
+    "in the training of the second task": in_training,
+    "in its evaluation": lambda save: (save / SECOND / "bill.json").exists(),
+    "while its row is written": lambda save: (cells(save)[2:] or [0])[0] >= 1,
+}
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_a_sequence_that_is_killed_ends_with_the_answers_of_one_that_was_not(
+    inputs: Path, whole: Path, tmp_path: Path, when: str
+) -> None:
+    save, log = tmp_path / "run", tmp_path / "log"
+    words = words_of(inputs, save, *TENSOR_2)
+    process = start_cli(words, ranks=2, log=log, method="continual")
+    try:
+        deadline = time.monotonic() + 280
+        while not KILLED[when](save):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.005)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+            process.wait()
+    assert cells(save)[:2] == [4, 2]
+    assert sum(cells(save)[2:]) < 3, "it must be caught before the row is full"
+    run(words, log)
+    assert answers(save) == answers(whole)
+    for folder in sorted(whole.glob("task_*")):
+        assert steps_of(save / folder.name) == steps_of(folder)
+
+
+def test_each_task_trains_its_round_and_nothing_else(inputs: Path, whole: Path) -> None:
+    found = plans(whole)
+    assert [plan["rounds"] for plan in found] == [[0], [1], [2]]
+    trains = [{unit["name"] for unit in plan["units"] if unit["trains"]} for plan in found]
+    assert not {name for name in trains[0] & trains[1] if ".layers." in name}
+    stages = [weights(folder) for folder in sorted(whole.glob("task_*"))]
+    for (before, after), trained in zip(((stages[0], stages[1]), (stages[1], stages[2])), trains[1:], strict=True):
+        changed = {name for name, held in before.items() if not torch.equal(held, after[name])}
+        assert changed == trained
+    sizes = {unit["name"]: unit["parameters"] for unit in found[0]["units"]}
+    share = sum(sizes[name] for name in set().union(*trains)) / sum(sizes.values())
+    log = (inputs / "whole.log").read_text()
+    assert log.count("every resting shard has the bits it had at its start") == 3
+    assert f"trained in at least one of the tasks: {share:.1%} of the weights" in log
+    assert (whole / "matrix.png").stat().st_size > 0
+
+
+def test_a_sequence_goes_on_in_another_layout(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    save, log_file = tmp_path / "run", tmp_path / "log"
+    stopped = words_of(inputs, save, *TENSOR_2, "--exit-interval", 6)
+    assert run_cli(stopped, ranks=2, log=log_file, method="continual") == 1  # torchrun's word for any end
+    assert "--exit-interval 6 stopped the run at iteration 6" in log_file.read_text()
+    log = run(words_of(inputs, save), log_file)
+    assert "TP 1 x PP 1 x DP 2" in log
+    rows, expected = (json.loads((folder / "matrix.json").read_text())["rows"] for folder in (save, whole))
+    for row, other in zip(rows, expected, strict=True):
+        values, of_other = ({name: cell["value"] for name, cell in each["cells"].items()} for each in (row, other))
+        assert values == pytest.approx(of_other, rel=1e-4)
+    for step, other in zip(steps_of(save / SECOND), steps_of(whole / SECOND), strict=True):
+        assert step == pytest.approx(other, rel=1e-4)
+
+
+def test_each_result_is_averaged_with_the_model_before_it(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    share, save, stopped = 0.3, tmp_path / "run", tmp_path / "stopped"
+    options = [*TENSOR_2, "--continual-order", "colours", "numbers", "--continual-evaluate", "last"]
+    options += ["--continual-average", share]
+    run(words_of(inputs, save, *options), tmp_path / "log")
+    words = words_of(inputs, stopped, *options, "--exit-interval", 6)
+    assert run_cli(words, ranks=2, log=tmp_path / "log", method="continual") == 1  # torchrun's word for any end
+    assert "--exit-interval 6 stopped the run at iteration 6" in (tmp_path / "log").read_text()
+    run(words_of(inputs, stopped, *options), tmp_path / "log")
+    trained, averaged = weights(whole / "task_0_colours"), weights(save / "task_0_colours")
+    with folder_weights(str(inputs / "model"), option="--load-hf") as held:
+        for name, weight in averaged.items():
+            before = held.read(name).float()
+            assert torch.equal(weight, torch.lerp(before, trained[name], share)), name
+            assert torch.allclose(weight, share * trained[name] + (1 - share) * before, rtol=1e-6, atol=1e-7)
+    second, resumed = weights(save / SECOND), weights(stopped / SECOND)
+    trains = {unit["name"] for unit in plans(save)[1]["units"] if unit["trains"]}
+    assert {name for name, weight in second.items() if not torch.equal(weight, averaged[name])} == trains
+    assert all(torch.equal(weight, resumed[name]) for name, weight in second.items())
+    assert answers(stopped) == answers(save)
+
+
+def test_several_rounds_inside_a_task_are_numbered_on_and_a_phase_of_replay_has_its_tasks(
+    inputs: Path, tmp_path: Path
+) -> None:
+    save, log = tmp_path / "run", tmp_path / "log"
+    options = ["--hft-round-interval", 2, "--replay-ratio", 0.5, "--replay-phase", "after"]
+    options += ["--continual-evaluate", "last"]
+    words = words_of(inputs, save, *options, "--exit-interval", 6)
+    assert run_cli(words, log=log, method="continual") == EXIT_STOPPED, log.read_text()[-4000:]
+    log_of_rest = run(words_of(inputs, save, *options), log, ranks=None)
+    rounds = {folder.name: [step[-1] for step in steps_of(folder)] for folder in sorted(save.glob("task_*"))}
+    assert rounds == {
+        "task_0_colours": [0, 0, 1, 1],
+        "task_1_numbers": [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7],
+        "task_1_numbers_replay": [2, 2],
+        "task_2_animals": [8, 8, 9, 9],
+        "task_2_animals_replay": [8, 8, 9, 9],
+    }
+    found = dict(zip(rounds, plans(save), strict=True))
+    assert found["task_2_animals"] == found["task_2_animals_replay"]
+    assert "trained in at least one of the tasks: 100.0% of the weights" in log_of_rest
