@@ -17,6 +17,7 @@ from tests.support.ranks import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "finetune_llama_hft.sh"
 DPO_SCRIPT = SCRIPT.with_name("dpo_llama_hft.sh")
+TRACE_SCRIPT = SCRIPT.with_name("trace_llama_hft.sh")
 ANY_COMMAND = SCRIPT.with_name("run_hft.sh")
 
 STAND_IN = """#!{python}
@@ -107,7 +108,7 @@ def script(tmp_path: Path) -> Script:
     return Script(folder=tmp_path)
 
 
-@pytest.mark.parametrize("path", [SCRIPT, DPO_SCRIPT], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [SCRIPT, DPO_SCRIPT, TRACE_SCRIPT], ids=lambda path: path.name)
 def test_the_file_is_valid_in_both_languages_and_executable(path: Path) -> None:
     compile(path.read_text(), str(path), "exec")
     assert "\\" not in path.read_text(), "Python would take it for an escape in the string that holds the shell half"
@@ -123,6 +124,28 @@ def test_the_preference_script_starts_a_preference_tuning(tmp_path: Path) -> Non
     assert start["words"][-len(check["words"]) + 4 :] == check["words"][4:]
     assert value_of("--dpo-reference", start) == "shared"
     assert "--train-iters" not in start["words"]
+
+
+def test_the_trace_script_starts_a_sequence_whose_length_batch_and_rate_are_the_commands(tmp_path: Path) -> None:
+    script = Script(folder=tmp_path, path=TRACE_SCRIPT)
+    assert script.run("--replay-ratio", "0.1").returncode == 0
+    check, start = script.calls()
+    assert check["words"][:4] == ["-m", "hft_megatron", "continual", "--check"]
+    assert start["words"][-len(check["words"]) + 4 :] == check["words"][4:]
+    assert (value_of("--continual-tasks", start), value_of("--replay-ratio", start)) == ("d", "0.1")
+    assert not {"--train-epochs", "--train-iters", "--global-batch-size", "--lr"} & set(start["words"])
+    assert value_of("--save-hf", start) == f"{script.save}/hf"
+    (script.save / "hf").mkdir()
+    assert script.run().returncode == 0
+    assert "--save-hf" not in script.started()["words"]
+
+
+@pytest.mark.parametrize(("missing", "sentence"), [("MODEL", "MODEL is not set"), ("DATA", "DATA is not set")])
+def test_the_trace_script_has_no_demo(tmp_path: Path, missing: str, sentence: str) -> None:
+    script = Script(folder=tmp_path, path=TRACE_SCRIPT)
+    result = script.run(**{missing: ""})
+    assert (result.returncode, script.calls()) == (2, [])
+    assert sentence in result.stderr
 
 
 def test_any_command_is_started_with_the_options_given_and_no_others(tmp_path: Path) -> None:
