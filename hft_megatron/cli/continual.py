@@ -3,7 +3,7 @@
 Run: ``torchrun --nproc-per-node 8 -m hft_megatron continual --continual-tasks TRACE --load-hf MODEL --save RUN``.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note
@@ -11,7 +11,7 @@ from hft_megatron.cli.training_command import TrainingOptions
 from hft_megatron.config.continual import ContinualConfig, sequence_fits_the_run
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.declared import check_bounds
-from hft_megatron.config.stages import with_rounds_in_turn
+from hft_megatron.config.stages import Stage, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.errors import UserError
 from hft_megatron.parallel import launch
@@ -46,7 +46,10 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
     general = options.continual.continual_general
     parts = parts_of(tasks, base, options.continual)
     shape = shape_of(base.model)
-    for stage in with_rounds_in_turn([part.stage for part in parts]):
+    stages = [part.stage for part in parts]
+    if options.continual.continual_schedule == "continue":
+        stages = [_of_unknown_length(stage) for stage in stages]
+    for stage in with_rounds_in_turn(stages):
         validate(stage.config, shape, world_size, stage.method)
     from hft_megatron.engine.start import prepare_engine
 
@@ -68,3 +71,11 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
     if launch.rank() == 0:
         print(matrix_text(contents, trained_share=trained_share(sequence)), flush=True)
         draw_matrix(contents, sequence.folder / "matrix.png")
+
+
+def _of_unknown_length(stage: Stage) -> Stage:
+    """With an epoch in place of its iterations: a warm-up that spans tasks is checked when the data of all is read."""
+    training = stage.config.training
+    if training.train_epochs is None:
+        training = replace(training, train_iters=None, train_epochs=1)
+    return replace(stage, config=replace(stage.config, training=training))

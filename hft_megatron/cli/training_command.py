@@ -116,7 +116,8 @@ def _run_stages(
     from hft_megatron.trainer.stages import check_stages, run_stages
 
     if check:
-        print("\n".join(check_stages(stages, world_size, METHODS)))
+        lines, _ = check_stages(stages, world_size, METHODS)
+        print("\n".join(lines))
         print(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()

@@ -27,6 +27,9 @@ class ContinualConfig:
     continual_setting: Setting = "sequential"
     """One task after the other; or, as bounds, the data of all tasks at once (joint), and a model for each task from
     the first weights (single)."""
+    continual_schedule: Literal["restart", "continue"] = "restart"
+    """A warm-up and decay for each task, or one over the iterations of all tasks, in which each goes on where the one
+    before ended. Moments start anew with each task either way."""
     continual_evaluate: Evaluated = "seen"
     """After each task put the tasks learned so far to the model, or all tasks, or (last) all after the last task
     alone. The untrained model gets all tasks, too, but for `last`."""
@@ -68,6 +71,8 @@ def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
             f"{given} is about tasks that came before, and --continual-setting {options.continual_setting} has none; "
             f"leave one of them out."
         )
+    if options.continual_schedule == "continue":
+        _one_schedule_fits(options, config)
     if options.continual_average is not None and config.model.load_hf is None:
         raise UserError(
             f"--continual-average {options.continual_average} needs --load-hf: the first task's result is averaged "
@@ -86,3 +91,20 @@ def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
     twice = [name for name in options.continual_order if options.continual_order.count(name) > 1]
     if twice:
         raise UserError(f"--continual-order names {twice[0]} twice; a task is learned once.")
+
+
+def _one_schedule_fits(options: ContinualConfig, config: RunConfig) -> None:
+    """One schedule has tasks that follow one another, and a length that no layout changes."""
+    if options.continual_setting != "sequential":
+        raise UserError(
+            f"--continual-schedule continue is about tasks that follow one another, and --continual-setting "
+            f"{options.continual_setting} has none; leave one of them out."
+        )
+    if config.hft.hft_lr_schedule == "round":
+        raise UserError(
+            "--continual-schedule continue has one schedule for all rounds, and --hft-lr-schedule round one for each; "
+            "leave one of them out."
+        )
+    optimizer = config.optimizer
+    if optimizer.lr_schedule_iters is not None or optimizer.lr_schedule_start:
+        raise UserError("--lr-schedule-iters and --lr-schedule-start are what a sequence sets itself; leave them out.")

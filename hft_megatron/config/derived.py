@@ -131,8 +131,11 @@ def schedule_unit(training: TrainingConfig) -> str:
     return "iters" if training.train_samples is None else "samples"
 
 
-def schedule_length(training: TrainingConfig) -> int:
-    """Steps of a schedule over the whole run, in its unit."""
+def schedule_length(config: RunConfig) -> int:
+    """Steps of the schedule that the run follows, or has a part of, in its unit."""
+    training, whole = config.training, config.optimizer.lr_schedule_iters
+    if whole is not None:
+        return whole
     return train_iters(training) if training.train_samples is None else training.train_samples
 
 

@@ -43,6 +43,11 @@ class OptimizerConfig:
     """As --lr-wsd-decay-iters, in sequences: in a run of --train-samples."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """How it comes down in those. ``exponential``: by 2 x 0.5^x - 1, ``minus_sqrt``: by 1 - sqrt(x), x from 0 to 1."""
+    lr_schedule_iters: Annotated[int, Ge(1)] | None = None
+    """Iterations of a schedule that this run has a part of, as tasks under --continual-schedule continue; the run's own
+    when unset."""
+    lr_schedule_start: Annotated[int, Ge(0)] = 0
+    """Iterations of --lr-schedule-iters before this run."""
     lr_warmup_init: Annotated[float, Ge(0)] = 0.0
     """Learning rate that the warm-up begins at."""
     lr_warmup_iters: Annotated[int, Ge(0)] = 0
@@ -77,13 +82,38 @@ def schedule_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int)
             f"--lr-warmup-fraction {fraction} and --lr-warmup-{unit} {warmup} are both given; keep one of them."
         )
     if training.train_epochs is None:
-        warmup_fits(optimizer, derived.schedule_length(training), unit)
+        warmup_fits(optimizer, derived.schedule_length(config), unit)
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}; use at most {optimizer.lr}.")
     if optimizer.lr_warmup_init > optimizer.lr:
         raise UserError(
             f"--lr-warmup-init {optimizer.lr_warmup_init} is above --lr {optimizer.lr}, which the warm-up goes up to; "
             f"use at most {optimizer.lr}."
+        )
+
+
+def a_part_of_a_schedule_is_within_it(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """A schedule of several runs counts iterations, and each of them stands somewhere in it."""
+    start, whole = config.optimizer.lr_schedule_start, config.optimizer.lr_schedule_iters
+    if whole is None:
+        if start > 0:
+            raise UserError(f"--lr-schedule-start {start} needs --lr-schedule-iters, the length of all; add it.")
+        return
+    if config.training.train_samples is not None:
+        raise UserError(
+            f"--lr-schedule-iters {whole} counts iterations, and the schedule of --train-samples samples; give the "
+            f"length as --train-iters."
+        )
+    if config.hft.hft_lr_schedule == "round":
+        raise UserError(
+            f"--lr-schedule-iters {whole} spans several runs, and --hft-lr-schedule round has a schedule for every "
+            f"round; leave one of them out."
+        )
+    length = derived.known_train_iters(config.training)
+    if length is not None and start + length > whole:
+        raise UserError(
+            f"--lr-schedule-start {start} and --train-iters {length} go beyond --lr-schedule-iters {whole}; give at "
+            f"least {start + length}."
         )
 
 
@@ -154,13 +184,16 @@ def weight_decay_is_given_once(config: RunConfig, shape: ModelShape, world_size:
 
 
 def warmup_fits(optimizer: OptimizerConfig, length: int, unit: str = "iters") -> None:
-    """Raise UserError for a warm-up that takes all of a run, whose length is in ``unit``, iters or samples; that of
-    --train-epochs is known with the data."""
+    """Raise UserError for a warm-up that takes all of a run, or of --lr-schedule-iters; ``length`` is the run's, in
+    ``unit``, iters or samples; that of --train-epochs is known with the data."""
+    whole = f"--train-{unit}"
+    if optimizer.lr_schedule_iters is not None:
+        whole, length = "--lr-schedule-iters", optimizer.lr_schedule_iters
     warmup, fraction = derived.warmup_steps(optimizer, length), optimizer.lr_warmup_fraction
     option = f"--lr-warmup-{unit}"
     if length and warmup >= length:
         given = f"{option} {warmup}" if fraction is None else f"--lr-warmup-fraction {fraction} ({warmup})"
-        raise UserError(f"{given} must be below --train-{unit} {length}, or the full learning rate is never reached.")
+        raise UserError(f"{given} must be below {whole} {length}, or the full learning rate is never reached.")
     decay = derived.decay_steps(optimizer, length)
     if length and warmup >= decay:
         raise UserError(

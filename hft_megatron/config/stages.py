@@ -11,6 +11,7 @@ from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.declared import flag
 from hft_megatron.config.loading import stages_of_file
 from hft_megatron.config.names import MethodName, known
+from hft_megatron.config.optimizer import warmup_fits
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.config.tracking import LoggingConfig
@@ -113,6 +114,29 @@ def named_logging(logging: LoggingConfig, of_all: LoggingConfig, stage: str) -> 
 def numbered(stage: Stage, first_round: int) -> Stage:
     """The stage with the number of its first round."""
     return replace(stage, config=replace(stage.config, hft=replace(stage.config.hft, hft_first_round=first_round)))
+
+
+def with_one_schedule(stages: Sequence[Stage], iterations: Sequence[int]) -> tuple[Stage, ...]:
+    """Each a part of one schedule over the iterations of all. UserError for a warm-up that takes all of them, and where
+    their number isn't given, or would be another one in another layout."""
+    start, parts = 0, []
+    for stage, length in zip(stages, iterations, strict=True):
+        training = stage.config.training
+        if training.train_samples is not None:
+            raise UserError(
+                f"--train-samples {training.train_samples} makes a schedule of samples, and one over all tasks counts "
+                f"iterations; give --train-iters or --train-epochs."
+            )
+        if training.global_batch_size is None:
+            raise UserError(
+                "--global-batch-size is missing: one schedule over all tasks is as long as their iterations, which "
+                "another layout would change; give it."
+            )
+        optimizer = replace(stage.config.optimizer, lr_schedule_start=start, lr_schedule_iters=sum(iterations))
+        warmup_fits(optimizer, length)
+        parts.append(replace(stage, config=replace(stage.config, optimizer=optimizer)))
+        start += length
+    return tuple(parts)
 
 
 def with_rounds_in_turn(stages: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -34,6 +34,7 @@ _RULES: tuple[Rule, ...] = (
     training.length_is_given_once,
     optimizer.decay_style_has_what_it_needs,
     training.iterations_are_numbered_from_1,
+    optimizer.a_part_of_a_schedule_is_within_it,
     optimizer.schedule_fits_the_run,
     optimizer.decoupled_rates_fit,
     optimizer.weight_decay_is_given_once,

@@ -38,8 +38,9 @@ def span_of_round(
     cycle: int | None,
     skipped_iterations: Sequence[int] = (),
 ) -> Span:
-    """The schedule that a round follows: the run's, or (--hft-lr-schedule round) one of its own, as long as the first
-    round: a last round that is cut short is the beginning of one.
+    """The schedule that a round follows: the run's, of which it may have but a part (--lr-schedule-iters), or
+    (--hft-lr-schedule round) one of its own, as long as the first round: a last round that is cut short is the
+    beginning of one.
 
     ``cycle`` is how many rounds HiFT's groups take, whose rate moves along the run's schedule only when all of them
     have trained once (arXiv 2401.15207); None for other selections. ``skipped_iterations`` (from 1) are those that
@@ -58,12 +59,12 @@ def span_of_round(
     if config.hft.hft_lr_schedule == "round":
         first, (start, _) = rounds.bounds(rounds.first_round), rounds.bounds(round)
         return Span(length=steps(*first), position=partial(updates, start))
-    length = schedule_length(config.training)
+    length, before = schedule_length(config), config.optimizer.lr_schedule_start
     if cycle is not None:
         cycle_start, _ = rounds.bounds(round - (round - rounds.first_round) % cycle)
-        done = updates(0, cycle_start)
+        done = before + updates(0, cycle_start)
         return Span(length=length, position=lambda iteration: done)
-    return Span(length=length, position=partial(updates, 0))
+    return Span(length=length, position=lambda iteration: before + updates(0, iteration))
 
 
 class LearningRate:

@@ -129,7 +129,8 @@ def _other_length(config: RunConfig, noted: Noted, new: Noted, span: int, iterat
     assert asked is not None
     before = f"{had}" if counted == unit else f"{had} {_COUNTED[counted]}"
     line = f"the run has {asked} {_COUNTED[unit]} now, and had {before} when iteration {iteration} was saved"
-    end, optimizer = derived.decay_steps(config.optimizer, span), config.optimizer
+    optimizer = config.optimizer
+    end = derived.decay_steps(optimizer, span) - optimizer.lr_schedule_start
     if config.hft.hft_lr_schedule == "run" and optimizer.lr_decay_style != "constant" and end < asked:
         line += f"; warning: from {_COUNTED[unit][:-1]} {end} on the learning rate is --min-lr {optimizer.min_lr}"
         if optimizer.min_lr == 0:
@@ -140,7 +141,9 @@ def _other_length(config: RunConfig, noted: Noted, new: Noted, span: int, iterat
 
 
 def _decay_of_weights_spans_the_run(config: RunConfig) -> bool:
-    return config.hft.hft_lr_schedule == "run" and config.optimizer.weight_decay_incr_style != "constant"
+    optimizer = config.optimizer
+    is_the_runs = config.hft.hft_lr_schedule == "run" and optimizer.lr_schedule_iters is None
+    return is_the_runs and optimizer.weight_decay_incr_style != "constant"
 
 
 def _called(name: str) -> str:

@@ -14,6 +14,7 @@ from hft_megatron.config.names import MethodName
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
+from hft_megatron.data.order import with_iterations
 from hft_megatron.errors import OnLoss, UserError
 from hft_megatron.parallel.groups import leave_groups, stop_groups
 from hft_megatron.parallel.peers import Peers, peers
@@ -35,19 +36,23 @@ def check_inputs(method: Method, config: RunConfig, shape: ModelShape | None, wo
     with_schedule(inputs, world_size, print)
 
 
-def check_stages(stages: Sequence[Stage], world_size: int, methods: Methods) -> list[str]:
-    """Reads the tokenizer and the data of every stage; lines that say what was found.
+def check_stages(stages: Sequence[Stage], world_size: int, methods: Methods) -> tuple[list[str], list[int]]:
+    """Reads the tokenizer and the data of every stage; lines that say what was found, and the iterations of each.
 
     UserError for the first mistake, so that a later stage's is not met after the training of an earlier one.
     """
-    lines = []
+    lines, iterations = [], []
     for number, stage in enumerate(with_rounds_in_turn(stages)):
         tokenizer, shape = tokenizer_and_shape(stage.config, shape_of(stage.config.model))
         assert tokenizer is not None
-        data = methods[stage.method].read_data(stage.config, tokenizer, shape, world_size)
+        config = derived.resolve(stage.config, shape, world_size)
+        data = methods[stage.method].read_data(config, tokenizer, shape, world_size)
         found = [*tokenizer.facts.notes, *data.describe()]
         lines += [f"stage {number} ({stage.method}): {line}" for line in found]
-    return lines
+        if data.samples is not None:
+            config = with_iterations(config, data.samples, world_size)
+        iterations.append(derived.train_iters(config.training))
+    return lines, iterations
 
 
 def run_stages(

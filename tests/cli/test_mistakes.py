@@ -257,6 +257,23 @@ MISTAKES = [
     (1, f"{GOOD} --lr-warmup-iters 5 --lr-warmup-fraction 0.1", "--lr-warmup-fraction 0.1 and --lr-warmup-iters 5"),
     (1, f"{GOOD} --lr-warmup-fraction 1", "--lr-warmup-fraction 1.0: must be a number from 0 to below 1"),
     (1, f"{GOOD} --lr-warmup-iters 100", "--lr-warmup-iters 100 must be below --train-iters 100"),
+    (1, f"{GOOD} --lr-schedule-start 3", "--lr-schedule-start 3 needs --lr-schedule-iters"),
+    (
+        1,
+        f"{GOOD} --train-iters 5 --lr-schedule-iters 7 --lr-schedule-start 3",
+        "--lr-schedule-start 3 and --train-iters 5 go beyond --lr-schedule-iters 7; give at least 8",
+    ),
+    (1, f"{GOOD} --train-samples 9 --lr-schedule-iters 99", "--lr-schedule-iters 99 counts iterations"),
+    (
+        1,
+        f"{GOOD} --hft-round-interval 5 --hft-lr-schedule round --lr-schedule-iters 999",
+        "--lr-schedule-iters 999 spans several runs",
+    ),
+    (
+        1,
+        f"{GOOD} --train-iters 5 --lr-schedule-iters 9 --lr-warmup-iters 9",
+        "--lr-warmup-iters 9 must be below --lr-schedule-iters 9",
+    ),
     (1, f"{GOOD} --lr-decay-iters 0", "--lr-decay-iters 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --lr-warmup-iters 7 --lr-decay-iters 7", "--lr-warmup-iters 7 must be below --lr-decay-iters 7"),
     (1, f"{GOOD} --decoupled-min-lr 1e-6", "--decoupled-min-lr 1e-06 needs --decoupled-lr; add it"),

@@ -68,16 +68,17 @@ BOUNDS = {
         check_replicas_interval ddp_bucket_size decoder_first_pipeline_num_layers
         decoder_last_pipeline_num_layers eval_interval eval_iters eval_tasks_batch_size eval_tasks_interval
         exit_interval ffn_hidden_size global_batch_size hft_audit_interval hidden_size keep_last kv_channels
-        log_interval lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
-        make_vocab_size_divisible_by max_position_embeddings micro_batch_size num_attention_heads num_layers
+        log_interval lr_decay_iters lr_decay_samples lr_schedule_iters lr_wsd_decay_iters
+        lr_wsd_decay_samples make_vocab_size_divisible_by max_position_embeddings micro_batch_size
+        num_attention_heads num_layers
         num_layers_per_virtual_pipeline_stage num_query_groups packing_window pipeline_model_parallel_size
         profile_step_end recompute_num_layers save_hf_interval save_hf_keep save_interval save_retain_interval
         seq_length tensor_model_parallel_size tensorboard_log_interval train_epochs train_samples vocab_size
     """,
     "at least 0": """
         clip_grad decoupled_lr decoupled_min_lr dpo_sft_weight end_weight_decay hft_first_round hft_seed lr
-        lr_warmup_init lr_warmup_iters lr_warmup_samples manual_gc_interval min_lr profile_step_start seed
-        skip_nonfinite_steps start_weight_decay train_iters weight_decay
+        lr_schedule_start lr_warmup_init lr_warmup_iters lr_warmup_samples manual_gc_interval min_lr
+        profile_step_start seed skip_nonfinite_steps start_weight_decay train_iters weight_decay
     """,
     "above 0": """
         adam_eps distributed_timeout_minutes dpo_beta exit_duration_in_mins init_method_std loss_spike_threshold

@@ -64,6 +64,19 @@ def test_a_weight_decay_that_rises_over_another_length_is_said_and_cannot_be_kep
         resumed_schedule(replace(longer, checkpoint=KEEPS), noted, 12, iteration=4)
 
 
+def test_a_part_of_a_longer_schedule_that_gets_another_length_ends_where_all_of_it_does() -> None:
+    rising = OptimizerConfig(start_weight_decay=0.0, end_weight_decay=0.1, weight_decay_incr_style="linear")
+    part = replace(RUN, optimizer=replace(rising, lr_schedule_iters=20, lr_schedule_start=10))
+    noted = schedule_to_note(part, 20)
+    assert noted["lr_decay_iters"] == 20
+    longer = replace(part, training=TrainingConfig(train_iters=10))
+    expected = "the run has 10 iterations now, and had 8 when iteration 4 was saved"
+    assert resumed_schedule(longer, noted, 20, iteration=4) == (longer, [expected])
+    of_a_longer_one = replace(part, optimizer=replace(part.optimizer, lr_schedule_iters=30))
+    _, [line] = resumed_schedule(of_a_longer_one, noted, 30, iteration=4)
+    assert "--lr-schedule-iters 20 -> 30" in line
+
+
 def test_a_schedule_in_samples_is_another_one_than_in_iterations() -> None:
     training = TrainingConfig(train_samples=70, global_batch_size=8)
     in_samples = replace(RUN, training=training)

@@ -8,9 +8,11 @@ import pytest
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model import ModelConfig
+from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
-from hft_megatron.config.stages import read_stages, with_rounds_in_turn
+from hft_megatron.config.stages import read_stages, with_one_schedule, with_rounds_in_turn
 from hft_megatron.config.tracking import LoggingConfig
+from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 
 BASE = RunConfig(
@@ -50,6 +52,23 @@ def test_a_stage_exports_where_it_says_and_the_last_one_where_all_were_told_to(t
     assert [one.save_hf for one in written] == ["first", None, "out"]
     assert [one.save_dtype for one in written] == ["float16", None, None]
     assert [one.save_hf_interval for one in written] == [5, None, 5]
+
+
+def test_stages_with_one_schedule_have_their_parts_of_it(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("- {method: sft, lr: 1e-3}\n- {method: sft}\n")
+    base = replace(BASE, optimizer=OptimizerConfig(lr_warmup_iters=5), training=TrainingConfig(global_batch_size=2))
+    stages = read_stages(str(tmp_path / "s.yaml"), base)
+    found = [stage.config.optimizer for stage in with_one_schedule(stages, (4, 6))]
+    assert [(one.lr, one.lr_schedule_start, one.lr_schedule_iters) for one in found] == [(1e-3, 0, 10), (1e-5, 4, 10)]
+    with pytest.raises(UserError, match="--lr-warmup-iters 5 must be below --lr-schedule-iters 5"):
+        with_one_schedule(stages, (4, 1))
+    for training, sentence in (
+        (TrainingConfig(train_samples=9, global_batch_size=2), "--train-samples 9 makes a schedule of samples"),
+        (TrainingConfig(), "--global-batch-size is missing: one schedule over all tasks is as long as"),
+    ):
+        stages = read_stages(str(tmp_path / "s.yaml"), replace(BASE, training=training))
+        with pytest.raises(UserError, match=sentence):
+            with_one_schedule(stages, (4, 6))
 
 
 def test_without_a_run_to_go_on_with_the_first_stage_starts_where_the_run_does(tmp_path: Path) -> None:

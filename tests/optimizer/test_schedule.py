@@ -94,13 +94,18 @@ def test_a_resumed_schedule_goes_on_where_it_stood(style):
 
 
 def positions(
-    hft: HFTConfig, interval: str, *, train_iters: int = 7, cycle: int | None = None
+    hft: HFTConfig,
+    interval: str,
+    *,
+    train_iters: int = 7,
+    cycle: int | None = None,
+    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
 ) -> list[tuple[int, int]]:
     """(position, length) in the schedule of every iteration of a run."""
     rounds = RoundSchedule(
         interval=interval, train_iters=train_iters, epoch_starts=range(train_iters + 1), batches=BatchSizes(full=1)
     )
-    config = RunConfig(hft=hft, training=TrainingConfig(train_iters=train_iters))
+    config = RunConfig(hft=hft, training=TrainingConfig(train_iters=train_iters), optimizer=optimizer)
     spans = [span_of_round(config, rounds, round, cycle=cycle) for round in range(rounds.rounds)]
     return [
         (spans[rounds.round_of(iteration)].position(iteration), spans[rounds.round_of(iteration)].length)
@@ -110,6 +115,13 @@ def positions(
 
 def test_one_schedule_over_the_run_does_not_see_rounds():
     assert positions(HFTConfig(), "3") == [(iteration, 7) for iteration in range(7)]
+
+
+def test_a_part_of_a_longer_schedule_begins_where_the_part_before_it_ended():
+    part = OptimizerConfig(lr_schedule_iters=20, lr_schedule_start=5)
+    assert positions(HFTConfig(), "3", optimizer=part) == [(5 + iteration, 20) for iteration in range(7)]
+    hift = positions(HFTConfig(hft_selection="hift"), "1", cycle=3, optimizer=part)
+    assert hift == [(5, 20)] * 3 + [(8, 20)] * 3 + [(11, 20)]
 
 
 def test_a_schedule_per_round_starts_anew_with_each_and_a_last_short_round_is_cut_off():

@@ -9,6 +9,7 @@ from typing import Any
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.config.continual import ContinualConfig
 from hft_megatron.config.run import RunConfig
+from hft_megatron.config.stages import Stage, with_one_schedule
 from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import OnLoss
@@ -72,7 +73,9 @@ def check_sequence(sequence: TaskSequence, world_size: int) -> list[str]:
     """Reads the data of every stage and every evaluation task; lines that say what was found. UserError for the first
     mistake. What is replayed is not drawn yet."""
     parts = parts_of(sequence.tasks, sequence.base, replace(sequence.options, replay_ratio=None))
-    lines = check_stages([part.stage for part in parts], world_size, METHODS)
+    stages = [part.stage for part in parts]
+    lines, iterations = check_stages(stages, world_size, METHODS)
+    _in_schedule(stages, iterations, sequence.options)
     read, _ = _read(sequence)
     return [*lines, *(f"{name}: {len(one.read.examples)} examples to evaluate" for name, one in read.items())]
 
@@ -84,14 +87,15 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
     in --save is of other tasks.
     """
     minutes = sequence.base.parallel.distributed_timeout_minutes
-    stages = [part.stage for part in sequence.parts]
+    stages: Sequence[Stage] = [part.stage for part in sequence.parts]
     with peers(minutes, on_loss) as company:
         company.join(sequence.base.parallel)
         ratio, seed = sequence.options.replay_ratio, sequence.base.training.seed
         if ratio is not None:
             for line in on_rank_0(lambda: write_replays(sequence.parts, ratio=ratio, seed=seed)):
                 announce(f"> {line}")
-        check_stages(stages, world_size, METHODS)
+        _, iterations = check_stages(stages, world_size, METHODS)
+        stages = _in_schedule(stages, iterations, sequence.options)
         read, tokenizer = _read(sequence)
         for line in [note for one in read.values() for note in one.read.notes]:
             announce(f"> {line}")
@@ -115,6 +119,10 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
         company.leave()
         stop_groups()
     return scores.matrix.contents()
+
+
+def _in_schedule(stages: Sequence[Stage], iterations: Sequence[int], options: ContinualConfig) -> Sequence[Stage]:
+    return with_one_schedule(stages, iterations) if options.continual_schedule == "continue" else stages
 
 
 def trained_share(sequence: TaskSequence) -> float:

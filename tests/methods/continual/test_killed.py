@@ -17,7 +17,8 @@ from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.errors import EXIT_STOPPED
 from hft_megatron.evaluation.weight_changes import folder_weights, run_weights
 from tests.support.forked import kill_all
-from tests.support.runs import make_inputs, read_metrics, run_cli, start_cli
+from tests.support.ranks import RankPools
+from tests.support.runs import make_inputs, read_metrics, run_cli, run_sft_words, start_cli, words_for
 from tests.support.sequences import IGNORED, write_sequence
 
 pytestmark = pytest.mark.slow(reason="every sequence is three tasks on two ranks, with their evaluations")
@@ -204,3 +205,25 @@ def test_several_rounds_inside_a_task_are_numbered_on_and_a_phase_of_replay_has_
     found = dict(zip(rounds, plans(save), strict=True))
     assert found["task_2_animals"] == found["task_2_animals_replay"]
     assert "trained in at least one of the tasks: 100.0% of the weights" in log_of_rest
+
+
+SCHEDULE = ("--lr-decay-style", "cosine", "--lr-warmup-iters", 6, "--min-lr", 1e-4)
+
+
+def test_one_schedule_goes_through_all_tasks_also_after_a_stop(inputs: Path, ranks: RankPools, tmp_path: Path) -> None:
+    save, log, tasks = tmp_path / "run", tmp_path / "log", tmp_path / "tasks.yaml"
+    tasks.write_text(
+        (inputs / "tasks.yaml").read_text().replace("  lr: 1e-3\n", "").replace("files: ", f"files: {inputs}/")
+    )
+    options = [*SCHEDULE, "--continual-schedule", "continue", "--continual-evaluate", "last"]
+    options += ["--continual-tasks", tasks, "--continual-order", "colours", "numbers"]
+    words = words_of(inputs, save, *options, "--exit-interval", 5)
+    assert run_cli(words, log=log, method="continual") == EXIT_STOPPED, log.read_text()[-4000:]
+    assert "stopped the run at iteration 5" in log.read_text()  # of the second task: the first has 4
+    said = run(words_of(inputs, save, *options), log, ranks=None)
+    assert "the learning-rate schedule" not in said
+    rates = [step[2] for folder in sorted(save.glob("task_*")) for step in steps_of(folder)]
+    one_run = words_for(inputs, *SCHEDULE, "--lr", 5e-3, "--train-iters", 16)
+    [answer] = ranks(1).run(run_sft_words, words=one_run)
+    assert rates == [step["lr"] for step in answer["steps"]]
+    assert len(set(rates)) == 16

@@ -135,6 +135,9 @@ def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tas
         ("--continual-average 0.5 --hft-round-interval 2", "would change weights that rest in a task's last round"),
         ("--continual-order a b a", "--continual-order names a twice; a task is learned once"),
         ("--train-data-path a.jsonl", "--train-data-path a.jsonl is not read: each of --continual-tasks has its own"),
+        ("--continual-schedule continue --continual-setting joint", "is about tasks that follow one another"),
+        ("--continual-schedule continue --hft-lr-schedule round", "has one schedule for all rounds"),
+        ("--continual-schedule continue --lr-schedule-iters 9", "are what a sequence sets itself; leave them out"),
         ("--hft-first-round 1", "--hft-first-round 1: a sequence numbers its rounds; leave it out"),
     ],
 )
