@@ -38,12 +38,14 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
         status.use(Path(base.checkpoint.save))
     world_size = launch.world_size()
     # Imported here and below, because mistakes in the options must not wait for torch and transformers.
+    from hft_megatron.data.files.sources import TRAIN_SPLIT, find_input
     from hft_megatron.evaluation.task_files import read_tasks
     from hft_megatron.methods.continual.sequence import parts_of
     from hft_megatron.methods.continual.tasks import read_continual_tasks
 
     tasks = read_continual_tasks(options.continual, base)
     general = options.continual.continual_general
+    find_input("--replay-data-path", options.continual.replay_data_path, TRAIN_SPLIT)
     parts = parts_of(tasks, base, options.continual)
     shape = shape_of(base.model)
     stages = [part.stage for part in parts]

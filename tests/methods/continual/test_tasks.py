@@ -152,6 +152,10 @@ def test_what_is_missing_on_the_command_line_is_named(tasks: Path, capsys: pytes
     for words, sentence in (
         ([], "--continual-tasks is missing: name TRACE's folder, or a YAML list of tasks."),
         (["--continual-tasks", tasks], "--save is missing"),
+        (
+            ["--continual-tasks", tasks, "--save", "run", "--replay-data-path", "lima.jsonl"],
+            "--replay-data-path lima.jsonl: there is no such file.",
+        ),
         (["--continual-tasks", tasks, "--save", "run", "--stages", "s.yaml"], "--stages has stages of its own"),
         (["--continual-tasks", tasks, "--save", "run", "--continual-average", "1"], "--continual-average 1"),
     ):
