@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path[:0] = [str(TOOLS), str(TOOLS / "demo"), str(TOOLS / "bench"), str(TOOLS / "gpu")]
+sys.path[:0] = [str(TOOLS), *(str(TOOLS / folder) for folder in ("demo", "bench", "continual", "gpu"))]
