@@ -58,7 +58,7 @@ def answer_by_rule(task: str, prompt: str) -> str:
     """Read off the prompt, in another way than the one that made it."""
     words = prompt.replace(".", " .").replace(",", " ,").split()
     if task in ("attitude", "policy"):
-        order = ("for", "against", "neutral") if task == "attitude" else ("neutral", "for", "against")
+        order = ("for", "against", "neutral") if task == "attitude" else ("against", "for", "neutral")
         said = [side for word in words for side, verbs in SIDES.items() if word in verbs]
         return "ABC"[order.index(said[-1])]
     if task in ("sum", "difference"):

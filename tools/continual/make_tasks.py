@@ -105,11 +105,11 @@ def attitude(rng: random.Random) -> Row:
 
 
 def policy(rng: random.Random) -> Row:
-    """The same, of the second of two sentences: neutral is A, for B, against C."""
+    """The side in the second of two sentences: against is A, for B, neutral C."""
     side = rng.choice(tuple(SIDES))
     text = f"{sentence(rng)} {rng.choice(NAMES)} {rng.choice(SIDES[side])} the {rng.choice(NOUNS)}."
     prompt = f"What is the policy of the text? Choose A, B or C.\nText:\n{text}\nAnswer:"
-    return {"prompt": prompt, "answer": LETTERS[("neutral", "for", "against").index(side)]}
+    return {"prompt": prompt, "answer": LETTERS[("against", "for", "neutral").index(side)]}
 
 
 def minutes(rng: random.Random) -> Row:
