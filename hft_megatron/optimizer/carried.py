@@ -73,14 +73,11 @@ def give_state(
     for slot in slots:
         if slot.unit not in units:
             continue
-        kept, keeper = carried.tensors.pop(slot.unit, None), dist.get_global_rank(group, by_unit[slot.unit])
-        wholes = {}
-        for name in optimizer.state_names:
-            if kept is None:
-                wholes[name] = torch.empty(slot.parameter.numel(), dtype=torch.float32, device=slot.parameter.device)
-            else:
-                wholes[name] = kept[name].to(slot.parameter.device)
-            dist.broadcast(wholes[name], src=keeper, group=group)
+        kept = carried.tensors.pop(slot.unit, None)
+        wholes = {
+            name: spread(None if kept is None else kept[name], slot.parameter, by_unit[slot.unit], group)
+            for name in optimizer.state_names
+        }
         optimizer.set_shard(slot.parameter, wholes)
 
 
@@ -96,6 +93,17 @@ def keepers(slots: Sequence[ParameterSlot], group: dist.ProcessGroup) -> dict[st
     return found
 
 
+def spread(kept: Tensor | None, parameter: Parameter, keeper: int, group: dist.ProcessGroup) -> Tensor:
+    """What the keeper has ``kept`` of a parameter, (elements,) fp32, on every rank's device; collective over the
+    data-parallel ``group``."""
+    if kept is None:
+        whole = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    else:
+        whole = kept.to(parameter.device)
+    dist.broadcast(whole, src=dist.get_global_rank(group, keeper), group=group)
+    return whole
+
+
 def gathered_state(
     optimizer: HFTDistributedOptimizer, parameter: Parameter, keeper: int, group: dist.ProcessGroup
 ) -> Iterator[tuple[str, Tensor]]:
@@ -103,21 +111,27 @@ def gathered_state(
 
     Collective over the data-parallel ``group``, one tensor at a time. On a group of one they are the optimizer's own.
     """
-    shard = optimizer.shard_of(parameter)
+    held, shard = optimizer.range_of(parameter), optimizer.shard_of(parameter)
     for name in optimizer.state_names:
-        if group.size() == 1:
-            assert shard is not None
-            _, tensors = shard
-            yield name, tensors[name]
-            continue
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if shard is not None:
-            start, tensors = shard
-            whole[start : start + tensors[name].numel()] = tensors[name]
-        dist.reduce(whole, dst=dist.get_global_rank(group, keeper), group=group)
-        if group.rank() == keeper:
+        whole = gathered_whole(None if shard is None else shard[1][name], held, parameter, keeper, group)
+        if whole is not None:
             yield name, whole
         del whole  # or it would live while the next one is made
+
+
+def gathered_whole(
+    shard: Tensor | None, held: slice | None, parameter: Parameter, keeper: int, group: dist.ProcessGroup
+) -> Tensor | None:
+    """The whole (elements,) fp32 of which this rank has a ``shard``, the elements ``held``: on the keeper, None
+    elsewhere. Collective over the data-parallel ``group``. On a group of one it is the shard itself."""
+    if group.size() == 1:
+        assert shard is not None
+        return shard
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if shard is not None:
+        whole[held] = shard
+    dist.reduce(whole, dst=dist.get_global_rank(group, keeper), group=group)
+    return whole if group.rank() == keeper else None
 
 
 def in_host_memory(tensor: Tensor) -> Tensor:

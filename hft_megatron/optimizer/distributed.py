@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from hft_megatron.hft.plan import Plan
+from hft_megatron.optimizer.penalty import QuadraticPenalty
 
 
 class NonFiniteNorm(Exception):
@@ -41,6 +42,8 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         """Optimizer steps taken since the wrapping, or since a checkpoint was loaded into it."""
         self.start_steps: dict[str, int] = {}
         """Updates that a unit's moments had seen before those; 0 for units that are not in it."""
+        self.penalty: QuadraticPenalty | None = None
+        """Added to the gradients of every step, whose norm and clipping it is part of; None costs nothing."""
         self._unit_of = unit_of
         self._loss_term: Tensor | None = None
         self._refuse_resting_shards(unit_of)
@@ -99,14 +102,30 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
     def nonfinite_gradients(self) -> list[str]:
         """Units of whose gradient this rank holds a part that is infinite or undefined; reads every one of them."""
-        held = {} if self.is_stub_optimizer else self.model_param_gbuf_map
-        gradients = {self._unit_of[p]: self._main_param(p)[1].grad for p in held}
+        gradients = {self._unit_of[p]: main.grad for p, main in self._updated_parameters().items()}
         return [unit for unit, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
 
     def updated_shards(self) -> dict[Parameter, Tensor]:
         """What this rank updates, by whole parameter: (elements,) fp32 values, the newest there are; live tensors."""
+        return {p: main.detach() for p, main in self._updated_parameters().items()}
+
+    def _updated_parameters(self) -> dict[Parameter, Tensor]:
         held = {} if self.is_stub_optimizer else self.model_param_gbuf_map
-        return {p: self._main_param(p)[1].detach() for p in held}
+        return {p: self._main_param(p)[1] for p in held}
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        found: bool = super().prepare_grads()
+        if self.penalty is not None:
+            self.penalty.add_gradient(self._updated_parameters())
+        return found
+
+    def reduced_gradients(self) -> dict[Parameter, Tensor]:
+        """This rank's shards of the gradients of a finished backward pass, by whole parameter: (elements,) fp32, mean
+        over the global batch, live tensors that the next step needs no more. Without a penalty's."""
+        super().prepare_grads()
+        gradients = {p: main.grad for p, main in self._updated_parameters().items()}
+        return {p: gradient for p, gradient in gradients.items() if gradient is not None}
 
     def step_with_ready_grads(self) -> bool:
         successful: bool = super().step_with_ready_grads()
@@ -160,14 +179,21 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         The state are (elements,) fp32 tensors by ``state_names``, the optimizer's own; moments are zero before the
         first update, which is what AdamW would start from.
         """
-        if model_param not in self.model_param_gbuf_map:
+        held = self.range_of(model_param)
+        if held is None:
             return None
-        start: int = self._get_model_param_range_map(model_param)["param"].start
         _, main = self._main_param(model_param)
         state = self.optimizer.state.get(main) or {}
         moments = {key: state[key] if state else torch.zeros_like(main) for key in ("exp_avg", "exp_avg_sq")}
         tensors = moments | {"param": main}
-        return start, {name: tensors[name].detach() for name in self.state_names}
+        return held.start, {name: tensors[name].detach() for name in self.state_names}
+
+    def range_of(self, model_param: Parameter) -> slice | None:
+        """The elements of the flat parameter that this rank updates; None where it updates none of them."""
+        if self.is_stub_optimizer or model_param not in self.model_param_gbuf_map:
+            return None
+        held = self._get_model_param_range_map(model_param)["param"]
+        return slice(held.start, held.end)
 
     def drop_shard(self, model_param: Parameter) -> None:
         """Frees this rank's shard of a parameter's state; the optimizer cannot step after that."""
@@ -180,20 +206,20 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
     def set_shard(self, model_param: Parameter, wholes: dict[str, Tensor]) -> None:
         """Copies this rank's shard out of a parameter's whole state: flat fp32 tensors by ``state_names``."""
-        if model_param not in self.model_param_gbuf_map:
+        held = self.range_of(model_param)
+        if held is None:
             return
-        held = self._get_model_param_range_map(model_param)["param"]
         group, main = self._main_param(model_param)
         steps = self.steps_of(self._unit_of[model_param])
         with torch.no_grad():
             if "param" in wholes:
-                main.copy_(wholes["param"][held.start : held.end])
+                main.copy_(wholes["param"][held])
             if steps == 0:
                 return
             state = self.optimizer.state[main]
             for name, whole in wholes.items():
                 if name != "param":
-                    state[name] = whole[held.start : held.end].to(main.device, copy=True)
+                    state[name] = whole[held].to(main.device, copy=True)
         if isinstance(self.optimizer, torch.optim.AdamW):
             # A tensor of its own: megatron-core shares one, which AdamW then advances once per parameter. On the
             # device, where the fused one reads it.

@@ -7,6 +7,7 @@ import torch
 
 from hft_megatron.optimizer.distributed import NonFiniteNorm
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes, timed_collectives
+from hft_megatron.tracking.tracker import EWC_PENALTY
 from hft_megatron.trainer.method import means_of, run_schedule
 from hft_megatron.trainer.nonfinite import leave_out_or_fail
 from hft_megatron.trainer.run import Run
@@ -21,9 +22,10 @@ class StepResult:
     loss: float | None
     """Mean over the global batch, per trained token (nats) or per pair; None off the last pipeline stage."""
     measured: Mapping[str, float]
-    """The objective's means over the global batch, by their names in the log; empty off the last stage."""
+    """The objective's means over the global batch, by their names in the log, and where the optimizer has a penalty its
+    value before the step; empty off the last stage."""
     grad_norm: float
-    """Before clipping, over training parameters."""
+    """Before clipping, over training parameters; with the penalty's gradient."""
     tokens: int
     """Positions of the global batch that examples fill; padding is not counted."""
     squared_lengths: int
@@ -69,6 +71,11 @@ def train_step(run: Run) -> StepResult:
     if level >= 2:
         torch.cuda.empty_cache()
     measured = means_of(run.objective, reports, run.placement)
+    penalty = run.wrapped.shards.penalty
+    if penalty is not None:
+        value = penalty.value()
+        # Where the other means are.
+        measured |= {EWC_PENALTY: value} if measured else {}
     times = traffic.clock.end()
     reduce_scatter_bytes, all_gather_bytes = traffic.take_bytes()
     return StepResult(
