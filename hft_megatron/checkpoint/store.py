@@ -38,12 +38,12 @@ def sharded_training_state(wrapped: WrappedModel, described: Described, placemen
     """The state of what trains, to be written; collective, one tensor at a time passes through device memory."""
     group, by_unit = placement.groups.dp, keepers(_training_slots(wrapped), placement.groups.dp)
     found: State = {}
-    for slot, model in _slots(wrapped, described):
+    for slot, model in described_slots(wrapped, described):
         *outer, _ = model.replica_id
         # What another tensor or pipeline rank holds as well is written there.
         if slot.unit in by_unit and not any(outer):
             state = gathered_state(wrapped.shards, slot.parameter, by_unit[slot.unit], group)
-            kept = {name: _like(model, f"optimizer.state.{name}", whole.cpu()) for name, whole in state}
+            kept = {name: like_weight(model, f"optimizer.state.{name}", whole.cpu()) for name, whole in state}
             if kept:
                 found[slot.unit] = kept
     return found
@@ -54,10 +54,10 @@ def empty_training_state(wrapped: WrappedModel, described: Described, placement:
     by_unit = keepers(_training_slots(wrapped), placement.groups.dp)
     return {
         slot.unit: {
-            name: _like(model, f"optimizer.state.{name}", torch.empty(slot.parameter.numel()))
+            name: like_weight(model, f"optimizer.state.{name}", torch.empty(slot.parameter.numel()))
             for name in wrapped.shards.state_names
         }
-        for slot, model in _slots(wrapped, described)
+        for slot, model in described_slots(wrapped, described)
         if by_unit.get(slot.unit) == placement.data_rank
     }
 
@@ -86,11 +86,11 @@ def sharded_resting_state(wrapped: WrappedModel, described: Described, placement
     """The state of what rests and has steps (``--hft-resting-moments host``); tensors that are not there are made."""
     by_unit = keepers(list(parameter_slots(wrapped.modules)), placement.groups.dp)
     found: State = {}
-    for slot, model in _slots(wrapped, described):
+    for slot, model in described_slots(wrapped, described):
         if slot.unit in wrapped.resting.steps and by_unit[slot.unit] == placement.data_rank:
             kept = wrapped.resting.tensors.get(slot.unit, {})
             found[slot.unit] = {
-                name: _like(model, f"resting.{name}", kept.get(name, torch.empty(slot.parameter.numel())))
+                name: like_weight(model, f"resting.{name}", kept.get(name, torch.empty(slot.parameter.numel())))
                 for name in wrapped.shards.state_names
             }
     return found
@@ -108,14 +108,16 @@ def _training_slots(wrapped: WrappedModel) -> list[ParameterSlot]:
     return [slot for slot in parameter_slots(wrapped.modules) if wrapped.plan.trains(slot.unit)]
 
 
-def _slots(wrapped: WrappedModel, described: Described) -> Iterator[tuple[ParameterSlot, ShardedTensor]]:
+def described_slots(wrapped: WrappedModel, described: Described) -> Iterator[tuple[ParameterSlot, ShardedTensor]]:
     """This rank's parameters with their descriptions, in one order on all data-parallel ranks."""
     for chunk, tensors in zip(wrapped.modules, described.values(), strict=True):
         for slot in parameter_slots([chunk]):
             yield slot, tensors[slot.local_name]
 
 
-def _like(model: ShardedTensor, prefix: str, flat: Tensor) -> ShardedTensor:
+def like_weight(model: ShardedTensor, prefix: str, flat: Tensor) -> ShardedTensor:
+    """A flat tensor of a parameter's size, described for dist_checkpointing: as ``PREFIX.`` and the weight's name, cut
+    over tensor and pipeline ranks as the weight is."""
     # The keeper alone writes, whatever its data-parallel rank; tensor and pipeline replicas are as the model has them.
     *outer, _ = model.replica_id
     return replace(
@@ -173,7 +175,7 @@ def sharded_state(
     wrapped: WrappedModel, placement: Placement, *, left_out: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
     """Everything that a checkpoint holds, except the weights of the units in ``left_out``; collective."""
-    described = _described(wrapped.modules)
+    described = described_weights(wrapped.modules)
     state: dict[str, Any] = {
         "optimizer": sharded_training_state(wrapped, described, placement),
         "resting": sharded_resting_state(wrapped, described, placement),
@@ -219,7 +221,7 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, 
     load_weights(path, wrapped.modules)
     description: dict[str, Any] = {}
     if optimizer:
-        training, described = wrapped.plan.training, _described(wrapped.modules)
+        training, described = wrapped.plan.training, described_weights(wrapped.modules)
         wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
         description["optimizer"] = empty_training_state(wrapped, described, placement)
         description["resting"] = sharded_resting_state(wrapped, described, placement)
@@ -247,7 +249,7 @@ def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
     held = dist_checkpointing.load_tensors_metadata(str(path)).keys()
     wanted = {
         name: {local: tensor for local, tensor in tensors.items() if tensor.key in held}
-        for name, tensors in _described(chunks).items()
+        for name, tensors in described_weights(chunks).items()
     }
     loaded = dist_checkpointing.load(wanted, str(path))
     for chunk, (name, tensors) in zip(chunks, wanted.items(), strict=True):
@@ -258,7 +260,7 @@ def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
         assert loaded.get(name, {}).keys() == tensors.keys()
 
 
-def _described(chunks: Sequence[LlamaModel]) -> Described:
+def described_weights(chunks: Sequence[LlamaModel]) -> Described:
     """The weights alone. What transformer-engine's modules have beside them (``_extra_state``) is about FP8, which is
     not in use: a checkpoint is the same whoever's norms the model has, and holds no pickles."""
     states = {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}

@@ -1,6 +1,6 @@
 """Which checkpoint a run goes on from: the newest complete one, if every byte of it is what was saved."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hft_megatron.checkpoint.folders import (
@@ -8,6 +8,7 @@ from hft_megatron.checkpoint.folders import (
     DIGESTS_FILE,
     ITERATION_FOLDER,
     Checkpoints,
+    Digest,
     combined_digest,
     damage_in,
     digest_of,
@@ -110,10 +111,8 @@ def _damage_found_here(path: Path, placement: Placement) -> str | None:
         digests = read_digests(path)
     except (OSError, ValueError) as error:
         return f"{path / DIGESTS_FILE} can't be read ({error})"
-    # Largest first, so that every rank gets about the same number of bytes.
-    files = sorted(digests, key=lambda name: (-digests[name]["bytes"], name))
     # All ranks look at the position, which says what the checkpoint is based on.
-    damage = damage_in(path, digests, [POSITION_FILE, *files[placement.rank :: placement.world_size]])
+    damage = damage_in(path, digests, [POSITION_FILE, *share_of_files(digests, placement)])
     if damage is not None:
         return damage
     state = TrainState.read(path)
@@ -127,6 +126,12 @@ def _damage_found_here(path: Path, placement: Placement) -> str | None:
     if found != saved:
         return f"{base} is not the base of {path.name} (sha256 {found[:12]} instead of {saved[:12]})"
     return _damage_found_here(base, placement)
+
+
+def share_of_files(digests: Mapping[str, Digest], placement: Placement) -> list[str]:
+    """The files of a folder that this rank reads; about the same number of bytes on every rank."""
+    largest_first = sorted(digests, key=lambda name: (-digests[name]["bytes"], name))
+    return largest_first[placement.rank :: placement.world_size]
 
 
 def shared_digest(files: Sequence[Path], placement: Placement) -> str:

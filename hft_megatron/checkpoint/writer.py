@@ -105,7 +105,7 @@ class CheckpointWriter:
                 if self._options.async_save:
                     self._calls.schedule_async_request(in_background(request))
                 else:
-                    request._replace(async_fn=partial(_write_and_wait, request.async_fn)).execute_sync()
+                    request._replace(async_fn=partial(write_and_wait, request.async_fn)).execute_sync()
         save.stall_s = time.perf_counter() - save.begun
         if self._options.async_save:
             self._pending = save
@@ -221,7 +221,7 @@ class CheckpointWriter:
         )
 
 
-def _write_and_wait(write: Callable[..., None] | None, *arguments: Any) -> None:
+def write_and_wait(write: Callable[..., None] | None, *arguments: Any) -> None:
     """Writes this rank's files, if it has any, and waits for the others': megatron-core would in a collective."""
     if write is not None:
         write(*arguments)

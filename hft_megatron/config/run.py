@@ -9,6 +9,7 @@ from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.corpus import CorpusConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.dpo import DpoConfig
+from hft_megatron.config.ewc import EwcConfig
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.optimizer import OptimizerConfig
@@ -27,6 +28,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    ewc: EwcConfig = field(default_factory=EwcConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

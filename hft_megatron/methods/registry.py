@@ -99,11 +99,12 @@ class PretrainDataConfig:
 
 
 def _sft() -> "Method":
+    from hft_megatron.methods.continual.ewc import elastic_weights
     from hft_megatron.methods.next_token import NEXT_TOKEN
     from hft_megatron.methods.sft.data import read_sft_data
     from hft_megatron.trainer.method import Method
 
-    return Method(name="sft", objective=lambda config: NEXT_TOKEN, read_data=read_sft_data)
+    return Method(name="sft", objective=lambda config: NEXT_TOKEN, read_data=read_sft_data, last_hooks=elastic_weights)
 
 
 def _dpo() -> "Method":

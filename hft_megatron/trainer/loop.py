@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.run import RunConfig
+from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.rules import RULES
 from hft_megatron.optimizer.rounds import LearningRate, span_of_round, switch_round
 from hft_megatron.optimizer.wrapping import WrappedModel
@@ -98,23 +100,29 @@ def enter_round(run: Run, hooks: Sequence[Hook]) -> None:
 
 def begin_round(run: Run, round: int) -> None:
     """Switches the run to another round's plan, which all ranks must hold alike; every rank calls it."""
-    start, config = time.perf_counter(), run.config
+    start = time.perf_counter()
     plan = run.rounds.agreed_plan(round, run.placement)
+    rewrap(run, plan, run.config.hft)
+    run.state = replace(run.state, round=round)
+    run.learning_rate = learning_rate(run.wrapped, run.rounds, run.config, run.state)
+    torch.cuda.synchronize()
+    run.switch_ms = (time.perf_counter() - start) * 1e3
+    run.announce(plan.describe())
+
+
+def rewrap(run: Run, plan: Plan, hft: HFTConfig) -> None:
+    """Has the run's model train another plan; ``hft`` says what of the optimizer's state lives on. Collective."""
+    config = run.config
     run.wrapped = switch_round(
         run.wrapped,
         plan,
         config.parallel,
         config.optimizer,
-        config.hft,
+        hft,
         bf16=config.training.bf16 is True,
         fp32_gradients=config.training.accumulate_allreduce_grads_in_fp32,
         group=run.placement.groups.dp,
     )
-    run.state = replace(run.state, round=round)
-    run.learning_rate = learning_rate(run.wrapped, run.rounds, config, run.state)
-    torch.cuda.synchronize()
-    run.switch_ms = (time.perf_counter() - start) * 1e3
-    run.announce(plan.describe())
 
 
 def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, state: TrainState) -> LearningRate:

@@ -17,6 +17,8 @@ from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.parallel.groups import Placement
 
 if TYPE_CHECKING:
+    from hft_megatron.trainer.inputs import Inputs
+    from hft_megatron.trainer.loop import Hook
     from hft_megatron.trainer.run import Reference
 
 
@@ -118,3 +120,5 @@ class Method:
     reference: "Callable[..., Reference] | None" = None
     """What the trained model is compared with, where there is such a thing: takes the run's inputs, model chunks,
     rounds, share of a batch, placement and announcer, before a checkpoint fills the chunks; collective."""
+    last_hooks: "Callable[[Inputs, Placement], Sequence[Hook]]" = lambda inputs, placement: ()
+    """Hooks that run behind all others, a run's last checkpoint included; collective, before a model is built."""

@@ -66,7 +66,7 @@ def test_marks_are_found_on_either_side_of_none() -> None:
 BOUNDS = {
     "at least 1": """
         check_replicas_interval ddp_bucket_size decoder_first_pipeline_num_layers
-        decoder_last_pipeline_num_layers eval_interval eval_iters eval_tasks_batch_size eval_tasks_interval
+        decoder_last_pipeline_num_layers eval_interval eval_iters eval_tasks_batch_size eval_tasks_interval ewc_batches
         exit_interval ffn_hidden_size global_batch_size hft_audit_interval hidden_size keep_last kv_channels
         log_interval lr_decay_iters lr_decay_samples lr_schedule_iters lr_wsd_decay_iters
         lr_wsd_decay_samples make_vocab_size_divisible_by max_position_embeddings micro_batch_size
@@ -76,7 +76,7 @@ BOUNDS = {
         seq_length tensor_model_parallel_size tensorboard_log_interval train_epochs train_samples vocab_size
     """,
     "at least 0": """
-        clip_grad decoupled_lr decoupled_min_lr dpo_sft_weight end_weight_decay hft_first_round hft_seed lr
+        clip_grad decoupled_lr decoupled_min_lr dpo_sft_weight end_weight_decay ewc_lambda hft_first_round hft_seed lr
         lr_schedule_start lr_warmup_init lr_warmup_iters lr_warmup_samples manual_gc_interval min_lr
         profile_step_start seed skip_nonfinite_steps start_weight_decay train_iters weight_decay
     """,

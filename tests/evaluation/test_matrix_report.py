@@ -30,12 +30,12 @@ def contents() -> dict[str, Any]:
 def test_the_table_has_every_cell_and_says_what_is_not_there(contents: dict[str, Any]) -> None:
     assert matrix_text(contents, trained_share=0.75).splitlines() == [
         "                         first  Straße 态度        third           text",
-        "                   exact_match         sari  exact_match  bits_per_byte",
-        "  base                     0.0            -            -            1.5",
-        "  after first            100.0            -            -      no number",
-        "  after Straße 态度       50.1         75.0            -          12.35",
-        "  best - last            49.94            0",
-        "  last - base                                                     10.85",
+        "                   exact_match       sari  exact_match  bits_per_byte",
+        "  base                     0.0          -            -            1.5",
+        "  after first            100.0          -            -      no number",
+        "  after Straße 态度         50.1       75.0            -          12.35",
+        "  best - last            49.94          0",
+        "  last - base                                                   10.85",
         "  OP 62.53, BWT -24.97 (over T), -49.94 (over T - 1), T = 2",
         "  trained in at least one of the tasks: 75.0% of the weights",
     ]

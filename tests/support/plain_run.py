@@ -101,8 +101,8 @@ def plain_run(method: MethodName, words: Sequence[str], cache: str) -> PlainRun:
     if method == "pretrain":
         samples = _samples_of_corpus(config, cache)
     else:
-        samples, valid = _samples_of_files(method, config, shape)
-    loss_of: Any = partial(_token_loss, model)
+        samples, valid = samples_of_files(method, config, shape)
+    loss_of: Any = partial(token_loss, model)
     if method == "dpo":
         reference = LlamaForCausalLM.from_pretrained(folder, dtype=model.dtype)
         loss_of = partial(_pair_loss, model, reference, config.dpo)
@@ -241,7 +241,7 @@ class _Optimizer:
         return {unit: int(state["step"]) for unit, state in states.items() if "step" in state}
 
 
-def _token_loss(model: LlamaForCausalLM, example: Answer) -> tuple[Tensor, int, Tensor]:
+def token_loss(model: LlamaForCausalLM, example: Answer) -> tuple[Tensor, int, Tensor]:
     """Sum over the trained tokens, their number, and no rewards."""
     return -_log_probability(model, example), int(example.mask.sum()), torch.zeros(2)
 
@@ -279,10 +279,10 @@ Samples = Callable[[int], list[list[Example]]]
 """Step -> the examples of each of its samples: one, or under packing several."""
 
 
-def _samples_of_files(
+def samples_of_files(
     method: MethodName, config: RunConfig, shape: ModelShape
 ) -> tuple[Samples, dict[str, list[Example]]]:
-    """Those of training, and the examples of each source of the validation data."""
+    """Those of training by the number of the step, and the examples of each source of the validation data."""
     tokenizer = load_tokenizer(None, str(config.model.load_hf), None)
     data: Any = METHODS[method].read_data(config, tokenizer, shape, 1)
     train = data.train

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -102,8 +102,9 @@ def run_method_words(
     return run_recorded(method, words, Recorder(kill_at=kill_at, kill_rank=kill_rank))
 
 
-def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -> dict[str, Any]:
-    """Runs ``hft-megatron METHOD WORDS`` on this rank of a pool; every rank must call it.
+def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder, **groups: Any) -> dict[str, Any]:
+    """Runs ``hft-megatron METHOD WORDS`` on this rank of a pool; every rank must call it. ``groups`` are options
+    that the command lacks.
 
     Returns ``steps`` (one entry per step done here), ``state`` at the end, ``stopped`` (the signal's sentence or None)
     and ``said`` (lines announced here).
@@ -115,7 +116,7 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder) -
     from hft_megatron.methods.registry import METHODS
     from hft_megatron.trainer import assembly
 
-    config = load_options(commands()[method].options, list(words)).as_run
+    config = replace(load_options(commands()[method].options, list(words)).as_run, **groups)
     shape = shape_of(config.model)
     world_size = int(os.environ["WORLD_SIZE"])
     if shape is not None:
