@@ -1,11 +1,18 @@
 """Options of elastic weight consolidation, which holds on to earlier tasks while a later one is trained."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
 from hft_megatron.config.declared import SAME_RUN
+from hft_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from hft_megatron.config.model_shape import ModelShape
+    from hft_megatron.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +25,11 @@ class EwcConfig:
     ewc_batches: Annotated[int, Ge(1), SAME_RUN] = 50
     """Batches of a task, from the start of its training order, whose squared gradients are averaged for its Fisher
     information; a shorter task's are all of its own."""
+
+
+def nothing_is_held(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Of a method whose tasks are not measured."""
+    if config.ewc.ewc_lambda > 0:
+        raise UserError(
+            f"--ewc-lambda {config.ewc.ewc_lambda:g} is for the tasks of sft; leave it out of other stages."
+        )

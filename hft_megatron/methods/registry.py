@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from hft_megatron.config import corpus, data, dpo, valid_sources
+from hft_megatron.config import corpus, data, dpo, ewc, valid_sources
 from hft_megatron.config.corpus import CorpusConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.dpo import DpoConfig
@@ -146,7 +146,7 @@ register(
         name="dpo",
         summary="tune a LLaMA on preference pairs, half of its matrices at a time",
         groups={"data": DataConfig, "dpo": DpoConfig},
-        rules=(*SUPERVISED_RULES, *dpo.DPO_RULES, valid_sources.sources_hold_pairs),
+        rules=(*SUPERVISED_RULES, *dpo.DPO_RULES, valid_sources.sources_hold_pairs, ewc.nothing_is_held),
         measures={"preference loss": False, "rewards/accuracies": True, "rewards/margins": True},
         load=_dpo,
     )
@@ -156,7 +156,7 @@ register(
         name="pretrain",
         summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
         groups={"corpus": CorpusConfig, "data": PretrainDataConfig},
-        rules=corpus.CORPUS_RULES,
+        rules=(*corpus.CORPUS_RULES, ewc.nothing_is_held),
         measures={"lm loss": False},
         load=_pretrain,
     )

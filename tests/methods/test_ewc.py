@@ -25,15 +25,16 @@ from hft_megatron.config.ewc import EwcConfig
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.run_folder import FISHER_FOLDER
+from hft_megatron.errors import EXIT_STOPPED, EXIT_USAGE
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.methods.continual.ewc import parts_of
 from hft_megatron.model.parameter_names import checkpoint_names, whole_shape
 from tests.support.models import LAYOUTS, flags
-from tests.support.plain_run import Example, learning_rate, parse, samples_of_files, token_loss
+from tests.support.plain_ewc import BATCHES, LAMBDA, STEPS, PlainTask, named, plain_fisher, plain_task
+from tests.support.plain_run import parse, samples_of_files
 from tests.support.ranks import RankPools, RanksFailed
-from tests.support.runs import Recorder, make_inputs, read_metrics, run_recorded, write_data
+from tests.support.runs import Recorder, make_inputs, read_metrics, run_cli, run_recorded, write_data
 
-LAMBDA, BATCHES, STEPS = 1000.0, 3, 5
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000"]
 LAYOUT_WORDS = {
     "tp2": flags(LAYOUTS["tp2"]),
@@ -129,90 +130,9 @@ def tensors_of(folder: Path, name: str, shape: ModelShape) -> dict[str, Tensor]:
     return found
 
 
-# --- the reference
-
-
-def named(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    return {name.removesuffix(".weight"): p for name, p in model.named_parameters()}
-
-
-def mean_loss(model: LlamaForCausalLM, batch: Sequence[Sequence[Example]]) -> Tensor:
-    sums = [token_loss(model, example)[:2] for sample in batch for example in sample]
-    return torch.stack([loss for loss, _ in sums]).sum() / sum(tokens for _, tokens in sums)
-
-
-def plain_fisher(model: LlamaForCausalLM, samples: Any) -> dict[str, Tensor]:
-    model.requires_grad_(True)
-    found = {unit: torch.zeros_like(p) for unit, p in named(model).items()}
-    for step in range(BATCHES):
-        model.zero_grad()
-        mean_loss(model, samples(step)).backward()
-        for unit, p in named(model).items():
-            assert p.grad is not None
-            found[unit] += p.grad**2 / BATCHES
-    return found
-
-
-def plain_penalty(model: LlamaForCausalLM, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
-    terms = [(fisher[unit] * (p - anchor[unit]) ** 2).sum() for unit, p in named(model).items() if p.requires_grad]
-    return LAMBDA / 2 * torch.stack(terms).sum()
-
-
-@dataclass
-class PlainTask:
-    """One task by transformers and autograd on the penalised loss."""
-
-    plan: Plan
-    losses: list[float]
-    penalties: list[float]
-    norms: list[float]
-    fisher: dict[str, Tensor]
-
-
-def plain_task(
-    model: LlamaForCausalLM, words: list[str], shape: ModelShape, fisher: Mapping[str, Tensor] | None
-) -> PlainTask:
-    config = parse("sft", words)
-    round = config.hft.hft_first_round
-    assert round is not None
-    plan = make_plan(shape, config.hft, default_seed=config.training.seed, round=round)
-    samples, _ = samples_of_files("sft", config, shape)
-    for unit, p in named(model).items():
-        p.requires_grad = plan.trains(unit)
-    anchor = {unit: p.detach().clone() for unit, p in named(model).items()}
-    trained = [p for p in named(model).values() if p.requires_grad]
-    options = config.optimizer
-    adam = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": options.weight_decay},
-            {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        eps=options.adam_eps,
-        betas=(options.adam_beta1, options.adam_beta2),
-    )
-    losses, penalties, norms = [], [], []
-    for step in range(STEPS):
-        model.zero_grad()
-        loss = mean_loss(model, samples(step))
-        penalty = torch.zeros(()) if fisher is None else plain_penalty(model, fisher, anchor)
-        (loss + penalty).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, options.clip_grad)))
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(config, step)
-        adam.step()
-        losses.append(loss.item())
-        penalties.append(penalty.item())
-    found = plain_fisher(model, samples)
-    total = found if fisher is None else {unit: fisher[unit] + values for unit, values in found.items()}
-    return PlainTask(plan=plan, losses=losses, penalties=penalties, norms=norms, fisher=total)
-
-
 def far(found: Tensor, expected: Tensor) -> float:
     """The distance, relative to what is expected."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-# --- the checks
 
 
 @pytest.mark.slow(reason="two runs each, and their reference")
@@ -285,8 +205,8 @@ def check_fisher_folder(
 
 
 def check_fisher_of_same_weights(folder: Path, words: list[str], model: LlamaForCausalLM) -> None:
-    """Measured by the reference at the engine's own last weights, so that nothing but F itself can differ."""
-    config, other = parse("sft", words), copy.deepcopy(model)
+    """Measured by the reference in fp64 at the engine's own last weights, so that nothing but F itself can differ."""
+    config, other = parse("sft", words), copy.deepcopy(model).double()
     shape = ModelShape.from_hf_config(load_hf_config(str(config.model.load_hf)), "model")
     anchor, fisher = (tensors_of(folder, name, shape) for name in ("anchor", "fisher"))
     with torch.no_grad():
@@ -294,7 +214,8 @@ def check_fisher_of_same_weights(folder: Path, words: list[str], model: LlamaFor
             parameter.copy_(anchor[unit])
     samples, _ = samples_of_files("sft", config, shape)
     for unit, values in plain_fisher(other, samples).items():
-        assert far(fisher[unit], values) < 2e-6, unit
+        # Rounding of fp32 gradients, squared; measured: 2.4e-6 of one k_proj.
+        assert far(fisher[unit], values) < 5e-6, unit
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -387,14 +308,59 @@ def test_a_task_is_measured_once_and_only_where_it_is_asked_for(ranks: RankPools
     assert json.loads((fisher / "fisher.json").read_text())["tasks"] == 1
     bits = files_of(fisher)
     again = ranks(1).run(run_task, words=second)[0]
-    assert any("holds the Fisher information of this task already" in line for line in again["said"])
+    assert not any("> ewc" in line for line in again["said"])
+    assert files_of(fisher) == bits
     # A run that was killed while it measured has no step left, and measures.
     shutil.rmtree(fisher)
     fisher.with_name("fisher.unfinished").mkdir()
     ranks(1).run(run_task, words=second)
     assert files_of(fisher) == bits
     assert not fisher.with_name("fisher.unfinished").exists()
+    # One that goes on is another task for whoever follows, until it ends.
+    ranks(1).run(run_task, words=[*second, "--train-iters", str(STEPS + 2)], kill_at=STEPS + 1)
+    third = [*words_of(folder, 1, tmp_path), "--load", str(tmp_path / "task1"), "--save", str(tmp_path / "task2")]
+    with pytest.raises(RanksFailed, match=r"UserError: .* of .*iter_0000006, .* has that of iteration 5; let the task"):
+        ranks(1).run(run_task, words=third)
     assert [step["measured"].keys() for step in plain["steps"]] == [{"lm loss": 0.0}.keys()] * STEPS
+
+
+STAGES = """
+- method: sft
+  train_data_path: {folder}/data.jsonl
+  ewc_lambda: 1000
+- method: sft
+  train_data_path: {folder}/second.jsonl
+  ewc_lambda: 1000
+"""
+
+
+@pytest.mark.slow(reason="five starts of two stages")
+def test_stages_hold_what_the_ones_before_them_need_wherever_they_are_moved(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "stages.yaml").write_text(STAGES.format(folder=folder))
+    log, found = tmp_path / "log", []
+
+    def run(save: Path, *options: object) -> int:
+        words = words_of(folder, 0, save, *HALF, "--save", save, "--load", save, *options)
+        at = words.index("--hft-first-round")
+        words = [*words[:at], *words[at + 2 :], "--stages", str(tmp_path / "stages.yaml")]
+        return run_cli(words, log=log)
+
+    assert run(tmp_path / "whole") == 0, log.read_text()[-3000:]
+    assert "> ewc: 20 units are held to their weights after 1 tasks" in log.read_text()
+    for interval in (4, 3):  # in the first stage, and in the second
+        assert run(tmp_path / "parted", "--exit-interval", interval) == EXIT_STOPPED, log.read_text()[-3000:]
+    assert (tmp_path / "parted" / "stage_1_sft" / "iter_0000003").exists()
+    (tmp_path / "parted").rename(tmp_path / "moved")
+    assert run(tmp_path / "moved") == 0, log.read_text()[-3000:]
+    for save in ("whole", "moved"):
+        stage = tmp_path / save / "stage_1_sft"
+        found.append(([step["ewc penalty"] for step in read_metrics(stage)], files_of(stage / FISHER_FOLDER)))
+    assert found[0] == found[1]
+    assert max(found[0][0]) > 0.05
+    stages = (tmp_path / "stages.yaml").read_text().replace("- method: sft", "- method: dpo", 1)
+    (tmp_path / "stages.yaml").write_text(stages)
+    assert run(tmp_path / "moved") == EXIT_USAGE
+    assert "--ewc-lambda 1000 is for the tasks of sft; leave it out of other stages." in log.read_text()
 
 
 def test_units_take_turns_in_parts_of_the_size_of_a_round(folder: Path) -> None:

@@ -42,6 +42,8 @@ from hft_megatron.checkpoint.fisher import (
     read_fisher,
     write_fisher,
 )
+from hft_megatron.checkpoint.folders import iteration_of
+from hft_megatron.config.derived import train_iters
 from hft_megatron.config.ewc import EwcConfig
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.run_folder import FISHER_FOLDER, RESOLVED_CONFIG_FILE
@@ -67,33 +69,48 @@ class TasksBefore:
 
 
 def elastic_weights(inputs: Inputs, placement: Placement) -> Sequence[Hook]:
-    """The hook of a run with --ewc-lambda, none of another; collective.
+    """The hook of a run with --ewc-lambda, none of another, or of a task that is over and measured; collective.
 
     The tasks before are those of the run whose weights --finetune took. UserError where that one measured its Fisher
-    information and it is not there, or not what was saved.
+    information and it is not there, not what was saved, or of other weights than the run takes.
     """
     options, source = inputs.config.ewc, inputs.identity.finetuned_from
-    if options.ewc_lambda == 0:
+    if options.ewc_lambda == 0 or on_rank_0(lambda: _is_over(inputs)):
         return ()
     before = None
     if source is not None:
-        before = on_rank_0(lambda: _tasks_before(Path(source)))
+        before = on_rank_0(lambda: _tasks_before(Path(source), inputs))
     if before is not None:
         check_fisher(before.folder, placement)
     return (ElasticWeights(options, before, inputs.config.checkpoint.save),)
 
 
-def _tasks_before(source: Path) -> TasksBefore | None:
-    folder, resolved = source / FISHER_FOLDER, source / RESOLVED_CONFIG_FILE
-    facts = read_facts(folder)
-    if facts is not None:
-        return TasksBefore(folder=folder, facts=facts)
-    if resolved.exists() and read_resolved(resolved).ewc.ewc_lambda > 0:
+def _is_over(inputs: Inputs) -> bool:
+    """Whether the run has no step left and has been measured: what came before may be gone by then."""
+    save, reached = inputs.config.checkpoint.save, inputs.position.iteration
+    if save is None or reached < train_iters(inputs.config.training):
+        return False
+    facts = read_facts(Path(save) / FISHER_FOLDER)
+    return facts is not None and facts.iteration == reached
+
+
+def _tasks_before(source: Path, inputs: Inputs) -> TasksBefore | None:
+    folder, facts = source / FISHER_FOLDER, read_facts(source / FISHER_FOLDER)
+    if facts is None:
+        if read_resolved(source / RESOLVED_CONFIG_FILE).ewc.ewc_lambda == 0:
+            return None
         raise UserError(
             f"--ewc-lambda needs {folder}, where the task in --load {source} leaves its Fisher information at its end, "
             f"and it is not there; let that task end, or start from one that was trained without --ewc-lambda."
         )
-    return None
+    if not inputs.resumes:
+        assert inputs.checkpoint is not None
+        if iteration_of(inputs.checkpoint) != facts.iteration:
+            raise UserError(
+                f"--ewc-lambda needs the Fisher information of {inputs.checkpoint}, whose weights --finetune takes, "
+                f"and {folder} has that of iteration {facts.iteration}; let the task in --load {source} end."
+            )
+    return TasksBefore(folder=folder, facts=facts)
 
 
 @dataclass
@@ -106,7 +123,7 @@ class ElasticWeights(Hook):
     save: str | None
 
     def at_round_start(self, run: Run) -> None:
-        if run.is_complete:
+        if run.is_complete:  # and not measured yet
             return
         if self.before is None:
             run.announce("> ewc: no task came before: nothing holds the weights")
@@ -141,9 +158,6 @@ class ElasticWeights(Hook):
             batches=len(batches),
             tasks=1 + (0 if self.before is None else self.before.facts.tasks),
         )
-        if on_rank_0(lambda: read_facts(folder)) == facts:
-            run.announce(f"> ewc: {folder} holds the Fisher information of this task already")
-            return
         begun = time.perf_counter()
         fisher = self._fisher(run, batches)
         with run.wrapped.gathered_parameters():
