@@ -248,7 +248,7 @@ def test_a_task_goes_on_in_its_middle_to_the_last_bit_over_rounds_of_its_own(
     assert len({tuple(held["trains"]) for held in whole[0]["held"]}) == 2
 
 
-@pytest.mark.slow(reason="five runs")
+@pytest.mark.slow(reason="seven runs")
 def test_what_one_layout_has_measured_holds_another_and_a_loss_of_it_is_told(
     ranks: RankPools, folder: Path, tmp_path: Path
 ) -> None:
@@ -268,6 +268,12 @@ def test_what_one_layout_has_measured_holds_another_and_a_loss_of_it_is_told(
     file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(RanksFailed, match=r"UserError: .*distcp is not what was saved .*; copy the folder .*task0"):
         ranks(2).run(run_task, words=words)
+    file.write_bytes(kept)
+    assert ranks(2).run(run_task, words=words, kill_at=2)[0]["stopped"]
+    (tmp_path / "task0").rename(tmp_path / "gone")
+    with pytest.raises(RanksFailed, match=r"UserError: --ewc-lambda: .*task0, whose weights this run started from"):
+        ranks(2).run(run_task, words=words)
+    (tmp_path / "gone").rename(tmp_path / "task0")
     shutil.rmtree(fisher)
     with pytest.raises(RanksFailed, match=r"UserError: --ewc-lambda needs .*task0/fisher, where the task in --load"):
         ranks(2).run(run_task, words=words)

@@ -96,6 +96,10 @@ def _is_over(inputs: Inputs) -> bool:
 
 def _tasks_before(source: Path, inputs: Inputs) -> TasksBefore | None:
     folder, facts = source / FISHER_FOLDER, read_facts(source / FISHER_FOLDER)
+    if not source.is_dir():
+        raise UserError(
+            f"--ewc-lambda: {source}, whose weights this run started from and is held to, is not there; put it back."
+        )
     if facts is None:
         if read_resolved(source / RESOLVED_CONFIG_FILE).ewc.ewc_lambda == 0:
             return None
