@@ -27,6 +27,10 @@ TOKENS_OF_A_BATCH = 32_768
 """Most tokens of a batch, where it has more than one question: 16 windows of a long context are more than fit."""
 
 
+class NotFinite(RunFailed):
+    """The model has given no numbers, on every rank alike."""
+
+
 Ask = Callable[[Sequence[int]], Sequence[Answer] | None]
 """Puts a batch of questions, by their numbers; collective over a replica's ranks, None off its last stage."""
 
@@ -106,7 +110,7 @@ def answers_of(
     """The answers to questions of ``lengths`` tokens, in their order, on every rank; collective over all ranks.
 
     ``known`` are those of whole batches by their number, the same on every rank. ``keep`` is told every other one on
-    every rank, as soon as it is there. Raises RunFailed on every rank where the model gives no numbers.
+    every rank, as soon as it is there. Raises NotFinite on every rank where the model gives no numbers.
     """
     batches = batches_of(lengths, batch_size)
     found: dict[int, Sequence[Answer]] = dict(known or {})
@@ -120,7 +124,7 @@ def answers_of(
             for number, answers in of_rank.items():
                 assert answers is not None, "the last stage speaks"
                 if not all(map(_is_finite, answers)):
-                    raise RunFailed(
+                    raise NotFinite(
                         f"{progress.name}: the model's logits are no numbers, or infinite; read it as fp32 "
                         f"(--no-bf16), or evaluate an earlier checkpoint."
                     )

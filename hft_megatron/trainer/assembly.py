@@ -63,8 +63,9 @@ def train_and_export(
     bill.
     """
     start = prepare(read_inputs(method, options, shape, world_size), world_size, company)
-    behind = [*after_saving, *start.inputs.method.last_hooks(start.inputs, start.placement)]
-    hooks_of = partial(build_hooks, own=start.with_evaluations(hooks), after_saving=behind, of_a_stage=of_a_stage)
+    last = start.inputs.method.last_hooks(start.inputs, start.placement)
+    behind = [*start.evaluations(), *after_saving, *last]
+    hooks_of = partial(build_hooks, own=hooks, after_saving=behind, of_a_stage=of_a_stage)
     with memory_errors_in_words(
         start.inputs, start.placement, plan=lambda: start.plan, when=lambda: "while loading or exporting"
     ):

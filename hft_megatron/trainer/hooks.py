@@ -314,7 +314,7 @@ def build_hooks(
     of_a_stage: bool = False,
 ) -> Sequence[Hook]:
     """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save, and
-    ``after_saving`` behind all others.
+    ``after_saving`` behind all others: evaluations among them, so that one that fails takes no checkpoint with it.
 
     ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with;
     ``exporter`` writes under --save-hf-interval. ``of_a_stage``, the run ends with a line instead of its whole bill.

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -13,7 +14,10 @@ from hft_megatron.costs.rank_memory import in_bytes, memory_of_run
 from hft_megatron.errors import RankFailed
 from hft_megatron.hft.plan import Plan
 from hft_megatron.parallel.groups import Placement, host_name
-from hft_megatron.trainer.inputs import Inputs
+
+if TYPE_CHECKING:
+    # It reads tasks, whose evaluation says here that its memory is gone.
+    from hft_megatron.trainer.inputs import Inputs
 
 _ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* ?\w+)")
 _BY_TEXT = ("can't allocate memory", "not enough memory", "out of memory")
@@ -24,13 +28,23 @@ _LESS = 0.9
 
 @contextlib.contextmanager
 def memory_errors_in_words(
-    inputs: Inputs, placement: Placement, *, plan: Callable[[], Plan], when: Callable[[], str]
+    inputs: "Inputs", placement: Placement, *, plan: Callable[[], Plan], when: Callable[[], str]
 ) -> Iterator[None]:
     """Within it, an allocation that fails is RankFailed, with one sentence for this rank.
 
     ``plan`` is that of the round and ``when`` says how far the run has come,
     both at the time of the failure.
     """
+    with memory_errors_with_advice(placement, when=when, advice=lambda: _advice(inputs, placement, plan())):
+        yield
+
+
+@contextlib.contextmanager
+def memory_errors_with_advice(
+    placement: Placement, *, when: Callable[[], str], advice: Callable[[], str]
+) -> Iterator[None]:
+    """As ``memory_errors_in_words``, where something else needs less than the options of training; ``advice`` ends the
+    sentence."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -38,7 +52,7 @@ def memory_errors_in_words(
             raise
         raise RankFailed(
             f"rank {placement.rank} on {host_name()} ({placement.coordinates}) ran out of memory {when()}"
-            f"{_asked_for(error)}; {_advice(inputs, placement, plan())}"
+            f"{_asked_for(error)}; {advice()}"
         ) from error
 
 
@@ -54,7 +68,7 @@ def _asked_for(error: BaseException) -> str:
     return f" ({asked[1]} more were asked for)" if asked else ""
 
 
-def _advice(inputs: Inputs, placement: Placement, plan: Plan) -> str:
+def _advice(inputs: "Inputs", placement: Placement, plan: Plan) -> str:
     on_cuda, room = placement.device.type == "cuda", _room(placement)
     model = memory_of_run(
         inputs.config,

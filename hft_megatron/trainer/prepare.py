@@ -64,9 +64,9 @@ class Prepared:
             length_multiple=self.placement.tensor_size,
         )
 
-    def with_evaluations(self, hooks: Sequence[Hook]) -> list[Hook]:
-        """A user's hooks, behind the one that puts --eval-tasks to the model."""
-        return [*evaluations(self.inputs.tasks, self.inputs.tokenizer, self.config), *hooks]
+    def evaluations(self) -> list[Hook]:
+        """The hook that puts --eval-tasks to the model, where there are some."""
+        return evaluations(self.inputs.tasks, self.inputs.tokenizer, self.config)
 
     def training_steps(self) -> PrefetchedSteps:
         """This rank's part of every step, made one step ahead."""

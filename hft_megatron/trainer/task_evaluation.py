@@ -1,5 +1,6 @@
 """Evaluation tasks during training: put to the weights as they are, in the run's own layout, without a copy of them."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
+from hft_megatron.evaluation.answers import NotFinite
 from hft_megatron.evaluation.forward import ModelInPlace
 from hft_megatron.evaluation.outcomes import ReadTask, outcome_of, read_task
 from hft_megatron.evaluation.task_files import read_tasks
-from hft_megatron.tracking.tracker import of_task
+from hft_megatron.parallel.consensus import gathered
+from hft_megatron.tracking.tracker import FILE_NAME, ITERATION, of_task
 from hft_megatron.trainer.garbage import collected_around_validation
 from hft_megatron.trainer.loop import Hook
+from hft_megatron.trainer.out_of_memory import memory_errors_with_advice
 from hft_megatron.trainer.run import Run
 
 
@@ -48,17 +52,26 @@ def model_of(run: Run) -> Iterator[ModelInPlace]:
 @dataclass
 class EvaluateTasks(Hook):
     """Records the values of all tasks every ``interval`` iterations, at the end of every round and of the run, and
-    before the first step where --eval-on-start asks for it."""
+    before the first step where --eval-on-start asks for it; not again where a run that is resumed has them.
+
+    Behind the checkpoint of the same iteration: what a run that ended in between did not record, the resumed one does.
+    """
 
     tasks: Sequence[ReadTask]
     tokenizer: Tokenizer
     interval: int | None
     on_start: bool
     batch_size: int
-    _last: int = -1
+    _last: int | None = None
+    """The newest iteration with a record; None before the first round."""
 
     def at_round_start(self, run: Run) -> None:
-        if self.on_start and run.state.iteration == 0:
+        iteration = run.state.iteration
+        if self._last is None:
+            self._last = iteration if iteration > 0 and self._has_record(run) else -1
+            if iteration > 0:
+                self.after_iteration(run)
+        if self.on_start and iteration == 0:
             self._evaluate(run)
 
     def after_iteration(self, run: Run) -> None:
@@ -66,18 +79,52 @@ class EvaluateTasks(Hook):
             self._evaluate(run)
 
     def at_round_end(self, run: Run) -> None:
+        # The last checkpoint comes with the end of the run.
+        if not run.is_complete:
+            self._evaluate(run)
+
+    def at_end(self, run: Run) -> None:
         self._evaluate(run)
+
+    def _has_record(self, run: Run) -> bool:
+        """Whether the save folder has this iteration's values of all tasks; collective."""
+        save, iteration = run.config.checkpoint.save, run.state.iteration
+        found = False
+        # The rank that writes it.
+        if save is not None and run.placement.is_last_rank and (Path(save) / FILE_NAME).exists():
+            records = map(json.loads, (Path(save) / FILE_NAME).read_text(encoding="utf-8").splitlines())
+            names = [name for record in records if record[ITERATION] == iteration for name in record]
+            found = all(any(name.startswith(of_task(read.task.name, "")) for name in names) for read in self.tasks)
+        return any(gathered(found))
 
     def _evaluate(self, run: Run) -> None:
         if self._last == run.state.iteration:
             return
         self._last = run.state.iteration
+        when = f"while evaluating tasks after iteration {run.state.iteration}"
+        advice = (
+            f"make --eval-tasks-batch-size less than {self.batch_size}, or leave --eval-tasks out and put the tasks to "
+            f"the checkpoints with `hft-megatron evaluate`."
+        )
+        with memory_errors_with_advice(run.placement, when=lambda: when, advice=lambda: advice), model_of(run) as model:
+            values = self._values(run, model)
+        if values:
+            run.log(values)
+
+    def _values(self, run: Run, model: ModelInPlace) -> dict[str, float]:
         values: dict[str, float] = {}
-        with model_of(run) as model:
-            for read in self.tasks:
+        for read in self.tasks:
+            name = read.task.name
+            try:
                 outcome = outcome_of(read, model, self.tokenizer, batch_size=self.batch_size, say=run.announce)
-                values |= {of_task(read.task.name, name): value for name, value in outcome.values.items()}
-        run.log(values)
+            except NotFinite:
+                run.announce(
+                    f"> warning: iteration {run.state.iteration} has no values of the task {name}, because the model's "
+                    f"logits are no numbers, or infinite"
+                )
+                continue
+            values |= {of_task(name, measure): value for measure, value in outcome.values.items()}
+        return values
 
 
 def evaluations(tasks: Sequence[ReadTask], tokenizer: Tokenizer | None, config: RunConfig) -> list[Hook]:

@@ -1,18 +1,26 @@
 """Tasks put to a model that trains: recorded, and without a trace in the training. Run: pytest tests/trainer"""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.tracking import LoggingConfig, tasks_are_there
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.data.tokenizer_loading import load_tokenizer
-from hft_megatron.errors import UserError
+from hft_megatron.errors import RankFailed, UserError
+from hft_megatron.evaluation import answers
+from hft_megatron.evaluation.examples import Generated
+from hft_megatron.evaluation.outcomes import outcome_of
+from hft_megatron.trainer import task_evaluation
 from hft_megatron.trainer.task_evaluation import tasks_of_run
 from tests.support.ranks import RankPools, RanksFailed
-from tests.support.runs import make_inputs, run_sft_words, words_for
+from tests.support.runs import Recorder, make_inputs, run_recorded, run_sft_words, words_for
 from tests.support.shapes import tiny_shape
 from tests.support.tokenizers import make_byte_level
 
@@ -65,6 +73,77 @@ def test_tasks_are_recorded_and_leave_no_trace_in_the_training(
     assert {"tasks/texts/bits_per_byte", "tasks/answers/exact_match", "tasks/answers/edit_similarity"} < set(
         of_tasks[6]
     )
+
+
+def run_with_failing(words: list[str], failing: str) -> dict[str, Any]:
+    """A run in which the third step is followed by a task that fails: its memory is gone, or its logits are."""
+    recorder = Recorder(kill_at=None, kill_rank=0)
+
+    def outcome(*args: Any, **kwargs: Any) -> Any:
+        if recorder.run.state.iteration == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        return outcome_of(*args, **kwargs)
+
+    def is_finite(answer: Any) -> bool:
+        return recorder.run.state.iteration != 3 or isinstance(answer, Generated)
+
+    module, name, replacement = (
+        (task_evaluation, "outcome_of", outcome) if failing == "memory" else (answers, "_is_finite", is_finite)
+    )
+    with patch.object(module, name, replacement):
+        try:
+            return run_recorded("sft", words, recorder)
+        except RankFailed as error:
+            return {"error": str(error)}
+
+
+def values_of(run: Path) -> dict[int, set[str]]:
+    """Names of what was measured in tasks, by iteration; every iteration has one record of them."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [
+        (record["iteration"], {name for name in record if name.startswith("tasks/")})
+        for record in records
+        if any(name.startswith("tasks/") for name in record)
+    ]
+    assert len({iteration for iteration, _ in found}) == len(found)
+    return dict(found)
+
+
+@pytest.mark.slow
+def test_a_task_without_memory_costs_no_checkpoint_and_is_evaluated_by_the_resumed_run(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    inputs, tasks, run = make_inputs(tmp_path), write_tasks(tmp_path), tmp_path / "run"
+    words = words_for(inputs, "--eval-tasks", tasks, "--eval-tasks-interval", 3, "--save", run, "--save-interval", 3)
+    [answer] = ranks(1).run(run_with_failing, words=words, failing="memory")
+    assert re.match(
+        r"rank 0 on \S+ \(TP 0, PP 0, DP 0\) ran out of memory while evaluating tasks after iteration 3 \(2.00 GiB "
+        r"more were asked for\); make --eval-tasks-batch-size less than \d+, or leave --eval-tasks out and",
+        answer["error"],
+    ), answer["error"]
+    assert (run / "iter_0000003").is_dir()
+    assert values_of(run) == {}
+    resumed = [*words, "--load", str(run), "--eval-tasks-batch-size", "1"]
+    ranks(1).run(run_sft_words, words=resumed)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert list(values_of(run)) == [3, 6]
+    # Finished, and started again: with the same tasks, and with one that has no values yet.
+    ranks(1).run(run_sft_words, words=resumed)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    tasks.write_text(TASKS.replace("name: texts", "name: more_texts"))
+    ranks(1).run(run_sft_words, words=resumed)
+    assert (run / "metrics.jsonl").read_bytes() != before
+
+
+def test_a_task_whose_logits_are_no_numbers_is_left_out_and_the_run_goes_on(ranks: RankPools, tmp_path: Path) -> None:
+    inputs, tasks, run = make_inputs(tmp_path), write_tasks(tmp_path), tmp_path / "run"
+    words = words_for(inputs, "--eval-tasks", tasks, "--eval-tasks-interval", 3, "--save", run)
+    [answer] = ranks(1).run(run_with_failing, words=words, failing="numbers")
+    [said] = [line for line in answer["said"] if "no values" in line]
+    assert said.startswith("> warning: iteration 3 has no values of the task texts, because the model's logits are no")
+    assert len(answer["steps"]) == 6
+    of_answers = {"tasks/answers/exact_match", "tasks/answers/edit_similarity"}
+    assert values_of(run) == {3: of_answers, 6: of_answers | {"tasks/texts/perplexity", "tasks/texts/bits_per_byte"}}
 
 
 def test_a_mistake_in_a_tasks_file_is_said_before_a_model_is_built(ranks: RankPools, tmp_path: Path) -> None:
