@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt
 
@@ -25,6 +25,10 @@ from hft_megatron.evaluation.task_files import read_tasks
 from hft_megatron.evaluation.tasks import Task
 from hft_megatron.parallel import launch
 from hft_megatron.report.evaluation import comparison_text, frontier_text, results_text
+
+if TYPE_CHECKING:
+    from hft_megatron.evaluation.side_by_side import Evaluation
+    from hft_megatron.parallel.peers import Peers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,32 +103,45 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
         show(_from_files(options))
         return
     tasks = _checked(options)
-    parallel = ParallelConfig(**vars(options.layout))
-    # Imported here, because the checks above must not wait for torch and transformers.
+    # Imported here and below, because the checks above must not wait for torch and transformers.
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.evaluation.saved_models import SavedModel
-    from hft_megatron.evaluation.weight_changes import check_alike
+    evaluation = _evaluation(options, tasks)
+    launch.place_this_process()
+    from hft_megatron.parallel.groups import stop_groups
+    from hft_megatron.parallel.peers import peers
 
+    with (
+        peers(evaluation.parallel.distributed_timeout_minutes, end_of_peers(status)) as company,
+        _memory_errors_in_words(options.batch_size),
+    ):
+        text = _by_harness(options, evaluation, company) if options.lm_eval_tasks else _by_tasks(evaluation, company)
+        company.leave()
+        stop_groups()
+    if text:
+        note(text)
+
+
+def _evaluation(options: EvaluateOptions, tasks: tuple[Task, ...]) -> "Evaluation":
+    """With what the models say of themselves; UserError for those that can't be evaluated so."""
+    from hft_megatron.evaluation.saved_models import SavedModel
+    from hft_megatron.evaluation.side_by_side import Evaluation
+    from hft_megatron.evaluation.weight_changes import check_alike
+    from hft_megatron.trainer.convert import units_trained
+
+    parallel = ParallelConfig(**vars(options.layout))
     models = [SavedModel.read(name) for name in options.model]
     base = None if options.base is None else SavedModel.read(options.base, "--base")
     for model in [*models, *([] if base is None else [base])]:
         validate_plan(RunConfig(parallel=parallel), model.shape, launch.world_size())
         if base is not None:
             check_alike((f"{base.option} {base.name}", f"{model.option} {model.name}"), (base.shape, model.shape))
-    launch.place_this_process()
-    from hft_megatron.evaluation.side_by_side import Evaluation, evaluate
-    from hft_megatron.parallel.groups import stop_groups
-    from hft_megatron.parallel.peers import peers
-    from hft_megatron.trainer.convert import units_trained
-
     of_runs = [model for model in models if base is not None and model.run is not None]
-    trained = {model.name: units_trained(model.run) for model in of_runs if model.run is not None}
-    evaluation = Evaluation(
+    return Evaluation(
         models=models,
         base=base,
-        trained=trained,
+        trained={model.name: units_trained(model.run) for model in of_runs if model.run is not None},
         tasks=tasks,
         parallel=parallel,
         batch_size=options.batch_size,
@@ -132,27 +149,27 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
         tokenizer_model=options.tokenizer_model,
         output=None if options.output is None else Path(options.output),
     )
-    with (
-        peers(parallel.distributed_timeout_minutes, end_of_peers(status)) as company,
-        _memory_errors_in_words(options.batch_size),
-    ):
-        if options.lm_eval_tasks:
-            from hft_megatron.evaluation.harness import HarnessTasks, evaluate_by_harness
 
-            harness = HarnessTasks(
-                names=options.lm_eval_tasks,
-                include_path=options.lm_eval_include,
-                num_fewshot=options.lm_eval_fewshot,
-                limit=options.limit,
-            )
-            text = evaluate_by_harness(evaluation, harness, company, note)
-        else:
-            results = evaluate(evaluation, company, note)
-            text = results_text(results["models"], results["records"]) if launch.rank() == 0 else ""
-        company.leave()
-        stop_groups()
-    if text:
-        note(text)
+
+def _by_tasks(evaluation: "Evaluation", company: "Peers") -> str:
+    """The table of all models, on rank 0."""
+    from hft_megatron.evaluation.side_by_side import evaluate
+
+    results = evaluate(evaluation, company, note)
+    return results_text(results["models"], results["records"]) if launch.rank() == 0 else ""
+
+
+def _by_harness(options: EvaluateOptions, evaluation: "Evaluation", company: "Peers") -> str:
+    """The tables of lm-evaluation-harness, on rank 0."""
+    from hft_megatron.evaluation.harness import HarnessTasks, evaluate_by_harness
+
+    tasks = HarnessTasks(
+        names=options.lm_eval_tasks,
+        include_path=options.lm_eval_include,
+        num_fewshot=options.lm_eval_fewshot,
+        limit=options.limit,
+    )
+    return evaluate_by_harness(evaluation, tasks, company, note)
 
 
 @contextlib.contextmanager
