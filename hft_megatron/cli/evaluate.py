@@ -65,7 +65,8 @@ class EvaluateOptions:
     """Only the first so many rows of every task."""
     output: str | None = None
     """New file for the results (.json); the answers to every example go into a .predictions.jsonl beside it. A command
-    that was stopped resumes when it is given again."""
+    that was stopped resumes when it is given again; one of --lm-eval-tasks, which writes at its end alone, begins
+    anew."""
     batch_size: Annotated[int, Ge(1)] = 16
     """Sequences that a replica reads at once."""
     bf16: bool | None = None

@@ -4,6 +4,7 @@ Sequences stand one after the other without padding between them, as in a packed
 and sequence parallelism needs only that their sum is a multiple of the tensor ranks.
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,13 @@ from hft_megatron.parallel.groups import Placement
 def is_speaker(placement: Placement) -> bool:
     """Whether this rank hands on its replica's answers: the first tensor rank of the last stage."""
     return placement.pipeline_rank == placement.pipeline_size - 1 and placement.tensor_rank == 0
+
+
+def free_memory(device: torch.device) -> None:
+    """Frees what nothing refers to any more, so that all of it is there for another model."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,19 @@
 """lm-evaluation-harness on models that a command names, one after the other."""
 
-import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hft_megatron.config.run_folder import write_atomically
+from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
-from hft_megatron.evaluation.lm_eval import check_lm_eval, run_lm_eval
-from hft_megatron.evaluation.side_by_side import Evaluation, precision
+from hft_megatron.evaluation.forward import free_memory
+from hft_megatron.evaluation.lm_eval import find_tasks, run_lm_eval
+from hft_megatron.evaluation.side_by_side import Evaluation, check_agreement, precision
 from hft_megatron.parallel.consensus import on_rank_0, together
-from hft_megatron.parallel.groups import leave_groups, start_groups
+from hft_megatron.parallel.groups import Placement, leave_groups, start_groups
 from hft_megatron.parallel.peers import Peers
 
 
@@ -32,35 +33,51 @@ def evaluate_by_harness(
     """The harness's own tables of all models on rank 0, empty elsewhere; collective over all ranks of the job.
 
     Its results, by the models' names, go into the output file where there is one. Raises the same UserError on every
-    rank.
+    rank, for tasks that aren't known and for ranks that have read other models before one is built.
     """
     company.join(evaluation.parallel)
-    together(check_lm_eval)
+    found = find_tasks(tasks.names, tasks.include_path)
     bf16 = precision(evaluation)
-    found: dict[str, dict[str, Any]] = {}
-    for saved in evaluation.models:
-        tokenizer = together(lambda saved=saved: saved.tokenizer(evaluation.tokenizer_model))[0]  # type: ignore[misc]
-        placement = start_groups(evaluation.parallel, saved.shape.num_layers, seed=0)
-        digest = saved.digest(placement)
+    tokenizers: list[Tokenizer] = []
+    together(lambda: tokenizers.extend(saved.tokenizer(evaluation.tokenizer_model) for saved in evaluation.models))
+    placement = start_groups(evaluation.parallel, evaluation.models[0].shape.num_layers, seed=0)
+    read = _read(evaluation, tokenizers, placement)
+    check_agreement(read)
+    results: dict[str, dict[str, Any]] = {}
+    for number, (saved, tokenizer) in enumerate(zip(evaluation.models, tokenizers, strict=True)):
+        if number > 0:
+            placement = start_groups(evaluation.parallel, saved.shape.num_layers, seed=0)
         announce(f"> {saved.name}: lm-evaluation-harness, {', '.join(tasks.names)}")
         model = saved.open(evaluation.parallel, placement, bf16=bf16)
-        results = run_lm_eval(
+        of_model = run_lm_eval(
             model,
             tokenizer,
-            tasks.names,
-            include_path=tasks.include_path,
+            found,
             num_fewshot=tasks.num_fewshot,
             limit=tasks.limit,
             batch_size=evaluation.batch_size,
             say=announce,
         )
         del model
-        gc.collect()
+        free_memory(placement.device)
         leave_groups()
         # What it notes of the machine is nobody's business who gets the file.
-        kept = {name: value for name, value in results.items() if name != "pretty_env_info"}
-        found[saved.name] = {"digest": digest, "iteration": saved.iteration, **kept}
-    return on_rank_0(lambda: _written(found, evaluation.output))
+        kept = {name: value for name, value in of_model.items() if name != "pretty_env_info"}
+        results[saved.name] = {"digest": read["models"][saved.name], "iteration": saved.iteration, **kept}
+    return on_rank_0(lambda: _written(results, evaluation.output))
+
+
+def _read(evaluation: Evaluation, tokenizers: Sequence[Tokenizer], placement: Placement) -> dict[str, dict[str, Any]]:
+    """What this rank has read of every model, which all ranks must have alike; collective."""
+    models = evaluation.models
+    return {
+        "models": {saved.name: saved.digest(placement) for saved in models},
+        "iterations": {saved.name: saved.iteration for saved in models},
+        "tokenizers": {
+            saved.name: tokenizer.facts.identity for saved, tokenizer in zip(models, tokenizers, strict=True)
+        },
+        "config.json": {saved.name: asdict(saved.shape) for saved in models},
+    }
 
 
 def _written(found: dict[str, dict[str, Any]], output: Path | None) -> str:

@@ -4,13 +4,17 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hft_megatron.data.chat import end_token_ids
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.forward import ModelInPlace
 from hft_megatron.evaluation.service import Service
+from hft_megatron.parallel.consensus import on_rank_0, together
+
+if TYPE_CHECKING:
+    from hft_megatron.evaluation.lm_eval_tasks import FoundTasks
 
 _NAME = "lm-evaluation-harness"
 
@@ -21,12 +25,29 @@ def check_lm_eval() -> None:
         raise UserError(f"{_NAME} is not installed; run `pip install 'hft-megatron[lm-eval]'`.")
 
 
+def find_tasks(names: Sequence[str], include_path: str | None) -> "FoundTasks | None":
+    """The tasks of these names on rank 0, which alone reads their settings; None elsewhere. Collective over all ranks.
+
+    A name may be one of a task, a pattern of names, or a YAML file; ``include_path`` is a folder of own tasks. Raises
+    UserError, on every rank, where the harness isn't installed and for a task that isn't known.
+    """
+    together(check_lm_eval)
+    found: list[FoundTasks] = []
+
+    def find() -> None:
+        from hft_megatron.evaluation import lm_eval_tasks
+
+        found.append(lm_eval_tasks.find_tasks(names, include_path))
+
+    on_rank_0(find)
+    return found[0] if found else None
+
+
 def run_lm_eval(
     model: ModelInPlace,
     tokenizer: Tokenizer,
-    tasks: Sequence[str],
+    tasks: "FoundTasks | None",
     *,
-    include_path: str | None,
     num_fewshot: int | None,
     limit: int | None,
     batch_size: int,
@@ -35,14 +56,12 @@ def run_lm_eval(
     """What its ``simple_evaluate`` returns for the tasks, on rank 0; empty elsewhere. Collective over all ranks.
 
     Rank 0 reads the tasks and scores the answers, which all ranks give. Texts become the ids that transformers makes of
-    them with the tokenizer that an export of the model has, under the rules of the harness's own ``hf`` model. A task
-    may be a name, a pattern of names, or a YAML file; ``include_path`` is a folder of own tasks, and like the harness's
-    own they may contain code, which is run. ``say`` prints a line on rank 0.
+    them with the tokenizer that an export of the model has, under the rules of the harness's own ``hf`` model.
+    ``tasks`` are those of ``find_tasks``; they may contain code, which is run. ``say`` prints a line on rank 0.
 
-    Raises UserError, on every rank, for a task that isn't known, that needs data which can't be reached, or that asks
-    for what this model doesn't do.
+    Raises UserError, on every rank, for a task that needs data which can't be reached, or that asks for what this model
+    doesn't do.
     """
-    check_lm_eval()
     from hft_megatron.evaluation.lm_eval_model import HarnessModel, WithSpecialTokens
     from hft_megatron.evaluation.lm_eval_tasks import evaluate
 
@@ -53,7 +72,8 @@ def run_lm_eval(
         harness = HarnessModel(
             encoder, window=model.window, end_ids=end_token_ids(tokenizer.facts), ask=service.ask, say=say
         )
-        return evaluate(harness, tasks, include_path=include_path, num_fewshot=num_fewshot, limit=limit)
+        assert tasks is not None, "this is rank 0"
+        return evaluate(harness, tasks, num_fewshot=num_fewshot, limit=limit)
 
     return service.run(work, name=_NAME) or {}
 

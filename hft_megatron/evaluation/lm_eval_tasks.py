@@ -1,6 +1,7 @@
 """Finds the tasks that lm-evaluation-harness is asked for, and says in a sentence why one can't be had."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,30 @@ from lm_eval.tasks import TaskManager
 from hft_megatron.errors import UserError
 
 
-def evaluate(
-    model: LM, tasks: Sequence[str], *, include_path: str | None, num_fewshot: int | None, limit: int | None
-) -> dict[str, Any]:
-    """See ``run_lm_eval``."""
+@dataclass(frozen=True, kw_only=True)
+class FoundTasks:
+    """Tasks by their names, and the index that they are in."""
+
+    names: Sequence[str]
+    manager: TaskManager
+
+
+def find_tasks(tasks: Sequence[str], include_path: str | None) -> FoundTasks:
+    """See ``lm_eval.find_tasks``."""
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"{include_path} is no folder, and tasks of lm-evaluation-harness are to be read from it.")
+        raise UserError(f"--lm-eval-include {include_path} is no folder; name the one that has the tasks' YAML files.")
     manager = _own_tasks(tasks, include_path) or _Tasks(include_path=include_path)
+    return FoundTasks(names=[name for task in tasks for name in _names(task, manager)], manager=manager)
+
+
+def evaluate(model: LM, tasks: FoundTasks, *, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
+    """See ``run_lm_eval``."""
     found: dict[str, Any] | None = lm_eval.simple_evaluate(
         model=model,
-        tasks=[name for task in tasks for name in _names(task, manager)],
+        tasks=list(tasks.names),
         num_fewshot=num_fewshot,
         limit=limit,
-        task_manager=manager,
+        task_manager=tasks.manager,
         # No task draws from torch, and what else this process draws stays as it is.
         torch_random_seed=None,
     )
@@ -42,18 +54,25 @@ class _Tasks(TaskManager):
             loaded = super().load(task_list)
         except OSError as error:
             raise UserError(
-                f"lm-evaluation-harness can't read the data of {names} ({_one_line(error)}); fetch it where there is a "
-                "network, into the cache that HF_HOME names, or write a task that reads local files."
+                f"--lm-eval-tasks: lm-evaluation-harness can't read the data of {names} ({_one_line(error)}); "
+                "fetch it where there is a network, into the cache that HF_HOME names, or write a task that reads "
+                "local files."
             ) from error
         except ImportError as error:
             raise UserError(
-                f"lm-evaluation-harness needs another package for {names} ({_one_line(error)}); install it."
+                f"--lm-eval-tasks: lm-evaluation-harness needs another package for {names} ({_one_line(error)}); "
+                "install it."
             ) from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
-                raise UserError(f"The task {name} runs code that a model wrote, which is not done here; leave it out.")
+                raise UserError(
+                    f"--lm-eval-tasks: the task {name} runs code that a model wrote, which is not done here; "
+                    "leave it out."
+                )
             if getattr(task, "MULTIMODAL", False):
-                raise UserError(f"The task {name} has more than text, which LLaMA does not read; leave it out.")
+                raise UserError(
+                    f"--lm-eval-tasks: the task {name} has more than text, which LLaMA does not read; leave it out."
+                )
         return loaded
 
 
@@ -74,8 +93,8 @@ def _names(task: str, manager: TaskManager) -> list[str]:
     nearest = get_close_matches(task, manager.all_tasks, n=1)
     hint = f"the nearest is {nearest[0]}" if nearest else "`lm-eval ls tasks` lists all"
     raise UserError(
-        f"lm-evaluation-harness has no task {task}; {hint}, and own tasks are YAML files in the folder "
-        f"of --lm-eval-include."
+        f"--lm-eval-tasks {task}: lm-evaluation-harness has no such task; {hint}, and own tasks are YAML files in the "
+        f"folder of --lm-eval-include."
     )
 
 

@@ -1,6 +1,5 @@
 """Several models evaluated on the same tasks, one after the other, each in the layout that was asked for."""
 
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from hft_megatron.engine import cpu_backend
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.examples import Answer
 from hft_megatron.evaluation.forgetting import check_one_vocabulary
+from hft_megatron.evaluation.forward import free_memory
 from hft_megatron.evaluation.journal import Journal, differing
 from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of, read_task
 from hft_megatron.evaluation.results import FORMAT, write_results
@@ -80,7 +80,7 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
             announce(f"> {subject.model.name}: {line}")
     placement = start_groups(evaluation.parallel, subjects[0].model.shape.num_layers, seed=0)
     settings = _settings(evaluation, subjects, placement)
-    _check_agreement(settings)
+    check_agreement(settings)
     journal = _OpenJournal(evaluation.output, settings, placement, announce)
     records: dict[tuple[str, str], Sequence[Mapping[str, Any]]] = {}
     models = []
@@ -171,7 +171,7 @@ def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: P
     }
 
 
-def _check_agreement(settings: Mapping[str, Any]) -> None:
+def check_agreement(settings: Mapping[str, Any]) -> None:
     """The same UserError on every rank where one has read something else, such as a newer checkpoint; collective."""
     first, *others = gathered(settings)
     for rank, theirs in enumerate(others, start=1):
@@ -255,9 +255,7 @@ def _outcomes(
         values = ", ".join(f"{measure} {value:.4g}" for measure, value in outcomes[task].values.items())
         announce(f"  {task}: {len(outcomes[task].records)} examples, {values}")
     del model, base
-    gc.collect()
-    if placement.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(placement.device)
     return outcomes
 
 

@@ -1,7 +1,9 @@
 """Tasks of lm-evaluation-harness give what its own hf model gives, at every layout. Run: pytest tests/evaluation"""
 
 import json
+import os
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +11,17 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from hft_megatron.data.tokenizer_loading import load_tokenizer
 from hft_megatron.errors import RankFailed, UserError
 from hft_megatron.evaluation import lm_eval as ours
-from hft_megatron.evaluation.forward import ModelInPlace
+from hft_megatron.evaluation.forward import ModelInPlace, free_memory
+from hft_megatron.evaluation.saved_models import SavedModel
 from hft_megatron.evaluation.service import Service
+from tests.support.evaluations import run_evaluate
 from tests.support.models import LAYOUTS, build_from_folder, make_llama
 from tests.support.ranks import RankPools
 from tests.support.tokenizers import CORPUS, make_byte_level
@@ -106,6 +111,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head[START_OF_TURN] = head[often] * 1.1
     save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     write_tasks(folder / "tasks")
+    make_llama(folder / "other", vocab_size=VOCAB_SIZE, bos_token_id=BEGIN, eos_token_id=END)
+    make_byte_level(folder / "other")
     return folder
 
 
@@ -142,16 +149,15 @@ def found(results: dict[str, Any]) -> dict[str, Any]:
     return {"values": values, "answers": answers}
 
 
-def run_tasks(folder: str, layout: dict[str, Any], **options: Any) -> dict[str, Any]:
+def run_tasks(folder: str, layout: dict[str, Any], tasks: list[str], **options: Any) -> dict[str, Any]:
     """What ``found`` says on rank 0, with the lines that were said; the error of a task where it has one."""
     said: list[str] = []
     tokenizer = load_tokenizer(None, f"{folder}/model")
     model = open_model(f"{folder}/model", layout)
     with offline():
         try:
-            results = ours.run_lm_eval(
-                model, tokenizer, include_path=f"{folder}/tasks", batch_size=4, say=said.append, **options
-            )
+            asked = ours.find_tasks(tasks, f"{folder}/tasks")
+            results = ours.run_lm_eval(model, tokenizer, asked, batch_size=4, say=said.append, **options)
         except UserError as error:
             return {"error": str(error)}
     return {**(found(results) if results else {}), "said": said}
@@ -227,11 +233,17 @@ def test_what_is_cut_is_counted(inputs: Path, ranks: RankPools) -> None:
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ("own_choise", "lm-evaluation-harness has no task own_choise; the nearest is own_choice"),
-        ("arc_easy", "can't read the data of arc_easy (Couldn't reach 'allenai/ai2_arc' on the Hub"),
+        (
+            "own_choise",
+            "--lm-eval-tasks own_choise: lm-evaluation-harness has no such task; the nearest is own_choice",
+        ),
+        (
+            "arc_easy",
+            "--lm-eval-tasks: lm-evaluation-harness can't read the data of arc_easy (Couldn't reach 'allenai/ai2_arc'",
+        ),
         ("own_beams", "sets num_beams to 4 in generation_kwargs, which is not known here"),
         ("own_long", "generates up to 128 tokens (max_gen_toks), and the model's context of 128"),
-        ("own_code", "The task own_code runs code that a model wrote"),
+        ("own_code", "--lm-eval-tasks: the task own_code runs code that a model wrote"),
     ],
 )
 def test_a_task_that_cannot_be_had_is_one_sentence_on_every_rank(
@@ -243,6 +255,79 @@ def test_a_task_that_cannot_be_had_is_one_sentence_on_every_rank(
     assert len({answer["error"] for answer in answers}) == 1
     assert said in answers[0]["error"]
     assert "\n" not in answers[0]["error"]
+
+
+def run_watched(words: list[list[str]]) -> dict[str, Any]:
+    """The command with this rank's words, and what was done with models: ``digests`` are taken of them, and ``opened``
+    says of each how many earlier ones were still in memory."""
+    digests: list[str] = []
+    opened: list[int] = []
+    models: list[Any] = []
+    digest, open_one = SavedModel.digest, SavedModel.open
+
+    def noted_digest(saved: SavedModel, *args: Any) -> str:
+        assert not opened, "all digests come first"
+        digests.append(Path(saved.name).name)
+        return digest(saved, *args)
+
+    def noted_open(saved: SavedModel, *args: Any, **options: Any) -> ModelInPlace:
+        opened.append(sum(model() is not None for model in models))
+        model = open_one(saved, *args, **options)
+        models.append(weakref.ref(model.chunks[0]))
+        return model
+
+    with patch.object(SavedModel, "digest", noted_digest), patch.object(SavedModel, "open", noted_open), offline():
+        answer = run_evaluate(words[int(os.environ["RANK"]) % len(words)])
+    return {**answer, "digests": digests, "opened": opened}
+
+
+def words_of_command(inputs: Path, *models: str, task: str = "own_rolling", include: str = "tasks") -> list[str]:
+    words = ["--model", *(str(inputs / model) for model in models), "--no-bf16", "--limit", "1"]
+    return [*words, "--lm-eval-tasks", task, "--lm-eval-include", str(inputs / include)]
+
+
+def test_two_models_come_one_after_the_other(inputs: Path, ranks: RankPools, tmp_path: Path) -> None:
+    output = tmp_path / "harness.json"
+    words = [*words_of_command(inputs, "model", "other"), "--output", str(output)]
+    for answer in ranks(2).run(run_watched, words=[words]):
+        assert answer["mistake"] is None
+        assert answer["digests"] == ["model", "other"]
+        assert answer["opened"] == [0, 0]
+    first, second = json.loads(output.read_text()).values()
+    assert first["digest"] != second["digest"]
+    assert first["results"]["own_rolling"] != second["results"]["own_rolling"]
+
+
+def test_ranks_that_have_other_models_say_so_before_one_is_built(inputs: Path, ranks: RankPools) -> None:
+    words = [words_of_command(inputs, "model"), words_of_command(inputs, "other")]
+    for answer in ranks(2).run(run_watched, words=words):
+        assert answer["opened"] == []
+        assert answer["mistake"].startswith(
+            "rank 1 found other config.json, iterations, models, tokenizers than rank 0"
+        )
+
+
+@pytest.mark.parametrize(
+    ("mistaken", "said"),
+    [
+        ({"task": "own_choise"}, "--lm-eval-tasks own_choise: lm-evaluation-harness has no such task"),
+        ({"include": "nowhere"}, "--lm-eval-include "),
+    ],
+)
+def test_a_mistake_is_said_before_a_model_is_read(
+    mistaken: dict[str, str], said: str, inputs: Path, ranks: RankPools
+) -> None:
+    for answer in ranks(2).run(run_watched, words=[words_of_command(inputs, "model", **mistaken)]):
+        assert answer["mistake"].startswith(said)
+        assert (answer["digests"], answer["opened"]) == ([], [])
+
+
+def test_memory_that_torch_keeps_of_a_gpu_is_given_back() -> None:
+    with patch.object(torch.cuda, "empty_cache") as given_back:
+        free_memory(torch.device("cpu"))
+        assert not given_back.called
+        free_memory(torch.device("cuda"))
+        assert given_back.called
 
 
 def run_failing(folder: str) -> str:
