@@ -16,7 +16,6 @@ from hft_megatron.config.stages import Stage, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.errors import UserError
 from hft_megatron.parallel import launch
-from hft_megatron.report.continual import draw_matrix, matrix_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,8 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
     launch.place_this_process()
     contents = run_sequence(sequence, world_size, announce=note, on_loss=end_of_peers(status))
     if launch.rank() == 0:
+        from hft_megatron.report.continual import draw_matrix, matrix_text
+
         print(matrix_text(contents, trained_share=trained_share(sequence)), flush=True)
         draw_matrix(contents, sequence.folder / "matrix.png")
 

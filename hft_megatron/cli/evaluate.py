@@ -18,16 +18,11 @@ from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_plan
 from hft_megatron.errors import RankFailed, UserError
-from hft_megatron.evaluation.comparison import compare
-from hft_megatron.evaluation.frontier import curve_of_run, frontier, shared_levels
-from hft_megatron.evaluation.results import check_output
-from hft_megatron.evaluation.task_files import read_tasks
-from hft_megatron.evaluation.tasks import Task
 from hft_megatron.parallel import launch
-from hft_megatron.report.evaluation import comparison_text, frontier_text, results_text
 
 if TYPE_CHECKING:
     from hft_megatron.evaluation.side_by_side import Evaluation
+    from hft_megatron.evaluation.tasks import Task
     from hft_megatron.parallel.peers import Peers
 
 
@@ -103,8 +98,8 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
     if options.compare or options.frontier:
         show(_from_files(options))
         return
+    # Imported in functions: other commands, and the checks, must not wait for it all.
     tasks = _checked(options)
-    # Imported here and below, because the checks above must not wait for torch and transformers.
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
@@ -124,7 +119,7 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
         note(text)
 
 
-def _evaluation(options: EvaluateOptions, tasks: tuple[Task, ...]) -> "Evaluation":
+def _evaluation(options: EvaluateOptions, tasks: "tuple[Task, ...]") -> "Evaluation":
     """With what the models say of themselves; UserError for those that can't be evaluated so."""
     from hft_megatron.evaluation.saved_models import SavedModel
     from hft_megatron.evaluation.side_by_side import Evaluation
@@ -155,6 +150,7 @@ def _evaluation(options: EvaluateOptions, tasks: tuple[Task, ...]) -> "Evaluatio
 def _by_tasks(evaluation: "Evaluation", company: "Peers") -> str:
     """The table of all models, on rank 0."""
     from hft_megatron.evaluation.side_by_side import evaluate
+    from hft_megatron.report.evaluation import results_text
 
     results = evaluate(evaluation, company, note)
     return results_text(results["models"], results["records"]) if launch.rank() == 0 else ""
@@ -189,8 +185,11 @@ def _memory_errors_in_words(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _checked(options: EvaluateOptions) -> tuple[Task, ...]:
+def _checked(options: EvaluateOptions) -> "tuple[Task, ...]":
     """The tasks that are asked for; UserError for options that don't fit together, before anything heavy is read."""
+    from hft_megatron.evaluation.results import check_output
+    from hft_megatron.evaluation.task_files import read_tasks
+
     if not options.model:
         raise UserError("--model is missing: name a Hugging Face folder or the --save folder of a run.")
     twice = [name for name in options.model if options.model.count(name) > 1]
@@ -238,6 +237,10 @@ def _refuse_others(options: EvaluateOptions, asked: str, own: Collection[str], w
 
 def _from_files(options: EvaluateOptions) -> str:
     """What --compare and --frontier show, of files that earlier commands have left."""
+    from hft_megatron.evaluation.comparison import compare
+    from hft_megatron.evaluation.frontier import curve_of_run, frontier, shared_levels
+    from hft_megatron.report.evaluation import comparison_text, frontier_text
+
     asked, own = ("--compare", {"compare"}) if options.compare else ("--frontier", _FRONTIER)
     _refuse_others(options, asked, own, "reads files that are there already")
     if options.compare:

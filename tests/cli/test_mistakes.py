@@ -327,7 +327,7 @@ MISTAKES = [
     (1, f"{GOOD} --data-format csv", "--data-format csv: the value must be one of messages, preference, sharegpt"),
     (1, f"{GOOD} --eval-interval 5", "--eval-interval 5 needs --valid-data-path"),
     (1, f"{GOOD} --eval-iters 5", "--eval-iters 5 needs --valid-data-path"),
-    (1, f"{GOOD} --eval-on-start", "--eval-on-start needs --valid-data-path; add it or leave --eval-on-start out"),
+    (1, f"{GOOD} --eval-on-start", "--eval-on-start needs --valid-data-path, or --eval-tasks; add it or le"),
     (1, f"{GOOD} --valid-data-path a.jsonl b.jsonl a.jsonl", "--valid-data-path a.jsonl is there twice"),
     (1, f"{GOOD} --valid-data-path absent.yaml", "--valid-data-path absent.yaml cannot be read"),
     (1, f"{GOOD} --save-interval 5", "--save-interval 5 needs --save"),
