@@ -38,7 +38,7 @@ def going_on(ranks: RankPools, words: list[str], folder: Path, *options: str) ->
     return found
 
 
-@pytest.mark.parametrize("dtype", ["--bf16", "--no-bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("--bf16", marks=pytest.mark.slow(reason="six runs")), "--no-bf16"])
 def test_where_a_round_begins_anew_it_changes_nothing_and_within_a_round_it_does(
     dtype: str, ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

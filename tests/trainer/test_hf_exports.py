@@ -68,6 +68,7 @@ def test_every_export_is_the_checkpoint_of_its_iteration_and_loads_in_transforme
     assert any(not torch.equal(tensor, first[name]) for name, tensor in load_file(export / "model.safetensors").items())
 
 
+@pytest.mark.slow(reason="three runs and their exports")
 def test_a_run_that_was_stopped_goes_on_with_its_exports_and_notes(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
