@@ -58,6 +58,7 @@ def test_where_a_round_begins_anew_it_changes_nothing_and_within_a_round_it_does
         assert "moments start at zero and masters from the weights" in line
 
 
+@pytest.mark.slow
 def test_moments_of_frozen_units_are_gone_too_and_another_layout_takes_the_same_steps(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

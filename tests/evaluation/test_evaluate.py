@@ -75,7 +75,7 @@ def files_of(output: Path) -> dict[str, bytes]:
     ("layout", "size"),
     [
         ("tp2", 2),
-        ("pp2", 2),
+        pytest.param("pp2", 2, marks=pytest.mark.slow),
         pytest.param("tp2_pp2", 4, marks=pytest.mark.slow(reason="four ranks on two cores")),
     ],
 )

@@ -192,6 +192,7 @@ def test_gsm8k_itself(tmp_path: Path, shared_data: Path, stories: Tokenizer) -> 
     assert answered(task, found, *(row["answer"] for row in rows)) == 100
 
 
+@pytest.mark.slow
 def test_trace_itself(tmp_path: Path, shared_data: Path, stories: Tokenizer) -> None:
     for name, task in real(tmp_path, "trace", shared_data / "trace/mini").items():
         found = asked(task, stories, 2048)

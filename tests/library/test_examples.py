@@ -57,6 +57,7 @@ def test_the_trainer_trains_what_the_command_does_and_calls_the_users_hook(input
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_megatron_core_loop_learns_the_same_on_one_rank_and_on_two(inputs: Path, tmp_path: Path) -> None:
     found = []
     for ranks in (1, 2):

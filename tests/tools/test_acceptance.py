@@ -146,7 +146,10 @@ def test_two_ranks_learn_what_one_does_and_a_killed_rank_goes_on(tmp_path: Path)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("world_size", "options"), [(4, (*TP, *PP, *SPLIT)), (2, SPLIT)])
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [pytest.param(4, (*TP, *PP, *SPLIT), marks=pytest.mark.slow(reason="four ranks")), (2, SPLIT)],
+)
 def test_tp_2_x_pp_2_and_dp_2_have_the_reference_losses(
     ranks: RankPools, tmp_path: Path, world_size: int, options: tuple[object, ...]
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_source_among_others_has_to_the_last_bit_the_values_that_it_has_alone(
     assert low < every[name] < high
 
 
+@pytest.mark.slow
 def test_sources_of_one_file_are_read_by_their_own_options_also_out_of_the_cache(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
