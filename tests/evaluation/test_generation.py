@@ -92,7 +92,9 @@ OTHERS = [
 SIZES = {"tp1": 1, "tp2_pp2": 4}
 
 
-@pytest.mark.parametrize(("variant", "layout"), [*CASES, *OTHERS])
+@pytest.mark.parametrize(
+    ("variant", "layout"), [*(pytest.param(*case, marks=pytest.mark.engine) for case in CASES), *OTHERS]
+)
 def test_ids_and_log_likelihoods_are_transformers(variant: str, layout: str, ranks: RankPools, tmp_path: Path) -> None:
     folder = make_llama(tmp_path, variant)
     plain, _ = by_transformers(folder, [])
