@@ -155,13 +155,10 @@ def _raise_any(failures: Mapping[int, Any]) -> None:
 def _on_first_rank(folder: Path, act: Callable[[], None]) -> None:
     """Has rank 0 act; RunFailed on all ranks where it can't."""
 
-    def reason() -> str | None:
+    def act_or_say() -> None:
         try:
             act()
         except OSError as error:
-            return str(error)
-        return None
+            raise RunFailed(f"the Fisher information of this task can't be written to {folder}: {error}.") from error
 
-    said = on_rank_0(reason)
-    if said is not None:
-        raise RunFailed(f"the Fisher information of this task can't be written to {folder}: {said}.")
+    on_rank_0(act_or_say)

@@ -36,7 +36,7 @@ State = dict[str, dict[str, ShardedTensor]]
 
 def sharded_training_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
     """The state of what trains, to be written; collective, one tensor at a time passes through device memory."""
-    group, by_unit = placement.groups.dp, keepers(_training_slots(wrapped), placement.groups.dp)
+    group, by_unit = placement.groups.dp, keepers(wrapped.training_slots, placement.groups.dp)
     found: State = {}
     for slot, model in described_slots(wrapped, described):
         *outer, _ = model.replica_id
@@ -51,7 +51,7 @@ def sharded_training_state(wrapped: WrappedModel, described: Described, placemen
 
 def empty_training_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
     """The same to be read: tensors to fill."""
-    by_unit = keepers(_training_slots(wrapped), placement.groups.dp)
+    by_unit = keepers(wrapped.training_slots, placement.groups.dp)
     return {
         slot.unit: {
             name: like_weight(model, f"optimizer.state.{name}", torch.empty(slot.parameter.numel()))
@@ -71,14 +71,14 @@ def set_training_state(
     """
     counts = {unit: steps.get(unit, 0) for unit in wrapped.plan.training}
     carried = CarriedState(steps=counts, tensors=flattened(loaded))
-    give_state(wrapped.shards, _training_slots(wrapped), carried, placement.groups.dp)
+    give_state(wrapped.shards, wrapped.training_slots, carried, placement.groups.dp)
 
 
 def set_masters_from_weights(wrapped: WrappedModel) -> None:
     """Has the fp32 masters of what trains begin at the model's present weights; an fp32 weight is its own."""
     if "param" not in wrapped.shards.state_names:
         return
-    for slot in _training_slots(wrapped):
+    for slot in wrapped.training_slots:
         wrapped.shards.set_shard(slot.parameter, {"param": slot.parameter.detach().float().view(-1)})
 
 
@@ -102,10 +102,6 @@ def flattened(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, 
         unit: {name: tensor.detach().cpu().reshape(-1) for name, tensor in tensors.items()}
         for unit, tensors in state.items()
     }
-
-
-def _training_slots(wrapped: WrappedModel) -> list[ParameterSlot]:
-    return [slot for slot in parameter_slots(wrapped.modules) if wrapped.plan.trains(slot.unit)]
 
 
 def described_slots(wrapped: WrappedModel, described: Described) -> Iterator[tuple[ParameterSlot, ShardedTensor]]:

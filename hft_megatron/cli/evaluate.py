@@ -4,8 +4,7 @@ Run: ``hft-megatron evaluate --model BASE RUN --tasks tasks.yaml --output result
 needs more than one rank.
 """
 
-import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,7 +16,7 @@ from hft_megatron.config.declared import check_bounds, declared, flag
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.validation import validate_plan
-from hft_megatron.errors import RankFailed, UserError
+from hft_megatron.errors import UserError
 from hft_megatron.parallel import launch
 
 if TYPE_CHECKING:
@@ -107,10 +106,15 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
     launch.place_this_process()
     from hft_megatron.parallel.groups import stop_groups
     from hft_megatron.parallel.peers import peers
+    from hft_megatron.trainer.out_of_memory import memory_errors_as
 
+    no_memory = (
+        f"rank {launch.rank()} ran out of memory at --batch-size {options.batch_size}; make that less, or spread the "
+        f"models over more ranks with --tensor-model-parallel-size."
+    )
     with (
         peers(evaluation.parallel.distributed_timeout_minutes, end_of_peers(status)) as company,
-        _memory_errors_in_words(options.batch_size),
+        memory_errors_as(lambda _: no_memory),
     ):
         text = _by_harness(options, evaluation, company) if options.lm_eval_tasks else _by_tasks(evaluation, company)
         company.leave()
@@ -167,22 +171,6 @@ def _by_harness(options: EvaluateOptions, evaluation: "Evaluation", company: "Pe
         limit=options.limit,
     )
     return evaluate_by_harness(evaluation, tasks, company, note)
-
-
-@contextlib.contextmanager
-def _memory_errors_in_words(batch_size: int) -> Iterator[None]:
-    """Within it, an allocation that fails is RankFailed, with one sentence for this rank."""
-    from hft_megatron.trainer.out_of_memory import is_of_memory
-
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_of_memory(error):
-            raise
-        raise RankFailed(
-            f"rank {launch.rank()} ran out of memory at --batch-size {batch_size}; make that less, or spread the "
-            f"models over more ranks with --tensor-model-parallel-size."
-        ) from error
 
 
 def _checked(options: EvaluateOptions) -> "tuple[Task, ...]":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hft_megatron.config.data import DataConfig, check_record_options, check_sources, data_sources, ignored_keys
+from hft_megatron.config.declared import flag
 from hft_megatron.config.dpo import check_pair_options
 from hft_megatron.config.loading import with_mapping, yaml_of_file
 from hft_megatron.config.run import RunConfig
@@ -41,7 +42,7 @@ OWN_OPTIONS = (
 ENTRY_KEYS = {
     _NAME: "what its values are called in the log: `lm loss validation/NAME`",
     _PATH: "a word as on the command line, or a list of them that are one source; relative to the file",
-    **{name: f"in place of `--{name.replace('_', '-')}`" for name in OWN_OPTIONS},
+    **{name: f"in place of `{flag(name)}`" for name in OWN_OPTIONS},
     "chat_template": "in place of `--chat-template`; a template's file is relative to the file, too",
 }
 """The keys of an entry and what they mean; the first two must be there."""

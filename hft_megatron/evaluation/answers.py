@@ -74,8 +74,9 @@ class Progress:
     """Says how far the answering is, every ``PROGRESS_S``."""
 
     name: str
-    total: int
     say: Callable[[str], None]
+    total: int = field(default=0, init=False)
+    """Questions that are put; ``answers_of`` knows how many."""
     _done: int = 0
     _start: float = field(default_factory=time.monotonic)
     _said: float = field(default_factory=time.monotonic)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from hft_megatron.data.chat import end_token_ids
@@ -40,7 +41,7 @@ class ReadTask:
     rules: GenerationRules
     """For prompts."""
 
-    @property
+    @cached_property
     def questions(self) -> Questions:
         """All that is asked, example by example: prompts that are continued, or sequences."""
         if self.task.kind == "generate":
@@ -130,13 +131,12 @@ def outcome_of(
 
     With a ``base`` texts are also measured against it.
     """
-    lengths = read.questions.lengths
     answers = answers_of(
-        lengths,
+        read.questions.lengths,
         read.ask(model, tokenizer, base),
         model.placement,
         batch_size=batch_size,
-        progress=Progress(name=read.task.name, total=len(lengths), say=say),
+        progress=Progress(name=read.task.name, say=say),
         known=known,
         keep=keep,
     )

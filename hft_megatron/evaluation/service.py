@@ -84,13 +84,12 @@ class Service:
 
     def _answer(self, questions: Questions, name: str) -> list[Answer]:
         self._is_answering = True
-        lengths = questions.lengths
         answers = answers_of(
-            lengths,
+            questions.lengths,
             lambda batch: questions.put(self._model, self._tokenizer, batch),
             self._model.placement,
             batch_size=self._batch_size,
-            progress=Progress(name=name, total=len(lengths), say=self._say),
+            progress=Progress(name=name, say=self._say),
         )
         self._is_answering = False
         return answers

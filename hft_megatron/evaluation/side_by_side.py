@@ -88,7 +88,7 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
         if number > 0:
             placement = start_groups(evaluation.parallel, subject.model.shape.num_layers, seed=0)
         outcomes = _outcomes(subject, evaluation, placement, journal, announce)
-        result = _result(subject, settings["models"][subject.model.name], outcomes)
+        result = _result(subject, settings, outcomes)
         if evaluation.base is not None:
             result["weight_changes"] = _weight_changes(subject.model, evaluation, placement, announce)
         models.append(result)
@@ -98,7 +98,7 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
     if evaluation.output is not None:
         output = evaluation.output
         on_rank_0(lambda: write_results(output, results, records))
-        journal.close(finished=True)
+        journal.finish()
     return {**results, "records": records}
 
 
@@ -217,9 +217,9 @@ class _OpenJournal:
         if self._journal is not None:
             self._journal.add(model, task, batch, answers)
 
-    def close(self, *, finished: bool) -> None:
+    def finish(self) -> None:
         if self._journal is not None:
-            self._journal.close(finished=finished)
+            self._journal.close(finished=True)
 
 
 def _outcomes(
@@ -307,10 +307,11 @@ def _description(subject: _Subject) -> str:
     return f"a LLaMA of {size}, {place}, {_dtype(subject)}"
 
 
-def _result(subject: _Subject, digest: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def _result(subject: _Subject, settings: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    name = subject.model.name
     return {
-        "name": subject.model.name,
-        "digest": digest,
+        "name": name,
+        "digest": settings["models"][name],
         "iteration": subject.model.iteration,
         "tokenizer_digest": _identity(subject),
         "tasks": [
@@ -319,8 +320,8 @@ def _result(subject: _Subject, digest: str, outcomes: Mapping[str, Outcome]) -> 
                 "digest": read.task.digest,
                 "kind": read.task.kind,
                 "examples": len(outcomes[read.task.name].records),
-                "questions": read.digest(),
-                "values": {name: _in_json(value) for name, value in outcomes[read.task.name].values.items()},
+                "questions": settings["questions"][name][read.task.name],
+                "values": {metric: _in_json(value) for metric, value in outcomes[read.task.name].values.items()},
                 "counts": dict(outcomes[read.task.name].counts),
             }
             for read in subject.tasks

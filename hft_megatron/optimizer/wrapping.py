@@ -50,6 +50,11 @@ class WrappedModel:
     def modules(self) -> tuple[LlamaModel, ...]:
         return tuple(chunk.module for chunk in self.chunks)
 
+    @property
+    def training_slots(self) -> list[ParameterSlot]:
+        """This rank's parameters that the plan trains, in one order on all data-parallel ranks."""
+        return [slot for slot in parameter_slots(self.modules) if self.plan.trains(slot.unit)]
+
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:
         """Within it every rank holds the newest parameters: overlapped gathers are finished and their hooks rest.

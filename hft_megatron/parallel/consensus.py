@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from hft_megatron.errors import UserError
+from hft_megatron.errors import RunFailed, UserError
 
 T = TypeVar("T")
+Failure = UserError | RunFailed
+"""What is known to all ranks as soon as one of them has it."""
 
 
 def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -21,25 +23,26 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """What ``work`` returns on every rank, in their order; the UserError of the first that has one, on all ranks."""
+    """What ``work`` returns on every rank, in their order; the UserError or RunFailed of the first that has one on all
+    of them."""
     outcomes = gathered(_outcome(work))
     for outcome in outcomes:
-        if isinstance(outcome, UserError):
+        if isinstance(outcome, Failure):
             raise outcome
     return outcomes  # type: ignore[return-value]
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, which alone does it, or the UserError that it raises there, on every rank."""
-    outcomes: list[T | UserError | None] = [_outcome(work) if dist.get_rank() == 0 else None]
+    """What ``work`` returns on rank 0, which alone does it; its UserError or RunFailed on all ranks."""
+    outcomes: list[T | Failure | None] = [_outcome(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcomes, src=0)
-    if isinstance(outcomes[0], UserError):
+    if isinstance(outcomes[0], Failure):
         raise outcomes[0]
     return outcomes[0]  # type: ignore[return-value]
 
 
-def _outcome(work: Callable[[], T]) -> T | UserError:
+def _outcome(work: Callable[[], T]) -> T | Failure:
     try:
         return work()
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         return error

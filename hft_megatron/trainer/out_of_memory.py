@@ -45,15 +45,24 @@ def memory_errors_with_advice(
 ) -> Iterator[None]:
     """As ``memory_errors_in_words``, where something else needs less than the options of training; ``advice`` ends the
     sentence."""
+
+    def sentence(error: BaseException) -> str:
+        where = f"rank {placement.rank} on {host_name()} ({placement.coordinates})"
+        return f"{where} ran out of memory {when()}{_asked_for(error)}; {advice()}"
+
+    with memory_errors_as(sentence):
+        yield
+
+
+@contextlib.contextmanager
+def memory_errors_as(sentence: Callable[[BaseException], str]) -> Iterator[None]:
+    """Within it, an allocation that fails is RankFailed with the ``sentence`` of its error."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_of_memory(error):
             raise
-        raise RankFailed(
-            f"rank {placement.rank} on {host_name()} ({placement.coordinates}) ran out of memory {when()}"
-            f"{_asked_for(error)}; {advice()}"
-        ) from error
+        raise RankFailed(sentence(error)) from error
 
 
 def is_of_memory(error: BaseException) -> bool:

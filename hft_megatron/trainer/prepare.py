@@ -9,7 +9,6 @@ from hft_megatron.config.parallel import pipeline_words
 from hft_megatron.config.run import RunConfig
 from hft_megatron.data.batches import BatchShare, PrefetchedSteps
 from hft_megatron.engine import cpu_backend
-from hft_megatron.errors import RunFailed
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel, check_implementation
 from hft_megatron.optimizer.wrapping import adam_in_use
@@ -82,10 +81,11 @@ class Prepared:
         if self.tracker is None:
             return
         assert self.inputs.data is not None
-        failure = None
-        try:
+        data, tracker = self.inputs.data, self.tracker
+
+        def measure_and_record() -> None:
             measured = measure_sources(
-                self.inputs.data.validation(self.share),
+                data.validation(self.share),
                 chunks,
                 self.inputs.method.objective(self.config),
                 reference,
@@ -93,13 +93,12 @@ class Prepared:
                 iteration=iteration,
             )
             if metrics := measured.metrics():
-                self.tracker.log(iteration, metrics)
-        except RunFailed as failed:  # on the rank that writes
-            failure = str(failed)
+                tracker.log(iteration, metrics)
+
+        try:
+            together(measure_and_record)
         finally:
-            self.tracker.close()
-        for said in filter(None, gathered(failure)):
-            raise RunFailed(said)
+            tracker.close()
 
 
 def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:

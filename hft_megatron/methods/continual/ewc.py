@@ -49,7 +49,6 @@ from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.run_folder import FISHER_FOLDER, RESOLVED_CONFIG_FILE
 from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.hft.plan import Plan
-from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer.carried import gathered_whole, spread
 from hft_megatron.optimizer.penalty import QuadraticPenalty
 from hft_megatron.parallel.consensus import gathered, on_rank_0
@@ -142,7 +141,7 @@ class ElasticWeights(Hook):
         kept = read_fisher(folder, run.wrapped, (FISHER, ANCHOR), run.placement)
         by_unit, group = keepers_of(run.wrapped, run.placement), run.placement.groups.dp
         shards: dict[str, dict[Parameter, Tensor]] = {FISHER: {}, ANCHOR: {}}
-        for slot in _training_slots(run):
+        for slot in run.wrapped.training_slots:
             held = run.wrapped.shards.range_of(slot.parameter)
             for name, found in shards.items():
                 mine = kept[slot.unit][name] if slot.unit in kept else None
@@ -183,7 +182,7 @@ class ElasticWeights(Hook):
             before = {}
             if self.before is not None:
                 before = read_fisher(self.before.folder, run.wrapped, (FISHER,), run.placement)
-            for slot in _training_slots(run):
+            for slot in run.wrapped.training_slots:
                 held = run.wrapped.shards.range_of(slot.parameter)
                 mine = squares.pop(slot.parameter, None)
                 whole = gathered_whole(mine, held, slot.parameter, by_unit[slot.unit], group)
@@ -193,10 +192,6 @@ class ElasticWeights(Hook):
                         shares[slot.unit] += before[slot.unit][FISHER]
         _check_finite(shares)
         return shares
-
-
-def _training_slots(run: Run) -> list[ParameterSlot]:
-    return [slot for slot in parameter_slots(run.wrapped.modules) if run.wrapped.plan.trains(slot.unit)]
 
 
 def _batches(run: Run, most: int) -> Iterator[int]:

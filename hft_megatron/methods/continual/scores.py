@@ -10,7 +10,7 @@ from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import RunFailed
 from hft_megatron.evaluation.matrix import ScoreMatrix, cell_of
 from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of
-from hft_megatron.parallel.consensus import gathered
+from hft_megatron.parallel.consensus import on_rank_0
 from hft_megatron.tracking.tracker import of_task
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.run import Run
@@ -52,8 +52,8 @@ class Scores:
         name, metric = read.task.name, read.task.metrics[0]
         self.matrix.put(after, name, cell_of(outcome.values[metric], len(outcome.records), outcome.counts))
         run.log({of_task(name, measure): value for measure, value in outcome.values.items()})
-        failure = None
-        if run.placement.rank == 0:
+
+        def write() -> None:
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records)
             predictions = self._folder / PREDICTIONS / f"{after}_{self._row(after)}" / f"{name}.jsonl"
             try:
@@ -61,9 +61,11 @@ class Scores:
                 write_atomically(predictions, lines)
                 self.matrix.write(self._folder / MATRIX_FILE)
             except OSError as error:
-                failure = f"the scores in {self._folder} can't be written: {error}"
-        for said in filter(None, gathered(failure)):
-            raise RunFailed(f"{said}; make room, and give the command again.")
+                raise RunFailed(
+                    f"the scores in {self._folder} can't be written: {error}; make room, and give the command again."
+                ) from error
+
+        on_rank_0(write)
 
 
 @dataclass
