@@ -1,9 +1,10 @@
 """Makes a sequence of eight tasks of TRACE's shape that a LLaMA of a million parameters learns in seconds.
 
 Run: ``python tools/continual/make_tasks.py [--output runs/continual/tasks] [--seed 1] [--rows 500 100 100]``. The
-folder has, as TRACE's, ``<task>/{train,eval,test}.json``, arrays of ``{"prompt", "answer"}``; ``tasks.yaml``, which
-evaluates all of them; and ``general.txt``, texts of the base model's own language, for what the sequence does to it. No
-prompt is there twice, in no split. Pure Python, from the seed alone.
+folder has, as TRACE's, ``<task>/{train,eval,test}.json``, arrays of ``{"prompt", "answer"}``; ``general.txt``, texts of
+the base model's own language, for what the sequence does to it; ``sequence.yaml`` and ``general.yaml``, which
+``hft-megatron continual`` reads, and ``tasks.yaml``, which ``hft-megatron evaluate`` does. No prompt is there twice, in
+no split. Pure Python, from the seed alone.
 
 The tasks are made up, and each stands in the place of one of TRACE's: a choice of a letter (attitude, policy), a
 sentence to be found and copied (minutes), the next line of code (code), a letter with its reason (science), sums and
@@ -212,21 +213,26 @@ DOCUMENT_END = "<|endoftext|>"
 def write_tasks(folder: Path, seed: int, sizes: tuple[int, ...]) -> None:
     """Writes the folder, which must be new."""
     folder.mkdir(parents=True)
-    lines = []
+    sequence: list[dict[str, Any]] = []
+    tasks: list[dict[str, Any]] = []
     for name, rule in TASKS.items():
         (folder / name).mkdir()
         for split, rows in make_task(name, seed, sizes).items():
             (folder / name / f"{split}.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
-        entry: dict[str, Any] = {"name": name, "kind": "generate", "files": name}
+        entry: dict[str, Any] = {"kind": "generate", "files": name}
         entry |= {"prompt": "prompt", "target": "answer", "max_new_tokens": rule.max_new_tokens}
         entry |= {"metrics": rule.measure, "extract": rule.extract, "extract_target": rule.extract}
-        lines.append(f"- {json.dumps(entry)}")
+        data = str(folder / name / "train.json")  # looked for in the folder that the command is started in
+        sequence.append({"name": name, "train_data_path": data, "evaluate": entry})
+        tasks.append({"name": name, **entry})
     rng = random.Random(f"general {seed}")
     texts = [f"{general_text(rng, 6)}\n{DOCUMENT_END}\n" for _ in range(sizes[-1])]
     (folder / "general.txt").write_text("".join(texts), encoding="utf-8")
-    entry = {"name": "general", "kind": "text", "files": "general.txt", "separator": DOCUMENT_END}
-    lines.append(f"- {json.dumps(entry | {'metrics': 'bits_per_byte'})}")
-    (folder / "tasks.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    general = {"name": "general", "kind": "text", "files": "general.txt", "separator": DOCUMENT_END}
+    general["metrics"] = "bits_per_byte"
+    for file, entries in (("sequence", sequence), ("general", [general]), ("tasks", [*tasks, general])):
+        lines = [f"- {json.dumps(one)}\n" for one in entries]
+        (folder / f"{file}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:

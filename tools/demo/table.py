@@ -33,11 +33,11 @@ def render(before: Evaluation, outcomes: Sequence[Outcome]) -> str:
     return aligned(lines)
 
 
-def replace_table(readme: str, table: str) -> str:
-    """The README's text with ``table`` between its two marks."""
-    head, _, rest = readme.partition(README_START)
-    _, _, tail = rest.partition(README_END)
-    return f"{head}{README_START}\n{table}\n{README_END}{tail}"
+def replace_table(text: str, table: str, start: str = README_START, end: str = README_END) -> str:
+    """The text of a document, the README, with ``table`` between two marks that it has."""
+    head, _, rest = text.partition(start)
+    _, _, tail = rest.partition(end)
+    return f"{head}{start}\n{table}\n{end}{tail}"
 
 
 def _at_skill(value: Callable[..., float]) -> Callable[[Outcome], float | None]:
