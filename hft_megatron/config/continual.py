@@ -29,7 +29,7 @@ class ContinualConfig:
     the first weights (single)."""
     continual_schedule: Literal["restart", "continue"] = "restart"
     """A warm-up and decay for each task, or one over the iterations of all tasks, in which each goes on where the one
-    before ended. Moments start anew with each task either way."""
+    before ended. What becomes of moments, --hft-moments says."""
     continual_evaluate: Evaluated = "seen"
     """After each task put the tasks learned so far to the model, or all tasks, or (last) all after the last task
     alone. The untrained model gets all tasks, too, but for `last`."""
