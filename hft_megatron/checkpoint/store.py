@@ -237,6 +237,41 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, 
     return state
 
 
+def load_moments(path: Path, wrapped: WrappedModel, placement: Placement, *, keeps_resting: bool) -> int:
+    """Gives ``wrapped``, whose weights are those of ``path`` already, the moments that a switch of rounds would carry
+    over from there; every rank must call it. Returns how many units have some.
+
+    They are those of units that train now and, where ``keeps_resting``, of others. UserError where the checkpoint was
+    trained with other optimizer state.
+    """
+    steps, held = TrainState.read(path).unit_steps, dist_checkpointing.load_tensors_metadata(str(path)).keys()
+    units = {unit: count for unit, count in steps.items() if keeps_resting or unit in wrapped.plan.training}
+    slots, described = list(parameter_slots(wrapped.modules)), described_weights(wrapped.modules)
+    by_unit = keepers(slots, placement.groups.dp)
+    wanted: State = {}
+    for slot, model in described_slots(wrapped, described):
+        if slot.unit not in units:
+            continue
+        trained = f"optimizer.state.{wrapped.shards.state_names[0]}.{model.key}" in held
+        prefix = "optimizer.state" if trained else "resting"
+        names = {name: f"{prefix}.{name}" for name in wrapped.shards.state_names}
+        missing = [name for name, saved in names.items() if f"{saved}.{model.key}" not in held]
+        if missing:
+            raise UserError(
+                f"--hft-moments carry: {path} has no {missing[0]} of {slot.unit}, as after training in another data "
+                f"type; train all stages in one, or start this one with --no-load-optim."
+            )
+        if by_unit[slot.unit] == placement.data_rank:
+            wanted[slot.unit] = {
+                name: like_weight(model, saved, torch.empty(slot.parameter.numel())) for name, saved in names.items()
+            }
+    loaded = dist_checkpointing.load({"moments": wanted}, str(path)).get("moments", {}) if wanted else {}
+    carried = CarriedState(steps=dict(units), tensors=flattened(loaded))
+    give_state(wrapped.shards, slots, carried, placement.groups.dp)
+    wrapped.resting.steps, wrapped.resting.tensors = carried.steps, carried.tensors
+    return len(units)
+
+
 def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
     """Fills the model from ``path`` and the checkpoint it is based on, if any; every rank must call it."""
     state = TrainState.read(path)

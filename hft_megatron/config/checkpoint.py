@@ -33,8 +33,9 @@ class CheckpointConfig:
     exit_on_missing_checkpoint: bool = False
     """End with a mistake (exit code 2) where --load holds no checkpoint, instead of starting fresh."""
     finetune: bool = False
-    """Take only the weights of --load and start a new run from them, with its own rounds, data and schedule. Where
-    --save holds a checkpoint of that run already, the run goes on from there."""
+    """Take only the weights of --load and start a new run from them, with its own rounds, data and schedule
+    (--hft-moments carry may take moments, too). Where --save holds a checkpoint of that run already, the run goes on
+    from there."""
     use_checkpoint_args: bool = False
     """Take the model from the run in --load where this command names none."""
     load_optim: bool = True

@@ -29,13 +29,16 @@ class ContinualConfig:
     the first weights (single)."""
     continual_schedule: Literal["restart", "continue"] = "restart"
     """A warm-up and decay for each task, or one over the iterations of all tasks, in which each goes on where the one
-    before ended. Moments start anew with each task either way."""
+    before ended. What becomes of moments, --hft-moments says."""
     continual_evaluate: Evaluated = "seen"
     """After each task put the tasks learned so far to the model, or all tasks, or (last) all after the last task
     alone. The untrained model gets all tasks, too, but for `last`."""
     continual_general: str | None = None
     """YAML file of evaluation tasks beside the sequence: general abilities and texts, before the first task and after
     each."""
+    continual_kl_to_base: bool = False
+    """Measure the KL divergences between the --load-hf model and the tuned one on the texts of --continual-general,
+    too. Those weights are in memory a second time while the texts are read."""
     continual_batch_size: Annotated[int, Ge(1)] = 16
     """Sequences of an evaluation task that a data-parallel replica reads at once."""
     continual_average: Annotated[float, Gt(0), Lt(1)] | None = None
@@ -62,6 +65,12 @@ def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
         )
     if config.hft.hft_first_round is not None:
         raise UserError(f"--hft-first-round {config.hft.hft_first_round}: a sequence numbers its rounds; leave it out.")
+    if options.continual_kl_to_base and (options.continual_general is None or config.model.load_hf is None):
+        needed = "--continual-general" if options.continual_general is None else "--load-hf"
+        raise UserError(
+            f"--continual-kl-to-base compares the --load-hf model with the tuned one on texts of --continual-general, "
+            f"and there is no {needed}; add it, or leave --continual-kl-to-base out."
+        )
     replays = options.replay_ratio is not None or options.replay_data_path
     if options.replay_phase == "after" and not replays:
         raise UserError("--replay-phase after needs --replay-ratio or --replay-data-path; add one, or leave it out.")

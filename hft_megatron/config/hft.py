@@ -57,7 +57,8 @@ class HFTConfig:
     """Number of the first round, 0 unless another run's rounds came before: with 1, --hft-rotation complementary
     trains what a run with the same options rested in its first."""
     hft_moments: Annotated[Literal["reset", "carry"], SAME_RUN] = "reset"
-    """At a new round, start every unit's moments at zero, or carry those of units that go on training."""
+    """At a new round, start every unit's moments at zero, or carry those of units that go on training: also from the
+    run that --finetune names, where --hft-first-round numbers the rounds on, and from one stage or task to the next."""
     hft_resting_moments: Annotated[Literal["drop", "host"], SAME_RUN] = "drop"
     """Under --hft-moments carry: forget the moments of a unit that rests, or keep them in host memory meanwhile."""
     hft_lr_schedule: Literal["run", "round"] = "run"

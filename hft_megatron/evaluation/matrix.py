@@ -13,7 +13,7 @@ from typing import Any
 
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.errors import UserError
-from hft_megatron.evaluation.measures import MEASURES
+from hft_megatron.evaluation.measures import DIVERGENCES, MEASURES
 
 FORMAT = 1
 """Version of matrix.json."""
@@ -39,6 +39,8 @@ class Cell:
     examples: int
     counts: Mapping[str, int] = field(default_factory=dict)
     """What was cut, left out or never ended, by its name."""
+    beside: Mapping[str, float | None] = field(default_factory=dict)
+    """Values of the column's other measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,9 @@ class Summary:
     """By general column, in its own unit: after task T less the base."""
     general_delta: float | None
     """The mean of those of the general columns that are on the scale 0 to 100 (TRACE's general-ability delta)."""
+    kl: Mapping[str, Mapping[str, float | None]]
+    """By general text, where they were measured: KL(base || tuned) and KL(tuned || base) after task T, in nats per
+    token."""
 
 
 class ScoreMatrix:
@@ -118,7 +123,13 @@ class ScoreMatrix:
             forward_transfer={name: self._less((row, name), (0, name)) for row, name in forward},
             general_changes=general,
             general_delta=_mean([general[column.name] for column in self.general if is_of_hundred(column.measure)]),
+            kl={column.name: kl for column in self.general if (kl := self._kl(last, column.name))},
         )
+
+    def _kl(self, after: int, name: str) -> dict[str, float | None]:
+        cell = self.cell(after, name)
+        beside = {} if cell is None else cell.beside
+        return {measure: beside[measure] for measure in DIVERGENCES if measure in beside}
 
     def _value(self, after: int, name: str) -> float | None:
         cell = self.cell(after, name)
@@ -207,9 +218,11 @@ def is_of_hundred(measure: str) -> bool:
     return measure in MEASURES and MEASURES[measure].higher_is_better
 
 
-def cell_of(value: float, examples: int, counts: Mapping[str, int]) -> Cell:
-    """A cell of what an evaluation gave."""
-    return Cell(value=value if math.isfinite(value) else None, examples=examples, counts=dict(counts))
+def cell_of(values: Mapping[str, float], headline: str, examples: int, counts: Mapping[str, int]) -> Cell:
+    """A cell of what an evaluation gave, by the names of measures."""
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    beside = {name: value for name, value in finite.items() if name != headline}
+    return Cell(value=finite[headline], examples=examples, counts=dict(counts), beside=beside)
 
 
 def _mean(values: Iterable[float | None], denominator: int | None = None) -> float | None:

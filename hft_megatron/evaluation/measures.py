@@ -162,7 +162,8 @@ register(Measure(name="bits_per_byte", total=bits, higher_is_better=False, unit=
 
 # Of texts, a tuned model beside its base: (nats, tokens). Forgetting is the tuned one's cross-entropy less the base's;
 # the divergences are sums over the vocabulary, in the place of each scored token.
-AGAINST_BASE = ("base_cross_entropy", "forgetting", "kl_base_tuned", "kl_tuned_base")
+DIVERGENCES = ("kl_base_tuned", "kl_tuned_base")
+AGAINST_BASE = ("base_cross_entropy", "forgetting", *DIVERGENCES)
 for name in AGAINST_BASE:
     register(Measure(name=name, total=ratio, higher_is_better=False, unit="nats", of_tokens=True))
 

@@ -14,7 +14,6 @@ from hft_megatron.checkpoint.store import load_weights as load_checkpoint
 from hft_megatron.checkpoint.verification import damage_of, shared_digest
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.parallel import ParallelConfig
-from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
@@ -113,14 +112,13 @@ class SavedModel:
 
     def open(self, parallel: ParallelConfig, placement: Placement, *, bf16: bool) -> ModelInPlace:
         """This rank's part of it, in the layout of ``placement``; collective."""
-        config = RunConfig() if self.run is None else self.run.config
         chunks = build_model(
             self.shape,
             parallel,
             TrainingConfig(),
             placement=placement,
             dtype=torch.bfloat16 if bf16 else torch.float32,
-            vocab_multiple=config.model.make_vocab_size_divisible_by,
+            vocab_multiple=1,  # not the run's: two models that are compared have one shape
         )
         if self.run is None:
             load_folder(self.name, chunks, self.shape, placement, option=self.option)

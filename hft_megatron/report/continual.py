@@ -74,6 +74,9 @@ def _summary_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"{', '.join(scores)}, T = {tasks}"]
     if summary["general_delta"] is not None:
         lines.append(f"general ability {summary['general_delta']:+.4g}, the mean of what is on the scale of 0 to 100")
+    for name, kl in summary["kl"].items():
+        both = f"KL(base || tuned) {_number(kl['kl_base_tuned'])}, KL(tuned || base) {_number(kl['kl_tuned_base'])}"
+        lines.append(f"{name}: {both} nats per token")
     return lines
 
 

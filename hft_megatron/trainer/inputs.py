@@ -72,6 +72,13 @@ class Inputs:
         return self.checkpoint is not None and not self.config.checkpoint.finetune
 
     @property
+    def carries_moments(self) -> bool:
+        """Whether a run that takes its first weights from another goes on with its moments, as between two rounds."""
+        hft, options = self.config.hft, self.config.checkpoint
+        is_next_round = options.finetune and hft.hft_first_round is not None and hft.hft_moments == "carry"
+        return self.checkpoint is not None and is_next_round and options.load_optim
+
+    @property
     def position(self) -> TrainState:
         """Where the run goes on."""
         if self.checkpoint is not None and self.resumes:

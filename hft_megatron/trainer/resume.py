@@ -11,7 +11,7 @@ import torch
 
 from hft_megatron.checkpoint.folders import identity_of
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint, load_weights
+from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint, load_moments, load_weights
 from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
 from hft_megatron.config import derived
 from hft_megatron.config.declared import flag
@@ -262,6 +262,11 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
         device=placement.device.type,
         schedule=schedule_to_note(inputs.config, _span(inputs, placement.world_size)),
     )
+    if inputs.carries_moments:
+        assert inputs.checkpoint is not None
+        keeps_resting = inputs.config.hft.hft_resting_moments == "host"
+        units = load_moments(inputs.checkpoint, wrapped, placement, keeps_resting=keeps_resting)
+        announce(f"> --hft-moments carry: moments of {units} units go on from {inputs.checkpoint}")
     if not inputs.resumes:
         return state
     assert inputs.checkpoint is not None

@@ -148,3 +148,27 @@ def test_without_a_checkpoint_to_take_weights_from_nothing_starts(
     words = words_for(inputs, "--load", tmp_path, "--finetune")
     [said] = ranks(1).run(run_refused, words=words)
     assert f"--finetune takes the weights of --load {tmp_path}, which holds no complete checkpoint" in said
+
+
+@pytest.mark.parametrize("dtype", ["--no-bf16", "--bf16"])
+def test_the_next_round_as_a_run_of_its_own_takes_the_moments_that_a_switch_would_carry(
+    ranks: RankPools, inputs: Path, tmp_path: Path, dtype: str
+) -> None:
+    rows = tmp_path / "data.jsonl"
+    rows.write_text((inputs / "data.jsonl").read_text().splitlines(keepends=True)[1] * 4)  # in whatever order
+    options: list[object] = ["--train-data-path", rows, dtype, "--hft-moments", "carry"]
+    options += ["--hft-resting-moments", "host", "--lr-decay-style", "constant", "--lr-warmup-iters", 0]
+    once = words_for(inputs, *options, "--hft-round-interval", 3)
+    first = words_for(inputs, *options, "--hft-first-round", 0, "--train-iters", 3, "--save", tmp_path / "run")
+    second = words_for(inputs, *options, "--hft-first-round", 1, "--train-iters", 3, "--load", tmp_path / "run")
+    second += ["--finetune", "--tensor-model-parallel-size", "2"]
+    whole = ranks(2).run(run_sft_words, words=[*once, "--tensor-model-parallel-size", "2"])
+    before = ranks(2).run(run_sft_words, words=[*first, "--tensor-model-parallel-size", "2"])
+    after = ranks(2).run(run_sft_words, words=second)
+    assert "moments of" in "\n".join(after[0]["said"])
+    [fresh] = ranks(1).run(run_sft_words, words=[*second[:-2], "--no-load-optim"])
+    for rank in range(2):
+        losses = [[step["loss"] for step in one[rank]["steps"]] for one in (whole, before, after)]
+        assert losses[1] + losses[2] == losses[0]
+        assert after[rank]["state"] == whole[rank]["state"]
+    assert [step["loss"] for step in fresh["steps"]][1:] != pytest.approx(losses[2][1:], rel=1e-4)

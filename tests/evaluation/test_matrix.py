@@ -8,6 +8,7 @@ import pytest
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.matrix import Cell, Column, ScoreMatrix, cell_of
 from hft_megatron.evaluation.measures import MEASURES
+from hft_megatron.report.continual import matrix_text
 
 Values = dict[tuple[int, str], float]
 
@@ -87,9 +88,19 @@ def test_forgetting_begins_at_the_best_score_since_the_task_was_learned() -> Non
 
 def test_a_value_that_is_no_finite_number_is_none() -> None:
     scores = matrix_of(SCORES)
-    scores.put(3, "text", cell_of(float("inf"), 5, {}))
+    scores.put(3, "text", cell_of({"perplexity": float("inf"), "bits_per_byte": 2.5}, "perplexity", 5, {}))
     assert scores.summary().general_changes["text"] is None
-    assert scores.cell(3, "text") == Cell(value=None, examples=5)
+    assert scores.cell(3, "text") == Cell(value=None, examples=5, beside={"bits_per_byte": 2.5})
+
+
+def test_divergences_from_the_base_are_those_after_the_last_task() -> None:
+    scores = matrix_of(SCORES)
+    assert scores.summary().kl == {}
+    for after in (2, 3):
+        values = {"bits_per_byte": 2.0, "kl_base_tuned": after / 10, "kl_tuned_base": after / 20}
+        scores.put(after, "text", cell_of(values, "bits_per_byte", 5, {}))
+    assert scores.summary().kl == {"text": {"kl_base_tuned": 0.3, "kl_tuned_base": 0.15}}
+    assert "text: KL(base || tuned) 0.3, KL(tuned || base) 0.15 nats per token" in matrix_text(scores.contents())
 
 
 def test_the_measures_of_a_sequence_are_those_from_0_to_100() -> None:
@@ -124,7 +135,7 @@ def test_a_matrix_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     assert (read.cell(1, "a"), read.done) == (None, 3)
     rows = json.loads(path.read_text())["rows"]
     assert [row["after"] for row in rows] == [None, "a", "b", "c"]
-    assert rows[1]["cells"] == {"b": {"value": 26, "examples": 100, "counts": {"without_end": 1}}}
+    assert rows[1]["cells"] == {"b": {"value": 26, "examples": 100, "counts": {"without_end": 1}, "beside": {}}}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hft_megatron.checkpoint.store import set_masters_from_weights
 from hft_megatron.evaluation.weight_changes import UnitWeights
 from hft_megatron.model.parameters import local_slice, parameter_slots
 from hft_megatron.trainer.loop import Hook
@@ -37,3 +38,4 @@ class AverageWithBefore(Hook):
                 # What was frozen stays to the last bit, which the sum of two parts of it might not.
                 if not torch.equal(held, earlier):
                     held.copy_(torch.lerp(earlier.float(), held.float(), self.coefficient))
+            set_masters_from_weights(run.wrapped)

@@ -15,6 +15,7 @@ from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import OnLoss
 from hft_megatron.evaluation.matrix import Column, ScoreMatrix
 from hft_megatron.evaluation.outcomes import ReadTask, read_task
+from hft_megatron.evaluation.saved_models import SavedModel
 from hft_megatron.evaluation.tasks import Task
 from hft_megatron.evaluation.weight_changes import UnitWeights, folder_weights, run_weights
 from hft_megatron.hft.units import units_of
@@ -102,7 +103,14 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
         matrix, notes = on_rank_0(lambda: _matrix(sequence))
         for line in notes:
             announce(f"> {line}")
-        scores = Scores(matrix, sequence.folder, tokenizer, sequence.options.continual_batch_size)
+        base = sequence.base.model.load_hf if sequence.options.continual_kl_to_base else None
+        scores = Scores(
+            matrix,
+            sequence.folder,
+            tokenizer,
+            sequence.options.continual_batch_size,
+            base=None if base is None else SavedModel.read(base, "--load-hf"),
+        )
 
         def after_saving(number: int) -> Sequence[FillRows]:
             return [_rows_of(sequence, number, scores, read)]

@@ -1,15 +1,18 @@
 """The score matrix as it is filled: tasks put to the model of a stage when its last checkpoint is on the disk."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import RunFailed
+from hft_megatron.evaluation.forward import ModelInPlace, free_memory
 from hft_megatron.evaluation.matrix import ScoreMatrix, cell_of
 from hft_megatron.evaluation.outcomes import Outcome, ReadTask, outcome_of
+from hft_megatron.evaluation.saved_models import SavedModel
 from hft_megatron.parallel.consensus import on_rank_0
 from hft_megatron.tracking.tracker import of_task
 from hft_megatron.trainer.loop import Hook
@@ -26,11 +29,15 @@ BASE_ROW = "base"
 class Scores:
     """The matrix of a sequence in its folder, the same on every rank; rank 0 writes it after every cell."""
 
-    def __init__(self, matrix: ScoreMatrix, folder: Path, tokenizer: Tokenizer, batch_size: int) -> None:
+    def __init__(
+        self, matrix: ScoreMatrix, folder: Path, tokenizer: Tokenizer, batch_size: int, base: SavedModel | None = None
+    ) -> None:
+        """Texts are also measured against ``base``, where there is one."""
         self.matrix = matrix
         self._folder = folder
         self._tokenizer = tokenizer
         self._batch_size = batch_size
+        self._base = base
 
     def fill(self, run: Run, after: int, tasks: Sequence[ReadTask]) -> None:
         """Puts the tasks to the run's model, behind so many tasks of the sequence, whose cells are not there yet;
@@ -40,17 +47,29 @@ class Scores:
             return
         row = self._row(after)
         run.announce(f"> evaluating {len(asked)} tasks {'before the first task' if after == 0 else f'after {row}'}")
-        with model_of(run) as model:
+        compares = after > 0 and any(read.task.kind == "text" for read in asked)
+        with model_of(run) as model, self._base_for(run, compares=compares) as base:
             for read in asked:
-                outcome = outcome_of(read, model, self._tokenizer, batch_size=self._batch_size, say=run.announce)
+                outcome = outcome_of(
+                    read, model, self._tokenizer, batch_size=self._batch_size, say=run.announce, base=base
+                )
                 self._keep(run, after, read, outcome)
+
+    @contextmanager
+    def _base_for(self, run: Run, *, compares: bool) -> Iterator[ModelInPlace | None]:
+        """A second model in memory, where texts are measured against one."""
+        if self._base is None or not compares:
+            yield None
+            return
+        yield self._base.open(run.config.parallel, run.placement, bf16=run.config.training.bf16 is True)
+        free_memory(run.placement.device)
 
     def _row(self, after: int) -> str:
         return self.matrix.tasks[after - 1].name if after else BASE_ROW
 
     def _keep(self, run: Run, after: int, read: ReadTask, outcome: Outcome) -> None:
         name, metric = read.task.name, read.task.metrics[0]
-        self.matrix.put(after, name, cell_of(outcome.values[metric], len(outcome.records), outcome.counts))
+        self.matrix.put(after, name, cell_of(outcome.values, metric, len(outcome.records), outcome.counts))
         run.log({of_task(name, measure): value for measure, value in outcome.values.items()})
 
         def write() -> None:

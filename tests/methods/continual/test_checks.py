@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hft_megatron.config.continual import sequence_fits_the_run
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.matrix import Cell
 from hft_megatron.methods.continual.run import TaskSequence, _matrix, check_sequence
@@ -86,3 +87,9 @@ def test_a_list_may_change_behind_what_is_done_alone(tasks: Path, model: Path) -
     with pytest.raises(UserError, match=r"task 1 of .*, which is done, was colours, and is numbers now"):
         _matrix(sequence_of(tasks, model, "--continual-order", "numbers", "colours", "animals"))
     assert json.loads((whole.folder / "matrix.json").read_text())["rows"][1]["after"] == "colours"
+
+
+def test_divergences_need_texts_and_a_base(tasks: Path, model: Path) -> None:
+    wanted = sequence_of(tasks, model, "--continual-kl-to-base")
+    with pytest.raises(UserError, match=r"--continual-kl-to-base .* there is no --continual-general; add it"):
+        sequence_fits_the_run(wanted.options, wanted.base)

@@ -38,6 +38,7 @@ def words_of(inputs: Path, save: Path, *options: object) -> list[str]:
     base = ["--continual-tasks", inputs / "tasks.yaml", "--continual-general", inputs / "general.yaml"]
     base += ["--load-hf", inputs / "model", "--seq-length", 96, "--no-bf16", "--global-batch-size", 4, "--lr", 5e-3]
     base += ["--lr-decay-style", "constant", "--save", save, "--load", save, "--save-interval", 2]
+    base += ["--continual-kl-to-base", "--make-vocab-size-divisible-by", 64]
     base += [
         "--hft-rotation",
         "complementary",
@@ -146,6 +147,23 @@ def test_each_task_trains_its_round_and_nothing_else(inputs: Path, whole: Path) 
     assert log.count("every resting shard has the bits it had at its start") == 3
     assert f"trained in at least one of the tasks: {share:.1%} of the weights" in log
     assert (whole / "matrix.png").stat().st_size > 0
+
+
+def test_divergences_from_the_base_are_those_of_an_evaluation_beside_it(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "results.json", tmp_path / "log"
+    words = ["--model", whole / "task_2_animals", "--base", inputs / "model", "--tasks", inputs / "general.yaml"]
+    words += ["--output", output]
+    assert run_cli([str(word) for word in words], log=log, method="evaluate") == 0, log.read_text()[-4000:]
+    [model] = json.loads(output.read_text())["models"]
+    rows = [row["cells"]["texts"]["beside"] for row in json.loads((whole / "matrix.json").read_text())["rows"]]
+    values = model["tasks"]["texts"]["values"]
+    assert values["kl_base_tuned"] > 1e-4
+    assert rows[-1] == pytest.approx({name: value for name, value in values.items() if name in rows[-1]}, rel=1e-3)
+    assert {"kl_base_tuned", "kl_tuned_base"} <= rows[-1].keys()
+    assert "kl_base_tuned" not in rows[0]
+    assert rows[1]["kl_base_tuned"] != rows[-1]["kl_base_tuned"]
 
 
 def test_a_sequence_goes_on_in_another_layout(inputs: Path, whole: Path, tmp_path: Path) -> None:
