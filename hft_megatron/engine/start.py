@@ -1,8 +1,14 @@
-"""What must happen before megatron-core is imported. Imports nothing of it."""
+"""What must happen before megatron-core is imported, and its import."""
 
+import importlib
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import Any
 
 from hft_megatron.engine.lines import engine_line
 
@@ -40,8 +46,8 @@ _LOGGERS = (
 
 
 def prepare_engine() -> None:
-    """Makes sure that a supported megatron-core is there, sets what is read at its start, and silences what it says
-    about itself, from every rank.
+    """Makes sure that a supported megatron-core is there, sets what is read at its start, silences what it says about
+    itself, from every rank, and imports it.
 
     Called by name from entry points, before anything imports torch or megatron-core. Raises UserError for an engine
     that this package doesn't run on. Warnings that are not listed here are still shown.
@@ -54,3 +60,53 @@ def prepare_engine() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    _import_engine()
+
+
+def _import_engine() -> None:
+    """Without two packages that it would load for what it may never do: torch's compiler, which takes a fifth of a
+    process's time until its first step, and wandb, which it has for inference engines that are not in use here."""
+    if "megatron.core" in sys.modules:
+        return
+    with _compiled_at_the_first_call(), _absent("wandb"):
+        importlib.import_module("megatron.core")
+
+
+@contextmanager
+def _compiled_at_the_first_call() -> Iterator[None]:
+    """Has ``torch.compile``, with which functions are decorated meanwhile, do its work when they are called."""
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return partial(compile_later, **options)
+        compiled: list[Callable[..., Any]] = []
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not compiled:
+                compiled.append(compile_now(function, **options))
+            return compiled[0](*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
+@contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Has imports of a package fail that isn't loaded yet, as where it isn't installed."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]

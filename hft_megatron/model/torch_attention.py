@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,18 +15,21 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
+
+@cache
+def varlen_kernel() -> Callable[..., Any] | None:
+    """torch's ``varlen_attn`` where it can be causal; not imported before it is asked for, because torch's compiler
+    comes with it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn if has_causal_window(varlen_attn) else None
 
 
-def has_causal_window(function: Callable[..., Any] | None) -> bool:
+def has_causal_window(function: Callable[..., Any]) -> bool:
     """Whether a ``varlen_attn`` can be causal by ``window_size``, as from torch 2.11 on."""
-    return function is not None and "window_size" in inspect.signature(function).parameters
-
-
-HAVE_VARLEN = has_causal_window(varlen_attn)
+    return "window_size" in inspect.signature(function).parameters
 
 
 @dataclass(kw_only=True)
@@ -111,8 +115,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, params: PackedSe
     By torch's variable-length flash kernel where it is there (CUDA, half precision); elsewhere example by example,
     which computes no scores between examples and needs no mask in memory.
     """
-    if HAVE_VARLEN and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return by_varlen_kernel(varlen_attn, query, key, value, params, scale)
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        function = varlen_kernel()
+        if function is not None:
+            return by_varlen_kernel(function, query, key, value, params, scale)
     examples = zip(*(t.split(params.lengths) for t in (query, key, value)), strict=True)
     return torch.cat([_one_example(q, k, v, scale) for q, k, v in examples])
 

@@ -233,8 +233,8 @@ def stand_in(query, key, value, starts, longest, scale, window_size):
 
 
 def test_the_kernel_of_a_torch_is_used_from_that_on_which_it_can_be_causal() -> None:
-    found = [torch_attention.has_causal_window(it) for it in (None, of_torch_2_10, of_torch_2_11, of_torch_2_12)]
-    assert found == [False, False, True, True]
+    found = [torch_attention.has_causal_window(it) for it in (of_torch_2_10, of_torch_2_11, of_torch_2_12)]
+    assert found == [False, True, True]
 
 
 @pytest.mark.parametrize("groups", [4, 2])
@@ -249,13 +249,14 @@ def test_the_kernel_gets_groups_only_where_it_knows_them(function: Any, groups: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [4, 2])
 def test_the_variable_length_kernel_equals_one_example_at_a_time(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available() or not torch_attention.HAVE_VARLEN:
+    kernel = torch_attention.varlen_kernel()
+    if not torch.cuda.is_available() or kernel is None:
         pytest.skip("needs CUDA, and a torch whose varlen_attn knows windows and groups")
     tensors = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in draw(4, groups)]
     params = packed_seq_params(starts_of(LENGTHS), torch.device("cuda"))
     found, gradients = [], []
-    for have in (True, False):
-        monkeypatch.setattr(torch_attention, "HAVE_VARLEN", have)
+    for function in (kernel, None):
+        monkeypatch.setattr(torch_attention, "varlen_kernel", lambda function=function: function)
         out = packed_attention(*tensors, params, None)
         found.append(out)
         gradients.append(torch.autograd.grad(out.float().square().sum(), tensors))
