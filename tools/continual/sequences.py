@@ -42,7 +42,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "sequential": (),
     "replay": ("--replay-ratio", "0.1"),
     "single": ("--continual-setting", "single"),
-    "joint": ("--continual-setting", "joint"),
 }
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "full": ("--hft-ratio", "1"),
@@ -102,8 +101,8 @@ def planned() -> Iterator[tuple[str, str, int]]:
     for seed in SEEDS:
         for setting in SETTINGS:
             for weights in WEIGHTS:
-                # One model for each task, or one for all, has one round: there is nothing to be complementary to.
-                if setting in ("sequential", "replay") or weights != "half, complementary":
+                # A model that learns one task has one round: there is nothing to be complementary to.
+                if setting != "single" or weights != "half, complementary":
                     yield setting, weights, seed
 
 
