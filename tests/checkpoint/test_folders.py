@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.checkpoint.folders import DIGESTS_FILE, delete_superseded, find_checkpoints
+from hft_megatron.checkpoint.folders import DIGESTS_FILE, chain_of, delete_superseded, find_checkpoints, identity_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.errors import UserError
 
@@ -114,3 +114,24 @@ def test_the_base_of_a_kept_checkpoint_is_kept(tmp_path: Path) -> None:
         make_checkpoint(tmp_path, iteration, base=2)
     delete_superseded(str(tmp_path), keep_last=1, retain_interval=None)
     assert iterations(tmp_path) == [5, 2]
+
+
+def test_a_base_in_another_runs_folder_is_found_also_when_both_have_moved_and_is_never_deleted(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    base = make_checkpoint(first, 3)
+    for iteration in (1, 2):
+        path = make_checkpoint(second, iteration)
+        state = TrainState(iteration=iteration, base_iteration=3, base_folder="../first", base_digest=identity_of(base))
+        state.write(path)
+    delete_superseded(str(second), keep_last=1, retain_interval=None)
+    assert (iterations(first), iterations(second)) == ([3], [2])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for folder in (first, second):
+        folder.rename(moved / folder.name)
+    assert [path for path, _ in chain_of(moved / "second" / "iter_0000002")] == [
+        moved / "second" / "iter_0000002",
+        moved / "first" / "iter_0000003",
+    ]
