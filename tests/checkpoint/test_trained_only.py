@@ -153,6 +153,7 @@ def run_opened(name: str) -> dict[str, str]:
     return {slot.unit: sha256(slot.parameter[: rows[slot.unit]].numpy().tobytes()).hexdigest() for slot in slots}
 
 
+@pytest.mark.slow
 def test_runs_from_one_anothers_weights_are_deltas_down_to_the_model_or_a_whole_checkpoint(
     ranks: RankPools, inputs: Path, chain: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +175,7 @@ def test_runs_from_one_anothers_weights_are_deltas_down_to_the_model_or_a_whole_
     }
 
 
+@pytest.mark.slow
 def test_damage_in_the_base_of_a_base_is_found_and_named(
     ranks: RankPools, inputs: Path, chain: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +194,7 @@ def test_damage_in_the_base_of_a_base_is_found_and_named(
         SavedRun.read(str(folder / "third"), None).source()
 
 
+@pytest.mark.slow
 def test_a_run_of_another_precision_than_the_one_before_has_no_base_there(
     ranks: RankPools, inputs: Path, chain: Path, tmp_path: Path
 ) -> None:
