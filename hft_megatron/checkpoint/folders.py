@@ -5,15 +5,16 @@ A checkpoint is complete when it has its list of digests, the last file that is 
 
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, sync, write_atomically
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, found_again, sync, write_atomically
 from hft_megatron.errors import UserError
 
 DIGESTS_FILE = "digests.json"
@@ -199,12 +200,59 @@ def iteration_of(path: Path) -> int:
     return int(path.name.removeprefix("iter_"))
 
 
+def base_of(path: Path, state: TrainState) -> Path | None:
+    """The checkpoint that has what the one at ``path`` leaves out, there or not; None where that is the --load-hf
+    folder, and for a whole one. ``state`` is its position."""
+    if state.base_iteration is None:
+        return None
+    name = ITERATION_FOLDER.format(state.base_iteration)
+    if state.base_folder is None:
+        return path.with_name(name)
+    run = Path(os.path.normpath(path.parent.resolve() / state.base_folder))
+    return found_again(run, beside=path.parent) / name
+
+
+def damage_of_base(path: Path, state: TrainState, base: Path) -> str | None:
+    """Why ``base`` is not what the checkpoint at ``path`` is based on, as the end of a sentence, or None."""
+    saved = str(state.base_digest)
+    try:
+        found = identity_of(base)
+    except OSError as error:
+        return (
+            f"{path} holds only what its round trained (--save-trained-only), and its base {base} is not there "
+            f"({error.strerror})"
+        )
+    if found != saved:
+        return f"{base} is not the base of {path.name} (sha256 {found[:12]} instead of {saved[:12]})"
+    return None
+
+
+def chain_of(path: Path, *, option: str = "--load") -> Iterator[tuple[Path, TrainState]]:
+    """A checkpoint, the one it is based on, and so on to the last, with their positions; each is looked at when it is
+    asked for. UserError for a base that is gone or another checkpoint by now; ``option`` is what names the run there.
+    """
+    base: Path | None = path
+    while base is not None:
+        at, state = base, TrainState.read(base, option=option)
+        yield at, state
+        base = base_of(at, state)
+        damage = None if base is None else damage_of_base(at, state, base)
+        if damage is not None:
+            raise UserError(f"{option} {path.parent}: {damage}; put that checkpoint back, or choose another iteration.")
+
+
+def end_of_chain(path: Path, *, option: str = "--load") -> TrainState:
+    """The position of the last checkpoint in the chain, which says whether the --load-hf folder has what is missing."""
+    *_, (_, state) = chain_of(path, option=option)
+    return state
+
+
 def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: int | None) -> list[Path]:
     """Deletes the checkpoints that --keep-last and --save-retain-interval let go; returns them.
 
     Kept are the newest ``keep_last`` (1 where only the interval is given), every one whose iteration is a multiple of
-    ``retain_interval``, and what a kept checkpoint needs as its base. Raises OSError where one can't be deleted, and
-    UserError, before any is, where a kept one can't be read.
+    ``retain_interval``, and what a kept checkpoint needs as its base; bases in other runs' folders are not touched.
+    Raises OSError where one can't be deleted, and UserError, before any is, where a kept one can't be read.
     """
     if keep_last is None and retain_interval is None:
         return []
@@ -212,8 +260,8 @@ def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: in
     kept = set(complete[: keep_last or 1])
     if retain_interval is not None:
         kept |= {path for path in complete if iteration_of(path) % retain_interval == 0}
-    bases = {TrainState.read(path).base_iteration for path in kept}
-    kept |= {path for path in complete if iteration_of(path) in bases}
+    # A base in the folder is whole, or has its own base elsewhere: one look is enough.
+    kept |= {base for base in [base_of(path, TrainState.read(path)) for path in kept] if base in complete}
     gone = [path for path in complete if path not in kept]
     for path in gone:
         delete_checkpoint(path)

@@ -33,9 +33,11 @@ class TrainState:
     unit_steps: dict[str, int] = field(default_factory=dict)
     """Updates that each unit's moments in the checkpoint have seen. Under --hft-moments carry units differ in them."""
     base_iteration: int | None = None
-    """Checkpoint of the same run that holds the weights which this one leaves out (--save-trained-only)."""
+    """Checkpoint that holds the weights which this one leaves out (--save-trained-only), or is based on another one."""
+    base_folder: str | None = None
+    """Folder of that checkpoint's run, seen from this run's, such as ``../task_0``; None where both are one run's."""
     base_digest: str | None = None
-    """What the base must be: ``digests.identity_of`` that checkpoint, or of the weights of the --load-hf folder where
+    """What the base must be: ``folders.identity_of`` that checkpoint, or of the weights of the --load-hf folder where
     ``base_iteration`` is None. None for a checkpoint that is whole."""
 
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +47,11 @@ class TrainState:
     def is_whole(self) -> bool:
         """Whether the checkpoint holds every weight."""
         return self.base_digest is None
+
+    @property
+    def is_based_on_model(self) -> bool:
+        """Whether the weights that it leaves out are in the --load-hf folder."""
+        return not self.is_whole and self.base_iteration is None
 
     def write(self, folder: Path) -> None:
         record = {"format": FORMAT, **asdict(self)}

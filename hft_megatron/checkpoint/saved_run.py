@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hft_megatron.checkpoint.folders import checkpoint_at, combined_digest, digest_of
+from hft_megatron.checkpoint.folders import checkpoint_at, combined_digest, digest_of, end_of_chain
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.loading import read_resolved
@@ -53,19 +53,19 @@ class SavedRun:
         rested (--save-trained-only).
         """
         folder = self.config.model.load_hf
-        on_source = not self.state.is_whole and self.state.base_iteration is None
+        end = end_of_chain(self.checkpoint, option=self.option)
         if folder is None or not Path(folder).is_dir():
-            if on_source:
+            if end.is_based_on_model:
                 raise UserError(
                     f"{self.option} {self.folder}: {self.checkpoint.name} holds only what its round trained, and "
                     f"--load-hf {folder}, where the rest is, is not there; put it back, or choose another iteration."
                 )
             return None
         is_same = check_weights(folder, self.identity.shape) == self.identity.weights_digest
-        if is_same and on_source:
+        if is_same and end.is_based_on_model:
             with HuggingFaceWeights(folder) as weights:
                 files = {path.name: digest_of(path) for path in weights.files()}
-            is_same = combined_digest(files) == self.state.base_digest
+            is_same = combined_digest(files) == end.base_digest
         if not is_same:
             raise UserError(
                 f"{self.option} {self.folder}: its run started from --load-hf {folder}, which holds other weights now; "

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from hft_megatron.checkpoint.folders import ITERATION_FOLDER
+from hft_megatron.checkpoint.folders import chain_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.errors import UserError
@@ -205,8 +205,8 @@ def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
 def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, optimizer: bool = True) -> TrainState:
     """Fills model, optimizer and random states from ``path``; every rank must call it.
 
-    Without ``optimizer`` its state starts anew: moments at zero, and masters from the loaded weights. Of a checkpoint
-    without all weights whose base is a Hugging Face folder, that folder must be in the model already.
+    Without ``optimizer`` its state starts anew: moments at zero, and masters from the loaded weights. Where the chain
+    of checkpoints that it is based on ends in a Hugging Face folder, that folder must be in the model already.
     """
     state = TrainState.read(path)
     same_layout = (state.tensor_model_parallel_size, state.pipeline_model_parallel_size, state.device) == (
@@ -273,10 +273,14 @@ def load_moments(path: Path, wrapped: WrappedModel, placement: Placement, *, kee
 
 
 def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
-    """Fills the model from ``path`` and the checkpoint it is based on, if any; every rank must call it."""
-    state = TrainState.read(path)
-    if state.base_iteration is not None:
-        load_weights(path.with_name(ITERATION_FOLDER.format(state.base_iteration)), chunks)
+    """Fills the model from ``path`` and the checkpoints it is based on, the last of the chain first; every rank must
+    call it. A Hugging Face folder at its end must be in the model already."""
+    for at, state in reversed(list(chain_of(path))):
+        _load_held_weights(at, state, chunks)
+
+
+def _load_held_weights(path: Path, state: TrainState, chunks: Sequence[LlamaModel]) -> None:
+    """Fills what one checkpoint holds, and leaves the rest as it is."""
     held = dist_checkpointing.load_tensors_metadata(str(path)).keys()
     wanted = {
         name: {local: tensor for local, tensor in tensors.items() if tensor.key in held}

@@ -11,8 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from hft_megatron.checkpoint.folders import DIGESTS_FILE, ITERATION_FOLDER, Digest, damage_in, identity_of, read_digests
-from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.checkpoint.folders import DIGESTS_FILE, Digest, chain_of, damage_in, read_digests
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.errors import UserError
@@ -31,18 +30,18 @@ class _Folder:
 class CheckpointTensors:
     """The model's weights in ``SAVE/iter_0000100/``, saved at any layout, by the unit's Hugging Face name.
 
-    Weights that were left out (--save-trained-only) are read from the checkpoint it is based on. Every file that is
-    read is compared with its digest first. The index is a pickle of torch's: read only folders you trust. Raises
-    UserError for a folder that is not as it was saved.
+    Weights that were left out (--save-trained-only) are read from the checkpoints it is based on. Every file of tensors
+    that is read is compared with its digest first. The index is a pickle of torch's: read only folders you trust.
+    Raises UserError for a folder that is not as it was saved.
     """
 
     def __init__(self, path: Path, shape: ModelShape) -> None:
         self._shape = shape
         self._names = checkpoint_names(shape)
         self._folder_of: dict[str, _Folder] = {}
-        base: Path | None = path
-        while base is not None:
-            base = self._open(base)
+        for at, state in chain_of(path):
+            self._open(at)
+            assert not state.is_whole or not self.left_out, f"{at} lacks {self.left_out[:3]}"
 
     @property
     def left_out(self) -> list[str]:
@@ -88,8 +87,8 @@ class CheckpointTensors:
         assert isinstance(entry, TensorStorageMetadata)
         return entry
 
-    def _open(self, path: Path) -> Path | None:
-        """Adds the weights that the folders before lack, verified; returns the next checkpoint to look into."""
+    def _open(self, path: Path) -> None:
+        """Adds the weights that the folders before lack, verified."""
         # The index is a pickle: not even that is opened before its digest is right.
         digests = _digests(path)
         _verify(path, digests, (name for name in digests if not name.endswith(".distcp")))
@@ -105,17 +104,6 @@ class CheckpointTensors:
         names = set(found.values())
         places = folder.index.storage_data.items()
         _verify(path, digests, {place.relative_path for at, place in places if at.fqn in names})
-        state = TrainState.read(path)
-        assert not state.is_whole or not self.left_out, f"{path} lacks {self.left_out[:3]}"
-        if state.base_iteration is None:
-            return None
-        base = path.with_name(ITERATION_FOLDER.format(state.base_iteration))
-        if not (base / DIGESTS_FILE).exists() or identity_of(base) != state.base_digest:
-            raise UserError(
-                f"--load {path.parent}: {path.name} holds only what its round trained, and {base.name}, where the rest "
-                "is, is not there or is another checkpoint by now; choose another --iteration."
-            )
-        return base
 
 
 def _digests(path: Path) -> dict[str, Digest]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from hft_megatron.checkpoint.folders import (
     DAMAGED,
     DIGESTS_FILE,
-    ITERATION_FOLDER,
     Checkpoints,
     Digest,
+    base_of,
     combined_digest,
     damage_in,
+    damage_of_base,
     digest_of,
-    identity_of,
     iteration_of,
     read_digests,
 )
@@ -39,7 +39,8 @@ def checkpoint_bytes(plan: Plan, config: RunConfig, *, bf16: bool) -> int:
     everything = plan.trainable_parameters + plan.frozen_parameters
     is_one_plan = config.hft.hft_round_interval == "stage"
     # Later rounds make a whole checkpoint first.
-    leaves_out = config.checkpoint.save_trained_only and config.model.load_hf is not None and is_one_plan
+    has_base = config.model.load_hf is not None or config.checkpoint.finetune
+    leaves_out = config.checkpoint.save_trained_only and has_base and is_one_plan
     with_weights = plan.trainable_parameters if leaves_out else everything
     with_state = everything if config.hft.hft_resting_moments == "host" else plan.trainable_parameters
     state_bytes = (3 if bf16 else 2) * _FP32_BYTES
@@ -73,7 +74,10 @@ def sound_checkpoint(
         return good
     what = damaged[0][1]
     if good is None:
-        raise UserError(f"--load {found.folder}: {what}, and no older checkpoint there is good; give another folder.")
+        raise UserError(
+            f"--load {found.folder}: {what}, and no older checkpoint there is good; copy it again, or give "
+            f"another folder."
+        )
     if not fallback:
         raise UserError(
             f"--load {found.folder}: {what}; the newest good checkpoint is {good.name}: add --load-fallback to go on "
@@ -101,7 +105,7 @@ def _put_aside(folder: Path, damaged: Sequence[Path], good: Path) -> None:
 
 
 def damage_of(path: Path, placement: Placement) -> str | None:
-    """What is wrong with a complete checkpoint, or with the one it is based on; None when nothing is. Collective."""
+    """What is wrong with a complete checkpoint, or with one that it is based on; None when nothing is. Collective."""
     return next((damage for damage in gathered(_damage_found_here(path, placement)) if damage is not None), None)
 
 
@@ -116,16 +120,10 @@ def _damage_found_here(path: Path, placement: Placement) -> str | None:
     if damage is not None:
         return damage
     state = TrainState.read(path)
-    if state.base_iteration is None:
+    base = base_of(path, state)
+    if base is None:
         return None
-    base = path.with_name(ITERATION_FOLDER.format(state.base_iteration))
-    try:
-        found, saved = identity_of(base), str(state.base_digest)
-    except OSError as error:
-        return f"{path} holds only what its round trained, and its base {base} is not there ({error.strerror})"
-    if found != saved:
-        return f"{base} is not the base of {path.name} (sha256 {found[:12]} instead of {saved[:12]})"
-    return _damage_found_here(base, placement)
+    return damage_of_base(path, state, base) or _damage_found_here(base, placement)
 
 
 def share_of_files(digests: Mapping[str, Digest], placement: Placement) -> list[str]:

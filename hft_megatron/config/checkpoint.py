@@ -58,8 +58,9 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     save_trained_only: bool = False
-    """Leave the weights that rest in the round out of checkpoints: those are in the --load-hf folder or, from the
-    second round on, in the round's first checkpoint, which is whole. Both are checked when such a one is loaded."""
+    """Leave the weights that are frozen in the round out of checkpoints: those are in the --load-hf folder or in the
+    checkpoint that --finetune (or a task or stage) starts from, which must then be kept, or, from the second round on,
+    in the round's first checkpoint, which is whole. All are checked when such a one is loaded."""
     save_hf: str | None = None
     """Folder to export to in Hugging Face's format at the end."""
     save_hf_interval: Annotated[int, Ge(1)] | None = None

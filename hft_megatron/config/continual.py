@@ -44,6 +44,9 @@ class ContinualConfig:
     continual_average: Annotated[float, Gt(0), Lt(1)] | None = None
     """Average each task's result with the model before it: so much of the task's weights, the rest of those it started
     from."""
+    continual_discard: bool = False
+    """Delete a task's checkpoints when the one after it is trained and evaluated; those of the last task stay. Log,
+    bill and metrics stay of all, and finished.json says how far a task came."""
     replay_ratio: Annotated[float, Gt(0), Le(1)] | None = None
     """Train a share of every earlier task's training data again with each task, drawn by --seed."""
     replay_data_path: tuple[str, ...] = ()
@@ -97,6 +100,8 @@ def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
             f"--continual-average {options.continual_average} would change weights that rest in a task's last round, "
             f"with --hft-round-interval {config.hft.hft_round_interval}; give each task one round (stage)."
         )
+    if options.continual_discard:
+        _discarding_fits(options, config)
     twice = [name for name in options.continual_order if options.continual_order.count(name) > 1]
     if twice:
         raise UserError(f"--continual-order names {twice[0]} twice; a task is learned once.")
@@ -117,3 +122,17 @@ def _one_schedule_fits(options: ContinualConfig, config: RunConfig) -> None:
     optimizer = config.optimizer
     if optimizer.lr_schedule_iters is not None or optimizer.lr_schedule_start:
         raise UserError("--lr-schedule-iters and --lr-schedule-start are what a sequence sets itself; leave them out.")
+
+
+def _discarding_fits(options: ContinualConfig, config: RunConfig) -> None:
+    """What is deleted must be needed by nothing that stays."""
+    if config.checkpoint.save_trained_only:
+        raise UserError(
+            "--continual-discard deletes the checkpoints of earlier tasks, and those of --save-trained-only need the "
+            "ones before them; leave one of the two out."
+        )
+    if options.continual_setting == "joint":
+        raise UserError(
+            "--continual-discard is about tasks that came before, and --continual-setting joint has none; leave one of "
+            "them out."
+        )

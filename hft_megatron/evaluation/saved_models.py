@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hft_megatron.checkpoint.folders import DIGESTS_FILE, identity_of, read_digests
+from hft_megatron.checkpoint.folders import DIGESTS_FILE, end_of_chain, identity_of, read_digests
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.checkpoint.store import load_weights as load_checkpoint
 from hft_megatron.checkpoint.verification import damage_of, shared_digest
@@ -123,8 +123,7 @@ class SavedModel:
         if self.run is None:
             load_folder(self.name, chunks, self.shape, placement, option=self.option)
         else:
-            state = self.run.state
-            if not state.is_whole and state.base_iteration is None:
+            if end_of_chain(self.run.checkpoint, option=self.option).is_based_on_model:
                 source = self.run.source()
                 assert source is not None, "SavedRun.source refuses it"
                 load_folder(source, chunks, self.shape, placement, option=self.option)

@@ -95,24 +95,25 @@ def units_trained(run: SavedRun) -> frozenset[str]:
     file = run.checkpoint / PLAN_FILE
     if run.state.round == 0:
         return Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file)).training
-    rounds = rounds_of_saved(run)
+    rounds = rounds_of_saved(Path(run.folder), run.config, shape)
     trained = rounds.trained_until(run.state.round)
     check_saved_plan(run.checkpoint, rounds.plan(run.state.round), shape)
     return trained
 
 
-def rounds_of_saved(run: SavedRun) -> Rounds:
-    """The plans of a run's rounds as its options and files give them, without their lengths."""
-    hft, shape = run.config.hft, run.identity.shape
+def rounds_of_saved(folder: Path, config: RunConfig, shape: ModelShape) -> Rounds:
+    """The plans of the rounds of the run in ``folder``, as its (resolved) options and files give them, without their
+    lengths."""
+    hft = config.hft
     needs_scores = SELECTIONS[hft.hft_selection].needs_scores
     return rounds_of_run(
         # Without iterations, as in any conversion: lengths of rounds, which epochs may decide, are not looked at.
-        replace(run.config, training=replace(run.config.training, train_iters=0)),
+        replace(config, training=replace(config.training, train_iters=0)),
         shape,
         world_size=1,
         samples=None,
         loaded=() if hft.hft_plan is None else load_plans(hft.hft_plan, shape),
-        scores=read_scores(Path(run.folder) / SPECTRUM_FILE, shape) if needs_scores else None,
+        scores=read_scores(folder / SPECTRUM_FILE, shape) if needs_scores else None,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hft_megatron.checkpoint.finished import discarded
 from hft_megatron.checkpoint.folders import Checkpoints, complete_checkpoints, find_checkpoints, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
@@ -220,9 +221,11 @@ def _checkpoints_to_load(options: RunConfig) -> Checkpoints | None:
 def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> None:
     """A new run without the weights it should start from would start from others, in silence."""
     if found is None or found.is_empty:
+        is_over = found is not None and discarded(found.folder) is not None
+        why = "whose checkpoints --continual-discard deleted" if is_over else "which holds no complete checkpoint"
         raise UserError(
-            f"--finetune takes the weights of --load {options.checkpoint.load}, which holds no complete checkpoint; "
-            f"give the --save folder of another run."
+            f"--finetune takes the weights of --load {options.checkpoint.load}, {why}; give the --save folder of "
+            f"another run."
         )
 
 

@@ -3,22 +3,25 @@
 A checkpoint notes the values of its command; Megatron's two options choose where those of a resuming command differ.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hft_megatron.checkpoint.folders import identity_of
+from hft_megatron.checkpoint.folders import end_of_chain, identity_of, iteration_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import check_saved_plan, load_checkpoint, load_moments, load_weights
 from hft_megatron.checkpoint.verification import shared_digest, sound_checkpoint
 from hft_megatron.config import derived
 from hft_megatron.config.declared import flag
 from hft_megatron.config.derived import train_iters
+from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
-from hft_megatron.config.run_folder import same_folder
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, same_folder
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import load_weights as load_hf_weights
 from hft_megatron.conversion.save import Announce
@@ -166,22 +169,23 @@ def with_sound_checkpoint(inputs: Inputs, placement: Placement, announce: Announ
         announce=announce,
     )
     if checkpoint is not None:
-        _check_base(inputs, TrainState.read(checkpoint), placement)
+        _check_base(inputs, checkpoint, placement)
     return replace(inputs, checkpoint=checkpoint)
 
 
-def _check_base(inputs: Inputs, state: TrainState, placement: Placement) -> None:
-    """What the checkpoint leaves out must be in the --load-hf folder, byte for byte."""
-    if state.is_whole or state.base_iteration is not None:
+def _check_base(inputs: Inputs, checkpoint: Path, placement: Placement) -> None:
+    """What the chain of checkpoints leaves out must be in the --load-hf folder, byte for byte."""
+    end = end_of_chain(checkpoint)
+    if not end.is_based_on_model:
         return
     where, folder = f"--load {inputs.config.checkpoint.load}", inputs.config.model.load_hf
-    needed = f"iteration {state.iteration} holds only what its round trained (--save-trained-only)"
+    needed = f"iteration {iteration_of(checkpoint)} holds only what its round trained (--save-trained-only)"
     if folder is None:
         raise UserError(f"{where}: {needed}; add --load-hf with the model that it was trained from.")
     found = _digest_of_model(folder, placement)
-    if found != state.base_digest:
+    if found != end.base_digest:
         raise UserError(
-            f"{where}: {needed}, on a model with the digest {str(state.base_digest)[:12]}, and --load-hf {folder} has "
+            f"{where}: {needed}, on a model with the digest {str(end.base_digest)[:12]}, and --load-hf {folder} has "
             f"{found[:12]}; give the folder that it was trained from, unchanged."
         )
 
@@ -294,15 +298,28 @@ def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
     if not options.save_trained_only:
         return None
     if not inputs.resumes:
-        folder = inputs.config.model.load_hf
-        if folder is None or inputs.checkpoint is not None:
-            return None
-        return Base(round=inputs.position.round, iteration=None, digest=_digest_of_model(folder, placement))
+        round, folder = inputs.position.round, inputs.config.model.load_hf
+        if inputs.checkpoint is not None:
+            return _base_in_run(inputs, inputs.checkpoint, round)
+        return None if folder is None else Base(round=round, digest=_digest_of_model(folder, placement))
     assert inputs.checkpoint is not None
     state = TrainState.read(inputs.checkpoint)
     in_save_folder = options.save is not None and same_folder(options.save, options.load)
     if state.base_digest is not None and (in_save_folder or state.base_iteration is None):
-        return Base(round=state.round, iteration=state.base_iteration, digest=state.base_digest)
+        return Base(
+            round=state.round, iteration=state.base_iteration, folder=state.base_folder, digest=state.base_digest
+        )
     if state.is_whole and in_save_folder:
         return Base(round=state.round, iteration=state.iteration, digest=identity_of(inputs.checkpoint))
     return None
+
+
+def _base_in_run(inputs: Inputs, checkpoint: Path, round: int) -> Base | None:
+    """The checkpoint of another run that --finetune took the weights of; None where that run has another precision, in
+    which a frozen weight has other bits."""
+    save, options = inputs.config.checkpoint.save, read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
+    assert save is not None, "the rules of the options ask for it"
+    if options.training.bf16 != inputs.config.training.bf16:
+        return None
+    folder = os.path.relpath(checkpoint.parent.resolve(), Path(save).resolve())
+    return Base(round=round, iteration=iteration_of(checkpoint), folder=folder, digest=identity_of(checkpoint))

@@ -40,11 +40,13 @@ from hft_megatron.trainer.weight_checks import AuditRounds
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Where the weights are that rest in a round, so that checkpoints of that round can leave them out."""
+    """Where the weights are that are frozen in a round, so that checkpoints of that round can leave them out."""
 
     round: int
-    iteration: int | None
-    """A whole checkpoint in the save folder; None is the --load-hf folder."""
+    iteration: int | None = None
+    """A whole checkpoint in the save folder, or one of the run in ``folder``; None is the --load-hf folder."""
+    folder: str | None = None
+    """As ``TrainState.base_folder``."""
     digest: str
 
 
@@ -57,7 +59,7 @@ class SaveCheckpoints(Hook):
     last: int | None
     """Iteration of the newest checkpoint in the folder."""
     base: Base | None = None
-    """Used under --save-trained-only; a new round makes its first checkpoint whole, which is its base."""
+    """Used under --save-trained-only; a round without one makes its first checkpoint whole, which is its base."""
     audit: AuditRounds | None = None
     """Asked before every save: the next run would take what a checkpoint holds for the truth."""
 
@@ -91,7 +93,7 @@ class SaveCheckpoints(Hook):
         if self.options.save_trained_only and (base is None or base.round != state.round):
             run.announce(f"  it is whole, and what others of round {state.round} are based on (--save-trained-only)")
         if self.options.save_trained_only and base is not None and base.round == state.round:
-            state = replace(state, base_iteration=base.iteration, base_digest=base.digest)
+            state = replace(state, base_iteration=base.iteration, base_folder=base.folder, base_digest=base.digest)
             left_out = frozenset(unit.name for unit in run.wrapped.plan.units) - run.wrapped.plan.training
         saved = self.writer.save(run.wrapped, state, left_out=left_out)
         self.last = run.state.iteration

@@ -5,9 +5,10 @@ After a stop they resume in the stage that they were in.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from hft_megatron.checkpoint.folders import complete_checkpoints, iteration_of
-from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.checkpoint.finished import Reached, discarded, reached
+from hft_megatron.checkpoint.folders import complete_checkpoints
 from hft_megatron.config import derived
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
@@ -88,9 +89,8 @@ def run_what_is_left(
         following = stages[number + 1] if number + 1 < len(stages) else None
         first_round = first_round if stage.shares_rounds else next_round
         one = numbered(stage, first_round)
-        if following is not None and complete_checkpoints(str(following.folder)):
-            _check_done(one, methods[one.method], following, shape, world_size)
-            last_round = TrainState.read(complete_checkpoints(str(stage.folder))[0]).round
+        if _is_over(stage, following):
+            last_round = _where_it_ended(one, methods[one.method], following, shape, world_size).round
         else:
             if rank == 0:
                 print(f"> stage {number} of {len(stages)}: {stage.method} in {stage.folder}", flush=True)
@@ -112,13 +112,35 @@ def run_what_is_left(
         announce_bill_of_stages([stage.folder for stage in stages], lambda text: print(text, flush=True))
 
 
-def _check_done(stage: Stage, method: Method, following: Stage, shape: ModelShape | None, world_size: int) -> None:
-    """UserError for a stage that another has begun from, and that is not what its options describe any more."""
-    inputs = read_inputs(method, stage.config, shape, world_size)
-    assert inputs.checkpoint is not None
-    reached, asked = iteration_of(inputs.checkpoint), derived.train_iters(inputs.config.training)
-    if asked != reached:
+def _is_over(stage: Stage, following: Stage | None) -> bool:
+    """Whether another stage has begun from its last weights, so that it can't train on."""
+    if discarded(stage.folder) is not None:
+        return True
+    return following is not None and (
+        bool(complete_checkpoints(str(following.folder))) or discarded(following.folder) is not None
+    )
+
+
+def _where_it_ended(
+    stage: Stage, method: Method, following: Stage | None, shape: ModelShape | None, world_size: int
+) -> Reached:
+    """Of a stage that is over; UserError where it is not what its options describe any more, or where it is gone."""
+    begun = "a later stage" if following is None else str(following.folder)
+    ended = reached(stage.folder)
+    if ended is None:
         raise UserError(
-            f"{stage.folder} ended at iteration {reached}, from where {following.folder} has begun, and the options "
-            f"give it {asked} now; give {reached}, or another --save."
+            f"{stage.folder} holds no complete checkpoint, and {begun} has begun from one; put it back, or give "
+            f"another --save."
         )
+    config = stage.config
+    if discarded(stage.folder) is not None:
+        # Nothing is to be loaded: neither its own checkpoints nor those that it started from need be there.
+        own = replace(config.checkpoint, load=str(stage.folder), finetune=False, exit_on_missing_checkpoint=False)
+        config = replace(config, checkpoint=own)
+    asked = derived.train_iters(read_inputs(method, config, shape, world_size).config.training)
+    if asked != ended.iteration:
+        raise UserError(
+            f"{stage.folder} ended at iteration {ended.iteration}, from where {begun} has begun, and the options "
+            f"give it {asked} now; give {ended.iteration}, or another --save."
+        )
+    return ended

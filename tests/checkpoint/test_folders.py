@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.checkpoint.folders import DIGESTS_FILE, delete_superseded, find_checkpoints
+from hft_megatron.checkpoint import finished
+from hft_megatron.checkpoint.finished import Reached, discard_checkpoints, discarded, reached
+from hft_megatron.checkpoint.folders import DIGESTS_FILE, chain_of, delete_superseded, find_checkpoints, identity_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.errors import UserError
 
@@ -114,3 +116,54 @@ def test_the_base_of_a_kept_checkpoint_is_kept(tmp_path: Path) -> None:
         make_checkpoint(tmp_path, iteration, base=2)
     delete_superseded(str(tmp_path), keep_last=1, retain_interval=None)
     assert iterations(tmp_path) == [5, 2]
+
+
+def test_what_was_discarded_has_a_record_from_before_the_first_deletion_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for iteration in (2, 4):
+        (make_checkpoint(tmp_path, iteration) / "plan.json").write_text(f"plan {iteration}")
+    before = reached(tmp_path)
+    assert (discarded(tmp_path), before) == (None, Reached(iteration=4, round=0))
+    gone: list[Path] = []
+
+    def fails(path: Path) -> None:
+        assert discarded(tmp_path) == before
+        gone.append(path)
+        raise OSError(5, "a disk that fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finished, "delete_checkpoint", fails)
+        with pytest.raises(OSError, match="a disk that fails"):
+            discard_checkpoints(tmp_path)
+    assert gone == [tmp_path / "iter_0000002"]
+    (tmp_path / "iter_0000002").rename(tmp_path / "iter_0000002.unfinished")
+    assert reached(tmp_path) == before
+    assert [path.name for path in discard_checkpoints(tmp_path)] == ["iter_0000002.unfinished", "iter_0000004"]
+    assert discard_checkpoints(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["finished.json", "plan.json"]
+    assert (reached(tmp_path), (tmp_path / "plan.json").read_text()) == (before, "plan 4")
+    (tmp_path / "finished.json").write_text("{")
+    with pytest.raises(UserError, match=r"finished.json can't be read"):
+        reached(tmp_path)
+
+
+def test_a_base_in_another_runs_folder_is_found_also_when_both_have_moved_and_is_never_deleted(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    base = make_checkpoint(first, 3)
+    for iteration in (1, 2):
+        path = make_checkpoint(second, iteration)
+        state = TrainState(iteration=iteration, base_iteration=3, base_folder="../first", base_digest=identity_of(base))
+        state.write(path)
+    delete_superseded(str(second), keep_last=1, retain_interval=None)
+    assert (iterations(first), iterations(second)) == ([3], [2])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for folder in (first, second):
+        folder.rename(moved / folder.name)
+    assert [path for path, _ in chain_of(moved / "second" / "iter_0000002")] == [
+        moved / "second" / "iter_0000002",
+        moved / "first" / "iter_0000003",
+    ]

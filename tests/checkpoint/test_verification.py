@@ -136,4 +136,4 @@ def test_where_no_checkpoint_is_good_no_fallback_is_offered(
     for path in (run / "iter_0000002", run / "iter_0000004"):
         flip_a_bit(path / "common.pt")
     [said, _] = ranks(2).run(run_refused, words=[*going_on(words, run), "--load-fallback"])
-    assert said.endswith("no older checkpoint there is good; give another folder.")
+    assert said.endswith("no older checkpoint there is good; copy it again, or give another folder.")

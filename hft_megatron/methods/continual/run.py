@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.checkpoint.finished import reached
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.config.continual import ContinualConfig
+from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.run import RunConfig
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE
+from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.stages import Stage, with_one_schedule
 from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizer import Tokenizer
@@ -20,6 +24,7 @@ from hft_megatron.evaluation.tasks import Task
 from hft_megatron.evaluation.weight_changes import UnitWeights, folder_weights, run_weights
 from hft_megatron.hft.units import units_of
 from hft_megatron.methods.continual.averaging import AverageWithBefore
+from hft_megatron.methods.continual.discarding import DiscardEarlier
 from hft_megatron.methods.continual.replay import write_replays
 from hft_megatron.methods.continual.scores import MATRIX_FILE, FillRows, Scores
 from hft_megatron.methods.continual.sequence import Part, parts_of
@@ -112,8 +117,8 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
             base=None if base is None else SavedModel.read(base, "--load-hf"),
         )
 
-        def after_saving(number: int) -> Sequence[FillRows]:
-            return [_rows_of(sequence, number, scores, read)]
+        def after_saving(number: int) -> Sequence[Hook]:
+            return [_rows_of(sequence, number, scores, read), *_discarding(sequence, number)]
 
         run_what_is_left(
             stages,
@@ -137,11 +142,13 @@ def trained_share(sequence: TaskSequence) -> float:
     """The share of the model's weights (0 to 1) that trained in at least one round of a sequence that is done."""
     trained = set[str]()
     for part in sequence.parts:
-        run = SavedRun.read(str(part.stage.folder), None)
-        rounds = rounds_of_saved(run)
-        for round in range(rounds.schedule.first_round, run.state.round + 1):
+        folder = part.stage.folder
+        ended, shape = reached(folder), RunIdentity.read("--save", str(folder)).shape
+        assert ended is not None, "the sequence is done"
+        rounds = rounds_of_saved(folder, read_resolved(folder / RESOLVED_CONFIG_FILE), shape)
+        for round in range(rounds.schedule.first_round, ended.round + 1):
             trained |= rounds.plan(round).training
-    units = units_of(run.identity.shape)
+    units = units_of(shape)
     return sum(unit.parameters for unit in units if unit.name in trained) / sum(unit.parameters for unit in units)
 
 
@@ -192,3 +199,13 @@ def _rows_of(sequence: TaskSequence, number: int, scores: Scores, read: Mapping[
     before = [read[name] for name in sequence.asked_before()] + general if number == 0 else []
     after = [read[name] for name in sequence.asked_after(part.after)] + general if part.ends_task else []
     return FillRows(scores=scores, base=before, after=part.after, tasks=after)
+
+
+def _discarding(sequence: TaskSequence, number: int) -> list[Hook]:
+    """The hook of the stage that ends a task under --continual-discard."""
+    part = sequence.parts[number]
+    if not (sequence.options.continual_discard and part.ends_task):
+        return []
+    earlier = [other for other in sequence.parts if other.after < part.after]
+    older = [other.stage.folder for other in earlier if other.after < part.after - 1]
+    return [DiscardEarlier([other.stage.folder for other in earlier], older, part.stage.folder)]

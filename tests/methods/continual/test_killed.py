@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hft_megatron.checkpoint.folders import complete_checkpoints
+from hft_megatron.checkpoint.folders import chain_of, complete_checkpoints, end_of_chain
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.errors import EXIT_STOPPED
 from hft_megatron.evaluation.weight_changes import folder_weights, run_weights
@@ -23,8 +23,9 @@ from tests.support.sequences import IGNORED, write_sequence
 
 pytestmark = pytest.mark.slow(reason="every sequence is three tasks on two ranks, with their evaluations")
 
+SHARE = "trained in at least one of the tasks: "
 TENSOR_2 = ("--tensor-model-parallel-size", 2)
-SECOND = "task_1_numbers"
+FIRST, SECOND, THIRD = "task_0_colours", "task_1_numbers", "task_2_animals"
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +96,27 @@ def steps_of(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(line[key] for key in keys) for line in read_metrics(folder) if "grad norm" in line]
 
 
-def in_training(save: Path) -> bool:
-    file = save / SECOND / "metrics.jsonl"
+def in_training(save: Path, task: str) -> bool:
+    file = save / task / "metrics.jsonl"
     return file.exists() and len(file.read_text().splitlines()) >= 3
 
 
+def run_and_kill(words: list[str], log: Path, when: Callable[[], bool]) -> None:
+    process = start_cli(words, ranks=2, log=log, method="continual")
+    try:
+        deadline = time.monotonic() + 280
+        while not when():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.005)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+            process.wait()
+
+
 KILLED: dict[str, Callable[[Path], bool]] = {
-    "in the training of the second task": in_training,
+    "in the training of the second task": lambda save: in_training(save, SECOND),
     "in its evaluation": lambda save: (save / SECOND / "bill.json").exists(),
     "while its row is written": lambda save: (cells(save)[2:] or [0])[0] >= 1,
 }
@@ -113,23 +128,69 @@ def test_a_sequence_that_is_killed_ends_with_the_answers_of_one_that_was_not(
 ) -> None:
     save, log = tmp_path / "run", tmp_path / "log"
     words = words_of(inputs, save, *TENSOR_2)
-    process = start_cli(words, ranks=2, log=log, method="continual")
-    try:
-        deadline = time.monotonic() + 280
-        while not KILLED[when](save):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.005)
-    finally:
-        if process.poll() is None:
-            kill_all(process)
-            process.wait()
+    run_and_kill(words, log, lambda: KILLED[when](save))
     assert cells(save)[:2] == [4, 2]
     assert sum(cells(save)[2:]) < 3, "it must be caught before the row is full"
     run(words, log)
     assert answers(save) == answers(whole)
     for folder in sorted(whole.glob("task_*")):
         assert steps_of(save / folder.name) == steps_of(folder)
+
+
+def bytes_of(folder: Path) -> int:
+    """Of the newest checkpoint of a stage."""
+    return sum(file.stat().st_size for file in complete_checkpoints(str(folder))[0].glob("*.distcp"))
+
+
+def test_a_sequence_of_deltas_has_the_weights_of_one_of_whole_checkpoints_also_after_a_kill(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    save, log = tmp_path / "run", tmp_path / "log"
+    words = words_of(inputs, save, *TENSOR_2, "--save-trained-only", "--keep-last", 1)
+    run_and_kill(words, log, lambda: in_training(save, THIRD))
+    run(words, log)
+    assert answers(save) == answers(whole)
+    chain = [path.relative_to(save) for path, _ in chain_of(complete_checkpoints(str(save / THIRD))[0])]
+    assert [path.parts[0] for path in chain] == [THIRD, SECOND, FIRST]
+    assert end_of_chain(save / chain[0]).is_based_on_model
+    for folder in (FIRST, SECOND, THIRD):
+        assert bytes_of(save / folder) < bytes_of(whole / folder)
+        held, expected = weights(save / folder), weights(whole / folder)
+        assert all(torch.equal(weight, expected[name]) for name, weight in held.items())
+
+
+def test_a_sequence_that_discards_keeps_the_last_tasks_checkpoints_also_after_a_kill(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    save, log = tmp_path / "run", tmp_path / "log"
+    words = words_of(inputs, save, *TENSOR_2, "--continual-discard")
+    run_and_kill(words, log, lambda: in_training(save, THIRD))
+    assert not complete_checkpoints(str(save / FIRST))
+    # As if the kill had come while they were deleted.
+    (save / FIRST / "iter_0000004.unfinished").mkdir()
+    (save / FIRST / "latest_checkpointed_iteration.txt").write_text("4\n")
+    logs = run(words, log), (inputs / "whole.log").read_text()
+    assert answers(save) == answers(whole)
+    shares = [line for text in logs for line in text.splitlines() if SHARE in line]
+    assert shares[0] == shares[1]
+    for number, (folder, iterations) in enumerate(((FIRST, 4), (SECOND, 12))):
+        left = {path.name for path in (save / folder).iterdir()}
+        assert {"metrics.jsonl", "bill.json", "run_identity.json", "resolved_config.yaml", "plan.json"} <= left
+        assert not {name for name in left if name.startswith(("iter_", "latest"))}
+        record = json.loads((save / folder / "finished.json").read_text())
+        assert record == {"iteration": iterations, "round": number}
+        assert steps_of(save / folder) == steps_of(whole / folder)
+    assert bytes_of(save / THIRD) == bytes_of(whole / THIRD)
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")}
+    again = run(words_of(inputs, save, "--continual-discard"), log, ranks=None)
+    assert "the run has reached iteration 4 of 4: no step is left" in again
+    assert {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")} == before
+    assert answers(save) == answers(whole)
+    text = (inputs / "tasks.yaml").read_text().replace("files: ", f"files: {inputs}/")
+    (tmp_path / "tasks.yaml").write_text(text.replace("train_iters: 4", "train_iters: 5", 1))
+    longer = words_of(inputs, save, "--continual-discard", "--continual-tasks", tmp_path / "tasks.yaml")
+    assert run_cli(longer, log=log, method="continual") == 2
+    assert f"{FIRST} ended at iteration 4, from where {save / SECOND} has begun" in log.read_text()
 
 
 def test_each_task_trains_its_round_and_nothing_else(inputs: Path, whole: Path) -> None:

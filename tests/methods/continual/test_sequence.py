@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from hft_megatron.checkpoint.folders import complete_checkpoints, identity_of
+from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.errors import UserError
+from hft_megatron.methods.continual.discarding import DiscardEarlier
 from hft_megatron.methods.continual.sequence import Part, parts_of
 from hft_megatron.methods.continual.tasks import read_continual_tasks
+from tests.checkpoint.test_folders import make_checkpoint
 from tests.support.sequences import NAMES, options_of, write_sequence
 
 
@@ -103,3 +107,22 @@ def test_with_other_data_alone_the_first_task_has_a_phase_too(tasks: Path) -> No
     found = parts(tasks, "--replay-data-path", "lima.jsonl", "--replay-phase", "after")
     assert names(found)[:2] == [FOLDERS[0], f"{FOLDERS[0]}_replay"]
     assert data(found[1]) == ["lima.jsonl"]
+
+
+def test_what_a_kept_delta_is_based_on_is_not_discarded(tmp_path: Path) -> None:
+    """The option of deltas may have been given first, and left out when the other one was given."""
+    folders = [tmp_path / name for name in FOLDERS]
+    saved = []
+    for folder in folders:
+        folder.mkdir()
+        saved.append(make_checkpoint(folder, 4))
+        (saved[-1] / "plan.json").write_text("plan")
+    before, digest = f"../{FOLDERS[1]}", identity_of(saved[1])
+    TrainState(iteration=4, base_iteration=4, base_folder=before, base_digest=digest).write(saved[2])
+    lines = DiscardEarlier(folders[:2], folders[2])._discard()
+    assert lines[0] == f"> --continual-discard: deleted 1 checkpoints of {folders[0]}, a task that is over"
+    assert lines[1].endswith(f"is based on {folders[1]}, which stays")
+    assert [len(complete_checkpoints(str(folder))) for folder in folders] == [0, 1, 1]
+    TrainState(iteration=4).write(saved[2])
+    DiscardEarlier(folders[:2], folders[2])._discard()
+    assert [len(complete_checkpoints(str(folder))) for folder in folders] == [0, 0, 1]

@@ -132,6 +132,8 @@ def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tas
         ("--replay-ratio 0.1 --continual-setting joint", "--replay-ratio 0.1 is about tasks that came before"),
         ("--replay-data-path lima --continual-setting single", "--replay-data-path is about tasks that came before"),
         ("--continual-average 0.5 --continual-setting single", "is about the model before a task"),
+        ("--continual-discard --save-trained-only", "those of --save-trained-only need the ones before them"),
+        ("--continual-discard --continual-setting joint", "is about tasks that came before"),
         ("--continual-average 0.5 --hft-round-interval 2", "would change weights that rest in a task's last round"),
         ("--continual-order a b a", "--continual-order names a twice; a task is learned once"),
         ("--train-data-path a.jsonl", "--train-data-path a.jsonl is not read: each of --continual-tasks has its own"),
