@@ -230,6 +230,8 @@ class MemoryModel:
     """Whether the rank's device is a GPU; on a CPU norms keep more."""
     micro_batches: int | None = None
     """Of a step on one data-parallel rank; None: as many as the pipeline can have in flight."""
+    holds_fisher: bool = False
+    """Whether weights are held to earlier tasks (--ewc-lambda): Fisher information and anchors beside the moments."""
 
     def stage(self, trains: Callable[[str], bool], pipeline_rank: int) -> RankMemory:
         """The rank of a pipeline stage that holds most, when the units train for which ``trains`` is true."""
@@ -262,10 +264,15 @@ class MemoryModel:
         return RankMemory(
             weights=(BF16_BYTES if costs.bf16 else FP32_BYTES) * elements,
             gradients=of_rank.gradient_bytes,
-            optimizer=of_rank.optimizer_bytes,
+            optimizer=of_rank.optimizer_bytes + self._fisher(of_rank),
             activations=max(activations, self._gradient_copies(of_rank) - logits),
             logits=logits,
         )
+
+    def _fisher(self, rank: RankCosts) -> int:
+        """Bytes of two fp32 numbers for each of which the optimizer has two moments and, beside bf16, a master."""
+        numbers = 3 if self.costs.bf16 else 2
+        return rank.optimizer_bytes * 2 // numbers if self.holds_fisher else 0
 
     def _gradient_copies(self, rank: RankCosts) -> int:
         """Bytes of the fp32 gradients that the optimizer makes of others of what it updates, when all activations are
@@ -310,6 +317,7 @@ def memory_of_run(
         ),
         training=training,
         on_cuda=on_cuda,
+        holds_fisher=config.ewc.ewc_lambda > 0,
         micro_batch=MicroBatch(
             sequences=training.micro_batch_size * sequences_per_sample,
             seq_length=derived.sequence_length(training, shape),

@@ -105,6 +105,15 @@ def test_bf16_gradients_take_half_and_the_optimizer_makes_fp32_ones_when_activat
         assert bf16.activations + bf16.logits == max(fp32.activations + fp32.logits, fp32.optimizer / 3)
 
 
+@pytest.mark.parametrize(("bf16", "bytes_per_element"), [(True, 12), (False, 8)])
+def test_what_holds_weights_to_earlier_tasks_takes_eight_bytes_for_each(bf16: bool, bytes_per_element: int) -> None:
+    costs = CostModel(shape=tiny_shape(4), parallel=ParallelConfig(), world_size=2, bf16=bf16)
+    model = MemoryModel(costs=costs, training=TrainingConfig(), micro_batch=MicroBatch(sequences=1, seq_length=8))
+    free, held = model.largest(everything), replace(model, holds_fisher=True).largest(everything)
+    assert held.optimizer - free.optimizer == free.optimizer * 8 / bytes_per_element
+    assert held.total - free.total == held.optimizer - free.optimizer
+
+
 def everything(unit: str) -> bool:
     """Full fine-tuning."""
     return True
