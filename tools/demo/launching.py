@@ -23,11 +23,18 @@ def cpu_environment(additions: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_logged(
-    command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path, inherit: Sequence[int] = ()
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    log: Path,
+    inherit: Sequence[int] = (),
+    shows: bool = True,
 ) -> None:
     """Run ``command`` in ``folder``, append its output to ``log``, and print the lines that tell how it goes.
 
-    ``inherit`` are file descriptors the command keeps open. Raises DemoError with the log's end when it fails.
+    ``inherit`` are file descriptors the command keeps open; without ``shows`` nothing is printed. Raises DemoError with
+    the log's end when it fails.
     """
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
@@ -45,7 +52,7 @@ def run_logged(
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
-                if line.startswith(SHOWN):
+                if shows and line.startswith(SHOWN):
                     print(f"    {line.strip()}", flush=True)
     if process.returncode != 0:
         end = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-LAST_LINES:])
