@@ -115,23 +115,21 @@ def run_and_kill(words: list[str], log: Path, when: Callable[[], bool]) -> None:
             process.wait()
 
 
-KILLED: dict[str, Callable[[Path], bool]] = {
-    "in the training of the second task": lambda save: in_training(save, SECOND),
-    "in its evaluation": lambda save: (save / SECOND / "bill.json").exists(),
-    "while its row is written": lambda save: (cells(save)[2:] or [0])[0] >= 1,
-}
-
-
-@pytest.mark.parametrize("when", KILLED)
-def test_a_sequence_that_is_killed_ends_with_the_answers_of_one_that_was_not(
-    inputs: Path, whole: Path, tmp_path: Path, when: str
-) -> None:
-    save, log = tmp_path / "run", tmp_path / "log"
-    words = words_of(inputs, save, *TENSOR_2)
-    run_and_kill(words, log, lambda: KILLED[when](save))
+def killed_and_resumed(inputs: Path, save: Path, when: Callable[[], bool], *options: object) -> str:
+    """A sequence that is killed with its second task, and resumed; the log of what resumed."""
+    log = save.with_suffix(".log")
+    words = words_of(inputs, save, *TENSOR_2, *options)
+    run_and_kill(words, log, when)
     assert cells(save)[:2] == [4, 2]
     assert sum(cells(save)[2:]) < 3, "it must be caught before the row is full"
-    run(words, log)
+    return run(words, log)
+
+
+def test_a_sequence_that_is_killed_while_a_row_is_written_ends_as_one_that_was_not(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "run"
+    killed_and_resumed(inputs, save, lambda: (cells(save)[2:] or [0])[0] >= 1)
     assert answers(save) == answers(whole)
     for folder in sorted(whole.glob("task_*")):
         assert steps_of(save / folder.name) == steps_of(folder)
@@ -142,13 +140,12 @@ def bytes_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in complete_checkpoints(str(folder))[0].glob("*.distcp"))
 
 
-def test_a_sequence_of_deltas_has_the_weights_of_one_of_whole_checkpoints_also_after_a_kill(
+def test_a_sequence_of_deltas_that_is_killed_in_training_ends_as_one_of_whole_checkpoints_that_was_not(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
     save, log = tmp_path / "run", tmp_path / "log"
-    words = words_of(inputs, save, *TENSOR_2, "--save-trained-only", "--keep-last", 1)
-    run_and_kill(words, log, lambda: in_training(save, THIRD))
-    run(words, log)
+    options = "--save-trained-only", "--keep-last", 1
+    killed_and_resumed(inputs, save, lambda: in_training(save, SECOND), *options)
     assert answers(save) == answers(whole)
     chain = [path.relative_to(save) for path, _ in chain_of(complete_checkpoints(str(save / THIRD))[0])]
     assert [path.parts[0] for path in chain] == [THIRD, SECOND, FIRST]
@@ -157,22 +154,42 @@ def test_a_sequence_of_deltas_has_the_weights_of_one_of_whole_checkpoints_also_a
         assert bytes_of(save / folder) < bytes_of(whole / folder)
         held, expected = weights(save / folder), weights(whole / folder)
         assert all(torch.equal(weight, expected[name]) for name, weight in held.items())
+        assert steps_of(save / folder) == steps_of(whole / folder)
+    check_divergences(inputs, whole, save / THIRD, log)
 
 
-def test_a_sequence_that_discards_keeps_the_last_tasks_checkpoints_also_after_a_kill(
+def check_divergences(inputs: Path, whole: Path, last: Path, log: Path) -> None:
+    """Those of the last row are what an evaluation beside the base gives of the checkpoint."""
+    output = log.with_suffix(".json")
+    words = ["--model", last, "--base", inputs / "model", "--tasks", inputs / "general.yaml", "--output", output]
+    assert run_cli([str(word) for word in words], log=log, method="evaluate") == 0, log.read_text()[-4000:]
+    [model] = json.loads(output.read_text())["models"]
+    rows = [row["cells"]["texts"]["beside"] for row in json.loads((whole / "matrix.json").read_text())["rows"]]
+    values = model["tasks"]["texts"]["values"]
+    assert values["kl_base_tuned"] > 1e-4
+    assert rows[-1] == pytest.approx({name: value for name, value in values.items() if name in rows[-1]}, rel=1e-3)
+    assert {"kl_base_tuned", "kl_tuned_base"} <= rows[-1].keys()
+    assert "kl_base_tuned" not in rows[0]
+    assert rows[1]["kl_base_tuned"] != rows[-1]["kl_base_tuned"]
+
+
+def test_a_sequence_that_discards_and_is_killed_in_an_evaluation_keeps_the_last_tasks_checkpoints(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
     save, log = tmp_path / "run", tmp_path / "log"
-    words = words_of(inputs, save, *TENSOR_2, "--continual-discard")
-    run_and_kill(words, log, lambda: in_training(save, THIRD))
-    assert not complete_checkpoints(str(save / FIRST))
-    # As if the kill had come while they were deleted.
-    (save / FIRST / "iter_0000004.unfinished").mkdir()
-    (save / FIRST / "latest_checkpointed_iteration.txt").write_text("4\n")
-    logs = run(words, log), (inputs / "whole.log").read_text()
+    resumed = killed_and_resumed(inputs, save, (save / SECOND / "bill.json").exists, "--continual-discard")
+    logs = resumed, (inputs / "whole.log").read_text()
     assert answers(save) == answers(whole)
     shares = [line for text in logs for line in text.splitlines() if SHARE in line]
     assert shares[0] == shares[1]
+    # As if a kill had come while they were deleted.
+    (save / FIRST / "iter_0000004.unfinished").mkdir()
+    (save / FIRST / "latest_checkpointed_iteration.txt").write_text("4\n")
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")}
+    again = run(words_of(inputs, save, "--continual-discard"), log, ranks=None)
+    assert "the run has reached iteration 4 of 4: no step is left" in again
+    assert {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")} == before
+    assert answers(save) == answers(whole)
     for number, (folder, iterations) in enumerate(((FIRST, 4), (SECOND, 12))):
         left = {path.name for path in (save / folder).iterdir()}
         assert {"metrics.jsonl", "bill.json", "run_identity.json", "resolved_config.yaml", "plan.json"} <= left
@@ -181,11 +198,6 @@ def test_a_sequence_that_discards_keeps_the_last_tasks_checkpoints_also_after_a_
         assert record == {"iteration": iterations, "round": number}
         assert steps_of(save / folder) == steps_of(whole / folder)
     assert bytes_of(save / THIRD) == bytes_of(whole / THIRD)
-    before = {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")}
-    again = run(words_of(inputs, save, "--continual-discard"), log, ranks=None)
-    assert "the run has reached iteration 4 of 4: no step is left" in again
-    assert {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")} == before
-    assert answers(save) == answers(whole)
     text = (inputs / "tasks.yaml").read_text().replace("files: ", f"files: {inputs}/")
     (tmp_path / "tasks.yaml").write_text(text.replace("train_iters: 4", "train_iters: 5", 1))
     longer = words_of(inputs, save, "--continual-discard", "--continual-tasks", tmp_path / "tasks.yaml")
@@ -208,23 +220,6 @@ def test_each_task_trains_its_round_and_nothing_else(inputs: Path, whole: Path) 
     assert log.count("every resting shard has the bits it had at its start") == 3
     assert f"trained in at least one of the tasks: {share:.1%} of the weights" in log
     assert (whole / "matrix.png").stat().st_size > 0
-
-
-def test_divergences_from_the_base_are_those_of_an_evaluation_beside_it(
-    inputs: Path, whole: Path, tmp_path: Path
-) -> None:
-    output, log = tmp_path / "results.json", tmp_path / "log"
-    words = ["--model", whole / "task_2_animals", "--base", inputs / "model", "--tasks", inputs / "general.yaml"]
-    words += ["--output", output]
-    assert run_cli([str(word) for word in words], log=log, method="evaluate") == 0, log.read_text()[-4000:]
-    [model] = json.loads(output.read_text())["models"]
-    rows = [row["cells"]["texts"]["beside"] for row in json.loads((whole / "matrix.json").read_text())["rows"]]
-    values = model["tasks"]["texts"]["values"]
-    assert values["kl_base_tuned"] > 1e-4
-    assert rows[-1] == pytest.approx({name: value for name, value in values.items() if name in rows[-1]}, rel=1e-3)
-    assert {"kl_base_tuned", "kl_tuned_base"} <= rows[-1].keys()
-    assert "kl_base_tuned" not in rows[0]
-    assert rows[1]["kl_base_tuned"] != rows[-1]["kl_base_tuned"]
 
 
 def test_a_sequence_goes_on_in_another_layout(inputs: Path, whole: Path, tmp_path: Path) -> None:
