@@ -132,6 +132,7 @@ def test_only_the_checkpoints_asked_for_are_kept(ranks: RankPools, inputs: Path,
     ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: P
         assert first[rank]["steps"] + second[rank]["steps"] == whole[rank]["steps"]
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_the_next_multiple_of_an_interval_and_goes_on(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

@@ -150,6 +150,7 @@ def test_without_a_checkpoint_to_take_weights_from_nothing_starts(
     assert f"--finetune takes the weights of --load {tmp_path}, which holds no complete checkpoint" in said
 
 
+@pytest.mark.slow(reason="four runs")
 @pytest.mark.parametrize("dtype", ["--no-bf16", "--bf16"])
 def test_the_next_round_as_a_run_of_its_own_takes_the_moments_that_a_switch_would_carry(
     ranks: RankPools, inputs: Path, tmp_path: Path, dtype: str

@@ -38,7 +38,8 @@ def going_on(ranks: RankPools, words: list[str], folder: Path, *options: str) ->
     return found
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("--bf16", marks=pytest.mark.slow(reason="six runs")), "--no-bf16"])
+@pytest.mark.parametrize("dtype", ["--bf16", "--no-bf16"])
+@pytest.mark.slow(reason="six runs")
 def test_where_a_round_begins_anew_it_changes_nothing_and_within_a_round_it_does(
     dtype: str, ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_moments_of_frozen_units_are_gone_too_and_another_layout_takes_the_same_
         assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_run_from_other_weights_keeps_its_own_moments_when_it_goes_on(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

@@ -70,12 +70,7 @@ ROUND_CASES: dict[str, tuple[int, list[str]]] = {
 """World size and options of what tests/trainer/test_run_matrix.py has no column for."""
 
 
-QUICK = [
-    "a rate of their own for embedding and head",
-    "groups in turn, so that one stage rests",
-    "gradients that are added up in bf16",
-    "a rate of its own in every round",
-]
+QUICK = ["groups in turn, so that one stage rests", "a rate of its own in every round"]
 
 
 @pytest.mark.parametrize("case", quick(ROUND_CASES, QUICK))
@@ -119,6 +114,7 @@ def test_a_run_whose_batches_grow_resumes_at_its_sample_also_at_another_data_par
         assert (step["loss"], step["grad_norm"]) == pytest.approx((same["loss"], same["grad_norm"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_another_number_of_iterations(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--lr-decay-style", "constant")
     saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
@@ -176,6 +172,7 @@ def test_a_run_that_is_made_longer_says_that_its_learning_rates_are_others(
     assert said[0] == f"> {OVERRIDE}: this command's values are used where iteration 2 has others {differing}"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_keeps_its_losses_bit_for_bit_with_the_checkpoints_schedule(
     ranks: RankPools, inputs: Path, interrupted: tuple[Path, Any], tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_run_saved_without_its_resting_weights_goes_on_to_the_same_bits(
     assert bases(run) == {1: "folder", 2: "folder", 3: "folder", 4: "whole", 5: 4, 6: 4}
 
 
+@pytest.mark.slow
 def test_the_size_is_about_the_trained_share(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     sizes = {}
     for name, options in {"full": ["--hft-ratio", "1"], "whole": [], "only": ["--save-trained-only"]}.items():
@@ -203,6 +204,7 @@ def test_a_run_of_another_precision_than_the_one_before_has_no_base_there(
     assert bases(tmp_path / "run") == {1: "whole", 2: 1}
 
 
+@pytest.mark.slow
 def test_another_model_folder_than_the_base_is_refused_with_both_digests(
     ranks: RankPools, inputs: Path, two_rounds: Path, tmp_path: Path
 ) -> None:

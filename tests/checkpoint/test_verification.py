@@ -92,6 +92,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file_and_the_newest_goo
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_with_load_fallback_the_run_goes_on_from_the_newest_good_one_and_keeps_the_damaged(
     ranks: RankPools, words: list[str], saved: Path, tmp_path: Path
 ) -> None:

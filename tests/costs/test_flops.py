@@ -17,6 +17,7 @@ from hft_megatron.costs.flops import Flops, step_flops
 from hft_megatron.trainer.loop import next_step
 from tests.costs.test_rank_costs import SHAPE
 from tests.support.models import LAYOUTS, make_llama
+from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run
 from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SECOND, SELECTIVE, UNIFORM
 
@@ -52,6 +53,7 @@ CASES: dict[str, Case] = {
     "loss in chunks, head rests": (1, "tp1", {}, {"whole_bytes": 2**13, "hft_freeze_head": True}),
 }
 """Ranks, layout, recomputation, and what trains."""
+QUICK = ["full", "half", "half, selective", "bottom rests, two stages", "head rests", "loss in chunks"]
 
 
 def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[str, int]:
@@ -109,7 +111,7 @@ def folder(tmp_path_factory) -> str:
     return str(make_llama(tmp_path_factory.mktemp("flops") / "model", **TINY))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_the_engine_makes_exactly_the_products_that_the_formula_counts(ranks, folder, name):
     size, layout, recompute, hft = CASES[name]
     found = ranks(size).run(run_counted, folder=folder, layout=layout, recompute=recompute, hft=hft)

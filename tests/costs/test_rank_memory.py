@@ -15,6 +15,7 @@ from hft_megatron.trainer.method import run_schedule
 from tests.support.allocations import Allocations
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.shapes import tiny_shape
+from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, make_run
 from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SELECTIVE, UNIFORM
 
@@ -47,6 +48,7 @@ CASES: dict[str, Case] = {
     "half, interleaved": (2, "pp2_vpp", {"bf16": True}, {}),
 }
 """Ranks, layout, options of training, and what trains."""
+QUICK = ["full", "half", "half, fp32", "half, selective", "bottom rests", "half, tensor parallel"]
 
 
 def run_measured(folder: str, layout: str, training: dict, hft: dict) -> list[int]:
@@ -85,7 +87,7 @@ def folder(tmp_path_factory) -> str:
     return str(make_llama(tmp_path_factory.mktemp("memory") / "model", vocab_size=1024, **SIZES))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_a_step_takes_what_the_formula_says_within_a_tenth(ranks, folder, name):
     size, layout, training, hft = CASES[name]
     for most, formula in ranks(size).run(run_measured, folder=folder, layout=layout, training=training, hft=hft):

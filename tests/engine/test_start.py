@@ -55,6 +55,7 @@ assert torch.compile.__module__ == "torch"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_the_engine_comes_without_torch_s_compiler_which_then_works_when_it_is_called() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE], capture_output=True, text=True, check=False)

@@ -224,6 +224,7 @@ def test_a_step_that_is_left_out_changes_not_a_bit_of_weights_moments_counts_and
             assert re.match(LEFT_OUT[kind], line)
 
 
+@pytest.mark.slow
 def test_the_count_of_skipped_steps_survives_a_resume_and_one_more_than_allowed_ends_the_run(ranks, inputs, tmp_path):
     words = words_for(inputs, "--skip-nonfinite-steps", 1, "--save", tmp_path, "--load", tmp_path, "--save-interval", 4)
     [whole] = ranks(1).run(run_spoiled, method="sft", words=words, fault="data", iterations=[3])
@@ -246,6 +247,7 @@ def test_the_count_of_skipped_steps_survives_a_resume_and_one_more_than_allowed_
     assert "as all 1 of --skip-nonfinite-steps are used up, the model itself may be ill" in ended["failed"]
 
 
+@pytest.mark.slow
 def test_skipped_iterations_take_their_samples_on_a_resume_too_and_count_as_no_nonfinite_step(ranks, inputs, tmp_path):
     """Across rounds whose learning rate begins anew, where saving and validating stay at their multiples."""
     words = words_for(
@@ -311,6 +313,7 @@ def test_a_spike_of_the_loss_is_told_by_median_and_deviation_and_only_with_enoug
     assert LossSpikes(None).score(1e9) is None
 
 
+@pytest.mark.slow
 def test_a_spike_is_in_the_record_of_its_iteration_whatever_the_interval(ranks, inputs, tmp_path):
     words = words_for(inputs, "--save", tmp_path, "--loss-spike-threshold", 1e-6, "--log-interval", 100)
     with_few = words_for(inputs, "--save", tmp_path / "few", "--loss-spike-threshold", 1e-6)

@@ -38,6 +38,7 @@ def epoch_starts(inputs: Path) -> Sequence[int]:
     return PackedOrder(dataset.order(TrainingConfig().seed), dataset.lengths - 1, rule).epoch_starts(24)
 
 
+@pytest.mark.slow
 def test_a_packed_run_goes_on_within_an_epoch_at_another_layout_with_the_same_packs(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_corpus_validates_before_the_first_step_and_without_one(
     assert loaded[1:] == [(4, pytest.approx(loaded[0][1], rel=1e-12))]
 
 
+@pytest.mark.slow
 def test_sources_of_their_own_for_training_and_validation_are_the_same_run_as_one_that_is_not_divided(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_sources_of_their_own_for_training_and_validation_are_the_same_run_as_on
     assert len([entry for entry in (tmp_path / "kept").iterdir() if entry.is_dir()]) == 3
 
 
+@pytest.mark.slow
 def test_mock_data_trains_a_model_from_random_weights(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     model = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--max-position-embeddings", 64]
     words = [*model, "--tokenizer-model", inputs / "model", "--mock-data", "--train-iters", 8, "--lr", 1e-2]

@@ -100,6 +100,7 @@ def test_a_resumed_run_profiles_what_is_left_of_its_iterations(ranks: RankPools,
     assert {name for name in ranges_of(trace) if name.startswith("iteration ")} == {"iteration 4", "iteration 5"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_the_trace_of_what_it_did(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     stops = ["--profile-step-start", "1", "--profile-step-end", "5", "--exit-interval", "3"]
     [report] = ranks(1).run(run_sft_words, words=words_for(inputs, "--save", tmp_path, "--profile", *stops))

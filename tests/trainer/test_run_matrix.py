@@ -217,7 +217,7 @@ dpo-precompute dp2        tp1     3        carry  model    bottom -       none  
 dpo-shared     dp2        tp2_sp  3        carry  layer    drawn  yes     none      4     -       -     yes  yes  -
 dpo-model      dp2        pp2_vpp 4        host   category bottom yes     selective 4     yes     -     yes  -    -
 """)
-QUICK = {0, 4, 8, 11, 24, 27, 31}
+QUICK = {0, 4, 8, 11, 27, 31}
 """Among them is a tied embedding that trains at both ends of a pipeline."""
 ENGINE = {11, 16, 17, 18, 24, 31}
 """What also runs under the other line of megatron-core: several ranks, each method, resumed elsewhere.
