@@ -110,15 +110,21 @@ class SavedModel:
         with of_run or folder_weights(self.name, option=self.option) as weights:
             yield weights
 
-    def open(self, parallel: ParallelConfig, placement: Placement, *, bf16: bool) -> ModelInPlace:
-        """This rank's part of it, in the layout of ``placement``; collective."""
+    def open(
+        self, parallel: ParallelConfig, placement: Placement, *, bf16: bool, vocab_multiple: int = 1
+    ) -> ModelInPlace:
+        """This rank's part of it, in the layout of ``placement``; collective.
+
+        Its vocabulary is padded by ``vocab_multiple`` and not as its run had it: two models whose predictions are
+        compared hold the same rows.
+        """
         chunks = build_model(
             self.shape,
             parallel,
             TrainingConfig(),
             placement=placement,
             dtype=torch.bfloat16 if bf16 else torch.float32,
-            vocab_multiple=1,  # not the run's: two models that are compared have one shape
+            vocab_multiple=vocab_multiple,
         )
         if self.run is None:
             load_folder(self.name, chunks, self.shape, placement, option=self.option)

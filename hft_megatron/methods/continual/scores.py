@@ -61,7 +61,13 @@ class Scores:
         if self._base is None or not compares:
             yield None
             return
-        yield self._base.open(run.config.parallel, run.placement, bf16=run.config.training.bf16 is True)
+        config = run.config
+        yield self._base.open(
+            config.parallel,
+            run.placement,
+            bf16=config.training.bf16 is True,
+            vocab_multiple=config.model.make_vocab_size_divisible_by,
+        )
         free_memory(run.placement.device)
 
     def _row(self, after: int) -> str:
