@@ -14,11 +14,8 @@ from hft_megatron.checkpoint.folders import (
 )
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.checkpoint.store import PLAN_FILE
-from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, sync, write_atomically
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, FINISHED_FILE, sync, write_atomically
 from hft_megatron.errors import UserError
-
-FINISHED_FILE = "finished.json"
-"""In a run's folder: how far it came, in place of its checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)

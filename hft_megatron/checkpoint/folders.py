@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from hft_megatron.checkpoint.position import TrainState
-from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, found_again, sync, write_atomically
+from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, FINISHED_FILE, found_again, sync, write_atomically
 from hft_megatron.errors import UserError
 
 DIGESTS_FILE = "digests.json"
@@ -154,6 +154,11 @@ def checkpoint_at(folder: str, iteration: int | None, *, option: str = "--load")
     """The complete checkpoint of an iteration, the newest for None; UserError for one that is not there."""
     found = find_checkpoints(folder)
     there = ", ".join(str(iteration_of(path)) for path in reversed(found.complete))
+    if not there and (Path(folder) / FINISHED_FILE).exists():
+        raise UserError(
+            f"{option} {folder} is of a task that is over, whose checkpoints --continual-discard deleted; name a later "
+            f"task's folder."
+        )
     if not there:
         raise UserError(
             f"{option} {folder} holds no complete checkpoint; name the --save folder of a run that saved one."

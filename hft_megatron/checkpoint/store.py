@@ -32,6 +32,8 @@ Described = Mapping[str, Mapping[str, ShardedTensor]]
 """Chunk -> local name -> description of the parameter, whose cut its state follows."""
 State = dict[str, dict[str, ShardedTensor]]
 """unit -> name -> description of its state, for the units that this rank keeps."""
+_TRAINING, _RESTING = "optimizer.state", "resting"
+"""Before the names of state, of units that train and of others."""
 
 
 def sharded_training_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
@@ -43,7 +45,7 @@ def sharded_training_state(wrapped: WrappedModel, described: Described, placemen
         # What another tensor or pipeline rank holds as well is written there.
         if slot.unit in by_unit and not any(outer):
             state = gathered_state(wrapped.shards, slot.parameter, by_unit[slot.unit], group)
-            kept = {name: like_weight(model, f"optimizer.state.{name}", whole.cpu()) for name, whole in state}
+            kept = {name: like_weight(model, f"{_TRAINING}.{name}", whole.cpu()) for name, whole in state}
             if kept:
                 found[slot.unit] = kept
     return found
@@ -54,7 +56,7 @@ def empty_training_state(wrapped: WrappedModel, described: Described, placement:
     by_unit = keepers(wrapped.training_slots, placement.groups.dp)
     return {
         slot.unit: {
-            name: like_weight(model, f"optimizer.state.{name}", torch.empty(slot.parameter.numel()))
+            name: like_weight(model, f"{_TRAINING}.{name}", torch.empty(slot.parameter.numel()))
             for name in wrapped.shards.state_names
         }
         for slot, model in described_slots(wrapped, described)
@@ -90,7 +92,7 @@ def sharded_resting_state(wrapped: WrappedModel, described: Described, placement
         if slot.unit in wrapped.resting.steps and by_unit[slot.unit] == placement.data_rank:
             kept = wrapped.resting.tensors.get(slot.unit, {})
             found[slot.unit] = {
-                name: like_weight(model, f"resting.{name}", kept.get(name, torch.empty(slot.parameter.numel())))
+                name: like_weight(model, f"{_RESTING}.{name}", kept.get(name, torch.empty(slot.parameter.numel())))
                 for name in wrapped.shards.state_names
             }
     return found
@@ -241,31 +243,29 @@ def load_moments(path: Path, wrapped: WrappedModel, placement: Placement, *, kee
     """Gives ``wrapped``, whose weights are those of ``path`` already, the moments that a switch of rounds would carry
     over from there; every rank must call it. Returns how many units have some.
 
-    They are those of units that train now and, where ``keeps_resting``, of others. UserError where the checkpoint was
-    trained with other optimizer state.
+    They are those of units that train now and, where ``keeps_resting``, of others. The checkpoint is of a run in the
+    same data type.
     """
-    steps, held = TrainState.read(path).unit_steps, dist_checkpointing.load_tensors_metadata(str(path)).keys()
+    steps, names = TrainState.read(path).unit_steps, wrapped.shards.state_names
     units = {unit: count for unit, count in steps.items() if keeps_resting or unit in wrapped.plan.training}
+    if not units:
+        return 0
+    held = dist_checkpointing.load_tensors_metadata(str(path)).keys()
+    of_state = [key.removeprefix(f"{_TRAINING}.") for key in held if key.startswith(f"{_TRAINING}.")]
+    saved = {key.partition(".")[0] for key in of_state}
+    assert saved == set(names), f"{path} holds {sorted(saved)}"
     slots, described = list(parameter_slots(wrapped.modules)), described_weights(wrapped.modules)
     by_unit = keepers(slots, placement.groups.dp)
     wanted: State = {}
     for slot, model in described_slots(wrapped, described):
-        if slot.unit not in units:
-            continue
-        trained = f"optimizer.state.{wrapped.shards.state_names[0]}.{model.key}" in held
-        prefix = "optimizer.state" if trained else "resting"
-        names = {name: f"{prefix}.{name}" for name in wrapped.shards.state_names}
-        missing = [name for name, saved in names.items() if f"{saved}.{model.key}" not in held]
-        if missing:
-            raise UserError(
-                f"--hft-moments carry: {path} has no {missing[0]} of {slot.unit}, as after training in another data "
-                f"type; train all stages in one, or start this one with --no-load-optim."
-            )
-        if by_unit[slot.unit] == placement.data_rank:
+        if slot.unit in units and by_unit[slot.unit] == placement.data_rank:
+            prefix = _TRAINING if f"{_TRAINING}.{names[0]}.{model.key}" in held else _RESTING
+            # Rows that pad the vocabulary may be fewer in the file.
             wanted[slot.unit] = {
-                name: like_weight(model, saved, torch.empty(slot.parameter.numel())) for name, saved in names.items()
+                name: like_weight(model, f"{prefix}.{name}", torch.zeros(slot.parameter.numel())) for name in names
             }
-    loaded = dist_checkpointing.load({"moments": wanted}, str(path)).get("moments", {}) if wanted else {}
+    # Also on a rank that keeps nothing: all ranks of the run read together.
+    loaded = dist_checkpointing.load({"moments": wanted}, str(path)).get("moments", {})
     carried = CarriedState(steps=dict(units), tensors=flattened(loaded))
     give_state(wrapped.shards, slots, carried, placement.groups.dp)
     wrapped.resting.steps, wrapped.resting.tensors = carried.steps, carried.tensors

@@ -35,11 +35,12 @@ class CheckpointTensors:
     Raises UserError for a folder that is not as it was saved.
     """
 
-    def __init__(self, path: Path, shape: ModelShape) -> None:
+    def __init__(self, path: Path, shape: ModelShape, *, option: str = "--load") -> None:
+        """``option`` is what names the run in sentences."""
         self._shape = shape
         self._names = checkpoint_names(shape)
         self._folder_of: dict[str, _Folder] = {}
-        for at, state in chain_of(path):
+        for at, state in chain_of(path, option=option):
             self._open(at)
             assert not state.is_whole or not self.left_out, f"{at} lacks {self.left_out[:3]}"
 

@@ -14,6 +14,7 @@ from hft_megatron.checkpoint.store import load_weights as load_checkpoint
 from hft_megatron.checkpoint.verification import damage_of, shared_digest
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
@@ -111,20 +112,21 @@ class SavedModel:
             yield weights
 
     def open(
-        self, parallel: ParallelConfig, placement: Placement, *, bf16: bool, vocab_multiple: int = 1
+        self, parallel: ParallelConfig, placement: Placement, *, bf16: bool, like: RunConfig | None = None
     ) -> ModelInPlace:
         """This rank's part of it, in the layout of ``placement``; collective.
 
-        Its vocabulary is padded by ``vocab_multiple`` and not as its run had it: two models whose predictions are
-        compared hold the same rows.
+        Its kernels and the padding of its vocabulary are those of the run ``like``, or none, and not its own run's: two
+        models whose predictions are compared are made alike.
         """
+        like = like or RunConfig()
         chunks = build_model(
             self.shape,
             parallel,
-            TrainingConfig(),
+            TrainingConfig(transformer_impl=like.training.transformer_impl),
             placement=placement,
             dtype=torch.bfloat16 if bf16 else torch.float32,
-            vocab_multiple=vocab_multiple,
+            vocab_multiple=like.model.make_vocab_size_divisible_by,
         )
         if self.run is None:
             load_folder(self.name, chunks, self.shape, placement, option=self.option)

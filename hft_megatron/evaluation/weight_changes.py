@@ -49,7 +49,7 @@ def folder_weights(folder: str, *, option: str) -> Iterator[UnitWeights]:
 def run_weights(run: SavedRun) -> Iterator[UnitWeights]:
     """The weights of a run's checkpoint; UserError where it is damaged, or where the folder that has what it leaves
     out is gone or has changed."""
-    tensors = CheckpointTensors(run.checkpoint, run.identity.shape)
+    tensors = CheckpointTensors(run.checkpoint, run.identity.shape, option=run.option)
     with tensors.on(run.source() if tensors.left_out else None) as read:
         yield UnitWeights(name=str(run.checkpoint), shape=run.identity.shape, read=read)
 

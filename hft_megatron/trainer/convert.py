@@ -46,7 +46,7 @@ def convert_checkpoint(
     """
     run = SavedRun.read(load, iteration)
     shape, source = run.identity.shape, run.source()
-    tensors = CheckpointTensors(run.checkpoint, shape)
+    tensors = CheckpointTensors(run.checkpoint, shape, option=run.option)
     announce(
         f"> {run.checkpoint}: a LLaMA of {shape.parameter_count():,} parameters at iteration {run.state.iteration}"
     )

@@ -229,10 +229,23 @@ def _span(inputs: Inputs, world_size: int) -> int:
 
 
 def check_plan(inputs: Inputs, plan: Plan) -> None:
-    """UserError where a resumed run's checkpoint was trained by another plan."""
+    """UserError where a resumed run's checkpoint was trained by another plan, and where a run takes moments over from
+    one of another data type."""
     if inputs.resumes:
         assert inputs.checkpoint is not None
         check_saved_plan(inputs.checkpoint, plan, inputs.shape)
+    if inputs.carries_moments:
+        assert inputs.checkpoint is not None
+        if not _is_of_this_precision(inputs, inputs.checkpoint):
+            raise UserError(
+                f"--hft-moments carry: --load {inputs.checkpoint.parent} was trained in another data type, whose "
+                f"moments don't fit; train both in one, or start this run with --no-load-optim."
+            )
+
+
+def _is_of_this_precision(inputs: Inputs, checkpoint: Path) -> bool:
+    saved = read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
+    return saved.training.bf16 == inputs.config.training.bf16
 
 
 def starting_model(inputs: Inputs, placement: Placement, announce: Announce) -> list[LlamaModel]:
@@ -317,9 +330,9 @@ def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
 def _base_in_run(inputs: Inputs, checkpoint: Path, round: int) -> Base | None:
     """The checkpoint of another run that --finetune took the weights of; None where that run has another precision, in
     which a frozen weight has other bits."""
-    save, options = inputs.config.checkpoint.save, read_resolved(checkpoint.parent / RESOLVED_CONFIG_FILE)
+    save = inputs.config.checkpoint.save
     assert save is not None, "the rules of the options ask for it"
-    if options.training.bf16 != inputs.config.training.bf16:
+    if not _is_of_this_precision(inputs, checkpoint):
         return None
     folder = os.path.relpath(checkpoint.parent.resolve(), Path(save).resolve())
     return Base(round=round, iteration=iteration_of(checkpoint), folder=folder, digest=identity_of(checkpoint))

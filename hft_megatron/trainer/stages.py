@@ -10,9 +10,12 @@ from dataclasses import replace
 from hft_megatron.checkpoint.finished import Reached, discarded, reached
 from hft_megatron.checkpoint.folders import complete_checkpoints
 from hft_megatron.config import derived
+from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
 from hft_megatron.config.run import RunConfig
+from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE
+from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
 from hft_megatron.data.order import with_iterations
@@ -81,9 +84,10 @@ def run_what_is_left(
     *,
     hooks: Callable[[int], Sequence[Hook]] = lambda number: (),
     after_saving: Callable[[int], Sequence[Hook]] = lambda number: (),
+    when_over: Callable[[int], None] = lambda number: None,
 ) -> None:
     """``run_stages`` among ranks that have met, with ``hooks`` of a stage, by its number, before those that save, and
-    behind them."""
+    behind them. ``when_over`` is called on every rank when all of a stage is done."""
     rank, first_round, next_round = int(os.environ["RANK"]), 0, 0
     for number, stage in enumerate(stages):
         following = stages[number + 1] if number + 1 < len(stages) else None
@@ -105,6 +109,7 @@ def run_what_is_left(
                 after_saving=after_saving(number),
                 of_a_stage=True,
             )
+            when_over(number)
             leave_groups()
         # A stage that shares rounds may have fewer of them than the one before.
         next_round = max(next_round, last_round + 1)
@@ -137,6 +142,10 @@ def _where_it_ended(
         # Nothing is to be loaded: neither its own checkpoints nor those that it started from need be there.
         own = replace(config.checkpoint, load=str(stage.folder), finetune=False, exit_on_missing_checkpoint=False)
         config = replace(config, checkpoint=own)
+        identity = RunIdentity.read("--save", str(stage.folder))
+        # What the command leaves unset is what the run had, as where its checkpoint is there.
+        saved = read_resolved(stage.folder / RESOLVED_CONFIG_FILE)
+        config = derived.resolve(config, identity.shape, world_size, saved)
     asked = derived.train_iters(read_inputs(method, config, shape, world_size).config.training)
     if asked != ended.iteration:
         raise UserError(

@@ -7,6 +7,7 @@ training rows, which of them are replayed, and which matrices HFT trains; tasks 
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,9 +114,12 @@ def planned() -> Iterator[tuple[str, str, int]]:
 def measure(folder: Path) -> dict[str, Any]:
     """Everything that the result file holds; ``folder`` keeps what was trained. DemoError when a training fails."""
     tasks, base = folder / "tasks", folder / "base"
-    if not tasks.exists():
+    # What is written last; a stopped start may have left the rest.
+    if not (tasks / "tasks.yaml").exists():
+        shutil.rmtree(tasks, ignore_errors=True)
         write_tasks(tasks, MADE_SEED, SIZES)
     if not (base / "model").exists():
+        shutil.rmtree(base, ignore_errors=True)
         make_base(base, MADE_SEED, BASE_STEPS)
     with ThreadPoolExecutor(AT_ONCE) as threads:
         learned = list(threads.map(lambda one: learn(folder, *one), planned()))

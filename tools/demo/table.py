@@ -35,8 +35,9 @@ def render(before: Evaluation, outcomes: Sequence[Outcome]) -> str:
 
 def replace_table(text: str, table: str, start: str = README_START, end: str = README_END) -> str:
     """The text of a document, the README, with ``table`` between two marks that it has."""
-    head, _, rest = text.partition(start)
-    _, _, tail = rest.partition(end)
+    head, found, rest = text.partition(start)
+    _, found_end, tail = rest.partition(end)
+    assert all((found, found_end)), f"no place between {start} and {end}"
     return f"{head}{start}\n{table}\n{end}{tail}"
 
 

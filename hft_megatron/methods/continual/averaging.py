@@ -25,6 +25,11 @@ class AverageWithBefore(Hook):
     before: Callable[[], AbstractContextManager[UnitWeights]]
     """The weights that the stage started from, one unit at a time in memory."""
 
+    def at_round_start(self, run: Run) -> None:
+        if not run.is_complete:
+            # Not read yet: that they are gone is a mistake now, and not when the task's last step is done.
+            self.before()
+
     def after_iteration(self, run: Run) -> None:
         if run.is_complete:
             self._average(run)

@@ -18,13 +18,14 @@ from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import OnLoss
 from hft_megatron.evaluation.matrix import Column, ScoreMatrix
+from hft_megatron.evaluation.measures import DIVERGENCES
 from hft_megatron.evaluation.outcomes import ReadTask, read_task
 from hft_megatron.evaluation.saved_models import SavedModel
 from hft_megatron.evaluation.tasks import Task
 from hft_megatron.evaluation.weight_changes import UnitWeights, folder_weights, run_weights
 from hft_megatron.hft.units import units_of
 from hft_megatron.methods.continual.averaging import AverageWithBefore
-from hft_megatron.methods.continual.discarding import DiscardEarlier
+from hft_megatron.methods.continual.discarding import discard
 from hft_megatron.methods.continual.replay import write_replays
 from hft_megatron.methods.continual.scores import MATRIX_FILE, FillRows, Scores
 from hft_megatron.methods.continual.sequence import Part, parts_of
@@ -106,6 +107,8 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
         for line in [note for one in read.values() for note in one.read.notes]:
             announce(f"> {line}")
         matrix, notes = on_rank_0(lambda: _matrix(sequence))
+        if sequence.options.continual_kl_to_base:
+            notes = (*notes, *_without_divergences(matrix, sequence.general))
         for line in notes:
             announce(f"> {line}")
         base = sequence.base.model.load_hf if sequence.options.continual_kl_to_base else None
@@ -118,7 +121,11 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
         )
 
         def after_saving(number: int) -> Sequence[Hook]:
-            return [_rows_of(sequence, number, scores, read), *_discarding(sequence, number)]
+            return [_rows_of(sequence, number, scores, read)]
+
+        def when_over(number: int) -> None:
+            for line in on_rank_0(lambda: _discarded(sequence, number)):
+                announce(line)
 
         run_what_is_left(
             stages,
@@ -128,6 +135,7 @@ def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce,
             company,
             hooks=lambda number: _averaging(sequence, number),
             after_saving=after_saving,
+            when_over=when_over,
         )
         company.leave()
         stop_groups()
@@ -172,6 +180,19 @@ def _matrix(sequence: TaskSequence) -> tuple[ScoreMatrix, tuple[str, ...]]:
     return ScoreMatrix.read(path).resumed(tasks, general, path)
 
 
+def _without_divergences(matrix: ScoreMatrix, general: Sequence[Task]) -> list[str]:
+    """A line about rows that were filled without --continual-kl-to-base: their models may be gone."""
+    texts = [task.name for task in general if task.kind == "text"]
+    rows = [
+        task.name
+        for after, task in enumerate(matrix.tasks, start=1)
+        for name in texts
+        if (cell := matrix.cell(after, name)) is not None and not set(DIVERGENCES) & cell.beside.keys()
+    ]
+    found = ", ".join(dict.fromkeys(rows))
+    return [f"--continual-kl-to-base: the rows of {found} are there without it, and stay as they are"] if rows else []
+
+
 def _column(task: Task) -> Column:
     return Column(name=task.name, digest=task.digest, measure=task.metrics[0])
 
@@ -201,11 +222,11 @@ def _rows_of(sequence: TaskSequence, number: int, scores: Scores, read: Mapping[
     return FillRows(scores=scores, base=before, after=part.after, tasks=after)
 
 
-def _discarding(sequence: TaskSequence, number: int) -> list[Hook]:
-    """The hook of the stage that ends a task under --continual-discard."""
+def _discarded(sequence: TaskSequence, number: int) -> list[str]:
+    """What --continual-discard deletes behind a stage that ends a task, in lines for the log."""
     part = sequence.parts[number]
     if not (sequence.options.continual_discard and part.ends_task):
         return []
     earlier = [other for other in sequence.parts if other.after < part.after]
     older = [other.stage.folder for other in earlier if other.after < part.after - 1]
-    return [DiscardEarlier([other.stage.folder for other in earlier], older, part.stage.folder)]
+    return discard([other.stage.folder for other in earlier], older, part.stage.folder)

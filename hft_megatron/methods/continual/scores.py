@@ -1,8 +1,7 @@
 """The score matrix as it is filled: tasks put to the model of a stage when its last checkpoint is on the disk."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,28 +46,22 @@ class Scores:
             return
         row = self._row(after)
         run.announce(f"> evaluating {len(asked)} tasks {'before the first task' if after == 0 else f'after {row}'}")
-        compares = after > 0 and any(read.task.kind == "text" for read in asked)
-        with model_of(run) as model, self._base_for(run, compares=compares) as base:
-            for read in asked:
-                outcome = outcome_of(
-                    read, model, self._tokenizer, batch_size=self._batch_size, say=run.announce, base=base
-                )
-                self._keep(run, after, read, outcome)
+        compares = self._base is not None and after > 0 and any(read.task.kind == "text" for read in asked)
+        with model_of(run) as model:
+            self._ask(run, after, asked, model, compares=compares)
+        if compares:
+            free_memory(run.placement.device)
 
-    @contextmanager
-    def _base_for(self, run: Run, *, compares: bool) -> Iterator[ModelInPlace | None]:
-        """A second model in memory, where texts are measured against one."""
-        if self._base is None or not compares:
-            yield None
-            return
-        config = run.config
-        yield self._base.open(
-            config.parallel,
-            run.placement,
-            bf16=config.training.bf16 is True,
-            vocab_multiple=config.model.make_vocab_size_divisible_by,
-        )
-        free_memory(run.placement.device)
+    def _ask(self, run: Run, after: int, asked: Sequence[ReadTask], model: ModelInPlace, *, compares: bool) -> None:
+        """A second model is in memory until it returns, where texts are measured against one."""
+        base = None
+        if compares:
+            assert self._base is not None
+            bf16 = run.config.training.bf16 is True
+            base = self._base.open(run.config.parallel, run.placement, bf16=bf16, like=run.config)
+        for read in asked:
+            outcome = outcome_of(read, model, self._tokenizer, batch_size=self._batch_size, say=run.announce, base=base)
+            self._keep(run, after, read, outcome)
 
     def _row(self, after: int) -> str:
         return self.matrix.tasks[after - 1].name if after else BASE_ROW

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from hft_megatron.checkpoint.folders import complete_checkpoints, identity_of
+from hft_megatron.checkpoint.folders import checkpoint_at, complete_checkpoints, identity_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.errors import UserError
-from hft_megatron.methods.continual.discarding import DiscardEarlier
+from hft_megatron.methods.continual.discarding import discard
 from hft_megatron.methods.continual.sequence import Part, parts_of
 from hft_megatron.methods.continual.tasks import read_continual_tasks
 from tests.checkpoint.test_folders import make_checkpoint
@@ -117,12 +117,18 @@ def test_what_a_kept_delta_is_based_on_is_not_discarded(tmp_path: Path) -> None:
         folder.mkdir()
         saved.append(make_checkpoint(folder, 4))
         (saved[-1] / "plan.json").write_text("plan")
+        (folder / "fisher").mkdir()
     before, digest = f"../{FOLDERS[1]}", identity_of(saved[1])
     TrainState(iteration=4, base_iteration=4, base_folder=before, base_digest=digest).write(saved[2])
-    lines = DiscardEarlier(folders[:2], folders[:1], folders[2])._discard()
+    lines = discard(folders[:2], folders[:1], folders[2])
     assert lines[0] == f"> --continual-discard: deleted 1 checkpoints of {folders[0]}, a task that is over"
     assert lines[1].endswith(f"is based on {folders[1]}, which stays")
     assert [len(complete_checkpoints(str(folder))) for folder in folders] == [0, 1, 1]
     TrainState(iteration=4).write(saved[2])
-    DiscardEarlier(folders[:2], folders[:1], folders[2])._discard()
+    discard(folders[:2], folders[:1], folders[2])
     assert [len(complete_checkpoints(str(folder))) for folder in folders] == [0, 0, 1]
+    assert [(folder / "fisher").exists() for folder in folders] == [False, True, True]
+    with pytest.raises(
+        UserError, match=f"--model {folders[0]} is of a task that is over, .* name a later task's folder"
+    ):
+        checkpoint_at(str(folders[0]), None, option="--model")
