@@ -1,5 +1,6 @@
 """The tables of the first result say what the sequences' matrices say. Run: pytest tests/tools"""
 
+import json
 from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
@@ -91,3 +92,9 @@ def test_the_options_are_those_of_the_command() -> None:
         words = [*sequences.TRAINING_OPTIONS, *sequences.SETTINGS[setting], *sequences.WEIGHTS[weights]]
         options = load_options(ContinualOptions, [*words, "--seed", str(seed)])
         assert options.as_run.hft.hft_ratio == (1 if weights == "full" else 0.5)
+
+
+def test_the_documentation_has_the_tables_of_the_committed_result() -> None:
+    text = sequences.DOCUMENT.read_text(encoding="utf-8")
+    between = text.partition(sequences.BEGIN)[2].partition(sequences.END)[0]
+    assert between.strip() == render(json.loads(sequences.RESULTS.read_text(encoding="utf-8")))
