@@ -350,5 +350,5 @@ def build_hooks(
         profile = Profile(options.profile_step_start, options.profile_step_end, ranks, trace_folder(config))
         before_stop = profile.at_end
         hooks.append(profile)
-    hooks.append(StopEarly(saver, config.training, signals, before_stop))
+    hooks.append(StopEarly(saver, config.training, signals, before_stop, of_a_stage=of_a_stage))
     return [*hooks, *after_saving]

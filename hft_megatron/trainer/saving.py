@@ -169,8 +169,11 @@ class StopEarly(Hook):
         options: TrainingConfig,
         signals: Signals,
         before_stop: Callable[[Run], None] | None = None,
+        *,
+        of_a_stage: bool = False,
     ) -> None:
         """``before_stop`` is called before the run is ended, and saved."""
+        self._of_a_stage = of_a_stage
         self._saver = saver
         self._before_stop = before_stop
         self._minutes = options.exit_duration_in_mins
@@ -196,7 +199,8 @@ class StopEarly(Hook):
         if self._saver is None:
             raise Stopped(f"{stopped}; without --save it is lost")
         self._saver.save_and_wait(run)
-        raise Stopped(f"{stopped}; start it again with --load {self._saver.options.save}")
+        again = f"start it again with --load {self._saver.options.save}"
+        raise Stopped(f"{stopped}; {'give the same command again to resume' if self._of_a_stage else again}")
 
     def _fail_if_any(self, run: Run) -> None:
         failure = next((failure for failure in gathered(run.failure) if failure is not None), None)
