@@ -149,8 +149,8 @@ def learn(folder: Path, setting: str, weights: str, seed: int) -> Outcome:
         ]
         print(f"{setting}, {weights}, seed {seed}: {save.with_suffix('.log')}", flush=True)
         since = time.monotonic()
-        environment = cpu_environment({"OMP_NUM_THREADS": "1"})
-        run_logged(command, environment=environment, folder=REPOSITORY, log=save.with_suffix(".log"), shows=False)
+        one_thread = cpu_environment({"OMP_NUM_THREADS": "1"})
+        run_logged(command, environment=one_thread, folder=REPOSITORY, log=save.with_suffix(".log"), shows=False)
         matrix = json.loads((save / "matrix.json").read_text(encoding="utf-8"))
         one = of_matrix(matrix, setting, weights, seed, (time.monotonic() - since) / 60)
         done.write_text(json.dumps(asdict(one)) + "\n", encoding="utf-8")

@@ -1,22 +1,24 @@
 """A sequence of tasks from its options to its score matrix, in one process; resumes wherever it was stopped."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hft_megatron.checkpoint.finished import reached
+from hft_megatron.checkpoint.finished import discard_checkpoints, reached
+from hft_megatron.checkpoint.folders import chain_of, complete_checkpoints
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.config.continual import ContinualConfig
 from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.run import RunConfig
-from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE
+from hft_megatron.config.run_folder import FISHER_FOLDER, RESOLVED_CONFIG_FILE
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.stages import Stage, with_one_schedule
 from hft_megatron.config.validation import shape_of
 from hft_megatron.data.tokenizer import Tokenizer
-from hft_megatron.errors import OnLoss
+from hft_megatron.errors import OnLoss, UserError
 from hft_megatron.evaluation.matrix import Column, ScoreMatrix
 from hft_megatron.evaluation.measures import DIVERGENCES
 from hft_megatron.evaluation.outcomes import ReadTask, read_task
@@ -25,7 +27,6 @@ from hft_megatron.evaluation.tasks import Task
 from hft_megatron.evaluation.weight_changes import UnitWeights, folder_weights, run_weights
 from hft_megatron.hft.units import units_of
 from hft_megatron.methods.continual.averaging import AverageWithBefore
-from hft_megatron.methods.continual.discarding import discard
 from hft_megatron.methods.continual.replay import write_replays
 from hft_megatron.methods.continual.scores import MATRIX_FILE, FillRows, Scores
 from hft_megatron.methods.continual.sequence import Part, parts_of
@@ -230,3 +231,32 @@ def _discarded(sequence: TaskSequence, number: int) -> list[str]:
     earlier = [other for other in sequence.parts if other.after < part.after]
     older = [other.stage.folder for other in earlier if other.after < part.after - 1]
     return discard([other.stage.folder for other in earlier], older, part.stage.folder)
+
+
+def discard(earlier: Sequence[Path], older: Sequence[Path], own: Path) -> list[str]:
+    """Deletes the checkpoints of the tasks before one that is over; what was done, in lines for the log.
+
+    ``earlier`` are the folders of their stages, in order; ``older`` those of them whose Fisher information
+    (--ewc-lambda) is in that of the task before this one, and which goes, too; ``own`` is that of the stage that ended
+    the task. What can't be deleted is tried again behind the next task.
+    """
+    try:
+        # Of a task that was saved with --save-trained-only, which may have been given before and left out now.
+        needed = {at.parent.resolve() for path in complete_checkpoints(str(own)) for at, _ in chain_of(path)}
+    except UserError as error:
+        return [f"> --continual-discard: nothing is deleted, because {error}"]
+    lines = []
+    for folder in earlier:
+        if folder.resolve() in needed:
+            lines.append(f"> --continual-discard: what is in {own} is based on {folder}, which stays")
+            continue
+        try:
+            gone = discard_checkpoints(folder)
+            if folder in older and (folder / FISHER_FOLDER).exists():
+                shutil.rmtree(folder / FISHER_FOLDER)
+        except OSError as error:
+            lines.append(f"> --continual-discard: the checkpoints in {folder} could not be deleted: {error}")
+            continue
+        if gone:
+            lines.append(f"> --continual-discard: deleted {len(gone)} checkpoints of {folder}, a task that is over")
+    return lines

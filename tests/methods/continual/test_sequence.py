@@ -7,7 +7,7 @@ import pytest
 from hft_megatron.checkpoint.folders import checkpoint_at, complete_checkpoints, identity_of
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.errors import UserError
-from hft_megatron.methods.continual.discarding import discard
+from hft_megatron.methods.continual.run import discard
 from hft_megatron.methods.continual.sequence import Part, parts_of
 from hft_megatron.methods.continual.tasks import read_continual_tasks
 from tests.checkpoint.test_folders import make_checkpoint
