@@ -209,9 +209,12 @@ print(f'{minutes:g}', math.ceil(60 * minutes))
 
     CORES_PER_RANK=$(($(nproc) / GPUS_PER_NODE))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES_PER_RANK < 1 ? 1 : CORES_PER_RANK))}
-    # When ranks are restarted after a crash, a store shared with the agent makes them meet old addresses; recovery then
-    # fails about half of the time on gloo.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    if ((NNODES > 1 || MAX_RESTARTS > 0)); then
+        # When ranks are restarted after a crash, a store shared with the agent makes them meet old addresses; recovery
+        # then fails about half of the time on gloo. Elsewhere it is shared: a port of their own may be taken by the time
+        # that rank 0 listens.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    fi
     # A stopped run writes its checkpoint before it leaves, which may take longer than torchrun's 30 seconds.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 

@@ -259,6 +259,15 @@ def test_torchrun_waits_for_the_nodes_as_long_as_the_ranks_for_each_other(
     assert value_of("--rdzv-conf", script.started()) == f"timeout={seconds}"
 
 
+def test_ranks_meet_at_a_port_that_is_held_unless_they_may_be_restarted(script: Script) -> None:
+    # A port that torchrun only looks up may be taken by the time that rank 0 listens.
+    shares = []
+    for settings in ({}, {"MAX_RESTARTS": "2"}, {"NNODES": "2", "MASTER_ADDR": "node-a"}):
+        assert script.run(**settings).returncode == 0
+        shares.append("TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in script.started()["environment"])
+    assert shares == [True, False, False]
+
+
 def test_a_restart_keeps_the_export_of_the_same_iterations(script: Script) -> None:
     (script.save / "hf_iter_5").mkdir(parents=True)
     script.run("--train-iters", "5")
