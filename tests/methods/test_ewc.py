@@ -246,7 +246,11 @@ def test_a_task_goes_on_in_its_middle_to_the_last_bit_over_rounds_of_its_own(
     assert files_of(tmp_path / "task1" / FISHER_FOLDER) == bits
     for answer in whole:
         assert all(held["bytes"] == 8 * held["updated"] for held in answer["held"])
-    assert [step["measured"]["ewc penalty"] > 0 for step in whole[-1]["steps"]] == [False, False, True, True, True]
+    penalties = [step["measured"]["ewc penalty"] for step in whole[-1]["steps"]]
+    assert min(penalties[2:]) > 0.03
+    # Before the first update with a rate; in bf16 the masters go on too, and theta* is their rounding.
+    assert [penalty > 0 for penalty in penalties[:2]] == [precision == "--bf16"] * 2
+    assert max(penalties[:2]) < 0.001
     assert len({tuple(held["trains"]) for held in whole[0]["held"]}) == 2
 
 
