@@ -133,7 +133,8 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
             _let_others_speak(OTHER_RANKS_WAIT_S)
         return errors.EXIT_FAILURE
     except _Terminated:
-        return _end(errors.EXIT_STOPPED, "stopped", "SIGTERM stopped it before its end", status)
+        sentence = "SIGTERM stopped it before its end; give the same command again"
+        return _end(errors.EXIT_STOPPED, "stopped", sentence, status)
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
     except Exception as error:

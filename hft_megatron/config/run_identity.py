@@ -150,8 +150,8 @@ def _data_words(config: RunConfig) -> str | None:
 
 def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:
     """Raise UserError, with both values of the first difference, when ``folder`` holds another run than ``new``."""
-    fix = f"choose another {option} folder; --load {folder} --finetune, with another --save, starts a new run from "
-    fix += "its weights"
+    fix = f"go back to that, or choose another {option} folder; --load {folder} --finetune, with another --save, "
+    fix += "starts a new run from its weights"
     for name, old_value, new_value in differences(saved, new):
         raise UserError(
             f"{option} {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; {fix}."

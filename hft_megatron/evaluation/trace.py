@@ -51,7 +51,10 @@ def find_trace(option: str, folder: Path) -> tuple[Task, ...]:
     """
     names = [name for name in TRACE if (folder / name).is_dir()]
     if not names:
-        raise UserError(f"{option} {folder} has none of TRACE's tasks; it must have folders such as C-STANCE and FOMC.")
+        lists = sorted(folder.glob("*.yaml"))
+        fix = "it must have folders such as C-STANCE and FOMC"
+        fix = f"give {lists[0]}, if that is the list of tasks" if lists else fix
+        raise UserError(f"{option} {folder} has none of TRACE's tasks; {fix}.")
     for name in names:
         for split in SPLITS:
             if not (folder / name / f"{split}.json").is_file():

@@ -1,5 +1,6 @@
 """A score matrix for people: as a table and as a picture, from the plain contents of matrix.json."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from hft_megatron.evaluation.matrix import is_of_hundred
+from hft_megatron.report.evaluation import counted
 from hft_megatron.report.plan_picture import INK, MARGIN, PAPER, RESTS, ROUND_COLOURS, Box, Colour, fill
 from hft_megatron.report.tables import table_lines
 
@@ -39,7 +41,7 @@ def matrix_text(contents: Contents, *, trained_share: float | None = None) -> st
     ):
         if any(score is not None for score in scores.values()):
             rows.append([title, *(_number(scores[each["name"]]) if each["name"] in scores else "" for each in columns)])
-    lines = [*table_lines(rows), *(f"  {line}" for line in _summary_lines(summary))]
+    lines = [*table_lines(rows), *(f"  {line}" for line in (*_summary_lines(summary), *_counts(contents)))]
     if trained_share is not None:
         lines.append(f"  trained in at least one of the tasks: {trained_share:.1%} of the weights")
     return "\n".join(lines)
@@ -56,6 +58,18 @@ def _in_words(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
     if cell["value"] is None:
         return NO_NUMBER
     return f"{cell['value']:.1f}" if is_of_hundred(column["measure"]) else f"{cell['value']:.4g}"
+
+
+def _counts(contents: Contents) -> list[str]:
+    """Answers that came to no end of their own, and the like: a score may say more about those than about the task."""
+    lines = []
+    for column in (*contents["tasks"], *contents["general"]):
+        cells = [row["cells"][column["name"]] for row in contents["rows"] if column["name"] in row["cells"]]
+        counts = sum((Counter(cell["counts"]) for cell in cells), Counter[str]())
+        if counts.total():
+            examples = sum(cell["examples"] for cell in cells)
+            lines.append(f"{column['name']}, all rows: {counted(counts, examples)}")
+    return lines
 
 
 def _number(score: float | None) -> str:

@@ -88,10 +88,15 @@ def _counts(model: Mapping[str, Any]) -> list[str]:
     """Lines about what was cut, left out or never ended."""
     lines = []
     for task in model["tasks"]:
-        counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in task["counts"].items() if count]
-        if counts:
-            lines.append(f"{model['name']}, {task['name']}: {', '.join(counts)}, of {task['examples']:,} examples")
+        if any(task["counts"].values()):
+            lines.append(f"{model['name']}, {task['name']}: {counted(task['counts'], task['examples'])}")
     return lines
+
+
+def counted(counts: Mapping[str, int], examples: int) -> str:
+    """What there is of each, of so many examples."""
+    found = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items() if count)
+    return f"{found}, of {examples:,} examples"
 
 
 def comparison_text(comparison: Comparison) -> str:

@@ -10,7 +10,7 @@ from hft_megatron.optimizer.wrapping import wrap
 from hft_megatron.parallel.groups import stop_groups
 from hft_megatron.parallel.peers import Peers, peers
 from hft_megatron.trainer.hooks import build_hooks
-from hft_megatron.trainer.inputs import read_inputs
+from hft_megatron.trainer.inputs import check_not_discarded, read_inputs
 from hft_megatron.trainer.loop import Hook, learning_rate, train
 from hft_megatron.trainer.method import Method
 from hft_megatron.trainer.out_of_memory import memory_errors_in_words
@@ -62,7 +62,9 @@ def train_and_export(
     ``after_saving`` are hooks that run behind those that save. ``of_a_stage``, it ends with a line instead of its whole
     bill.
     """
-    start = prepare(read_inputs(method, options, shape, world_size), world_size, company)
+    inputs = read_inputs(method, options, shape, world_size)
+    check_not_discarded(inputs.found)
+    start = prepare(inputs, world_size, company)
     last = start.inputs.method.last_hooks(start.inputs, start.placement)
     behind = [*start.evaluations(), *after_saving, *last]
     hooks_of = partial(build_hooks, own=hooks, after_saving=behind, of_a_stage=of_a_stage)

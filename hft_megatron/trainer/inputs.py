@@ -73,6 +73,12 @@ class Inputs:
         return self.checkpoint is not None and not self.config.checkpoint.finetune
 
     @property
+    def is_over(self) -> bool:
+        """Whether the run resumes at its last iteration, so that its options can't change what was trained."""
+        length = derived.train_iters(self.config.training)
+        return self.resumes and 0 < length <= self.position.iteration
+
+    @property
     def carries_moments(self) -> bool:
         """Whether a run that takes its first weights from another goes on with its moments, as between two rounds."""
         hft, options = self.config.hft, self.config.checkpoint
@@ -209,6 +215,7 @@ def _checkpoints_to_load(options: RunConfig) -> Checkpoints | None:
     """What --load holds; UserError where that is nothing and something is asked for."""
     found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
     if options.checkpoint.finetune:
+        check_not_discarded(found)
         _check_weights_are_there(options, found)
     if options.checkpoint.exit_on_missing_checkpoint and found is not None and found.is_empty:
         raise UserError(
@@ -218,14 +225,21 @@ def _checkpoints_to_load(options: RunConfig) -> Checkpoints | None:
     return found
 
 
+def check_not_discarded(found: Checkpoints | None) -> None:
+    """UserError where the --load folder held a run that nothing can resume or start from any more."""
+    if found is not None and discarded(found.folder) is not None:
+        raise UserError(
+            f"--load {found.folder} holds a task that is over, whose checkpoints --continual-discard deleted; give the "
+            f"folder of another run."
+        )
+
+
 def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> None:
     """A new run without the weights it should start from would start from others, in silence."""
     if found is None or found.is_empty:
-        is_over = found is not None and discarded(found.folder) is not None
-        why = "whose checkpoints --continual-discard deleted" if is_over else "which holds no complete checkpoint"
         raise UserError(
-            f"--finetune takes the weights of --load {options.checkpoint.load}, {why}; give the --save folder of "
-            f"another run."
+            f"--finetune takes the weights of --load {options.checkpoint.load}, which holds no complete checkpoint; "
+            f"give the --save folder of another run."
         )
 
 

@@ -117,6 +117,8 @@ def _with_values(config: RunConfig, noted: Noted) -> RunConfig:
 def _choice(config: RunConfig, noted: Noted, new: Noted, differing: list[str], iteration: int) -> str:
     pairs = ", ".join(f"{_called(name)} {noted[name]} -> {new[name]}" for name in differing)
     listed = f"(checkpoint -> this command): {pairs}"
+    if iteration >= new[_ITERATIONS]:
+        return f"warning: iteration {iteration} is the last, and these options change nothing any more {listed}"
     if config.checkpoint.use_checkpoint_opt_param_scheduler:
         return f"{_USE_CHECKPOINT}: the values of iteration {iteration} are used where they differ {listed}"
     if config.checkpoint.override_opt_param_scheduler:

@@ -20,7 +20,6 @@ from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.exports import best_metric, higher_is_better
 from hft_megatron.config.loading import write_resolved
-from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.training import TrainingConfig
@@ -326,7 +325,7 @@ def write_run_files(inputs: Inputs, scores: dict[str, float] | None, announce: A
         option, target = "--save", options.save
         try:
             if options.save is not None:
-                _fill_save_folder(Path(options.save), inputs.config, identity, scores)
+                _fill_save_folder(Path(options.save), inputs, identity, scores)
             exports = exports_of(options)
             if exports is not None:
                 option, target = "--save-hf", options.save_hf
@@ -340,9 +339,12 @@ def write_run_files(inputs: Inputs, scores: dict[str, float] | None, announce: A
     on_rank_0(write)
 
 
-def _fill_save_folder(folder: Path, config: RunConfig, identity: RunIdentity, scores: dict[str, float] | None) -> None:
+def _fill_save_folder(folder: Path, inputs: Inputs, identity: RunIdentity, scores: dict[str, float] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_resolved(config, folder / RESOLVED_CONFIG_FILE)
+    config = folder / RESOLVED_CONFIG_FILE
+    # Of a run that is over the file says what it was trained with, whatever this command has.
+    if not (inputs.is_over and config.exists()):
+        write_resolved(inputs.config, config)
     if scores is not None:
         write_atomically(folder / SPECTRUM_FILE, json.dumps(scores, indent=1) + "\n")
     write_atomically(folder / RUN_IDENTITY_FILE, json.dumps(identity.to_dict(), indent=2) + "\n")

@@ -24,7 +24,7 @@ from hft_megatron.parallel.groups import leave_groups, stop_groups
 from hft_megatron.parallel.peers import Peers, peers
 from hft_megatron.trainer.assembly import train_and_export
 from hft_megatron.trainer.bill import announce_bill_of_stages
-from hft_megatron.trainer.inputs import read_inputs, tokenizer_and_shape
+from hft_megatron.trainer.inputs import check_not_discarded, read_inputs, tokenizer_and_shape
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.method import Method
 from hft_megatron.trainer.resume import with_schedule
@@ -35,6 +35,7 @@ Methods = Mapping[MethodName, Method]
 def check_inputs(method: Method, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
     """Reads tokenizer, data and the saved run, and prints what was found; UserError for the first mistake."""
     inputs = read_inputs(method, config, shape, world_size)
+    check_not_discarded(inputs.found)
     for line in inputs.describe():
         print(line)
     with_schedule(inputs, world_size, print)

@@ -312,6 +312,21 @@ def test_a_model_with_other_weights_is_another_run(
 
 
 @pytest.mark.usefixtures("no_weights_needed")
+@pytest.mark.parametrize("options", [["--save", "other", "--finetune"], ["--save", "run"]])
+def test_a_run_whose_checkpoints_were_discarded_is_neither_begun_again_nor_taken_weights_from(
+    options: list[str], command: list[str], saved_run: Path, capsys: Any
+) -> None:
+    shutil.rmtree(saved_run / "iter_0000002")
+    (saved_run / "latest_checkpointed_iteration.txt").unlink()
+    (saved_run / "finished.json").write_text('{"iteration": 2, "round": 0}')
+    _, name, *others = options
+    message = mistake_of(
+        [*command, "--load", str(saved_run), "--save", str(saved_run.with_name(name)), *others], capsys
+    )
+    assert f"--load {saved_run} holds a task that is over, whose checkpoints --continual-discard deleted" in message
+
+
+@pytest.mark.usefixtures("no_weights_needed")
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [

@@ -35,6 +35,15 @@ def test_every_option_of_the_optimizer_that_differs_is_said_with_both_values(nam
     assert line.endswith(f" {NOTED[name]} -> {value}")
 
 
+def test_behind_the_last_iteration_an_option_that_differs_changes_nothing_any_more() -> None:
+    other = replace(RUN, optimizer=replace(RUN.optimizer, lr=7.0))
+    _, [line] = resumed_schedule(other, NOTED, 8, iteration=8)
+    assert line == (
+        "warning: iteration 8 is the last, and these options change nothing any more (checkpoint -> this command): "
+        "--lr 0.001 -> 7.0"
+    )
+
+
 def test_a_schedule_in_every_round_is_another_schedule_and_is_kept_with_its_length() -> None:
     of_rounds = replace(RUN, hft=HFTConfig(hft_lr_schedule="round"))
     noted = schedule_to_note(of_rounds, 2)

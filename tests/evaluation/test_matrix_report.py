@@ -23,7 +23,8 @@ def contents() -> dict[str, Any]:
         (2, "first"): 50.06, (2, "Straße 态度"): 75, (2, "text"): 12.3456,
     }  # fmt: skip
     for (after, name), value in scores.items():
-        matrix.put(after, name, Cell(value=value, examples=10))
+        counts = {"without_end": after, "without_answer": 0} if name == "first" else {}
+        matrix.put(after, name, Cell(value=value, examples=10, counts=counts))
     return matrix.contents()
 
 
@@ -37,6 +38,7 @@ def test_the_table_has_every_cell_and_says_what_is_not_there(contents: dict[str,
         "  best - last            49.94          0",
         "  last - base                                                   10.85",
         "  OP 62.53, BWT -24.97 (over T), -49.94 (over T - 1), T = 2",
+        "  first, all rows: without end 3, of 30 examples",
         "  trained in at least one of the tasks: 75.0% of the weights",
     ]
 

@@ -57,3 +57,6 @@ def test_a_missing_split_is_named(split: str, folder: Path) -> None:
 def test_a_folder_without_tasks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has none of TRACE's tasks; it must have folders such as C-STANCE and FOMC"):
         find_trace("--data", tmp_path)
+    (tmp_path / "sequence.yaml").touch()
+    with pytest.raises(UserError, match=r"; give .*/sequence.yaml, if that is the list of tasks"):
+        find_trace("--data", tmp_path)

@@ -187,8 +187,11 @@ def test_a_sequence_that_discards_and_is_killed_in_an_evaluation_keeps_the_last_
     (save / FIRST / "iter_0000004.unfinished").mkdir()
     (save / FIRST / "latest_checkpointed_iteration.txt").write_text("4\n")
     before = {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")}
-    again = run(words_of(inputs, save, "--continual-discard"), log, ranks=None)
+    config = (save / THIRD / "resolved_config.yaml").read_bytes()
+    again = run(words_of(inputs, save, "--continual-discard", "--lr", 1), log, ranks=None)
     assert "the run has reached iteration 4 of 4: no step is left" in again
+    assert "warning: iteration 4 is the last, and these options change nothing any more" in again
+    assert (save / THIRD / "resolved_config.yaml").read_bytes() == config
     assert {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")} == before
     assert answers(save) == answers(whole)
     for number, (folder, iterations) in enumerate(((FIRST, 4), (SECOND, 12))):
