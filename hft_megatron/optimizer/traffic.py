@@ -2,12 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
+from torch import distributed as dist
 
+from hft_megatron.parallel.direct_exchange import Exchanges, is_direct
 from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAIT, StepClock, TimedHandle
 
 
@@ -83,23 +86,33 @@ def _metered_collectives(traffic: Traffic, section: str) -> Iterator[None]:
     reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func
     all_gather = param_and_grad_buffer.dist_all_gather_func
     coalescing = param_and_grad_buffer._coalescing_manager
+    exchanges = Exchanges()
 
-    def counting_reduce_scatter(output: Tensor, input: Tensor, *, group: Any, **kwargs: Any) -> Any:
+    def counting_reduce_scatter(output: Tensor, input: Tensor, *, op: Any, group: Any, async_op: bool) -> Any:
         traffic.count(reduce_scatter=input.nbytes if group.size() > 1 else 0)
-        return reduce_scatter(output, input, group=group, **kwargs)
+        if not is_direct(group):
+            return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
+        assert op == dist.ReduceOp.SUM
+        exchanges.reduce_scatter(output, input, group, in_background=async_op)
+        return None
 
-    def counting_all_gather(output: Tensor, input: Tensor, *, group: Any, **kwargs: Any) -> Any:
+    def counting_all_gather(output: Tensor, input: Tensor, *, group: Any, async_op: bool) -> Any:
         traffic.count(all_gather=output.nbytes if group.size() > 1 else 0)
-        return all_gather(output, input, group=group, **kwargs)
+        if not is_direct(group):
+            return all_gather(output, input, group=group, async_op=async_op)
+        exchanges.all_gather(output, input, group, in_background=async_op)
+        return None
 
     @contextlib.contextmanager
     def timing_coalescing(group: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        launched = nullcontext(exchanges) if is_direct(group) else coalescing(group, *args, **kwargs)
         if group.size() == 1:
-            with coalescing(group, *args, **kwargs) as handle:
+            with launched as handle:
                 yield handle
             return
-        # The calls inside are only noted; the manager launches them when it ends, and waits for those without overlap.
-        with traffic.clock.section(section), coalescing(group, *args, **kwargs) as handle:
+        # torch's manager only notes the calls inside; it launches them when it ends, and waits for those without
+        # overlap.
+        with traffic.clock.section(section), launched as handle:
             yield TimedHandle(handle.wait, partial(traffic.clock.section, section))
 
     with (

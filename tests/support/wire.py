@@ -1,29 +1,28 @@
-"""What megatron-core really sends, counted by the tests themselves."""
+"""What data-parallel ranks really exchange, counted by the tests themselves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
-from megatron.core.distributed import param_and_grad_buffer
+from torch import Tensor
+
+from hft_megatron.parallel.direct_exchange import AllGather, ReduceScatter
 
 
 @contextmanager
 def sent_bytes() -> Iterator[dict[str, int]]:
-    """Adds up what megatron-core gives to both collectives on data-parallel groups of more than one rank."""
+    """Adds up the buffers of both collectives on groups of more than one rank."""
     counts = {"reduce_scatter": 0, "all_gather": 0}
-    reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func
-    all_gather = param_and_grad_buffer.dist_all_gather_func
+    start_sum, start_gather = ReduceScatter.__init__, AllGather.__init__
 
-    def counting_reduce_scatter(output, input, *, group, **kwargs):
+    def counting_sum(self: ReduceScatter, output: Tensor, input: Tensor, group: Any, **kwargs: Any) -> None:
         counts["reduce_scatter"] += input.nbytes if group.size() > 1 else 0
-        return reduce_scatter(output, input, group=group, **kwargs)
+        start_sum(self, output, input, group, **kwargs)
 
-    def counting_all_gather(output, input, *, group, **kwargs):
+    def counting_gather(self: AllGather, output: Tensor, input: Tensor, group: Any) -> None:
         counts["all_gather"] += output.nbytes if group.size() > 1 else 0
-        return all_gather(output, input, group=group, **kwargs)
+        start_gather(self, output, input, group)
 
-    with (
-        patch.object(param_and_grad_buffer, "dist_reduce_scatter_func", counting_reduce_scatter),
-        patch.object(param_and_grad_buffer, "dist_all_gather_func", counting_all_gather),
-    ):
+    with patch.object(ReduceScatter, "__init__", counting_sum), patch.object(AllGather, "__init__", counting_gather):
         yield counts
