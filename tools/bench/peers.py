@@ -1,0 +1,347 @@
+"""Compares a step of half and full fine-tuning with what people use instead, and commits it to results/peers.json.
+
+Run: ``python tools/bench/peers.py`` on a machine that does nothing else, or with ``--render`` to print the tables only.
+A LLaMA of 98 M parameters, DP 2 with one thread each over gloo (``--device cuda``: a rank for each GPU over NCCL). All
+trainers of a set are processes of their own that hold the same weights and take one step of the same batch in every
+round, in an order that changes; what is compared are ratios within rounds. ``full at 9d3f35c`` is this project before
+its collectives and its AdamW were changed.
+"""
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from bill import environment, write_data
+from launching import DemoError, cpu_environment
+from result_file import measure_and_render
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+RESULTS = HERE / "results" / "peers.json"
+BEFORE = "9d3f35c"
+MODEL = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 16384,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+}
+WARM_UP_ROUNDS = 2
+AGREE = 1e-5
+"""The largest relative difference of first losses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much of the model a step does on a rank."""
+
+    sequence: int
+    micro_batches: int
+
+
+WORKS = {
+    "128": Work(sequence=128, micro_batches=1),
+    "512": Work(sequence=512, micro_batches=1),
+    "4 x 512": Work(sequence=512, micro_batches=4),
+}
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+
+
+def ours(ratio: str, *options: str, before: bool = False) -> dict[str, Any]:
+    """The product."""
+    return {"trainer": "ours", "words": ["--hft-ratio", ratio, *options], "before": before}
+
+
+def theirs(sharding: str, *, frozen: bool, fused: bool = True) -> dict[str, Any]:
+    """transformers."""
+    return {"trainer": "transformers", "sharding": sharding, "frozen": frozen, "fused": fused}
+
+
+TRAINERS: Mapping[str, Mapping[str, Any]] = {
+    "half": ours("0.5"),
+    "full": ours("1"),
+    f"full at {BEFORE}": ours("1", before=True),
+    "half, overlapped": ours("0.5", *OVERLAP),
+    "full, overlapped": ours("1", *OVERLAP),
+    "stock megatron-core, full": {"trainer": "stock"},
+    "DDP, the same frozen": theirs("ddp", frozen=True),
+    "DDP, full": theirs("ddp", frozen=False),
+    "FSDP2, the same frozen": theirs("fsdp2", frozen=True),
+    "FSDP2, full": theirs("fsdp2", frozen=False),
+    "DDP + ZeRO-1, the same frozen": theirs("zero1", frozen=True),
+    "DDP + ZeRO-1, full": theirs("zero1", frozen=False),
+    "DDP, the same frozen, default AdamW": theirs("ddp", frozen=True, fused=False),
+    "DDP, full, default AdamW": theirs("ddp", frozen=False, fused=False),
+}
+SETS: Mapping[str, Sequence[str]] = {
+    "before and DDP": ("half", "full", f"full at {BEFORE}", "DDP, the same frozen"),
+    "full": ("half", "full", "DDP, full", "stock megatron-core, full"),
+    "FSDP2": ("half", "full", "FSDP2, the same frozen", "FSDP2, full"),
+    "ZeRO-1": ("half", "full", "DDP + ZeRO-1, the same frozen", "DDP + ZeRO-1, full"),
+    "default AdamW": ("half", "full", "DDP, the same frozen, default AdamW", "DDP, full, default AdamW"),
+    "overlap": ("half", "full", "half, overlapped", "full, overlapped"),
+}
+"""Trainers that are in memory together, 20 GB at most; the first is the one that writes the batches."""
+TARGETS: Sequence[tuple[str, str, Mapping[str, float]]] = (
+    ("half", f"full at {BEFORE}", {"128": 0.42, "512": 0.62, "4 x 512": 0.80}),
+    ("half", "DDP, the same frozen", {"128": 0.88, "512": 0.95, "4 x 512": 0.93}),
+    ("half", "FSDP2, the same frozen", {"128": 0.60, "512": 0.80, "4 x 512": 0.95}),
+    ("full", "DDP, full", {"128": 0.90, "512": 0.95, "4 x 512": 0.95}),
+    ("full", "stock megatron-core, full", {"128": 0.60, "512": 0.75, "4 x 512": 0.90}),
+)
+
+
+class Trainer:
+    """The ranks of one trainer, which wait between steps."""
+
+    def __init__(self, name: str, folder: Path, work: Work, steps: int, device: str, code: Path) -> None:
+        self.name = name
+        facts = TRAINERS[name]
+        self._log = (folder / "trainers.log").open("a", encoding="utf-8")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self._ranks, self._links = [], []
+        for rank in range(2):
+            mine, its = socket.socketpair()
+            job = {**facts, "folder": str(folder), "steps": steps, "rank": rank, "device": device}
+            if facts["trainer"] == "ours":
+                job["writes batches"] = name == "half"
+                job["words"] = _command(folder, work, steps, device, facts["words"])
+            variables = {
+                "PYTHONPATH": f"{code if facts.get('before') else REPOSITORY}:{HERE}",
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(port),
+                **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+                **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2"),
+            }
+            surroundings = cpu_environment(variables)
+            if device == "cuda":
+                del surroundings["CUDA_VISIBLE_DEVICES"]
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / "peer_rank.py"), json.dumps(job), str(its.fileno())],
+                env=surroundings,
+                cwd=folder,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(its.fileno(),),
+            )
+            its.close()
+            self._ranks.append(process)
+            self._links.append(mine.makefile("rw", encoding="utf-8"))
+            mine.close()
+
+    def answers(self) -> list[dict[str, Any]]:
+        """A line of every rank."""
+        found = [link.readline() for link in self._links]
+        if not all(found):
+            raise DemoError(f"{self.name} ended; see {self._log.name}")
+        return [json.loads(line) for line in found]
+
+    def step(self) -> dict[str, Any]:
+        """One step of both ranks: what the slower one took, and both's bytes on the wire."""
+        sent = _loopback_bytes()
+        for link in self._links:
+            link.write("step\n")
+            link.flush()
+        answers = self.answers()
+        slowest = max(answers, key=lambda answer: float(answer["step (ms)"]))
+        return {
+            **slowest,
+            "processor (ms)": sum(answer["processor (ms)"] for answer in answers) / 2,
+            "page faults": sum(answer["page faults"] for answer in answers) / 2,
+            "wire (MB per rank)": (_loopback_bytes() - sent) / 2e6,
+            "peak resident (MB)": max(answer["peak resident (MB)"] for answer in answers),
+        }
+
+    def close(self) -> None:
+        """Ends the ranks."""
+        for process in self._ranks:
+            process.kill()
+            process.wait()
+        for link in self._links:
+            link.close()
+        self._log.close()
+
+
+def _loopback_bytes() -> int:
+    """What this machine has sent to itself, by the kernel's counter; nothing else should be at work."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text(encoding="utf-8"))
+
+
+def _command(folder: Path, work: Work, steps: int, device: str, options: Sequence[str]) -> list[str]:
+    return [
+        *("sft", "--load-hf", str(folder / "model"), "--tokenizer-model", str(folder / "tokenizer.model")),
+        *("--train-data-path", str(folder / "train.jsonl"), "--long-examples", "truncate"),
+        *("--seq-length", str(work.sequence), "--micro-batch-size", "1"),
+        *("--global-batch-size", str(2 * work.micro_batches), "--train-iters", str(steps)),
+        *("--lr", "1e-4", "--lr-decay-style", "constant", "--weight-decay", "0.01"),
+        *("--adam-beta2", "0.999", "--adam-eps", "1e-8", "--clip-grad", "1.0"),
+        "--bf16" if device == "cuda" else "--no-bf16",
+        *options,
+    ]
+
+
+@contextmanager
+def code_before(folder: Path) -> Iterator[Path]:
+    """A worktree of the commit before."""
+    tree = folder / "before"
+    git = ["git", "-C", str(REPOSITORY), "worktree"]
+    subprocess.run([*git, "add", "--quiet", "--detach", str(tree), BEFORE], check=True)
+    try:
+        yield tree
+    finally:
+        subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+
+
+def write_model(folder: Path) -> None:
+    """``folder/model``: random weights, as transformers draws them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder / "model")
+
+
+def measure_set(names: Sequence[str], folder: Path, work: Work, rounds: int, device: str, code: Path) -> dict[str, Any]:
+    """A step of every trainer in each round, and the trainers' first losses, which must agree."""
+    steps = WARM_UP_ROUNDS + rounds
+    taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        trainers = []
+        for number, name in enumerate(names):
+            trainer = Trainer(name, folder, work, steps, device, code)
+            stack.callback(trainer.close)
+            trainers.append(trainer)
+            if number == 0:
+                trainer.answers()  # the batches are there
+        for trainer in trainers[1:]:
+            trainer.answers()
+        for round in range(steps):
+            first = round % len(trainers)
+            for trainer in (*trainers[first:], *trainers[:first]):
+                taken[trainer.name].append(trainer.step())
+    losses = {name: figures[0]["loss"] for name, figures in taken.items()}
+    for name, loss in losses.items():
+        if abs(loss / losses[names[0]] - 1) > AGREE:
+            raise DemoError(f"the first loss of {name} is {loss}, and {losses[names[0]]} of {names[0]}: not one work")
+    return {
+        "first losses": losses,
+        "trainers": {name: _medians(figures[WARM_UP_ROUNDS:]) for name, figures in taken.items()},
+        "ratios": {
+            f"{one} / {other}": spread(
+                [a["step (ms)"] / b["step (ms)"] for a, b in zip(taken[one], taken[other], strict=True)][
+                    WARM_UP_ROUNDS:
+                ]
+            )
+            for one in names[:2]
+            for other in names
+            if one != other
+        },
+    }
+
+
+def _medians(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = [
+        name for name in figures[0] if name.endswith(("(ms)", "faults", "(MB)", "rank)")) and name != "phases (ms)"
+    ]
+    found: dict[str, Any] = {name: round(median(one[name] for one in figures), 1) for name in names}
+    phases = figures[0].get("phases (ms)") or {}
+    if phases:
+        found["phases (ms)"] = {name: round(median(one["phases (ms)"][name] for one in figures), 1) for name in phases}
+    return found
+
+
+def spread(ratios: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles."""
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
+    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "rounds": len(ratios)}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the result file holds. Raises DemoError when a trainer fails."""
+    results: dict[str, Any] = {
+        "command": f"python tools/bench/peers.py --rounds {options.rounds} --device {options.device}",
+        "environment": environment(),
+        "works": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="peers-") as name:
+        folder = Path(name)
+        write_data(folder)
+        write_model(folder)
+        with code_before(folder) as code:
+            for work in options.work or WORKS:
+                results["works"][work] = {}
+                for one in options.set or SETS:
+                    print(f"{work} tokens: {one}", flush=True)
+                    results["works"][work][one] = measure_set(
+                        SETS[one], folder, WORKS[work], options.rounds, options.device, code
+                    )
+    return results
+
+
+def render(results: dict[str, Any]) -> str:
+    """The result file as Markdown tables."""
+    works = results["works"]
+    lines = [f"| ratio of step times | {' | '.join(works)} |", f"|---|{'---|' * len(works)}"]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for work, sets in works.items():
+        for one in sets.values():
+            for name, ratio in one["ratios"].items():
+                found.setdefault(name, {}).setdefault(work, ratio)
+    targets = {f"{one} / {other}": limits for one, other, limits in TARGETS}
+    for name, ratios in found.items():
+        cells = []
+        for work in works:
+            ratio = ratios.get(work)
+            limit = f", target {targets[name][work]}" if name in targets else ""
+            cells.append(
+                f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f}{limit})"
+                if ratio
+                else "-"
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for work, sets in works.items():
+        lines += ["", f"| {work} tokens | step (ms) | processor (ms) | wire (MB per rank) | page faults | peak (MB) |"]
+        lines.append("|---|---|---|---|---|---|")
+        shown: set[str] = set()
+        for one in sets.values():
+            for name, figures in one["trainers"].items():
+                if name not in shown:
+                    shown.add(name)
+                    lines.append(
+                        f"| {name} | {figures['step (ms)']:,.0f} | {figures['processor (ms)']:,.0f} | "
+                        f"{figures['wire (MB per rank)']:,.0f} | {figures['page faults']:,.0f} | "
+                        f"{figures['peak resident (MB)']:,.0f} |"
+                    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(description="Compare a step with what people use instead.")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="steps of each trainer after two that warm up (default: 7)"
+    )
+    parser.add_argument("--work", action="append", choices=list(WORKS), help="only this one (default: all)")
+    parser.add_argument("--set", action="append", choices=list(SETS), help="only this one (default: all)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what ranks are on (default: cpu)")
+    return measure_and_render(parser, RESULTS, measure, render)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
