@@ -67,7 +67,7 @@ class WeightGradient:
     def __init__(self, weight: Parameter) -> None:
         self._weight = weight
         main_grad: Tensor | None = getattr(weight, "main_grad", None)
-        self._is_main_grad = main_grad is not None
+        self.is_main_grad = main_grad is not None
         self._total = main_grad if main_grad is not None else _zeros(weight)
 
     def add(self, grad_output: Tensor, total_input: Tensor) -> None:
@@ -75,19 +75,20 @@ class WeightGradient:
         add = addition(self._total.dtype, total_input.dtype, total_input.device.type)
         add(self._total, grad_output.t(), total_input)
 
+    def add_rows(self, rows: Tensor, gradients: Tensor) -> None:
+        """Adds ``gradients`` (tokens, in) to ``rows`` (tokens,), of which some may be there more than once; in the same
+        order, and to the same bits, in every run."""
+        self._total.index_put_((rows,), gradients.to(self._total.dtype), accumulate=True)
+
     def for_autograd(self) -> Tensor:
         """What a backward pass returns for the weight, never None: DDP's hook asserts a gradient under overlapped
         reduction, and None would keep the bucket from being sent.
 
         Where ``main_grad`` has the sum already, this is a tensor that the hook drops, with whatever its memory holds.
-        Of an embedding that is also this stage's head (``zero_out_wgrad``) the hook adds what autograd summed up: the
-        embedding's gradient and this tensor, which is zero there.
         """
-        if not self._is_main_grad:
+        if not self.is_main_grad:
             return self._total.to(self._weight.dtype)
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # read by DDP's hook
-        if getattr(self._weight, "zero_out_wgrad", False):
-            return torch.zeros_like(self._weight)
         return torch.empty_like(self._weight)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.training import TransformerImpl
 from hft_megatron.errors import UserError
+from hft_megatron.model.embedding import TokenEmbedding
 from hft_megatron.model.head import VocabularyHead
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm, RotaryTable
 from hft_megatron.model.linear import RowParallel
@@ -108,6 +109,8 @@ class LlamaModel(GPTModel):
         self.shape = shape
         self._keeps_hidden_states = False
         if pre_process:
+            is_head = post_process and shape.tie_embeddings
+            self.embedding.word_embeddings = TokenEmbedding(self.embedding.word_embeddings, is_head=is_head)
             self.embedding.register_forward_hook(self._lay_out_one_sequence)
         if pre_process and config.recompute_granularity == "full":
             self.embedding.register_forward_hook(self._let_recomputed_layers_train)

@@ -41,19 +41,17 @@ def test_a_sum_of_bf16_products_is_rounded_once():
     assert (found.dtype, found.item()) == (BF16, 512)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_main_grad_gets_the_sum_and_autograd_zeros_where_an_embedding_adds_its_own(shared: bool):
+def test_main_grad_gets_the_sum_of_products_and_of_rows() -> None:
     weight = torch.nn.Parameter(torch.zeros(3, 2))
-    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.ones(3, 2), False, shared
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(3, 2), False  # type: ignore[attr-defined]
     gradient = WeightGradient(weight)
     gradient.add(torch.ones(4, 3), torch.ones(4, 2))
-    assert torch.equal(weight.main_grad, torch.full((3, 2), 5.0))
-    assert not weight.grad_added_to_main_grad
-    found = gradient.for_autograd()
-    assert weight.grad_added_to_main_grad
-    assert found.shape == weight.shape
-    if shared:
-        assert torch.equal(found, torch.zeros(3, 2))
+    assert torch.equal(weight.main_grad, torch.full((3, 2), 5.0))  # type: ignore[attr-defined]
+    gradient.add_rows(torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=FP64))
+    assert weight.main_grad.tolist() == [[8.0, 9.0], [5.0, 5.0], [11.0, 13.0]]  # type: ignore[attr-defined]
+    assert not weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert gradient.for_autograd().shape == weight.shape
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
 
 
 @pytest.mark.gpu
