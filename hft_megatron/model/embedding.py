@@ -47,10 +47,10 @@ class TokenEmbedding(VocabParallelEmbedding):
         """``is_head`` is whether the same stage has the weight as its head, too."""
         # Not megatron-core's, which would make a second weight.
         torch.nn.Module.__init__(self)
-        vars(self).update(vars(made))
+        self.__dict__.update(made.__dict__)
         self.is_head = is_head
         # Asks the head for zeros, to which autograd would add the embedding's gradient, and DDP's hook for the sum.
-        vars(self.weight).pop("zero_out_wgrad", None)
+        self.weight.__dict__.pop("zero_out_wgrad", None)
 
     def forward(self, input_: Tensor) -> Tensor:
         several = self.tp_group.size() > 1
@@ -63,5 +63,7 @@ class TokenEmbedding(VocabParallelEmbedding):
             rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if self.reduce_scatter_embeddings:
             rows = rows.transpose(0, 1).contiguous()
-            return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+            rows = reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+        else:
+            rows = reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+        return rows

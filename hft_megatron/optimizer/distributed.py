@@ -132,6 +132,11 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         self.updates += successful
         return successful
 
+    def _copy_main_params_to_model_params(self) -> None:
+        # In fp32 a master is a view of the weights, and would be copied onto itself.
+        if self.config.bf16:
+            super()._copy_main_params_to_model_params()
+
     def begin(self, steps: dict[str, int]) -> None:
         """Counts from here on; ``steps`` are the updates that units' moments have seen before, 0 where left out."""
         self.start_steps, self.updates = steps, 0

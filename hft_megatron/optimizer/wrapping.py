@@ -11,8 +11,11 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.utils import local_multi_tensor_scale
+from torch import Tensor
 
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
@@ -114,7 +117,7 @@ def wrap(
     with traffic.lending_bucket_groups():
         wrapped = tuple(
             # Later virtual chunks reduce off the critical path: one bucket each, as Megatron does.
-            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            _ShardScaling(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         )
     torch_adam = steps_per_unit or config.transformer_impl == "local"
@@ -128,6 +131,38 @@ def wrap(
     _connect_schedules(config, wrapped, optimizer)
     config.timers = traffic.clock.megatron_timers
     return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards, traffic=traffic)
+
+
+class _ShardScaling(DistributedDataParallel):
+    """megatron-core's wrapper, which scales of the summed gradients only what this rank updates, and not the rest of
+    the buffers, which nothing reads any more."""
+
+    def scale_gradients(self, scaling_factor: float) -> None:
+        for buffer in self.buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard_buffer(bucket.grad_data, group.size())[group.rank()].mul_(scaling_factor)
+
+
+class _ClippingInPlace(ChainedOptimizer):
+    """megatron-core's chain, whose clipping takes no copy of the gradients where neither transformer-engine's kernel
+    nor Apex' is there."""
+
+    def step(self) -> Any:
+        found = clip_grads.multi_tensor_scale_impl
+        if found is local_multi_tensor_scale:
+            clip_grads.multi_tensor_scale_impl = _scale_in_place
+        try:
+            return super().step()
+        finally:
+            clip_grads.multi_tensor_scale_impl = found
+
+
+def _scale_in_place(chunk: int, overflow: Tensor, tensors: list[list[Tensor]], scale: float) -> None:
+    """In the place of ``multi_tensor_scale``, for what is written where it was read."""
+    read, written = tensors
+    assert all(one is other for one, other in zip(read, written, strict=True))
+    torch._foreach_mul_(written, scale)
 
 
 def _optimizer_config(
@@ -161,7 +196,7 @@ def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot], *, torc
         return HFTDistributedOptimizer(*args, plan=plan, unit_of=unit_of, **kwargs)
 
     use_torch = megatron_optimizer.USING_PYTORCH_OPTIMIZER or torch_adam
-    lent: dict[str, Any] = {"DistributedOptimizer": build}
+    lent: dict[str, Any] = {"DistributedOptimizer": build, "ChainedOptimizer": _ClippingInPlace}
     if use_torch:
         # megatron-core passes no options on to torch's AdamW, so it takes ours for Apex'.
         lent |= {"USING_PYTORCH_OPTIMIZER": False, "Adam": _torch_adamw}
