@@ -13,6 +13,7 @@ from hft_megatron.tracking.tracker import TOKENS_PER_SECOND
 _BYTE_ROWS = (
     ("reduced", "reduced per step"),
     ("gathered", "gathered per step"),
+    ("wire", "sent to other ranks per step"),
     ("gradients", "held as gradients"),
     ("masters", "held as masters"),
     ("moments", "held as moments"),
@@ -24,8 +25,8 @@ def bill_line(bill: Mapping[str, Any], folder: str | None) -> str:
     """One line of a bill's contents: steps, their mean time, tokens per second, and shares of full fine-tuning."""
     shares = [
         f"{_share(bill['total_bytes'][name])} of the bytes {label}"
-        for name, label in _BYTE_ROWS[:-1]
-        if bill["total_bytes"][name]["full"]
+        for name, label in _BYTE_ROWS
+        if name not in ("wire", "resting") and bill["total_bytes"][name]["full"]
     ]
     step = mean(rank["milliseconds"]["step"] for rank in bill["ranks"])
     place = f"; all of it is in {folder}/{BILL_FILE}" if folder is not None else ""
@@ -62,7 +63,9 @@ def render_bill(bill: Mapping[str, Any], *, of: str | None = None) -> str:
 def _byte_rows(bill: Mapping[str, Any]) -> list[list[str]]:
     rows = [["bytes", "largest rank", "full", "all ranks", "full", "share"]]
     for name, label in _BYTE_ROWS:
-        per = bill["steps"] if name in ("reduced", "gathered") else 1
+        if name not in bill["total_bytes"]:  # of an earlier version
+            continue
+        per = bill["steps"] if name in ("reduced", "gathered", "wire") else 1
         of_rank = [rank["bytes"][name] for rank in bill["ranks"]]
         total = bill["total_bytes"][name]
         largest = [max(one[kind] for one in of_rank) for kind in ("measured", "full")]

@@ -114,8 +114,9 @@ class TimeLeft:
 WARM_UP_STEPS = 2
 """Left out of the times: moments are made in the first step, and its reductions do not overlap yet."""
 STEP = "step"
-SUMS = ("reduced", "gathered")
-"""Bytes that the bill adds up over the steps."""
+SUMS = ("reduced", "gathered", "wire")
+"""Bytes that the bill adds up over the steps: of the buffers that are summed and filled, and what of them a rank sends
+to others."""
 HELD = ("gradients", "masters", "moments", "resting")
 """Bytes held after a step, of which the bill has the most: of a rank over all rounds, and of all ranks in one round.
 ``resting`` are states of resting units in host memory."""
@@ -133,7 +134,7 @@ class Bill(Hook):
     """The --save folder; without one the table is only printed."""
     of_a_stage: bool = False
     """Say one line instead of the table: all of it follows after the last stage."""
-    _sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMS, 0))
+    _sent: dict[str, int] = field(default_factory=lambda: {"reduced": 0, "gathered": 0})
     _held: dict[int, dict[str, int]] = field(default_factory=dict)
     """round -> what was held in it at most."""
     _switch_ms: list[float] = field(default_factory=list)
@@ -197,6 +198,8 @@ class Bill(Hook):
         placement = run.placement
         full = _full_bytes(run, steps)
         measured = self._sent | {name: max(held[name] for held in self._held.values()) for name in HELD}
+        for one in (measured, full):
+            one["wire"] = wire_bytes(one["reduced"] + one["gathered"], placement.data_size)
         return {
             "rank": placement.rank,
             "tensor_rank": placement.tensor_rank,
@@ -232,6 +235,12 @@ def _full_bytes(run: Run, steps: int) -> dict[str, int]:
         "moments": costs.optimizer_bytes - masters,
         "resting": 0,
     }
+
+
+def wire_bytes(buffers: int, ranks: int) -> int:
+    """What each of ``ranks`` sends of buffers that are reduce-scattered or all-gathered: all parts but one, once. So do
+    NCCL's rings and ``parallel.direct_exchange``."""
+    return buffers * (ranks - 1) // ranks
 
 
 def _warm_up(steps: int) -> int:
@@ -337,7 +346,9 @@ def _layout_of(bill: dict[str, Any]) -> list[Any]:
 def _bytes_together(bytes: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
     return {
         name: {kind: (sum if name in SUMS else max)(one[name][kind] for one in bytes) for kind in ("measured", "full")}
+        # Bills of earlier versions know less.
         for name in bytes[0]
+        if all(name in one for one in bytes)
     }
 
 

@@ -13,7 +13,7 @@ from hft_megatron.costs.flops import FORMULA
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.report.bill import render_bill
-from hft_megatron.trainer.bill import announce_bill_of_stages, together
+from hft_megatron.trainer.bill import announce_bill_of_stages, together, wire_bytes
 from tests.support.runs import make_inputs, read_metrics, run_sft_words, words_for, write_data
 
 STEPS = 5
@@ -64,6 +64,8 @@ def test_the_bill_is_the_sum_of_the_log(runs, name):
     measured = {item: value["measured"] for item, value in bill_of(runs, name)["ranks"][-1]["bytes"].items()}
     assert measured["reduced"] == sum(line["reduce-scatter bytes"] for line in lines) > 0
     assert measured["gathered"] == sum(line["all-gather bytes"] for line in lines) > 0
+    # Half of every buffer stays with its rank of two.
+    assert measured["wire"] == (measured["reduced"] + measured["gathered"]) / 2
     assert measured["gradients"] == lines[-1]["gradient buffer bytes"]
     assert measured["masters"] == lines[-1]["master weight bytes"] == 0
     assert measured["moments"] == lines[-1]["moment bytes"] == lines[-1]["optimizer bytes"]
@@ -126,7 +128,7 @@ def test_a_finished_run_that_is_started_again_keeps_its_bill(runs, ranks):
 
 
 def account(measured: int, full: int, milliseconds: float) -> dict[str, Any]:
-    items = ("reduced", "gathered", "gradients", "masters", "moments", "resting")
+    items = ("reduced", "gathered", "wire", "gradients", "masters", "moments", "resting")
     return {
         "bytes": {item: {"measured": measured, "full": full} for item in items},
         "milliseconds": dict.fromkeys(("step", *PARTS), milliseconds),
@@ -145,7 +147,7 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
         "data_parallel_size": 1,
         "overlap_grad_reduce": True,
         "overlap_param_gather": False,
-        "total_bytes": dict.fromkeys(("reduced", "gathered", "gradients", "moments"), total)
+        "total_bytes": dict.fromkeys(("reduced", "gathered", "wire", "gradients", "moments"), total)
         | {"masters": {"measured": 0, "full": 0}, "resting": {"measured": 40_000, "full": 0}},
         "throughput": {"tokens per GPU (tokens/s/GPU)": 1234.56, "formula": "6 N"},
         "switches": {"count": 3, "mean_ms": 12.34},
@@ -158,6 +160,7 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
     rows = {label: cells.split() for label, _, cells in (line.strip().partition("  ") for line in lines)}
     assert len({len(line) for line in lines if line.endswith(("%", "-", "share"))}) == 1  # one width
     assert rows["reduced per step"] == ["500.0", "kB", "1.2", "MB", "750.0", "kB", "2.0", "MB", "37.5%"]
+    assert rows["sent to other ranks per step"] == rows["reduced per step"]
     assert rows["held as moments"] == ["2.0", "MB", "5.0", "MB", "3.0", "MB", "8.0", "MB", "37.5%"]
     assert rows["held as masters"][-1] == "-"
     assert rows["kept on the host"][-3:] == ["0", "bytes", "-"]
@@ -166,6 +169,10 @@ def test_a_table_shows_the_largest_rank_the_sum_and_the_share():
     assert rows["max allocated memory (GB)"] == ["65.00", "60.00", "70.00"]
     assert "6 N" not in render_bill(bill)
     assert rows["reduce-scatter wait (exposed)"] == rows["all-gather wait (all of it)"] == ["15.0", "10.0", "20.0"]
+
+
+def test_a_rank_sends_all_parts_of_a_buffer_but_its_own() -> None:
+    assert [wire_bytes(1200, ranks) for ranks in (1, 2, 3, 8)] == [0, 600, 800, 1050]
 
 
 def test_bills_of_stages_add_up_what_was_sent_and_weigh_times_by_their_steps(runs, tmp_path):
