@@ -9,6 +9,7 @@ its collectives and its AdamW were changed.
 
 import argparse
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -274,8 +275,11 @@ def spread(ratios: Sequence[float]) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the result file holds. Raises DemoError when a trainer fails."""
+    chosen = [f" --work {shlex.quote(one)}" for one in options.work or ()]
+    chosen += [f" --set {shlex.quote(one)}" for one in options.set or ()]
+    words = f"--rounds {options.rounds} --device {options.device}{''.join(chosen)}"
     results: dict[str, Any] = {
-        "command": f"python tools/bench/peers.py --rounds {options.rounds} --device {options.device}",
+        "command": f"python tools/bench/peers.py {words}",
         "environment": environment(),
         "works": {},
     }
