@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -105,7 +104,7 @@ def _metered_collectives(traffic: Traffic, section: str) -> Iterator[None]:
 
     @contextlib.contextmanager
     def timing_coalescing(group: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        launched = nullcontext(exchanges) if is_direct(group) else coalescing(group, *args, **kwargs)
+        launched = contextlib.nullcontext(exchanges) if is_direct(group) else coalescing(group, *args, **kwargs)
         if group.size() == 1:
             with launched as handle:
                 yield handle

@@ -28,6 +28,10 @@ def is_direct(group: dist.ProcessGroup) -> bool:
     return dist.get_backend(group) == "gloo"
 
 
+def _others(group: dist.ProcessGroup) -> list[int]:
+    return [rank for rank in range(group.size()) if rank != group.rank()]
+
+
 class ReduceScatter:
     """A sum over ranks that is under way: on rank r of ``group`` that of the r-th part of every rank's ``input``."""
 
@@ -38,7 +42,7 @@ class ReduceScatter:
         assert input.is_contiguous()
         assert output.is_contiguous()
         self._group, self._output, self._input = group, output.view(-1), input.view(-1)
-        self._rank, self._others = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
+        self._rank, self._others = group.rank(), _others(group)
         length = BLOCK_BYTES // input.element_size()
         self._to_post = deque(
             (start, min(length, output.numel() - start)) for start in range(0, output.numel(), length)
@@ -101,9 +105,8 @@ class AllGather:
         mine = parts[group.rank()]
         if mine.data_ptr() != input.data_ptr():
             mine.copy_(input.view(-1))
-        others = [rank for rank in range(group.size()) if rank != group.rank()]
-        self._works = [group.recv([parts[rank]], rank, 0) for rank in others]
-        self._works += [group.send([mine], rank, 0) for rank in others]
+        self._works = [group.recv([parts[rank]], rank, 0) for rank in _others(group)]
+        self._works += [group.send([mine], rank, 0) for rank in _others(group)]
 
     def wait(self) -> None:
         """Returns when all parts are there and on their way. RuntimeError where another rank is gone."""
