@@ -20,8 +20,11 @@ from hft_megatron.model.parameter_names import ChunkPlace, chunk_parameters, chu
 
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
-DEFAULT_BUCKET_SIZE = 40_000_000
-DEFAULT_BUCKET_SIZE_PER_RANK = 1_000_000
+LARGEST_BUCKET = 40_000_000
+LEAST_OF_A_RANK = 1_000_000
+"""Elements that each data-parallel rank has of a bucket, below which the start of a collective costs more than it
+carries."""
+MOST_BUCKETS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,14 @@ class Bucket:
         return owned
 
 
-def default_bucket_size(data_parallel_size: int) -> int:
-    """Elements of a bucket when reduction is overlapped and --ddp-bucket-size is unset (megatron-core's rule)."""
-    return max(DEFAULT_BUCKET_SIZE, DEFAULT_BUCKET_SIZE_PER_RANK * data_parallel_size)
+def default_bucket_size(trainable_elements: int, data_parallel_size: int) -> int:
+    """Elements of a bucket when reduction is overlapped and --ddp-bucket-size is unset.
+
+    megatron-core's ``max(40 M, 1 M x DP)`` is one bucket for a small model, of which nothing overlaps. Here that is the
+    most, and below it a 16th of what a chunk trains, or 1 M per data-parallel rank where that is more.
+    """
+    least = LEAST_OF_A_RANK * data_parallel_size
+    return min(max(LARGEST_BUCKET, least), max(least, trainable_elements // MOST_BUCKETS))
 
 
 def lay_out(shards: Sequence[TrainedShard], *, data_parallel_size: int, bucket_size: int | None) -> tuple[Bucket, ...]:
@@ -194,5 +202,6 @@ class CostModel:
         ]
         size = None
         if is_bucketed and parallel.overlap_grad_reduce:
-            size = parallel.ddp_bucket_size or default_bucket_size(self.data_size)
+            elements = sum(shard.elements for shard in shards)
+            size = parallel.ddp_bucket_size or default_bucket_size(elements, self.data_size)
         return lay_out(shards, data_parallel_size=self.data_size, bucket_size=size)

@@ -4,22 +4,26 @@ The only module that knows how megatron-core builds its optimizer.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.utils import local_multi_tensor_scale
 from torch import Tensor
+from torch.nn import Parameter
 
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.training import TransformerImpl
+from hft_megatron.costs.rank_costs import default_bucket_size
 from hft_megatron.hft.on_ranks import apply_plan
 from hft_megatron.hft.plan import Plan
 from hft_megatron.model.llama import LlamaModel
@@ -104,12 +108,15 @@ def wrap(
     traffic = traffic or Traffic()
     slots = list(parameter_slots(chunks))
     apply_plan(slots, plan)
+    # Only the first chunk of the first stage has more than one bucket.
+    elements = sum(parameter.numel() for parameter in chunks[0].parameters() if parameter.requires_grad)
+    data_size = parallel_state.get_data_parallel_world_size()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=fp32_gradients,
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        bucket_size=parallel.ddp_bucket_size,
+        bucket_size=parallel.ddp_bucket_size or default_bucket_size(elements, data_size),
         # The optimizer looks at the norm of all gradients, once; here the host would wait for every bucket, twice.
         check_for_nan_in_grad=False,
     )

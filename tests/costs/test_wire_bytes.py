@@ -67,5 +67,15 @@ def test_data_parallel_ranks_own_equal_parts_of_every_bucket_and_padding_counts_
     assert (first.owned_elements(2), second.owned_elements(2)) == ([64, 36], [128, 72])
 
 
-def test_megatron_cores_bucket_grows_with_the_data_parallel_ranks_beyond_40():
-    assert [default_bucket_size(ranks) for ranks in (1, 40, 64)] == [40_000_000, 40_000_000, 64_000_000]
+@pytest.mark.parametrize(
+    ("trainable", "ranks", "expected"),
+    [
+        (55_000_000, 2, 3_437_500),  # a small model still has something to overlap
+        (55_000_000, 8, 8_000_000),  # but no rank has less than a million
+        (3_500_000_000, 8, 40_000_000),  # from here on megatron-core's
+        (3_500_000_000, 64, 64_000_000),
+        (1_000_000, 1, 1_000_000),
+    ],
+)
+def test_buckets_are_a_16th_of_what_trains_within_bounds_of_a_rank_and_of_megatron_core(trainable, ranks, expected):
+    assert default_bucket_size(trainable, ranks) == expected
