@@ -17,30 +17,33 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import Parameter
 
-AddProduct = Callable[[Tensor, Tensor, Tensor], object]
-"""``add(total, left, right)``: total (m, n) += left (m, k) @ right (k, n)."""
+AddProduct = Callable[[Tensor, Tensor, Tensor, int], object]
+"""``add(total, left, right, beta)``: total (m, n) becomes beta x total + left (m, k) @ right (k, n), with beta 1, or 0
+where what was in it is not to be read."""
 HALF = (torch.bfloat16, torch.float16)
 TORCH_RELEASE: tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
 
 
-def add_in_one_dtype(total: Tensor, left: Tensor, right: Tensor) -> object:
+def add_in_one_dtype(total: Tensor, left: Tensor, right: Tensor, beta: int) -> object:
     """One kernel, where all three have one dtype."""
-    return total.addmm_(left, right)
+    return total.addmm_(left, right, beta=beta)
 
 
-def add_half_to_fp32(total: Tensor, left: Tensor, right: Tensor) -> object:
+def add_half_to_fp32(total: Tensor, left: Tensor, right: Tensor, beta: int) -> object:
     """One CUDA kernel that multiplies in half precision and adds to fp32 without rounding in between."""
-    return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    return torch.addmm(total, left, right, beta=beta, out_dtype=torch.float32, out=total)
 
 
-def add_fp32_product(total: Tensor, left: Tensor, right: Tensor) -> object:
+def add_fp32_product(total: Tensor, left: Tensor, right: Tensor, beta: int) -> object:
     """An fp32 product of half-precision matrices on CUDA, and an addition."""
-    return total.add_(torch.mm(left, right, out_dtype=torch.float32))
+    product = torch.mm(left, right, out_dtype=torch.float32)
+    return total.add_(product) if beta else total.copy_(product)
 
 
-def add_rounded_product(total: Tensor, left: Tensor, right: Tensor) -> object:
+def add_rounded_product(total: Tensor, left: Tensor, right: Tensor, beta: int) -> object:
     """The product, rounded to its own dtype, and an addition: no CPU kernel goes from half precision into fp32."""
-    return total.add_(left.mm(right))
+    product = left.mm(right)
+    return total.add_(product) if beta else total.copy_(product)
 
 
 def addition(
@@ -61,7 +64,9 @@ def addition(
 class WeightGradient:
     """The gradient of one weight, as a sum of products.
 
-    It goes straight into the weight's ``main_grad`` where ``DistributedDataParallel`` made one.
+    It goes straight into the weight's ``main_grad`` where ``DistributedDataParallel`` made one. The first product of a
+    step is written over what is there, which then needs no clearing, where the weight is in the set of
+    ``weight.unwritten_gradients``.
     """
 
     def __init__(self, weight: Parameter) -> None:
@@ -73,12 +78,21 @@ class WeightGradient:
     def add(self, grad_output: Tensor, total_input: Tensor) -> None:
         """Adds ``grad_output.T @ total_input``: (tokens, out / tp) and (tokens, in)."""
         add = addition(self._total.dtype, total_input.dtype, total_input.device.type)
-        add(self._total, grad_output.t(), total_input)
+        add(self._total, grad_output.t(), total_input, 0 if self._begins() else 1)
 
     def add_rows(self, rows: Tensor, gradients: Tensor) -> None:
         """Adds ``gradients`` (tokens, in) to ``rows`` (tokens,), of which some may be there more than once; in the same
         order, and to the same bits, in every run."""
+        if self._begins():
+            self._total.zero_()
         self._total.index_put_((rows,), gradients.to(self._total.dtype), accumulate=True)
+
+    def _begins(self) -> bool:
+        """Whether this is the first that the step writes."""
+        unwritten: set[Tensor] = getattr(self._weight, "unwritten_gradients", set())
+        begins = self._weight in unwritten
+        unwritten.discard(self._weight)
+        return begins
 
     def for_autograd(self) -> Tensor:
         """What a backward pass returns for the weight, never None: DDP's hook asserts a gradient under overlapped

@@ -124,7 +124,7 @@ def wrap(
     with traffic.lending_bucket_groups():
         wrapped = tuple(
             # Later virtual chunks reduce off the critical path: one bucket each, as Megatron does.
-            _ShardScaling(config, ddp_config, chunk, disable_bucketing=index > 0)
+            _FewerPasses(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         )
     torch_adam = steps_per_unit or config.transformer_impl == "local"
@@ -140,9 +140,43 @@ def wrap(
     return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards, traffic=traffic)
 
 
-class _ShardScaling(DistributedDataParallel):
-    """megatron-core's wrapper, which scales of the summed gradients only what this rank updates, and not the rest of
-    the buffers, which nothing reads any more."""
+class _FewerPasses(DistributedDataParallel):
+    """megatron-core's wrapper, which goes over its gradient buffers less often.
+
+    A step does not clear them: the first gradient of each parameter is written over the last step's. And of the sums it
+    scales only what this rank updates, since nothing reads the others any more. transformer-engine's kernels, which
+    add, find them cleared.
+    """
+
+    def __init__(self, config: Any, ddp_config: DistributedDataParallelConfig, module: LlamaModel, **options: Any):
+        self._unwritten: set[Tensor] = set()
+        super().__init__(config, ddp_config, module, **options)
+        if config.transformer_impl != "local":
+            return
+        for parameter in self.param_to_bucket_group:
+            parameter.unwritten_gradients = self._unwritten
+        for buffer in self.buffers:
+            buffer.reset = partial(self._unwritten.update, buffer.params)
+
+    def _make_backward_post_hook(self, param: Parameter) -> Callable[..., None]:
+        hook = super()._make_backward_post_hook(param)
+
+        def clear_and_add(*unused: Any) -> None:
+            """What is in ``_unwritten`` here has its gradient in ``grad``, which is added."""
+            if param in self._unwritten:
+                self._clear(param)
+            hook(*unused)
+
+        return clear_and_add
+
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        for parameter in tuple(self._unwritten):  # of a part of the model that this step did without
+            self._clear(parameter)
+        super().finish_grad_sync(*args, **kwargs)
+
+    def _clear(self, parameter: Tensor) -> None:
+        parameter.main_grad.zero_()  # type: ignore[attr-defined]  # megatron-core's
+        self._unwritten.discard(parameter)
 
     def scale_gradients(self, scaling_factor: float) -> None:
         for buffer in self.buffers:

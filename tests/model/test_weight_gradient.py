@@ -1,5 +1,7 @@
 """Which way a weight gradient is added, and what autograd gets for it."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -52,6 +54,19 @@ def test_main_grad_gets_the_sum_of_products_and_of_rows() -> None:
     assert not weight.grad_added_to_main_grad  # type: ignore[attr-defined]
     assert gradient.for_autograd().shape == weight.shape
     assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+
+
+def test_the_first_product_of_a_step_and_the_first_rows_are_written_over_what_was_there() -> None:
+    weight: Any = torch.nn.Parameter(torch.zeros(3, 2))
+    weight.main_grad, weight.unwritten_gradients = torch.full((3, 2), float("nan")), {weight}
+    for expected in (4.0, 8.0):
+        WeightGradient(weight).add(torch.ones(4, 3), torch.ones(4, 2))
+        assert torch.equal(weight.main_grad, torch.full((3, 2), expected))
+    weight.main_grad.fill_(float("nan"))
+    weight.unwritten_gradients.add(weight)
+    for expected in (1.0, 2.0):
+        WeightGradient(weight).add_rows(torch.tensor([1]), torch.ones(1, 2))
+        assert weight.main_grad.tolist() == [[0.0, 0.0], [expected, expected], [0.0, 0.0]]
 
 
 @pytest.mark.gpu

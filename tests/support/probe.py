@@ -11,6 +11,7 @@ from hft_megatron.config.derived import padded_vocab_size
 from hft_megatron.costs.rank_costs import CostModel, RankCosts
 from hft_megatron.model.parameter_names import chunk_parameters, chunk_places, local_elements
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
+from hft_megatron.optimizer.wrapping import MARKS
 from hft_megatron.trainer.run import Run
 from tests.support.runs import Recorder
 from tests.support.toy_training import local_weights
@@ -22,8 +23,7 @@ Weights = dict[tuple[str, str], Tensor]
 def leftovers(slot: ParameterSlot, run: Run) -> list[str]:
     """Whatever a frozen weight still costs."""
     weight, shards = slot.parameter, run.wrapped.shards
-    names = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad")
-    found = [name for name in names if hasattr(weight, name)]
+    found = [name for name in MARKS if hasattr(weight, name)]
     found += ["requires_grad"] if weight.requires_grad else []
     found += ["grad"] if weight.grad is not None else []
     if shards.is_stub_optimizer:
