@@ -1,8 +1,11 @@
 """The comparison of a step with peers: all do the same work, and the table says what was measured."""
 
+import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import peers as bench
+import peers_tables as tables
 import pytest
 from bill import write_data
 
@@ -19,28 +22,45 @@ SMALL = {
 
 
 def test_every_target_and_every_set_is_of_trainers_that_there_are() -> None:
-    together = [set(names) for names in bench.SETS.values()]
-    for names in bench.SETS.values():
-        assert names[0] == "half", "it writes the batches"
-        assert set(names) <= bench.TRAINERS.keys()
-    assert set().union(*together) == bench.TRAINERS.keys()
-    for one, other, limits in bench.TARGETS:
-        assert any({one, other} <= names and one in ("half", "full") for names in together)
+    for one in bench.SETS.values():
+        assert one.trainers[0] == "half", "it writes the batches"
+        assert set(one.trainers) <= bench.TRAINERS.keys()
+    usual = [set(one.trainers) for one in bench.SETS.values() if one.layout == tables.USUAL_LAYOUT]
+    assert set().union(*usual) == bench.TRAINERS.keys()
+    assert {one.layout for one in bench.SETS.values()} == {tables.USUAL_LAYOUT, *tables.OTHER_LAYOUTS}
+    for ours, other, limits in tables.TARGETS:
+        assert any({ours, other} <= names and ours in ("half", "full") for names in usual)
         assert limits.keys() == bench.WORKS.keys()
 
 
 def test_a_table_has_each_ratio_with_its_quartiles_and_target() -> None:
-    figures = dict.fromkeys(("step (ms)", "processor (ms)", "wire (MB per rank)", "page faults", "peak (MB)"), 1234.0)
-    figures["peak resident (MB)"] = 2000.0
+    figures = {**dict.fromkeys(tables.FIGURES, 1234.0), "peak resident (MB)": 2000.0}
     ratio = bench.spread([0.5, 0.4, 0.6, 0.7])
     assert ratio == {"median": 0.55, "quartiles": [0.475, 0.625], "rounds": 4}
-    one = {"trainers": {"half": figures}, "ratios": {"half / DDP, the same frozen": ratio, "half / full": ratio}}
-    lines = bench.render({"works": {"128": {"a set": one}}}).splitlines()
-    assert lines[2:4] == [
+    one = {
+        "layout": "DP 2",
+        "trainers": {"half": figures},
+        "ratios": {"half / DDP, the same frozen": ratio, "half / full": ratio},
+    }
+    results = {"works": {"128": {"a set": one, "another": {**one, "layout": "TP 2"}}}}
+    lines = tables.render(results).splitlines()
+    assert lines[2:6] == [
         "| half / DDP, the same frozen | 0.55 (0.47 to 0.62, target 0.88) |",
         "| half / full | 0.55 (0.47 to 0.62) |",
+        "| half / DDP, the same frozen, TP 2 | 0.55 (0.47 to 0.62) |",
+        "| half / full, TP 2 | 0.55 (0.47 to 0.62) |",
     ]
-    assert lines[-1] == "| half | 1,234 | 1,234 | 1,234 | 1,234 | 2,000 |"
+    assert lines[-2:] == [
+        "| half | 1,234 | 1,234 | 1,234 | 1,234 | 2,000 |",
+        "| half, TP 2 | 1,234 | 1,234 | 1,234 | 1,234 | 2,000 |",
+    ]
+    drawn = [element.text for element in ElementTree.fromstring(tables.picture(results)) if element.text]
+    assert drawn == ["128 tokens", "half", "1.00", "DDP, the same frozen", "1.82", "full", "1.82"]
+
+
+def test_the_committed_picture_is_of_the_committed_result() -> None:
+    results = json.loads(bench.RESULTS.read_text("utf-8"))
+    assert bench.RESULTS.with_suffix(".svg").read_text("utf-8") == tables.picture(results)
 
 
 @pytest.mark.slow(reason="ten processes import torch and transformers")
@@ -49,7 +69,7 @@ def test_peers_take_the_same_steps_of_the_same_weights(tmp_path: Path, monkeypat
     write_data(tmp_path)
     bench.write_model(tmp_path)
     work = bench.Work(sequence=64, micro_batches=2)
-    found = bench.measure_set(NAMES, tmp_path, work, 2, "cpu", REPOSITORY)
+    found = bench.measure_set(bench.Set(trainers=NAMES), tmp_path, work, 2, "cpu", REPOSITORY)
     losses = found["first losses"]
     assert max(losses.values()) - min(losses.values()) < 1e-5 * losses["half"]
     assert found["ratios"].keys() == {

@@ -2,6 +2,7 @@
 megatron-core's own GPTModel. Each starts from the same Hugging Face folder."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -114,7 +115,7 @@ class Stock:
         from hft_megatron.model.torch_attention import TorchAttention
         from hft_megatron.parallel.groups import start_backend, start_groups
 
-        folder, parallel = Path(job["folder"]) / "model", ParallelConfig()
+        folder, parallel = Path(job["folder"]) / "model", ParallelConfig(**job["layout"])
         start_backend(parallel)
         self._shape = shape = ModelShape.from_hf_config(load_hf_config(str(folder)), str(folder))
         self._placement = start_groups(parallel, shape.num_layers, seed=1)
@@ -127,6 +128,8 @@ class Stock:
             spec,
             vocab_size=shape.vocab_size,
             max_sequence_length=shape.max_position_embeddings,
+            pre_process=self._placement.pipeline_rank == 0,
+            post_process=self._placement.pipeline_rank + 1 == self._placement.pipeline_size,
             position_embedding_type="rope",
             rotary_base=int(shape.rotary_base),
             share_embeddings_and_output_weights=shape.tie_embeddings,
@@ -154,13 +157,27 @@ class Stock:
         config.finalize_model_grads_func = finalize_model_grads
 
     @torch.no_grad()
-    def _load(self, model: torch.nn.Module, folder: Path) -> None:
+    def _load(self, model: Any, folder: Path) -> None:
         from safetensors.torch import load_file
 
         weights, shape = load_file(folder / "model.safetensors"), self._shape
         per_group = shape.num_attention_heads // shape.num_query_groups
-        for name, parameter in model.named_parameters():
-            parameter.copy_(_stock_weight(name, weights, shape.num_query_groups, per_group, shape.kv_channels))
+        numbers = {
+            f"decoder.layers.{index}.": f"decoder.layers.{layer.layer_number - 1}."
+            for index, layer in enumerate(model.decoder.layers)
+        }
+        for local_name, parameter in model.named_parameters():
+            name = re.sub(r"decoder\.layers\.\d+\.", lambda found: numbers[found[0]], local_name)
+            whole = _stock_weight(name, weights, shape.num_query_groups, per_group, shape.kv_channels)
+            parameter.copy_(self._shard(whole, parameter, is_gated="linear_fc1" in name))
+
+    def _shard(self, whole: Tensor, parameter: Any, *, is_gated: bool) -> Tensor:
+        """This tensor-parallel rank's part, of gate and up each where both stand in one matrix."""
+        if whole.shape == parameter.shape:
+            return whole
+        rank, size = self._placement.tensor_rank, self._placement.tensor_size
+        parts = whole.chunk(2) if is_gated else (whole,)
+        return torch.cat([part.chunk(size, parameter.partition_dim)[rank] for part in parts])
 
     def step(self, batch: list[MicroBatch]) -> dict[str, float]:
         """One optimizer step over the micro-batches; the ``loss`` of the global batch."""
@@ -179,7 +196,9 @@ class Stock:
             forward_only=False,
         )
         self._optimizer.step()
-        total = torch.stack([report["sums"] for report in reports]).sum(dim=0)
+        # Only the last pipeline stage has reports; tensor-parallel ranks have the same ones.
+        total = torch.stack([torch.zeros(2), *(report["sums"].cpu() for report in reports)]).sum(dim=0)
+        total = total.to(batch[0]["tokens"].device)
         dist.all_reduce(total)
         return {"loss": float(total[0] / total[1])}
 

@@ -1,10 +1,10 @@
 """Compares a step of half and full fine-tuning with what people use instead, and commits it to results/peers.json.
 
 Run: ``python tools/bench/peers.py`` on a machine that does nothing else, or with ``--render`` to print the tables only.
-A LLaMA of 98 M parameters, DP 2 with one thread each over gloo (``--device cuda``: a rank for each GPU over NCCL). All
-trainers of a set are processes of their own that hold the same weights and take one step of the same batch in every
-round, in an order that changes; what is compared are ratios within rounds. ``full at 9d3f35c`` is this project before
-its collectives and its AdamW were changed.
+A LLaMA of 98 M parameters on two ranks, DP 2 where nothing else is said, with one thread each over gloo (``--device
+cuda``: a rank for each GPU over NCCL). All trainers of a set are processes of their own that hold the same weights and
+take one step of the same batch in every round, in an order that changes; what is compared are ratios within rounds.
+``full at 9d3f35c`` is this project before its collectives and its AdamW were changed.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from typing import Any
 
 from bill import environment, write_data
 from launching import DemoError, cpu_environment
+from peers_tables import BEFORE, USUAL_LAYOUT, picture, render
 from result_file import measure_and_render
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 RESULTS = HERE / "results" / "peers.json"
-BEFORE = "9d3f35c"
 MODEL = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -59,6 +59,13 @@ WORKS = {
     "4 x 512": Work(sequence=512, micro_batches=4),
 }
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+LAYOUTS: Mapping[str, Mapping[str, int | bool]] = {
+    USUAL_LAYOUT: {},
+    "TP 2": {"tensor_model_parallel_size": 2},
+    "TP 2 + SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "PP 2": {"pipeline_model_parallel_size": 2},
+}
+"""Of the two ranks: the product's options, which are stock megatron-core's too."""
 
 
 def ours(ratio: str, *options: str, before: bool = False) -> dict[str, Any]:
@@ -87,28 +94,39 @@ TRAINERS: Mapping[str, Mapping[str, Any]] = {
     "DDP, the same frozen, default AdamW": theirs("ddp", frozen=True, fused=False),
     "DDP, full, default AdamW": theirs("ddp", frozen=False, fused=False),
 }
-SETS: Mapping[str, Sequence[str]] = {
-    "before and DDP": ("half", "full", f"full at {BEFORE}", "DDP, the same frozen"),
-    "full": ("half", "full", "DDP, full", "stock megatron-core, full"),
-    "FSDP2": ("half", "full", "FSDP2, the same frozen", "FSDP2, full"),
-    "ZeRO-1": ("half", "full", "DDP + ZeRO-1, the same frozen", "DDP + ZeRO-1, full"),
-    "default AdamW": ("half", "full", "DDP, the same frozen, default AdamW", "DDP, full, default AdamW"),
-    "overlap": ("half", "full", "half, overlapped", "full, overlapped"),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Set:
+    """Trainers that are in memory together, 20 GB at most; the first is the one that writes the batches."""
+
+    trainers: Sequence[str]
+    layout: str = USUAL_LAYOUT
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel ranks."""
+        return 2 if self.layout == USUAL_LAYOUT else 1
+
+
+OF_A_MODEL_PARALLEL_LAYOUT = ("half", "full", "stock megatron-core, full")
+SETS: Mapping[str, Set] = {
+    "before and DDP": Set(trainers=("half", "full", f"full at {BEFORE}", "DDP, the same frozen")),
+    "full": Set(trainers=("half", "full", "DDP, full", "stock megatron-core, full")),
+    "FSDP2": Set(trainers=("half", "full", "FSDP2, the same frozen", "FSDP2, full")),
+    "ZeRO-1": Set(trainers=("half", "full", "DDP + ZeRO-1, the same frozen", "DDP + ZeRO-1, full")),
+    "default AdamW": Set(trainers=("half", "full", "DDP, the same frozen, default AdamW", "DDP, full, default AdamW")),
+    "overlap": Set(trainers=("half", "full", "half, overlapped", "full, overlapped")),
+    "TP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="TP 2"),
+    "TP 2 + SP": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="TP 2 + SP"),
+    "PP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="PP 2"),
 }
-"""Trainers that are in memory together, 20 GB at most; the first is the one that writes the batches."""
-TARGETS: Sequence[tuple[str, str, Mapping[str, float]]] = (
-    ("half", f"full at {BEFORE}", {"128": 0.42, "512": 0.62, "4 x 512": 0.80}),
-    ("half", "DDP, the same frozen", {"128": 0.88, "512": 0.95, "4 x 512": 0.93}),
-    ("half", "FSDP2, the same frozen", {"128": 0.60, "512": 0.80, "4 x 512": 0.95}),
-    ("full", "DDP, full", {"128": 0.90, "512": 0.95, "4 x 512": 0.95}),
-    ("full", "stock megatron-core, full", {"128": 0.60, "512": 0.75, "4 x 512": 0.90}),
-)
 
 
 class Trainer:
     """The ranks of one trainer, which wait between steps."""
 
-    def __init__(self, name: str, folder: Path, work: Work, steps: int, device: str, code: Path) -> None:
+    def __init__(self, name: str, one: Set, folder: Path, work: Work, steps: int, device: str, code: Path) -> None:
         self.name = name
         facts = TRAINERS[name]
         self._log = (folder / "trainers.log").open("a", encoding="utf-8")
@@ -119,9 +137,10 @@ class Trainer:
         for rank in range(2):
             mine, its = socket.socketpair()
             job = {**facts, "folder": str(folder), "steps": steps, "rank": rank, "device": device}
+            job["layout"] = LAYOUTS[one.layout]
             if facts["trainer"] == "ours":
                 job["writes batches"] = name == "half"
-                job["words"] = _command(folder, work, steps, device, facts["words"])
+                job["words"] = _command(folder, one, work, steps, device, facts["words"])
             variables = {
                 "PYTHONPATH": f"{code if facts.get('before') else REPOSITORY}:{HERE}",
                 "OMP_NUM_THREADS": "1",
@@ -163,6 +182,8 @@ class Trainer:
         slowest = max(answers, key=lambda answer: float(answer["step (ms)"]))
         return {
             **slowest,
+            # The last pipeline stage's, which alone knows it.
+            "loss": next(answer["loss"] for answer in reversed(answers) if answer["loss"] is not None),
             "processor (ms)": sum(answer["processor (ms)"] for answer in answers) / 2,
             "page faults": sum(answer["page faults"] for answer in answers) / 2,
             "wire (MB per rank)": (_loopback_bytes() - sent) / 2e6,
@@ -184,15 +205,21 @@ def _loopback_bytes() -> int:
     return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text(encoding="utf-8"))
 
 
-def _command(folder: Path, work: Work, steps: int, device: str, options: Sequence[str]) -> list[str]:
+def _command(folder: Path, one: Set, work: Work, steps: int, device: str, options: Sequence[str]) -> list[str]:
+    layout = [
+        word
+        for name, value in LAYOUTS[one.layout].items()
+        for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
     return [
         *("sft", "--load-hf", str(folder / "model"), "--tokenizer-model", str(folder / "tokenizer.model")),
         *("--train-data-path", str(folder / "train.jsonl"), "--long-examples", "truncate"),
         *("--seq-length", str(work.sequence), "--micro-batch-size", "1"),
-        *("--global-batch-size", str(2 * work.micro_batches), "--train-iters", str(steps)),
+        *("--global-batch-size", str(one.data_size * work.micro_batches), "--train-iters", str(steps)),
         *("--lr", "1e-4", "--lr-decay-style", "constant", "--weight-decay", "0.01"),
         *("--adam-beta2", "0.999", "--adam-eps", "1e-8", "--clip-grad", "1.0"),
         "--bf16" if device == "cuda" else "--no-bf16",
+        *layout,
         *options,
     ]
 
@@ -218,14 +245,14 @@ def write_model(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder / "model")
 
 
-def measure_set(names: Sequence[str], folder: Path, work: Work, rounds: int, device: str, code: Path) -> dict[str, Any]:
+def measure_set(one: Set, folder: Path, work: Work, rounds: int, device: str, code: Path) -> dict[str, Any]:
     """A step of every trainer in each round, and the trainers' first losses, which must agree."""
-    steps = WARM_UP_ROUNDS + rounds
+    names, steps = one.trainers, WARM_UP_ROUNDS + rounds
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with ExitStack() as stack:
         trainers = []
         for number, name in enumerate(names):
-            trainer = Trainer(name, folder, work, steps, device, code)
+            trainer = Trainer(name, one, folder, work, steps, device, code)
             stack.callback(trainer.close)
             trainers.append(trainer)
             if number == 0:
@@ -241,17 +268,18 @@ def measure_set(names: Sequence[str], folder: Path, work: Work, rounds: int, dev
         if abs(loss / losses[names[0]] - 1) > AGREE:
             raise DemoError(f"the first loss of {name} is {loss}, and {losses[names[0]]} of {names[0]}: not one work")
     return {
+        "layout": one.layout,
         "first losses": losses,
         "trainers": {name: _medians(figures[WARM_UP_ROUNDS:]) for name, figures in taken.items()},
         "ratios": {
-            f"{one} / {other}": spread(
-                [a["step (ms)"] / b["step (ms)"] for a, b in zip(taken[one], taken[other], strict=True)][
+            f"{ours} / {other}": spread(
+                [a["step (ms)"] / b["step (ms)"] for a, b in zip(taken[ours], taken[other], strict=True)][
                     WARM_UP_ROUNDS:
                 ]
             )
-            for one in names[:2]
+            for ours in names[:2]
             for other in names
-            if one != other
+            if ours != other
         },
     }
 
@@ -298,43 +326,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def render(results: dict[str, Any]) -> str:
-    """The result file as Markdown tables."""
-    works = results["works"]
-    lines = [f"| ratio of step times | {' | '.join(works)} |", f"|---|{'---|' * len(works)}"]
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for work, sets in works.items():
-        for one in sets.values():
-            for name, ratio in one["ratios"].items():
-                found.setdefault(name, {}).setdefault(work, ratio)
-    targets = {f"{one} / {other}": limits for one, other, limits in TARGETS}
-    for name, ratios in found.items():
-        cells = []
-        for work in works:
-            ratio = ratios.get(work)
-            limit = f", target {targets[name][work]}" if name in targets else ""
-            cells.append(
-                f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f}{limit})"
-                if ratio
-                else "-"
-            )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    for work, sets in works.items():
-        lines += ["", f"| {work} tokens | step (ms) | processor (ms) | wire (MB per rank) | page faults | peak (MB) |"]
-        lines.append("|---|---|---|---|---|---|")
-        shown: set[str] = set()
-        for one in sets.values():
-            for name, figures in one["trainers"].items():
-                if name not in shown:
-                    shown.add(name)
-                    lines.append(
-                        f"| {name} | {figures['step (ms)']:,.0f} | {figures['processor (ms)']:,.0f} | "
-                        f"{figures['wire (MB per rank)']:,.0f} | {figures['page faults']:,.0f} | "
-                        f"{figures['peak resident (MB)']:,.0f} |"
-                    )
-    return "\n".join(lines)
-
-
 def main() -> int:
     """The program."""
     parser = argparse.ArgumentParser(description="Compare a step with what people use instead.")
@@ -344,7 +335,7 @@ def main() -> int:
     parser.add_argument("--work", action="append", choices=list(WORKS), help="only this one (default: all)")
     parser.add_argument("--set", action="append", choices=list(SETS), help="only this one (default: all)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what ranks are on (default: cpu)")
-    return measure_and_render(parser, RESULTS, measure, render)
+    return measure_and_render(parser, RESULTS, measure, render, picture)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ def measure_and_render(
     file: Path,
     measure: Callable[[argparse.Namespace], Results],
     render: Callable[[Results], str],
+    picture: Callable[[Results], str] | None = None,
 ) -> int:
     """Measure into ``file`` unless only the text is asked for, then print the text; returns the exit code.
 
-    ``measure`` gets the options and raises DemoError when a run fails.
+    ``measure`` gets the options and raises DemoError when a run fails. ``picture`` makes an SVG beside the file.
     """
     parser.add_argument("--render", action="store_true", help="only print the text, from the result file")
     parser.add_argument("--output", type=Path, default=file, help="the result file (default: the committed one)")
@@ -41,5 +42,8 @@ def measure_and_render(
             return 1
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
+    results = json.loads(options.output.read_text(encoding="utf-8"))
+    if picture is not None:
+        options.output.with_suffix(".svg").write_text(picture(results), encoding="utf-8")
+    print(render(results))
     return 0
