@@ -14,6 +14,7 @@ from hft_megatron.trainer.loop import next_step
 from hft_megatron.trainer.method import run_schedule
 from tests.support.allocations import Allocations
 from tests.support.models import LAYOUTS, make_llama
+from tests.support.probe import cost_model
 from tests.support.shapes import tiny_shape
 from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, make_run
@@ -60,16 +61,9 @@ def run_measured(folder: str, layout: str, training: dict, hft: dict) -> list[in
     run.wrapped.zero_gradients()
     with Allocations() as allocations:
         run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
-    config, shape = run.config, run.wrapped.modules[0].shape
     model = MemoryModel(
-        costs=CostModel(
-            shape=shape,
-            parallel=config.parallel,
-            world_size=run.placement.world_size,
-            bf16=config.training.bf16 is True,
-            fp32_gradients=config.training.accumulate_allreduce_grads_in_fp32,
-        ),
-        training=config.training,
+        costs=cost_model(run),
+        training=run.config.training,
         micro_batch=MicroBatch(sequences=batch.sequences, seq_length=batch.seq_length),
         micro_batches=len(batch.micro_batches),
         on_cuda=False,

@@ -117,4 +117,7 @@ def test_the_count_of_host_reads_sees_them() -> None:
         tensor.tolist()
         if tensor == 1:
             int(tensor)
-    assert seen.reads == {"item": 1, "tolist": 1, "__bool__": 1, "__int__": 1}
+        torch.equal(tensor, tensor)
+        torch.is_nonzero(tensor)
+    # The last by the operator that torch calls for it.
+    assert seen.reads == {"item": 1, "tolist": 1, "__bool__": 1, "__int__": 1, "equal": 1, "_local_scalar_dense": 1}

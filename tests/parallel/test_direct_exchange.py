@@ -11,6 +11,7 @@ from torch import Tensor
 from hft_megatron.parallel import direct_exchange
 from hft_megatron.parallel.direct_exchange import BLOCKS_AHEAD, AllGather, Exchanges, ReduceScatter
 from tests.support.ranks import RankPools
+from tests.support.wire import Messages
 
 LENGTHS = (1, 5, 1000, 1024, 5000)
 """Elements of a shard, with blocks of 4 KB: less than one, one, and several with a rest."""
@@ -68,37 +69,25 @@ def several_at_once() -> dict[str, Any]:
     """In the background: two sums and a gather, behind which a third sum is made while it is waited for."""
     group = dist.group.WORLD
     assert group is not None
-    rank, sent = group.rank(), []
-
-    class Counting:
-        """The group, whose messages are noted."""
-
-        def send(self, tensors: list[Tensor], to: int, tag: int) -> dist.Work:
-            sent.append(tensors[0].nbytes)
-            return group.send(tensors, to, tag)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(group, name)
-
-    with patch.object(direct_exchange, "_free_blocks", []):
+    rank = group.rank()
+    with patch.object(direct_exchange, "_free_blocks", []), Messages() as messages:
         buffers = [torch.full((2, length), float(rank + length)) for length in (3_000_000, 7)]
         gathered = torch.full((2, 11), float(rank))
-        counting: Any = Counting()
         exchanges = Exchanges()
         for buffer in buffers:
-            exchanges.reduce_scatter(buffer[rank], buffer.view(-1), counting, in_background=True)
-        exchanges.all_gather(gathered.view(-1), gathered[rank], counting, in_background=True)
+            exchanges.reduce_scatter(buffer[rank], buffer.view(-1), group, in_background=True)
+        exchanges.all_gather(gathered.view(-1), gathered[rank], group, in_background=True)
         now = torch.full((2, 13), rank + 1.0)
-        exchanges.reduce_scatter(now[rank], now.view(-1), counting, in_background=False)
+        exchanges.reduce_scatter(now[rank], now.view(-1), group, in_background=False)
         exchanges.wait()
         blocks = len(direct_exchange._free_blocks)
-        exchanges.reduce_scatter(buffers[0][rank], buffers[0].view(-1), counting, in_background=True)
+        exchanges.reduce_scatter(buffers[0][rank], buffers[0].view(-1), group, in_background=True)
         exchanges.wait()
         again = len(direct_exchange._free_blocks)
     return {
         "sums": [buffer[rank].unique().tolist() for buffer in (buffers[1], now)],
         "gathered": gathered.unique().tolist(),
-        "sent": sum(sent),
+        "sent": messages.bytes,
         "blocks": (blocks, again),
     }
 
@@ -108,5 +97,5 @@ def test_several_run_at_once_and_take_no_new_memory_again(ranks: RankPools) -> N
         assert answer["sums"] == [[15.0], [3.0]]
         assert answer["gathered"] == [0.0, 1.0]
         # Half of each buffer leaves a rank of two, once.
-        assert answer["sent"] == 4 * (2 * 3_000_000 + 7 + 11 + 13)
+        assert answer["sent"] == {"send": 4 * (2 * 3_000_000 + 7 + 11 + 13)}
         assert answer["blocks"][0] == answer["blocks"][1]

@@ -10,11 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of storages that operators made within it and that are still alive, and the most there were at a time."""
+    """Bytes of storages that operators made within it and that are still alive, and the most there were at a time.
+
+    ``sizes``: bytes of every storage that was made, in order, whether it is alive or not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
+        self.sizes: list[int] = []
         self._alive: set[int] = set()
 
     def __torch_dispatch__(
@@ -32,6 +36,7 @@ class Allocations(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = _storage(tensor), storage.nbytes()
         self._alive.add(key)
+        self.sizes.append(size)
         self.now += size
         self.most = max(self.most, self.now)
         weakref.finalize(storage, self._forget, key, size)

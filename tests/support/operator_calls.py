@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
 """Of ``torch.Tensor``: what has the host wait for a tensor on a device."""
+READING_OPERATORS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"}
+"""Operators that do so, also where torch calls them by itself."""
 WITHOUT_KERNEL = {
     *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze"),
     *("t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
@@ -18,22 +20,26 @@ WITHOUT_KERNEL = {
 
 
 class OperatorCalls(TorchDispatchMode):
-    """``calls``: operators that compute or copy, by name. ``reads``: tensors that the host looked into."""
+    """``calls``: operators that compute or copy, by name. ``views``: those without a kernel, which take the host's time
+    alone. ``reads``: tensors that the host looked into, each once, by the function or operator that did."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.views: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
+        self._functions = _Reads(self.reads)
         self._stack = ExitStack()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in WITHOUT_KERNEL:
-            self.calls[name] += 1
+        (self.views if name in WITHOUT_KERNEL else self.calls)[name] += 1
+        if name in READING_OPERATORS and not self._functions.is_reading:
+            self.reads[name] += 1
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> "OperatorCalls":
-        self._stack.enter_context(_Reads(self.reads))
+        self._stack.enter_context(self._functions)
         super().__enter__()
         return self
 
@@ -46,9 +52,16 @@ class _Reads(TorchFunctionMode):
     def __init__(self, reads: "Counter[str]") -> None:
         super().__init__()
         self.reads = reads
+        self.is_reading = False
+        """Whether one is under way, whose operators are no further ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in READS:
-            self.reads[name] += 1
-        return func(*args, **(kwargs or {}))
+        if name not in READS:
+            return func(*args, **(kwargs or {}))
+        self.reads[name] += 1
+        self.is_reading = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.is_reading = False

@@ -60,17 +60,21 @@ def live_costs(run: Run) -> dict[str, int]:
     }
 
 
-def costs_by_formula(run: Run) -> RankCosts:
-    """What this rank must hold and send in a step."""
-    place = run.placement
-    costs = CostModel(
+def cost_model(run: Run) -> CostModel:
+    """What the costs of the run's ranks follow from, besides the plan."""
+    return CostModel(
         shape=run.wrapped.modules[0].shape,
         parallel=run.config.parallel,
-        world_size=place.world_size,
+        world_size=run.placement.world_size,
         bf16=run.config.training.bf16 is True,
         fp32_gradients=run.config.training.accumulate_allreduce_grads_in_fp32,
     )
-    return costs.stage_costs(run.wrapped.plan.trains, place.pipeline_rank)[place.data_rank]
+
+
+def costs_by_formula(run: Run) -> RankCosts:
+    """What this rank must hold and send in a step."""
+    place = run.placement
+    return cost_model(run).stage_costs(run.wrapped.plan.trains, place.pipeline_rank)[place.data_rank]
 
 
 def parameters_by_table(run: Run) -> list[list[tuple[str, int]]]:
