@@ -88,12 +88,12 @@ class Plan:
         """The start of the digest, for log lines."""
         return self.digest[:SHORT_DIGEST_LENGTH]
 
-    @property
+    @cached_property
     def trainable_parameters(self) -> int:
         """Parameters that train, over the whole model."""
         return sum(unit.parameters for unit in self.units if self.trains(unit.name))
 
-    @property
+    @cached_property
     def frozen_parameters(self) -> int:
         """Parameters that rest, over the whole model."""
         return sum(unit.parameters for unit in self.units) - self.trainable_parameters

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         self.penalty: QuadraticPenalty | None = None
         """Added to the gradients of every step, whose norm and clipping it is part of; None costs nothing."""
         self._unit_of = unit_of
+        self._flags = [unit in plan.training for unit in unit_of.values()]
         self._loss_term: Tensor | None = None
+        self._last_state_bytes: tuple[int, int] | None = None
         self._refuse_resting_shards(unit_of)
 
     @classmethod
@@ -68,11 +71,14 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         One flipped later would cost what it cost before and still decay (frozen), or never train (unfrozen), in silence
         or in a bare assertion deep inside the reduction of gradients.
         """
-        flipped = {unit for p, unit in self._unit_of.items() if p.requires_grad != (unit in self.plan.training)}
-        assert not flipped, (
-            f"requires_grad of {min(flipped)} was flipped after the model was wrapped for plan "
+        # In every step: without Python for each parameter as long as all is well.
+        assert list(map(attrgetter("requires_grad"), self._unit_of)) == self._flags, (
+            f"requires_grad of {self._first_flipped()} was flipped after the model was wrapped for plan "
             f"{self.plan.short_digest}: what trains changes at a switch of rounds only"
         )
+
+    def _first_flipped(self) -> str:
+        return min(unit for p, unit in self._unit_of.items() if p.requires_grad != (unit in self.plan.training))
 
     def _live_buffers(self) -> list[Any]:
         return [] if self.is_stub_optimizer else list(self.buffers)
@@ -140,6 +146,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
     def begin(self, steps: dict[str, int]) -> None:
         """Counts from here on; ``steps`` are the updates that units' moments have seen before, 0 where left out."""
         self.start_steps, self.updates = steps, 0
+        self._last_state_bytes = None
 
     def steps_of(self, unit: str) -> int:
         """AdamW's step count of a training unit; the same on every rank, whether it holds the unit or not."""
@@ -155,16 +162,27 @@ class HFTDistributedOptimizer(DistributedOptimizer):
     @property
     def master_bytes(self) -> int:
         """Bytes of fp32 master weights that this rank holds; 0 in fp32, where a parameter is its own master."""
-        if self.is_stub_optimizer:
-            return 0
-        return sum(main.nbytes for group in self.shard_fp32_from_float16_groups for main in group)
+        return self._state_bytes[0]
 
     @property
     def moment_bytes(self) -> int:
         """Bytes of first and second moments that this rank holds now; 0 before the first update."""
+        return self._state_bytes[1]
+
+    @property
+    def _state_bytes(self) -> tuple[int, int]:
+        """Of masters and of moments. Asked for in every step, and so tensor by tensor only until an update has made all
+        that there are."""
+        if self._last_state_bytes is not None:
+            return self._last_state_bytes
         if self.is_stub_optimizer:
-            return 0
-        return sum(state[key].nbytes for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+            return 0, 0
+        masters = sum(main.nbytes for group in self.shard_fp32_from_float16_groups for main in group)
+        states = self.optimizer.state.values()
+        found = masters, sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+        if self.updates > 0:
+            self._last_state_bytes = found
+        return found
 
     # --- state of whole parameters, for the next round and for checkpoints
 
@@ -205,6 +223,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         if model_param not in self.model_param_gbuf_map:
             return
         _, main = self._main_param(model_param)
+        self._last_state_bytes = None
         self.optimizer.state.pop(main, None)
         if self.config.bf16:
             main.data = main.data.new_empty(0)  # A view of the weights in fp32.
@@ -216,6 +235,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
             return
         group, main = self._main_param(model_param)
         steps = self.steps_of(self._unit_of[model_param])
+        self._last_state_bytes = None
         with torch.no_grad():
             if "param" in wholes:
                 main.copy_(wholes["param"][held])

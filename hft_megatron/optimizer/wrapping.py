@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import is_
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -205,7 +206,8 @@ class _ClippingInPlace(ChainedOptimizer):
 def _scale_in_place(chunk: int, overflow: Tensor, tensors: list[list[Tensor]], scale: float) -> None:
     """In the place of ``multi_tensor_scale``, for what is written where it was read."""
     read, written = tensors
-    assert all(one is other for one, other in zip(read, written, strict=True))
+    assert len(read) == len(written)
+    assert all(map(is_, read, written))
     torch._foreach_mul_(written, scale)
 
 

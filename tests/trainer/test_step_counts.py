@@ -1,4 +1,4 @@
-"""What a step costs, counted and not timed: products, operators, host reads, messages and memory.
+"""What a step costs, counted and not timed: products, operators, host reads, messages, memory and Python.
 
 Full and half fine-tuning on two ranks, with two layers and with four: a cost that grows with layers or with parameters
 shows in the difference. Run: pytest tests/trainer/test_step_counts.py
@@ -6,6 +6,7 @@ shows in the difference. Run: pytest tests/trainer/test_step_counts.py
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +29,9 @@ from tests.support.allocations import Allocations
 from tests.support.models import make_llama
 from tests.support.operator_calls import OperatorCalls
 from tests.support.probe import cost_model, costs_by_formula
+from tests.support.python_lines import PythonLines
 from tests.support.ranks import RankPools
+from tests.support.runs import Recorder, make_inputs, run_recorded, words_for
 from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run
 from tests.support.wire import Messages
 from tests.support.work_account import PRODUCTS
@@ -173,6 +176,14 @@ def run_counted(folder: str, hft: dict[str, Any], bf16: bool) -> dict[str, Any]:
     }
 
 
+COUNTED = 3
+"""The iteration whose lines are counted: what is made once is there."""
+WITH_THE_MODEL = ("model", "engine")
+"""Parts of the package whose Python runs for each layer: on a CPU ``engine`` looks at every call of torch."""
+HOOKS = ("optimizer/wrapping.py:clear_and_add", "optimizer/wrapping.py:_clear")
+"""Functions that autograd calls for each gradient that it has made."""
+LINES_OF_HOOKS = 5
+"""Theirs for each trainable parameter in two micro-batches: 2 for each gradient, and 3 where a norm's is cleared."""
 MATRICES = ("attention", "feed_forward", "lm_head")
 """Categories of units with a product of their own: the embedding is a look-up."""
 
@@ -283,6 +294,57 @@ def test_no_new_memory_is_larger_than_the_logits_nor_as_large_as_the_gradient_bu
 def test_the_next_step_of_the_same_batch_counts_the_same(counts: Counts, name: str) -> None:
     for found in counts[name]:
         assert found["other in the next step"] == []
+
+
+class LinesOfAnIteration(Recorder):
+    """Counts from one step's end to the next one's: hooks, and a whole step."""
+
+    def __init__(self) -> None:
+        super().__init__(kill_at=None, kill_rank=0)
+        self.python = PythonLines()
+
+    def after_step(self, run: Run, result: Any) -> None:
+        super().after_step(run, result)
+        if run.state.iteration == COUNTED - 1:
+            self.python.__enter__()
+        elif run.state.iteration == COUNTED:
+            self.python.__exit__()
+
+
+def run_counting_lines(words: list[str]) -> dict[str, Any]:
+    """Lines of ours outside the model, by file and function, in one iteration of ``hft-megatron sft``; and the number
+    of trainable parameters."""
+    recorder = LinesOfAnIteration()
+    run_recorded("sft", words, recorder)
+    lines = recorder.python.lines
+    return {
+        "lines": {name: count for name, count in lines.items() if name.split("/")[0] not in WITH_THE_MODEL},
+        "parameters": len(recorder.run.wrapped.training_slots),
+    }
+
+
+@pytest.mark.parametrize("plan", ["full", "half"])
+def test_outside_the_model_no_line_of_ours_runs_once_for_each_layer_or_parameter(
+    ranks: RankPools, tmp_path: Path, plan: str
+) -> None:
+    few, many = (
+        ranks(RANKS).run(
+            run_counting_lines,
+            words=words_for(
+                make_inputs(tmp_path / str(layers), num_hidden_layers=layers, **TINY),
+                *("--bf16", "--clip-grad", 0.01, "--train-iters", COUNTED, "--hft-ratio", PLANS[plan]["hft_ratio"]),
+            ),
+        )
+        for layers in (FEW, MANY)
+    )
+    for small, large in zip(few, many, strict=True):
+        less, more = small["lines"], large["lines"]
+        assert {"trainer/step.py:train_step", "trainer/hooks.py:_record"} <= more.keys()
+        # Which rank was the slowest, and what time is left, may take a line more or less in any iteration.
+        grown = {name: count - less.get(name, 0) for name, count in more.items()}
+        of_hooks = sum(grown.pop(name) for name in HOOKS)
+        assert 0 < of_hooks <= LINES_OF_HOOKS * (large["parameters"] - small["parameters"])
+        assert {name: growth for name, growth in grown.items() if growth >= MANY - FEW} == {}
 
 
 @pytest.mark.parametrize(("dtype", "layers"), PAIRS)
