@@ -42,7 +42,8 @@ def test_a_table_has_each_ratio_with_its_quartiles_and_target() -> None:
         "trainers": {"half": figures},
         "ratios": {"half / DDP, the same frozen": ratio, "half / full": ratio},
     }
-    results = {"works": {"128": {"a set": one, "another": {**one, "layout": "TP 2"}}}}
+    timed = {"half": {**figures, "phases (ms)": {"forward": 80.0, "backward": 90.0}}}
+    results = {"works": {"128": {"a set": one, "another": {**one, "layout": "TP 2", "trainers": timed}}}}
     lines = tables.render(results).splitlines()
     assert lines[2:6] == [
         "| half / DDP, the same frozen | 0.55 (0.47 to 0.62, target 0.88) |",
@@ -51,8 +52,8 @@ def test_a_table_has_each_ratio_with_its_quartiles_and_target() -> None:
         "| half / full, TP 2 | 0.55 (0.47 to 0.62) |",
     ]
     assert lines[-2:] == [
-        "| half | 1,234 | 1,234 | 1,234 | 1,234 | 2,000 |",
-        "| half, TP 2 | 1,234 | 1,234 | 1,234 | 1,234 | 2,000 |",
+        "| half | 1,234 | 1,234 | 1,234 | 1,234 | 2,000 | - | - |",
+        "| half, TP 2 | 1,234 | 1,234 | 1,234 | 1,234 | 2,000 | 80 | 90 |",
     ]
     drawn = [element.text for element in ElementTree.fromstring(tables.picture(results)) if element.text]
     assert drawn == ["128 tokens", "half", "1.00", "DDP, the same frozen", "1.82", "full", "1.82"]
@@ -61,6 +62,21 @@ def test_a_table_has_each_ratio_with_its_quartiles_and_target() -> None:
 def test_the_committed_picture_is_of_the_committed_result() -> None:
     results = json.loads(bench.RESULTS.read_text("utf-8"))
     assert bench.RESULTS.with_suffix(".svg").read_text("utf-8") == tables.picture(results)
+
+
+@pytest.mark.slow(reason="eight processes import torch and megatron-core")
+@pytest.mark.parametrize("layout", ["TP 2 + SP", "PP 2"])
+def test_stock_megatron_core_takes_the_same_steps_on_other_layouts(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "MODEL", {**bench.MODEL, **SMALL, "num_key_value_heads": 4})
+    write_data(tmp_path)
+    bench.write_model(tmp_path)
+    one = bench.Set(trainers=("half", "stock megatron-core, full"), layout=layout)
+    found = bench.measure_set(one, tmp_path, bench.Work(sequence=64, micro_batches=2), 2, "cpu", REPOSITORY)
+    first, second = found["first losses"].values()
+    assert first == pytest.approx(second, rel=1e-5)
+    assert found["trainers"]["stock megatron-core, full"]["phases (ms)"]["backward"] > 0
 
 
 @pytest.mark.slow(reason="ten processes import torch and transformers")

@@ -98,8 +98,9 @@ class Transformers:
 
 
 class Stock:
-    """megatron-core's ``GPTModel`` by its local layer specification, with torch's attention as the product has it, and
-    its own distributed optimizer: what one would have without this project."""
+    """megatron-core's ``GPTModel`` by its local layer specification, with torch's attention as the product has it (and
+    with --sequence-parallel the product's norm), and its own distributed optimizer: what one would have without this
+    project."""
 
     def __init__(self, job: Job) -> None:
         from megatron.core.distributed import DistributedDataParallel as MegatronDDP
@@ -107,22 +108,30 @@ class Stock:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
         from hft_megatron.config.model_shape import ModelShape, load_hf_config
         from hft_megatron.config.parallel import ParallelConfig
         from hft_megatron.config.training import TrainingConfig
         from hft_megatron.model.build import transformer_config
+        from hft_megatron.model.layers import RMSNorm
         from hft_megatron.model.torch_attention import TorchAttention
         from hft_megatron.parallel.groups import start_backend, start_groups
+        from hft_megatron.parallel.step_clock import BACKWARD, FORWARD, StepClock
 
         folder, parallel = Path(job["folder"]) / "model", ParallelConfig(**job["layout"])
         start_backend(parallel)
         self._shape = shape = ModelShape.from_hf_config(load_hf_config(str(folder)), str(folder))
         self._placement = start_groups(parallel, shape.num_layers, seed=1)
         dtype = torch.bfloat16 if job["device"] == "cuda" else torch.float32
+        self._phases = FORWARD, BACKWARD
         self._config = config = transformer_config(shape, parallel, TrainingConfig(), dtype=dtype)
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.self_attention.submodules.core_attention = TorchAttention
+        if parallel.sequence_parallel:  # which megatron-core's norm for machines without Apex refuses
+            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+            layers = get_num_layers_to_build(config)
+            spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
         model = GPTModel(
             config,
             spec,
@@ -153,6 +162,8 @@ class Stock:
             [self._model],
             use_gloo_process_groups=False,
         )
+        self._clock = StepClock()
+        config.timers = self._clock.megatron_timers
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
 
@@ -171,18 +182,20 @@ class Stock:
             whole = _stock_weight(name, weights, shape.num_query_groups, per_group, shape.kv_channels)
             parameter.copy_(self._shard(whole, parameter, is_gated="linear_fc1" in name))
 
-    def _shard(self, whole: Tensor, parameter: Any, *, is_gated: bool) -> Tensor:
+    def _shard(self, whole: Tensor, parameter: Tensor, *, is_gated: bool) -> Tensor:
         """This tensor-parallel rank's part, of gate and up each where both stand in one matrix."""
         if whole.shape == parameter.shape:
             return whole
         rank, size = self._placement.tensor_rank, self._placement.tensor_size
+        dim = 0 if whole.size(0) != parameter.size(0) else 1
         parts = whole.chunk(2) if is_gated else (whole,)
-        return torch.cat([part.chunk(size, parameter.partition_dim)[rank] for part in parts])
+        return torch.cat([part.chunk(size, dim)[rank] for part in parts])
 
-    def step(self, batch: list[MicroBatch]) -> dict[str, float]:
-        """One optimizer step over the micro-batches; the ``loss`` of the global batch."""
+    def step(self, batch: list[MicroBatch]) -> dict[str, Any]:
+        """One optimizer step over the micro-batches; the ``loss`` of the global batch, and ``phases (ms)``."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        self._clock.begin()
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         rows, length = batch[0]["tokens"].shape
@@ -200,7 +213,11 @@ class Stock:
         total = torch.stack([torch.zeros(2), *(report["sums"].cpu() for report in reports)]).sum(dim=0)
         total = total.to(batch[0]["tokens"].device)
         dist.all_reduce(total)
-        return {"loss": float(total[0] / total[1])}
+        sections = self._clock.end().sections
+        return {
+            "loss": float(total[0] / total[1]),
+            "phases (ms)": {name: sections[name] for name in self._phases},
+        }
 
 
 def _stock_forward(batches: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -220,7 +237,8 @@ def _stock_weight(name: str, weights: dict[str, Tensor], groups: int, per_group:
     outer = {
         "embedding.word_embeddings.weight": "model.embed_tokens.weight",
         "decoder.final_layernorm.weight": "model.norm.weight",
-        "output_layer.weight": "lm_head.weight",
+        # On the last of several stages, of a tied model too.
+        "output_layer.weight": "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight",
     }
     if name in outer:
         return weights[outer[name]]

@@ -169,7 +169,8 @@ class Trainer:
         """A line of every rank."""
         found = [link.readline() for link in self._links]
         if not all(found):
-            raise DemoError(f"{self.name} ended; see {self._log.name}")
+            said = Path(self._log.name).read_text(encoding="utf-8").splitlines()
+            raise DemoError("\n".join([f"{self.name} ended; its folder goes, and its log ended with", *said[-30:]]))
         return [json.loads(line) for line in found]
 
     def step(self) -> dict[str, Any]:

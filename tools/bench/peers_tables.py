@@ -15,6 +15,8 @@ TARGETS: Sequence[tuple[str, str, Mapping[str, float]]] = (
 """Largest ratios of step times by work."""
 USUAL_LAYOUT = "DP 2"
 OTHER_LAYOUTS = ("TP 2", "TP 2 + SP", "PP 2")
+PHASES = ("forward", "backward")
+"""Of those that tell them apart, with the waits for tensor-parallel ranks."""
 FIGURES = ("step (ms)", "processor (ms)", "wire (MB per rank)", "page faults", "peak resident (MB)")
 BAR, LEFT, LINE = 260, 320, 22
 """Pixels: of the longest bar, of the names, and of a line."""
@@ -33,9 +35,13 @@ def render(results: Mapping[str, Any]) -> str:
             cells.append(f"{_words(ratios[work])[:-1]}{limit})" if work in ratios else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for work in works:
-        lines += ["", f"| {work} tokens | {' | '.join(FIGURES)} |", f"|---|{'---|' * len(FIGURES)}"]
+        columns = [*FIGURES, *(f"{one} (ms)" for one in PHASES)]
+        lines += ["", f"| {work} tokens | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
         for name, figures in _trainers(works[work]).items():
-            lines.append(f"| {name} | {' | '.join(f'{figures[one]:,.0f}' for one in FIGURES)} |")
+            phases = figures.get("phases (ms)", {})
+            cells = [f"{figures[one]:,.0f}" for one in FIGURES]
+            cells += [f"{phases[one]:,.0f}" if one in phases else "-" for one in PHASES]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -72,7 +78,7 @@ def picture(results: Mapping[str, Any]) -> str:
     names = [name for name in ratios if not name.endswith(OTHER_LAYOUTS)]
     works = list(results["works"])
     times = {name: {work: 1 / one["median"] for work, one in ratios[name].items()} for name in names}
-    longest = max(time for one in times.values() for time in one.values())
+    longest = max([1.0, *(time for one in times.values() for time in one.values())])
     width = LEFT + len(works) * (BAR + 60)
     lines = [_text(LEFT + number * (BAR + 60), LINE, f"{work} tokens") for number, work in enumerate(works)]
     bars = {"half": dict.fromkeys(works, 1.0), **{name.removeprefix("half / "): one for name, one in times.items()}}
