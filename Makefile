@@ -2,6 +2,7 @@
 #
 #   make install   .venv with the pinned versions (the other targets do it by themselves)
 #   make demo      train, half fine-tune, fully fine-tune and compare; about ten minutes on two cores
+#   make bench     measure what needs no data of yours, into runs/bench; about twenty minutes on two cores
 #   make test      linters, types and the quick tests
 #
 # PYTHON=python3.11 chooses the interpreter; from 3.12 on the versions are those of constraints/cuda.txt. PIP_ARGS goes to
@@ -16,7 +17,7 @@ STAMP := .venv/installed
 # Two workers, each with whole files: half of the time tests wait for ranks, for hosts that are silent, or for imports.
 AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install test lint demo
+.PHONY: help install test lint demo bench
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,3 +46,15 @@ test: lint
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo/run.py
+
+# Fewer rounds than behind the committed results, which stay as they are.
+bench: $(STAMP)
+	$(BIN)/python tools/bench/peers.py --rounds 5 --work 128 --work 512 --set "before and DDP" --set full --set FSDP2 \
+		--output runs/bench/peers.json
+	$(BIN)/python tools/bench/bill.py --pairs 1 --output runs/bench/bill.json
+	$(BIN)/python tools/bench/rounds.py --output runs/bench/rounds.json
+	$(BIN)/python tools/bench/packing.py --pairs 1 --output runs/bench/packing.json
+	$(BIN)/python tools/bench/reference.py --rounds 1 --output runs/bench/reference.json
+	$(BIN)/python tools/bench/checkpoints.py --pairs 1 --output runs/bench/checkpoints.json
+	$(BIN)/python tools/bench/generate.py --pairs 3 --output runs/bench/generate.json
+	$(BIN)/python tools/bench/head.py --pairs 3 --output runs/bench/head.json
