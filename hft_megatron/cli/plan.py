@@ -16,6 +16,7 @@ from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.hf_keys import note_unknown_keys
 from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.lora import LoraConfig, with_adapters
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import SELECTIONS
@@ -78,12 +79,13 @@ class PlanOptions:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: PlanTrainingConfig = field(default_factory=PlanTrainingConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def as_run(self) -> RunConfig:
         """The run that is planned for, as far as a plan knows it."""
         training = TrainingConfig(**vars(self.training))
-        return RunConfig(parallel=self.parallel, model=self.model, training=training, hft=self.hft)
+        return RunConfig(parallel=self.parallel, model=self.model, training=training, hft=self.hft, lora=self.lora)
 
 
 def run(options: PlanOptions, status: StatusFolder) -> None:
@@ -127,7 +129,7 @@ def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
     world_size = replica if options.world_size is None else options.world_size
     validate_plan(options.as_run, shape, world_size)
-    return shape, world_size
+    return with_adapters(shape, options.lora), world_size
 
 
 def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence[Plan]) -> MemoryReport:

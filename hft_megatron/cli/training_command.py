@@ -10,6 +10,7 @@ from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.flags import flags_of
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.loading import read_others, with_checkpoint_args
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
@@ -40,6 +41,7 @@ class TrainingOptions:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -62,7 +62,9 @@ class CheckpointConfig:
     checkpoint that --finetune (or a task or stage) starts from, which must then be kept, or, from the second round on,
     in the round's first checkpoint, which is whole. All are checked when such a one is loaded."""
     save_hf: str | None = None
-    """Folder to export to in Hugging Face's format at the end."""
+    """Folder to export to in Hugging Face's format at the end; adapters (--lora-rank) are added to their matrices."""
+    save_lora: str | None = None
+    """Folder for the adapters of --lora-rank at the end, as PEFT reads them."""
     save_hf_interval: Annotated[int, Ge(1)] | None = None
     """Iterations between exports during training, each to its own folder in --save-hf, such as iter_0000500."""
     save_hf_keep: Annotated[int, Ge(1)] | None = None
@@ -117,7 +119,8 @@ def outputs_can_be_written(config: RunConfig, shape: ModelShape | None, world_si
             f"--save {config.checkpoint.save} needs the package psutil, which is not installed; "
             "run `pip install psutil`, or leave --save out."
         )
-    for option, path in (("--save", config.checkpoint.save), ("--save-hf", config.checkpoint.save_hf)):
+    outputs = config.checkpoint
+    for option, path in (("--save", outputs.save), ("--save-hf", outputs.save_hf), ("--save-lora", outputs.save_lora)):
         if path is None:
             continue
         nearest = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 
@@ -99,6 +100,11 @@ def sequence_fits_the_run(options: ContinualConfig, config: RunConfig) -> None:
         raise UserError(
             f"--continual-average {options.continual_average} would change weights that rest in a task's last round, "
             f"with --hft-round-interval {config.hft.hft_round_interval}; give each task one round (stage)."
+        )
+    if options.continual_average is not None and config.lora != LoraConfig():
+        raise UserError(
+            f"--continual-average {options.continual_average} averages the model's weights, and with --lora-rank these "
+            f"are frozen; leave one of the two out."
         )
     if options.continual_discard:
         _discarding_fits(options, config)

@@ -188,7 +188,12 @@ def resolve(config: RunConfig, shape: ModelShape, world_size: int, saved: RunCon
         training = replace(training, **unset)
         if hft.hft_seed is None:
             hft = replace(hft, hft_seed=saved.hft.hft_seed)
-    config = replace(config, training=training, hft=hft)
+    checkpoint, lora = config.checkpoint, config.lora
+    if lora.lora_rank is not None or lora.lora_adapter is not None:
+        # All adapters train, and checkpoints hold them alone.
+        hft = replace(hft, hft_ratio=1.0)
+        checkpoint = replace(checkpoint, save_trained_only=checkpoint.save is not None)
+    config = replace(config, training=training, hft=hft, checkpoint=checkpoint)
     return replace(
         config,
         training=replace(

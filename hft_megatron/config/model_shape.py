@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hft_megatron.config.adapters import Adapters
 from hft_megatron.config.declared import check_bounds, flag
 from hft_megatron.config.hf_keys import refuse_other_models
 from hft_megatron.config.model import ModelConfig
@@ -59,6 +60,13 @@ class ModelShape:
     rope_scaling: Llama3RopeScaling | None = None
     tie_embeddings: bool = False
     init_method_std: float = 0.02
+    adapters: Adapters | None = None
+    """Beside the matrices of the layers; None for a model that is nothing but a Hugging Face folder's."""
+
+    @property
+    def base(self) -> ModelShape:
+        """The same model without adapters."""
+        return self if self.adapters is None else replace(self, adapters=None)
 
     @staticmethod
     def from_hf_config(config: Mapping[str, Any], source: str) -> ModelShape:

@@ -11,6 +11,7 @@ from hft_megatron.config.data import DataConfig
 from hft_megatron.config.dpo import DpoConfig
 from hft_megatron.config.ewc import EwcConfig
 from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
@@ -31,5 +32,6 @@ class RunConfig:
     ewc: EwcConfig = field(default_factory=EwcConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hft_megatron.config import derived
+from hft_megatron.config.adapters import Adapters
 from hft_megatron.config.declared import SAME_RUN, declared, flag
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
 from hft_megatron.config.run import RunConfig
@@ -85,6 +86,9 @@ class RunIdentity:
         shape = dict(saved["shape"])
         if shape["rope_scaling"] is not None:
             shape["rope_scaling"] = Llama3RopeScaling(**shape["rope_scaling"])
+        if shape.get("adapters") is not None:
+            adapters = shape["adapters"]
+            shape["adapters"] = Adapters(**{**adapters, "targets": tuple(adapters["targets"])})
         options = {name: saved.get(name, default) for name, default in _OPTIONS.items()}
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         values = {name: value for name, value in saved.items() if name not in _OPTIONS}

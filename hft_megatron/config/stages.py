@@ -19,6 +19,7 @@ from hft_megatron.errors import UserError
 
 _OF_EXPORTS: dict[str, Any] = {
     "save_hf": None,
+    "save_lora": None,
     "save_hf_interval": None,
     "save_hf_keep": None,
     "save_hf_best": None,

@@ -5,7 +5,7 @@ Every rank runs the same rules on the same options and so comes to the same answ
 
 from collections.abc import Callable
 
-from hft_megatron.config import checkpoint, data, exports, hft, model, optimizer, parallel, tracking, training
+from hft_megatron.config import checkpoint, data, exports, hft, lora, model, optimizer, parallel, tracking, training
 from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import MethodName
@@ -40,6 +40,7 @@ _RULES: tuple[Rule, ...] = (
     optimizer.weight_decay_is_given_once,
     tracking.tasks_are_there,
     tracking.profile_fits_the_run,
+    *lora.LORA_RULES,
     *hft.METHOD_RULES,
     data.tokenizer_is_given,
     checkpoint.outputs_have_a_place,
@@ -50,6 +51,7 @@ _RULES: tuple[Rule, ...] = (
     checkpoint.a_new_run_has_its_own_folder,
     hft.scores_are_of_the_first_weights,
     exports.nothing_is_overwritten,
+    lora.the_adapter_has_its_own_folder,
     checkpoint.outputs_can_be_written,
 )
 """In this order, so that the numbers a rule divides by have been checked by an earlier one."""
@@ -68,6 +70,7 @@ _NEEDS_NO_DATA = {
     training.recompute_options_fit_together,
     training.sequence_fits_the_model,
     training.gradients_have_a_precision,
+    *lora.LORA_RULES,
     *hft.METHOD_RULES,
 }
 PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in _RULES if rule in _NEEDS_NO_DATA)

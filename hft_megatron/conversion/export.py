@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.run_folder import same_folder, sync
+from hft_megatron.conversion.adapter_folder import merged
 from hft_megatron.conversion.kept_files import Destination, keep_files
 from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
 from hft_megatron.data.chat import end_token_ids
@@ -32,16 +33,16 @@ def export_folder(
     tokenizer: Tokenizer | None,
     announce: Announce,
 ) -> None:
-    """Exports this run's model by ``export_tensors`` on rank 0; every rank must call it.
+    """Exports this run's model, with its adapters merged, by ``export_tensors`` on rank 0; every rank must call it.
 
     Raises RunFailed on every rank where rank 0 can't write; no rank waits for its writing in a collective.
     """
     run_dtype = next(chunks[0].parameters()).dtype
-    wholes = gathered_weights(chunks, shape, placement)
+    wholes = merged(gathered_weights(chunks, shape, placement), shape)
     reasons: list[str | None] = [None]
     if placement.rank == 0:
         try:
-            export_tensors(destination, wholes, shape, run_dtype, rules, tokenizer, announce)
+            export_tensors(destination, wholes, shape.base, run_dtype, rules, tokenizer, announce)
         except (OSError, UserError) as error:
             reasons = [f"the export to {destination.target} can't be written: {error}"]
     # After a failure the others still send what they hold.

@@ -31,7 +31,7 @@ def check_weights(folder: str, shape: ModelShape, *, option: str = "--load-hf") 
     """
     digest = hashlib.sha256()
     with HuggingFaceWeights(folder, option=option) as weights:
-        for unit in units_of(shape):
+        for unit in units_of(shape.base):
             name = f"{unit.name}.weight"
             weights.check_shape(name, whole_shape(unit.name, shape))
             first = weights.read(name, dim=0, start=0, length=1)
@@ -43,7 +43,7 @@ def check_weights(folder: str, shape: ModelShape, *, option: str = "--load-hf") 
 
 def _check_no_others(weights: HuggingFaceWeights, shape: ModelShape) -> None:
     """A tensor that nothing reads would be lost in silence, and the model would compute something else."""
-    expected = {f"{unit.name}.weight" for unit in units_of(shape)}
+    expected = {f"{unit.name}.weight" for unit in units_of(shape.base)}
     for name in weights.names():
         if name in expected or name.endswith(_HARMLESS):
             continue
@@ -80,7 +80,7 @@ def load_weights(
     *,
     option: str = "--load-hf",
 ) -> None:
-    """Fills every parameter of this rank from safetensors, rounding to the parameter's dtype where it is coarser.
+    """Fills every parameter of this rank but adapters from safetensors, rounding to the parameter's dtype where it is coarser.
 
     Rows that only pad the vocabulary become zero. Collective. Raises UserError on all ranks, with the sentence of the
     first rank that has one, for a missing or misshapen tensor and for a value that is not finite.
@@ -89,6 +89,8 @@ def load_weights(
     def fill() -> None:
         with HuggingFaceWeights(folder, option=option) as weights:
             for slot in parameter_slots(chunks):
+                if slot.is_adapter:
+                    continue
                 weights.check_shape(slot.hf_name, whole_shape(slot.unit, shape))
                 with torch.no_grad():
                     _fill(slot, weights, shape, placement)

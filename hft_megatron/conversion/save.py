@@ -89,17 +89,18 @@ def write_weights(
 
 
 def gathered_weights(
-    chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement
+    chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement, *, only_adapters: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every unit with its whole tensor on rank 0 (CPU), in the order of ``units_of``; on other ranks nothing.
 
+    ``shape`` is that of the chunks, with what adapters they have; ``only_adapters`` leaves other units out.
     Every rank must run it to its end, which is when rank 0 has taken the last one.
     """
     slots = {slot.unit: slot for slot in parameter_slots(chunks) if not _is_tied_copy(slot, shape)}
     speaks = placement.data_rank == 0 and placement.tensor_rank == 0
     owned = gathered((placement.rank, list(slots)) if speaks else None)
     owner_of = {unit: rank for entry in owned if entry is not None for rank, units in [entry] for unit in units}
-    for unit in (unit.name for unit in units_of(shape)):
+    for unit in (unit.name for unit in units_of(shape) if unit.category == "adapter" or not only_adapters):
         # Rank 0 comes here when it has written the unit before. Until then the others hold no copies of theirs, and
         # nothing waits for it in a collective, which would be cut off.
         wait_for_all_ranks()

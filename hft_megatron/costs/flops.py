@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+from hft_megatron.config.adapters import ADAPTER_PARTS, has_adapter
 from hft_megatron.config.derived import layers_of_chunks, padded_vocab_size, tokens_of_a_chunk
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
@@ -138,9 +139,24 @@ class _Count:
 
     def _group(self, units: list[str], forwards: int) -> None:
         """Matrices that share an input, or one: its gradient is made by all of them or by none."""
+        adapters = [f"{unit}.{part}" for unit in units for part in self._parts(unit)]
         for unit in units:
             self._product_with(unit, self.trains(unit), forwards)
-        self.flows |= any(map(self.trains, units))
+            self._adapter_with(unit, forwards)
+        self.flows |= any(map(self.trains, [*units, *adapters]))
+
+    def _adapter_with(self, unit: str, forwards: int) -> None:
+        """The products of a matrix's adapter; the one of the two that is not cut is used by every tensor rank."""
+        is_row_parallel = unit.endswith((ATTENTION_OUT, MLP_OUT))
+        below = self.flows
+        for part in self._parts(unit):
+            name, is_first = f"{unit}.{part}", part == ADAPTER_PARTS[0]
+            ranks = 1 if is_first == is_row_parallel else self.parallel.tensor_model_parallel_size
+            self.per_token += ranks * self._product(name) * (forwards + below + self.trains(name))
+            below |= self.trains(name)
+
+    def _parts(self, unit: str) -> tuple[str, ...]:
+        return ADAPTER_PARTS if has_adapter(unit, self.shape.adapters) else ()
 
     def _product_with(self, unit: str, is_trained: bool, forwards: int) -> None:
         """A matrix's products: forward, for the gradient of its input, and for its own."""
@@ -158,7 +174,9 @@ class _Count:
         """Then the lowest hidden state needs a gradient even above a frozen embedding (``LlamaModel``)."""
         lowest, *_ = layers_of_chunks(self.parallel, self.shape.num_layers)
         layers = [layer for layer in lowest if self._is_recomputed(layer)]
-        return any(self.trains(f"model.layers.{layer}.{module}") for layer in layers for module in NAMES_IN_LAYER)
+        units = [f"model.layers.{layer}.{module}" for layer in layers for module in NAMES_IN_LAYER]
+        units += [f"{unit}.{part}" for unit in units for part in self._parts(unit)]
+        return any(map(self.trains, units))
 
     def _product(self, unit: str) -> int:
         """FLOPs per token of one product with the unit's matrix."""

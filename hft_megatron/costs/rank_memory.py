@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hft_megatron.config import derived
+from hft_megatron.config.adapters import ADAPTER_PARTS, has_adapter
 from hft_megatron.config.derived import padded_vocab_size, tokens_of_a_chunk, virtual_pipeline_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
@@ -22,7 +23,7 @@ from hft_megatron.hft.units import (
     MLP_OUT,
     NAMES_IN_LAYER,
 )
-from hft_megatron.model.parameter_names import ChunkPlace, chunk_parameters, chunk_places, local_elements
+from hft_megatron.model.parameter_names import ChunkPlace, chunk_parameters, chunk_places, local_elements, whole_shape
 
 SWIGLU_TENSORS = 2
 """Of the feed-forward size: gate and up."""
@@ -79,7 +80,8 @@ class ActivationModel:
         recomputed = self._recomputed(layers)
         # What a later stage receives always needs a gradient; so does a frozen embedding's output below recomputation.
         flows = not place.is_first or trains(EMBEDDING_NAME)
-        flows |= any(trains(f"model.layers.{layer}.{module}") for layer in recomputed for module in NAMES_IN_LAYER)
+        units = [f"model.layers.{layer}.{module}" for layer in recomputed for module in NAMES_IN_LAYER]
+        flows |= any(map(trains, [*units, *(f"{unit}.{part}" for unit in units for part in self._parts(unit))]))
         received = 0 if place.is_first else self._hidden
         rope = ROPE_TENSORS * self._size * self.shape.kv_channels * self.micro_batch.seq_length
         kept, working = received + rope, 0
@@ -107,7 +109,9 @@ class ActivationModel:
         """Bytes that a layer keeps, and whether its output needs a gradient when its input does or does not."""
 
         def train(*modules: str) -> bool:
-            return any(trains(f"model.layers.{layer}.{module}") for module in modules)
+            units = [f"model.layers.{layer}.{module}" for module in modules]
+            adapters = [f"{unit}.{part}" for unit in units for part in self._parts(unit)]
+            return any(map(trains, [*units, *adapters]))
 
         shape, tokens, size = self.shape, self.micro_batch.tokens, self._size
         queries = shape.num_attention_heads * shape.kv_channels // self._tensor_size
@@ -128,7 +132,25 @@ class ActivationModel:
         flows |= train(*MLP_IN)
         ffn = size * tokens * shape.ffn_hidden_size // self._tensor_size
         kept += ffn * (SWIGLU_TENSORS * flows + train(MLP_OUT))
-        return kept, flows or train(MLP_OUT)
+        return kept + self._of_adapters, flows or train(MLP_OUT)
+
+    def _parts(self, unit: str) -> tuple[str, ...]:
+        return ADAPTER_PARTS if has_adapter(unit, self.shape.adapters) else ()
+
+    @property
+    def _of_adapters(self) -> int:
+        """Bytes that the adapters of a layer keep beyond their matrices' input: A x, and with dropout each an input and
+        a mask of its own."""
+        adapters = self.shape.adapters
+        if adapters is None:
+            return 0
+        numbers = 0
+        for module in (*ATTENTION_IN, ATTENTION_OUT, *MLP_IN, MLP_OUT):
+            if has_adapter(module, adapters):
+                cut = self._tensor_size if module in (ATTENTION_OUT, MLP_OUT) else 1
+                inputs = 2 * whole_shape(module, self.shape)[1] // cut
+                numbers += adapters.rank + inputs * (adapters.dropout > 0)
+        return self._size * self.micro_batch.tokens * numbers
 
     def _norm(self, is_trained: bool, flows: bool) -> tuple[int, bool]:
         """Bytes that a norm keeps, and whether its output needs a gradient."""

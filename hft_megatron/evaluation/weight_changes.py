@@ -11,6 +11,7 @@ from torch import Tensor
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.checkpoint.tensors import CheckpointTensors
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
+from hft_megatron.conversion.adapter_folder import merged_reader
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.errors import UserError
 from hft_megatron.hft.units import CATEGORIES, Category, units_of
@@ -47,11 +48,12 @@ def folder_weights(folder: str, *, option: str) -> Iterator[UnitWeights]:
 
 @contextmanager
 def run_weights(run: SavedRun) -> Iterator[UnitWeights]:
-    """The weights of a run's checkpoint; UserError where it is damaged, or where the folder that has what it leaves
-    out is gone or has changed."""
+    """The weights of a run's checkpoint, adapters added to their matrices; UserError where it is damaged, or where the
+    folder that has what it leaves out is gone or has changed."""
     tensors = CheckpointTensors(run.checkpoint, run.identity.shape, option=run.option)
     with tensors.on(run.source() if tensors.left_out else None) as read:
-        yield UnitWeights(name=str(run.checkpoint), shape=run.identity.shape, read=read)
+        shape = run.identity.shape
+        yield UnitWeights(name=str(run.checkpoint), shape=shape.base, read=merged_reader(read, shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,8 @@ def weight_changes(base: UnitWeights, tuned: UnitWeights, share: slice = slice(N
 
 def check_alike(names: tuple[str, str], of_models: tuple[ModelShape, ModelShape]) -> None:
     """UserError unless a base and a tuned model have the same units, in the same shapes."""
-    shapes = [{unit.name: list(whole_shape(unit.name, shape)) for unit in units_of(shape)} for shape in of_models]
+    bases = [shape.base for shape in of_models]
+    shapes = [{unit.name: list(whole_shape(unit.name, shape)) for unit in units_of(shape)} for shape in bases]
     for unit in shapes[0] | shapes[1]:
         first, second = (f"of shape {held[unit]}" if unit in held else "not there" for held in shapes)
         if first != second:

@@ -6,7 +6,7 @@ Trainability flags, gradient buckets, optimizer state, checkpoints and log lines
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +140,9 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in words for the log: one line for the whole, then one line per category."""
+        chosen = "all adapters" if any(unit.category == "adapter" for unit in self.units) else self.policy.describe()
         lines = [
-            f"plan {self.short_digest}: round {self.round}, {self.policy.describe()}, "
+            f"plan {self.short_digest}: round {self.round}, {chosen}, "
             f"trainable params {self.trainable_parameters:,}, frozen params {self.frozen_parameters:,}"
         ]
         num_layers = 1 + max(unit.layer for unit in self.units if unit.layer is not None)
@@ -248,11 +249,17 @@ def make_plan(
     """Draw the plan of one round.
 
     ``default_seed`` (the run's ``--seed``) is used when ``--hft-seed`` is unset. ``scores`` (signal-to-noise ratio by
-    unit name, of every attention and feed-forward matrix) are needed by ``--hft-selection spectrum`` alone. Raises
-    ``UserError`` for patterns that don't fit the model, or when nothing would train.
+    unit name, of every attention and feed-forward matrix) are needed by ``--hft-selection spectrum`` alone. Of a model
+    with adapters these train in every round, and nothing else does. Raises ``UserError`` for patterns that don't fit
+    the model, or when nothing would train.
     """
+    if shape.adapters is not None:
+        config = replace(config, hft_ratio=1.0)
     policy = Policy.from_config(config, default_seed=default_seed)
     assert scores is not None or not SELECTIONS[policy.selection].needs_scores, f"{policy.selection} ranks by scores"
     units = units_of(shape)
+    if shape.adapters is not None:
+        training = frozenset(unit.name for unit in units if unit.category == "adapter")
+        return Plan(policy=policy, round=round, units=units, training=training)
     training = training_units(units, policy=policy, round=round, scores=scores or {})
     return Plan(policy=policy, round=round, units=units, training=training)

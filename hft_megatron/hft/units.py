@@ -8,11 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from hft_megatron.config.adapters import ADAPTER_PARTS, adapted_unit, has_adapter
 from hft_megatron.config.model_shape import ModelShape
 
-Category = Literal["attention", "feed_forward", "norm", "embedding", "final_norm", "lm_head"]
+Category = Literal["attention", "feed_forward", "norm", "adapter", "embedding", "final_norm", "lm_head"]
 
-CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm", "embedding", "final_norm", "lm_head")
+CATEGORIES: tuple[Category, ...] = (
+    "attention",
+    "feed_forward",
+    "norm",
+    "adapter",
+    "embedding",
+    "final_norm",
+    "lm_head",
+)
 LAYER_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm")
 """The categories inside the transformer layers, which the method halves (Hui et al., arXiv 2404.18466)."""
 MATRIX_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward")
@@ -29,7 +38,7 @@ MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
 """Of those that read the feed-forward block's input."""
 MLP_OUT = "mlp.down_proj"
 NAMES_IN_LAYER = ("input_layernorm", *ATTENTION_IN, ATTENTION_OUT, "post_attention_layernorm", *MLP_IN, MLP_OUT)
-"""All of a layer's units, in the order in which a forward pass meets them."""
+"""All of a layer's units but adapters, in the order in which a forward pass meets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,8 @@ class Unit:
 def units_of(shape: ModelShape) -> tuple[Unit, ...]:
     """All units of a model in canonical order: embedding, layers from the bottom up, final norm, lm_head.
 
-    With tied embeddings the embedding and the head are one weight, and so one unit, named after the embedding.
+    With tied embeddings the embedding and the head are one weight, and so one unit, named after the embedding. The two
+    units of an adapter follow that of its matrix.
     """
     vocabulary_parameters = shape.vocab_size * shape.hidden_size
     units = [Unit(name=EMBEDDING_NAME, layer=None, category="embedding", parameters=vocabulary_parameters)]
@@ -67,25 +77,30 @@ def forward_position(unit: str) -> int:
         return -1
     if unit in (FINAL_NORM_NAME, LM_HEAD_NAME):
         return sys.maxsize - (unit == FINAL_NORM_NAME)
-    _, _, layer, name = unit.split(".", 3)
+    _, _, layer, name = (adapted_unit(unit) or unit).split(".", 3)
     return int(layer) * per_layer + NAMES_IN_LAYER.index(name)
 
 
 def _units_of_layer(shape: ModelShape, layer: int) -> Iterator[Unit]:
-    """The nine units of one layer; head_dim x heads need not be the hidden size, and k and v shrink with GQA."""
-    query = shape.num_attention_heads * shape.kv_channels * shape.hidden_size
-    key_value = shape.num_query_groups * shape.kv_channels * shape.hidden_size
-    feed_forward = shape.ffn_hidden_size * shape.hidden_size
-    members: tuple[tuple[str, Category, int], ...] = (
-        ("self_attn.q_proj", "attention", query),
-        ("self_attn.k_proj", "attention", key_value),
-        ("self_attn.v_proj", "attention", key_value),
-        ("self_attn.o_proj", "attention", query),
-        ("mlp.gate_proj", "feed_forward", feed_forward),
-        ("mlp.up_proj", "feed_forward", feed_forward),
-        ("mlp.down_proj", "feed_forward", feed_forward),
-        ("input_layernorm", "norm", shape.hidden_size),
-        ("post_attention_layernorm", "norm", shape.hidden_size),
+    """The nine units of one layer, and those of adapters; head_dim x heads need not be the hidden size, and k and v
+    shrink with GQA."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    query, key_value = (heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups))
+    matrices: tuple[tuple[str, Category, int, int], ...] = (
+        ("self_attn.q_proj", "attention", query, hidden),
+        ("self_attn.k_proj", "attention", key_value, hidden),
+        ("self_attn.v_proj", "attention", key_value, hidden),
+        ("self_attn.o_proj", "attention", hidden, query),
+        ("mlp.gate_proj", "feed_forward", ffn, hidden),
+        ("mlp.up_proj", "feed_forward", ffn, hidden),
+        ("mlp.down_proj", "feed_forward", hidden, ffn),
     )
-    for suffix, category, parameters in members:
-        yield Unit(name=f"model.layers.{layer}.{suffix}", layer=layer, category=category, parameters=parameters)
+    for suffix, category, rows, columns in matrices:
+        name = f"model.layers.{layer}.{suffix}"
+        yield Unit(name=name, layer=layer, category=category, parameters=rows * columns)
+        if shape.adapters is not None and has_adapter(name, shape.adapters):
+            for part, side in zip(ADAPTER_PARTS, (columns, rows), strict=True):
+                parameters = shape.adapters.rank * side
+                yield Unit(name=f"{name}.{part}", layer=layer, category="adapter", parameters=parameters)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield Unit(name=f"model.layers.{layer}.{norm}", layer=layer, category="norm", parameters=hidden)

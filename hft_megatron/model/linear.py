@@ -6,16 +6,25 @@ One autograd function owns the group: the input is gathered once per direction, 
 input gradients of all members are summed before one collective.
 """
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from hft_megatron.model.adapters import LowRank
 
 AddProduct = Callable[[Tensor, Tensor, Tensor, int], object]
 """``add(total, left, right, beta)``: total (m, n) becomes beta x total + left (m, k) @ right (k, n), with beta 1, or 0
@@ -196,17 +205,42 @@ def product(input: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
-class RowParallel(RowParallelLinear):
+class _Adapted(torch.nn.Module):
+    """A matrix of megatron-core's that can have an adapter beside it."""
+
+    adapter: LowRank | None
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.register_module("adapter", None)
+
+    @property
+    def active_adapter(self) -> LowRank | None:
+        """The adapter that takes part in a forward pass now."""
+        adapter = self.adapter
+        return adapter if adapter is not None and adapter.is_on else None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """megatron-core's, in which the adapter's two matrices are cut in their own ways."""
+        described: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        if self.adapter is not None:
+            group: Any = self.tp_group
+            described |= self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata, group)
+        return described
+
+
+class RowParallel(_Adapted, RowParallelLinear):
     """megatron-core's row-parallel matrix (o_proj, down_proj), whose product is ``product``.
 
     Its weight gradient then goes straight into ``main_grad``, and no input gradient is computed that nothing needs.
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
-        return product(input, weight)
+        output, adapter = product(input, weight), self.active_adapter
+        return output if adapter is None else adapter.added(output, product(adapter.dropped(input), adapter.lora_A()))
 
 
-class _Member(ColumnParallelLinear):
+class _Member(_Adapted, ColumnParallelLinear):
     """Gives the group its weight when called, and does no product of its own.
 
     It must be called: under --overlap-param-gather the hook that waits for a weight's all-gather runs before the
@@ -252,8 +286,30 @@ class SharedInputColumnParallel(MegatronModule):
             self.add_module(name, member)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        weights = [getattr(self, name)() for name in self.member_names]
-        outputs: tuple[Tensor, ...] = _SharedInput.apply(
-            hidden_states, self.tp_group, self.config.sequence_parallel and self.tp_group.size() > 1, *weights
-        )
-        return outputs
+        members = [getattr(self, name) for name in self.member_names]
+        weights = [member() for member in members]
+        adapters = [(i, member.active_adapter) for i, member in enumerate(members) if member.active_adapter is not None]
+        splits = self.config.sequence_parallel and self.tp_group.size() > 1
+        inner: Sequence[Tensor]
+        if any(adapter.drops for _, adapter in adapters):
+            # Each leaves out other entries, of a whole input that is then kept as such.
+            total = _whole_input(hidden_states, self.tp_group, splits)
+            outputs = list(_SharedInput.apply(total, None, False, *weights))
+            inner = [product(adapter.dropped(total), adapter.lora_A()) for _, adapter in adapters]
+        else:
+            weights += [adapter.lora_A() for _, adapter in adapters]
+            products = _SharedInput.apply(hidden_states, self.tp_group, splits, *weights)
+            outputs, inner = list(products[: len(members)]), products[len(members) :]
+        for (i, adapter), one in zip(adapters, inner, strict=True):
+            outputs[i] = adapter.added(outputs[i], one)
+        return tuple(outputs)
+
+
+def _whole_input(shard: Tensor, group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
+    """(s / tp or s, b, h) -> (s, b, h), whose gradient is the sum over tensor-parallel ranks."""
+    whole: Tensor
+    if sequence_parallel:
+        whole = gather_from_sequence_parallel_region(shard, tensor_parallel_output_grad=True, group=group)
+    else:
+        whole = copy_to_tensor_model_parallel_region(shard, group=group)
+    return whole

@@ -22,6 +22,7 @@ from torch import Tensor
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.training import TransformerImpl
 from hft_megatron.errors import UserError
+from hft_megatron.model.adapters import add_adapters
 from hft_megatron.model.embedding import TokenEmbedding
 from hft_megatron.model.head import VocabularyHead
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm, RotaryTable
@@ -108,6 +109,8 @@ class LlamaModel(GPTModel):
         )
         self.shape = shape
         self._keeps_hidden_states = False
+        if shape.adapters is not None:
+            add_adapters(self.decoder.layers, shape.adapters, placement.tensor_rank)
         if pre_process:
             is_head = post_process and shape.tie_embeddings
             self.embedding.word_embeddings = TokenEmbedding(self.embedding.word_embeddings, is_head=is_head)

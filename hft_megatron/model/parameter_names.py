@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from hft_megatron.config.adapters import ADAPTER_PARTS, adapted_unit, has_adapter
 from hft_megatron.config.derived import layers_of_chunks, padded_vocab_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
@@ -34,7 +35,7 @@ _OUTER_PARAMETERS: dict[str, tuple[str, int | None]] = {
     "output_layer": ("lm_head", 0),
 }
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+?)(?:\.adapter\.(lora_[AB]))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,11 @@ class ParameterName:
     """Dimension cut over tensor ranks, None when every rank holds the whole."""
     is_vocab: bool
     """Whether dimension 0 is the vocabulary, padded beyond Hugging Face's rows."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is one of an adapter's two matrices, which no Hugging Face folder of a model has."""
+        return adapted_unit(self.unit) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,9 @@ def name_of(local_name: str, *, first_layer: int, tie_embeddings: bool) -> Param
     if match:
         hf_module, cut = _LAYER_PARAMETERS[match[2]]
         unit = f"model.layers.{first_layer + int(match[1])}.{hf_module}"
+        if match[3]:
+            # An A has the matrix's columns, and a B its rows: one of the two is cut as the matrix is.
+            unit, cut = f"{unit}.{match[3]}", cut if cut == 1 - ADAPTER_PARTS.index(match[3]) else None
     else:
         unit, cut = _OUTER_PARAMETERS[module]
     is_vocab = unit in ("model.embed_tokens", "lm_head")
@@ -97,7 +106,12 @@ def chunk_places(shape: ModelShape, parallel: ParallelConfig, pipeline_rank: int
 
 def chunk_parameters(place: ChunkPlace, shape: ModelShape) -> Iterator[ParameterName]:
     """Every parameter of a chunk in the order of ``named_parameters()``; a chunk with both tied ends holds one."""
-    modules = [f"decoder.layers.{layer}.{module}" for layer in range(place.layers) for module in _LAYER_PARAMETERS]
+    modules = [
+        f"decoder.layers.{layer}.{module}"
+        for layer in range(place.layers)
+        for matrix, (hf_module, _) in _LAYER_PARAMETERS.items()
+        for module in (matrix, *(f"{matrix}.adapter.{part}" for part in _parts(hf_module, shape)))
+    ]
     if place.is_first:
         modules.insert(0, "embedding.word_embeddings")
     if place.is_last:
@@ -108,6 +122,10 @@ def chunk_parameters(place: ChunkPlace, shape: ModelShape) -> Iterator[Parameter
         yield name_of(f"{module}.weight", first_layer=place.first_layer, tie_embeddings=shape.tie_embeddings)
 
 
+def _parts(hf_module: str, shape: ModelShape) -> tuple[str, ...]:
+    return ADAPTER_PARTS if has_adapter(hf_module, shape.adapters) else ()
+
+
 def checkpoint_names(shape: ModelShape) -> dict[str, str]:
     """unit -> name of its weight in a checkpoint, which is megatron-core's in a model of a single chunk."""
     whole = ChunkPlace(first_layer=0, layers=shape.num_layers, is_first=True, is_last=True)
@@ -115,7 +133,13 @@ def checkpoint_names(shape: ModelShape) -> dict[str, str]:
 
 
 def whole_shape(unit: str, shape: ModelShape) -> tuple[int, ...]:
-    """Shape of a unit's weight in Hugging Face's format: (out, in), or (hidden,) for norms."""
+    """Shape of a unit's weight in Hugging Face's format: (out, in), or (hidden,) for norms; an adapter's as PEFT has
+    it, (rank, in) and (out, rank)."""
+    matrix = adapted_unit(unit)
+    if matrix is not None:
+        assert shape.adapters is not None, f"{unit} is of a model with adapters"
+        rows, columns = whole_shape(matrix, shape)
+        return (shape.adapters.rank, columns) if unit.endswith(ADAPTER_PARTS[0]) else (rows, shape.adapters.rank)
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels

@@ -13,7 +13,7 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -32,6 +32,7 @@ from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer.carried import CarriedState
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
 from hft_megatron.optimizer.traffic import Traffic
+from hft_megatron.optimizer.whole_gradients import finalize_gradients
 
 MARKS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad", "unwritten_gradients")
 """What a parameter has while it is trained, beside its values."""
@@ -317,7 +318,7 @@ def _connect_schedules(config: Any, wrapped: Sequence[DistributedDataParallel], 
         return functions[0] if len(functions) == 1 else functions
 
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     ddp_config = wrapped[0].ddp_config
     # param_sync_func stays unset: each chunk's own hooks start the next gather, bucket by bucket.
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None

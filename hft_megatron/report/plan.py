@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.costs.memory_fit import Verdict, verdict
 from hft_megatron.costs.rank_costs import CostModel, RankCosts
 from hft_megatron.costs.rank_memory import MemoryModel, RankMemory, in_bytes
 from hft_megatron.errors import UserError
-from hft_megatron.hft.plan import Plan
+from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.model.parameter_names import chunk_places
 from hft_megatron.report.tables import table_lines
 
@@ -28,6 +29,8 @@ class PlanReport:
     by_round: tuple[StageCosts, ...]
     full: StageCosts
     """Of full fine-tuning on the same layout."""
+    half: StageCosts | None = None
+    """Of half fine-tuning by the default draw, beside adapters; else None."""
 
     @property
     def shape(self) -> ModelShape:
@@ -58,15 +61,20 @@ class PlanReport:
 def make_report(plans: Sequence[Plan], model: CostModel) -> PlanReport:
     """Works out the costs of every plan and of full fine-tuning; ``plans`` must fit the model."""
 
-    def all_stages(trains: Callable[[str], bool]) -> StageCosts:
+    def all_stages(of: CostModel, trains: Callable[[str], bool]) -> StageCosts:
         stages = range(model.parallel.pipeline_model_parallel_size)
-        return tuple(model.stage_costs(trains, stage) for stage in stages)
+        return tuple(of.stage_costs(trains, stage) for stage in stages)
 
+    base = replace(model, shape=model.shape.base)
+    half = None
+    if model.shape.adapters is not None:
+        half = all_stages(base, make_plan(base.shape, HFTConfig(), default_seed=0).trains)
     return PlanReport(
         plans=tuple(plans),
         model=model,
-        by_round=tuple(all_stages(plan.trains) for plan in plans),
-        full=all_stages(lambda unit: True),
+        by_round=tuple(all_stages(model, plan.trains) for plan in plans),
+        full=all_stages(base, lambda unit: True),
+        half=half,
     )
 
 
@@ -100,11 +108,12 @@ def memory_size(text: str) -> int:
 def memory_report(model: MemoryModel, plans: Sequence[Plan], device_bytes: int, *, bf16_here: bool) -> MemoryReport:
     """Judges the plans, and full fine-tuning beside them."""
     largest = max(plans, key=lambda plan: model.largest(plan.trains).total)
+    without_adapters = replace(model, costs=replace(model.costs, shape=model.costs.shape.base))
     return MemoryReport(
         device_bytes=device_bytes,
         model=model,
         plan=verdict(model, largest.trains, device_bytes),
-        full=verdict(model, lambda unit: True, device_bytes),
+        full=verdict(without_adapters, lambda unit: True, device_bytes),
         bf16_here=bf16_here,
     )
 

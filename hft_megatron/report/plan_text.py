@@ -44,6 +44,9 @@ def report_text(report: PlanReport, memory: MemoryReport | None = None, notes: S
     for plan, costs in zip(report.plans, report.by_round, strict=True):
         lines += ["", f"round {plan.round}, per rank and step, and as a share of full fine-tuning:"]
         lines += _table(report, costs)
+    if report.half is not None:
+        lines += ["", "half fine-tuning (by default draws) on the same layout, and as a share of full fine-tuning:"]
+        lines += _table(report, report.half)
     if memory is not None:
         lines += ["", *memory_text(memory)]
     return "\n".join(lines)
@@ -170,6 +173,8 @@ def report_json(report: PlanReport, memory: MemoryReport | None = None, notes: S
         ],
         "full_fine_tuning": {"ranks": list(_ranks(report, report.full))},
     }
+    if report.half is not None:
+        record["half_fine_tuning"] = {"ranks": list(_ranks(report, report.half))}
     if memory is not None:
         record["memory"] = memory_record(memory)
     if notes:

@@ -134,7 +134,8 @@ def _train(run: Run, start: Prepared, hooks_of: Callable[..., Sequence[Hook]]) -
     """Trains to the end, and closes the tracker however that comes."""
     if run.is_complete:
         run.announce(f"> the run has reached iteration {run.state.iteration} of {run.length}: no step is left")
-    if run.config.checkpoint.save is None and run.config.checkpoint.save_hf is None:
+    outputs = run.config.checkpoint
+    if outputs.save is outputs.save_hf is outputs.save_lora is None:
         run.announce("> neither --save nor --save-hf is given: nothing of this training will be kept")
     try:
         loaded = run.state.iteration if start.inputs.resumes else None

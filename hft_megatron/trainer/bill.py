@@ -217,7 +217,7 @@ def _full_bytes(run: Run, steps: int) -> dict[str, int]:
     config, placement = run.config, run.placement
     bf16 = config.training.bf16 is True
     model = CostModel(
-        shape=run.wrapped.modules[0].shape,
+        shape=run.wrapped.modules[0].shape.base,
         parallel=config.parallel,
         world_size=placement.world_size,
         bf16=bf16,

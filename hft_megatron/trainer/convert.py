@@ -8,11 +8,13 @@ import torch
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.checkpoint.store import PLAN_FILE, check_saved_plan
 from hft_megatron.checkpoint.tensors import CheckpointTensors
+from hft_megatron.config.adapters import adapted_unit
 from hft_megatron.config.model import heads_fit_the_model
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import SPECTRUM_FILE
+from hft_megatron.conversion.adapter_folder import merged_reader
 from hft_megatron.conversion.export import export_tensors
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.kept_files import NewFolder
@@ -54,19 +56,20 @@ def convert_checkpoint(
         announce(_without_source(run, tensors.dtype))
     rules = ExportRules(
         source=source,
-        trained=units_trained(run),
+        trained=frozenset(adapted_unit(unit) or unit for unit in units_trained(run)),
         adds_template=run.identity.uses_chat_template or run.config.data.chat_template is not None,
         save_dtype=None if save_dtype is None else getattr(torch, save_dtype),
         keep_source_tokenizer=run.config.checkpoint.keep_source_tokenizer,
     )
-    with tensors.on(source) as read:
-        wholes = ((unit.name, read(unit.name)) for unit in units_of(shape))
+    with tensors.on(source) as read_as_saved:
+        read, base = merged_reader(read_as_saved, shape), shape.base
+        wholes = ((unit.name, read(unit.name)) for unit in units_of(base))
         written = export_tensors(
-            NewFolder(target=Path(save_hf)), wholes, shape, tensors.dtype, rules, _tokenizer(run, announce), announce
+            NewFolder(target=Path(save_hf)), wholes, base, tensors.dtype, rules, _tokenizer(run, announce), announce
         )
         if check:
             rounded_to = _coarsest_rounding(tensors.dtype, written, has_source=source is not None)
-            _compare(save_hf, compare_logits(save_hf, shape, read, rounded_to=rounded_to), announce)
+            _compare(save_hf, compare_logits(save_hf, base, read, rounded_to=rounded_to), announce)
 
 
 def check_model_folder(load_hf: str, announce: Announce) -> None:

@@ -11,12 +11,14 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.exports import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
+from hft_megatron.config.lora import with_adapters
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE
 from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, run_identity
 from hft_megatron.config.validation import shape_of, validate
+from hft_megatron.conversion.adapter_folder import check_adapter
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.weight_files import notes_on_folder
@@ -286,7 +288,7 @@ def tokenizer_and_shape(options: RunConfig, shape: ModelShape | None) -> tuple[T
         assert shape is not None
     if tokenizer is not None:
         tokenizer = fit_tokenizer(tokenizer, shape.vocab_size)
-    return tokenizer, shape
+    return tokenizer, with_adapters(shape, options.lora)
 
 
 def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
@@ -324,7 +326,10 @@ def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIden
         if option == "--save":
             identity = replace(identity, run_id=held.run_id)
     if config.model.load_hf is not None:
-        identity = replace(identity, weights_digest=check_weights(config.model.load_hf, identity.shape))
+        digest = check_weights(config.model.load_hf, identity.shape)
+        if config.lora.lora_adapter is not None:
+            digest = check_adapter(config.lora.lora_adapter, identity.shape, digest)
+        identity = replace(identity, weights_digest=digest)
     if config.dpo.dpo_reference_model is not None:
         reference = check_weights(config.dpo.dpo_reference_model, identity.shape, option="--dpo-reference-model")
         identity = replace(identity, reference_digest=reference)

@@ -4,7 +4,7 @@ A checkpoint notes the values of its command; Megatron's two options choose wher
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from hft_megatron.config.loading import read_resolved
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, same_folder
+from hft_megatron.conversion.adapter_folder import load_adapter
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import load_weights as load_hf_weights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
+from hft_megatron.model.adapters import initialize_adapters
 from hft_megatron.model.build import build_model, initialize_weights
 from hft_megatron.model.llama import LlamaModel
+from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer.rounds import span_of_round
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
@@ -266,10 +269,23 @@ def starting_model(inputs: Inputs, placement: Placement, announce: Announce) -> 
         load_hf_weights(config.model.load_hf, chunks, inputs.shape, placement)
     else:
         initialize_weights(chunks, inputs.shape, seed=config.training.seed, placement=placement)
+    if inputs.shape.adapters is not None:
+        _start_adapters(inputs, chunks, placement, announce)
     if inputs.checkpoint is not None and not inputs.resumes:
         load_weights(inputs.checkpoint, chunks)
         announce(f"  successfully loaded the weights of {inputs.checkpoint}: a new run starts from them")
     return chunks
+
+
+def _start_adapters(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Placement, announce: Announce) -> None:
+    """Draws them, or takes those of --lora-adapter; collective."""
+    config, folder = inputs.config, inputs.config.lora.lora_adapter
+    announce(f"> adapters: {inputs.shape.adapters}")
+    slots = list(parameter_slots(chunks))
+    initialize_adapters(slots, inputs.shape, seed=config.training.seed, placement=placement)
+    if folder is not None:
+        load_adapter(folder, slots, inputs.shape, placement)
+        announce(f"> adapters go on from --lora-adapter {folder}")
 
 
 def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:
@@ -314,7 +330,8 @@ def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
         return None
     if not inputs.resumes:
         round, folder = inputs.position.round, inputs.config.model.load_hf
-        if inputs.checkpoint is not None:
+        # Adapters are in every checkpoint, and what is frozen beside them never changes.
+        if inputs.checkpoint is not None and inputs.shape.adapters is None:
             return _base_in_run(inputs, inputs.checkpoint, round)
         return None if folder is None else Base(round=round, digest=_digest_of_model(folder, placement))
     assert inputs.checkpoint is not None

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
+from hft_megatron.config.adapters import adapted_unit
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.exports import best_metric, higher_is_better
@@ -23,6 +24,7 @@ from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.training import TrainingConfig
+from hft_megatron.conversion.adapter_folder import export_adapter
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.kept_files import Destination, FinalExport, IterationExport, NewFolder
 from hft_megatron.conversion.save import Announce, ExportRules
@@ -255,7 +257,7 @@ class Exporter:
         asked = self.options.save_dtype
         rules = ExportRules(
             source=self.inputs.config.model.load_hf,
-            trained=trained,
+            trained=frozenset(adapted_unit(unit) or unit for unit in trained),
             adds_template=self.inputs.identity.uses_chat_template or self.inputs.config.data.chat_template is not None,
             save_dtype=None if asked is None else getattr(torch, asked),
             keep_source_tokenizer=self.options.keep_source_tokenizer,
@@ -265,7 +267,12 @@ class Exporter:
         )
 
     def export_at_end(self, chunks: Sequence[LlamaModel], trained: frozenset[str], iteration: int) -> None:
-        """Exports to --save-hf itself, if that is given; not again where a finished run is started again."""
+        """Exports to --save-lora and to --save-hf itself, if they are given; to --save-hf not again where a finished run
+        is started again."""
+        if self.options.save_lora is not None:
+            target = NewFolder(target=Path(self.options.save_lora))
+            base = self.inputs.config.model.load_hf
+            export_adapter(target, chunks, self.inputs.shape, self.placement, base=base, announce=self.announce)
         if self.options.save_hf is None:
             return
         folder = exports_of(self.options)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hft_megatron.model.adapters import seed_dropout
 from hft_megatron.optimizer.distributed import NonFiniteNorm
 from hft_megatron.parallel.step_clock import OPTIMIZER, StepTimes, timed_collectives
 from hft_megatron.tracking.tracker import EWC_PENALTY
@@ -52,6 +53,12 @@ def train_step(run: Run) -> StepResult:
     if run.reference is not None:
         run.reference.attach(batch)
     run.wrapped.zero_gradients()
+    seed_dropout(
+        run.wrapped.modules[0].shape.adapters,
+        seed=run.config.training.seed,
+        iteration=run.state.iteration,
+        placement=run.placement,
+    )
     with timed_collectives(traffic.clock, run.placement.groups.tp):
         reports = run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
     level = run.config.training.empty_unused_memory_level

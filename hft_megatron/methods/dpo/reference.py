@@ -27,6 +27,7 @@ from hft_megatron.conversion.save import Announce
 from hft_megatron.data.batches import StepBatch
 from hft_megatron.errors import UserError
 from hft_megatron.methods.dpo.objective import LOG_PROBS, log_prob_step
+from hft_megatron.model.adapters import adapters_off
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer.wrapping import WrappedModel
@@ -177,7 +178,7 @@ class SharedReference(Hook):
 
     def _keep(self, units: frozenset[str]) -> None:
         for slot in parameter_slots(self._chunks):
-            if slot.unit in units and slot.parameter not in self._kept:
+            if slot.unit in units and slot.parameter not in self._kept and not slot.is_adapter:
                 self._kept[slot.parameter] = slot.parameter.detach().clone()
 
     @property
@@ -219,9 +220,12 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def reference_pass(chunks: Sequence[LlamaModel], batch: StepBatch) -> list[Tensor]:
-    """Log-probabilities (nats, fp64) of each micro-batch's answers, (pairs, 2); none off the last stage. Collective."""
+    """Log-probabilities (nats, fp64) of each micro-batch's answers, (pairs, 2); none off the last stage. Collective.
+
+    Adapters rest for it: the reference of a model with adapters is that model without them.
+    """
     training = [chunk.training for chunk in chunks]
-    with torch.no_grad():
+    with torch.no_grad(), adapters_off(chunks):
         for chunk in chunks:
             chunk.eval()
         reports = run_schedule(log_prob_step, chunks, batch, forward_only=True)

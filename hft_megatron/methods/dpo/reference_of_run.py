@@ -74,7 +74,9 @@ def reference_of_run(
         return with_weights_of_start() if folder is None else _second_model(inputs, chunks, placement)
 
     if options.dpo_reference == "shared":
-        announce("> reference: the policy's resting weights, and a copy of each unit that trains")
+        without = inputs.shape.adapters is not None
+        kept = "the policy without its adapters" if without else "the policy's resting weights, and a copy of each unit"
+        announce(f"> reference: {kept}{'' if without else ' that trains'}")
         return SharedReference(with_weights_of_start(), _trained_so_far(inputs, rounds))
     if options.dpo_reference == "model":
         announce(f"> reference: a second model, {options.dpo_reference_model or 'with the weights of the start'}")
@@ -85,7 +87,8 @@ def reference_of_run(
     dtype = chunks[0].config.params_dtype
     arithmetic = _arithmetic(inputs, placement) if dtype is torch.bfloat16 else ""
     # The shape has what the weights don't tell, such as the base of the rotary embedding.
-    words = json.dumps([digest, asdict(inputs.shape)], sort_keys=True)
+    shape = {name: value for name, value in asdict(inputs.shape).items() if name != "adapters"}
+    words = json.dumps([digest, shape], sort_keys=True)
     made = _Made(model=sha256(words.encode()).hexdigest(), dtype=str(dtype), arithmetic=arithmetic)
     folder = Path(options.dpo_reference_cache or user_cache("reference", "--dpo-reference-cache"))
     return PrecomputedReference(_table(folder, data, made, reference_model, share, placement, announce))
@@ -190,7 +193,7 @@ def _second_model(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Place
     """Of the same layout, with the folder's weights or those that ``chunks`` hold."""
     config, folder = inputs.config, inputs.config.dpo.dpo_reference_model
     second = build_model(
-        inputs.shape,
+        inputs.shape if folder is None else inputs.shape.base,
         config.parallel,
         config.training,
         placement=placement,

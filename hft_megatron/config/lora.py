@@ -1,0 +1,202 @@
+"""Options of low-rank adapters (LoRA), which train in place of the model's own weights, and their rules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Gt, Lt
+
+from hft_megatron.config.adapters import TARGETS, Adapters
+from hft_megatron.config.declared import flag
+from hft_megatron.config.hft import CHOICE_OF_UNITS, HFTConfig
+from hft_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from hft_megatron.config.model_shape import ModelShape
+    from hft_megatron.config.run import RunConfig
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layers_to_transform": (None, []),
+    "layer_replication": (None,),
+    "exclude_modules": (None, []),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "megatron_config": (None,),
+}
+"""Keys of adapter_config.json that would make of the matrices something else than W x + alpha / r x B A x on all
+layers, with the values under which they do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen weights."""
+
+    lora_rank: Annotated[int, Ge(1)] | None = None
+    """Train adapters of this rank beside the matrices of every layer, and none of the model's own weights (LoRA)."""
+    lora_alpha: Annotated[float, Gt(0)] | None = None
+    """What B A x is multiplied by, times the rank; twice the rank when unset."""
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Probability with which an entry of an adapter's input is left out in training."""
+    lora_targets: str | None = None
+    """Matrices that have an adapter: comma-separated Hugging Face names, such as `q_proj,v_proj`; all seven when
+    unset."""
+    lora_adapter: str | None = None
+    """Folder of a PEFT adapter to go on with, which says rank, alpha and targets."""
+
+
+def adapters_of(options: LoraConfig) -> Adapters | None:
+    """The adapters that the options ask for; UserError for a folder of --lora-adapter that is none, or not ours to
+    compute."""
+    if options.lora_adapter is not None:
+        return _adapters_in(options.lora_adapter, options)
+    if options.lora_rank is None:
+        return None
+    targets = _targets(options)
+    return Adapters(
+        rank=options.lora_rank,
+        alpha=float(2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha),
+        dropout=options.lora_dropout,
+        targets=targets,
+    )
+
+
+def with_adapters(shape: ModelShape, options: LoraConfig) -> ModelShape:
+    """The shape of the model that a run with these options trains."""
+    return replace(shape, adapters=adapters_of(options))
+
+
+def _targets(options: LoraConfig) -> tuple[str, ...]:
+    if options.lora_targets is None:
+        return TARGETS
+    given = [name.strip() for name in options.lora_targets.split(",")]
+    unknown = next((name for name in given if name not in TARGETS), None)
+    if unknown is not None:
+        raise UserError(
+            f"--lora-targets {options.lora_targets}: {unknown or 'an empty name'} is none of {', '.join(TARGETS)}."
+        )
+    return tuple(name for name in TARGETS if name in given)
+
+
+def _adapters_in(folder: str, options: LoraConfig) -> Adapters:
+    config = _read_adapter_config(folder)
+    where = f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE}"
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{where} has peft_type {config.get('peft_type')!r}, and only 'LORA' is read.")
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key) not in neutral:
+            raise UserError(f"{where} has {key} = {config[key]!r}, which is not supported; only {neutral[0]!r} is.")
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{where} has r = {rank!r}, which is no whole number of at least 1.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise UserError(f"{where} has lora_alpha = {alpha!r}, which is no number above 0.")
+    if targets == "all-linear":
+        targets = list(TARGETS)
+    if not isinstance(targets, list) or not targets or not set(targets) <= set(TARGETS):
+        raise UserError(f"{where} has target_modules = {targets!r}; only names among {', '.join(TARGETS)} are read.")
+    found = Adapters(
+        rank=rank,
+        alpha=float(alpha),
+        dropout=options.lora_dropout,
+        targets=tuple(name for name in TARGETS if name in targets),
+    )
+    given = {"lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha}
+    given["lora_targets"] = None if options.lora_targets is None else ",".join(_targets(options))
+    held = {"lora_rank": rank, "lora_alpha": found.alpha, "lora_targets": ",".join(found.targets)}
+    for name, value in given.items():
+        if value not in (None, held[name]):
+            raise UserError(
+                f"{flag(name)} {value}: the adapter of --lora-adapter {folder} has {held[name]}; leave {flag(name)} "
+                f"out."
+            )
+    return found
+
+
+def _read_adapter_config(folder: str) -> dict[str, Any]:
+    path = Path(folder) / ADAPTER_CONFIG_FILE
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE} can't be read ({error}); give the folder of a PEFT "
+            f"adapter."
+        ) from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE} is not a JSON object.")
+    if not (Path(folder) / ADAPTER_WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"--lora-adapter {folder}: there is no {ADAPTER_WEIGHTS_FILE}; weights are read from safetensors alone."
+        )
+    return loaded
+
+
+def adapters_are_asked_for(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """What refines adapters would do nothing, in silence, where there are none."""
+    if adapters_of(config.lora) is not None:
+        return
+    for field in fields(LoraConfig):
+        value = getattr(config.lora, field.name)
+        if value != field.default:
+            raise UserError(f"{flag(field.name)} {value} needs --lora-rank; add it or leave {flag(field.name)} out.")
+    if config.checkpoint.save_lora is not None:
+        raise UserError(
+            f"--save-lora {config.checkpoint.save_lora} needs --lora-rank; add it or leave --save-lora out."
+        )
+
+
+def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """With adapters nothing is drawn: they all train, in one round, beside trained weights."""
+    if adapters_of(config.lora) is None:
+        return
+    given = "--lora-rank" if config.lora.lora_adapter is None else "--lora-adapter"
+    hft, usual = config.hft, HFTConfig()
+    numbering = ("hft_seed", "hft_first_round")
+    chosen = [name for name in (*CHOICE_OF_UNITS, "hft_plan") if name not in numbering]
+    for name in chosen:
+        value = getattr(hft, name)
+        if value != getattr(usual, name) and (name, value) != ("hft_ratio", 1):
+            raise UserError(
+                f"{flag(name)} {value} chooses which of the model's weights train, and with {given} none does: all "
+                f"adapters train; leave one of the two out."
+            )
+    if hft.hft_round_interval != "stage":
+        raise UserError(
+            f"--hft-round-interval {hft.hft_round_interval} begins rounds that train other weights, and with {given} "
+            f"every round would train the same adapters; leave it out."
+        )
+    if config.model.load_hf is None:
+        raise UserError(f"{given} trains adapters of a model that is trained already; name its folder with --load-hf.")
+    if config.ewc.ewc_lambda > 0:
+        raise UserError(
+            f"--ewc-lambda {config.ewc.ewc_lambda:g} holds the model's own weights, and with {given} these are frozen; "
+            f"leave one of the two out."
+        )
+
+
+def the_adapter_has_its_own_folder(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """An adapter is never written over anything."""
+    target = config.checkpoint.save_lora
+    if target is None:
+        return
+    if Path(target).exists() and not (Path(target).is_dir() and not any(Path(target).iterdir())):
+        raise UserError(f"--save-lora {target} is there already; choose a new folder, or remove this one.")
+    if target in (config.checkpoint.save_hf, config.checkpoint.save):
+        raise UserError(f"--save-lora {target} is the folder of another output; choose a folder of its own.")
+
+
+LORA_RULES = (adapters_are_asked_for, adapters_train_alone)
+"""Those that a plan has, too."""

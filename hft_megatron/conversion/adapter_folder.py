@@ -1,0 +1,199 @@
+"""Adapters as PEFT has them, in a folder of two files, and added to the matrices that they belong to.
+
+PEFT gives a tensor that it does not find the value of a new adapter's, which does nothing, and only warns. Names are
+therefore compared in full here.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hft_megatron.config.adapters import ADAPTER_PARTS, Adapters, has_adapter
+from hft_megatron.config.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.config.run_folder import sync
+from hft_megatron.conversion.kept_files import NewFolder
+from hft_megatron.conversion.save import Announce, gathered_weights
+from hft_megatron.errors import RunFailed, UserError
+from hft_megatron.hft.units import units_of
+from hft_megatron.model.llama import LlamaModel
+from hft_megatron.model.parameter_names import whole_shape
+from hft_megatron.model.parameters import ParameterSlot, local_slice
+from hft_megatron.parallel.consensus import together
+from hft_megatron.parallel.groups import Placement
+from hft_megatron.parallel.meeting import wait_for_all_ranks
+
+_A, _B = ADAPTER_PARTS
+
+
+def peft_name(unit: str) -> str:
+    """The name that PEFT's file has for the weight of an adapter's unit."""
+    return f"base_model.model.{unit}.weight"
+
+
+def _peft_config(adapters: Adapters, base: str | None) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapters.rank,
+        "lora_alpha": adapters.alpha,
+        "lora_dropout": adapters.dropout,
+        "target_modules": list(adapters.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def export_adapter(
+    destination: NewFolder,
+    chunks: Sequence[LlamaModel],
+    shape: ModelShape,
+    placement: Placement,
+    *,
+    base: str | None,
+    announce: Announce,
+) -> None:
+    """Writes the adapters of this run's model, which appear complete or not at all; every rank must call it.
+
+    ``base`` is the Hugging Face folder of the model that they belong to. Raises RunFailed on every rank where rank 0
+    can't write.
+    """
+    assert shape.adapters is not None
+    wholes = gathered_weights(chunks, shape, placement, only_adapters=True)
+    reasons: list[str | None] = [None]
+    if placement.rank == 0:
+        try:
+            _write(destination, {peft_name(unit): whole.contiguous() for unit, whole in wholes}, shape.adapters, base)
+        except (OSError, SafetensorError) as error:
+            reasons = [f"the adapter in {destination.target} can't be written: {error}"]
+    # After a failure the others still send what they hold.
+    for _ in wholes:
+        assert placement.rank == 0, "only rank 0 is given tensors"
+    wait_for_all_ranks()
+    dist.broadcast_object_list(reasons, src=0)
+    if reasons[0] is not None:
+        raise RunFailed(reasons[0])
+    announce(f"exported the adapter to {destination.target} in PEFT's format")
+
+
+def _write(destination: NewFolder, tensors: dict[str, Tensor], adapters: Adapters, base: str | None) -> None:
+    unfinished = destination.open()
+    try:
+        save_file(tensors, unfinished / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+        config = json.dumps(_peft_config(adapters, base), indent=2)
+        (unfinished / ADAPTER_CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        for path in (*unfinished.iterdir(), unfinished):
+            sync(path)
+        destination.publish(unfinished)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def check_adapter(folder: str, shape: ModelShape, digest: str) -> str:
+    """Raises UserError unless ``folder`` holds finite adapters of these shapes for the matrices of the model, no other
+    tensors, and at least one that does something. Returns a sha256 over ``digest``, the model's, and the file."""
+    wanted = {peft_name(unit.name): unit.name for unit in units_of(shape) if unit.category == "adapter"}
+    does_something = False
+    with _opened(folder) as file:
+        held = set(file.keys())
+        odd = min(held ^ wanted.keys(), default=None)
+        if odd is not None:
+            why = "is missing" if odd in wanted else "belongs to no matrix of the model that it names as a target"
+            raise UserError(
+                f"--lora-adapter {folder}: the tensor {odd} {why}; give an adapter of this model, whose names are "
+                f"PEFT's own."
+            )
+        for name, unit in wanted.items():
+            tensor: Tensor = file.get_tensor(name)
+            if tuple(tensor.shape) != whole_shape(unit, shape):
+                raise UserError(
+                    f"--lora-adapter {folder}: {name} has shape {list(tensor.shape)}, and the model asks for "
+                    f"{list(whole_shape(unit, shape))}."
+                )
+            if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+                raise UserError(f"--lora-adapter {folder}: {name} holds values that are no finite numbers.")
+            does_something |= unit.endswith(_B) and bool(tensor.any())
+    if not does_something:
+        raise UserError(
+            f"--lora-adapter {folder}: every lora_B is 0, so that the adapter does nothing; give a trained one, or start "
+            f"with --lora-rank."
+        )
+    with (Path(folder) / ADAPTER_WEIGHTS_FILE).open("rb") as stream:
+        of_file = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(f"{digest} {of_file}".encode()).hexdigest()
+
+
+def load_adapter(folder: str, slots: Iterable[ParameterSlot], shape: ModelShape, placement: Placement) -> None:
+    """Fills this rank's adapters from a folder that ``check_adapter`` accepts; collective."""
+
+    def fill() -> None:
+        with _opened(folder) as file, torch.no_grad():
+            for slot in slots:
+                if slot.is_adapter:
+                    slot.parameter.copy_(local_slice(file.get_tensor(peft_name(slot.unit)), slot, placement))
+
+    together(fill)
+
+
+def _opened(folder: str) -> Any:
+    try:
+        return safe_open(Path(folder) / ADAPTER_WEIGHTS_FILE, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--lora-adapter {folder}: {ADAPTER_WEIGHTS_FILE} can't be read ({error}); copy the folder again."
+        ) from error
+
+
+def merged(wholes: Iterable[tuple[str, Tensor]], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """(unit, whole tensor) of a model in the order of ``units_of``, with adapters added to their matrices, in fp32."""
+    held: list[Tensor] = []
+    name = ""
+    for unit, whole in wholes:
+        if unit.endswith(ADAPTER_PARTS):
+            assert unit == f"{name}.{ADAPTER_PARTS[len(held) - 1]}", "an adapter follows its matrix"
+        else:
+            name = unit
+        held.append(whole)
+        if has_adapter(name, shape.adapters) and len(held) < 1 + len(ADAPTER_PARTS):
+            continue
+        assert shape.adapters is not None or len(held) == 1
+        yield name, _sum(held, shape.adapters)
+        held = []
+
+
+def merged_reader(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
+    """``read``, which gives any unit's weight, for the units of the model without adapters: each with its adapter added
+    to it, in fp32."""
+
+    def read_sum(unit: str) -> Tensor:
+        parts = [f"{unit}.{part}" for part in ADAPTER_PARTS] if has_adapter(unit, shape.adapters) else []
+        return _sum([read(name) for name in (unit, *parts)], shape.adapters)
+
+    return read_sum
+
+
+def _sum(held: Sequence[Tensor], adapters: Adapters | None) -> Tensor:
+    weight, *factors = held
+    if not factors:
+        return weight
+    assert adapters is not None
+    first, second = factors
+    return torch.addmm(weight.float(), second.float(), first.float(), alpha=adapters.scale)

@@ -1,0 +1,147 @@
+"""Low-rank adapters beside column- and row-parallel matrices: W x + alpha / r x B A x (Hu et al., arXiv 2106.09685).
+
+An A has its matrix's columns and a B its rows, so one of the two is cut over tensor-parallel ranks as the matrix is and
+every rank holds the other whole. Of a column-parallel matrix A is one more matrix over the shared input, which is
+gathered once for all of them; of a row-parallel one B A x of this rank's columns is added before the sum over ranks,
+which is then one sum for both. What is whole has on each rank a part of its gradient, which
+``optimizer.whole_gradients`` adds up once in a step.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import Parameter
+
+from hft_megatron.config.adapters import ADAPTER_PARTS, Adapters
+from hft_megatron.config.model_shape import ModelShape
+from hft_megatron.model.linear import RowParallel, SharedInputColumnParallel, product
+from hft_megatron.model.parameter_names import whole_shape
+from hft_megatron.model.parameters import ParameterSlot, local_slice
+from hft_megatron.parallel.groups import Placement
+
+PARTIAL_MARK = "gradient_is_partial"
+"""Attribute of a parameter that all tensor-parallel ranks hold, and each has a part of the gradient of."""
+
+
+class _Factor(torch.nn.Module):
+    """An A or a B, which whoever multiplies by it calls, because of --overlap-param-gather (see ``linear._Member``)."""
+
+    def __init__(self, rows: int, columns: int, like: Tensor, *, is_whole: bool) -> None:
+        super().__init__()
+        self.weight = Parameter(torch.empty(rows, columns, dtype=like.dtype, device=like.device))
+        setattr(self.weight, PARTIAL_MARK, is_whole)
+
+    def forward(self) -> Parameter:
+        return self.weight
+
+
+class LowRank(torch.nn.Module):
+    """The adapter of one matrix, of which this rank holds ``weight`` (rows, columns)."""
+
+    def __init__(self, weight: Tensor, adapters: Adapters, *, cut: int, tensor_rank: int) -> None:
+        """``cut`` is the dimension of the matrix that is cut over tensor-parallel ranks."""
+        super().__init__()
+        rows, columns = weight.shape
+        self.lora_A = _Factor(adapters.rank, columns, weight, is_whole=cut == 0)
+        self.lora_B = _Factor(rows, adapters.rank, weight, is_whole=cut == 1)
+        self.scale, self.probability, self.is_on = adapters.scale, adapters.dropout, True
+        self._cut = cut
+        # Of one input all ranks leave out the same, and of different columns each its own.
+        self._salt = tensor_rank if cut == 1 else 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether a forward pass leaves out some of the input now."""
+        return self.training and self.probability > 0
+
+    def dropped(self, hidden: Tensor) -> Tensor:
+        """(s, b, columns) -> the same, with the share ``dropout`` of the entries left out in training.
+
+        The draw begins at torch's generator of the host, which recomputed layers have back as it was.
+        """
+        if not self.drops:
+            return hidden
+        seed = int(torch.randint(2**62, ())) + self._salt
+        generator = torch.Generator(hidden.device).manual_seed(seed)
+        kept = torch.empty_like(hidden).bernoulli_(1 - self.probability, generator=generator)
+        return hidden * kept.div_(1 - self.probability)
+
+    def added(self, output: Tensor, inner: Tensor) -> Tensor:
+        """The matrix's output (s, b, rows), and A x (s, b, rank) -> their sum with the adapter's."""
+        return torch.add(output, product(inner, self.lora_B()), alpha=self.scale)
+
+    def sharded_state_dict(
+        self, prefix: str, sharded_offsets: Any, metadata: Any, tp_group: torch.distributed.ProcessGroup
+    ) -> dict[str, Any]:
+        """For dist_checkpointing, under the names of the parameters."""
+        cut = ADAPTER_PARTS[1 - self._cut]
+        described: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {f"{cut}.weight": self._cut},
+            sharded_offsets,
+            tp_group=tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return described
+
+
+def add_adapters(layers: Iterable[torch.nn.Module], adapters: Adapters, tensor_rank: int) -> None:
+    """Puts adapters beside the matrices of a chunk's layers, with uninitialised weights."""
+    of_rows = {"linear_proj": "o_proj", "linear_fc2": "down_proj"}
+    for layer in layers:
+        for path, module in list(layer.named_modules()):
+            name = path.rpartition(".")[2]
+            if isinstance(module, SharedInputColumnParallel):
+                for member in set(module.member_names) & set(adapters.targets):
+                    column = getattr(module, member)
+                    column.adapter = LowRank(column.weight, adapters, cut=0, tensor_rank=tensor_rank)
+            elif isinstance(module, RowParallel) and of_rows[name] in adapters.targets:
+                module.adapter = LowRank(module.weight, adapters, cut=1, tensor_rank=tensor_rank)
+
+
+@torch.no_grad()
+def initialize_adapters(slots: Iterable[ParameterSlot], shape: ModelShape, *, seed: int, placement: Placement) -> None:
+    """Fills every A from U(-1 / sqrt(columns), 1 / sqrt(columns)), and every B with zero; other parameters stay.
+
+    That is Kaiming's uniform draw with a = sqrt(5), which PEFT has. The same seed gives the same adapters on every
+    layout.
+    """
+    for slot in slots:
+        if slot.unit.endswith(ADAPTER_PARTS[0]):
+            whole = torch.empty(whole_shape(slot.unit, shape))
+            digest = hashlib.sha256(f"{seed}:{slot.unit}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            bound = 1 / math.sqrt(whole.size(1))
+            slot.parameter.copy_(local_slice(whole.uniform_(-bound, bound, generator=generator), slot, placement))
+        elif slot.is_adapter:
+            slot.parameter.zero_()
+
+
+def seed_dropout(adapters: Adapters | None, *, seed: int, iteration: int, placement: Placement) -> None:
+    """Has the draws of one step's dropout depend on the run's seed, the iteration and the rank's place alone, so that a
+    resumed run draws what it would have drawn; tensor-parallel ranks begin alike."""
+    if adapters is None or adapters.dropout == 0:
+        return
+    words = f"dropout|{seed}|{iteration}|{placement.data_rank}|{placement.pipeline_rank}"
+    digest = hashlib.sha256(words.encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextlib.contextmanager
+def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Within it a model computes what it would without its adapters."""
+    found = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LowRank)]
+    for adapter in found:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in found:
+            adapter.is_on = True
