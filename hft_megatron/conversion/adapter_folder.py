@@ -133,8 +133,8 @@ def check_adapter(folder: str, shape: ModelShape, digest: str) -> str:
             does_something |= unit.endswith(_B) and bool(tensor.any())
     if not does_something:
         raise UserError(
-            f"--lora-adapter {folder}: every lora_B is 0, so that the adapter does nothing; give a trained one, or start "
-            f"with --lora-rank."
+            f"--lora-adapter {folder}: every lora_B is 0, so that the adapter does nothing; give a trained one, or "
+            f"start with --lora-rank."
         )
     with (Path(folder) / ADAPTER_WEIGHTS_FILE).open("rb") as stream:
         of_file = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -80,9 +80,9 @@ def load_weights(
     *,
     option: str = "--load-hf",
 ) -> None:
-    """Fills every parameter of this rank but adapters from safetensors, rounding to the parameter's dtype where it is coarser.
+    """Fills every parameter of this rank from safetensors, rounding to the parameter's dtype where it is coarser.
 
-    Rows that only pad the vocabulary become zero. Collective. Raises UserError on all ranks, with the sentence of the
+    Adapters, which no such folder has, are left as they are. Rows that only pad the vocabulary become zero. Collective. Raises UserError on all ranks, with the sentence of the
     first rank that has one, for a missing or misshapen tensor and for a value that is not finite.
     """
 

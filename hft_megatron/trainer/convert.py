@@ -56,7 +56,7 @@ def convert_checkpoint(
         announce(_without_source(run, tensors.dtype))
     rules = ExportRules(
         source=source,
-        trained=frozenset(adapted_unit(unit) or unit for unit in units_trained(run)),
+        trained=units_trained(run),
         adds_template=run.identity.uses_chat_template or run.config.data.chat_template is not None,
         save_dtype=None if save_dtype is None else getattr(torch, save_dtype),
         keep_source_tokenizer=run.config.checkpoint.keep_source_tokenizer,
@@ -68,7 +68,9 @@ def convert_checkpoint(
             NewFolder(target=Path(save_hf)), wholes, base, tensors.dtype, rules, _tokenizer(run, announce), announce
         )
         if check:
-            rounded_to = _coarsest_rounding(tensors.dtype, written, has_source=source is not None)
+            # What has an adapter added to it is in fp32 until it is written.
+            read_in = tensors.dtype if shape.adapters is None else torch.float32
+            rounded_to = _coarsest_rounding(read_in, written, has_source=source is not None)
             _compare(save_hf, compare_logits(save_hf, base, read, rounded_to=rounded_to), announce)
 
 
@@ -90,18 +92,19 @@ def check_model_folder(load_hf: str, announce: Announce) -> None:
 
 
 def units_trained(run: SavedRun) -> frozenset[str]:
-    """Units that the run may have changed until this checkpoint.
+    """Units that the run may have changed until this checkpoint, those with an adapter by its training.
 
     UserError when the options (a plan file, scores) don't give the checkpoint's own plan any more.
     """
     shape = run.identity.shape
     file = run.checkpoint / PLAN_FILE
     if run.state.round == 0:
-        return Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file)).training
+        trained = Plan.from_json(file.read_text(encoding="utf-8"), shape=shape, source=str(file)).training
+        return frozenset(adapted_unit(unit) or unit for unit in trained)
     rounds = rounds_of_saved(Path(run.folder), run.config, shape)
     trained = rounds.trained_until(run.state.round)
     check_saved_plan(run.checkpoint, rounds.plan(run.state.round), shape)
-    return trained
+    return frozenset(adapted_unit(unit) or unit for unit in trained)
 
 
 def rounds_of_saved(folder: Path, config: RunConfig, shape: ModelShape) -> Rounds:

@@ -267,8 +267,8 @@ class Exporter:
         )
 
     def export_at_end(self, chunks: Sequence[LlamaModel], trained: frozenset[str], iteration: int) -> None:
-        """Exports to --save-lora and to --save-hf itself, if they are given; to --save-hf not again where a finished run
-        is started again."""
+        """Exports to --save-lora and to --save-hf itself, where they are given; to --save-hf not again where a finished
+        run is started again."""
         if self.options.save_lora is not None:
             target = NewFolder(target=Path(self.options.save_lora))
             base = self.inputs.config.model.load_hf
