@@ -82,8 +82,9 @@ def load_weights(
 ) -> None:
     """Fills every parameter of this rank from safetensors, rounding to the parameter's dtype where it is coarser.
 
-    Adapters, which no such folder has, are left as they are. Rows that only pad the vocabulary become zero. Collective. Raises UserError on all ranks, with the sentence of the
-    first rank that has one, for a missing or misshapen tensor and for a value that is not finite.
+    Adapters, which no such folder has, are left as they are. Rows that only pad the vocabulary become zero. Collective.
+    Raises UserError on all ranks, with the sentence of the first rank that has one, for a missing or misshapen tensor
+    and for a value that is not finite.
     """
 
     def fill() -> None:

@@ -27,8 +27,9 @@ from hft_megatron.parallel.groups import Placement
 def initialize_weights(chunks: Sequence[LlamaModel], shape: ModelShape, *, seed: int, placement: Placement) -> None:
     """Fills every parameter: norms with one, matrices from N(0, std), output projections from N(0, std / sqrt(2 L)).
 
-    Adapters are left as they are. The scaling of ``o_proj`` and ``down_proj`` is Megatron's default (GPT-2's residual scaling). Rows that only pad the
-    vocabulary are zero. The same seed gives the same model on every layout of one kind of device.
+    Adapters are left as they are. The scaling of ``o_proj`` and ``down_proj`` is Megatron's default (GPT-2's residual
+    scaling). Rows that only pad the vocabulary are zero. The same seed gives the same model on every layout of one kind
+    of device.
     """
     for slot in parameter_slots(chunks):
         if slot.is_adapter:
