@@ -8,7 +8,6 @@ from hft_megatron.config.megatron_others import OTHERS
 from hft_megatron.config.megatron_rows import Row, Section, accepted, refused
 
 _ROUND_TRIP = "folders in Hugging Face's format are read and written directly; leave it out"
-_LORA = "low-rank adapters are not built; --hft-ratio says how much of the model trains"
 _SAMPLED = "answers are not generated while a model trains; leave it out"
 
 MS_SWIFT = Section(
@@ -63,15 +62,12 @@ MS_SWIFT = Section(
         refused("loss-type=", "here --dpo-loss sigmoid, ipo or hinge"),
         refused("rpo-alpha=", "here --dpo-sft-weight"),
         refused("label-smoothing=", "here --dpo-label-smoothing"),
-        refused("tuner-type=", _LORA),
-        refused("train-type=", _LORA),
-        refused("lora-rank=", _LORA),
-        refused("lora-alpha=", _LORA),
-        refused("lora-dropout=", _LORA),
-        refused("target-modules=*", _LORA),
-        refused("modules-to-save=*", _LORA),
-        refused("adapters=*", _LORA),
-        refused("merge-lora=", _LORA),
+        refused("tuner-type=", "here --lora-rank, or --hft-ratio without adapters"),
+        refused("train-type=", "here --lora-rank, or --hft-ratio without adapters"),
+        refused("target-modules=*", "here --lora-targets, with commas between the names"),
+        refused("modules-to-save=*", "beside adapters nothing of the model trains; leave it out"),
+        refused("adapters=*", "here --lora-adapter"),
+        refused("merge-lora=", "here --save-hf exports the merged model and --save-lora the adapter"),
         refused("to-hf=", _ROUND_TRIP),
         refused("to-mcore=", _ROUND_TRIP),
         refused("test-convert-precision=", "`hft-megatron convert --check` compares logits"),

@@ -46,6 +46,8 @@ class RunIdentity:
     hft_seed: int
     weights_digest: str | None = None
     """Of the Hugging Face folder's weights; None for a run that started from random ones."""
+    adapter_digest: str | None = None
+    """Of the file of --lora-adapter; None for a run whose adapters began anew, or that has none."""
     options: Mapping[str, Any]
     """Values of the options that ``SAME_RUN`` marks, by name. In the file they stand beside the other values."""
     # What runs had before these existed.
@@ -193,6 +195,8 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
     if weights[0] != weights[1]:
         shown = [digest and f"digest {digest[:12]}" for digest in weights]
         values.append(("model's weights (--load-hf)", shown[0], shown[1]))
+    adapters = [digest and f"digest {digest[:12]}" for digest in (saved.adapter_digest, new.adapter_digest)]
+    values.append(("first adapter (--lora-adapter)", adapters[0], adapters[1]))
     references = [digest and f"digest {digest[:12]}" for digest in (saved.reference_digest, new.reference_digest)]
     values.append(("reference model (--dpo-reference-model)", references[0], references[1]))
     if saved.hft_plan_digest != new.hft_plan_digest:

@@ -46,7 +46,7 @@ def _peft_config(adapters: Adapters, base: str | None) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapters.rank,
-        "lora_alpha": adapters.alpha,
+        "lora_alpha": int(adapters.alpha) if adapters.alpha.is_integer() else adapters.alpha,
         "lora_dropout": adapters.dropout,
         "target_modules": list(adapters.targets),
         "bias": "none",
@@ -107,9 +107,9 @@ def _write(destination: NewFolder, tensors: dict[str, Tensor], adapters: Adapter
         raise
 
 
-def check_adapter(folder: str, shape: ModelShape, digest: str) -> str:
+def check_adapter(folder: str, shape: ModelShape) -> str:
     """Raises UserError unless ``folder`` holds finite adapters of these shapes for the matrices of the model, no other
-    tensors, and at least one that does something. Returns a sha256 over ``digest``, the model's, and the file."""
+    tensors, and at least one that does something. Returns the sha256 of its file."""
     wanted = {peft_name(unit.name): unit.name for unit in units_of(shape) if unit.category == "adapter"}
     does_something = False
     with _opened(folder) as file:
@@ -137,8 +137,10 @@ def check_adapter(folder: str, shape: ModelShape, digest: str) -> str:
             f"start with --lora-rank."
         )
     with (Path(folder) / ADAPTER_WEIGHTS_FILE).open("rb") as stream:
-        of_file = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashlib.sha256(f"{digest} {of_file}".encode()).hexdigest()
+        digest = hashlib.sha256()
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def load_adapter(folder: str, slots: Iterable[ParameterSlot], shape: ModelShape, placement: Placement) -> None:

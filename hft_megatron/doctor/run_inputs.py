@@ -10,6 +10,7 @@ import torch
 
 from hft_megatron.checkpoint.verification import checkpoint_bytes
 from hft_megatron.config import derived
+from hft_megatron.config.lora import with_adapters
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
 from hft_megatron.config.run import RunConfig
@@ -85,7 +86,8 @@ class RunInputs:
         model = self.config.model
 
         def look() -> str:
-            self._shape = shape_of(model)
+            shape = shape_of(model)
+            self._shape = None if shape is None else with_adapters(shape, self.config.lora)
             self._model_is_wrong = False
             return "a LLaMA whose vocabulary is the tokenizer's" if self._shape is None else _in_words(self._shape)
 
@@ -102,8 +104,9 @@ class RunInputs:
             assert path is not None
             tokenizer = load_tokenizer(data.tokenizer_type, path, data.chat_template)
             if self._shape is None:
-                self._shape = shape_of(self.config.model, vocab_size=tokenizer.vocab_size)
-            assert self._shape is not None
+                shape = shape_of(self.config.model, vocab_size=tokenizer.vocab_size)
+                assert shape is not None
+                self._shape = with_adapters(shape, self.config.lora)
             tokenizer = fit_tokenizer(tokenizer, self._shape.vocab_size)
             return f"{path}: ids up to {tokenizer.vocab_size - 1:,} for {self._shape.vocab_size:,} rows of the model"
 
@@ -118,7 +121,7 @@ class RunInputs:
 
         def look() -> str:
             check_weights(folder, shape)
-            return f"{folder}: all {len(units_of(shape))} tensors, in the shapes of config.json"
+            return f"{folder}: all {len(units_of(shape.base))} tensors, in the shapes of config.json"
 
         yield self._noted(finding_of("weights", folder, look))
 

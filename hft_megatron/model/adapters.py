@@ -102,8 +102,10 @@ def add_adapters(layers: Iterable[torch.nn.Module], adapters: Adapters, tensor_r
                 for member in set(module.member_names) & set(adapters.targets):
                     column = getattr(module, member)
                     column.adapter = LowRank(column.weight, adapters, cut=0, tensor_rank=tensor_rank)
+                    column.is_adapted = module.is_adapted = True
             elif isinstance(module, RowParallel) and of_rows[name] in adapters.targets:
                 module.adapter = LowRank(module.weight, adapters, cut=1, tensor_rank=tensor_rank)
+                module.is_adapted = True
 
 
 @torch.no_grad()

@@ -206,24 +206,16 @@ def product(input: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Adapted(torch.nn.Module):
-    """A matrix of megatron-core's that can have an adapter beside it."""
+    """A matrix of megatron-core's that ``adapters.add_adapters`` may put an adapter beside."""
 
-    adapter: LowRank | None
-
-    def __init__(self, *sizes: Any, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.register_module("adapter", None)
-
-    @property
-    def active_adapter(self) -> LowRank | None:
-        """The adapter that takes part in a forward pass now."""
-        adapter = self.adapter
-        return adapter if adapter is not None and adapter.is_on else None
+    adapter: LowRank
+    is_adapted = False
+    """Whether there is one."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """megatron-core's, in which the adapter's two matrices are cut in their own ways."""
         described: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
-        if self.adapter is not None:
+        if self.is_adapted:
             group: Any = self.tp_group
             described |= self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata, group)
         return described
@@ -236,8 +228,10 @@ class RowParallel(_Adapted, RowParallelLinear):
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
-        output, adapter = product(input, weight), self.active_adapter
-        return output if adapter is None else adapter.added(output, product(adapter.dropped(input), adapter.lora_A()))
+        output = product(input, weight)
+        if not (self.is_adapted and self.adapter.is_on):
+            return output
+        return self.adapter.added(output, product(self.adapter.dropped(input), self.adapter.lora_A()))
 
 
 class _Member(_Adapted, ColumnParallelLinear):
@@ -273,6 +267,7 @@ class SharedInputColumnParallel(MegatronModule):
         super().__init__(config)
         self.tp_group = tp_group
         self.member_names = tuple(rows)
+        self.is_adapted = False
         for name, output_size in rows.items():
             member = _Member(
                 input_size,
@@ -286,21 +281,27 @@ class SharedInputColumnParallel(MegatronModule):
             self.add_module(name, member)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        members = [getattr(self, name) for name in self.member_names]
-        weights = [member() for member in members]
-        adapters = [(i, member.active_adapter) for i, member in enumerate(members) if member.active_adapter is not None]
+        weights = [getattr(self, name)() for name in self.member_names]
         splits = self.config.sequence_parallel and self.tp_group.size() > 1
+        if self.is_adapted:
+            return self._with_adapters(hidden_states, weights, splits)
+        outputs: tuple[Tensor, ...] = _SharedInput.apply(hidden_states, self.tp_group, splits, *weights)
+        return outputs
+
+    def _with_adapters(self, hidden_states: Tensor, weights: list[Parameter], splits: bool) -> tuple[Tensor, ...]:
+        members = [getattr(self, name) for name in self.member_names]
+        adapters = {i: one.adapter for i, one in enumerate(members) if one.is_adapted and one.adapter.is_on}
         inner: Sequence[Tensor]
-        if any(adapter.drops for _, adapter in adapters):
+        if any(adapter.drops for adapter in adapters.values()):
             # Each leaves out other entries, of a whole input that is then kept as such.
             total = _whole_input(hidden_states, self.tp_group, splits)
             outputs = list(_SharedInput.apply(total, None, False, *weights))
-            inner = [product(adapter.dropped(total), adapter.lora_A()) for _, adapter in adapters]
+            inner = [product(adapter.dropped(total), adapter.lora_A()) for adapter in adapters.values()]
         else:
-            weights += [adapter.lora_A() for _, adapter in adapters]
-            products = _SharedInput.apply(hidden_states, self.tp_group, splits, *weights)
-            outputs, inner = list(products[: len(members)]), products[len(members) :]
-        for (i, adapter), one in zip(adapters, inner, strict=True):
+            factors = [adapter.lora_A() for adapter in adapters.values()]
+            products = _SharedInput.apply(hidden_states, self.tp_group, splits, *weights, *factors)
+            outputs, inner = list(products[: len(weights)]), products[len(weights) :]
+        for (i, adapter), one in zip(adapters.items(), inner, strict=True):
             outputs[i] = adapter.added(outputs[i], one)
         return tuple(outputs)
 

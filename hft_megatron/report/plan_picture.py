@@ -4,6 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from hft_megatron.config.adapters import adapted_unit
 from hft_megatron.report.plan import PlanReport
 from hft_megatron.report.plan_text import OUTER_ROWS, UNIT_LETTERS
 
@@ -64,7 +65,9 @@ def unit_boxes(report: PlanReport) -> dict[str, Box]:
     whole_row = (LEFT, left - CATEGORY_GAP - GAP)
     boxes, row = {}, -1
     for unit in report.plans[0].units:
-        span = whole_row if unit.layer is None else columns[unit.name.removeprefix(f"model.layers.{unit.layer}.")]
+        # An adapter is drawn over its matrix.
+        module = (adapted_unit(unit.name) or unit.name).removeprefix(f"model.layers.{unit.layer}.")
+        span = whole_row if unit.layer is None else columns[module]
         row = row + 1 if unit.layer is None else unit.layer + 1
         top = TOP + row * (ROW_HEIGHT + GAP)
         boxes[unit.name] = (span[0], top, span[1], top + ROW_HEIGHT)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, replace
 from typing import Any
 
+from hft_megatron.config.adapters import ADAPTER_PARTS
 from hft_megatron.config.derived import layers_per_stage
 from hft_megatron.config.parallel import pipeline_words
 from hft_megatron.costs.rank_costs import RankCosts
@@ -21,7 +22,7 @@ UNIT_LETTERS: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 """The columns of the grid, by category: letter and module of a layer."""
 OUTER_ROWS = (("embedding", EMBEDDING_NAME), ("final norm", FINAL_NORM_NAME), ("lm_head", LM_HEAD_NAME))
-TRAINS, RESTS = "#", "."
+TRAINS, RESTS, ADAPTED = "#", ".", "a"
 LINE_WIDTH = 100
 """Columns that the grids of several rounds may fill side by side; fixed, so that output can be compared."""
 MOST_ROWS_PER_STAGE = 4
@@ -38,7 +39,7 @@ def report_text(report: PlanReport, memory: MemoryReport | None = None, notes: S
         "",
         *(plan.describe() for plan in report.plans),
         "",
-        *_legend(),
+        *_legend(report),
         *_grids(report),
     ]
     for plan, costs in zip(report.plans, report.by_round, strict=True):
@@ -62,8 +63,9 @@ def _setting(report: PlanReport) -> Iterator[str]:
     yield f"TP {tensor} x {pipeline} x DP {model.data_size}, world size {model.world_size:,}, {weights}"
 
 
-def _legend() -> Iterator[str]:
-    yield f"{TRAINS} trains, {RESTS} rests"
+def _legend(report: PlanReport) -> Iterator[str]:
+    adapters = "" if report.shape.adapters is None else f", {ADAPTED} rests beside an adapter that trains"
+    yield f"{TRAINS} trains, {RESTS} rests{adapters}"
     for category in UNIT_LETTERS:
         yield "  " + ", ".join(f"{letter} {module}" for letter, module in category)
 
@@ -105,6 +107,8 @@ def _cells(plan: Plan | None, layer: int) -> str:
 
 
 def _mark(plan: Plan, unit: str) -> str:
+    if f"{unit}.{ADAPTER_PARTS[0]}" in plan.training:
+        return ADAPTED
     return TRAINS if plan.trains(unit) else RESTS
 
 

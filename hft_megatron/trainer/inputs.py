@@ -318,7 +318,7 @@ def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIden
             check_same_model(held, identity, folder)
             continue
         # Once before the weights are read, which takes long.
-        without_weights = replace(held, weights_digest=None, reference_digest=None)
+        without_weights = replace(held, weights_digest=None, adapter_digest=None, reference_digest=None)
         check_same_run(without_weights, identity, folder, option=option)
         own.append((option, folder, held))
         if identity.finetuned_from is None:
@@ -326,10 +326,9 @@ def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIden
         if option == "--save":
             identity = replace(identity, run_id=held.run_id)
     if config.model.load_hf is not None:
-        digest = check_weights(config.model.load_hf, identity.shape)
-        if config.lora.lora_adapter is not None:
-            digest = check_adapter(config.lora.lora_adapter, identity.shape, digest)
-        identity = replace(identity, weights_digest=digest)
+        identity = replace(identity, weights_digest=check_weights(config.model.load_hf, identity.shape))
+    if config.lora.lora_adapter is not None:
+        identity = replace(identity, adapter_digest=check_adapter(config.lora.lora_adapter, identity.shape))
     if config.dpo.dpo_reference_model is not None:
         reference = check_weights(config.dpo.dpo_reference_model, identity.shape, option="--dpo-reference-model")
         identity = replace(identity, reference_digest=reference)

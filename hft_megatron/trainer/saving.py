@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hft_megatron.checkpoint.folders import newest_in_words
 from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
-from hft_megatron.config.adapters import adapted_unit
+from hft_megatron.config.adapters import Adapters, has_adapter
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.export_folder import ExportFolder
 from hft_megatron.config.exports import best_metric, higher_is_better
@@ -29,6 +29,7 @@ from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.kept_files import Destination, FinalExport, IterationExport, NewFolder
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.errors import RunFailed, Stopped, UserError
+from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.consensus import gathered, on_rank_0
 from hft_megatron.parallel.groups import Placement
@@ -254,10 +255,11 @@ class Exporter:
 
     def export(self, destination: Destination, chunks: Sequence[LlamaModel], trained: frozenset[str]) -> None:
         """Exports with the newest values of the units ``trained``; RunFailed on all ranks where rank 0 can't write."""
-        asked = self.options.save_dtype
+        asked, adapted = self.options.save_dtype, self.inputs.shape.adapters
         rules = ExportRules(
             source=self.inputs.config.model.load_hf,
-            trained=frozenset(adapted_unit(unit) or unit for unit in trained),
+            # Also of a run that trains nothing, and merges the adapter that it was given.
+            trained=trained if adapted is None else self._matrices_with(adapted),
             adds_template=self.inputs.identity.uses_chat_template or self.inputs.config.data.chat_template is not None,
             save_dtype=None if asked is None else getattr(torch, asked),
             keep_source_tokenizer=self.options.keep_source_tokenizer,
@@ -283,6 +285,10 @@ class Exporter:
         if folder is not None:
             destination = FinalExport(folder=folder, iteration=iteration)
         self.export(destination, chunks, trained)
+
+    def _matrices_with(self, adapters: Adapters) -> frozenset[str]:
+        units = units_of(self.inputs.shape.base)
+        return frozenset(unit.name for unit in units if has_adapter(unit.name, adapters))
 
     def _say_once(self, line: str) -> None:
         """What is said of every export, such as that its tokenizer files are not the source's, is said of the first."""
