@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hft_megatron.config import derived
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.training import TrainingConfig
@@ -49,11 +50,13 @@ CASES: dict[str, Case] = {
     "all that is recomputed rests": (1, "tp1", BLOCK, {"hft_freeze": f"{EMBEDDING},{FIRST},{SECOND}"}),
     "o_proj is the lowest": (1, "tp1", {}, {"hft_ratio": 1.0, "hft_freeze": f"{EMBEDDING},{OUTPUT_OF_FIRST}"}),
     "head rests": (1, "tp1", {}, {"hft_freeze_head": True}),
+    "adapters": (2, "tp2_sp", {}, {"lora": {"lora_rank": 3}}),
+    "a few adapters, uniform": (2, "pp2_uneven", UNIFORM, {"lora": {"lora_rank": 3, "lora_targets": "v_proj,o_proj"}}),
     "loss in chunks": (2, "tp2", {}, {"whole_bytes": 2**13}),
     "loss in chunks, head rests": (1, "tp1", {}, {"whole_bytes": 2**13, "hft_freeze_head": True}),
 }
 """Ranks, layout, recomputation, and what trains."""
-QUICK = ["full", "half", "half, selective", "bottom rests, two stages", "head rests", "loss in chunks"]
+QUICK = ["full", "half", "half, selective", "bottom rests, two stages", "head rests", "adapters", "loss in chunks"]
 
 
 def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[str, int]:
@@ -64,7 +67,8 @@ def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[st
 
 
 def counted(folder: str, layout: str, recompute: dict, hft: dict, ratio: float) -> dict[str, int]:
-    run = make_run(folder, LAYOUTS[layout], ratio=ratio, training=recompute, hft=hft)
+    lora = LoraConfig(**hft.pop("lora", {}))
+    run = make_run(folder, LAYOUTS[layout], ratio=ratio, training=recompute, hft=hft, lora=lora)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counts = {"forward": 0, "backward": 0}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.training import TrainingConfig
@@ -47,6 +48,8 @@ CASES: dict[str, Case] = {
     "half, uneven stages": (2, "pp2_uneven", {"bf16": True}, {}),
     "half, bf16 gradients": (1, "tp1", {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}, {}),
     "half, interleaved": (2, "pp2_vpp", {"bf16": True}, {}),
+    "adapters": (1, "tp1", {"bf16": True}, {"lora": {"lora_rank": 8}}),
+    "adapters, sequence parallel": (2, "tp2_sp", {"bf16": True}, {"lora": {"lora_rank": 8, "lora_dropout": 0.1}}),
 }
 """Ranks, layout, options of training, and what trains."""
 QUICK = ["full", "half", "half, fp32", "half, selective", "bottom rests", "half, tensor parallel"]
@@ -55,7 +58,8 @@ QUICK = ["full", "half", "half, fp32", "half, selective", "bottom rests", "half,
 def run_measured(folder: str, layout: str, training: dict, hft: dict) -> list[int]:
     """One step's forward and backward passes: what this rank allocated and held at most, and the formula's word."""
     ratio = hft.pop("hft_ratio", 0.5)
-    run = make_run(folder, LAYOUTS[layout], ratio=ratio, training={"micro_batch_size": 2} | training, hft=hft)
+    lora, training = LoraConfig(**hft.pop("lora", {})), {"micro_batch_size": 2} | training
+    run = make_run(folder, LAYOUTS[layout], ratio=ratio, training=training, hft=hft, lora=lora)
     next_step(run)  # what is made once is there
     batch = run.batches.step(GLOBAL_BATCH)
     run.wrapped.zero_gradients()

@@ -11,12 +11,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from hft_megatron.config.lora import LoraConfig, with_adapters
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.training import TrainingConfig
+from hft_megatron.conversion.adapter_folder import load_adapter
 from hft_megatron.conversion.load import load_weights
+from hft_megatron.model.adapters import initialize_adapters
 from hft_megatron.model.build import build_model
 from hft_megatron.model.llama import LlamaModel
+from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.parallel.groups import Placement, start_groups
 
 LLAMA3_ROPE = {
@@ -119,14 +123,22 @@ def make_llama1(folder: Path) -> Path:
 
 
 def build_from_folder(
-    folder: str, layout: dict[str, Any], dtype: torch.dtype = torch.float32, training: TrainingConfig | None = None
+    folder: str,
+    layout: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    training: TrainingConfig | None = None,
+    lora: LoraConfig | None = None,
 ) -> tuple[list[LlamaModel], ModelShape, Placement]:
-    """Our model on this rank, with the folder's weights."""
-    shape = ModelShape.from_hf_config(load_hf_config(folder), folder)
+    """Our model on this rank, with the folder's weights; with new adapters, or those of --lora-adapter."""
+    shape = with_adapters(ModelShape.from_hf_config(load_hf_config(folder), folder), lora or LoraConfig())
     parallel = ParallelConfig(**layout)
     placement = start_groups(parallel, shape.num_layers, seed=1)
     chunks = build_model(shape, parallel, training or TrainingConfig(), placement=placement, dtype=dtype)
     load_weights(folder, chunks, shape, placement)
+    slots = list(parameter_slots(chunks))
+    initialize_adapters(slots, shape, seed=1, placement=placement)
+    if lora is not None and lora.lora_adapter is not None:
+        load_adapter(lora.lora_adapter, slots, shape, placement)
     return chunks, shape, placement
 
 

@@ -10,6 +10,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.batch_sizes import BatchSizes
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
@@ -113,11 +114,12 @@ def make_run(
     training: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     hft: dict[str, Any] | None = None,
+    lora: LoraConfig | None = None,
 ) -> Run:
     """This rank's run over the toy data from a Hugging Face folder.
 
     ``layout``, ``training``, ``optimizer`` and ``hft`` hold fields of ParallelConfig, TrainingConfig, OptimizerConfig
-    and HFTConfig.
+    and HFTConfig; with ``lora`` its new adapters train instead.
     """
     options: dict[str, Any] = {"global_batch_size": GLOBAL_BATCH, "train_iters": STEPS, "bf16": False}
     config = RunConfig(
@@ -128,7 +130,7 @@ def make_run(
     )
     bf16 = config.training.bf16 is True
     dtype = torch.bfloat16 if bf16 else torch.float32
-    chunks, shape, placement = build_from_folder(folder, layout, dtype, config.training)
+    chunks, shape, placement = build_from_folder(folder, layout, dtype, config.training, lora)
     schedule = RoundSchedule(
         interval=config.hft.hft_round_interval,
         train_iters=train_iters(config.training),

@@ -4,7 +4,7 @@ Run: pytest tests/trainer/test_lora.py
 """
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from hft_megatron.checkpoint.folders import find_checkpoints
-from hft_megatron.config.lora import LoraConfig, adapters_of
-from hft_megatron.config.model_shape import ModelShape, load_hf_config
-from hft_megatron.config.parallel import ParallelConfig
-from hft_megatron.config.training import TrainingConfig
-from hft_megatron.conversion.adapter_folder import load_adapter
-from hft_megatron.conversion.load import load_weights
-from hft_megatron.model.build import build_model
-from hft_megatron.model.parameters import parameter_slots
-from hft_megatron.parallel.groups import start_groups
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.trainer.convert import convert_checkpoint
-from tests.support.models import LAYOUTS, flags, forward_logits, make_llama
+from tests.support.models import LAYOUTS, build_from_folder, flags, forward_logits
 from tests.support.plain_lora import peft_model, peft_run
 from tests.support.preferences import words_for_pairs, write_pairs
 from tests.support.probe import Probe
 from tests.support.ranks import RankPools, RanksFailed
-from tests.support.runs import VOCAB_SIZE, make_inputs, run_recorded, run_sft_words, words_for
+from tests.support.runs import make_inputs, run_recorded, run_sft_words, words_for
 
 RANK = 4
 SMALL = {"hidden_size": 36, "intermediate_size": 54, "head_dim": 10}
@@ -105,13 +97,7 @@ def trained(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPathFac
 
 def run_logits(base: str, adapter: str, layout: dict[str, Any]) -> list[list[float]]:
     """Of a model with the adapter of a folder; none off the last stage."""
-    shape = ModelShape.from_hf_config(load_hf_config(base), base)
-    shape = replace(shape, adapters=adapters_of(LoraConfig(lora_adapter=adapter)))
-    parallel = ParallelConfig(**layout)
-    placement = start_groups(parallel, shape.num_layers, seed=1)
-    chunks = build_model(shape, parallel, TrainingConfig(), placement=placement, dtype=torch.float32)
-    load_weights(base, chunks, shape, placement)
-    load_adapter(adapter, parameter_slots(chunks), shape, placement)
+    chunks, shape, _ = build_from_folder(base, layout, lora=LoraConfig(lora_adapter=adapter))
     found = forward_logits(chunks, TOKENS, micro_batches=1)
     return [row.tolist() for row in found[0][0, :, : shape.vocab_size]] if found else []
 
@@ -189,9 +175,10 @@ def test_a_run_goes_on_from_pefts_folder_and_from_no_other_base(
     expected = load_file(trained / "lora" / "adapter_model.safetensors")
     found = load_file(tmp_path / "same" / "adapter_model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    other = make_llama(tmp_path / "model", "gqa", **SMALL, vocab_size=VOCAB_SIZE, initializer_range=0.2)
+    other = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"model.norm.weight": 2 * weights["model.norm.weight"]}, other / "model.safetensors")
     words = words_for(inputs, *TRAINING, "--load", trained / "run", "--load-hf", other, "--train-iters", 12)
-    words += ["--tokenizer-model", str(inputs / "model")]
     with pytest.raises(RanksFailed, match=r"model's weights \(--load-hf\)"):
         ranks(1).run(run_sft_words, words=words)
 
