@@ -113,29 +113,38 @@ class ActivationModel:
             adapters = [f"{unit}.{part}" for unit in units for part in self._parts(unit)]
             return any(map(trains, [*units, *adapters]))
 
+        def keep(*modules: str) -> bool:
+            """Whether their input is kept as it is; dropout gives each adapter another one."""
+            units = (f"model.layers.{layer}.{module}" for module in modules)
+            return train(*modules) if not self._drops else any(map(trains, units))
+
         shape, tokens, size = self.shape, self.micro_batch.tokens, self._size
         queries = shape.num_attention_heads * shape.kv_channels // self._tensor_size
         keys = shape.num_query_groups * shape.kv_channels // self._tensor_size
         kept, flows = self._norm(train("input_layernorm"), flows)
-        kept += self._hidden * train(*ATTENTION_IN)
+        kept += self._hidden * keep(*ATTENTION_IN)
         flows |= train(*ATTENTION_IN)
         out = size * tokens * queries
         if flows:
             kept += size * tokens * (queries + 2 * keys)
             if not self._attention_is_recomputed:
                 kept += out + self._log_sums
-        if train(ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
+        if keep(ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
             kept += out  # elsewhere the attention keeps it already
         flows |= train(ATTENTION_OUT)
         norm, flows = self._norm(train("post_attention_layernorm"), flows)
-        kept += norm + self._hidden * train(*MLP_IN)
+        kept += norm + self._hidden * keep(*MLP_IN)
         flows |= train(*MLP_IN)
         ffn = size * tokens * shape.ffn_hidden_size // self._tensor_size
-        kept += ffn * (SWIGLU_TENSORS * flows + train(MLP_OUT))
+        kept += ffn * (SWIGLU_TENSORS * flows + keep(MLP_OUT))
         return kept + self._of_adapters, flows or train(MLP_OUT)
 
     def _parts(self, unit: str) -> tuple[str, ...]:
         return ADAPTER_PARTS if has_adapter(unit, self.shape.adapters) else ()
+
+    @property
+    def _drops(self) -> bool:
+        return self.shape.adapters is not None and self.shape.adapters.dropout > 0
 
     @property
     def _of_adapters(self) -> int:
@@ -149,7 +158,7 @@ class ActivationModel:
             if has_adapter(module, adapters):
                 cut = self._tensor_size if module in (ATTENTION_OUT, MLP_OUT) else 1
                 inputs = 2 * whole_shape(module, self.shape)[1] // cut
-                numbers += adapters.rank + inputs * (adapters.dropout > 0)
+                numbers += adapters.rank + inputs * self._drops
         return self._size * self.micro_batch.tokens * numbers
 
     def _norm(self, is_trained: bool, flows: bool) -> tuple[int, bool]:
