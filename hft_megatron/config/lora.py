@@ -55,7 +55,7 @@ class LoraConfig:
     """Matrices that have an adapter: comma-separated Hugging Face names, such as `q_proj,v_proj`; all seven when
     unset."""
     lora_adapter: str | None = None
-    """Folder of a PEFT adapter to go on with, which says rank, alpha and targets."""
+    """Folder of a PEFT adapter to continue from, which gives rank, alpha and targets."""
 
 
 def adapters_of(options: LoraConfig) -> Adapters | None:

@@ -64,7 +64,7 @@ def _setting(report: PlanReport) -> Iterator[str]:
 
 
 def _legend(report: PlanReport) -> Iterator[str]:
-    adapters = "" if report.shape.adapters is None else f", {ADAPTED} rests beside an adapter that trains"
+    adapters = "" if report.shape.adapters is None else f", {ADAPTED} frozen, with an adapter that trains"
     yield f"{TRAINS} trains, {RESTS} rests{adapters}"
     for category in UNIT_LETTERS:
         yield "  " + ", ".join(f"{letter} {module}" for letter, module in category)

@@ -285,7 +285,7 @@ def _start_adapters(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Pla
     initialize_adapters(slots, inputs.shape, seed=config.training.seed, placement=placement)
     if folder is not None:
         load_adapter(folder, slots, inputs.shape, placement)
-        announce(f"> adapters go on from --lora-adapter {folder}")
+        announce(f"> adapters continue from --lora-adapter {folder}")
 
 
 def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:
