@@ -27,7 +27,7 @@ from hft_megatron.errors import RunFailed, UserError
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
-from hft_megatron.model.parameters import ParameterSlot, local_slice
+from hft_megatron.model.parameters import local_slice, parameter_slots
 from hft_megatron.parallel.consensus import together
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.parallel.meeting import wait_for_all_ranks
@@ -143,12 +143,12 @@ def check_adapter(folder: str, shape: ModelShape) -> str:
     return digest.hexdigest()
 
 
-def load_adapter(folder: str, slots: Iterable[ParameterSlot], shape: ModelShape, placement: Placement) -> None:
+def load_adapter(folder: str, chunks: Sequence[LlamaModel], placement: Placement) -> None:
     """Fills this rank's adapters from a folder that ``check_adapter`` accepts; collective."""
 
     def fill() -> None:
         with _opened(folder) as file, torch.no_grad():
-            for slot in slots:
+            for slot in parameter_slots(chunks):
                 if slot.is_adapter:
                     slot.parameter.copy_(local_slice(file.get_tensor(peft_name(slot.unit)), slot, placement))
 

@@ -9,7 +9,6 @@ which is then one sum for both. What is whole has on each rank a part of its gra
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,10 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hft_megatron.config.adapters import ADAPTER_PARTS, Adapters
-from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.model.linear import RowParallel, SharedInputColumnParallel, product
-from hft_megatron.model.parameter_names import whole_shape
-from hft_megatron.model.parameters import ParameterSlot, local_slice
 from hft_megatron.parallel.groups import Placement
 
 PARTIAL_MARK = "gradient_is_partial"
@@ -106,24 +102,6 @@ def add_adapters(layers: Iterable[torch.nn.Module], adapters: Adapters, tensor_r
             elif isinstance(module, RowParallel) and of_rows[name] in adapters.targets:
                 module.adapter = LowRank(module.weight, adapters, cut=1, tensor_rank=tensor_rank)
                 module.is_adapted = True
-
-
-@torch.no_grad()
-def initialize_adapters(slots: Iterable[ParameterSlot], shape: ModelShape, *, seed: int, placement: Placement) -> None:
-    """Fills every A from U(-1 / sqrt(columns), 1 / sqrt(columns)), and every B with zero; other parameters stay.
-
-    That is Kaiming's uniform draw with a = sqrt(5), which PEFT has. The same seed gives the same adapters on every
-    layout.
-    """
-    for slot in slots:
-        if slot.unit.endswith(ADAPTER_PARTS[0]):
-            whole = torch.empty(whole_shape(slot.unit, shape))
-            digest = hashlib.sha256(f"{seed}:{slot.unit}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            bound = 1 / math.sqrt(whole.size(1))
-            slot.parameter.copy_(local_slice(whole.uniform_(-bound, bound, generator=generator), slot, placement))
-        elif slot.is_adapter:
-            slot.parameter.zero_()
 
 
 def seed_dropout(adapters: Adapters | None, *, seed: int, iteration: int, placement: Placement) -> None:

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hft_megatron.config.adapters import ADAPTER_PARTS
 from hft_megatron.config.derived import padded_vocab_size, splits_sequences, virtual_pipeline_size
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
@@ -46,9 +47,29 @@ def _draw(slot: ParameterSlot, shape: ModelShape, seed: int) -> torch.Tensor:
     std = shape.init_method_std
     if slot.unit.endswith(("o_proj", "down_proj")):
         std /= math.sqrt(2 * shape.num_layers)
+    return torch.empty(whole_shape(slot.unit, shape)).normal_(0.0, std, generator=_generator(slot, seed))
+
+
+@torch.no_grad()
+def initialize_adapters(chunks: Sequence[LlamaModel], shape: ModelShape, *, seed: int, placement: Placement) -> None:
+    """Fills every A from U(-1 / sqrt(columns), 1 / sqrt(columns)), and every B with zero; other parameters stay.
+
+    That is Kaiming's uniform draw with a = sqrt(5), which PEFT has. The same seed gives the same adapters on every
+    layout.
+    """
+    for slot in parameter_slots(chunks):
+        if slot.unit.endswith(ADAPTER_PARTS[0]):
+            whole = torch.empty(whole_shape(slot.unit, shape))
+            bound = 1 / math.sqrt(whole.size(1))
+            whole.uniform_(-bound, bound, generator=_generator(slot, seed))
+            slot.parameter.copy_(local_slice(whole, slot, placement))
+        elif slot.is_adapter:
+            slot.parameter.zero_()
+
+
+def _generator(slot: ParameterSlot, seed: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{slot.unit}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.empty(whole_shape(slot.unit, shape)).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def transformer_config(

@@ -28,10 +28,8 @@ from hft_megatron.conversion.load import load_weights as load_hf_weights
 from hft_megatron.conversion.save import Announce
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan
-from hft_megatron.model.adapters import initialize_adapters
-from hft_megatron.model.build import build_model, initialize_weights
+from hft_megatron.model.build import build_model, initialize_adapters, initialize_weights
 from hft_megatron.model.llama import LlamaModel
-from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.optimizer.rounds import span_of_round
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
@@ -281,10 +279,9 @@ def _start_adapters(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Pla
     """Draws them, or takes those of --lora-adapter; collective."""
     config, folder = inputs.config, inputs.config.lora.lora_adapter
     announce(f"> adapters: {inputs.shape.adapters}")
-    slots = list(parameter_slots(chunks))
-    initialize_adapters(slots, inputs.shape, seed=config.training.seed, placement=placement)
+    initialize_adapters(chunks, inputs.shape, seed=config.training.seed, placement=placement)
     if folder is not None:
-        load_adapter(folder, slots, inputs.shape, placement)
+        load_adapter(folder, chunks, placement)
         announce(f"> adapters continue from --lora-adapter {folder}")
 
 

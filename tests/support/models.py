@@ -17,10 +17,8 @@ from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.conversion.adapter_folder import load_adapter
 from hft_megatron.conversion.load import load_weights
-from hft_megatron.model.adapters import initialize_adapters
-from hft_megatron.model.build import build_model
+from hft_megatron.model.build import build_model, initialize_adapters
 from hft_megatron.model.llama import LlamaModel
-from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.parallel.groups import Placement, start_groups
 
 LLAMA3_ROPE = {
@@ -135,10 +133,9 @@ def build_from_folder(
     placement = start_groups(parallel, shape.num_layers, seed=1)
     chunks = build_model(shape, parallel, training or TrainingConfig(), placement=placement, dtype=dtype)
     load_weights(folder, chunks, shape, placement)
-    slots = list(parameter_slots(chunks))
-    initialize_adapters(slots, shape, seed=1, placement=placement)
+    initialize_adapters(chunks, shape, seed=1, placement=placement)
     if lora is not None and lora.lora_adapter is not None:
-        load_adapter(lora.lora_adapter, slots, shape, placement)
+        load_adapter(lora.lora_adapter, chunks, placement)
     return chunks, shape, placement
 
 
