@@ -114,10 +114,9 @@ def _adapters_in(folder: str, options: LoraConfig) -> Adapters:
         dropout=options.lora_dropout,
         targets=tuple(name for name in TARGETS if name in targets),
     )
-    given = {"lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha}
-    given["lora_targets"] = None if options.lora_targets is None else ",".join(_targets(options))
+    targets = None if options.lora_targets is None else ",".join(_targets(options))
     held = {"lora_rank": rank, "lora_alpha": found.alpha, "lora_targets": ",".join(found.targets)}
-    for name, value in given.items():
+    for name, value in zip(held, (options.lora_rank, options.lora_alpha, targets), strict=True):
         if value not in (None, held[name]):
             raise UserError(
                 f"{flag(name)} {value}: the adapter of --lora-adapter {folder} has {held[name]}; leave {flag(name)} "

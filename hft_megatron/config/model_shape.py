@@ -87,7 +87,7 @@ class ModelShape:
         positions = 4096 * 32 if is_mistral else 2048
         rotary_base, scaling = _rope_from_hf(config, source)
         return ModelShape(
-            **sizes,
+            **sizes,  # type: ignore[arg-type]  # of the fields that are sizes
             num_query_groups=_positive_integer(config, "num_key_value_heads", source, default=groups),
             kv_channels=_positive_integer(config, "head_dim", source, default=sizes["hidden_size"] // heads),
             max_position_embeddings=_positive_integer(config, "max_position_embeddings", source, default=positions),

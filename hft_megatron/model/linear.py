@@ -208,6 +208,7 @@ def product(input: Tensor, weight: Tensor) -> Tensor:
 class _Adapted(torch.nn.Module):
     """A matrix of megatron-core's that ``adapters.add_adapters`` may put an adapter beside."""
 
+    weight: Parameter
     adapter: LowRank
     is_adapted = False
     """Whether there is one."""

@@ -25,7 +25,7 @@ def finalize_gradients(model: Sequence[torch.nn.Module], *others: Any, **options
     if group.size() == 1:
         return
     parts: list[Tensor] = [
-        weight.main_grad
+        weight.main_grad  # type: ignore[attr-defined]  # megatron-core's
         for chunk in model
         for weight in chunk.parameters()
         if weight.requires_grad and getattr(weight, PARTIAL_MARK, False)

@@ -137,7 +137,7 @@ def test_a_checkpoint_holds_adapters_alone_and_converts_to_the_merged_folder(
     weights = [name for name in held if name.endswith(".weight")]
     assert weights
     assert all(".adapter.lora_" in name for name in weights)
-    convert_checkpoint(str(trained / "run"), None, str(tmp_path / "out"), save_dtype=None, check=True, announce=print)
+    convert_checkpoint(str(trained / "run"), None, str(tmp_path / "out"), save_dtype=None, check=False, announce=print)
     expected = load_file(trained / "merged" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-7, rtol=0, msg=name)
@@ -194,7 +194,7 @@ def test_an_adapter_that_peft_would_leave_out_in_silence_is_refused(
         save_file(held, tmp_path / "adapter_model.safetensors")
         (tmp_path / "adapter_config.json").write_text((trained / "lora" / "adapter_config.json").read_text())
         with pytest.raises(RanksFailed, match=why):
-            ranks(1).run(run_sft_words, words=words_for(inputs, "--lora-adapter", tmp_path, "--train-iters", 1))
+            ranks(1).run(run_sft_words, words=words_for(inputs, "--lora-adapter", tmp_path))
 
 
 @pytest.mark.slow
