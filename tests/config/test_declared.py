@@ -68,7 +68,7 @@ BOUNDS = {
         check_replicas_interval ddp_bucket_size decoder_first_pipeline_num_layers
         decoder_last_pipeline_num_layers eval_interval eval_iters eval_tasks_batch_size eval_tasks_interval ewc_batches
         exit_interval ffn_hidden_size global_batch_size hft_audit_interval hidden_size keep_last kv_channels
-        log_interval lr_decay_iters lr_decay_samples lr_schedule_iters lr_wsd_decay_iters
+        log_interval lora_rank lr_decay_iters lr_decay_samples lr_schedule_iters lr_wsd_decay_iters
         lr_wsd_decay_samples make_vocab_size_divisible_by max_position_embeddings micro_batch_size
         num_attention_heads num_layers
         num_layers_per_virtual_pipeline_stage num_query_groups packing_window pipeline_model_parallel_size
@@ -81,10 +81,10 @@ BOUNDS = {
         profile_step_start seed skip_nonfinite_steps start_weight_decay train_iters weight_decay
     """,
     "above 0": """
-        adam_eps distributed_timeout_minutes dpo_beta exit_duration_in_mins init_method_std loss_spike_threshold
-        norm_epsilon rotary_base
+        adam_eps distributed_timeout_minutes dpo_beta exit_duration_in_mins init_method_std lora_alpha
+        loss_spike_threshold norm_epsilon rotary_base
     """,
-    "from 0 to below 1": "adam_beta1 adam_beta2 lr_warmup_fraction",
+    "from 0 to below 1": "adam_beta1 adam_beta2 lora_dropout lr_warmup_fraction",
     "from 0 to below 0.5": "dpo_label_smoothing",
     "between 0 and 1": "hft_ratio",
 }

@@ -51,7 +51,7 @@ CASES: dict[str, Case] = {
     "o_proj is the lowest": (1, "tp1", {}, {"hft_ratio": 1.0, "hft_freeze": f"{EMBEDDING},{OUTPUT_OF_FIRST}"}),
     "head rests": (1, "tp1", {}, {"hft_freeze_head": True}),
     "adapters": (2, "tp2_sp", {}, {"lora": {"lora_rank": 3}}),
-    "a few adapters, uniform": (2, "pp2_uneven", UNIFORM, {"lora": {"lora_rank": 3, "lora_targets": "v_proj,o_proj"}}),
+    "a few adapters, uniform": (2, "pp2", UNIFORM, {"lora": {"lora_rank": 3, "lora_targets": "v_proj,o_proj"}}),
     "loss in chunks": (2, "tp2", {}, {"whole_bytes": 2**13}),
     "loss in chunks, head rests": (1, "tp1", {}, {"whole_bytes": 2**13, "hft_freeze_head": True}),
 }
