@@ -68,9 +68,10 @@ def convert_checkpoint(
             NewFolder(target=Path(save_hf)), wholes, base, tensors.dtype, rules, _tokenizer(run, announce), announce
         )
         if check:
-            # What has an adapter added to it is in fp32 until it is written.
-            read_in = tensors.dtype if shape.adapters is None else torch.float32
-            rounded_to = _coarsest_rounding(read_in, written, has_source=source is not None)
+            rounded_to = _coarsest_rounding(tensors.dtype, written, has_source=source is not None)
+            if shape.adapters is not None:
+                # A matrix with its adapter added to it is in fp32 until it is written.
+                rounded_to = max(rounded_to, written, key=lambda dtype: torch.finfo(dtype).eps)
             _compare(save_hf, compare_logits(save_hf, base, read, rounded_to=rounded_to), announce)
 
 
