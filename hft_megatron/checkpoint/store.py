@@ -224,8 +224,8 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, 
         description["optimizer"] = empty_training_state(wrapped, described, placement)
         description["resting"] = sharded_resting_state(wrapped, described, placement)
     if same_layout:
-        # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start, so new
-        # ones change nothing.
+        # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start but
+        # the dropout of adapters, which begins anew in every step, so other ones change nothing.
         description["random_state"] = sharded_random_state(placement)
     loaded: dict[str, Any] = dist_checkpointing.load(description, str(path)) if description else {}
     if optimizer:

@@ -278,7 +278,11 @@ def starting_model(inputs: Inputs, placement: Placement, announce: Announce) -> 
 def _start_adapters(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Placement, announce: Announce) -> None:
     """Draws them, or takes those of --lora-adapter; collective."""
     config, folder = inputs.config, inputs.config.lora.lora_adapter
-    announce(f"> adapters: {inputs.shape.adapters}")
+    adapters = inputs.shape.adapters
+    assert adapters is not None
+    announce(f"> adapters: {adapters}")
+    if adapters.dropout > 0:
+        announce("> --lora-dropout is drawn by iteration, data-parallel and pipeline rank: another layout draws others")
     initialize_adapters(chunks, inputs.shape, seed=config.training.seed, placement=placement)
     if folder is not None:
         load_adapter(folder, chunks, placement)
