@@ -25,11 +25,14 @@ def test_every_target_and_every_set_is_of_trainers_that_there_are() -> None:
     for one in bench.SETS.values():
         assert one.trainers[0] == "half", "it writes the batches"
         assert set(one.trainers) <= bench.TRAINERS.keys()
+        assert set(one.works) <= bench.WORKS.keys()
     usual = [set(one.trainers) for one in bench.SETS.values() if one.layout == tables.USUAL_LAYOUT]
     assert set().union(*usual) == bench.TRAINERS.keys()
     assert {one.layout for one in bench.SETS.values()} == {tables.USUAL_LAYOUT, *tables.OTHER_LAYOUTS}
     for ours, other, limits in tables.TARGETS:
-        assert any({ours, other} <= names and ours in ("half", "full") for names in usual)
+        together = [one for one in bench.SETS.values() if {ours, other} <= set(one.trainers)]
+        assert any(one.layout == tables.USUAL_LAYOUT and set(one.works) == limits.keys() for one in together)
+        assert ours in ("half", "full")
         assert limits.keys() == bench.WORKS.keys()
 
 
