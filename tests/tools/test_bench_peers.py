@@ -75,7 +75,7 @@ def test_stock_megatron_core_takes_the_same_steps_on_other_layouts(
     monkeypatch.setattr(bench, "MODEL", {**bench.MODEL, **SMALL, "num_key_value_heads": 4})
     write_data(tmp_path)
     bench.write_model(tmp_path)
-    one = bench.Set(trainers=("half", "stock megatron-core, full"), layout=layout)
+    one = bench.Set(trainers=("half", "stock megatron-core, full"), works=(), layout=layout)
     found = bench.measure_set(one, tmp_path, bench.Work(sequence=64, micro_batches=2), 2, "cpu", REPOSITORY)
     first, second = found["first losses"].values()
     assert first == pytest.approx(second, rel=1e-5)
@@ -88,7 +88,7 @@ def test_peers_take_the_same_steps_of_the_same_weights(tmp_path: Path, monkeypat
     write_data(tmp_path)
     bench.write_model(tmp_path)
     work = bench.Work(sequence=64, micro_batches=2)
-    found = bench.measure_set(bench.Set(trainers=NAMES), tmp_path, work, 2, "cpu", REPOSITORY)
+    found = bench.measure_set(bench.Set(trainers=NAMES, works=()), tmp_path, work, 2, "cpu", REPOSITORY)
     losses = found["first losses"]
     assert max(losses.values()) - min(losses.values()) < 1e-5 * losses["half"]
     assert found["ratios"].keys() == {

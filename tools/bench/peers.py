@@ -101,7 +101,7 @@ class Set:
     """Trainers that are in memory together, 20 GB at most; the first is the one that writes the batches."""
 
     trainers: Sequence[str]
-    works: Sequence[str] = ("128", "512")
+    works: Sequence[str]
     """Those that it is measured on where nothing else is asked for."""
     layout: str = USUAL_LAYOUT
 
@@ -116,11 +116,13 @@ SETS: Mapping[str, Set] = {
     "before and DDP": Set(trainers=("half", "full", f"full at {BEFORE}", "DDP, the same frozen"), works=tuple(WORKS)),
     "full": Set(trainers=("half", "full", "DDP, full", "stock megatron-core, full"), works=tuple(WORKS)),
     "FSDP2": Set(trainers=("half", "full", "FSDP2, the same frozen", "FSDP2, full"), works=tuple(WORKS)),
-    "ZeRO-1": Set(trainers=("half", "full", "DDP + ZeRO-1, the same frozen", "DDP + ZeRO-1, full")),
-    "default AdamW": Set(trainers=("half", "full", "DDP, the same frozen, default AdamW", "DDP, full, default AdamW")),
-    "overlap": Set(trainers=("half", "full", "half, overlapped", "full, overlapped")),
-    "TP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="TP 2"),
-    "TP 2 + SP": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="TP 2 + SP"),
+    "ZeRO-1": Set(trainers=("half", "full", "DDP + ZeRO-1, the same frozen", "DDP + ZeRO-1, full"), works=("128",)),
+    "default AdamW": Set(
+        trainers=("half", "full", "DDP, the same frozen, default AdamW", "DDP, full, default AdamW"), works=("128",)
+    ),
+    "overlap": Set(trainers=("half", "full", "half, overlapped", "full, overlapped"), works=("128", "512")),
+    "TP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, works=("512",), layout="TP 2"),
+    "TP 2 + SP": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, works=("512",), layout="TP 2 + SP"),
     # With one micro-batch one stage waits for the other.
     "PP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, works=("4 x 512",), layout="PP 2"),
 }
