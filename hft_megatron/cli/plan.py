@@ -66,14 +66,15 @@ class PlanDeviceConfig:
     """What --time takes a device and its links to sustain; shares of data sheets' peaks, or measured."""
 
     device_tflops: Annotated[float, Gt(0)] | None = None
-    """For --time: matrix products that a device sustains, in TFLOP/s (an H100 SXM has 989 in bf16 on paper, large
-    products sustain a half to two thirds)."""
+    """For --time: matrix products that a device sustains, in TFLOP/s: a share of its peak (H100 SXM: 989 in bf16)."""
     memory_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device reads and writes of its memory, in GB/s (H100 SXM: 3350 on paper)."""
+    """For --time: what a device reads and writes of its memory, in GB/s: a share of its peak (H100 SXM: 3350)."""
     node_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device sends to others of its node, in GB/s and one direction (NVLink of an H100: 450)."""
+    """For --time: what a device sends to others of its node, in GB/s and one direction (H100 SXM, at
+    most: 450)."""
     network_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device sends to other nodes, in GB/s and one direction (400 Gb/s for each device: 50)."""
+    """For --time: what a device sends to other nodes, in GB/s and one direction (a link of 400
+    Gb/s for each device, at most: 50)."""
     devices_per_node: Annotated[int, Ge(1)] = 8
     """For --time: ranks of a node."""
 

@@ -44,6 +44,8 @@ class Device:
     """Of matrix products, in 1e12 FLOP per second."""
     weight_gradient_tflops: float | None = None
     """Of products that are added to a gradient; None: the same."""
+    attention_tflops: float | None = None
+    """Of attention's kernels; None: the same."""
     memory_bandwidth: float
     node_bandwidth: float
     """Between devices of a node."""
@@ -51,10 +53,14 @@ class Device:
     """Between nodes."""
     devices_per_node: int
 
-    def compute_seconds(self, flops: float, bytes: float, *, of_weights: bool = False) -> float:
-        """Of a kernel that computes and moves so much."""
+    def product_seconds(self, flops: float, bytes: float, *, of_weights: bool = False) -> float:
+        """Of a product that computes and moves so much, of weights' gradients or of others."""
         rate = (self.weight_gradient_tflops if of_weights else None) or self.tflops
         return max(flops / (rate * 1e12), self.memory_seconds(bytes))
+
+    def attention_seconds(self, flops: float) -> float:
+        """Of a kernel that computes so much and hardly reads memory."""
+        return flops / ((self.attention_tflops or self.tflops) * 1e12)
 
     def memory_seconds(self, bytes: float) -> float:
         """Of a kernel that only moves so much."""
@@ -154,12 +160,12 @@ class PartTimes:
         # A gradient is read, and written back with the product added to it.
         weight = 2 * self.costs.gradient_width if of_weights else self._size
         moved = self._size * tokens * (rows + columns) + weight * rows * columns
-        return turns * self.device.compute_seconds(2 * tokens * rows * columns, moved, of_weights=of_weights)
+        return turns * self.device.product_seconds(2 * tokens * rows * columns, moved, of_weights=of_weights)
 
     def _attention(self, times: float) -> float:
         squares = self.micro_batch.sequences * self.micro_batch.seq_length**2
         flops = attention_flops(self.costs.shape) * squares / self._tensor_size
-        return self.device.compute_seconds(times * flops, 0)
+        return self.device.attention_seconds(times * flops)
 
     # --- passes over memory
 
@@ -172,8 +178,10 @@ class PartTimes:
             elements = NORM[backward] * hidden
         elif part.kind == "row":
             elements = RESIDUAL[backward] * hidden
+        elif part.kind == "rotation":
+            elements = ROTATION[backward] * (queries + keys)
         elif part.kind == "attention":
-            elements = ROTATION[backward] * (queries + keys) + ATTENTION_OUTPUT[backward] * queries
+            elements = ATTENTION_OUTPUT[backward] * queries
         elif part.kind == "swiglu":
             elements = SWIGLU[backward] * shape.ffn_hidden_size / self._tensor_size
         elif part.kind == "head":

@@ -23,9 +23,9 @@ from hft_megatron.hft.units import (
     NAMES_IN_LAYER,
 )
 
-Kind = Literal["embedding", "norm", "column", "attention", "row", "swiglu", "head"]
+Kind = Literal["embedding", "norm", "column", "rotation", "attention", "row", "swiglu", "head"]
 """``column``: matrices that share an input and are cut by their rows over tensor ranks; ``row``: one that is cut by its
-columns. ``attention`` is the core with the rotation of queries and keys, without a matrix."""
+columns. ``attention`` is the core alone, behind the ``rotation`` of queries and keys."""
 MATRICES: tuple[Kind, ...] = ("column", "row", "head")
 """The kinds that are products with weights."""
 
@@ -108,6 +108,7 @@ class _Walk:
 
         yield self._part("norm", units("input_layernorm"), forwards)
         yield self._part("column", units(*ATTENTION_IN), forwards)
+        yield self._part("rotation", (), forwards)
         again = is_recomputed or (self.training.recompute_granularity == "selective" and self.flows)
         yield self._part("attention", (), 2 if again else 1)
         yield self._part("row", units(ATTENTION_OUT), forwards)

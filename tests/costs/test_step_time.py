@@ -78,6 +78,15 @@ def test_the_products_of_a_step_take_its_flops_at_the_devices_rate_with_the_scor
         assert parts(step).keys() == {"forward", "backward"}
 
 
+def test_weight_gradients_and_attention_may_have_rates_of_their_own():
+    same = model(tflops=1e-6).of(everything)
+    slow = model(tflops=1e-6, weight_gradient_tflops=5e-7, attention_tflops=2.5e-7).of(everything)
+    scores = SHAPE.num_layers * 2 * SHAPE.hidden_size * TOKENS**2
+    products = 2 * TOKENS * (4 * (4 * 64 * 64 + 3 * 64 * 128) + 64 * 256)
+    assert slow.forward - same.forward == pytest.approx(3 * scores / 1e6)
+    assert slow.backward - same.backward == pytest.approx((2.5 * 3 * scores + products) / 1e6)
+
+
 def test_a_frozen_matrix_costs_no_weight_gradient_and_everything_else():
     full, half = (model(tflops=1e-6).of(trains) for trains in (everything, all_but("2.mlp.gate_proj")))
     assert half.forward == full.forward
@@ -103,8 +112,20 @@ def test_recomputation_makes_the_forward_pass_of_the_layers_again_and_not_that_o
     plain, again = (model(tflops=1e-6, training=training).of(everything) for training in (TrainingConfig(), UNIFORM))
     assert replace(again, recomputation=0.0) == plain
     assert again.recomputation == pytest.approx(plain.forward - 2 * TOKENS * 64 * 256 / 1e6)
-    selective = model(tflops=1e-6, training=TrainingConfig(recompute_activations=True)).of(everything)
-    assert selective.recomputation == pytest.approx(4 * 2 * 64 * TOKENS**2 / 1e6)
+    selective = model(tflops=1e-6, memory_bandwidth=1e-3, training=TrainingConfig(recompute_activations=True)).of(
+        everything
+    )
+    # The core alone, and the copy of its output: read and written.
+    copies = 4 * 2 * 4 * TOKENS * 64 / 1e6
+    assert selective.recomputation == pytest.approx(4 * 2 * 64 * TOKENS**2 / 1e6 + copies)
+
+
+def test_passes_over_memory_are_those_of_the_layers_kernels():
+    step = model(memory_bandwidth=1e-3).of(everything)
+    hidden = 4 * TOKENS * 64
+    layer = 2 * (2 + 3) + 2 * (3 + 3) + 2 * (9 + 9) + (2 + 2) + (5 + 11) * 128 / 64
+    final_norm, lookup, logits = 2 + 3, 2 + 3, (6 + 4) * 256 / 64
+    assert step.elementwise == pytest.approx(hidden * (4 * layer + final_norm + lookup + logits) / 1e6)
 
 
 def test_logits_in_chunks_are_made_again(monkeypatch: pytest.MonkeyPatch):
