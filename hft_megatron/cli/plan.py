@@ -70,11 +70,9 @@ class PlanDeviceConfig:
     memory_bandwidth: Annotated[float, Gt(0)] | None = None
     """For --time: what a device reads and writes of its memory, in GB/s: a share of its peak (H100 SXM: 3350)."""
     node_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device sends to others of its node, in GB/s and one direction (H100 SXM, at
-    most: 450)."""
+    """For --time: what a device sends to others of its node, in GB/s and one direction (H100 SXM, at most: 450)."""
     network_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device sends to other nodes, in GB/s and one direction (a link of 400
-    Gb/s for each device, at most: 50)."""
+    """For --time: what a device sends to other nodes, in GB/s and one direction (a link of 400 Gb/s, at most: 50)."""
     devices_per_node: Annotated[int, Ge(1)] = 8
     """For --time: ranks of a node."""
 
