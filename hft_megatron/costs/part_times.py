@@ -52,6 +52,8 @@ class Device:
     network_bandwidth: float
     """Between nodes."""
     devices_per_node: int
+    sends_beside_compute: bool = True
+    """Whether compute hides what is sent meanwhile; on a CPU that computes with all of its cores it doesn't."""
 
     def product_seconds(self, flops: float, bytes: float, *, of_weights: bool = False) -> float:
         """Of a product that computes and moves so much, of weights' gradients or of others."""
@@ -212,6 +214,8 @@ class PartTimes:
             return 0.0
         needs_input = bool(part.trained) or (part.kind == "head" and part.forwards > 1)
         gather, summed = self._gather * needs_input, self._sum_over_ranks * part.gives_gradient
+        if not self.device.sends_beside_compute:
+            return gather + summed
         return max(0.0, gather - inputs) + max(0.0, summed - weights)
 
     @property

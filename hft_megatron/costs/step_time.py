@@ -168,7 +168,8 @@ class StepTimeModel:
         updated = rank.optimizer_bytes // ((3 if costs.bf16 else 2) * FP32_BYTES)
         unhidden = self._last_bucket(trains, number)
         sends = self._sends(number)
-        if parallel.overlap_p2p_communication and self._turns > 1:
+        hides = self.device.sends_beside_compute
+        if hides and parallel.overlap_p2p_communication and self._turns > 1:
             sends = max(0.0, sends - forward.total - backward.total)
         cast = CAST_BYTES * costs.bf16
         # Gradients in bf16 are copied into fp32 for the norm.
@@ -179,12 +180,12 @@ class StepTimeModel:
             sends=sends,
             reduce_scatter=_exposed(
                 self._data_ring(rank.reduce_scatter_bytes),
-                backward.total / self._turns if parallel.overlap_grad_reduce else 0.0,
+                backward.total / self._turns if hides and parallel.overlap_grad_reduce else 0.0,
                 unhidden,
             ),
             all_gather=_exposed(
                 self._data_ring(rank.all_gather_bytes),
-                forward.total / self._turns if parallel.overlap_param_gather else 0.0,
+                forward.total / self._turns if hides and parallel.overlap_param_gather else 0.0,
                 unhidden,
             ),
             gradient_buffer=memory(rank.gradient_bytes + updated * (2 * costs.gradient_width + of_norm)),

@@ -247,6 +247,19 @@ def test_overlap_hides_at_most_the_compute_there_is_and_never_the_last_bucket():
     assert one_bucket.reduce_scatter == pytest.approx(plain.reduce_scatter)
 
 
+def test_nothing_is_hidden_on_a_device_that_cannot_send_beside_compute():
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 1}
+    links = {"node_bandwidth": 1e-3, "sends_beside_compute": False}
+    tensor = model(world_size=2, tensor_model_parallel_size=2, **links, tflops=1e-9).of(everything)
+    assert tensor.tensor_parallel == pytest.approx((2 * 2 * 4 + 2) * HIDDEN_BYTES / 1e6)
+    data = model(world_size=2, **overlap, **links, tflops=1e-9)
+    sent = data.costs.stage_costs(everything, 0)[0].all_gather_bytes / 2 / 1e6
+    assert data.of(everything).reduce_scatter == pytest.approx(sent)
+    assert data.of(everything).all_gather == pytest.approx(sent)
+    chunks = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "world_size": 2}
+    assert model(**chunks, **links, tflops=1e-9, micro_batches=2).of(everything).pipeline_sends > 0
+
+
 def test_later_stages_reduce_while_the_first_still_goes_backward():
     layout = {"world_size": 4, "pipeline_model_parallel_size": 2, "node_bandwidth": 1e-3}
     norm, above = "model.layers.0.input_layernorm", "model.layers.3."
