@@ -21,9 +21,9 @@ The model, for a pipeline of p stages with v chunks each, and m micro-batches:
 
 It leaves out: the start of kernels and collectives, and Python's time; ranks that wait for each other by chance; the
 allocator; the data; the sum of losses and of norms' gradients; compute that is slower while something is sent;
-validation, checkpoints and switches of rounds. So small models and small batches take longer than it says, and a plan
-and full fine-tuning by as much, which brings their ratio closer to 1. Every sequence is one example as long as can be:
-packed or shorter ones have less attention.
+validation, checkpoints and switches of rounds. So steps take longer than it says, small models and small batches most;
+what takes a plan and full fine-tuning equally long brings their ratio closer to 1. Every sequence is one example as
+long as can be: packed or shorter ones have less attention.
 """
 
 from collections.abc import Callable
