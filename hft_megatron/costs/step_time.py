@@ -15,9 +15,9 @@ The model, for a pipeline of p stages with v chunks each, and m micro-batches:
   the last micro-batch hides all but the last bucket, under --overlap-param-gather the forward pass of the first one all
   but the bucket that is needed first; at most as much as they take.
 - A tied embedding's gradient is summed over first and last stage.
-- The optimizer reads and writes memory: the buffer is cleared; of what a rank updates the gradient is scaled, its norm
-  taken, and clipped; AdamW reads four numbers and writes three; beside bf16 weights masters are read and weights
-  written.
+- The optimizer reads and writes memory: of what a rank updates the gradient is scaled, its norm taken, and clipped;
+  AdamW reads four numbers and writes three; beside bf16 weights masters are read and weights written. Buffers are
+  written over and not cleared, but for transformer-engine's kernels, of which nothing is counted.
 
 It leaves out: the start of kernels and collectives, and Python's time; ranks that wait for each other by chance; the
 allocator; the data; the sum of losses and of norms' gradients; compute that is slower while something is sent;
@@ -67,7 +67,7 @@ class StepTime:
     reduce_scatter: float
     all_gather: float
     gradient_buffer: float
-    """To clear it, and for scale, norm and clipping."""
+    """For scale, norm and clipping of what a rank updates."""
     optimizer: float
 
     @property
@@ -188,7 +188,7 @@ class StepTimeModel:
                 forward.total / self._turns if hides and parallel.overlap_param_gather else 0.0,
                 unhidden,
             ),
-            gradient_buffer=memory(rank.gradient_bytes + updated * (2 * costs.gradient_width + of_norm)),
+            gradient_buffer=memory(updated * (2 * costs.gradient_width + of_norm)),
             optimizer=memory(updated * (ADAMW_BYTES + cast)),
         )
 
