@@ -33,9 +33,6 @@ from hft_megatron.optimizer.carried import CarriedState
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
 from hft_megatron.optimizer.traffic import Traffic
 
-MARKS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad", "unwritten_gradients")
-"""What a parameter has while it is trained, beside its values."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class WrappedModel:
@@ -270,13 +267,12 @@ def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer
     return only
 
 
-def unwrap(wrapped: WrappedModel, next_plan: Plan) -> tuple[LlamaModel, ...]:
-    """Takes off everything that belongs to the round, for a model that ``wrap`` then wraps for ``next_plan``.
+def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
+    """Gives the parameters memory of their own again and takes off everything that belongs to the round.
 
-    Parameters that are frozen from now on get memory of their own; the others stay where they are until the next
-    wrapper moves them, after which their old memory is free. ``wrapped`` is of no use after that: its parts are
-    emptied, so that gradients and state are free whoever still refers to them. Overlapped gathers are finished here,
-    and the next wrapper's first forward pass makes them once more: one all-gather of a round beyond those of its steps.
+    ``wrapped`` is of no use after that: its parts are emptied, so that buffers and state are free whoever still refers
+    to them. The trained values are there twice meanwhile. Overlapped gathers are finished here, and the next wrapper's
+    first forward pass makes them once more: one all-gather of a round beyond those of its steps.
     """
     chunks, config = wrapped.modules, wrapped.modules[0].config
     for chunk in wrapped.chunks:
@@ -284,11 +280,11 @@ def unwrap(wrapped: WrappedModel, next_plan: Plan) -> tuple[LlamaModel, ...]:
             chunk.disable_forward_pre_hook(param_sync=True)
         # The gradient accumulators hold the hooks of the round: under the next one they would swallow its gradients.
         chunk.grad_accs.clear()
-    slots = list(parameter_slots(chunks))
-    for parameter in (slot.parameter for slot in slots):
+    parameters = [slot.parameter for slot in parameter_slots(chunks)]
+    for parameter in parameters:
         parameter.grad = None
         # A stale main_grad keeps the whole gradient buffer alive, and a tied embedding would be reduced through it.
-        for name in MARKS:
+        for name in ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad"):
             if hasattr(parameter, name):
                 delattr(parameter, name)
     for name in ("no_sync_func", "grad_sync_func", "param_sync_func", "grad_scale_func", "finalize_model_grads_func"):
@@ -296,9 +292,9 @@ def unwrap(wrapped: WrappedModel, next_plan: Plan) -> tuple[LlamaModel, ...]:
     for part in (*wrapped.chunks, wrapped.optimizer, wrapped.shards):
         vars(part).clear()
     # Last, so that the weights which are there twice take the place of gradients and state.
-    for slot in slots:
-        if slot.parameter.requires_grad and not next_plan.trains(slot.unit):
-            slot.parameter.data = slot.parameter.data.clone()
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
     return chunks
 
 
