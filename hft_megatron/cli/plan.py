@@ -181,7 +181,7 @@ _DEVICE_WORDS = {
 
 
 def _check_time(options: PlanOptions, shape: ModelShape, world_size: int) -> None:
-    """Raises UserError for what --time lacks, and for what is of no use without it."""
+    """Raises UserError for what --time lacks, and for a rate that is of no use without it."""
     device = options.device
     given = [name for name in _DEVICE_WORDS if getattr(device, name) is not None]
     if not options.time:

@@ -11,13 +11,14 @@ The model, for a pipeline of p stages with v chunks each, and m micro-batches:
 - All m micro-batches take m times the slowest stage, and a bubble of (sum over stages - the slowest) / v: that is (p -
   1) / v micro-batches where stages are even (Narayanan et al., arXiv 2104.04473, section 2.2).
 - Data-parallel ranks send (n - 1) / n of the gradient and weight buffers, whose bytes are those of ``rank_costs``. A
-  later stage ends its backward passes earlier and reduces meanwhile. Under --overlap-grad-reduce the backward pass of
-  the last micro-batch hides all but the last bucket, under --overlap-param-gather the forward pass of the first one all
-  but the bucket that is needed first; at most as much as they take.
+  later stage ends its backward passes earlier and reduces meanwhile, and one that overlaps its gather begins it when
+  the first hidden states are there. Under --overlap-grad-reduce the backward pass of the last micro-batch hides all but
+  the last bucket, under --overlap-param-gather the forward pass of the first one all but the bucket that is needed
+  first; at most as much as they take.
 - A tied embedding's gradient is summed over first and last stage.
 - The optimizer reads and writes memory: of what a rank updates the gradient is scaled, its norm taken, and clipped;
   AdamW reads four numbers and writes three; beside bf16 weights masters are read and weights written. Buffers are
-  written over and not cleared, but for transformer-engine's kernels, of which nothing is counted.
+  written over and not cleared, but for an untied embedding's and under transformer-engine, which isn't counted.
 
 It leaves out: the start of kernels and collectives, and Python's time; ranks that wait for each other by chance; the
 allocator; the data; the sum of losses and of norms' gradients; compute that is slower while something is sent;
@@ -124,7 +125,7 @@ class StepTimeModel:
             pipeline_sends=count * slowest.sends + self._tied_embedding(trains),
             pipeline_bubble=(sum(stage.micro_batch for stage in stages) - slowest.micro_batch) / self._turns,
             reduce_scatter=self._reduction(stages),
-            all_gather=max(stage.all_gather for stage in stages),
+            all_gather=self._gathering(stages),
             gradient_buffer=last_to_update.gradient_buffer,
             optimizer=last_to_update.optimizer,
         )
@@ -194,9 +195,9 @@ class StepTimeModel:
 
     def _last_bucket(self, trains: Trains, number: int) -> float:
         """The share of a stage's buffers that is complete last and needed first: the bottom of its lowest chunk."""
-        chunks = self.costs.stage_buckets(trains, number)
+        chunks = [buckets for buckets in self.costs.stage_buckets(trains, number) if buckets]
         sizes = [bucket.end - bucket.start for buckets in chunks for bucket in buckets]
-        return (chunks[0][-1].end - chunks[0][-1].start) / sum(sizes) if chunks[0] else 0.0
+        return (chunks[0][-1].end - chunks[0][-1].start) / sum(sizes) if chunks else 0.0
 
     def _sends(self, number: int) -> float:
         """Of a micro-batch: hidden states to the stage above and gradients to the one below, for every chunk."""
@@ -216,6 +217,12 @@ class StepTimeModel:
             added = max(added, stage.reduce_scatter - ahead)
             ahead += stage.backward.total / self._turns
         return added
+
+    def _gathering(self, stages: list[_Stage]) -> float:
+        """Overlapped, a stage begins when the first hidden states reach it, one stage after the other; else all do
+        when they have updated."""
+        times = [stage.all_gather for stage in stages]
+        return sum(times) if self.costs.parallel.overlap_param_gather else max(times)
 
     def _tied_embedding(self, trains: Trains) -> float:
         costs = self.costs

@@ -33,6 +33,9 @@ from hft_megatron.optimizer.carried import CarriedState
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
 from hft_megatron.optimizer.traffic import Traffic
 
+MARKS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad", "unwritten_gradients")
+"""What a parameter has while it is trained, beside its values."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrappedModel:
@@ -170,10 +173,19 @@ class _FewerPasses(DistributedDataParallel):
 
         return clear_and_add
 
+    # Either may be the first to send: pipeline schedules start a chunk's reductions of their own accord.
+    def start_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        self._clear_unwritten()
+        super().start_grad_sync(*args, **kwargs)
+
     def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
-        for parameter in tuple(self._unwritten):  # of a part of the model that this step did without
-            self._clear(parameter)
+        self._clear_unwritten()
         super().finish_grad_sync(*args, **kwargs)
+
+    def _clear_unwritten(self) -> None:
+        """Of parts of the model that this step did without."""
+        for parameter in tuple(self._unwritten):
+            self._clear(parameter)
 
     def _clear(self, parameter: Tensor) -> None:
         parameter.main_grad.zero_()  # type: ignore[attr-defined]  # megatron-core's
@@ -284,7 +296,7 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
     for parameter in parameters:
         parameter.grad = None
         # A stale main_grad keeps the whole gradient buffer alive, and a tied embedding would be reduced through it.
-        for name in ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad"):
+        for name in MARKS:
             if hasattr(parameter, name):
                 delattr(parameter, name)
     for name in ("no_sync_func", "grad_sync_func", "param_sync_func", "grad_scale_func", "finalize_model_grads_func"):

@@ -247,6 +247,15 @@ def test_overlap_hides_at_most_the_compute_there_is_and_never_the_last_bucket():
     assert one_bucket.reduce_scatter == pytest.approx(plain.reduce_scatter)
 
 
+def test_stages_that_overlap_their_gathers_wait_for_them_one_after_the_other():
+    layout = {"world_size": 4, "pipeline_model_parallel_size": 2, "node_bandwidth": 1e-3, "network_bandwidth": 1e-3}
+    plain = model(**layout)
+    sent = [plain.costs.stage_costs(everything, stage)[0].all_gather_bytes / 2 / 1e6 for stage in (0, 1)]
+    assert plain.of(everything).all_gather == pytest.approx(max(sent))
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 10**9}
+    assert model(**layout, **overlap).of(everything).all_gather == pytest.approx(sum(sent))
+
+
 def test_nothing_is_hidden_on_a_device_that_cannot_send_beside_compute():
     overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 1}
     links = {"node_bandwidth": 1e-3, "sends_beside_compute": False}
