@@ -317,6 +317,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(),
         "works": {},
     }
+    failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         folder = Path(name)
         write_data(folder)
@@ -326,9 +327,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 results["works"][work] = {}
                 for one in options.set or [name for name, found in SETS.items() if work in found.works]:
                     print(f"{work} tokens: {one}", flush=True)
-                    results["works"][work][one] = measure_set(
-                        SETS[one], folder, WORKS[work], options.rounds, options.device, code
-                    )
+                    try:
+                        results["works"][work][one] = measure_set(
+                            SETS[one], folder, WORKS[work], options.rounds, options.device, code
+                        )
+                    except DemoError as error:
+                        failures.append(f"{work} tokens, {one}: {error}")
+    if failures:
+        incomplete = options.output.with_suffix(".incomplete.json")
+        incomplete.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        raise DemoError("\n".join([*failures, f"the other sets are in {incomplete}"]))
     return results
 
 
