@@ -31,6 +31,7 @@ from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer.carried import CarriedState
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
+from hft_megatron.optimizer.momentum_filter import MomentumFilteredAdamW, filter_updates
 from hft_megatron.optimizer.traffic import Traffic
 
 MARKS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad", "unwritten_gradients")
@@ -106,7 +107,8 @@ def wrap(
     """Applies the plan, then builds gradient buffers and optimizer state for its training units only.
 
     Adam is torch's, or under --transformer-impl transformer_engine what megatron-core finds of transformer-engine's and
-    Apex's; with ``steps_per_unit`` (for carried moments) torch's always, because those count steps by parameter group.
+    Apex's; with ``steps_per_unit`` (for carried moments) torch's always, because those count steps by parameter group,
+    and under --mofo-fraction, which extends it.
     ``traffic`` is the last round's, whose counts go on; None for the first round of a run.
     """
     traffic = traffic or Traffic()
@@ -131,14 +133,15 @@ def wrap(
             _FewerPasses(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         )
-    torch_adam = steps_per_unit or config.transformer_impl == "local"
-    with _building_hft_optimizers(plan, slots, torch_adam=torch_adam):
+    with _building_hft_optimizers(plan, slots, _torch_adam(config.transformer_impl, options, steps_per_unit)):
         optimizer = get_megatron_optimizer(
             _optimizer_config(options, parallel, dtype=config.params_dtype, bf16=bf16),
             list(wrapped),
             use_gloo_process_groups=False,
         )
     shards = _only_hft_optimizer(optimizer)
+    if options.mofo_fraction is not None:
+        filter_updates(shards, slots, chunks[0].shape, options.mofo_fraction)
     _connect_schedules(config, wrapped, optimizer)
     config.timers = traffic.clock.megatron_timers
     return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards, traffic=traffic)
@@ -243,18 +246,24 @@ def _optimizer_config(
 
 
 @contextlib.contextmanager
-def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot], *, torch_adam: bool) -> Iterator[None]:
-    """``get_megatron_optimizer`` names its classes outright and has no hook for others: lend it ours meanwhile."""
+def _building_hft_optimizers(
+    plan: Plan, slots: Sequence[ParameterSlot], torch_adam: type[torch.optim.AdamW] | None
+) -> Iterator[None]:
+    """``get_megatron_optimizer`` names its classes outright and has no hook for others: lend it ours meanwhile.
+
+    ``torch_adam`` is None where it may take transformer-engine's Adam, or Apex's, if they are there.
+    """
     unit_of = {slot.parameter: slot.unit for slot in slots}
 
     def build(*args: Any, **kwargs: Any) -> HFTDistributedOptimizer:
         return HFTDistributedOptimizer(*args, plan=plan, unit_of=unit_of, **kwargs)
 
-    use_torch = megatron_optimizer.USING_PYTORCH_OPTIMIZER or torch_adam
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER and torch_adam is None:
+        torch_adam = torch.optim.AdamW
     lent: dict[str, Any] = {"DistributedOptimizer": build, "ChainedOptimizer": _ClippingInPlace}
-    if use_torch:
+    if torch_adam is not None:
         # megatron-core passes no options on to torch's AdamW, so it takes ours for Apex'.
-        lent |= {"USING_PYTORCH_OPTIMIZER": False, "Adam": _torch_adamw}
+        lent |= {"USING_PYTORCH_OPTIMIZER": False, "Adam": partial(_torch_adamw, torch_adam)}
     own = {name: getattr(megatron_optimizer, name) for name in lent}
     try:
         vars(megatron_optimizer).update(lent)
@@ -263,11 +272,20 @@ def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot], *, torc
         vars(megatron_optimizer).update(own)
 
 
-def _torch_adamw(params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
+def _torch_adam(
+    implementation: TransformerImpl, options: OptimizerConfig, steps_per_unit: bool
+) -> type[torch.optim.AdamW] | None:
+    """torch's AdamW or what extends it; None where another one may take its place."""
+    if options.mofo_fraction is not None:
+        return MomentumFilteredAdamW
+    return torch.optim.AdamW if steps_per_unit or implementation == "local" else None
+
+
+def _torch_adamw(kind: type[torch.optim.AdamW], params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
     """torch's fused AdamW in the place of Apex': the default needs temporaries as large as its masters, and on a CPU
     three times as long."""
     assert adam_w_mode
-    return torch.optim.AdamW(params, fused=True, **options)
+    return kind(params, fused=True, **options)
 
 
 def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer:
@@ -310,9 +328,11 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
     return chunks
 
 
-def adam_in_use(implementation: TransformerImpl, *, steps_per_unit: bool) -> str:
+def adam_in_use(implementation: TransformerImpl, options: OptimizerConfig, *, steps_per_unit: bool) -> str:
     """Whose Adam ``wrap`` takes: torch's, or what megatron-core found at import (transformer-engine's or Apex's)."""
-    if steps_per_unit or implementation == "local":
+    if options.mofo_fraction is not None:
+        return f"torch (MoFO: {options.mofo_fraction:g} of every matrix moves)"
+    if _torch_adam(implementation, options, steps_per_unit) is not None:
         return "torch"
     module = megatron_optimizer.Adam.__module__
     return "transformer-engine" if module.startswith("transformer_engine") else module.split(".")[0]

@@ -86,6 +86,7 @@ BOUNDS = {
         adam_eps distributed_timeout_minutes dpo_beta exit_duration_in_mins init_method_std loss_spike_threshold
         norm_epsilon rotary_base
     """,
+    "above 0 and at most 1": "mofo_fraction",
     "from 0 to below 1": "adam_beta1 adam_beta2 lr_warmup_fraction",
     "from 0 to below 0.5": "dpo_label_smoothing",
     "between 0 and 1": "hft_ratio",
