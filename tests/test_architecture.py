@@ -74,6 +74,7 @@ PURE = (
     "report.plan",
     "report.plan_picture",
     "report.plan_text",
+    "report.plan_time",
     "report.shown_data",
     "report.tables",
 )

@@ -1,7 +1,7 @@
 """``hft-megatron average``: a fine-tuned model and its base averaged weight by weight, as WiSE-FT does.
 
 Run: ``hft-megatron average --tuned A --base B --coefficient 0.5 --output C``. The output's average.json says
-what it is of.
+what it is of. With ``--path 0.25 0.5 0.75`` both are read once for all three, each a folder in C.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from annotated_types import Ge, Le
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.config.declared import check_bounds
 from hft_megatron.conversion.merge_inputs import MergeFolders, check_folders
+from hft_megatron.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,18 +20,38 @@ class AverageOptions:
     """Everything that can be said about an average."""
 
     folders: MergeFolders = field(default_factory=MergeFolders)
-    coefficient: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Share of the tuned model: base + coefficient x (tuned - base)."""
+    coefficient: Annotated[float, Ge(0), Le(1)] | None = None
+    """Share of the tuned model: base + coefficient x (tuned - base); 0.5 when unset."""
+    path: tuple[float, ...] = ()
+    """Several such coefficients: for each a folder of its name in --output, from one reading of both models."""
 
 
 def run(options: AverageOptions, status: StatusFolder) -> None:
     """Check the options and folders, and write the output. Raises UserError for every mistake."""
     check_bounds(options)
+    _check_path(options)
     inputs = check_folders(options.folders)
     # Imported here, because a mistake in the options must not wait for torch.
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
-    from hft_megatron.conversion.merging import average_weights
+    from hft_megatron.conversion.merging import average_path, average_weights
 
-    average_weights(inputs, options.coefficient, show)
+    if options.path:
+        average_path(inputs, options.path, show)
+    else:
+        average_weights(inputs, 0.5 if options.coefficient is None else options.coefficient, show)
+
+
+def _check_path(options: AverageOptions) -> None:
+    if options.path and options.coefficient is not None:
+        raise UserError(
+            f"--path is given beside --coefficient {options.coefficient:g}; put it on the path, or leave one out."
+        )
+    names = set[str]()
+    for coefficient in options.path:
+        if not 0 <= coefficient <= 1:
+            raise UserError(f"--path {coefficient:g}: every coefficient must be a number between 0 and 1.")
+        if f"{coefficient:g}" in names:
+            raise UserError(f"--path has {coefficient:g} twice, and it names a folder; give it once.")
+        names.add(f"{coefficient:g}")

@@ -27,6 +27,7 @@ from hft_megatron.cli import (
     plan,
     preprocess,
     show_data,
+    ties,
 )
 from hft_megatron.cli.boundary import PROG, StatusFolder, note, run_command, show
 from hft_megatron.cli.training_command import options_of, run_method
@@ -121,7 +122,7 @@ COMMANDS = {
         run=convert.run,
     ),
     "half-reset": Command(
-        summary="set the weights that a half fine-tuning would freeze back to the base model's",
+        summary="set a part of a fine-tuned model's weights back to the base model's: drawn matrices, FAPM or DARE",
         options=half_reset.HalfResetOptions,
         run=half_reset.run,
     ),
@@ -129,6 +130,11 @@ COMMANDS = {
         summary="average the weights of a fine-tuned model with those of the model it was trained from",
         options=average.AverageOptions,
         run=average.run,
+    ),
+    "ties": Command(
+        summary="merge models that were fine-tuned from one base where their largest changes agree",
+        options=ties.TiesOptions,
+        run=ties.run,
     ),
     "doctor": Command(
         summary="look at the machine, the ranks and the parts of a run, and say what is wrong and how to mend it",

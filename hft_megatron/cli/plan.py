@@ -4,15 +4,16 @@ Run: ``hft-megatron plan --load-hf MODEL --tensor-model-parallel-size 8 --world-
 config.json but no weights, no GPU, no ranks and no torch (but for one line of --memory, about this machine).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.declared import check_bounds
+from hft_megatron.config.declared import check_bounds, flag
 from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.hf_keys import note_unknown_keys
 from hft_megatron.config.hft import HFTConfig
@@ -23,15 +24,18 @@ from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import write_atomically
-from hft_megatron.config.training import TrainingConfig
+from hft_megatron.config.training import TrainingConfig, batch_divides_over_the_ranks, sequence_fits_the_model
 from hft_megatron.config.validation import shape_of, validate_plan
+from hft_megatron.costs.part_times import Device
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.costs.rank_memory import MemoryModel, MicroBatch
+from hft_megatron.costs.step_time import StepTimeModel
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import check_enough_rounds, load_plans, plans_to_json
 from hft_megatron.report.plan import MemoryReport, make_report, memory_report, memory_size
 from hft_megatron.report.plan_text import report_json, report_text
+from hft_megatron.report.plan_time import TimeReport, time_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +43,15 @@ class PlanTrainingConfig:
     """What a plan, and with --memory its memory, depends on of a run's training options."""
 
     micro_batch_size: Annotated[int, Ge(1)] = 1
-    """For --memory: sequences of one forward pass on one data-parallel rank."""
+    """For --memory and --time: sequences of one forward pass on one data-parallel rank."""
+    global_batch_size: Annotated[int, Ge(1)] | None = None
+    """For --time: sequences of one optimizer step over all ranks."""
     seq_length: Annotated[int, Ge(1)] | None = None
-    """For --memory: the longest training sequence in tokens; the model's limit when unset."""
+    """For --memory and --time: the longest training sequence in tokens; the model's limit when unset."""
     recompute_activations: bool = False
     """The same as --recompute-granularity selective."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """For --memory: what the backward pass makes again, as in a run."""
+    """For --memory and --time: what the backward pass makes again, as in a run."""
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Annotated[int, Ge(1)] | None = None
     bf16: bool = True
@@ -54,6 +60,22 @@ class PlanTrainingConfig:
     """Gradients beside bf16 weights in fp32, or (--no-accumulate-allreduce-grads-in-fp32) in bf16, as in a run."""
     seed: Annotated[int, Ge(0)] = TrainingConfig.seed
     """Seed of the draw when --hft-seed is unset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanDeviceConfig:
+    """What --time takes a device and its links to sustain; shares of data sheets' peaks, or measured."""
+
+    device_tflops: Annotated[float, Gt(0)] | None = None
+    """For --time: matrix products that a device sustains, in TFLOP/s: a share of its peak (H100 SXM: 989 in bf16)."""
+    memory_bandwidth: Annotated[float, Gt(0)] | None = None
+    """For --time: what a device reads and writes of its memory, in GB/s: a share of its peak (H100 SXM: 3350)."""
+    node_bandwidth: Annotated[float, Gt(0)] | None = None
+    """For --time: what a device sends to others of its node, in GB/s and one direction (H100 SXM, at most: 450)."""
+    network_bandwidth: Annotated[float, Gt(0)] | None = None
+    """For --time: what a device sends to other nodes, in GB/s and one direction (a link of 400 Gb/s, at most: 50)."""
+    devices_per_node: Annotated[int, Ge(1)] = 8
+    """For --time: ranks of a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +89,9 @@ class PlanOptions:
     memory: str | None = None
     """A device's memory, such as 80GB: what a rank of the plan and of full fine-tuning holds, whether that fits, and
     the smallest layouts and nearest options that do."""
+    time: bool = False
+    """Estimate by formula how long a step takes, of the plan and of full fine-tuning, with its parts; needs
+    --global-batch-size, --device-tflops, --memory-bandwidth and the bandwidths of the links that the layout uses."""
     rounds: Annotated[int, Ge(1)] | None = None
     """Rounds to plan; all of --hft-plan's when that is given, else 1."""
     json: bool = False
@@ -78,6 +103,7 @@ class PlanOptions:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: PlanTrainingConfig = field(default_factory=PlanTrainingConfig)
+    device: PlanDeviceConfig = field(default_factory=PlanDeviceConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -101,6 +127,7 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
     )
     report = make_report(_plans(options, shape), model)
     memory = None if options.memory is None else _memory(options, options.memory, model, report.plans)
+    time = _time(options, model, report.plans) if options.time else None
     if options.save is not None:
         _save(options.save, plans_to_json(report.plans))
     if options.png is not None:
@@ -112,7 +139,8 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
         except OSError as error:
             raise UserError(f"--png {options.png} can't be written: {error.strerror}.") from None
     notes = _notes(options.model.load_hf)
-    show(report_json(report, memory, notes) if options.json else report_text(report, memory, notes))
+    shown = report_json if options.json else report_text
+    show(shown(report, memory, time, notes))
 
 
 def _notes(folder: str | None) -> list[str]:
@@ -129,6 +157,7 @@ def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
     world_size = replica if options.world_size is None else options.world_size
     validate_plan(options.as_run, shape, world_size)
+    _check_time(options, shape, world_size)
     return with_adapters(shape, options.lora), world_size
 
 
@@ -143,6 +172,58 @@ def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence
     from hft_megatron.engine.cpu_backend import has_fast_bf16
 
     return memory_report(model, plans, device_bytes, bf16_here=has_fast_bf16())
+
+
+_DEVICE_WORDS = {
+    "device_tflops": "the TFLOP/s of matrix products that a device sustains",
+    "memory_bandwidth": "the GB/s that a device reads and writes of its memory",
+    "node_bandwidth": "the GB/s that a device sends to others of its node",
+    "network_bandwidth": "the GB/s that a device sends to other nodes",
+}
+
+
+def _check_time(options: PlanOptions, shape: ModelShape, world_size: int) -> None:
+    """Raises UserError for what --time lacks, and for a rate that is of no use without it."""
+    device = options.device
+    given = [name for name in _DEVICE_WORDS if getattr(device, name) is not None]
+    if not options.time:
+        if given:
+            raise UserError(f"{flag(given[0])} {getattr(device, given[0]):g} is for --time; add it, or leave this out.")
+        return
+    if options.lora != LoraConfig():
+        raise UserError("--time doesn't know the products of adapters (--lora-rank); leave one of the two out.")
+    if options.training.global_batch_size is None:
+        raise UserError("--time needs --global-batch-size, the sequences of a step over all ranks; add it.")
+    batch_divides_over_the_ranks(options.as_run, shape, world_size)
+    sequence_fits_the_model(options.as_run, shape, world_size)
+    needed = ["device_tflops", "memory_bandwidth"]
+    needed += ["node_bandwidth"] if min(world_size, device.devices_per_node) > 1 else []
+    needed += ["network_bandwidth"] if world_size > device.devices_per_node else []
+    for name in needed:
+        if name not in given:
+            raise UserError(f"--time needs {flag(name)}, {_DEVICE_WORDS[name]}; add it.")
+
+
+def _time(options: PlanOptions, costs: CostModel, plans: Sequence[Plan]) -> TimeReport:
+    given, training = options.device, options.as_run.training
+    assert given.device_tflops is not None
+    assert given.memory_bandwidth is not None
+    assert training.global_batch_size is not None
+    model = StepTimeModel(
+        costs=costs,
+        training=training,
+        micro_batch=MicroBatch(sequences=training.micro_batch_size, seq_length=sequence_length(training, costs.shape)),
+        micro_batches=training.global_batch_size // (training.micro_batch_size * costs.data_size),
+        device=Device(
+            tflops=given.device_tflops,
+            memory_bandwidth=given.memory_bandwidth,
+            # What isn't given is not used.
+            node_bandwidth=given.node_bandwidth or math.inf,
+            network_bandwidth=given.network_bandwidth or math.inf,
+            devices_per_node=given.devices_per_node,
+        ),
+    )
+    return time_report(model, plans)
 
 
 def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:

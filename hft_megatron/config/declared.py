@@ -49,12 +49,14 @@ class Declared:
 
     @property
     def bounds(self) -> str:
-        """In words, such as ``of at least 1`` or ``between 0 and 1``; empty where there are none."""
+        """In words, such as ``of at least 1`` or ``above 0 and at most 1``; empty where there are none."""
         low, *high = [mark for mark in self.marks if type(mark) in _BOUNDS] or [None]
         if low is None:
             return ""
         if not high:
             return f"{_BOUNDS[type(low)][0]} {_limit(low):g}"
+        if isinstance(low, Gt):
+            return " and ".join(f"{_BOUNDS[type(mark)][0]} {_limit(mark):g}" for mark in (low, high[0]))
         words = "from {:g} to below {:g}" if isinstance(high[0], Lt) else "between {:g} and {:g}"
         return words.format(_limit(low), _limit(high[0]))
 
@@ -71,7 +73,8 @@ class Declared:
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
         if get_origin(self.type) is tuple:
-            return "one or more whole numbers" if int in get_args(self.type) else "one or more words"
+            several = {int: "whole numbers", float: "numbers"}
+            return f"one or more {several.get(get_args(self.type)[0], 'words')}"
         kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         return f"{kinds[self.type]} {self.bounds}".rstrip()
 

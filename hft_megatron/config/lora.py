@@ -179,6 +179,11 @@ def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) 
         )
     if config.model.load_hf is None:
         raise UserError(f"{given} trains adapters of a model that is trained already; name its folder with --load-hf.")
+    if config.optimizer.mofo_fraction is not None:
+        raise UserError(
+            f"--mofo-fraction {config.optimizer.mofo_fraction:g} chooses entries of the model's own matrices, and with "
+            f"{given} these are frozen; leave one of the two out."
+        )
     if config.ewc.ewc_lambda > 0:
         raise UserError(
             f"--ewc-lambda {config.ewc.ewc_lambda:g} holds the model's own weights, and with {given} these are frozen; "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from hft_megatron.config import derived
+from hft_megatron.config.declared import SAME_RUN
 from hft_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class OptimizerConfig:
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     adam_beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     adam_eps: Annotated[float, Gt(0)] = 1e-8
+    mofo_fraction: Annotated[float, Gt(0), Le(1), SAME_RUN] | None = None
+    """MoFO (arXiv 2407.20999): in each step AdamW updates only this fraction of every matrix that trains, the entries
+    with the largest first moments; all entries decay, and norms are updated in full. Unset: all entries move."""
     clip_grad: Annotated[float, Ge(0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 

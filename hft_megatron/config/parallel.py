@@ -43,8 +43,8 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """All-gather updated parameters while the next forward pass runs (needs --overlap-grad-reduce)."""
     ddp_bucket_size: Annotated[int, Ge(1)] | None = None
-    """Parameters of one gradient bucket; when unset a 16th of what trains, at least 1 million for each data-parallel
-    rank and at most megatron-core's default."""
+    """Parameters of one gradient bucket; when unset a 16th of what a rank of the first stage trains, at least 1 million
+    for each data-parallel rank and at most megatron-core's default."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """nccl where CUDA is present, gloo elsewhere, when unset."""
     distributed_timeout_minutes: Annotated[float, Gt(0)] = 10.0

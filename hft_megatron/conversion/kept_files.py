@@ -89,7 +89,7 @@ _OF_A_TRAINING = re.compile(
     r"|latest|zero_to_fp32\.py|latest_checkpointed_iteration\.txt"  # DeepSpeed and Megatron
 )
 """Names of what another training, or the release of the weights in another form, left."""
-_RECORDS = (EXPORTS_FILE, "half_reset.json", "average.json")
+_RECORDS = (EXPORTS_FILE, "half_reset.json", "average.json", "fapm.json", "dare.json", "ties.json")
 """What this package writes about weights that the export has no more."""
 _SHOWN = 12
 

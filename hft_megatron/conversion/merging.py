@@ -1,4 +1,4 @@
-"""Half-Reset and the average of weights: two Hugging Face folders in, one out, tensor by tensor.
+"""Half-Reset and averages of weights: two Hugging Face folders in, one or several out, tensor by tensor.
 
 No training, no ranks and no model: at most one tensor of each folder and their result are in memory.
 """
@@ -6,8 +6,9 @@ No training, no ranks and no model: at most one tensor of each folder and their 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,8 +31,21 @@ HALF_RESET_FILE = "half_reset.json"
 AVERAGE_FILE = "average.json"
 """The coefficient of an average, and what it is of."""
 
-Combine = Callable[[str, HuggingFaceWeights, HuggingFaceWeights], Tensor]
-"""Takes a tensor's name and the opened folders, tuned and base; returns a tensor of the shape that both have."""
+Combine = Callable[[str, HuggingFaceWeights, HuggingFaceWeights], Iterable[Tensor]]
+"""Takes a tensor's name and the opened folders, tuned and base; makes a tensor of the shape that both have for each
+folder that is written, one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """One folder that is written."""
+
+    record: tuple[str, str]
+    """Name and text of the file that says what it is."""
+    metadata: Mapping[str, str]
+    """Of the headers of its weight files."""
+    place: str = ""
+    """Its name in --output; --output itself when empty."""
 
 
 def half_reset(inputs: MergeInputs, plan: Plan, announce: Announce) -> None:
@@ -46,17 +60,17 @@ def half_reset(inputs: MergeInputs, plan: Plan, announce: Announce) -> None:
     """
     trains = {f"{unit.name}.weight": plan.trains(unit.name) for unit in plan.units}
 
-    def pick(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Tensor:
-        return (tuned if trains[name] else base).read(name)
+    def pick(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
+        yield (tuned if trains[name] else base).read(name)
 
-    digests = _check_both(inputs)
+    digests = check_both(inputs)
     metadata = {
         "hft_merge": "half-reset",
         "hft_plan": plan.digest,
         "hft_policy": plan.policy.describe(),
         **{f"hft_{name}": digest for name, digest in digests.items()},
     }
-    _merge(inputs, pick, record=(HALF_RESET_FILE, plan.to_json()), metadata=metadata, announce=announce)
+    merge(inputs, pick, [Merged(record=(HALF_RESET_FILE, plan.to_json()), metadata=metadata)], announce)
     announce(
         f"half-reset: {sum(trains.values())} of {len(trains)} tensors have the tuned model's values and the others the "
         f"base's, by the plan in {inputs.output}/{HALF_RESET_FILE}"
@@ -71,39 +85,66 @@ def average_weights(inputs: MergeInputs, coefficient: float, announce: Announce)
     that both models share keep their value at every coefficient. This is WiSE-FT's interpolation, arXiv 2109.01903.
     Raises UserError as ``half_reset`` does.
     """
-
-    def average(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Tensor:
-        if coefficient in (0, 1):
-            return (tuned if coefficient else base).read(name)
-        start = base.read(name).float()
-        # Of a copy, because what is read is a map of the file, and changes in it would be read the next time.
-        difference = tuned.read(name).to(torch.float32, copy=True).sub_(start)
-        return difference.mul_(coefficient).add_(start)
-
-    digests = _check_both(inputs)
-    metadata = {
-        "hft_merge": "average",
-        "hft_coefficient": str(coefficient),
-        **{f"hft_{name}": digest for name, digest in digests.items()},
-    }
-    record = {
-        "coefficient": coefficient,
-        "rule": "base + coefficient x (tuned - base)",
-        "tuned": {"folder": inputs.tuned, "digest": digests["tuned"]},
-        "base": {"folder": inputs.base, "digest": digests["base"]},
-    }
-    _merge(
-        inputs,
-        average,
-        record=(AVERAGE_FILE, json.dumps(record, indent=2) + "\n"),
-        metadata=metadata,
-        announce=announce,
-    )
+    _average(inputs, {"": coefficient}, announce)
     count = len(units_of(inputs.shape))
     announce(f"average: the {count} tensors of {inputs.output} are base + {coefficient} x (tuned - base)")
 
 
-def _check_both(inputs: MergeInputs) -> dict[str, str]:
+def average_path(inputs: MergeInputs, coefficients: Sequence[float], announce: Announce) -> None:
+    """``average_weights`` for several coefficients, each in a folder of its name in the output, reading once.
+
+    The folders appear together. A path of averages is what WiSE-FT compares (arXiv 2109.01903, figure 1). Names of
+    coefficients must differ.
+    """
+    places = {place_of(coefficient): coefficient for coefficient in coefficients}
+    assert len(places) == len(coefficients)
+    _average(inputs, places, announce)
+    announce(f"average: {inputs.output} has base + c x (tuned - base) for c in {', '.join(places)}, a folder for each")
+
+
+def place_of(coefficient: float) -> str:
+    """The name of a coefficient's folder on a path: ``0.25``."""
+    return f"{coefficient:g}"
+
+
+def _average(inputs: MergeInputs, places: Mapping[str, float], announce: Announce) -> None:
+    def average(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
+        start, difference, last = None, None, [*places][-1]
+        for place, coefficient in places.items():
+            if coefficient in (0, 1):
+                yield (tuned if coefficient else base).read(name)
+                continue
+            if start is None or difference is None:
+                start = base.read(name).float()
+                # Of a copy, because what is read is a map of the file, and changes in it would be read the next time.
+                difference = tuned.read(name).to(torch.float32, copy=True).sub_(start)
+            if place != last:
+                yield difference.mul(coefficient).add_(start)
+                continue
+            scaled = difference.mul_(coefficient).add_(start)
+            start = difference = None  # while the last one is converted and written
+            yield scaled
+
+    digests = check_both(inputs)
+    outputs = []
+    for place, coefficient in places.items():
+        record = {
+            "coefficient": coefficient,
+            "rule": "base + coefficient x (tuned - base)",
+            "tuned": {"folder": inputs.tuned, "digest": digests["tuned"]},
+            "base": {"folder": inputs.base, "digest": digests["base"]},
+        }
+        metadata = {
+            "hft_merge": "average",
+            "hft_coefficient": str(coefficient),
+            **{f"hft_{name}": digest for name, digest in digests.items()},
+        }
+        text = json.dumps(record, indent=2) + "\n"
+        outputs.append(Merged(record=(AVERAGE_FILE, text), metadata=metadata, place=place))
+    merge(inputs, average, outputs, announce)
+
+
+def check_both(inputs: MergeInputs) -> dict[str, str]:
     """The digest of each folder by ``check_weights``, whose errors it has."""
     digests = {}
     for name, folder in (("tuned", inputs.tuned), ("base", inputs.base)):
@@ -111,10 +152,8 @@ def _check_both(inputs: MergeInputs) -> dict[str, str]:
     return digests
 
 
-def _merge(
-    inputs: MergeInputs, combine: Combine, *, record: tuple[str, str], metadata: Mapping[str, str], announce: Announce
-) -> None:
-    """Writes the whole folder; ``record`` is a file of it, by name and text, and ``metadata`` goes into the headers."""
+def merge(inputs: MergeInputs, combine: Combine, outputs: Sequence[Merged], announce: Announce) -> None:
+    """Writes whole folders, which appear together: what ``combine`` makes of every tensor, for each of ``outputs``."""
     for note in (*inputs.notes, *notes_on_folder(inputs.tuned), *notes_on_folder(inputs.base)):
         announce(note)
     shapes = {f"{unit.name}.weight": whole_shape(unit.name, inputs.shape) for unit in units_of(inputs.shape)}
@@ -125,14 +164,23 @@ def _merge(
     ):
         dtypes = {name: tuned.dtype(name) for name in shapes}
         _announce_dtypes(dtypes, {name: base.dtype(name) for name in shapes}, announce)
-        writer = ShardWriter(folder, [(name, dtypes[name], shapes[name]) for name in shapes], metadata=metadata)
+        announced = [(name, dtypes[name], shapes[name]) for name in shapes]
+        writers = []
+        for output in outputs:
+            (folder / output.place).mkdir(exist_ok=True)
+            writers.append(ShardWriter(folder / output.place, announced, metadata=output.metadata))
         for name, dtype in dtypes.items():
-            writer.write(name, _converted(name, combine(name, tuned, base), dtype))
-        writer.close()
-        for line in keep_files(Path(inputs.tuned), folder):
+            made = iter(combine(name, tuned, base))
+            for writer in writers:  # without a name for the tensor, which would hold it while the next one is made
+                writer.write(name, _converted(name, next(made), dtype))
+        said: set[str] = set()
+        for writer, output in zip(writers, outputs, strict=True):
+            writer.close()
+            said.update(keep_files(Path(inputs.tuned), writer.folder))
+            file, text = output.record
+            (writer.folder / file).write_text(text, encoding="utf-8")
+        for line in sorted(said):  # of every folder the same
             announce(line)
-        file, text = record
-        (folder / file).write_text(text, encoding="utf-8")
 
 
 def _announce_dtypes(tuned: Mapping[str, torch.dtype], base: Mapping[str, torch.dtype], announce: Announce) -> None:

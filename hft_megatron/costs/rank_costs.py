@@ -161,9 +161,7 @@ class CostModel:
         data_size = self.data_size
         parameters = elements = 0
         owned = [0] * data_size
-        for index, place in enumerate(chunk_places(self.shape, self.parallel, pipeline_rank)):
-            # Reduction is off the critical path on later stages and chunks: one bucket there.
-            buckets = self._buckets(trains, place, is_bucketed=pipeline_rank == 0 and index == 0)
+        for buckets in self.stage_buckets(trains, pipeline_rank):
             parameters += sum(end - start for bucket in buckets for start, end in bucket.parameters)
             elements += buckets[-1].end if buckets else 0
             for bucket in buckets:
@@ -181,6 +179,15 @@ class CostModel:
                 all_gather_bytes=weight_bytes * sent,
             )
             for count in owned
+        )
+
+    def stage_buckets(self, trains: Callable[[str], bool], pipeline_rank: int) -> tuple[tuple[Bucket, ...], ...]:
+        """The buckets of each model chunk of a pipeline stage, the chunk at the bottom first."""
+        places = chunk_places(self.shape, self.parallel, pipeline_rank)
+        return tuple(
+            # Reduction is off the critical path on later stages and chunks: one bucket there.
+            self._buckets(trains, place, is_bucketed=pipeline_rank == 0 and index == 0)
+            for index, place in enumerate(places)
         )
 
     def _buckets(self, trains: Callable[[str], bool], place: ChunkPlace, *, is_bucketed: bool) -> tuple[Bucket, ...]:

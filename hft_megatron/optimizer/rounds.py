@@ -138,7 +138,7 @@ def switch_round(
         fresh = take_state(wrapped.shards, slots, units, group, going_on=plan.training)
         resting = wrapped.resting
         carried = CarriedState(steps=resting.steps | fresh.steps, tensors=resting.tensors | fresh.tensors)
-    chunks = unwrap(wrapped, plan)
+    chunks = unwrap(wrapped)
     new = wrap(
         chunks,
         plan,

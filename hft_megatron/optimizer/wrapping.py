@@ -31,6 +31,7 @@ from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameters import ParameterSlot, parameter_slots
 from hft_megatron.optimizer.carried import CarriedState
 from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
+from hft_megatron.optimizer.momentum_filter import MomentumFilteredAdamW, filter_updates
 from hft_megatron.optimizer.traffic import Traffic
 from hft_megatron.optimizer.whole_gradients import finalize_gradients
 
@@ -107,7 +108,8 @@ def wrap(
     """Applies the plan, then builds gradient buffers and optimizer state for its training units only.
 
     Adam is torch's, or under --transformer-impl transformer_engine what megatron-core finds of transformer-engine's and
-    Apex's; with ``steps_per_unit`` (for carried moments) torch's always, because those count steps by parameter group.
+    Apex's; with ``steps_per_unit`` (for carried moments) torch's always, because those count steps by parameter group,
+    and under --mofo-fraction, which extends it.
     ``traffic`` is the last round's, whose counts go on; None for the first round of a run.
     """
     traffic = traffic or Traffic()
@@ -132,14 +134,15 @@ def wrap(
             _FewerPasses(config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         )
-    torch_adam = steps_per_unit or config.transformer_impl == "local"
-    with _building_hft_optimizers(plan, slots, torch_adam=torch_adam):
+    with _building_hft_optimizers(plan, slots, _torch_adam(config.transformer_impl, options, steps_per_unit)):
         optimizer = get_megatron_optimizer(
             _optimizer_config(options, parallel, dtype=config.params_dtype, bf16=bf16),
             list(wrapped),
             use_gloo_process_groups=False,
         )
     shards = _only_hft_optimizer(optimizer)
+    if options.mofo_fraction is not None:
+        filter_updates(shards, slots, chunks[0].shape, options.mofo_fraction)
     _connect_schedules(config, wrapped, optimizer)
     config.timers = traffic.clock.megatron_timers
     return WrappedModel(plan=plan, chunks=wrapped, optimizer=optimizer, shards=shards, traffic=traffic)
@@ -174,10 +177,19 @@ class _FewerPasses(DistributedDataParallel):
 
         return clear_and_add
 
+    # Either may be the first to send: pipeline schedules start a chunk's reductions of their own accord.
+    def start_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        self._clear_unwritten()
+        super().start_grad_sync(*args, **kwargs)
+
     def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
-        for parameter in tuple(self._unwritten):  # of a part of the model that this step did without
-            self._clear(parameter)
+        self._clear_unwritten()
         super().finish_grad_sync(*args, **kwargs)
+
+    def _clear_unwritten(self) -> None:
+        """Of parts of the model that this step did without."""
+        for parameter in tuple(self._unwritten):
+            self._clear(parameter)
 
     def _clear(self, parameter: Tensor) -> None:
         parameter.main_grad.zero_()  # type: ignore[attr-defined]  # megatron-core's
@@ -235,18 +247,24 @@ def _optimizer_config(
 
 
 @contextlib.contextmanager
-def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot], *, torch_adam: bool) -> Iterator[None]:
-    """``get_megatron_optimizer`` names its classes outright and has no hook for others: lend it ours meanwhile."""
+def _building_hft_optimizers(
+    plan: Plan, slots: Sequence[ParameterSlot], torch_adam: type[torch.optim.AdamW] | None
+) -> Iterator[None]:
+    """``get_megatron_optimizer`` names its classes outright and has no hook for others: lend it ours meanwhile.
+
+    ``torch_adam`` is None where it may take transformer-engine's Adam, or Apex's, if they are there.
+    """
     unit_of = {slot.parameter: slot.unit for slot in slots}
 
     def build(*args: Any, **kwargs: Any) -> HFTDistributedOptimizer:
         return HFTDistributedOptimizer(*args, plan=plan, unit_of=unit_of, **kwargs)
 
-    use_torch = megatron_optimizer.USING_PYTORCH_OPTIMIZER or torch_adam
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER and torch_adam is None:
+        torch_adam = torch.optim.AdamW
     lent: dict[str, Any] = {"DistributedOptimizer": build, "ChainedOptimizer": _ClippingInPlace}
-    if use_torch:
+    if torch_adam is not None:
         # megatron-core passes no options on to torch's AdamW, so it takes ours for Apex'.
-        lent |= {"USING_PYTORCH_OPTIMIZER": False, "Adam": _torch_adamw}
+        lent |= {"USING_PYTORCH_OPTIMIZER": False, "Adam": partial(_torch_adamw, torch_adam)}
     own = {name: getattr(megatron_optimizer, name) for name in lent}
     try:
         vars(megatron_optimizer).update(lent)
@@ -255,11 +273,20 @@ def _building_hft_optimizers(plan: Plan, slots: Sequence[ParameterSlot], *, torc
         vars(megatron_optimizer).update(own)
 
 
-def _torch_adamw(params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
+def _torch_adam(
+    implementation: TransformerImpl, options: OptimizerConfig, steps_per_unit: bool
+) -> type[torch.optim.AdamW] | None:
+    """torch's AdamW or what extends it; None where another one may take its place."""
+    if options.mofo_fraction is not None:
+        return MomentumFilteredAdamW
+    return torch.optim.AdamW if steps_per_unit or implementation == "local" else None
+
+
+def _torch_adamw(kind: type[torch.optim.AdamW], params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
     """torch's fused AdamW in the place of Apex': the default needs temporaries as large as its masters, and on a CPU
     three times as long."""
     assert adam_w_mode
-    return torch.optim.AdamW(params, fused=True, **options)
+    return kind(params, fused=True, **options)
 
 
 def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer:
@@ -271,13 +298,12 @@ def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer
     return only
 
 
-def unwrap(wrapped: WrappedModel, next_plan: Plan) -> tuple[LlamaModel, ...]:
-    """Takes off everything that belongs to the round, for a model that ``wrap`` then wraps for ``next_plan``.
+def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
+    """Gives the parameters memory of their own again and takes off everything that belongs to the round.
 
-    Parameters that are frozen from now on get memory of their own; the others stay where they are until the next
-    wrapper moves them, after which their old memory is free. ``wrapped`` is of no use after that: its parts are
-    emptied, so that gradients and state are free whoever still refers to them. Overlapped gathers are finished here,
-    and the next wrapper's first forward pass makes them once more: one all-gather of a round beyond those of its steps.
+    ``wrapped`` is of no use after that: its parts are emptied, so that buffers and state are free whoever still refers
+    to them. The trained values are there twice meanwhile. Overlapped gathers are finished here, and the next wrapper's
+    first forward pass makes them once more: one all-gather of a round beyond those of its steps.
     """
     chunks, config = wrapped.modules, wrapped.modules[0].config
     for chunk in wrapped.chunks:
@@ -285,8 +311,8 @@ def unwrap(wrapped: WrappedModel, next_plan: Plan) -> tuple[LlamaModel, ...]:
             chunk.disable_forward_pre_hook(param_sync=True)
         # The gradient accumulators hold the hooks of the round: under the next one they would swallow its gradients.
         chunk.grad_accs.clear()
-    slots = list(parameter_slots(chunks))
-    for parameter in (slot.parameter for slot in slots):
+    parameters = [slot.parameter for slot in parameter_slots(chunks)]
+    for parameter in parameters:
         parameter.grad = None
         # A stale main_grad keeps the whole gradient buffer alive, and a tied embedding would be reduced through it.
         for name in MARKS:
@@ -297,15 +323,17 @@ def unwrap(wrapped: WrappedModel, next_plan: Plan) -> tuple[LlamaModel, ...]:
     for part in (*wrapped.chunks, wrapped.optimizer, wrapped.shards):
         vars(part).clear()
     # Last, so that the weights which are there twice take the place of gradients and state.
-    for slot in slots:
-        if slot.parameter.requires_grad and not next_plan.trains(slot.unit):
-            slot.parameter.data = slot.parameter.data.clone()
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
     return chunks
 
 
-def adam_in_use(implementation: TransformerImpl, *, steps_per_unit: bool) -> str:
+def adam_in_use(implementation: TransformerImpl, options: OptimizerConfig, *, steps_per_unit: bool) -> str:
     """Whose Adam ``wrap`` takes: torch's, or what megatron-core found at import (transformer-engine's or Apex's)."""
-    if steps_per_unit or implementation == "local":
+    if options.mofo_fraction is not None:
+        return f"torch (MoFO: {options.mofo_fraction:g} of every matrix moves)"
+    if _torch_adam(implementation, options, steps_per_unit) is not None:
         return "torch"
     module = megatron_optimizer.Adam.__module__
     return "transformer-engine" if module.startswith("transformer_engine") else module.split(".")[0]

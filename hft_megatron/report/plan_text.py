@@ -13,6 +13,7 @@ from hft_megatron.costs.rank_memory import in_bytes
 from hft_megatron.hft.plan import CategoryCount, Plan
 from hft_megatron.hft.units import EMBEDDING_NAME, FINAL_NORM_NAME, LM_HEAD_NAME
 from hft_megatron.report.plan import MemoryReport, PlanReport, StageCosts, memory_record, memory_text
+from hft_megatron.report.plan_time import TimeReport, time_record, time_text
 from hft_megatron.report.tables import table_lines
 
 UNIT_LETTERS: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -30,9 +31,14 @@ COLUMNS = ("stage", "DP ranks", "trainable", "gradients", "optimizer", "reduce-s
 _SEPARATOR = "   "
 
 
-def report_text(report: PlanReport, memory: MemoryReport | None = None, notes: Sequence[str] = ()) -> str:
+def report_text(
+    report: PlanReport,
+    memory: MemoryReport | None = None,
+    time: TimeReport | None = None,
+    notes: Sequence[str] = (),
+) -> str:
     """Everything about the plans, for a person: ``notes`` on the model, plans in words, grid, costs, and what --memory
-    asks for."""
+    and --time ask for."""
     lines = [
         *notes,
         *_setting(report),
@@ -50,6 +56,8 @@ def report_text(report: PlanReport, memory: MemoryReport | None = None, notes: S
         lines += _table(report, report.half)
     if memory is not None:
         lines += ["", *memory_text(memory)]
+    if time is not None:
+        lines += ["", *time_text(time)]
     return "\n".join(lines)
 
 
@@ -156,7 +164,12 @@ def _shown(costs: RankCosts, full: RankCosts) -> list[str]:
     return [text if share is None else f"{text} ({share:.1%})" for text, share in zip(shown, shares, strict=True)]
 
 
-def report_json(report: PlanReport, memory: MemoryReport | None = None, notes: Sequence[str] = ()) -> str:
+def report_json(
+    report: PlanReport,
+    memory: MemoryReport | None = None,
+    time: TimeReport | None = None,
+    notes: Sequence[str] = (),
+) -> str:
     """The report as JSON. ``digest`` is that of the first round, which a run that begins with it writes to its log;
     ``ranks`` are in the order of ranks, with bytes of one rank and step."""
     model, parallel = report.model, report.parallel
@@ -181,6 +194,8 @@ def report_json(report: PlanReport, memory: MemoryReport | None = None, notes: S
         record["half_fine_tuning"] = {"ranks": list(_ranks(report, report.half))}
     if memory is not None:
         record["memory"] = memory_record(memory)
+    if time is not None:
+        record["time"] = time_record(time)
     if notes:
         record["notes"] = list(notes)
     return _compact(record)

@@ -196,7 +196,7 @@ def _announce_start(inputs: Inputs, placement: Placement, company: Peers, announ
     config = inputs.config
     kernels = config.training.transformer_impl
     engine = "torch" if kernels == "local" else "transformer-engine"
-    adam = adam_in_use(kernels, steps_per_unit=config.hft.hft_moments == "carry")
+    adam = adam_in_use(kernels, config.optimizer, steps_per_unit=config.hft.hft_moments == "carry")
     announce(
         f"> TP {placement.tensor_size} x {pipeline_words(config.parallel, inputs.shape.num_layers)} x "
         f"DP {placement.data_size} on "

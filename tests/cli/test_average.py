@@ -45,6 +45,13 @@ def test_the_coefficient_is_half_unless_given_and_may_be_0_or_1(pair: Path, tmp_
         assert record["coefficient"] == (0.5, 0, 1)[number]
 
 
+def test_a_path_is_a_folder_for_each_coefficient(pair: Path, tmp_path: Path) -> None:
+    assert main(["average", *words(pair, tmp_path / "out", "--path", 0.25, 0.5)]) == EXIT_OK
+    for name in ("0.25", "0.5"):
+        assert json.loads((tmp_path / "out" / name / "average.json").read_text())["coefficient"] == float(name)
+        assert (tmp_path / "out" / name / "model.safetensors").exists()
+
+
 def test_mistakes_end_with_one_sentence_and_exit_code_2(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +62,11 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (words(pair, out, "--coefficient", "-0.1"), "--coefficient -0.1: must be a number between 0"),
         (words(pair, out, "--coefficient", "nan"), "--coefficient nan: must be a number between 0"),
         (words(pair, out, "--coefficient", "half"), "--coefficient half: the value must be a number"),
+        (words(pair, out, "--path", "0.5", "half"), "--path 0.5 half: the value must be one or more numbers"),
+        (words(pair, out, "--path", "0.5", "1.5"), "--path 1.5: every coefficient must be a number between 0 and 1"),
+        (words(pair, out, "--path", "0.5", "nan"), "--path nan: every coefficient must be a number between 0 and 1"),
+        (words(pair, out, "--path", "0.5", "0.50"), "--path has 0.5 twice, and it names a folder; give it once"),
+        (words(pair, out, "--path", "0.5", "--coefficient", "0.2"), "--path is given beside --coefficient 0.2"),
         (words(pair, pair / "base"), f"--output {pair / 'base'} is not empty"),
         (words(pair, out, "--tuned", str(pair / "base")), "is the folder of --tuned"),
         (words(pair, out, "--ratio", "0.5"), "--ratio is not an option"),

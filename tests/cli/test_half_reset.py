@@ -89,6 +89,36 @@ def test_resetting_what_a_run_rested_changes_nothing(ranks: RankPools, tmp_path:
         assert all(same_bits(merged[name], tuned[name]) for name in tuned) == unchanged
 
 
+@pytest.mark.parametrize(
+    ("options", "record"),
+    [
+        (["--criterion", "fapm"], {"sparsity": 0.9}),
+        (["--criterion", "dare", "--drop-rate", 0.8, "--seed", 4], {"drop_rate": 0.8, "seed": 4}),
+    ],
+)
+def test_a_criterion_for_single_entries_leaves_its_record_and_a_folder_that_transformers_loads(
+    options: list[object], record: dict[str, object], pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    name = str(options[1])
+    assert main(["half-reset", *words(pair, tmp_path / "out", *options)]) == EXIT_OK
+    assert f"\n{name}: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert found.items() >= record.items()
+    assert found["base"]["folder"] == str(pair / "base")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as weights:
+        assert (
+            weights.metadata().items() >= {"hft_merge": name, **{f"hft_{k}": str(v) for k, v in record.items()}}.items()
+        )
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    # What is made of it has no record of weights that it doesn't have.
+    again = ["--tuned", tmp_path / "out", "--base", pair / "base", "--output", tmp_path / "again"]
+    assert main(["average", *map(str, again)]) == EXIT_OK
+    assert not (tmp_path / "again" / f"{name}.json").exists()
+
+
 def test_mistakes_end_with_one_sentence_and_exit_code_2(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +134,14 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
             words(pair, out, "--hft-ratio", "0.5"),
             "--hft-ratio is not an option of this command; the nearest is --ratio",
         ),
+        (words(pair, out, "--criterion", "taylor"), "--criterion taylor: the value must be one of random, fapm, dare"),
+        (words(pair, out, "--criterion", "fapm", "--sparsity", "1.1"), "--sparsity 1.1: must be a number between 0"),
+        (words(pair, out, "--sparsity", "0.5"), "--sparsity 0.5 is for --criterion fapm, and it is random; leave one"),
+        (words(pair, out, "--criterion", "fapm", "--level", "layer"), "--level layer is for --criterion random, and"),
+        (words(pair, out, "--criterion", "fapm", "--seed", "7"), "--seed 7 is for --criterion random or dare, and it"),
+        (words(pair, out, "--criterion", "dare", "--ratio", "0.3"), "--ratio 0.3 is for --criterion random, and it is"),
+        (words(pair, out, "--criterion", "dare"), "--criterion dare needs --drop-rate, the probability that an entry"),
+        (words(pair, out, "--criterion", "dare", "--drop-rate", "1"), "--drop-rate 1.0: must be a number from 0 to"),
         (words(pair, pair), f"--output {pair} is not empty"),
         (words(pair, out, "--base", str(pair / "tuned")), "is the folder of --tuned"),
         (words(pair, out, "--base", str(pair / "none")), f"--base {pair / 'none'}: there is no such folder"),

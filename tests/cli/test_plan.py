@@ -16,7 +16,11 @@ from hft_megatron import errors
 from hft_megatron.cli import main
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.training import TrainingConfig
+from hft_megatron.costs.part_times import Device
 from hft_megatron.costs.rank_costs import CostModel
+from hft_megatron.costs.rank_memory import MicroBatch
+from hft_megatron.costs.step_time import StepTimeModel
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.report.plan import make_report
@@ -346,6 +350,64 @@ def test_the_data_type_that_a_run_here_would_choose_is_said(plan: Run, monkeypat
         )
 
 
+TIME = "--time --global-batch-size 8 --device-tflops 0.05 --memory-bandwidth 8"
+LINKS = "--node-bandwidth 2 --network-bandwidth 0.5 --devices-per-node 4"
+
+
+def test_the_time_in_json_is_that_of_the_formula_with_its_parts_and_what_it_was_estimated_from(plan: Run) -> None:
+    layout = "--pipeline-model-parallel-size 2 --world-size 8 --no-bf16 --seq-length 64 --overlap-grad-reduce"
+    time = json.loads(plan(*f"{TIME} {LINKS} {layout} --json".split()))["time"]
+    model = StepTimeModel(
+        costs=CostModel(
+            shape=SHAPE,
+            parallel=ParallelConfig(pipeline_model_parallel_size=2, overlap_grad_reduce=True),
+            world_size=8,
+            bf16=False,
+        ),
+        training=TrainingConfig(),
+        micro_batch=MicroBatch(sequences=1, seq_length=64),
+        micro_batches=2,
+        device=Device(tflops=0.05, memory_bandwidth=8.0, node_bandwidth=2.0, network_bandwidth=0.5, devices_per_node=4),
+    )
+    given = {name: value for name, value in asdict(model.device).items() if value is not None}
+    assert (time["is_estimate"], time["device"], time["tokens"], time["micro_batches"]) == (True, given, 512, 2)
+    for name, trains in (("plan", plans()[0].trains), ("full", lambda unit: True)):
+        step = model.of(trains)
+        assert time[name]["step_ms"] == pytest.approx(step.total * 1e3)
+        assert time[name]["parts_ms"] == pytest.approx({part: 1e3 * seconds for part, seconds in asdict(step).items()})
+        assert time[name]["tokens_per_second"] == pytest.approx(512 / step.total)
+        assert time[name]["model_tflops"] == pytest.approx(model.model_flops() / step.total / 8 / 1e12)
+    assert time["plan_over_full"] == pytest.approx(time["plan"]["step_ms"] / time["full"]["step_ms"])
+
+
+def test_the_time_is_said_to_be_an_estimate_with_its_batch_and_device_and_a_table_that_adds_up(plan: Run) -> None:
+    lines = plan(*f"{TIME} {LINKS} --world-size 8".split()).split("\n\n")[-1].splitlines()
+    assert lines[0].startswith("estimated time of a step of 8 x 128 tokens, by formula and not measured: 1 micro-batch")
+    assert lines[1] == (
+        "if a device sustains 0.05 TFLOP/s, 8 GB/s of memory, 2 GB/s within a node of 4, 0.5 GB/s between nodes:"
+    )
+    table = {row[0]: row[1:] for row in (re.split("  +", line.strip()) for line in lines[2:-1])}
+    assert table.pop("part (ms)") == ["the plan", "full"]
+    rates = [table.pop(name) for name in ("tokens per second", "model TFLOP/s per device")]
+    steps = [float(cell.replace(",", "")) for cell in table.pop("step")]
+    for column, step in enumerate(steps):
+        parts = sum(float(row[column].replace(",", "")) for row in table.values())
+        assert parts == pytest.approx(step, abs=0.1 * len(table))
+        assert float(rates[0][column].replace(",", "")) == pytest.approx(8 * 128 / step * 1e3, rel=1e-2)
+    assert lines[-1].startswith(f"a step of the plan takes {steps[0] / steps[1]:.2f}")
+
+
+def test_of_several_rounds_the_time_is_the_slowest_ones_and_the_memory_does_not_depend_on_it(plan: Run) -> None:
+    words = [*TIME.split(), "--hft-level", "model", "--json"]
+    alone = [json.loads(plan(*words, "--hft-first-round", str(round)))["time"]["plan"]["step_ms"] for round in range(3)]
+    both = json.loads(plan(*words, "--rounds", "3", "--memory", "1GB"))
+    assert both["time"]["plan"]["step_ms"] == max(alone)
+    assert (
+        both["memory"]
+        == json.loads(plan("--hft-level", "model", "--rounds", "3", "--memory", "1GB", "--json"))["memory"]
+    )
+
+
 SHAPE_FLAGS = "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 64"
 MISTAKES = [
     ("--load-hf MODEL --world-size 0", "--world-size 0: must be a whole number of at least 1"),
@@ -369,6 +431,17 @@ MISTAKES = [
         "--load-hf MODEL --memory 80GB --recompute-granularity full",
         "--recompute-granularity full needs --recompute-method",
     ),
+    ("--load-hf MODEL --time", "--time needs --global-batch-size, the sequences of a step"),
+    ("--load-hf MODEL --time --global-batch-size 8", "--time needs --device-tflops, the TFLOP/s of matrix products"),
+    ("--load-hf MODEL --time --global-batch-size 8 --device-tflops 1", "--time needs --memory-bandwidth, the GB/s"),
+    (f"--load-hf MODEL --world-size 2 {TIME}", "--time needs --node-bandwidth, the GB/s"),
+    (f"--load-hf MODEL --world-size 16 --node-bandwidth 1 {TIME}", "8 is not a multiple"),
+    (f"--load-hf MODEL --world-size 8 {TIME} --devices-per-node 1", "--time needs --network-bandwidth, the GB/s"),
+    (f"--load-hf MODEL --world-size 3 {TIME} --node-bandwidth 1", "--global-batch-size 8 is not a multiple"),
+    (f"--load-hf MODEL {TIME} --seq-length 129", "--seq-length 129 is beyond the model's 128 positions"),
+    (f"--load-hf MODEL {TIME} --device-tflops 0", "--device-tflops 0.0: must be a number above 0"),
+    (f"--load-hf MODEL {TIME} --devices-per-node 0", "--devices-per-node 0: must be a whole number of at least 1"),
+    ("--load-hf MODEL --memory-bandwidth 8", "--memory-bandwidth 8 is for --time; add it"),
     ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png can't be written: No such file"),
     ("--load-hf MODEL --lr 1", "--lr is not an option"),
     ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: here --lr."),

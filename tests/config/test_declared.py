@@ -17,6 +17,7 @@ class Inner:
     share: Annotated[float, Ge(0), Le(1)] = 0.5
     beta: Annotated[float, Ge(0), Lt(1)] = 0.9
     rate: Annotated[float, Gt(0)] = 1.0
+    part: Annotated[float, Gt(0), Le(1)] | None = None
     kind: Literal["a", "b"] = "a"
     on: bool = False
 
@@ -33,6 +34,7 @@ class Outer:
         ("share", "a number between 0 and 1", [0, 1, 0.25], [-0.1, 1.1, float("nan"), float("inf"), True]),
         ("beta", "a number from 0 to below 1", [0, 0.999], [1, 1.0, -1]),
         ("rate", "a number above 0", [1e-9, 5], [0, -1.0, float("inf")]),
+        ("part", "a number above 0 and at most 1", [0.01, 1], [0, 1.1, -1]),
         ("kind", "one of a, b", ["a"], ["c", None]),
         ("on", "true or false", [True, False], [0, "true"]),
     ],
@@ -84,6 +86,7 @@ BOUNDS = {
         adam_eps distributed_timeout_minutes dpo_beta exit_duration_in_mins init_method_std lora_alpha
         loss_spike_threshold norm_epsilon rotary_base
     """,
+    "above 0 and at most 1": "mofo_fraction",
     "from 0 to below 1": "adam_beta1 adam_beta2 lora_dropout lr_warmup_fraction",
     "from 0 to below 0.5": "dpo_label_smoothing",
     "between 0 and 1": "hft_ratio",

@@ -72,7 +72,7 @@ def test_every_option_that_fixes_the_plans_is_part_of_the_identity() -> None:
         *("rampup_batch_size", "accumulate_allreduce_grads_in_fp32", "reset_attention_mask", "eod_mask_loss"),
         *("packing", "packing_algorithm", "packing_window"),
         *("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_sft_weight"),
-        *("ewc_lambda", "ewc_batches"),
+        *("ewc_lambda", "ewc_batches", "mofo_fraction"),
     }
     changed = HFTConfig(hft_level="layer", hft_rotation="fixed", hft_train="*.q_proj", hft_round_interval="epoch")
     saved = identity(replace(CONFIG, hft=changed)).to_dict()

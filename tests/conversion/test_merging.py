@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -16,7 +17,7 @@ from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion import merging
 from hft_megatron.conversion.merge_inputs import MergeFolders, MergeInputs, check_folders
-from hft_megatron.conversion.merging import average_weights, half_reset
+from hft_megatron.conversion.merging import average_path, average_weights, half_reset
 from hft_megatron.conversion.shard_writer import ShardWriter
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import Plan, make_plan
@@ -133,6 +134,32 @@ def test_coefficients_0_and_1_give_the_bits_of_one_model_and_shared_weights_keep
         assert read_weights(tmp_path / str(coefficient))[norm][1] == base[norm][1]
 
 
+def test_a_path_is_every_average_of_its_own_from_one_reading(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, dtype=torch.bfloat16)
+    said: list[str] = []
+    reads: list[str] = []
+    original = merging.HuggingFaceWeights.read
+
+    def read(self: Any, name: str, **options: Any) -> torch.Tensor:
+        reads.append(f"{self.option} {name}")
+        return original(self, name, **options)
+
+    coefficients = (0.75, 0.0, 0.1, 1.0, 0.3)
+    with patch.object(merging.HuggingFaceWeights, "read", read):
+        average_path(inputs_of(pair, tmp_path / "path"), coefficients, said.append)
+    # By the check of both folders, for all averages, and for the end of the path that is this model's own bits.
+    assert len(reads) == 3 * len(set(reads))
+    assert sorted(path.name for path in (tmp_path / "path").iterdir()) == ["0", "0.1", "0.3", "0.75", "1"]
+    assert said[-1] == (
+        f"average: {tmp_path / 'path'} has base + c x (tuned - base) for c in 0.75, 0, 0.1, 1, 0.3, a folder for each"
+    )
+    for coefficient in coefficients:
+        average(pair, tmp_path / f"alone {coefficient:g}", coefficient)
+        one, alone = tmp_path / "path" / f"{coefficient:g}", tmp_path / f"alone {coefficient:g}"
+        assert {file.name for file in one.iterdir()} == {file.name for file in alone.iterdir()}
+        assert all((one / file.name).read_bytes() == file.read_bytes() for file in alone.iterdir())
+
+
 def test_the_sources_are_only_read(pairs: Callable[[str], Path], tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in pairs("gqa").rglob("*") if file.is_file()}
     reset(pairs("gqa"), tmp_path / "reset")
@@ -238,6 +265,12 @@ def test_what_fails_half_way_leaves_no_folder(pairs: Callable[[str], Path], tmp_
         pytest.raises(OSError, match="disk full"),
     ):
         reset(pairs("gqa"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    with (
+        patch.object(merging.ShardWriter, "close", side_effect=OSError("disk full")),
+        pytest.raises(OSError, match="disk full"),
+    ):
+        average_path(inputs_of(pairs("gqa"), tmp_path / "out"), (0.2, 0.4), lambda line: None)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()  # an empty folder may be there
     reset(pairs("gqa"), tmp_path / "out")

@@ -76,7 +76,8 @@ def test_on_a_gpu_sixteen_products_add_up_as_in_fp32(dtype: torch.dtype):
         pytest.skip("needs CUDA")
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=dtype, device="cuda"))
-    weight.main_grad = torch.zeros(48, 32, device="cuda")
+    weight.main_grad = torch.full((48, 32), float("nan"), device="cuda")
+    weight.unwritten_gradients = {weight}
     exact = torch.zeros(48, 32, device="cuda", dtype=FP64)
     for _ in range(16):
         left, right = (torch.randn(64, n, device="cuda", generator=generator).to(dtype) for n in (48, 32))

@@ -109,8 +109,8 @@ def accumulate(run: Run) -> None:
 def default_adamw() -> Iterator[None]:
     """Within it, optimizers are built with the AdamW that torch takes where nothing is said."""
 
-    def build(params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
-        return torch.optim.AdamW(params, **options)
+    def build(kind: type[torch.optim.AdamW], params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
+        return kind(params, **options)
 
     with patch.object(wrapping, "_torch_adamw", build):
         yield

@@ -101,8 +101,7 @@ def test_fifty_switches_leave_memory_where_two_left_it(ranks: RankPools, folder:
 
 
 def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
-    """Bytes alive before a switch and where it clones the first weight, what it clones, and what went to host memory
-    meanwhile."""
+    """Bytes alive before a switch and where it clones the first weight, and what went to host memory meanwhile."""
     resting = {"hft_resting_moments": "host"} if moments == "carry" else {}
     run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", **resting)
     take_steps(run, 2)
@@ -114,35 +113,19 @@ def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
         "to the host": 0,
     }
     at_clone: list[int] = []
-    cloned: dict[int, int] = {}
-    clone, to_host, unwrap = torch.Tensor.clone, carried.in_host_memory, rounds.unwrap
+    clone, to_host = torch.Tensor.clone, carried.in_host_memory
 
     def look(tensor: torch.Tensor) -> torch.Tensor:
         at_clone.append(at_clone[0] if at_clone else living_bytes())
-        cloned[tensor.data_ptr()] = tensor.nbytes  # the CPU backend calls it a second time
         return clone(tensor)
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         answer["to the host"] += tensor.nbytes
         return to_host(tensor)
 
-    def count_clones(*args: Any) -> Any:
-        cloned.clear()
-        chunks = unwrap(*args)
-        answer["cloned"] = sum(cloned.values())
-        return chunks
-
-    with (
-        patch.object(torch.Tensor, "clone", look),
-        patch.object(carried, "in_host_memory", count),
-        patch.object(rounds, "unwrap", count_clones),
-    ):
+    with patch.object(torch.Tensor, "clone", look), patch.object(carried, "in_host_memory", count):
         begin_round(run, 1)
     answer["at the first clone"] = at_clone[0]
-    new = run.wrapped.plan
-    slots = list(parameter_slots(run.wrapped.modules))
-    newly_frozen = [slot for slot in slots if plan.trains(slot.unit) and not new.trains(slot.unit)]
-    answer["newly frozen"] = sum(slot.parameter.nbytes for slot in newly_frozen)
     answer["resting"] = run.wrapped.resting.bytes
     answer["go on"] = len(plan.training & run.wrapped.plan.training)
     return answer
@@ -161,4 +144,3 @@ def test_a_switch_frees_gradients_before_it_makes_anything_and_sends_to_the_host
         assert answer["to the host"] == answer["resting"]
         assert (answer["resting"] > 0) == (moments == "carry")
         assert answer["go on"] > 0
-        assert answer["cloned"] == answer["newly frozen"] > 0

@@ -222,13 +222,26 @@ class _Optimizer:
         for group in self._adam.param_groups:
             group["lr"] = rate
         zeros = sum(int((master.grad == 0).sum()) for master in trained if master.grad is not None)
+        fraction = self._config.optimizer.mofo_fraction
+        before = {} if fraction is None else {unit: master.clone() for unit, master in self._masters.items()}
         self._adam.step()
+        if fraction is not None:
+            self._take_back(before, fraction, rate)
         self._adam.zero_grad()
         with torch.no_grad():
             for unit, parameter in self._named.items():
                 if parameter.requires_grad:
                     parameter.copy_(self._masters[unit])
         return norm, zeros
+
+    def _take_back(self, before: dict[str, Tensor], fraction: float, rate: float) -> None:
+        """What MoFO's rule doesn't move has but decayed (arXiv 2407.20999, algorithm 1, and its authors' code)."""
+        for unit, master in self._masters.items():
+            if master.dim() > 1 and master.grad is not None:
+                size = self._adam.state[master]["exp_avg"].abs()
+                threshold = size.flatten().topk(int(size.numel() * fraction)).values[-1]
+                decayed = before[unit] * (1 - rate * self._config.optimizer.weight_decay)
+                master.copy_(torch.where(size >= threshold, master, decayed))
 
     @property
     def params_norm(self) -> float:

@@ -25,11 +25,14 @@ def test_every_target_and_every_set_is_of_trainers_that_there_are() -> None:
     for one in bench.SETS.values():
         assert one.trainers[0] == "half", "it writes the batches"
         assert set(one.trainers) <= bench.TRAINERS.keys()
+        assert set(one.works) <= bench.WORKS.keys()
     usual = [set(one.trainers) for one in bench.SETS.values() if one.layout == tables.USUAL_LAYOUT]
     assert set().union(*usual) == bench.TRAINERS.keys()
     assert {one.layout for one in bench.SETS.values()} == {tables.USUAL_LAYOUT, *tables.OTHER_LAYOUTS}
     for ours, other, limits in tables.TARGETS:
-        assert any({ours, other} <= names and ours in ("half", "full") for names in usual)
+        together = [one for one in bench.SETS.values() if {ours, other} <= set(one.trainers)]
+        assert any(one.layout == tables.USUAL_LAYOUT and set(one.works) == limits.keys() for one in together)
+        assert ours in ("half", "full")
         assert limits.keys() == bench.WORKS.keys()
 
 
@@ -72,7 +75,7 @@ def test_stock_megatron_core_takes_the_same_steps_on_other_layouts(
     monkeypatch.setattr(bench, "MODEL", {**bench.MODEL, **SMALL, "num_key_value_heads": 4})
     write_data(tmp_path)
     bench.write_model(tmp_path)
-    one = bench.Set(trainers=("half", "stock megatron-core, full"), layout=layout)
+    one = bench.Set(trainers=("half", "stock megatron-core, full"), works=(), layout=layout)
     found = bench.measure_set(one, tmp_path, bench.Work(sequence=64, micro_batches=2), 2, "cpu", REPOSITORY)
     first, second = found["first losses"].values()
     assert first == pytest.approx(second, rel=1e-5)
@@ -85,7 +88,7 @@ def test_peers_take_the_same_steps_of_the_same_weights(tmp_path: Path, monkeypat
     write_data(tmp_path)
     bench.write_model(tmp_path)
     work = bench.Work(sequence=64, micro_batches=2)
-    found = bench.measure_set(bench.Set(trainers=NAMES), tmp_path, work, 2, "cpu", REPOSITORY)
+    found = bench.measure_set(bench.Set(trainers=NAMES, works=()), tmp_path, work, 2, "cpu", REPOSITORY)
     losses = found["first losses"]
     assert max(losses.values()) - min(losses.values()) < 1e-5 * losses["half"]
     assert found["ratios"].keys() == {

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from hft_megatron.costs.rank_memory import MemoryModel, MicroBatch
+from hft_megatron.engine.lines import engine_line
 from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import (
     ATTENTION_IN,
@@ -37,6 +38,9 @@ from tests.support.wire import Messages
 from tests.support.work_account import PRODUCTS
 
 RANKS, MICRO_BATCHES = 2, 2
+IS_NEWER = engine_line().name == "0.19"
+"""megatron-core, which then takes one view more of each gradient and one operator and number more in the norm, and does
+not read whether there is any trained token."""
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 SECOND = "model.layers.1."
 BOTTOM = {
@@ -79,24 +83,24 @@ CALLS = {
 matrix's gradient in bf16 is a product and an addition on a CPU, and one kernel otherwise; a norm's is 4, and clears
 what the last step has left."""
 VIEWS = {
-    "fp32": Limit(fixed=110, layer=120, matrix=10, norm=2, shard=3),
-    "bf16": Limit(fixed=110, layer=120, matrix=10, norm=2, shard=6),
+    "fp32": Limit(fixed=110 + IS_NEWER, layer=120, matrix=10 + IS_NEWER, norm=2 + IS_NEWER, shard=3),
+    "bf16": Limit(fixed=110 + IS_NEWER, layer=120, matrix=10 + IS_NEWER, norm=2 + IS_NEWER, shard=6 + IS_NEWER),
 }
 """Operators without a kernel. megatron-core takes a view, a slice and a detached one of each shard for its gradient,
 and in bf16 again for its weight."""
 STORAGES = {
-    "fp32": Limit(fixed=162, layer=140, matrix=2, norm=6, shard=1),
-    "bf16": Limit(fixed=178, layer=156, matrix=4, norm=6, shard=1),
+    "fp32": Limit(fixed=162 + IS_NEWER, layer=140, matrix=2, norm=6, shard=1),
+    "bf16": Limit(fixed=178 + IS_NEWER, layer=156, matrix=4, norm=6, shard=1),
 }
 """New memory, of whatever size: a matrix' is what stands for its gradient before autograd, a shard's its norm."""
-UPDATE_CALLS = 20
+UPDATE_CALLS = 20 + IS_NEWER
 """Operators from reduced gradients to gathered weights, however many parameters there are: 10 for the norm of all, with
 its term of the losses, its sum over ranks and its read; 2 to clip, 4 for two groups (with weight decay and without) of
 fused AdamW and their counts of steps, 2 marks for a profiler, and 2 messages. In bf16 one more for each shard, as
 ``CALLS`` has it."""
-UPDATE_BYTES, UPDATE_BYTES_OF_A_SHARD = 28, 8
+UPDATE_BYTES, UPDATE_BYTES_OF_A_SHARD = 28 + 4 * IS_NEWER, 8
 """New memory of the update: numbers of 4 or 8 bytes, and of each shard its norm, twice: one by one and as a vector."""
-READS = {"__bool__": 1, "item": 1, "__float__": 1}
+READS = {**({} if IS_NEWER else {"__bool__": 1}), "item": 1, "__float__": 1}
 """Of a whole step: megatron-core asks whether the global batch has any trained token, the norm of the gradients decides
 about clipping, and the mean loss is for the log."""
 UPDATE_READS = {"item": 1}
@@ -271,7 +275,7 @@ def test_the_update_takes_no_operator_and_no_buffer_for_each_parameter(counts: C
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_host_reads_three_numbers_in_a_step_and_one_of_them_in_the_update(counts: Counts, name: str) -> None:
+def test_the_host_reads_a_fixed_few_numbers_in_a_step_and_one_of_them_in_the_update(counts: Counts, name: str) -> None:
     for found in counts[name]:
         assert (found["reads"], found["update reads"]) == (READS, UPDATE_READS)
 

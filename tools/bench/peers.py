@@ -101,6 +101,8 @@ class Set:
     """Trainers that are in memory together, 20 GB at most; the first is the one that writes the batches."""
 
     trainers: Sequence[str]
+    works: Sequence[str]
+    """Those that it is measured on where nothing else is asked for."""
     layout: str = USUAL_LAYOUT
 
     @property
@@ -111,15 +113,18 @@ class Set:
 
 OF_A_MODEL_PARALLEL_LAYOUT = ("half", "full", "stock megatron-core, full")
 SETS: Mapping[str, Set] = {
-    "before and DDP": Set(trainers=("half", "full", f"full at {BEFORE}", "DDP, the same frozen")),
-    "full": Set(trainers=("half", "full", "DDP, full", "stock megatron-core, full")),
-    "FSDP2": Set(trainers=("half", "full", "FSDP2, the same frozen", "FSDP2, full")),
-    "ZeRO-1": Set(trainers=("half", "full", "DDP + ZeRO-1, the same frozen", "DDP + ZeRO-1, full")),
-    "default AdamW": Set(trainers=("half", "full", "DDP, the same frozen, default AdamW", "DDP, full, default AdamW")),
-    "overlap": Set(trainers=("half", "full", "half, overlapped", "full, overlapped")),
-    "TP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="TP 2"),
-    "TP 2 + SP": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="TP 2 + SP"),
-    "PP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, layout="PP 2"),
+    "before and DDP": Set(trainers=("half", "full", f"full at {BEFORE}", "DDP, the same frozen"), works=tuple(WORKS)),
+    "full": Set(trainers=("half", "full", "DDP, full", "stock megatron-core, full"), works=tuple(WORKS)),
+    "FSDP2": Set(trainers=("half", "full", "FSDP2, the same frozen", "FSDP2, full"), works=tuple(WORKS)),
+    "ZeRO-1": Set(trainers=("half", "full", "DDP + ZeRO-1, the same frozen", "DDP + ZeRO-1, full"), works=("128",)),
+    "default AdamW": Set(
+        trainers=("half", "full", "DDP, the same frozen, default AdamW", "DDP, full, default AdamW"), works=("128",)
+    ),
+    "overlap": Set(trainers=("half", "full", "half, overlapped", "full, overlapped"), works=("128", "512")),
+    "TP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, works=("512",), layout="TP 2"),
+    "TP 2 + SP": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, works=("512",), layout="TP 2 + SP"),
+    # With one micro-batch one stage waits for the other.
+    "PP 2": Set(trainers=OF_A_MODEL_PARALLEL_LAYOUT, works=("4 x 512",), layout="PP 2"),
 }
 
 
@@ -312,6 +317,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(),
         "works": {},
     }
+    failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         folder = Path(name)
         write_data(folder)
@@ -319,11 +325,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with code_before(folder) as code:
             for work in options.work or WORKS:
                 results["works"][work] = {}
-                for one in options.set or SETS:
+                for one in options.set or [name for name, found in SETS.items() if work in found.works]:
                     print(f"{work} tokens: {one}", flush=True)
-                    results["works"][work][one] = measure_set(
-                        SETS[one], folder, WORKS[work], options.rounds, options.device, code
-                    )
+                    try:
+                        results["works"][work][one] = measure_set(
+                            SETS[one], folder, WORKS[work], options.rounds, options.device, code
+                        )
+                    except DemoError as error:
+                        failures.append(f"{work} tokens, {one}: {error}")
+    if failures:
+        incomplete = options.output.with_suffix(".incomplete.json")
+        incomplete.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        raise DemoError("\n".join([*failures, f"the other sets are in {incomplete}"]))
     return results
 
 
@@ -334,7 +347,7 @@ def main() -> int:
         "--rounds", type=int, default=7, help="steps of each trainer after two that warm up (default: 7)"
     )
     parser.add_argument("--work", action="append", choices=list(WORKS), help="only this one (default: all)")
-    parser.add_argument("--set", action="append", choices=list(SETS), help="only this one (default: all)")
+    parser.add_argument("--set", action="append", choices=list(SETS), help="only this one (default: all of the work)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what ranks are on (default: cpu)")
     return measure_and_render(parser, RESULTS, measure, render, picture)
 

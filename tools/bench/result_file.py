@@ -42,8 +42,7 @@ def measure_and_render(
             return 1
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    results = json.loads(options.output.read_text(encoding="utf-8"))
-    if picture is not None:
-        options.output.with_suffix(".svg").write_text(picture(results), encoding="utf-8")
-    print(render(results))
+        if picture is not None:
+            options.output.with_suffix(".svg").write_text(picture(results), encoding="utf-8")
+    print(render(json.loads(options.output.read_text(encoding="utf-8"))))
     return 0

@@ -1,0 +1,155 @@
+"""FAPM, DARE and TIES: parts of what fine-tuning changed are kept, entry by entry; the rest goes back to the base.
+
+As everything in ``merging``: tensor by tensor, without training, ranks or a model. A change is tau = W - W0, of a
+tuned model's weight W and the base's W0, in fp32.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from math import floor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hft_megatron.conversion.hf_folder import HuggingFaceWeights
+from hft_megatron.conversion.load import check_weights
+from hft_megatron.conversion.merge_inputs import MergeInputs
+from hft_megatron.conversion.merging import Combine, Merged, check_both, merge
+from hft_megatron.conversion.save import Announce
+
+BLOCK = 1 << 18
+"""Entries that TIES merges together, of all models."""
+
+
+def keep_safe_changes(inputs: MergeInputs, sparsity: float, announce: Announce) -> None:
+    """FAPM (arXiv 2509.08255): of every matrix only the changes that are large, and small beside the weight, are kept.
+
+    S = |tau| - mean(|W0|) x |tau| / |W0|; the share 1 - ``sparsity`` of the entries with the largest S keeps the tuned
+    value and all others go back to the base's, both bit for bit. Entries that equal the last one kept are kept as well.
+    Where W0 is 0, S is minus infinity, the limit for a small W0: those go back first. Norms, which are no matrices,
+    keep the tuned values. Raises UserError as ``half_reset`` does.
+    """
+    kept = entries = 0
+
+    def pick(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
+        nonlocal kept, entries
+        new, old = tuned.read(name), base.read(name)
+        if new.dim() == 1:
+            yield new
+            return
+        keeps = is_safe(new, old, sparsity)
+        kept, entries = kept + int(keeps.sum()), entries + keeps.numel()
+        yield torch.where(keeps, new, old)
+
+    _write(inputs, pick, "fapm", {"sparsity": sparsity, "rule": "|tau| - mean(|W0|) x |tau| / |W0|"}, announce)
+    announce(f"fapm: {kept:,} of the {entries:,} entries of matrices have the tuned model's values, others the base's")
+
+
+def is_safe(tuned: Tensor, base: Tensor, sparsity: float) -> Tensor:
+    """Which entries of a matrix FAPM keeps, bool. Two fp32 tensors of its size beside that."""
+    score = base.to(torch.float32, copy=True).abs_()
+    zero, mean = score == 0, float(score.mean(dtype=torch.float64))
+    change = _change(tuned, base).abs_()
+    # The quotient first: mean / |W0| would be infinite for a W0 that is all but 0, also where nothing changed.
+    torch.div(change, score, out=score).mul_(-mean).add_(change).masked_fill_(zero, -torch.inf)
+    return score >= _last_kept(change.copy_(score), 1 - sparsity)
+
+
+def _last_kept(values: Tensor, share: float) -> float:
+    """The smallest of the largest ``share`` of contiguous fp32 values, whose order is lost; infinity for none."""
+    kept = floor(share * values.numel() + 0.5)
+    if kept == 0:
+        return torch.inf
+    sorted_at = values.numel() - kept
+    flat = values.view(-1).numpy()
+    flat.partition(sorted_at)
+    return float(flat[sorted_at])
+
+
+def drop_changes(inputs: MergeInputs, rate: float, seed: int, announce: Announce) -> None:
+    """DARE (arXiv 2311.03099): each entry's change is dropped with probability ``rate``, others divided by 1 - rate.
+
+    W = W0 + tau / (1 - rate), or W0. Every tensor is drawn by a generator of its own, made of ``seed`` and its name, so
+    that neither order nor files matter. A rate of 0 gives the tuned model bit for bit. Raises UserError as
+    ``half_reset`` does.
+    """
+
+    def drop(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
+        if rate == 0:
+            yield tuned.read(name)
+            return
+        start = base.read(name).float()
+        rescaled = tuned.read(name).to(torch.float32, copy=True).sub_(start).div_(1 - rate).add_(start)
+        dropped = torch.rand(start.shape, generator=_generator(seed, name)) < rate
+        yield torch.where(dropped, start, rescaled, out=rescaled)
+
+    rule = {"drop_rate": rate, "seed": seed, "rule": "base + (tuned - base) / (1 - drop_rate), or base"}
+    _write(inputs, drop, "dare", rule, announce)
+    announce(f"dare: each entry of {inputs.output} is the base's with probability {rate:g}, by seed {seed}")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def merge_changes(inputs: Sequence[MergeInputs], density: float, coefficient: float, announce: Announce) -> None:
+    """TIES (arXiv 2306.01708): the largest changes of several models of one base, merged where they agree.
+
+    Of every tensor and model the share ``density`` of the largest |tau| is kept (entries that equal the last one are
+    kept as well), the sign of an entry is that of the sum of what is kept, and W = W0 + ``coefficient`` x the mean of
+    what has that sign. Where the sum is 0 the base's value stays. Of one model it is its trimming alone. Data type,
+    config.json and tokenizer are those of the first of ``inputs``, which share base, output and shape. Raises UserError
+    as ``half_reset`` does.
+    """
+    first, *others = inputs
+    digests = [check_weights(one.tuned, one.shape, option="--others") for one in others]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(HuggingFaceWeights(one.tuned, option="--others")) for one in others]
+
+        def elect(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
+            old, new = base.read(name), [model.read(name) for model in (tuned, *opened)]
+            smallest = torch.tensor([_last_kept(_change(one, old).abs_(), density) for one in new])
+            flat = [one.reshape(-1).split(BLOCK) for one in (old, *new)]
+            merged = [_elected(start, changed, smallest, coefficient) for start, *changed in zip(*flat, strict=True)]
+            yield torch.cat(merged).view(old.shape)
+
+        rule = {
+            "density": density,
+            "coefficient": coefficient,
+            "others": [{"folder": one.tuned, "digest": digest} for one, digest in zip(others, digests, strict=True)],
+        }
+        _write(first, elect, "ties", rule, announce)
+    announce(
+        f"ties: {first.output} has the base's weights and the largest {density:g} of {len(inputs)} models' changes"
+    )
+
+
+def _elected(start: Tensor, changed: Sequence[Tensor], smallest: Tensor, coefficient: float) -> Tensor:
+    """(entries,) fp32, a block of a merged tensor: of the base's and all models' values, and the smallest |tau| that is
+    kept of each model."""
+    changes = torch.stack([_change(one, start) for one in changed])
+    changes.masked_fill_(changes.abs() < smallest[:, None], 0)
+    sign = changes.sum(0).sign()
+    agrees = (changes.sign() == sign) & (sign != 0)
+    mean = torch.where(agrees, changes, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
+    return start.float() + coefficient * mean
+
+
+def _change(tuned: Tensor, base: Tensor) -> Tensor:
+    """tau, fp32, in memory of its own; those that were read are maps of files."""
+    return tuned.to(torch.float32, copy=True).sub_(base)
+
+
+def _write(inputs: MergeInputs, combine: Combine, name: str, rule: Mapping[str, Any], announce: Announce) -> None:
+    """Writes the folder with ``NAME.json``, which says the rule and what it was applied to."""
+    digests = check_both(inputs)
+    folders = {"tuned": inputs.tuned, "base": inputs.base}
+    record = {**rule, **{key: {"folder": folders[key], "digest": digests[key]} for key in folders}}
+    values = {f"hft_{key}": str(value) for key, value in rule.items() if isinstance(value, (int, float))}
+    metadata = {"hft_merge": name, **values, **{f"hft_{key}": digest for key, digest in digests.items()}}
+    text = json.dumps(record, indent=2) + "\n"
+    merge(inputs, combine, [Merged(record=(f"{name}.json", text), metadata=metadata)], announce)
