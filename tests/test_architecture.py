@@ -66,6 +66,7 @@ PURE = (
     "hft.rounds",
     "hft.units",
     "library.plans",
+    "methods.objectives.registry",
     "methods.registry",
     "model.parameter_names",
     "parallel.launch",
@@ -81,6 +82,7 @@ PURE = (
 """Modules, or parts, whose imports must not lead to torch or megatron."""
 DOORS = {
     "__init__": "Trainer and Hook, on first use",
+    "methods.objectives.registry": "what an objective trains with, once a run begins",
     "methods.registry": "what a method trains with, once a run begins",
     "hft.plan": "what a plan does with a model, which somebody has made with torch",
 }

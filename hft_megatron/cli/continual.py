@@ -12,6 +12,7 @@ from hft_megatron.config.continual import ContinualConfig, sequence_fits_the_run
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.declared import check_bounds
 from hft_megatron.config.ewc import EwcConfig
+from hft_megatron.config.objectives import ObjectivesConfig
 from hft_megatron.config.stages import Stage, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.errors import UserError
@@ -24,6 +25,7 @@ class ContinualOptions(TrainingOptions):
 
     data: DataConfig = field(default_factory=DataConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     ewc: EwcConfig = field(default_factory=EwcConfig)
 
 

@@ -1,4 +1,7 @@
-"""Options whose values are names that registries add to: selections, layouts of records, methods. Imports no torch."""
+"""Options whose values are names that registries add to: selections, layouts of records, methods, objectives.
+
+Imports no torch.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     SelectionName = str
     DataFormat = str
     MethodName = str
+    ObjectiveName = str
 else:
 
     class SelectionName(Names):
@@ -37,6 +41,11 @@ else:
 
     class MethodName(Names):
         """A way to train, and its command; ``methods.registry.register`` adds one."""
+
+        known: ClassVar[list[str]] = []
+
+    class ObjectiveName(Names):
+        """What a fine-tuning minimises; ``methods.objectives.registry.register`` adds one."""
 
         known: ClassVar[list[str]] = []
 

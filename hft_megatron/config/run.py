@@ -13,6 +13,7 @@ from hft_megatron.config.ewc import EwcConfig
 from hft_megatron.config.hft import HFTConfig
 from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model import ModelConfig
+from hft_megatron.config.objectives import ObjectivesConfig
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.tracking import LoggingConfig
@@ -29,6 +30,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     ewc: EwcConfig = field(default_factory=EwcConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     hft: HFTConfig = field(default_factory=HFTConfig)

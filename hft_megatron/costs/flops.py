@@ -50,7 +50,7 @@ def step_flops(
     *,
     micro_batch_tokens: int,
     vocab_multiple: int = 1,
-    reference_forward: bool = False,
+    forward_passes_before: int = 0,
 ) -> StepFlops:
     """FLOPs of training the units for which ``trains`` is true.
 
@@ -61,7 +61,7 @@ def step_flops(
     the causal scores and their product with the values cost 2 x heads x head size x length^2 forward (every query meets
     on average half of the keys) and twice that backward, as Megatron-LM and newer NeMo count. Flash kernels make
     the scores again in the backward pass, which by custom isn't counted.
-    ``reference_forward`` adds the second forward pass of a preference run whose reference is in memory.
+    ``forward_passes_before`` adds those that a step makes before its own: of a reference in memory, or of the model.
     """
     head = head_forwards(
         shape,
@@ -74,8 +74,8 @@ def step_flops(
     return StepFlops(
         model=Flops(per_token=3 * forward.per_token, per_squared_length=3 * forward.per_squared_length),
         actual=Flops(
-            per_token=actual.per_token + reference_forward * forward.per_token,
-            per_squared_length=actual.per_squared_length + reference_forward * forward.per_squared_length,
+            per_token=actual.per_token + forward_passes_before * forward.per_token,
+            per_squared_length=actual.per_squared_length + forward_passes_before * forward.per_squared_length,
         ),
     )
 

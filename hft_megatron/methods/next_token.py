@@ -13,10 +13,12 @@ from hft_megatron.tracking.tracker import LOSS
 from hft_megatron.trainer.method import LossFunction, MicroBatch, Objective
 
 
-def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """One model chunk's output: token losses (b, s) on the last stage, and hidden states (s, b, h) before it.
+def forward(chunk: torch.nn.Module, micro_batch: MicroBatch, embedded: Tensor | None = None) -> Any:
+    """One model chunk's output: token losses (b, s) on the last stage, or what it is asked for in their place, and
+    hidden states (s, b, h) before it.
 
-    ``micro_batch`` holds ``tokens`` and ``labels`` (b, s) int64, and ``cu_seqlens`` where the sequence is packed.
+    ``micro_batch`` holds ``tokens`` and ``labels`` (b, s) int64, and ``cu_seqlens`` where the sequence is packed;
+    ``embedded`` (s / tp or s, b, h) is what the first stage's layers get in place of the tokens' embeddings.
     """
     device = next(chunk.parameters()).device
     packed = packed_seq_params(micro_batch["cu_seqlens"], device) if "cu_seqlens" in micro_batch else None
@@ -24,8 +26,18 @@ def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
     # Megatron-core asks for positions and doesn't read them: rotary ones follow from the packing alone.
     positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
     # No attention mask: it is causal in the attention itself, and padding stands on the right or is a segment.
-    output: Tensor = chunk(tokens, positions, None, labels=labels, packed_seq_params=packed)
-    return output
+    given = {} if embedded is None else {"decoder_input": embedded}
+    return chunk(tokens, positions, None, labels=labels, packed_seq_params=packed, **given)
+
+
+def segment_lengths(micro_batch: MicroBatch) -> list[int]:
+    """Positions of each example, or stretch of padding, in the order in which they lie in memory: of the
+    rows, or where a sequence is packed of the segments."""
+    if "cu_seqlens" in micro_batch:
+        lengths: list[int] = micro_batch["cu_seqlens"].diff().tolist()
+        return lengths
+    rows, length = micro_batch["loss_mask"].shape
+    return [length] * rows
 
 
 LOSS_AND_TOKENS = "loss and tokens"

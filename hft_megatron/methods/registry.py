@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from hft_megatron.config import corpus, data, dpo, ewc, valid_sources
+from hft_megatron.config import corpus, data, dpo, ewc, objectives, valid_sources
 from hft_megatron.config.corpus import CorpusConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.dpo import DpoConfig
 from hft_megatron.config.exports import BEST_METRICS, best_is_measured_by
 from hft_megatron.config.names import MethodName, add
+from hft_megatron.config.objectives import ObjectivesConfig
 from hft_megatron.config.validation import DATA_RULES, Rule
+from hft_megatron.methods.objectives.registry import chosen, objective_fits_the_run, objective_of
 
 if TYPE_CHECKING:
     from hft_megatron.trainer.method import Method
@@ -81,6 +83,10 @@ SUPERVISED_RULES: tuple[Rule, ...] = (
 """What every method asks that trains on records."""
 
 
+OF_SFT_ALONE: tuple[Rule, ...] = (ewc.nothing_is_held, objectives.examples_are_learned_as_they_are)
+"""What other methods refuse, which have it from options of all stages."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainDataConfig:
     """What of a run's data options has a meaning here: the corpus holds ids already."""
@@ -100,11 +106,18 @@ class PretrainDataConfig:
 
 def _sft() -> "Method":
     from hft_megatron.methods.continual.ewc import elastic_weights
-    from hft_megatron.methods.next_token import NEXT_TOKEN
+    from hft_megatron.methods.objectives.asked import asked_of_run
     from hft_megatron.methods.sft.data import read_sft_data
     from hft_megatron.trainer.method import Method
 
-    return Method(name="sft", objective=lambda config: NEXT_TOKEN, read_data=read_sft_data, last_hooks=elastic_weights)
+    return Method(
+        name="sft",
+        objective=objective_of,
+        read_data=read_sft_data,
+        notes=lambda config: chosen(config).notes(config),
+        reference=asked_of_run,
+        last_hooks=elastic_weights,
+    )
 
 
 def _dpo() -> "Method":
@@ -135,8 +148,8 @@ register(
     Declaration(
         name="sft",
         summary="fine-tune a LLaMA on instructions, half of its matrices at a time",
-        groups={"data": DataConfig},
-        rules=SUPERVISED_RULES,
+        groups={"data": DataConfig, "objectives": ObjectivesConfig},
+        rules=(*SUPERVISED_RULES, objective_fits_the_run),
         measures={"lm loss": False},
         load=_sft,
     )
@@ -146,7 +159,7 @@ register(
         name="dpo",
         summary="tune a LLaMA on preference pairs, half of its matrices at a time",
         groups={"data": DataConfig, "dpo": DpoConfig},
-        rules=(*SUPERVISED_RULES, *dpo.DPO_RULES, valid_sources.sources_hold_pairs, ewc.nothing_is_held),
+        rules=(*SUPERVISED_RULES, *dpo.DPO_RULES, valid_sources.sources_hold_pairs, *OF_SFT_ALONE),
         measures={"preference loss": False, "rewards/accuracies": True, "rewards/margins": True},
         load=_dpo,
     )
@@ -156,7 +169,7 @@ register(
         name="pretrain",
         summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
         groups={"corpus": CorpusConfig, "data": PretrainDataConfig},
-        rules=(*corpus.CORPUS_RULES, ewc.nothing_is_held),
+        rules=(*corpus.CORPUS_RULES, *OF_SFT_ALONE),
         measures={"lm loss": False},
         load=_pretrain,
     )

@@ -37,6 +37,27 @@ class _Rows(torch.autograd.Function):
         return None, None if is_done else gradient.for_autograd(), None
 
 
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weight: Parameter) -> Tensor:
+        ctx.weight = weight
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
+        gradient = WeightGradient(ctx.weight)
+        nothing = torch.empty(0, dtype=torch.int64, device=grad_output.device)
+        gradient.add_rows(nothing, grad_output.new_empty((0, ctx.weight.size(1))))
+        return None, gradient.for_autograd()
+
+
+def without_gradient(output: Tensor, weight: Parameter) -> Tensor:
+    """``output`` (..., h) as one of the embedding's whose gradient by it is zero: the weight has its gradient in every
+    step, and layers above compute one of their input."""
+    found: Tensor = _NoGradient.apply(output, weight)
+    return found
+
+
 class TokenEmbedding(VocabParallelEmbedding):
     """megatron-core's embedding, made of the one that ``GPTModel`` makes, with its weight and marks.
 

@@ -5,6 +5,8 @@ for each kind of layer and a pattern of kinds (``*-``: attention, then MLP), and
 with the first line that lacks ``GPTModel``, that pattern replaces the spec here, and ``parameter_names`` counts anew.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.nn import Parameter
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.training import TransformerImpl
 from hft_megatron.errors import UserError
 from hft_megatron.model.adapters import add_adapters
-from hft_megatron.model.embedding import TokenEmbedding
-from hft_megatron.model.head import VocabularyHead
+from hft_megatron.model.embedding import TokenEmbedding, without_gradient
+from hft_megatron.model.head import Beside, TokenValues, VocabularyHead
 from hft_megatron.model.layers import CategorySelfAttention, LlamaMLP, RMSNorm, RotaryTable
 from hft_megatron.model.linear import RowParallel
 from hft_megatron.model.torch_attention import PackedSegments, TorchAttention
@@ -109,6 +112,7 @@ class LlamaModel(GPTModel):
         )
         self.shape = shape
         self._keeps_hidden_states = False
+        self._beside: Beside | None = None
         if shape.adapters is not None:
             add_adapters(self.decoder.layers, shape.adapters, placement.tensor_rank)
         if pre_process:
@@ -129,13 +133,50 @@ class LlamaModel(GPTModel):
         Tokens (t,) -> (t / tp or t, 1, h), on the last stage behind the final norm. A chunk that is not the first reads
         what ``set_input_tensor`` was given instead.
         """
-        self._keeps_hidden_states = True
-        try:
+        with self.keeping_hidden_states():
             positions = segments.positions.unsqueeze(0)
             output: Tensor = self(tokens.unsqueeze(0), positions, None, packed_seq_params=segments)
             return output
+
+    def head_weight(self) -> Parameter:
+        """This rank's rows of the head, (rows, h), which may be the embedding's; on the last stage."""
+        weight: Parameter = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        return weight
+
+    @contextlib.contextmanager
+    def keeping_hidden_states(self) -> Iterator[None]:
+        """Within it the last stage's output, too, is hidden states (s / tp or s, b, h), those behind the final norm."""
+        self._keeps_hidden_states = True
+        try:
+            yield
         finally:
             self._keeps_hidden_states = False
+
+    @contextlib.contextmanager
+    def giving_beside_losses(self, beside: Beside) -> Iterator[None]:
+        """Within it the last stage's output for labels is ``TokenValues``, each (b, s)."""
+        self._beside = beside
+        try:
+            yield
+        finally:
+            self._beside = None
+
+    def mixed_embeddings(self, tokens: Tensor, others: Tensor, share: float) -> Tensor:
+        """``(1 - share) E(tokens) + share E(others)`` of two times (b, s) tokens, (s / tp or s, b, h): what the first
+        stage's layers may be given in place of the embedding's output. No gradient reaches the embedding."""
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        with torch.no_grad():
+            own, other = (self.embedding(input_ids=ids, position_ids=positions) for ids in (tokens, others))
+            mixed: Tensor = own.lerp(other, share)
+        table = self.embedding.word_embeddings
+        # DDP waits for a gradient of all that trains; the head's comes where it is the same weight on the same stage.
+        if table.weight.requires_grad and torch.is_grad_enabled() and not table.is_head:
+            return without_gradient(mixed, table.weight)
+        if self.config.recompute_granularity == "full":
+            self._let_recomputed_layers_train(self.embedding, (), mixed)
+        return mixed
 
     def _lay_out_one_sequence(self, module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
         """(s, 1, h) with the strides of a tensor made in that shape; the same memory.
@@ -160,9 +201,9 @@ class LlamaModel(GPTModel):
         if any(weight.requires_grad for layer in recomputed for weight in layer.parameters()):
             output.requires_grad_()
 
-    def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
-        """Hidden states before the last stage; there logits (b, s, rows), or with labels (b, s) losses (b, s); for
-        ``hidden_states`` those."""
+    def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor | TokenValues:
+        """Hidden states before the last stage; there logits (b, s, rows), or with labels (b, s) losses (b, s), or what
+        is asked for in their place."""
         if self._keeps_hidden_states:
             return hidden_states
         if labels is None or not self.post_process:
@@ -170,6 +211,6 @@ class LlamaModel(GPTModel):
             return output
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        losses: Tensor
-        losses, _ = self.output_layer(hidden_states, weight=weight, labels=labels.t())
-        return losses.t().contiguous()
+        losses: Tensor | TokenValues
+        losses, _ = self.output_layer(hidden_states, weight=weight, labels=labels.t(), beside=self._beside)
+        return losses.t().contiguous() if isinstance(losses, Tensor) else losses.by_sequence()

@@ -21,20 +21,18 @@ class Readout:
 
     def __init__(self, chunk: LlamaModel) -> None:
         head = chunk.output_layer
-        weight = chunk.shared_embedding_or_output_weight() if chunk.shape.tie_embeddings else head.weight
-        assert weight is not None
-        self._weight: Tensor = weight
+        self._weight: Tensor = chunk.head_weight()
         self._group: dist.ProcessGroup = head.tp_group
         self._splits_sequences = head.sequence_parallel
         self._real_rows = head.real_rows
         self._vocab_size = chunk.shape.vocab_size
 
     def whole(self, hidden: Tensor) -> Tensor:
-        """(t / tp or t, 1, h), a last stage's output -> (t, h)."""
+        """(t / tp or t, b, h), a last stage's output -> (t x b, h)."""
         if self._splits_sequences:
             hidden, gathered = gather_sequence(hidden, self._group)
             gathered.wait()
-        return hidden.squeeze(1)
+        return hidden.flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, h) -> (n, vocabulary), fp32."""
@@ -48,9 +46,12 @@ class Readout:
     def likeliest(self, hidden: Tensor) -> Tensor:
         """(n, h) -> the token with the largest logit, the first of several, (n,) int64; -1 where that is no finite
         number."""
-        largest, column = self._of_rank(hidden).max(dim=1)
-        value, place = self._best_of_ranks(largest, column + self._group.rank() * self._weight.size(0))
-        return place.where(value.isfinite(), -1)
+        found = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
+        for _, logits in self._chunks(hidden):
+            largest, column = logits.max(dim=1)
+            value, place = self._best_of_ranks(largest, column + self._group.rank() * logits.size(1))
+            found.append(place.where(value.isfinite(), -1))
+        return torch.cat(found)
 
     def token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (nats, fp32) of ``targets`` (n,), and whether each is what greedy generation would choose.

@@ -115,6 +115,7 @@ def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Ho
             batches=start.training_steps(),
             validation=inputs.data.validation(start.share),
             reference=reference,
+            sequences_per_sample=inputs.method.sequences_per_sample,
             learning_rate=learning_rate(wrapped, start.rounds, config, state),
             tracker=start.tracker,
             announce=announce,

@@ -46,10 +46,8 @@ class Work:
 def flops_of(run: Run) -> StepFlops:
     """The counts of a step under the run's present plan, whose micro-batches are as long as they can be."""
     config = run.config
-    in_memory = run.reference is not None and config.dpo.dpo_reference != "precompute"
     shape, plan = run.wrapped.modules[0].shape, run.wrapped.plan
-    # A pair is two sequences.
-    sequences = config.training.micro_batch_size * (2 if run.reference is not None else 1)
+    sequences = config.training.micro_batch_size * run.sequences_per_sample
     return step_flops(
         shape,
         config.parallel,
@@ -57,7 +55,7 @@ def flops_of(run: Run) -> StepFlops:
         plan.trains,
         micro_batch_tokens=sequences * sequence_length(config.training, shape),
         vocab_multiple=config.model.make_vocab_size_divisible_by,
-        reference_forward=in_memory,
+        forward_passes_before=0 if run.reference is None else run.reference.forward_passes,
     )
 
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 MicroBatch = Mapping[str, Tensor]
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """The last stage's output -> what is minimised, summed; what that is divided by over the global batch (int); and what
 is kept for the log."""
-ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
+ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Any, LossFunction]]
 Measure = Callable[[list[dict[str, Tensor]], torch.distributed.ProcessGroup, Any], dict[str, float]]
 
 
@@ -41,6 +41,9 @@ class Objective:
     measure: Measure
     """Means by name, of the reports of this rank's micro-batches, the data-parallel group and the device; on the last
     stage."""
+    unweighted: "Objective | None" = None
+    """What stands in its place where a model is only measured (validation, Fisher information), and where nothing is
+    attached to micro-batches beforehand; None: itself."""
 
 
 def run_schedule(
@@ -58,6 +61,20 @@ def run_schedule(
         micro_batch_size=batch.sequences,
         forward_only=forward_only,
     )
+    return reports
+
+
+def forward_pass(
+    forward_step: ForwardStep, chunks: Sequence[torch.nn.Module], batch: StepBatch
+) -> list[dict[str, Tensor]]:
+    """``run_schedule`` without gradients, of models that are not in training mode meanwhile."""
+    training = [chunk.training for chunk in chunks]
+    with torch.no_grad():
+        for chunk in chunks:
+            chunk.eval()
+        reports = run_schedule(forward_step, chunks, batch, forward_only=True)
+        for chunk, was_training in zip(chunks, training, strict=True):
+            chunk.train(was_training)
     return reports
 
 
@@ -117,8 +134,8 @@ class Method:
     """Lines for the log about its options."""
     sequences_per_sample: int = 1
     """What the model is given of a sample, for the memory of a micro-batch: a pair is two."""
-    reference: "Callable[..., Reference] | None" = None
-    """What the trained model is compared with, where there is such a thing: takes the run's inputs, model chunks,
+    reference: "Callable[..., Reference | None] | None" = None
+    """What is asked before the passes of a step, where there is such a thing: takes the run's inputs, model chunks,
     rounds, share of a batch, placement and announcer, before a checkpoint fills the chunks; collective."""
     last_hooks: "Callable[[Inputs, Placement], Sequence[Hook]]" = lambda inputs, placement: ()
     """Hooks that run behind all others, a run's last checkpoint included; collective, before a model is built."""

@@ -18,14 +18,19 @@ from hft_megatron.trainer.rounds import Rounds
 
 
 class Reference(Protocol):
-    """The model that preferences are learned against."""
+    """What is asked before the passes of a step: the model that is compared with, or the trained one itself."""
 
     @property
     def held_bytes(self) -> int:
         """What it keeps in this rank's memory."""
 
+    @property
+    def forward_passes(self) -> int:
+        """Those that it makes of every batch."""
+
     def attach(self, batch: StepBatch) -> None:
-        """Give each micro-batch its ``reference``, (pairs, 2) fp64: the log-probabilities of its answers in nats."""
+        """Give each micro-batch what its objective reads: of pairs their ``reference``, (pairs, 2) fp64, the
+        log-probabilities of the answers in nats."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +47,9 @@ class Run:
     validation: Mapping[str, ValidationSteps]
     """By the names of the sources."""
     reference: Reference | None = None
-    """None where nothing is learned from preferences."""
+    """None where a batch has all that its objective reads."""
+    sequences_per_sample: int = 1
+    """See ``Method``."""
     learning_rate: LearningRate
     tracker: CompositeTracker
     announce: Callable[[str], None]

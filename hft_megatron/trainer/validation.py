@@ -57,7 +57,9 @@ def measure_sources(
     iteration: int,
 ) -> Measured:
     """Puts all batches of the sources (or --eval-iters of each) through ``chunks``, whose weights must be there whole;
-    collective."""
+    collective. A weighted objective is measured without its weights, and asks no ``reference``."""
+    if objective.unweighted is not None:
+        objective, reference = objective.unweighted, None
     reports: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sources}
     with torch.no_grad():
         for chunk in chunks:

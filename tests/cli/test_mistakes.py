@@ -44,6 +44,9 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --hft-ratio 1 --lr-warmup-fraction 0.03 --seq-length 128"),
     (1, f"{GOOD} --eval-interval 5 --eval-iters 2 --valid-data-path valid.jsonl --save RUN --save-interval 10"),
     (1, f"{GOOD} --train-data-path 0.3 a.jsonl 0.7 b.jsonl.gz --loss-on last --chat-template llama2"),
+    (1, f"{GOOD} --objective eaft --kl-to-base 0.1 --kl-reference model"),
+    (1, f"{GOOD} --objective ift --hft-freeze-embedding --ift-weights detached"),
+    (1, f"{GOOD} --objective ift --hft-freeze model.embed*"),
     (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
     (1, f"{GOOD} {EXPORTS} --save-hf-keep 2 --valid-data-path valid.jsonl --eval-interval 2"),
     (
@@ -120,6 +123,23 @@ MISTAKES = [
     (6, f"{GOOD} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", "world size 6", "start 4 ranks"),
     (1, f"{GOOD} --tensor-model-parallel-size 2", "world size 1", "start 2 ranks"),
     (1, f"{GOOD} --overlap-param-gather", "--overlap-param-gather needs --overlap-grad-reduce"),
+    # the objective
+    (1, f"{GOOD} --objective nnl", "--objective", "nnl", "nll, dft, eaft, talr, asft, ift"),
+    (
+        1,
+        f"{GOOD} --kl-to-base 0.1 --kl-reference precompute",
+        "--kl-reference precompute keeps a number for each answer",
+        "choose shared or model",
+    ),
+    (1, f"{GOOD} --kl-reference model", "nothing is compared with them; leave it out, or add --kl-to-base 0.1"),
+    (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of --objective ift", "this is dft"),
+    (1, f"{GOOD} --objective ift", "gives the input embedding no gradient", "add --hft-freeze-embedding"),
+    (
+        1,
+        f"{GOOD} --objective ift --hft-freeze-embedding --kl-to-base 0.1",
+        "--kl-to-base 0.1 compares distributions on the examples as they are",
+        "leave it out",
+    ),
     # the profiler
     (
         1,

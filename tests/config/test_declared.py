@@ -78,8 +78,8 @@ BOUNDS = {
         seq_length tensor_model_parallel_size tensorboard_log_interval train_epochs train_samples vocab_size
     """,
     "at least 0": """
-        clip_grad decoupled_lr decoupled_min_lr dpo_sft_weight end_weight_decay ewc_lambda hft_first_round hft_seed lr
-        lr_schedule_start lr_warmup_init lr_warmup_iters lr_warmup_samples manual_gc_interval min_lr
+        clip_grad decoupled_lr decoupled_min_lr dpo_sft_weight end_weight_decay ewc_lambda hft_first_round hft_seed
+        kl_to_base lr lr_schedule_start lr_warmup_init lr_warmup_iters lr_warmup_samples manual_gc_interval min_lr
         profile_step_start seed skip_nonfinite_steps start_weight_decay train_iters weight_decay
     """,
     "above 0": """
@@ -89,7 +89,7 @@ BOUNDS = {
     "above 0 and at most 1": "mofo_fraction",
     "from 0 to below 1": "adam_beta1 adam_beta2 lora_dropout lr_warmup_fraction",
     "from 0 to below 0.5": "dpo_label_smoothing",
-    "between 0 and 1": "hft_ratio",
+    "between 0 and 1": "hft_ratio ift_gamma ift_lambda",
 }
 
 

@@ -73,6 +73,7 @@ def test_every_option_that_fixes_the_plans_is_part_of_the_identity() -> None:
         *("packing", "packing_algorithm", "packing_window"),
         *("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_sft_weight"),
         *("ewc_lambda", "ewc_batches", "mofo_fraction"),
+        *("objective", "kl_to_base", "ift_lambda", "ift_gamma", "ift_weights"),
     }
     changed = HFTConfig(hft_level="layer", hft_rotation="fixed", hft_train="*.q_proj", hft_round_interval="epoch")
     saved = identity(replace(CONFIG, hft=changed)).to_dict()

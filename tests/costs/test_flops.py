@@ -160,9 +160,14 @@ def test_a_tied_head_is_counted_as_a_matrix_and_trains_with_the_embedding():
 def test_a_reference_in_memory_costs_one_forward_pass_more():
     once, twice = (
         step_flops(
-            SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True, micro_batch_tokens=8, reference_forward=extra
+            SHAPE,
+            ParallelConfig(),
+            TrainingConfig(),
+            lambda unit: True,
+            micro_batch_tokens=8,
+            forward_passes_before=extra,
         )
-        for extra in (False, True)
+        for extra in (0, 1)
     )
     assert twice.model == once.model
     assert 3 * twice.actual.per_token == 4 * once.actual.per_token

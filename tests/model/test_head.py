@@ -134,6 +134,57 @@ def test_losses_and_gradients_are_those_of_plain_cross_entropy_in_one_chunk_and_
             assert row["backward"] == (expected if trains or input_trains else []), case
 
 
+def run_beside(layout: dict[str, Any], chunk: int, real: int, likeliest: int) -> dict[str, float]:
+    """How far entropies, divergences and the gradients of losses and divergences together are from plain ones."""
+    parallel = ParallelConfig(**layout)
+    placement = start_groups(parallel, num_layers=2, seed=1)
+    rank, size = placement.tensor_rank, placement.tensor_size
+    generator = torch.Generator().manual_seed(5)
+    hidden, other = (0.3 * torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator) for _ in range(2))
+    weight, other_weight = (torch.randn(ROWS, HIDDEN, generator=generator) for _ in range(2))
+    labels = torch.randint(0, real, (SEQUENCE, BATCH), generator=generator)
+    of_losses, of_divergences = (torch.rand(SEQUENCE, BATCH, generator=generator) for _ in range(2))
+    exact_hidden, exact_weight = (t.double().requires_grad_() for t in (hidden, weight))
+    logits = exact_hidden @ exact_weight[:real].t()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    compared = (other.double() @ other_weight[:real].double().t()).log_softmax(dim=-1)
+    divergences = F.kl_div(logits.log_softmax(dim=-1), compared, log_target=True, reduction="none").sum(dim=-1)
+    top = logits.topk(likeliest, dim=-1).values.softmax(dim=-1)
+    ((losses * of_losses).sum() + (divergences * of_divergences).sum()).backward()
+
+    output = make_head(placement, parallel.sequence_parallel, ROWS, real, HIDDEN)
+    output.weight.data.copy_(weight.chunk(size)[rank])
+    mine = (lambda whole: whole.chunk(size)[rank]) if parallel.sequence_parallel else (lambda whole: whole)
+    local = mine(hidden).clone().requires_grad_()
+    model = head.ComparedModel(hidden=mine(other), weight=other_weight.chunk(size)[rank])
+    with in_chunks(chunk, ROWS // size):
+        plain, _ = output(local, labels=labels)
+        values, _ = output(local, labels=labels, beside=head.Beside(entropy_of=likeliest, compared=model))
+        same = head.ComparedModel(hidden=local.detach(), weight=output.weight.detach())
+        itself = output(local, labels=labels, beside=head.Beside(compared=same))[0].divergences
+        ((values.losses * of_losses).sum() + (values.divergences * of_divergences).sum()).backward()
+    assert not values.entropies.requires_grad
+    return {
+        "losses, from those without anything beside them": float((values.losses - plain).abs().max()),
+        "entropies": float((values.entropies - torch.special.entr(top).sum(dim=-1)).abs().max()),
+        "divergences": float((values.divergences - divergences).abs().max()),
+        "divergence from itself": float(itself.abs().max()),
+        "gradient of the input": float((local.grad - mine(exact_hidden.grad)).abs().max()),
+        "gradient of the weight": float((output.weight.grad - exact_weight.grad.chunk(size)[rank]).abs().max()),
+    }
+
+
+@pytest.mark.parametrize("layout", WORLD_SIZE)
+@pytest.mark.parametrize("real", REAL_ROWS)
+def test_entropies_and_divergences_are_those_of_whole_distributions(ranks, layout, real):
+    for chunk, likeliest in ((TOKENS, 5), (CHUNK, 11)):
+        case = {"layout": LAYOUTS[layout], "chunk": chunk, "real": real, "likeliest": likeliest}
+        for far in ranks(WORLD_SIZE[layout]).run(run_beside, **case):
+            assert {name: distance for name, distance in far.items() if not distance <= 2e-6} == {}
+            assert far["losses, from those without anything beside them"] == 0
+            assert far["divergence from itself"] == 0
+
+
 def run_bits(chunk: int) -> list[bool]:
     """Whether losses, both gradients and logits are megatron-core's, of its own head and cross-entropy."""
     placement = start_groups(ParallelConfig(), num_layers=2, seed=1)

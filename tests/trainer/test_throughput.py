@@ -9,7 +9,6 @@ import torch
 
 from hft_megatron.config.batch_sizes import BatchSizes
 from hft_megatron.config.derived import train_iters
-from hft_megatron.config.dpo import DpoConfig
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
@@ -44,7 +43,13 @@ def run_of(config: RunConfig, *, iteration: int = 0, reference: object = None) -
     state.consumed_samples = iteration * SIZE
     rounds = SimpleNamespace(schedule=SimpleNamespace(batches=batches))
     run = SimpleNamespace(
-        config=config, length=length, rounds=rounds, wrapped=wrapped, reference=reference, state=state
+        config=config,
+        length=length,
+        rounds=rounds,
+        wrapped=wrapped,
+        reference=reference,
+        sequences_per_sample=1,
+        state=state,
     )
     return cast(Run, run)
 
@@ -65,14 +70,14 @@ def test_a_rate_is_a_mean_over_time_and_a_share_of_one_rank() -> None:
     assert rates([quick + slow], world_size=4) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("kind", "passes"), [("precompute", 3), ("shared", 4), ("model", 4)])
-def test_a_reference_in_memory_is_a_forward_pass_more(kind: Any, passes: int) -> None:
-    config = RunConfig(dpo=DpoConfig(dpo_reference=kind))
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_what_is_asked_before_a_step_is_forward_passes_more(passes: int) -> None:
+    config = RunConfig()
     full = step_flops(SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True, micro_batch_tokens=8)
-    assert flops_of(run_of(config)) == full  # fine-tuning has none, whatever that option is
-    found = flops_of(run_of(config, reference=object()))
+    assert flops_of(run_of(config)) == full
+    found = flops_of(run_of(config, reference=SimpleNamespace(forward_passes=passes)))
     assert found.model == full.model
-    assert 3 * found.actual.per_token == passes * full.model.per_token
+    assert 3 * found.actual.per_token == (3 + passes) * full.model.per_token
 
 
 def test_the_time_left_follows_the_median_of_recent_steps() -> None:

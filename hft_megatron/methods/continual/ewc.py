@@ -7,7 +7,7 @@ the empirical Fisher information: of the squared gradient of the loss (the mean 
 task's last weights, the mean over ``--ewc-batches`` batches of its training data.
 
 - The batch's gradient is squared and not each example's, so that ``F``, and the right ``lambda``, depend on
-  --global-batch-size.
+  --global-batch-size. Whatever --objective says, it is the gradient of the plain loss.
 - The penalty's gradient is added before the norm of the gradients is taken and clipped, as if it stood in the loss. The
   logged loss is the task's alone; ``ewc penalty`` stands beside it.
 - In a step only units that train have ``F`` and ``theta*``: fp32 shards over data-parallel ranks, like optimizer state.
@@ -215,13 +215,13 @@ def parts_of(plan: Plan) -> list[frozenset[str]]:
 
 def _squared_gradients(run: Run, batches: Sequence[int]) -> dict[Parameter, Tensor]:
     """Mean over batches of the squared gradient of what trains; this rank's shards, (elements,) fp32. Collective."""
-    shards = run.wrapped.shards
+    shards, likelihood = run.wrapped.shards, run.objective.unweighted or run.objective
     squares = {p: torch.zeros_like(shard) for p, shard in shards.updated_shards().items()}
     with run.wrapped.gathered_parameters():
         for consumed in batches:
             run.wrapped.zero_gradients()
             batch = run.batches.step(consumed)
-            run_schedule(run.objective.forward_step, run.wrapped.chunks, batch, forward_only=False)
+            run_schedule(likelihood.forward_step, run.wrapped.chunks, batch, forward_only=False)
             for parameter, gradient in shards.reduced_gradients().items():
                 squares[parameter].addcmul_(gradient, gradient, value=1 / len(batches))
     return squares

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hft_megatron.config.derived import averages_log_probs
 from hft_megatron.config.dpo import DpoConfig, PreferenceLoss
-from hft_megatron.methods.next_token import forward
+from hft_megatron.methods.next_token import forward, segment_lengths
 from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.method import LossFunction, MicroBatch, Objective
 
@@ -55,10 +55,7 @@ def answer_log_probs(token_losses: Tensor, micro_batch: MicroBatch) -> tuple[Ten
     ``token_losses`` (b, s); ``micro_batch`` holds ``loss_mask`` (b, s), ``answers`` (pairs, 2), the number of the
     sequence or of the segment that each answer is in, and ``cu_seqlens`` where segments share a sequence.
     """
-    rows, length = token_losses.shape
-    lengths = [length] * rows
-    if "cu_seqlens" in micro_batch:
-        lengths = micro_batch["cu_seqlens"].diff().tolist()
+    lengths = segment_lengths(micro_batch)
     mask = micro_batch["loss_mask"].to(token_losses.device, torch.float64).flatten()
     log_probs = (-token_losses.double().flatten() * mask).split(lengths)
     # Sums of slices: adding by index is not deterministic on CUDA.

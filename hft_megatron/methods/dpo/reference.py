@@ -34,7 +34,7 @@ from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement
 from hft_megatron.trainer.loop import Hook
-from hft_megatron.trainer.method import run_schedule
+from hft_megatron.trainer.method import forward_pass
 from hft_megatron.trainer.run import Run
 
 _TENSOR = "log_probs"
@@ -141,17 +141,37 @@ class PrecomputedReference:
         """See ``run.Reference``."""
         return _bytes_of([self._table])
 
+    @property
+    def forward_passes(self) -> int:
+        """See ``run.Reference``."""
+        return 0
+
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``."""
         for micro_batch in batch.micro_batches:
             micro_batch["reference"] = self._table[micro_batch["pairs"]]
 
 
+Ask = Callable[[Sequence[LlamaModel], StepBatch], None]
+"""Puts what chunks with a reference's weights say of a batch into its micro-batches; collective."""
+
+
+def ask_log_probs(chunks: Sequence[LlamaModel], batch: StepBatch) -> None:
+    """Of preference pairs."""
+    log_probs = reference_pass(chunks, batch)
+    if not log_probs:
+        return  # only the last stage makes a loss
+    for micro_batch, found in zip(batch.micro_batches, log_probs, strict=True):
+        micro_batch["reference"] = found
+
+
 class ModelReference:
     """Asks a second model of the same layout."""
 
-    def __init__(self, chunks: Sequence[LlamaModel]) -> None:
-        self._chunks = chunks
+    forward_passes = 1
+
+    def __init__(self, chunks: Sequence[LlamaModel], ask: Ask = ask_log_probs) -> None:
+        self._chunks, self._ask = chunks, ask
 
     @property
     def held_bytes(self) -> int:
@@ -160,7 +180,11 @@ class ModelReference:
 
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``; collective."""
-        _attach(batch, reference_pass(self._chunks, batch))
+        self._ask(self._chunks, batch)
+
+    def head_weight(self) -> Tensor:
+        """The reference's, (rows, h); on the last stage."""
+        return self._chunks[-1].head_weight()
 
 
 class SharedReference(Hook):
@@ -169,9 +193,11 @@ class SharedReference(Hook):
     What has never trained is the reference's already, so only the trained share of the weights is there twice.
     """
 
-    def __init__(self, chunks: Sequence[LlamaModel], trained: frozenset[str]) -> None:
+    forward_passes = 1
+
+    def __init__(self, chunks: Sequence[LlamaModel], trained: frozenset[str], ask: Ask = ask_log_probs) -> None:
         """``chunks`` hold the reference's weights now; of the units ``trained`` in earlier rounds they are kept."""
-        self._chunks = chunks
+        self._chunks, self._ask = chunks, ask
         self._kept: dict[Parameter, Tensor] = {}
         self._wrapped: WrappedModel | None = None
         self._keep(trained)
@@ -195,8 +221,12 @@ class SharedReference(Hook):
         # Without a round nothing trains, and whoever validates has the weights whole.
         gathered = contextlib.nullcontext() if self._wrapped is None else self._wrapped.gathered_parameters()
         with gathered, self._put_back():
-            log_probs = reference_pass(self._chunks, batch)
-        _attach(batch, log_probs)
+            self._ask(self._chunks, batch)
+
+    def head_weight(self) -> Tensor:
+        """The reference's, (rows, h), outside of a pass; on the last stage."""
+        weight = self._chunks[-1].head_weight()
+        return self._kept.get(weight, weight)
 
     @contextlib.contextmanager
     def _put_back(self) -> Iterator[None]:
@@ -224,21 +254,8 @@ def reference_pass(chunks: Sequence[LlamaModel], batch: StepBatch) -> list[Tenso
 
     Adapters rest for it: the reference of a model with adapters is that model without them.
     """
-    training = [chunk.training for chunk in chunks]
-    with torch.no_grad(), adapters_off(chunks):
-        for chunk in chunks:
-            chunk.eval()
-        reports = run_schedule(log_prob_step, chunks, batch, forward_only=True)
-        for chunk, was_training in zip(chunks, training, strict=True):
-            chunk.train(was_training)
-    return [report[LOG_PROBS] for report in reports]
-
-
-def _attach(batch: StepBatch, log_probs: Sequence[Tensor]) -> None:
-    if not log_probs:
-        return  # only the last stage makes a loss
-    for micro_batch, found in zip(batch.micro_batches, log_probs, strict=True):
-        micro_batch["reference"] = found
+    with adapters_off(chunks):
+        return [report[LOG_PROBS] for report in forward_pass(log_prob_step, chunks, batch)]
 
 
 def log_prob_table(

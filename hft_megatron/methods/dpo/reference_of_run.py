@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -23,10 +23,12 @@ from hft_megatron.data.token_cache import user_cache
 from hft_megatron.errors import UserError
 from hft_megatron.methods.dpo.data import PreferenceData
 from hft_megatron.methods.dpo.reference import (
+    Ask,
     CacheKey,
     ModelReference,
     PrecomputedReference,
     SharedReference,
+    ask_log_probs,
     check_cache_can_be_written,
     log_prob_table,
     read_cache,
@@ -59,30 +61,15 @@ def reference_of_run(
     """
     data, options = inputs.data, inputs.config.dpo
     assert isinstance(data, PreferenceData), "pairs are compared with a reference"
-    base = None
-    if options.dpo_reference_model is None and inputs.identity.finetuned_from is not None:
-        base = on_rank_0(lambda: _base_of_finetuning(inputs))
-
-    def with_weights_of_start() -> Sequence[LlamaModel]:
-        if base is not None and inputs.resumes:
-            on_rank_0(lambda: _check_base(inputs, base))
-            load_checkpoint_weights(base.checkpoint, chunks)
-        return chunks
+    if options.dpo_reference != "precompute":
+        return reference_in_memory(options.dpo_reference, inputs, chunks, rounds, placement, announce)
+    base = None if options.dpo_reference_model is not None else _base(inputs)
 
     def reference_model() -> Sequence[LlamaModel]:
-        folder = options.dpo_reference_model
-        return with_weights_of_start() if folder is None else _second_model(inputs, chunks, placement)
-
-    if options.dpo_reference == "shared":
-        without = inputs.shape.adapters is not None
-        kept = "the policy without its adapters" if without else "the policy's resting weights, and a copy of each unit"
-        announce(f"> reference: {kept}{'' if without else ' that trains'}")
-        return SharedReference(with_weights_of_start(), _trained_so_far(inputs, rounds))
-    if options.dpo_reference == "model":
-        announce(f"> reference: a second model, {options.dpo_reference_model or 'with the weights of the start'}")
         if options.dpo_reference_model is None:
-            with_weights_of_start()
-        return ModelReference(_second_model(inputs, chunks, placement))
+            return _with_weights_of_start(inputs, chunks, base)
+        return _second_model(inputs, chunks, placement)
+
     digest = base.digest if base is not None else _digest_of_weights(inputs, placement)
     dtype = chunks[0].config.params_dtype
     arithmetic = _arithmetic(inputs, placement) if dtype is torch.bfloat16 else ""
@@ -92,6 +79,41 @@ def reference_of_run(
     made = _Made(model=sha256(words.encode()).hexdigest(), dtype=str(dtype), arithmetic=arithmetic)
     folder = Path(options.dpo_reference_cache or user_cache("reference", "--dpo-reference-cache"))
     return PrecomputedReference(_table(folder, data, made, reference_model, share, placement, announce))
+
+
+def reference_in_memory(
+    kind: Literal["shared", "model"],
+    inputs: Inputs,
+    chunks: Sequence[LlamaModel],
+    rounds: Rounds,
+    placement: Placement,
+    announce: Announce,
+    ask: Ask = ask_log_probs,
+) -> SharedReference | ModelReference:
+    """A reference that is asked in every step; see ``reference_of_run``, and for ``ask`` the reference itself."""
+    folder = inputs.config.dpo.dpo_reference_model
+    if folder is None:
+        chunks = _with_weights_of_start(inputs, chunks, _base(inputs))
+    if kind == "shared":
+        without = inputs.shape.adapters is not None
+        kept = "the policy without its adapters" if without else "the policy's resting weights, and a copy of each unit"
+        announce(f"> reference: {kept}{'' if without else ' that trains'}")
+        return SharedReference(chunks, _trained_so_far(inputs, rounds), ask)
+    announce(f"> reference: a second model, {folder or 'with the weights of the start'}")
+    return ModelReference(_second_model(inputs, chunks, placement), ask)
+
+
+def _base(inputs: Inputs) -> "_Base | None":
+    """The checkpoint that --finetune took the run's first weights from; collective."""
+    return None if inputs.identity.finetuned_from is None else on_rank_0(lambda: _base_of_finetuning(inputs))
+
+
+def _with_weights_of_start(inputs: Inputs, chunks: Sequence[LlamaModel], base: "_Base | None") -> Sequence[LlamaModel]:
+    """``chunks``, filled where they don't hold the weights that the run started from; collective."""
+    if base is not None and inputs.resumes:
+        on_rank_0(lambda: _check_base(inputs, base))
+        load_checkpoint_weights(base.checkpoint, chunks)
+    return chunks
 
 
 @dataclass(frozen=True, kw_only=True)
