@@ -13,7 +13,7 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -346,7 +346,8 @@ def _connect_schedules(config: Any, wrapped: Sequence[DistributedDataParallel], 
         return functions[0] if len(functions) == 1 else functions
 
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_gradients
+    has_adapters = wrapped[0].module.shape.adapters is not None
+    config.finalize_model_grads_func = finalize_gradients if has_adapters else finalize_model_grads
     ddp_config = wrapped[0].ddp_config
     # param_sync_func stays unset: each chunk's own hooks start the next gather, bucket by bucket.
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
