@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 
 from hft_megatron.cli.boundary import StatusFolder, show
 from hft_megatron.config.declared import check_bounds
-from hft_megatron.conversion.merge_inputs import MergeFolders, check_folders
+from hft_megatron.conversion.merge_inputs import MergeFolders, check_folders, place_of
 from hft_megatron.errors import UserError
 
 
@@ -52,6 +52,6 @@ def _check_path(options: AverageOptions) -> None:
     for coefficient in options.path:
         if not 0 <= coefficient <= 1:
             raise UserError(f"--path {coefficient:g}: every coefficient must be a number between 0 and 1.")
-        if f"{coefficient:g}" in names:
+        if place_of(coefficient) in names:
             raise UserError(f"--path has {coefficient:g} twice, and it names a folder; give it once.")
-        names.add(f"{coefficient:g}")
+        names.add(place_of(coefficient))

@@ -108,3 +108,8 @@ def _differences(tuned_folder: str, tuned: ModelShape, base_folder: str, base: M
             )
         notes.append(f"{HF_CONFIG_FILE} has {key} {value!r} in --tuned, which is kept, and {theirs[key]!r} in --base")
     return tuple(notes)
+
+
+def place_of(coefficient: float) -> str:
+    """The name of a coefficient's folder on a path of averages: ``0.25``."""
+    return f"{coefficient:g}"

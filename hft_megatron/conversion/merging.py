@@ -17,7 +17,7 @@ from torch import Tensor
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.kept_files import NewFolder, keep_files
 from hft_megatron.conversion.load import check_weights
-from hft_megatron.conversion.merge_inputs import MergeInputs
+from hft_megatron.conversion.merge_inputs import MergeInputs, place_of
 from hft_megatron.conversion.save import Announce
 from hft_megatron.conversion.shard_writer import ShardWriter
 from hft_megatron.conversion.weight_files import notes_on_folder
@@ -100,11 +100,6 @@ def average_path(inputs: MergeInputs, coefficients: Sequence[float], announce: A
     assert len(places) == len(coefficients)
     _average(inputs, places, announce)
     announce(f"average: {inputs.output} has base + c x (tuned - base) for c in {', '.join(places)}, a folder for each")
-
-
-def place_of(coefficient: float) -> str:
-    """The name of a coefficient's folder on a path: ``0.25``."""
-    return f"{coefficient:g}"
 
 
 def _average(inputs: MergeInputs, places: Mapping[str, float], announce: Announce) -> None:
