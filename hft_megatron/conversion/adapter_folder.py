@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,15 +21,14 @@ from hft_megatron.config.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import sync
 from hft_megatron.conversion.kept_files import NewFolder
-from hft_megatron.conversion.save import Announce, gathered_weights
-from hft_megatron.errors import RunFailed, UserError
+from hft_megatron.conversion.save import Announce, gathered_weights, write_on_rank_0
+from hft_megatron.errors import UserError
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
 from hft_megatron.model.parameters import local_slice, parameter_slots
 from hft_megatron.parallel.consensus import together
 from hft_megatron.parallel.groups import Placement
-from hft_megatron.parallel.meeting import wait_for_all_ranks
 
 _A, _B = ADAPTER_PARTS
 
@@ -75,21 +73,16 @@ def export_adapter(
     ``base`` is the Hugging Face folder of the model that they belong to. Raises RunFailed on every rank where rank 0
     can't write.
     """
-    assert shape.adapters is not None
+    adapters = shape.adapters
+    assert adapters is not None
     wholes = gathered_weights(chunks, shape, placement, only_adapters=True)
-    reasons: list[str | None] = [None]
-    if placement.rank == 0:
-        try:
-            _write(destination, {peft_name(unit): whole.contiguous() for unit, whole in wholes}, shape.adapters, base)
-        except (OSError, SafetensorError) as error:
-            reasons = [f"the adapter in {destination.target} can't be written: {error}"]
-    # After a failure the others still send what they hold.
-    for _ in wholes:
-        assert placement.rank == 0, "only rank 0 is given tensors"
-    wait_for_all_ranks()
-    dist.broadcast_object_list(reasons, src=0)
-    if reasons[0] is not None:
-        raise RunFailed(reasons[0])
+    write_on_rank_0(
+        lambda: _write(destination, {peft_name(unit): whole.contiguous() for unit, whole in wholes}, adapters, base),
+        wholes,
+        placement,
+        what=f"the adapter in {destination.target}",
+        caught=(OSError, SafetensorError),
+    )
     announce(f"exported the adapter to {destination.target} in PEFT's format")
 
 

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hft_megatron.config.model_shape import ModelShape, load_hf_config
 from hft_megatron.config.run_folder import same_folder, sync
 from hft_megatron.conversion.adapter_folder import merged
 from hft_megatron.conversion.kept_files import Destination, keep_files
-from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_weights
+from hft_megatron.conversion.save import Announce, ExportRules, gathered_weights, write_on_rank_0, write_weights
 from hft_megatron.data.chat import end_token_ids
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILES
-from hft_megatron.errors import RunFailed, UserError
+from hft_megatron.errors import UserError
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.parallel.groups import Placement
-from hft_megatron.parallel.meeting import wait_for_all_ranks
 
 
 def export_folder(
@@ -39,19 +37,13 @@ def export_folder(
     """
     run_dtype = next(chunks[0].parameters()).dtype
     wholes = merged(gathered_weights(chunks, shape, placement), shape)
-    reasons: list[str | None] = [None]
-    if placement.rank == 0:
-        try:
-            export_tensors(destination, wholes, shape.base, run_dtype, rules, tokenizer, announce)
-        except (OSError, UserError) as error:
-            reasons = [f"the export to {destination.target} can't be written: {error}"]
-    # After a failure the others still send what they hold.
-    for _ in wholes:
-        assert placement.rank == 0, "only rank 0 is given tensors"
-    wait_for_all_ranks()
-    dist.broadcast_object_list(reasons, src=0)
-    if reasons[0] is not None:
-        raise RunFailed(reasons[0])
+    write_on_rank_0(
+        lambda: export_tensors(destination, wholes, shape.base, run_dtype, rules, tokenizer, announce),
+        wholes,
+        placement,
+        what=f"the export to {destination.target}",
+        caught=(OSError, UserError),
+    )
 
 
 def export_tensors(

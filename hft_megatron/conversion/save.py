@@ -13,6 +13,7 @@ from torch import Tensor
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.shard_writer import MAX_SHARD_BYTES, ShardWriter
+from hft_megatron.errors import RunFailed
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.parameter_names import whole_shape
@@ -121,6 +122,34 @@ def gathered_weights(
             here, whole = whole.cpu(), None
             yield unit, here
             del here
+
+
+def write_on_rank_0(
+    write: Callable[[], object],
+    wholes: Iterable[tuple[str, Tensor]],
+    placement: Placement,
+    *,
+    what: str,
+    caught: tuple[type[Exception], ...],
+) -> None:
+    """Calls ``write`` on rank 0, which takes ``gathered_weights`` one by one; every rank must call it.
+
+    Raises RunFailed on every rank, with ``what`` as the subject, where it raises one of ``caught``; no rank waits for
+    the writing in a collective.
+    """
+    reasons: list[str | None] = [None]
+    if placement.rank == 0:
+        try:
+            write()
+        except caught as error:
+            reasons = [f"{what} can't be written: {error}"]
+    # After a failure the others still send what they hold.
+    for _ in wholes:
+        assert placement.rank == 0, "only rank 0 is given tensors"
+    wait_for_all_ranks()
+    dist.broadcast_object_list(reasons, src=0)
+    if reasons[0] is not None:
+        raise RunFailed(reasons[0])
 
 
 def _is_tied_copy(slot: ParameterSlot, shape: ModelShape) -> bool:
