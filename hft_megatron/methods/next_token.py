@@ -1,7 +1,7 @@
 """Fine-tuning and pre-training: next-token cross-entropy over trained tokens, divided by their number in the global
 batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,11 @@ def segment_lengths(micro_batch: MicroBatch) -> list[int]:
         return lengths
     rows, length = micro_batch["loss_mask"].shape
     return [length] * rows
+
+
+def segment_sums(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(n,) -> (segments,), the sum of each. Of slices: adding by index is not deterministic on CUDA."""
+    return torch.stack([segment.sum() for segment in values.split(list(lengths))])
 
 
 LOSS_AND_TOKENS = "loss and tokens"

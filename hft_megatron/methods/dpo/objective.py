@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hft_megatron.config.derived import averages_log_probs
 from hft_megatron.config.dpo import DpoConfig, PreferenceLoss
-from hft_megatron.methods.next_token import forward, segment_lengths
+from hft_megatron.methods.next_token import forward, segment_lengths, segment_sums
 from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.method import LossFunction, MicroBatch, Objective
 
@@ -57,10 +57,8 @@ def answer_log_probs(token_losses: Tensor, micro_batch: MicroBatch) -> tuple[Ten
     """
     lengths = segment_lengths(micro_batch)
     mask = micro_batch["loss_mask"].to(token_losses.device, torch.float64).flatten()
-    log_probs = (-token_losses.double().flatten() * mask).split(lengths)
-    # Sums of slices: adding by index is not deterministic on CUDA.
-    sums = torch.stack([segment.sum() for segment in log_probs])
-    tokens = torch.stack([segment.sum() for segment in mask.split(lengths)])
+    sums = segment_sums(-token_losses.double().flatten() * mask, lengths)
+    tokens = segment_sums(mask, lengths)
     answers = micro_batch["answers"].to(token_losses.device)
     return sums[answers], tokens[answers]
 

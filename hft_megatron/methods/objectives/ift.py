@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hft_megatron.config.objectives import ObjectivesConfig
 from hft_megatron.data.batches import StepBatch
-from hft_megatron.methods.next_token import NEXT_TOKEN, forward, segment_lengths
+from hft_megatron.methods.next_token import NEXT_TOKEN, forward, segment_lengths, segment_sums
 from hft_megatron.methods.objectives.last_hidden import look_at_hidden_states, model_of
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.model.readout import Readout
@@ -98,7 +98,7 @@ def intuitive_loss(
     following = discounted_sums(losses, lengths, options.ift_gamma) * mask
     if options.ift_weights == "detached":
         following = following.detach()
-    products, sums, tokens = (_sums(values, lengths) for values in (losses * following, following, mask))
+    products, sums, tokens = (segment_sums(values, lengths) for values in (losses * following, following, mask))
     # Where all tokens are certain both sums are 0, and so is the loss.
     loss = (products / sums.clamp_min(torch.finfo(torch.float64).tiny)).sum()
     examples = (tokens > 0).sum()
@@ -120,11 +120,6 @@ def discounted_sums(values: Tensor, lengths: Sequence[int], gamma: float) -> Ten
         values = values + gamma**reach * F.pad(ahead, (0, reach))
         reach *= 2
     return values
-
-
-def _sums(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(n,) -> (segments,). Of slices: adding by index is not deterministic on CUDA."""
-    return torch.stack([segment.sum() for segment in values.split(list(lengths))])
 
 
 def measure(reports: list[dict[str, Tensor]], group: dist.ProcessGroup, device: Any) -> dict[str, float]:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hft_megatron.data.batches import StepBatch
-from hft_megatron.methods.next_token import NEXT_TOKEN, forward, segment_lengths
+from hft_megatron.methods.next_token import NEXT_TOKEN, forward, segment_lengths, segment_sums
 from hft_megatron.methods.objectives.last_hidden import BASE_HIDDEN, model_of
 from hft_megatron.model.head import Beside, ComparedModel, TokenValues
 from hft_megatron.model.llama import LlamaModel
@@ -159,12 +159,7 @@ def mean_losses(token_losses: Tensor, micro_batch: MicroBatch) -> Tensor:
     where none is trained."""
     mask = micro_batch["loss_mask"].to(token_losses.device, torch.float64).flatten()
     lengths = segment_lengths(micro_batch)
-    # Sums of slices: adding by index is not deterministic on CUDA.
-    sums, tokens = (
-        torch.stack([segment.sum() for segment in values.split(lengths)])
-        for values in (token_losses.double().flatten() * mask, mask)
-    )
-    return sums / tokens
+    return segment_sums(token_losses.double().flatten() * mask, lengths) / segment_sums(mask, lengths)
 
 
 def median_over_ranks(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
