@@ -2,12 +2,16 @@
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.corpora import random_documents, write_corpus
 from tests.support.forked import REPOSITORY
@@ -142,8 +146,17 @@ class Sandbox:
         """The text with folders of its own, and the models that it names there."""
         for name in re.findall(r"/models/([\w.-]+)", text):
             if not (self.root / "models" / name).exists():
-                (self.root / "models" / name).symlink_to(self._tiny / "model")
+                self._stand_in(self.root / "models" / name)
         return _ROOTS.sub(lambda match: f"{self.root}/{match[1]}", text)
+
+    def _stand_in(self, folder: Path) -> None:
+        """A model in ``folder``, whose weights are near those of the page's other models."""
+        others = sum(1 for _ in folder.parent.iterdir())
+        shutil.copytree(self._tiny / "model", folder)
+        noise = torch.Generator().manual_seed(others)
+        weights = load_file(folder / "model.safetensors")
+        moved = {name: each + others * 1e-3 * torch.randn(each.shape, generator=noise) for name, each in weights.items()}
+        save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _environment(self, manner: Manner) -> dict[str, str]:
         bins = [self.root / "bin" / name for name in (["check"] if manner == "check" else []) + ["stub", "plain"]]
