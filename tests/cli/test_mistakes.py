@@ -132,7 +132,7 @@ MISTAKES = [
         "--kl-reference precompute keeps a number for each answer",
         "choose shared or model",
     ),
-    (1, f"{GOOD} --kl-reference model", "nothing is compared with them; leave it out, or add --kl-to-base 0.1"),
+    (1, f"{GOOD} --kl-reference model", "the first weights for --kl-to-base, which is 0; leave it out, or add"),
     (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of --objective ift", "this is dft"),
     (1, f"{GOOD} --objective ift", "gives the input embedding no gradient", "add --hft-freeze-embedding"),
     (
