@@ -17,7 +17,7 @@ ROUNDS, STEPS_PER_ROUND = 6, 3
 GROWTH = 1.05
 """Of the memory that torch reserves, from the second round to the last."""
 SWITCH = "round switch time (ms)"
-SAVED = re.compile(r"([\d,.]+) MB in ([\d,]+) ms, training stood still for ([\d,]+) ms")
+SAVED = re.compile(r"([\d,.]+) MB in ([\d,]+) ms, training paused for ([\d,]+) ms")
 
 
 def rounds(site: Site) -> dict[str, Any]:
