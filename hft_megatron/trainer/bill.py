@@ -19,7 +19,7 @@ from hft_megatron.costs.flops import FORMULA, StepFlops, step_flops
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.step_clock import OTHER, SECTIONS
-from hft_megatron.report.bill import bill_line, render_bill
+from hft_megatron.report.bill import FROZEN_STATE, bill_line, render_bill
 from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.run import Run
@@ -115,8 +115,6 @@ STEP = "step"
 SUMS = ("reduced", "gathered", "wire")
 """Bytes that the bill adds up over the steps: of the buffers that are summed and filled, and those that a rank sends to
 others."""
-FROZEN_STATE = "resting"
-"""Key in bill.json of the state of frozen units in host memory: their name in earlier versions."""
 HELD = ("gradients", "masters", "moments", FROZEN_STATE)
 """Bytes held after a step, whose peak is in the bill: of a rank over all rounds, and of all ranks in one round."""
 

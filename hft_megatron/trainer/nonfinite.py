@@ -89,7 +89,7 @@ def check_weights(run: Run) -> None:
 
 def _weights_are_lost(run: Run) -> str:
     folder = run.config.checkpoint.save
-    kept = "" if folder is None else f" (of the checkpoints, {newest_in_words(folder)})"
+    kept = "" if folder is None else f" ({newest_in_words(folder)})"
     return f"resume from a checkpoint of an earlier iteration{kept}, with a lower --lr."
 
 

@@ -210,7 +210,7 @@ class StopEarly(Hook):
         if failure is None:
             return
         if self._saver is not None:
-            failure += f"; of the checkpoints, {newest_in_words(str(self._saver.options.save))}."
+            failure += f"; {newest_in_words(str(self._saver.options.save))}."
         raise RunFailed(failure)
 
     def _time_is_up(self) -> bool:

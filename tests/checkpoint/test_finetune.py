@@ -151,7 +151,7 @@ def test_without_a_checkpoint_to_take_weights_from_nothing_starts(
 
 
 CARRIED = {
-    "dp2 bf16, all of them": ["--bf16", "--hft-resting-moments", "host"],
+    "dp2 bf16, all of them": ["--bf16", "--hft-frozen-moments", "host"],
     # One norm's, of which the first stage has nothing.
     "pp2, few": [
         *("--no-bf16", "--pipeline-model-parallel-size", "2", "--hft-rotation", "complementary"),

@@ -24,7 +24,7 @@ from hft_megatron.costs.step_time import StepTimeModel
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.report.plan import make_report
-from hft_megatron.report.plan_picture import RESTS, ROUND_COLOURS, strip, unit_boxes
+from hft_megatron.report.plan_picture import FROZEN, ROUND_COLOURS, strip, unit_boxes
 from hft_megatron.report.plan_text import report_text
 from tests.cli.conftest import SHAPE
 
@@ -250,7 +250,7 @@ def test_the_picture_colours_what_trains_in_a_round_and_greys_what_rests(plan: R
         for unit, box in boxes.items():
             for index, one in enumerate(drawn):
                 left, top, right, bottom = strip(box, index, 3)
-                expected = ROUND_COLOURS[index] if one.trains(unit) else RESTS
+                expected = ROUND_COLOURS[index] if one.trains(unit) else FROZEN
                 corners = [(left, top), (right - 1, bottom - 1)]
                 assert [image.getpixel(corner) for corner in corners] == [expected] * 2, (unit, index)
     assert boxes["lm_head"][1] > boxes["model.norm"][1] > boxes["model.layers.7.mlp.up_proj"][1]

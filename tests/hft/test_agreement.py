@@ -62,7 +62,7 @@ def test_equal_plans_pass(ranks: RankPools) -> None:
 
 def test_a_tampered_rank_of_two_is_named_with_host_coordinates_and_unit_on_both_ranks(ranks: RankPools) -> None:
     messages = check(ranks, 2, rank=1)
-    here, there = ("trains", "rests")
+    here, there = ("trainable", "frozen")
     if make_plan(SHAPE, HFTConfig(), default_seed=0).trains(UNIT):
         here, there = there, here
     assert messages[0] == messages[1]

@@ -91,12 +91,12 @@ def test_patterns_are_shell_patterns_over_names_with_or_without_weight(pattern: 
         (
             {"train": "model.norm,model.layers.1.*", "freeze": "*.q_proj"},
             "--hft-train model.layers.1.* and --hft-freeze *.q_proj both match model.layers.1.self_attn.q_proj: "
-            "a unit either always trains or always rests; narrow one of the two.",
+            "but a unit cannot always train and stay frozen; narrow one of the two.",
         ),
         (
             {"train": "model.*", "freeze_embedding": True},
             "--hft-train model.* and --hft-freeze-embedding both match model.embed_tokens: "
-            "a unit either always trains or always rests; narrow one of the two.",
+            "but a unit cannot always train and stay frozen; narrow one of the two.",
         ),
         (
             {"freeze": "*"},

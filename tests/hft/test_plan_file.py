@@ -73,7 +73,7 @@ def trains(value: Any) -> Callable[[dict[str, Any]], object]:
         ),
         (
             lambda record: [row["trains"].__setitem__(1, False) for row in record["units"]],
-            "rests every unit in round 1, so nothing would train",
+            "freezes every unit in round 1, so nothing would train",
         ),
         (lambda record: record.update(rounds=[0, 1, "2"]), "has rounds [0, 1, '2'], which must be a list of round"),
     ],

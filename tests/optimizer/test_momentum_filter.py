@@ -79,13 +79,13 @@ def run_beside_the_rule(folder: str, layout: dict[str, Any], ratio: float, bf16:
             decay = OPTIMIZER.weight_decay
             if first.dim() == 1:
                 kept, decay = torch.ones_like(kept), 0.0
-            resting = before[unit][0] * (1 - rate * decay)
+            frozen = before[unit][0] * (1 - rate * decay)
             root = second.sqrt() / (1 - betas[1] ** count) ** 0.5 + OPTIMIZER.adam_eps
-            expected = torch.where(kept, resting - rate / (1 - betas[0] ** count) * first / root, resting)
-            assert torch.equal(after[~kept], resting[~kept]), unit
-            assert torch.equal(after != resting, kept & (first != 0)), unit
+            expected = torch.where(kept, frozen - rate / (1 - betas[0] ** count) * first / root, frozen)
+            assert torch.equal(after[~kept], frozen[~kept]), unit
+            assert torch.equal(after != frozen, kept & (first != 0)), unit
             assert float((after - expected).abs().max()) < 1e-6, unit
-            moved.setdefault(unit, []).append(float((after != resting).double().mean()))
+            moved.setdefault(unit, []).append(float((after != frozen).double().mean()))
     return moved
 
 

@@ -102,7 +102,7 @@ def test_fifty_switches_leave_memory_where_two_left_it(ranks: RankPools, folder:
 
 def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
     """Bytes alive before a switch and where it clones the first weight, and what went to host memory meanwhile."""
-    resting = {"hft_resting_moments": "host"} if moments == "carry" else {}
+    resting = {"hft_frozen_moments": "host"} if moments == "carry" else {}
     run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", **resting)
     take_steps(run, 2)
     shards, plan = run.wrapped.shards, run.wrapped.plan
@@ -126,7 +126,7 @@ def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
     with patch.object(torch.Tensor, "clone", look), patch.object(carried, "in_host_memory", count):
         begin_round(run, 1)
     answer["at the first clone"] = at_clone[0]
-    answer["resting"] = run.wrapped.resting.bytes
+    answer["resting"] = run.wrapped.frozen.bytes
     answer["go on"] = len(plan.training & run.wrapped.plan.training)
     return answer
 

@@ -222,7 +222,7 @@ def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_rested_on_t
         "--train-iters",
         6,
     ]
-    hift = ["--hft-selection", "hift", "--hft-ratio", 0.3, "--hft-moments", "carry", "--hft-resting-moments", "host"]
+    hift = ["--hft-selection", "hift", "--hft-ratio", 0.3, "--hft-moments", "carry", "--hft-frozen-moments", "host"]
     save = tmp_path / "run"
     ranks(2).run(run_sft_words, words=words_for(inputs, *options, *hift, "--save", save))
     bill = json.loads((save / "bill.json").read_text())

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[int, str, torch.dtype, list[str]]] = {
         2,
         "gqa",
         torch.float32,
-        ["--bf16", *ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"],
+        ["--bf16", *ROUNDS, "--hft-moments", "carry", "--hft-frozen-moments", "host"],
     ),
     "tp2 bf16, trained weights only": (2, "gqa", torch.float16, [*TP2, "--bf16", "--save-trained-only"]),
     "dp2 bf16, trained weights of rounds only": (

@@ -54,7 +54,7 @@ def bf16_and_audit(site: Site) -> dict[str, Any]:
     with _writing_to_a_resting_weight():
         refused = run(site, "sft", *words, "--bf16", *SHORT, exit_code=1)
     expect(
-        "the audit found 1 resting shard changed" in refused.said, f"the audit missed a change: {refused.said[-600:]}"
+        "the audit found that 1 frozen shard changed" in refused.said, f"the audit missed a change: {refused.said[-600:]}"
     )
     return {"bf16 off by": far, "resting matrices": rests}
 
