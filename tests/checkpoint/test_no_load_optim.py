@@ -29,7 +29,7 @@ def stopped_at(ranks: RankPools, words: list[str], folder: Path, iteration: int)
 
 
 def going_on(ranks: RankPools, words: list[str], folder: Path, *options: str) -> list[dict[str, Any]]:
-    """What the ranks give that go on from a copy of ``folder``."""
+    """Results of ranks that resume from a copy of ``folder``."""
     copy = folder.with_name(f"{folder.name}-{len(list(folder.parent.iterdir()))}")
     shutil.copytree(folder, copy)
     found: list[dict[str, Any]] = ranks(2).run(

@@ -50,7 +50,7 @@ def test_general_ability_is_in_the_table_where_it_was_measured() -> None:
         matrix.put(after, name, Cell(value=value, examples=10))
     assert matrix_text(matrix.contents()).splitlines()[-2:] == [
         "  OP 90, BWT 0 (over T), - (over T - 1), T = 1",
-        "  general ability -2.5, the mean of what is on the scale of 0 to 100",
+        "  general ability -2.5, the mean over scores from 0 to 100",
     ]
 
 

@@ -192,7 +192,7 @@ class _Optimizer:
         self._training: frozenset[str] = frozenset()
 
     def begin_round(self, plan: Plan, *, is_first: bool) -> None:
-        """Moments and masters of what goes on training live on where they are carried, of what rests where kept."""
+        """Moments and masters of units that continue to train survive where carried, of frozen ones where kept."""
         hft = self._config.hft
         for unit, parameter in self._named.items():
             goes_on = unit in self._training and plan.trains(unit)
