@@ -22,7 +22,7 @@ class Adapters:
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """Factor of B A x."""
         return self.alpha / self.rank
 
     def __str__(self) -> str:

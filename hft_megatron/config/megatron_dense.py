@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that scripts of dense models carry, one by one: what is done anyway, and what can't be had.
+"""Megatron-LM's flags in scripts of dense models, one by one: those without effect here, and those not supported.
 
 Those that are options here have no row. ``megatron_others`` has the families that no LLaMA needs.
 """
@@ -351,4 +351,4 @@ DENSE = (
         ),
     ),
 )
-"""By what they are about."""
+"""Sections, by topic."""

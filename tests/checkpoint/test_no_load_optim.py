@@ -15,7 +15,7 @@ from tests.support.runs import make_inputs, run_sft_words, words_for
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 ROUNDS = ["--hft-round-interval", "3"]
-KEPT = [*ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"]
+KEPT = [*ROUNDS, "--hft-moments", "carry", "--hft-frozen-moments", "host"]
 ANEW = "--no-load-optim"
 
 
@@ -29,7 +29,7 @@ def stopped_at(ranks: RankPools, words: list[str], folder: Path, iteration: int)
 
 
 def going_on(ranks: RankPools, words: list[str], folder: Path, *options: str) -> list[dict[str, Any]]:
-    """What the ranks give that go on from a copy of ``folder``."""
+    """Results of ranks that resume from a copy of ``folder``."""
     copy = folder.with_name(f"{folder.name}-{len(list(folder.parent.iterdir()))}")
     shutil.copytree(folder, copy)
     found: list[dict[str, Any]] = ranks(2).run(
@@ -72,7 +72,7 @@ def test_moments_of_frozen_units_are_gone_too_and_another_layout_takes_the_same_
     assert set(steps[1].values()) == {2}
     assert steps[2] == steps[1]
     assert len(steps[1]) < len(steps[0])
-    assert not any(name.startswith("resting.") for name in anew[0]["state"])
+    assert not any(name.startswith("frozen.") for name in anew[0]["state"])
     for one, other in zip(anew[0]["steps"], elsewhere[0]["steps"], strict=True):
         assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
 

@@ -55,8 +55,8 @@ def test_a_run_that_dies_while_saving_goes_on_from_the_newest_complete_checkpoin
     assert newest is not None
     assert newest.name == f"iter_{left:07d}"
     [resumed] = ranks(1).run(run_sft_words, words=saved)
-    skipped = [line for line in resumed["said"] if "is skipped: it is not complete" in line]
-    behind = [line for line in resumed["said"] if "is newer than iteration 2" in line]
+    skipped = [line for line in resumed["said"] if "skipping" in line and "it is incomplete" in line]
+    behind = [line for line in resumed["said"] if "is complete and newer than iteration 2" in line]
     assert (len(skipped), len(behind)) == ((1, 0) if left == 2 else (0, 1))
     assert resumed["steps"] == whole["steps"][left:]
     assert resumed["state"] == whole["state"]

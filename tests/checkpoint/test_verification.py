@@ -29,11 +29,11 @@ def garble(file: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "a flipped bit in a shard": ("__1_0.distcp", flip_a_bit, "is not what was saved (sha256"),
+    "a flipped bit in a shard": ("__1_0.distcp", flip_a_bit, "is not as it was saved (sha256"),
     "a shard cut short": ("__0_0.distcp", cut, "were saved"),
     "a missing shard": ("__1_0.distcp", Path.unlink, "is missing"),
-    "a flipped bit in the index": (".metadata", flip_a_bit, "is not what was saved (sha256"),
-    "a flipped bit in the position": ("train_state.json", flip_a_bit, "is not what was saved (sha256"),
+    "a flipped bit in the index": (".metadata", flip_a_bit, "is not as it was saved (sha256"),
+    "a flipped bit in the position": ("train_state.json", flip_a_bit, "is not as it was saved (sha256"),
     "a position cut short": ("train_state.json", cut, "were saved"),
     "a missing position": ("train_state.json", Path.unlink, "is missing"),
     "an unreadable file": ("common.pt", lambda file: (file.unlink(), file.symlink_to(file)), "can't be read ("),
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file_and_the_newest_goo
     assert first == second, "every rank must come to the same end"
     assert f"--load {run}: {run / 'iter_0000004' / file} " in first
     assert said in first
-    assert first.endswith("the newest good checkpoint is iter_0000002: add --load-fallback to go on from it.")
+    assert first.endswith("the newest intact checkpoint is iter_0000002: add --load-fallback to resume from it.")
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 
@@ -116,8 +116,8 @@ def test_a_checkpoint_that_the_tracker_names_and_that_is_gone_is_damage_too(
     run = shutil.copytree(saved, tmp_path / "run")
     shutil.rmtree(run / "iter_0000004")
     [said, _] = ranks(2).run(run_refused, words=going_on(words, run))
-    assert "iter_0000004 is not there, but latest_checkpointed_iteration.txt names it" in said
-    assert "the newest good checkpoint is iter_0000002" in said
+    assert "iter_0000004, which latest_checkpointed_iteration.txt names, does not exist" in said
+    assert "the newest intact checkpoint is iter_0000002" in said
 
 
 def test_a_run_folder_without_its_identity_is_refused(
@@ -127,7 +127,7 @@ def test_a_run_folder_without_its_identity_is_refused(
     run = shutil.copytree(saved, tmp_path / "run")
     (run / "run_identity.json").unlink()
     [said, _] = ranks(2).run(run_refused, words=going_on(words, run))
-    assert "run_identity.json, which says what run its checkpoints are of, can't be read" in said
+    assert "run_identity.json, the identity of the run, cannot be read" in said
 
 
 def test_where_no_checkpoint_is_good_no_fallback_is_offered(
@@ -137,4 +137,4 @@ def test_where_no_checkpoint_is_good_no_fallback_is_offered(
     for path in (run / "iter_0000002", run / "iter_0000004"):
         flip_a_bit(path / "common.pt")
     [said, _] = ranks(2).run(run_refused, words=[*going_on(words, run), "--load-fallback"])
-    assert said.endswith("no older checkpoint there is good; copy it again, or give another folder.")
+    assert said.endswith("there is no older intact checkpoint; copy the folder again, or give another one.")

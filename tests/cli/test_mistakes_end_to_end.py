@@ -323,7 +323,7 @@ def test_a_run_whose_checkpoints_were_discarded_is_neither_begun_again_nor_taken
     message = mistake_of(
         [*command, "--load", str(saved_run), "--save", str(saved_run.with_name(name)), *others], capsys
     )
-    assert f"--load {saved_run} holds a task that is over, whose checkpoints --continual-discard deleted" in message
+    assert f"--load {saved_run} holds a finished task whose checkpoints --continual-discard has deleted" in message
 
 
 @pytest.mark.usefixtures("no_weights_needed")

@@ -68,7 +68,7 @@ def test_every_option_that_fixes_the_plans_is_part_of_the_identity() -> None:
     assert identity().to_dict().keys() >= {*CHOICE_OF_UNITS, "hft_plan_digest"}
     assert identity().options.keys() == {
         *(name for name in CHOICE_OF_UNITS if name != "hft_seed"),
-        *("hft_round_interval", "hft_moments", "hft_resting_moments"),
+        *("hft_round_interval", "hft_moments", "hft_frozen_moments"),
         *("rampup_batch_size", "accumulate_allreduce_grads_in_fp32", "reset_attention_mask", "eod_mask_loss"),
         *("packing", "packing_algorithm", "packing_window"),
         *("dpo_loss", "dpo_beta", "dpo_label_smoothing", "dpo_sft_weight"),

@@ -20,7 +20,7 @@ from tests.costs.test_rank_costs import SHAPE
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run
-from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SECOND, SELECTIVE, UNIFORM
+from tests.trainer.test_frozen_bottom import BLOCK, EMBEDDING, FIRST, SECOND, SELECTIVE, UNIFORM
 
 LLAMA2_7B = ModelShape(
     num_layers=32,

@@ -19,7 +19,7 @@ from tests.support.probe import cost_model
 from tests.support.shapes import tiny_shape
 from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, make_run
-from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SELECTIVE, UNIFORM
+from tests.trainer.test_frozen_bottom import BLOCK, EMBEDDING, FIRST, SELECTIVE, UNIFORM
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 4}
 LLAMA_70B = ModelShape(

@@ -62,11 +62,11 @@ EARLY = [
     ("--tasks tasks.yaml", "--model is missing: name a Hugging Face folder or the --save folder of a run."),
     ("--model model", "--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml."),
     ("--model model --tasks absent.yaml", "--tasks absent.yaml"),
-    ("--model model model --tasks tasks.yaml", "--model model is there twice; name every model once."),
+    ("--model model model --tasks tasks.yaml", "--model model is given twice; name every model once."),
     ("--model absent --tasks tasks.yaml", "--model absent has neither config.json"),
     ("--model empty --tasks tasks.yaml", "--model empty has neither config.json (a Hugging Face folder) nor run_id"),
     ("--model weightless --tasks tasks.yaml", "--model weightless"),
-    ("--model model --base model --task-names texts", "--task-names texts needs --tasks, whose names they are"),
+    ("--model model --base model --task-names texts", "--task-names texts needs --tasks, the file of the tasks"),
     ("--model model --tasks tasks.yaml --task-names textes", "--task-names textes: --tasks tasks.yaml has no such tas"),
     ("--model model --tasks tasks.yaml --limit 0", "--limit 0"),
     ("--model model --tasks tasks.yaml --batch-size 0", "--batch-size 0"),
@@ -88,14 +88,14 @@ EARLY = [
         "--compare there.json absent.json",
         "there.json is not a result file of `hft-megatron evaluate --ta",
     ),
-    ("--compare there.json there.json --limit 3", "--limit 3 can't be given with --compare"),
+    ("--compare there.json there.json --limit 3", "--limit 3 cannot be used with --compare"),
     (
         "--model model --tasks tasks.yaml --frontier-learning loss",
-        "--frontier-learning loss can't be given with --tasks",
+        "--frontier-learning loss cannot be used with --tasks",
     ),
     ("--model model --base absent --tasks tasks.yaml", "--base absent has neither config.json"),
     ("--model model --base small --tasks tasks.yaml", "can't be compared weight by weight"),
-    ("--compare there.json there.json --model model", "--model model can't be given with --compare"),
+    ("--compare there.json there.json --model model", "--model model cannot be used with --compare"),
 ]
 
 
@@ -182,13 +182,13 @@ def test_a_run_without_a_good_checkpoint_is_one_sentence(
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     for answer in ranks(2).run(run_evaluate, words=words):
-        assert f"--model {run}: {weights} is not what was saved (sha256 " in answer["mistake"]
+        assert f"--model {run}: {weights} is not as it was saved (sha256 " in answer["mistake"]
         assert answer["mistake"].endswith("; evaluate another checkpoint, or copy this one again.")
     position = run / "iter_0000001" / POSITION_FILE
     position.write_text(position.read_text().replace("1", "2", 1))
     older = words_of(folder / "tasks.yaml", tmp_path / "out" / "results.json", run / "iter_0000001")
     for answer in ranks(2).run(run_evaluate, words=older):
-        assert f"{position} is not what was saved (sha256 " in answer["mistake"]
+        assert f"{position} is not as it was saved (sha256 " in answer["mistake"]
     position.write_text(position.read_text().replace("iteration", "lteration", 1))
     assert f"--model {run}: iter_0000001/{POSITION_FILE} can't be read (" in mistake_of(older, capsys)
     (run / "iter_0000001" / DIGESTS_FILE).unlink()

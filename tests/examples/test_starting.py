@@ -156,7 +156,7 @@ def test_a_run_that_lasts_as_long_as_it_may_reports_3_and_one_that_loses_a_rank_
     assert code == 3, errors
     iteration = (tmp_path / "late" / "latest_checkpointed_iteration.txt").read_text().strip()
     assert errors.rstrip().endswith(
-        f"hft-megatron: --exit-duration-in-mins 0.05 stopped the run at iteration {iteration}; start it again with "
+        f"hft-megatron: --exit-duration-in-mins 0.05 stopped the run at iteration {iteration}; resume it with "
         f"--load {tmp_path / 'late'}"
     )
 

@@ -90,21 +90,21 @@ def test_patterns_are_shell_patterns_over_names_with_or_without_weight(pattern: 
         ),
         (
             {"train": "model.norm,model.layers.1.*", "freeze": "*.q_proj"},
-            "--hft-train model.layers.1.* and --hft-freeze *.q_proj both match model.layers.1.self_attn.q_proj: "
-            "a unit either always trains or always rests; narrow one of the two.",
+            "--hft-train model.layers.1.* and --hft-freeze *.q_proj both match model.layers.1.self_attn.q_proj, "
+            "but a unit cannot always train and stay frozen; narrow one of the two.",
         ),
         (
             {"train": "model.*", "freeze_embedding": True},
-            "--hft-train model.* and --hft-freeze-embedding both match model.embed_tokens: "
-            "a unit either always trains or always rests; narrow one of the two.",
+            "--hft-train model.* and --hft-freeze-embedding both match model.embed_tokens, "
+            "but a unit cannot always train and stay frozen; narrow one of the two.",
         ),
         (
             {"freeze": "*"},
-            "--hft-ratio 0.5 with these freezes leaves nothing to train in round 0; raise the ratio or freeze less.",
+            "--hft-ratio 0.5 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer units.",
         ),
         (
             {"selection": "hift", "ratio": 0.0, "freeze_embedding": True},
-            "--hft-ratio 0.0 with these freezes leaves nothing to train in round 0; raise the ratio or freeze less.",
+            "--hft-ratio 0.0 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer units.",
         ),
     ],
 )

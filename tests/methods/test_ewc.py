@@ -272,7 +272,7 @@ def test_what_one_layout_has_measured_holds_another_and_a_loss_of_it_is_told(
     [file, *_] = sorted(fisher.glob("*.distcp"))
     kept = file.read_bytes()
     file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    with pytest.raises(RanksFailed, match=r"UserError: .*distcp is not what was saved .*; copy the folder .*task0"):
+    with pytest.raises(RanksFailed, match=r"UserError: .*distcp is not as it was saved .*; copy the folder .*task0"):
         ranks(2).run(run_task, words=words)
     file.write_bytes(kept)
     assert ranks(2).run(run_task, words=words, kill_at=2)[0]["stopped"]

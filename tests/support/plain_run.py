@@ -196,7 +196,7 @@ class _Optimizer:
         hft = self._config.hft
         for unit, parameter in self._named.items():
             keeps_training = unit in self._training and plan.trains(unit)
-            kept = hft.hft_moments == "carry" and (keeps_training or hft.hft_resting_moments == "host")
+            kept = hft.hft_moments == "carry" and (keeps_training or hft.hft_frozen_moments == "host")
             if not kept and not is_first:
                 self._adam.state.pop(self._masters[unit], None)
                 self._masters[unit].copy_(parameter.detach().float())

@@ -178,8 +178,8 @@ def state_of(run: Any) -> State:
                 found[f"{name}.master"] = _hash(parameter)
                 for key, value in optimizer.optimizer.state[parameter].items():
                     found[f"{name}.{key}"] = _hash(value) if value.dim() else str(float(value))
-    for unit, tensors in run.wrapped.resting.tensors.items():
-        found |= {f"resting.{unit}.{name}": _hash(tensor) for name, tensor in tensors.items()}
+    for unit, tensors in run.wrapped.frozen.tensors.items():
+        found |= {f"frozen.{unit}.{name}": _hash(tensor) for name, tensor in tensors.items()}
     found["unit steps"] = json.dumps(run.wrapped.unit_steps, sort_keys=True)
     found["learning rate"] = repr(run.learning_rate.last)
     return found

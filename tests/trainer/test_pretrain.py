@@ -85,8 +85,8 @@ def test_more_iterations_go_on_while_the_order_is_the_same_and_are_refused_where
     [second] = ranks(1).run(run_method_words, method="pretrain", words=[*words, *saved])
     assert first["steps"] + second["steps"] == whole["steps"]
     [sentence] = ranks(1).run(run_to_a_mistake, words=[*words, *saved, "--train-iters", "100"])
-    assert "holds another run: its order of samples is that of --train-iters 6 (digest" in sentence
-    assert "and this command's is that of --train-iters 100 (digest" in sentence
+    assert "holds another run: its order of samples is the one for --train-iters 6 (digest" in sentence
+    assert "but this command's is the one for --train-iters 100 (digest" in sentence
 
 
 def run_to_a_mistake(words: list[str]) -> str:
@@ -206,7 +206,7 @@ def test_mock_data_trains_a_model_from_random_weights(ranks: RankPools, inputs: 
     published = [*map(str, words), "--split", "99,0,1", "--sequence-parallel"]
     [other] = ranks(1).run(run_method_words, method="pretrain", words=published)
     assert other["steps"] == value["steps"]
-    off = "> --sequence-parallel is off: there are no tensor-parallel ranks to split activations over"
+    off = "> --sequence-parallel is off: without tensor parallelism there is nothing to split"
     assert {*other["said"]} - {*value["said"]} >= {off}
 
 

@@ -61,7 +61,7 @@ ROUNDS = {
     "one": [],
     "reset": ["--hft-round-interval", "2"],
     "carry": ["--hft-round-interval", "2", "--hft-moments", "carry"],
-    "host": ["--hft-round-interval", "2", "--hft-moments", "carry", "--hft-resting-moments", "host"],
+    "host": ["--hft-round-interval", "2", "--hft-moments", "carry", "--hft-frozen-moments", "host"],
 }
 APART = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"]
 PREFERENCE_LOSSES = (

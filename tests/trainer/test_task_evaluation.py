@@ -117,8 +117,8 @@ def test_a_task_without_memory_costs_no_checkpoint_and_is_evaluated_by_the_resum
     words = words_for(inputs, "--eval-tasks", tasks, "--eval-tasks-interval", 3, "--save", run, "--save-interval", 3)
     [answer] = ranks(1).run(run_with_failing, words=words, failing="memory")
     assert re.match(
-        r"rank 0 on \S+ \(TP 0, PP 0, DP 0\) ran out of memory while evaluating tasks after iteration 3 \(2.00 GiB "
-        r"more were asked for\); make --eval-tasks-batch-size less than \d+, or leave --eval-tasks out and",
+        r"rank 0 on \S+ \(TP 0, PP 0, DP 0\) ran out of memory while evaluating tasks after iteration 3 \(allocating "
+        r"2.00 GiB failed\); give an --eval-tasks-batch-size below \d+, or leave --eval-tasks out and",
         answer["error"],
     ), answer["error"]
     assert (run / "iter_0000003").is_dir()

@@ -24,7 +24,7 @@ WAYS = {
     "half, --async-save": ("--async-save",),
     "half, --save-trained-only --async-save": ("--save-trained-only", "--async-save"),
 }
-SAID = re.compile(r"successfully saved .*: ([\d,.]+) MB in ([\d,]+) ms, training stood still for ([\d,]+) ms")
+SAID = re.compile(r"successfully saved .*: ([\d,.]+) MB in ([\d,]+) ms, training paused for ([\d,]+) ms")
 
 
 def measure_one(folder: Path, way: str, saves: int) -> list[tuple[float, ...]]:

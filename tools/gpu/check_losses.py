@@ -28,7 +28,7 @@ SERIES: Mapping[str, tuple[object, ...]] = {
     "plain": (),
     "packed": ("--packing", "--micro-batch-size", 1),
     "rounds, reset": (*ROUNDS, "--hft-moments", "reset"),
-    "rounds, carried": (*ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"),
+    "rounds, carried": (*ROUNDS, "--hft-moments", "carry", "--hft-frozen-moments", "host"),
 }
 """Options that decide the losses; each series has a reference."""
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 4000)

@@ -17,7 +17,7 @@ ROUNDS, STEPS_PER_ROUND = 6, 3
 GROWTH = 1.05
 """Limit on the growth of the memory that torch reserves, from the second round to the last."""
 SWITCH = "round switch time (ms)"
-SAVED = re.compile(r"([\d,.]+) MB in ([\d,]+) ms, training stood still for ([\d,]+) ms")
+SAVED = re.compile(r"([\d,.]+) MB in ([\d,]+) ms, training paused for ([\d,]+) ms")
 
 
 def rounds(site: Site) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def rounds(site: Site) -> dict[str, Any]:
     switches: list[_Memory] = []
     switch = loop.begin_round
     with patch.object(loop, "begin_round", lambda *given: _noting(switches, lambda: switch(*given))):
-        options = ("--hft-round-interval", STEPS_PER_ROUND, "--hft-moments", "carry", "--hft-resting-moments", "host")
+        options = ("--hft-round-interval", STEPS_PER_ROUND, "--hft-moments", "carry", "--hft-frozen-moments", "host")
         found = _train(site, ROUNDS * STEPS_PER_ROUND, *options)
     milliseconds = found.values(SWITCH)
     expect(len(milliseconds) == len(switches) == ROUNDS - 1, f"{ROUNDS} rounds have {len(milliseconds)} switches")

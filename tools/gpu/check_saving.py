@@ -14,7 +14,7 @@ LONG = 100_000
 BEFORE_SIGNAL = 3
 WORDS = (
     *(*RECIPE, "--no-bf16", "--deterministic-mode", "--lr-decay-style", "constant", "--lr-warmup-iters", 0),
-    *("--hft-round-interval", 3, "--hft-moments", "carry", "--hft-resting-moments", "host"),
+    *("--hft-round-interval", 3, "--hft-moments", "carry", "--hft-frozen-moments", "host"),
 )
 """Constant rates, so that a run can continue beyond its last step; the stop is within a round, and another one
 follows."""
