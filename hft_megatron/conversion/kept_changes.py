@@ -5,7 +5,6 @@ tuned model's weight W and the base's W0, in fp32.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import floor
@@ -17,7 +16,7 @@ from torch import Tensor
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.merge_inputs import MergeInputs
-from hft_megatron.conversion.merging import Combine, Merged, check_both, merge
+from hft_megatron.conversion.merging import Combine, check_both, merge, recorded
 from hft_megatron.conversion.save import Announce
 
 BLOCK = 1 << 18
@@ -145,11 +144,5 @@ def _change(tuned: Tensor, base: Tensor) -> Tensor:
 
 
 def _write(inputs: MergeInputs, combine: Combine, name: str, rule: Mapping[str, Any], announce: Announce) -> None:
-    """Writes the folder with ``NAME.json``, which says the rule and what it was applied to."""
-    digests = check_both(inputs)
-    folders = {"tuned": inputs.tuned, "base": inputs.base}
-    record = {**rule, **{key: {"folder": folders[key], "digest": digests[key]} for key in folders}}
-    values = {f"hft_{key}": str(value) for key, value in rule.items() if isinstance(value, (int, float))}
-    metadata = {"hft_merge": name, **values, **{f"hft_{key}": digest for key, digest in digests.items()}}
-    text = json.dumps(record, indent=2) + "\n"
-    merge(inputs, combine, [Merged(record=(f"{name}.json", text), metadata=metadata)], announce)
+    """Writes the folder, with the rule and what it was applied to in ``NAME.json``."""
+    merge(inputs, combine, [recorded(inputs, check_both(inputs), name, rule)], announce)

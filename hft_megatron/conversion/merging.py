@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,7 @@ from hft_megatron.model.parameter_names import whole_shape
 
 HALF_RESET_FILE = "half_reset.json"
 """The plan of a Half-Reset, in the form that --hft-plan reads."""
-AVERAGE_FILE = "average.json"
-"""The coefficient of an average, and what it is of."""
+AVERAGE = "average"
 
 Combine = Callable[[str, HuggingFaceWeights, HuggingFaceWeights], Iterable[Tensor]]
 """Takes a tensor's name and the opened folders, tuned and base; makes a tensor of the shape that both have for each
@@ -120,23 +120,23 @@ def _average(inputs: MergeInputs, places: Mapping[str, float], announce: Announc
             start = difference = None  # while the last one is converted and written
             yield scaled
 
-    digests = check_both(inputs)
-    outputs = []
-    for place, coefficient in places.items():
-        record = {
-            "coefficient": coefficient,
-            "rule": "base + coefficient x (tuned - base)",
-            "tuned": {"folder": inputs.tuned, "digest": digests["tuned"]},
-            "base": {"folder": inputs.base, "digest": digests["base"]},
-        }
-        metadata = {
-            "hft_merge": "average",
-            "hft_coefficient": str(coefficient),
-            **{f"hft_{name}": digest for name, digest in digests.items()},
-        }
-        text = json.dumps(record, indent=2) + "\n"
-        outputs.append(Merged(record=(AVERAGE_FILE, text), metadata=metadata, place=place))
+    digests, formula = check_both(inputs), "base + coefficient x (tuned - base)"
+    outputs = [
+        recorded(inputs, digests, AVERAGE, {"coefficient": coefficient, "rule": formula}, place)
+        for place, coefficient in places.items()
+    ]
     merge(inputs, average, outputs, announce)
+
+
+def recorded(
+    inputs: MergeInputs, digests: Mapping[str, str], name: str, rule: Mapping[str, Any], place: str = ""
+) -> Merged:
+    """A folder with ``NAME.json``: the rule, and the folders it was applied to with their ``digests``."""
+    folders = {"tuned": inputs.tuned, "base": inputs.base}
+    record = {**rule, **{key: {"folder": folder, "digest": digests[key]} for key, folder in folders.items()}}
+    numbers = {f"hft_{key}": str(value) for key, value in rule.items() if isinstance(value, (int, float))}
+    metadata = {"hft_merge": name, **numbers, **{f"hft_{key}": digest for key, digest in digests.items()}}
+    return Merged(record=(f"{name}.json", json.dumps(record, indent=2) + "\n"), metadata=metadata, place=place)
 
 
 def check_both(inputs: MergeInputs) -> dict[str, str]:

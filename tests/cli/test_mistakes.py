@@ -47,6 +47,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --objective eaft --kl-to-base 0.1 --kl-reference model"),
     (1, f"{GOOD} --objective ift --hft-freeze-embedding --ift-weights detached"),
     (1, f"{GOOD} --objective ift --hft-freeze model.embed*"),
+    (1, f"{GOOD} --objective ift --lora-rank 4"),
     (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
     (1, f"{GOOD} {EXPORTS} --save-hf-keep 2 --valid-data-path valid.jsonl --eval-interval 2"),
     (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hft_megatron.config import derived, objectives
 from hft_megatron.config.declared import flag
+from hft_megatron.config.lora import adapters_of
 from hft_megatron.config.names import ObjectiveName, add
 from hft_megatron.config.objectives import ObjectivesConfig
 from hft_megatron.config.validation import Rule
@@ -150,12 +151,13 @@ def divergence_is_of_examples_as_they_are(config: RunConfig, shape: ModelShape, 
 
 
 def embedding_is_frozen(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """A matrix that no gradient reaches would change by weight decay alone. A plan file says for itself what trains."""
+    """A matrix that no gradient reaches would change by weight decay alone. A plan file says for itself what trains,
+    and beside adapters no matrix does."""
     hft, names = config.hft, ("model.embed_tokens", "model.embed_tokens.weight")
     frozen = hft.hft_freeze_embedding or any(
         fnmatchcase(name, pattern) for name in names for pattern in derived.patterns(hft.hft_freeze)
     )
-    if not shape.tie_embeddings and not frozen and hft.hft_plan is None:
+    if not shape.tie_embeddings and not frozen and hft.hft_plan is None and adapters_of(config.lora) is None:
         raise UserError(
             "--objective ift gives the input embedding no gradient, so that only weight decay would change it; add "
             "--hft-freeze-embedding."
