@@ -321,7 +321,7 @@ def test_a_signal_while_options_are_checked_ends_the_check_and_the_script_with_o
     assert process.returncode == code
     name = {"SIGHUP": "SIGTERM"}.get(sent, sent)
     assert errors == (
-        f"hft-megatron: {name} stopped the run before training began; start it again with SAVE={script.save}\n"
+        f"hft-megatron: {name} stopped the run before training began; run it again with SAVE={script.save}\n"
     )
 
 

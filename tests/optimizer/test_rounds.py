@@ -103,7 +103,7 @@ def test_fifty_switches_leave_memory_where_two_left_it(ranks: RankPools, folder:
 def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
     """Bytes alive before a switch and where it clones the first weight, and what went to host memory meanwhile."""
     frozen = {"hft_frozen_moments": "host"} if moments == "carry" else {}
-    run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", ***frozen)
+    run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", **frozen)
     take_steps(run, 2)
     shards, plan = run.wrapped.shards, run.wrapped.plan
     answer: dict[str, Any] = {
