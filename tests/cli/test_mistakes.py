@@ -47,6 +47,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --objective eaft --kl-to-base 0.1 --kl-reference model"),
     (1, f"{GOOD} --objective ift --hft-freeze-embedding --ift-weights detached"),
     (1, f"{GOOD} --objective ift --hft-freeze model.embed*"),
+    (1, f"{GOOD} --objective ift --lora-rank 4"),
     (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
     (1, f"{GOOD} {EXPORTS} --save-hf-keep 2 --valid-data-path valid.jsonl --eval-interval 2"),
     (
@@ -131,7 +132,7 @@ MISTAKES = [
         "--kl-reference precompute keeps one number per answer",
         "choose shared or model",
     ),
-    (1, f"{GOOD} --kl-reference model", "nothing is compared with them; leave it out, or add --kl-to-base 0.1"),
+    (1, f"{GOOD} --kl-reference model", "the first weights for --kl-to-base, which is 0; leave it out, or add"),
     (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of --objective ift", "this is dft"),
     (1, f"{GOOD} --objective ift", "gives the input embedding no gradient", "add --hft-freeze-embedding"),
     (

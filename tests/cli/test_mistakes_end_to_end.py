@@ -70,7 +70,7 @@ def mistake_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ([GOOD, "{not json}"], ["data.jsonl:2: the line is not valid JSON"]),
     ([GOOD, "", "[1, 2]"], ["data.jsonl:3: the record is a list"]),
-    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "in it since ", "data.jsonl:1; put"]),
+    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "the file since ", "data.jsonl:1; put"]),
     ([{"question": "a"}], ["data.jsonl:1: the record has the keys `question`, which is no known format: `messages`"]),
     (
         [{"question": "a", "answer": "b"}],
@@ -131,7 +131,7 @@ def test_a_compressed_file_that_is_cut_off_is_named(
     whole = gzip.compress((tmp_path / "data.jsonl").read_bytes())
     (tmp_path / "valid.jsonl.gz").write_bytes(whole[:-5])
     message = mistake_of([*command, "--valid-data-path", str(tmp_path / "*.gz")], capsys)
-    assert "valid.jsonl.gz:2: the compressed data is cut off or damaged" in message
+    assert "valid.jsonl.gz:2: the compressed data is truncated or damaged" in message
 
 
 def test_a_chat_template_without_a_tokenizer_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no folder for indices": (
         lambda f: (f / "absent").touch(),
         f"{GOOD} --data-cache-path ABSENT",
-        ["--data-cache-path ", "absent can't be used: File exists; name a folder that can be written"],
+        ["--data-cache-path ", "absent can't be used: File exists; name a writable folder"],
     ),
     "ids beyond the model": (
         lambda f: write_corpus(f / "corpus", [[5] * 30, [VOCAB_SIZE]]),
@@ -145,13 +145,13 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no end of a document": (
         lambda f: None,
         f"{GOOD} --reset-attention-mask",
-        ["--reset-attention-mask goes by the token", "corpus.bin has none; make the corpus with it (--append-eod)"],
+        ["--reset-attention-mask needs the token", "corpus.bin has none; make the corpus with it (--append-eod)"],
     ),
-    "no end that could be left out": (lambda f: None, f"{GOOD} --eod-mask-loss", ["--eod-mask-loss goes by the token"]),
+    "no end that could be left out": (lambda f: None, f"{GOOD} --eod-mask-loss", ["--eod-mask-loss needs the token"]),
     "shorter than a sample": (
         lambda f: write_corpus(f / "corpus", [[5] * 8] * 2),
         f"{GOOD} --split 1",
-        ["leaves 16 tokens in 2 documents for training, and one sample needs 17"],
+        ["leaves 16 tokens in 2 documents for training, but one sample needs 17"],
     ),
     "no document to train on": (lambda f: None, f"{GOOD} --split 1,999", ["leaves 0 tokens in 0 documents for train"]),
     "nothing to validate on": (lambda f: None, f"{GOOD} --split 999,1 --eval-iters 1", ["0 documents for validation"]),

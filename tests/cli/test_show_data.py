@@ -129,7 +129,7 @@ def test_what_is_not_learned_stands_under_the_counts(show_data: Show, tmp_path: 
     notes = [
         f"{path}: 1 of 4 answers are empty: only their end token is trained",
         f"{path}: keys that are not read: id (3)",
-        f"{path}: keys passed over by --ignore-keys: label (3)",
+        f"{path}: keys ignored by --ignore-keys: label (3)",
     ]
     assert show_data(*words).splitlines()[3:] == notes
     page = tmp_path / "keys.html"

@@ -51,7 +51,7 @@ def test_what_one_process_has_made_another_maps(tmp_path: Path) -> None:
         assert found.store.example(1)[1].tolist() == [True, False]
         assert found.account == {"records": 2, "notes": ["two lines"]}
         assert isinstance(found.store.tokens, np.memmap)
-        assert found.note.startswith("tokens are taken from" if make is never else "tokens are kept in")
+        assert found.note.startswith("tokens are read from" if make is never else "tokens are cached in")
 
 
 def test_other_rules_other_code_and_other_libraries_are_other_entries(

@@ -203,7 +203,7 @@ def test_logits_that_are_no_numbers_fail_the_evaluation_in_words(
     output = tmp_path / "out" / "results.json"
     words = words_of(inputs / "tasks.yaml", output, tmp_path / "model", task_names=task)
     for answer in ranks(2).run(run_evaluate, words=words):
-        assert answer["failure"].startswith(f"{task}: the model's logits are no numbers, or infinite; read it as fp32")
+        assert answer["failure"].startswith(f"{task}: the model's logits are not finite; read the model as fp32")
     assert [path.name for path in output.parent.iterdir()] == ["results.json.unfinished.jsonl"]
 
 

@@ -72,7 +72,7 @@ EARLY = [
     ("--model model --tasks tasks.yaml --batch-size 0", "--batch-size 0"),
     (
         "--model model --tasks tasks.yaml --output there.json",
-        "there.json is there already; remove it, or choose another",
+        "there.json already exists; remove it, or choose another",
     ),
     (
         "--model model --tasks tasks.yaml --output results.txt",
@@ -86,7 +86,7 @@ EARLY = [
     ("--compare there.json", "--compare there.json: give two result files."),
     (
         "--compare there.json absent.json",
-        "there.json is no result file of `hft-megatron evaluate --ta",
+        "there.json is not a result file of `hft-megatron evaluate --ta",
     ),
     ("--compare there.json there.json --limit 3", "--limit 3 cannot be used with --compare"),
     (
@@ -114,7 +114,7 @@ IN_TASKS: list[tuple[dict[str, Any], str]] = [
     ({**TEXT, "metrics": "accuracy"}, "the metric accuracy is of the kind choose; text has perplexity"),
     ({**TEXT, "files": "absent.jsonl"}, "there is no such file"),
     ({**TEXT, "kind": "texts"}, "kind 'texts': the value must be"),
-    ({**GENERATE, "stopp": "x"}, "tasks.yaml:6: `stopp` is no setting of a task; the nearest is stop."),
+    ({**GENERATE, "stopp": "x"}, "tasks.yaml:6: `stopp` is not a setting of a task; the nearest is stop."),
 ]
 WHEN_READ: list[tuple[str, dict[str, Any], str]] = [
     ("model", {**TEXT, "text": "txt"}, "texts.jsonl:1: "),
@@ -192,7 +192,7 @@ def test_a_run_without_a_good_checkpoint_is_one_sentence(
     position.write_text(position.read_text().replace("iteration", "lteration", 1))
     assert f"--model {run}: iter_0000001/{POSITION_FILE} can't be read (" in mistake_of(older, capsys)
     (run / "iter_0000001" / DIGESTS_FILE).unlink()
-    assert f"{run / 'iter_0000001'} is no complete checkpoint; name another" in mistake_of(older, capsys)
+    assert f"{run / 'iter_0000001'} is not a complete checkpoint; name another" in mistake_of(older, capsys)
     for name in ("iter_0000001", "iter_0000002"):
         shutil.rmtree(run / name)
     assert f"--model {run} holds no complete checkpoint" in mistake_of(words, capsys)

@@ -315,7 +315,7 @@ def test_a_task_is_measured_once_and_only_where_it_is_asked_for(ranks: RankPools
     # Whose weights were trained without is a first task like any other.
     second = words_of(folder, 1, tmp_path, *HALF)
     begun = ranks(1).run(run_task, words=second)[0]
-    assert "> ewc: no task came before: nothing holds the weights" in begun["said"]
+    assert "> ewc: no earlier task: nothing holds the weights" in begun["said"]
     fisher = tmp_path / "task1" / FISHER_FOLDER
     assert json.loads((fisher / "fisher.json").read_text())["tasks"] == 1
     bits = files_of(fisher)

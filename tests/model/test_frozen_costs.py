@@ -1,4 +1,4 @@
-"""Savings of frozen weights in a row-parallel matrix and in a whole step, counted."""
+"""Savings of freezing in a row-parallel matrix and in a whole step, counted."""
 
 import itertools
 from typing import Any

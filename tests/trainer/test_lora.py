@@ -59,7 +59,9 @@ def untrained(ranks: RankPools, words: list[str], folder: Path) -> Path:
 
 
 @pytest.mark.slow(reason="two runs, and PEFT's")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.engine) if case in ("tp2_sp", "pp2_vpp") else case for case in CASES]
+)
 def test_adapters_train_as_pefts_do_and_what_is_frozen_costs_nothing(
     ranks: RankPools, inputs: Path, tmp_path: Path, case: str
 ) -> None:

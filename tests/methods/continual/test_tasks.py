@@ -88,14 +88,14 @@ def test_an_order_chooses_and_sorts_tasks(tasks: Path, trace: Path) -> None:
     [
         (SEQUENCE, "", "the file must hold a list of tasks, each `- name: ...`, its options and `evaluate`."),
         ("name: colours", "lr: 1", "tasks.yaml:2: a task must begin with `name:`"),
-        ("name: animals", "name: colours", "tasks.yaml:12: there is a task colours already; rename one."),
-        ("name: animals", "name: zoo/animals", "the task zoo/animals names its folder, in which no / can be"),
+        ("name: animals", "name: colours", "tasks.yaml:12: there is already a task colours; rename one."),
+        ("name: animals", "name: zoo/animals", "the task zoo/animals names its folder, which can't have a /"),
         ("  train_iters: 4\n  evaluate", "  trein_iters: 4\n  evaluate", "tasks.yaml:4: trein_iters"),
-        ("  train_iters: 4\n  ev", "  load_hf: other\n  ev", "the task colours can't have a model, a layout"),
-        ("  lr: 1e-3", "  tensor_model_parallel_size: 2", "the task numbers can't have a model, a layout or folders"),
-        ("  lr: 1e-3", "  save: elsewhere", "the task numbers can't have a model, a layout or folders of its own"),
-        ("  train_iters: 4\n  evaluate", "  train_iters: 0\n  evaluate", "has `train_iters: 0`, so that nothing is"),
-        ("evaluate: {kind: choose", "lr_min: {kind: choose", "the task numbers has no `evaluate`, by which it is"),
+        ("  train_iters: 4\n  ev", "  load_hf: other\n  ev", "the task colours can't have its own model, layout"),
+        ("  lr: 1e-3", "  tensor_model_parallel_size: 2", "the task numbers can't have its own model, layout or"),
+        ("  lr: 1e-3", "  save: elsewhere", "the task numbers can't have its own model, layout or"),
+        ("  train_iters: 4\n  evaluate", "  train_iters: 0\n  evaluate", "has `train_iters: 0`, so nothing is"),
+        ("evaluate: {kind: choose", "lr_min: {kind: choose", "the task numbers has no `evaluate`, the task that"),
         ("metrics: edit_similarity", "metrics: accuracy", "tasks.yaml:16: the metric accuracy is of the kind choose"),
         ("metrics: edit_similarity", "metrics: bleuu", "the metric bleuu is not known; the nearest is bleu."),
         ("choices: options, ", "", "the task numbers has no `choices`, which choose needs; add it."),
@@ -119,7 +119,7 @@ def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tas
     with pytest.raises(UserError, match=r"tasks.yaml:1: the task a has no `train_data_path`; name its data"):
         read(tasks)
     (trace / "FOMC" / "eval.json").unlink()
-    with pytest.raises(UserError, match=r"the task FOMC has no eval.json; add it, or take the folder FOMC away"):
+    with pytest.raises(UserError, match=r"the task FOMC has no eval.json; add it, or move the folder FOMC away"):
         read(trace)
     with pytest.raises(UserError, match=r"--continual-tasks nowhere.yaml cannot be read"):
         read(Path("nowhere.yaml"))
