@@ -127,7 +127,7 @@ def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
         begin_round(run, 1)
     answer["at the first clone"] = at_clone[0]
     answer["frozen"] = run.wrapped.frozen.bytes
-    answer["go on"] = len(plan.training & run.wrapped.plan.training)
+    answer["continuing"] = len(plan.training & run.wrapped.plan.training)
     return answer
 
 
@@ -143,4 +143,4 @@ def test_a_switch_frees_gradients_before_it_makes_anything_and_sends_to_the_host
     for answer in answers:
         assert answer["to the host"] == answer["frozen"]
         assert (answer["frozen"] > 0) == (moments == "carry")
-        assert answer["go on"] > 0
+        assert answer["continuing"] > 0
