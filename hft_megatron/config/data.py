@@ -1,6 +1,6 @@
 """Options of the data: the records that are read, and the examples that are made of them.
 
-The words of --train-data-path and --valid-data-path are paths, or weights and paths in turn as in Megatron.
+The values of --train-data-path and --valid-data-path are paths, or weights and paths in turn as in Megatron.
 """
 
 from __future__ import annotations

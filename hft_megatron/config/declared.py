@@ -57,6 +57,16 @@ class Declared:
     default: Any
 
     @property
+    def former_name(self) -> str | None:
+        """The field's name in earlier versions, where it had another one."""
+        return next((mark.field for mark in self.marks if isinstance(mark, FormerName)), None)
+
+    @property
+    def identity_key(self) -> str:
+        """The option's key in ``run_identity.json``, which a new name does not change."""
+        return self.former_name or self.name
+
+    @property
     def bounds(self) -> str:
         """The bounds in words, such as ``of at least 1`` or ``above 0 and at most 1``; empty where there are none."""
         low, *high = [mark for mark in self.marks if type(mark) in _BOUNDS] or [None]
@@ -72,16 +82,6 @@ class Declared:
     @property
     def choices(self) -> tuple[str, ...]:
         """The values of an option with a fixed set of values; none for others."""
-
-    @property
-    def former_name(self) -> str | None:
-        """The field's name in earlier versions, where it had another one."""
-        return next((mark.field for mark in self.marks if isinstance(mark, FormerName)), None)
-
-    @property
-    def identity_key(self) -> str:
-        """The option's key in ``run_identity.json``, which a new name does not change."""
-        return self.former_name or self.name
         if get_origin(self.type) is Literal:
             return get_args(self.type)
         return tuple(known(self.type)) if isinstance(self.type, type) and issubclass(self.type, Names) else ()

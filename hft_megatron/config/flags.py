@@ -53,6 +53,12 @@ class Flag:
         return self.option.name.replace("_", "-")
 
     @property
+    def former_name(self) -> str | None:
+        """Name in earlier versions, with dashes; None where it is the same."""
+        former = self.option.former_name
+        return None if former is None else former.replace("_", "-")
+
+    @property
     def is_switch(self) -> bool:
         """True if it is written ``--name`` or ``--no-name``, without a value."""
         return self.option.type is bool
@@ -87,18 +93,11 @@ class Setting:
     def is_former(self) -> bool:
         """True if it was given under its name of earlier versions."""
         return self.flag.former_name == self.written
-    @property
-    def is_switch(self) -> bool:
-        """True if it is written ``--name`` or
-    @property
-    def former_name(self) -> str | None:
-        """Name in earlier versions, with dashes; None where it is the same."""
-        former = self.option.former_name
-        return None if former is None else former.replace("_", "-")
 
-    @property
-    def is_switch(self) -> bool:
-        """True if it is written ``--name`` or
+    def contradicts(self, other: "Setting") -> bool:
+        """True if the same option has another value there under another name; a renamed option has one name."""
+        renamed = self.is_former or other.is_former
+        return not renamed and self.written != other.written and self.words != other.words
 
     @property
     def value(self) -> str:
@@ -207,7 +206,7 @@ class Reading:
                 before = self.settings.get(item.flag.name)
                 self.settings[item.flag.name] = item
                 self._note(item.flag.name, item.refusal)
-                if before is not None and before.written != item.written and before.words != item.words:
+                if before is not None and item.contradicts(before):
                     self._note(item.flag.name, f"{before.where} and {item.where} are one option; keep one of them.")
             else:
                 self.accepted.pop(item.row.name, None)

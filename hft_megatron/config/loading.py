@@ -93,7 +93,7 @@ def load_options(options_type: type[T], arguments: Sequence[str], note: Callable
     """Build ``options_type``, a frozen dataclass of dataclasses, from command-line words and the file they name.
 
     The file may set any option of a run, so that one file serves every command: what nested dataclasses of
-    ``options_type`` hold is taken, other options of a run are passed over. The outermost fields (--config itself)
+    ``options_type`` hold is taken, other options of a run are ignored. The outermost fields (--config itself)
     belong to the command line. Raises UserError, with a line for every name or value that is not possible, or a
     sentence about the first other mistake. ``note`` is given the lines for the log: flags of Megatron-LM's without
     effect, and former names of options.
@@ -310,7 +310,7 @@ def _item(meant: Flag | Row, words: tuple[str, ...], where: str, written: str) -
 
 
 def _yaml_words(meant: Flag | Row, node: yaml.Node, where: str) -> tuple[str, ...]:
-    """The words of an option: one, or those of a list where the option takes several."""
+    """The values of an option as words: one, or those of a list where the option takes several."""
     listed = isinstance(node, yaml.SequenceNode) and meant.takes_several
     words: list[Any] = node.value if listed else [node]
     if not all(isinstance(word, yaml.ScalarNode) for word in words):

@@ -47,7 +47,7 @@ def test_listing_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_log_begins_with_what_is_done_anyway_on_rank_0(
+def test_the_log_begins_with_flags_without_effect_on_rank_0(
     rank: str,
     model_folder: Path,
     training: Training,

@@ -141,7 +141,7 @@ def test_the_smallest_layouts_may_have_uneven_stages(tmp_path: Path, capsys: pyt
     assert (full["fits"], full["total"]) == (True, proposed[0]["total"])
 
 
-def test_rounds_that_fill_a_line_go_on_below(plan: Run) -> None:
+def test_rounds_that_fill_a_line_continue_below(plan: Run) -> None:
     text = plan("--rounds", "20")
     headings = [line.split("round ")[1:] for line in text.splitlines() if line.strip().startswith("round 0  ")]
     assert headings

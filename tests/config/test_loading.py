@@ -64,7 +64,7 @@ def test_switches_turn_on_and_off_and_three_state_ones_stay_unset() -> None:
     assert load("--no_bf16").training.bf16 is False
 
 
-def test_the_last_of_a_repeated_option_wins() -> None:
+def test_the_last_of_a_repeated_option_counts() -> None:
     assert load("--lr", "1", "--seed", "5", "--lr", "2").optimizer.lr == 2.0
 
 
@@ -92,7 +92,7 @@ def test_recompute_activations_is_the_selective_kind_from_a_file_too(tmp_path: P
     assert load().training.recompute_granularity is None
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         "lr: 1e-3\n"  # YAML itself reads this as text

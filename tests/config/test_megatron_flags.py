@@ -121,7 +121,7 @@ def test_what_is_said_of_options_is_still_true() -> None:
     assert [name for name, value in MEGATRON_DEFAULTS.items() if str(defaults[name]) == value] == []
 
 
-def test_what_is_done_anyway_is_accepted_and_noted_in_one_line() -> None:
+def test_a_flag_without_effect_is_accepted_and_noted_in_one_line() -> None:
     notes: list[str] = []
     words = (
         "--swiglu --lr 1 --attention_dropout=0 --cp-comm-type p2p a2a --normalization RMSNorm --encoder-num-layers 3"

@@ -221,7 +221,7 @@ def test_killed_workers_come_back_to_the_newest_checkpoint_and_lose_nothing_else
         process.kill()
         wait_for(lambda after=kill: len(run.loaded()) > after, run.nodes, STARTED_WITHIN_S)  # type: ignore[misc]
         start = run.loaded()[kill]
-        print(f"rank {victim} was killed at iteration {at}, after the checkpoint of {saved}; went on from {start}")
+        print(f"rank {victim} was killed at iteration {at}, after the checkpoint of {saved}; resumed from {start}")
         # It may have been complete just after it was looked at.
         assert start in (saved, saved + SAVE_INTERVAL)
     assert run.end() == [0, 0], run.said()

@@ -69,7 +69,7 @@ def test_every_export_is_the_checkpoint_of_its_iteration_and_loads_in_transforme
 
 
 @pytest.mark.slow(reason="three runs and their exports")
-def test_a_run_that_was_stopped_goes_on_with_its_exports_and_notes(
+def test_a_run_that_was_stopped_resumes_with_its_exports_and_notes(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     options = ("--save-hf-keep", 2, "--save-hf-best", "lm loss", *PP2)
@@ -153,7 +153,7 @@ def test_an_export_that_cannot_be_written_ends_all_ranks_after_the_checkpoint_of
 
 
 @pytest.mark.slow(reason="four runs of two real ranks each, three of which are killed")
-def test_a_run_that_is_killed_in_an_export_leaves_none_that_looks_complete_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_in_an_export_leaves_none_that_looks_complete_and_resumes(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs", hidden_size=256, intermediate_size=1024)
     log = tmp_path / "log"
 
