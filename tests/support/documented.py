@@ -194,6 +194,7 @@ def make_tiny(folder: Path) -> Path:
     data = folder / "data"
     data.mkdir()
     write_data(data / "train.jsonl", 300)
+    write_data(data / "chat.jsonl", 100)
     write_data(data / "valid.jsonl", 24)
     write_pairs(data / "pairs.jsonl", 300)
     (data / "corpus.txt").write_text("Once upon a time there was a bridge.\n" * 200)
