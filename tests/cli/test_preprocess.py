@@ -87,7 +87,7 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_resumes_to_the_sa
         time.sleep(0.05)
     assert not (tmp_path / "killed.idx").exists()
     again = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert number is signal.SIGKILL or "continuing after " in again.stdout
+    assert number is signal.SIGKILL or "resuming after " in again.stdout
     assert contents(tmp_path / "killed") == contents(whole / "whole")
 
 
