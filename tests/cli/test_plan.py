@@ -432,7 +432,10 @@ MISTAKES = [
         "--recompute-granularity full needs --recompute-method",
     ),
     ("--load-hf MODEL --time", "--time needs --global-batch-size, the sequences of a step"),
-    ("--load-hf MODEL --time --global-batch-size 8", "--time needs --device-tflops, the sustained TFLOP/s of matrix products"),
+    (
+        "--load-hf MODEL --time --global-batch-size 8",
+        "--time needs --device-tflops, the sustained TFLOP/s of matrix products",
+    ),
     ("--load-hf MODEL --time --global-batch-size 8 --device-tflops 1", "--time needs --memory-bandwidth, the GB/s"),
     (f"--load-hf MODEL --world-size 2 {TIME}", "--time needs --node-bandwidth, the GB/s"),
     (f"--load-hf MODEL --world-size 16 --node-bandwidth 1 {TIME}", "8 is not a multiple"),

@@ -190,7 +190,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
             "run.yaml:1: train-data-path holds a list or a mapping; the value must be one or more words.",
         ),
         ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number of at least 0."),
-        ("lr: 1\nseed: 2\noptimizer:\n  lr: 3\n", "run.yaml:4: lr is set twice, first at {0}run.yaml:1: lr; leave one of them out."),
+        (
+            "lr: 1\nseed: 2\noptimizer:\n  lr: 3\n",
+            "run.yaml:4: lr is set twice, first at {0}run.yaml:1: lr; leave one of them out.",
+        ),
         ("- lr\n", "run.yaml: the file must hold `option: value` lines."),
         ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML: expected ',' or ']', but got '<stream end>'."),
         ("? [lr]\n: 1\n", "run.yaml:1: a key must be the name of an option or of a group."),
@@ -198,7 +201,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("config: other.yaml\n", "run.yaml:1: config is not an option; --help lists all of them."),
         ("swiglu: false\n", "run.yaml:1: swiglu false: the feed-forward layers are SwiGLU; leave it out."),
         ("swiglu: 1\n", "run.yaml:1: swiglu 1: the value must be true or false."),
-        ("fp16: false\nmodel:\n  fp16: true\n", "run.yaml:3: fp16 is set twice, first at {0}run.yaml:1: fp16; leave one of them out."),
+        (
+            "fp16: false\nmodel:\n  fp16: true\n",
+            "run.yaml:3: fp16 is set twice, first at {0}run.yaml:1: fp16; leave one of them out.",
+        ),
         (
             "hidden_dropout: 0.1\n",
             "run.yaml:1: hidden_dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
