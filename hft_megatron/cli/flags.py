@@ -1,4 +1,4 @@
-"""``hft-megatron flags``: which of Megatron-LM's training flags are options here, done anyway, or can't be had.
+"""``hft-megatron flags``: Megatron-LM's training flags, as options here, accepted without effect, or not supported.
 
 Run: ``hft-megatron flags | grep moe``. ``hft-megatron flags --format markdown > docs/flags.md`` writes the page.
 """
@@ -20,25 +20,25 @@ from hft_megatron.config.run import RunConfig
 _STATE_WIDTH = len("not built yet")
 _ABOUT = """# Megatron-LM's flags
 
-Which flags of a Megatron-LM script can be given to `hft-megatron sft`, `pretrain` and `dpo`, by the parser of its
-core_r0.16 and later; `hft-megatron flags` prints the same as text. This page is written by
+Flags of a Megatron-LM script and their treatment by `hft-megatron sft`, `pretrain` and `dpo`, by Megatron-LM's parser
+of core_r0.16 and later; `hft-megatron flags` prints the same as text. This page is written by
 `hft-megatron flags --format markdown > docs/flags.md`.
 
 - *option*: it is an option here.
-- *accepted*: what it asks for is done anyway, or it has no effect here; one line at the start of the log names all of
-  them. Where values are given, any other is refused.
-- *other name*: it is taken for the option that is named.
-- *not built yet* and *refused*: it can't be had. All such flags of a command are listed at once, with exit code 2, and
-  nothing is trained.
+- *accepted*: it has no effect here, because the same happens without it or does not apply; one line at the start of the
+  log names all of them. Where values are listed, any other is refused.
+- *other name*: it sets the option that is named.
+- *not built yet* and *refused*: it is not supported. All such flags of a command are listed at once, with exit code 2,
+  and nothing is trained.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlagsOptions:
-    """How to print the table."""
+    """Options of ``hft-megatron flags``."""
 
     format: Literal["text", "json", "markdown"] = "text"
-    """Text for reading and grep, a list of objects, or the page of the documentation."""
+    """Format of the output: text for reading and grep, json for a list of objects, markdown for the documentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class ShownFlag:
 
     section: str
     flag: str
-    """With its leading dashes."""
+    """Name with its leading dashes."""
     state: str
     words: str
 
@@ -62,7 +62,7 @@ def run(options: FlagsOptions, status: StatusFolder) -> None:
 
 
 def shown_flags() -> Iterator[ShownFlag]:
-    """Every option of a run, then every flag that is none."""
+    """Every option of a run, then every other flag."""
     for group in fields(RunConfig):
         options = get_type_hints(RunConfig)[group.name]
         words = _words_of_fields(options)
@@ -85,7 +85,7 @@ def _words_of_row(row: Row) -> str:
 
 
 def _default(name: str, value: Any) -> str:
-    """The defaults, as far as there are any."""
+    """The defaults here and in Megatron-LM, where there are any."""
     here = "" if value is None or value == () else f"default {_shown(value)}"
     there = f"Megatron-LM's {MEGATRON_DEFAULTS[name]}" if name in MEGATRON_DEFAULTS else ""
     both = ", ".join(filter(None, (here, there)))
@@ -99,7 +99,7 @@ def _shown(value: Any) -> str:
 
 
 def _limits(name: str) -> Iterator[str]:
-    """Sentences about values of Megatron-LM's option that can't be had."""
+    """Sentences about values of Megatron-LM's option that are not supported."""
     for values, row in VALUES_NOT_HAD.items():
         if row.name == name:
             yield row.refusal(", ".join(values))

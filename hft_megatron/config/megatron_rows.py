@@ -1,4 +1,4 @@
-"""What the table of Megatron-LM's flags is made of: its rows, and short ways to write them."""
+"""Rows of the table of Megatron-LM's flags, and short ways to write them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ class Row:
     name: str
     """Without the leading dashes: ``attention-dropout``."""
     kind: Kind
-    """How many words follow it: none, one, or all up to the next option."""
+    """Number of words that follow it: none, one, or all up to the next option."""
     state: State
     words: str
-    """Without a full stop. Of an accepted flag what is done here, of a refused one why and what to do instead, of one
-    that is not built what serves meanwhile (may be empty), of another name the option's name here."""
+    """Explanation without a full stop: what is done here (accepted), why not and what to do instead (refused), what to
+    use meanwhile (not built yet; may be empty), or the option's name here (other name)."""
     values: tuple[str, ...] = ()
-    """Values that say what is done anyway; of an accepted flag without any, every value does."""
+    """Values without effect here; an accepted flag without any has none under every value."""
     beside: tuple[str, ...] = ()
-    """Options of which one must be given with an accepted flag, or ``lacking`` is said of it."""
+    """Options of which one must be given with an accepted flag; ``lacking`` is the error otherwise."""
     lacking: str = ""
 
     @property
@@ -38,16 +38,16 @@ class Row:
 
     @property
     def can_agree(self) -> bool:
-        """Whether there is anything to give it that is done anyway."""
+        """Return whether any of its values is accepted."""
         return self.state == "accepted" or bool(self.values)
 
     @property
     def expected(self) -> str:
-        """What its value must be, in words for an error."""
+        """Description of the allowed values, for an error."""
         return "true or false" if self.is_switch else " or ".join(self.values) or "that of Megatron-LM's option"
 
     def agrees(self, words: Sequence[str]) -> bool:
-        """Whether the flag with these words asks for nothing but what is done anyway."""
+        """Return whether the flag with these words changes nothing here."""
         if not self.values:
             return self.state == "accepted"
         return all(any(_same(word, value) for value in self.values) for word in words)
@@ -71,18 +71,18 @@ class Section:
 
 
 def accepted(flag: str, words: str, values: str = "", *, beside: str = "", lacking: str = "") -> Row:
-    """A flag that asks for what is done anyway; with ``values``, separated by spaces, only where it has one of them,
-    and with ``beside`` only where one of these options is given, too."""
+    """A flag without effect here; with ``values``, separated by spaces, only where it has one of them, and with
+    ``beside`` only where one of these options is given, too."""
     return replace(_row(flag, "accepted", words, values), beside=tuple(beside.split()), lacking=lacking)
 
 
 def refused(flag: str, words: str) -> Row:
-    """A flag whose meaning can't be had."""
+    """A flag whose meaning is not supported."""
     return _row(flag, "refused", words)
 
 
 def not_yet(flag: str, words: str = "", values: str = "") -> Row:
-    """A flag that an option here is to be built for; ``values``, separated by spaces, ask for what is done today."""
+    """A flag that will become an option; ``values``, separated by spaces, are those without effect today."""
     return _row(flag, "not built yet", words, values)
 
 
@@ -93,7 +93,7 @@ def other_name(flag: str, option: str) -> Row:
 
 
 def family(title: str, words: str, flags: str) -> Section:
-    """Flags that are refused for one reason."""
+    """Flags that are refused for the same reason."""
     return Section(title=title, rows=tuple(refused(flag, words) for flag in flags.split()))
 
 
