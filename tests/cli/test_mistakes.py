@@ -159,7 +159,7 @@ MISTAKES = [
     # the batch
     (1, f"{GOOD} --rampup-batch-size 4 4", "--rampup-batch-size 4 4: must be three whole numbers of at least 1"),
     (1, f"{GOOD} --rampup-batch-size 4 x 4", "--rampup-batch-size 4 x 4: the value must be one or more whole numbers"),
-    (1, f"{GOOD} --train-samples 9 --rampup-batch-size 1 1 4", "needs --global-batch-size, its last size; add it."),
+    (1, f"{GOOD} --train-samples 9 --rampup-batch-size 1 1 4", "1 1 4 needs --global-batch-size, its last size; add it"),
     (1, f"{RAMPED} --rampup-batch-size 8 4 9", "--global-batch-size 8 must be START 8 plus a multiple of INCREMENT"),
     (1, f"{RAMPED} --rampup-batch-size 2 4 9", "--rampup-batch-size 2 4 9: --global-batch-size 8", "that fits is 10."),
     (

@@ -28,7 +28,7 @@ def words(data: Path, prefix: Path, tokenizer: Path, *options: object) -> list[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_run_on_preprocessed_data_has_the_losses_of_the_file_and_resumes_its_run(
+def test_a_run_on_preprocessed_data_has_the_losses_of_the_file_and_goes_on_with_its_run(
     ranks: RankPools, tmp_path: Path, packing: bool
 ) -> None:
     inputs = make_inputs(tmp_path)
@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow(reason="15,000 rows, so that a signal comes in their middle, are tokenized twice")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_or_interrupted_command_leaves_no_process_and_resumes_to_the_same_bytes(
+def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_same_bytes(
     whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     given = words(whole / "rows.jsonl", tmp_path / "killed", whole / "tokenizer", "--log-interval", 1000)
@@ -133,4 +133,4 @@ def test_mistakes_are_one_sentence(
 
 def test_what_is_missing_is_named_first(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["preprocess", "--input", "a.jsonl"]) == EXIT_USAGE
-    assert "--output-prefix is missing; see `hft-megatron preprocess --help`" in capfd.readouterr().err
+    assert "--output-prefix is missing; `hft-megatron preprocess --help` shows" in capfd.readouterr().err
