@@ -64,12 +64,16 @@ def _counted(count: int, one: str, more: str) -> str:
     return f"{count or 'none'} {one if count < 2 else more}"
 
 
+FIRST = ("method", "json", "train-data-path", "valid-data-path", "data-path")
+"""The options of its own that --help shows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(RunConfig):
     """Every option of a run, and how to show what was found."""
 
     config: str | None = None
-    """YAML file with any of the options below, by name or under a group's name; the command line wins."""
+    """YAML file with any of the options below, by name or under a group's name; the command line overrides it."""
     method: MethodName = "sft"
     """The command whose options these are."""
     json: bool = False

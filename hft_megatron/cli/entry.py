@@ -13,6 +13,8 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any
 
 import hft_megatron
@@ -30,8 +32,9 @@ from hft_megatron.cli import (
     ties,
 )
 from hft_megatron.cli.boundary import PROG, StatusFolder, note, run_command, show
-from hft_megatron.cli.training_command import options_of, run_method
-from hft_megatron.config.loading import help_text, load_options
+from hft_megatron.cli.help import HELP_ALL, HELP_WORDS, help_text
+from hft_megatron.cli.training_command import first_options, options_of, run_method
+from hft_megatron.config.loading import load_options
 from hft_megatron.errors import UserError
 from hft_megatron.methods.registry import DECLARED
 
@@ -72,7 +75,6 @@ def _torch() -> str:
     return f"{facts['__version__']}, {'for CPU' if cuda is None else f'for CUDA {cuda}'}"
 
 
-HELP_WORDS = ("-h", "--help")
 VERSION_WORD = "--version"
 
 
@@ -87,6 +89,8 @@ class Command:
     """Takes the parsed options and where to leave the outcome."""
     note: Callable[[str], None] | None = None
     """Takes a line about the options, where the command has a log."""
+    first: tuple[str, ...] = ()
+    """Names of the options that --help shows, in groups that have the order of these; without any it shows all."""
 
 
 COMMANDS = {
@@ -94,6 +98,7 @@ COMMANDS = {
         summary="show what trains in which round, and what it costs on every rank; needs no GPU and no weights",
         options=plan.PlanOptions,
         run=plan.run,
+        first=plan.FIRST,
     ),
     "show-data": Command(
         summary="show the first examples token by token, and which of them are trained; needs no GPU and no weights",
@@ -110,6 +115,7 @@ COMMANDS = {
         options=continual.ContinualOptions,
         run=continual.run,
         note=note,
+        first=first_options(continual.FIRST),
     ),
     "evaluate": Command(
         summary="put tasks to models: folders, or checkpoints of runs as they are; in any layout",
@@ -140,9 +146,10 @@ COMMANDS = {
         summary="look at the machine, the ranks and the parts of a run, and say what is wrong and how to mend it",
         options=doctor.DoctorOptions,
         run=doctor.run,
+        first=first_options(doctor.FIRST),
     ),
     "flags": Command(
-        summary="list Megatron-LM's flags: which are options here, which say what is done anyway, which can't be had",
+        summary="list all options of runs, and what Megatron-LM's flags and other trainers' names are here",
         options=flags.FlagsOptions,
         run=flags.run,
     ),
@@ -152,7 +159,13 @@ COMMANDS = {
 def commands() -> dict[str, Command]:
     """Every command by its name: one for each method, then the others."""
     methods = {
-        name: Command(summary=method.summary, options=options_of(method), run=partial(run_method, name), note=note)
+        name: Command(
+            summary=method.summary,
+            options=options_of(method),
+            run=partial(run_method, name),
+            note=note,
+            first=first_options(method.first) if method.first else (),
+        )
         for name, method in DECLARED.items()
     }
     return methods | COMMANDS
@@ -163,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def dispatch(status: StatusFolder) -> None:
-        if not arguments or arguments[0] in HELP_WORDS:
+        if not arguments or arguments[0] in (*HELP_WORDS, HELP_ALL):
             show(_overview())
             return
         if arguments[0] == VERSION_WORD:
@@ -178,19 +191,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, prog: str) -> None:
-    if any(word in HELP_WORDS for word in words):
-        show(help_text(command.options, prog=prog, description=f"{command.summary}."))
+    if not {*HELP_WORDS, HELP_ALL}.isdisjoint(words):
+        about, everything = f"{command.summary}.", HELP_ALL in words
+        show(help_text(command.options, prog=prog, description=about, first=command.first, everything=everything))
         return
     command.run(load_options(command.options, words, command.note), status)
 
 
 def _overview() -> str:
-    lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
-    lines += [f"  {name:<12} {command.summary}" for name, command in commands().items()]
     about = (
-        f"`{PROG} COMMAND --help` lists a command's options, `{PROG} {VERSION_WORD}` the versions that are installed."
+        f"`{PROG} COMMAND --help` shows the options of a command to begin with, {HELP_ALL} all of them; `{PROG} "
+        f"{VERSION_WORD}` the versions that are installed."
     )
-    return "\n".join([*lines, "", about])
+    lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
+    for name, command in commands().items():
+        lines += _wrapped(command.summary, f"  {name:<12} ")
+    return "\n".join([*lines, "", *_wrapped(about)])
+
+
+def _wrapped(text: str, label: str = "") -> list[str]:
+    """To the width of the terminal, behind a label."""
+    width = get_terminal_size().columns
+    return wrap(text, width, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)
 
 
 def _unknown_command(name: str) -> str:

@@ -78,12 +78,21 @@ class PlanDeviceConfig:
     """For --time: ranks of a node."""
 
 
+FIRST = (
+    *("config", "load-hf", "world-size", "rounds", "memory", "time", "json", "save", "png"),
+    *("hft-ratio", "hft-level", "hft-selection", "hft-rotation", "hft-plan", "lora-rank"),
+    *("tensor-model-parallel-size", "pipeline-model-parallel-size"),
+    *("micro-batch-size", "global-batch-size", "seq-length", "seed"),
+)
+"""The options that --help shows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """What to plan for, and where to put it."""
 
     config: str | None = None
-    """YAML file of a run, of which only the options below are read; the command line wins."""
+    """YAML file of a run, of which only the options below are read; the command line overrides it."""
     world_size: Annotated[int, Ge(1)] | None = None
     """Ranks of the run; those of one replica (TP x PP) when unset."""
     memory: str | None = None

@@ -51,7 +51,7 @@ class ShowDataOptions:
     """What to show, and how."""
 
     config: str | None = None
-    """YAML file of a run, of which only the options below are read; the command line wins."""
+    """YAML file of a run, of which only the options below are read; the command line overrides it."""
     examples: Annotated[int, Ge(0)] = 3
     """Examples, or pairs, to show of each source, from its beginning."""
     html: str | None = None

@@ -1,5 +1,6 @@
 """What the commands that train have in common: their options, the checks, and the way to the run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ class TrainingOptions:
     """The options of every run, and two that are not part of it; a command adds those of its data."""
 
     config: str | None = None
-    """YAML file with any of the options below, by name or under a group's name; the command line wins."""
+    """YAML file with any of the options below, by name or under a group's name; the command line overrides it."""
     check: bool = False
     """Check options, tokenizer and data for WORLD_SIZE ranks (from the environment), and train nothing."""
     stages: str | None = None
@@ -54,6 +55,21 @@ class TrainingOptions:
         """``base`` with these options in place of its own; a command's group may have some of a run's group."""
         own = {group.name for group in fields(self)} & {group.name for group in fields(base)}
         return replace(base, **{name: replace(getattr(base, name), **vars(getattr(self, name))) for name in own})
+
+
+FIRST = (
+    *("hft-ratio", "hft-round-interval", "lora-rank"),
+    *("tensor-model-parallel-size", "pipeline-model-parallel-size"),
+    *("micro-batch-size", "global-batch-size", "seq-length", "train-iters"),
+    *("lr", "lr-warmup-fraction"),
+    *("save", "save-interval", "load", "save-hf", "eval-interval", "eval-iters"),
+)
+"""Options of every run that --help shows, after those of its model and data."""
+
+
+def first_options(of_command: Iterable[str]) -> tuple[str, ...]:
+    """Names of the options that --help shows, with those of the command itself; the groups have their order."""
+    return ("config", "check", "load-hf", *of_command, *FIRST, "seed")
 
 
 @cache

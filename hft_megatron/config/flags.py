@@ -7,11 +7,11 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import takewhile
-from typing import get_origin
+from typing import get_args, get_origin
 
 import tyro
 
-from hft_megatron.config.declared import Declared, declared
+from hft_megatron.config.declared import Declared, declared, words_of
 from hft_megatron.config.megatron_flags import OF_OTHER_COMMANDS, ROWS, refused_value
 from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.names import Names, known
@@ -46,6 +46,8 @@ class Flag:
     option: Declared
     group: str | None
     """Name of the nested dataclass that holds it; None for what only the command line can say (--config)."""
+    owner: type
+    """The dataclass whose field it is."""
 
     @property
     def name(self) -> str:
@@ -66,6 +68,19 @@ class Flag:
     def expected(self) -> str:
         """What its value must be, in words for an error."""
         return self.option.expected
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for its value in the help: the kind of it, or its choices in braces."""
+        if self.option.choices:
+            return f"{{{','.join(map(str, self.option.choices))}}}"
+        kind = get_args(self.option.type)[0] if self.takes_several else self.option.type
+        return {int: "INT", float: "FLOAT"}.get(kind, "TEXT")
+
+    @property
+    def words(self) -> str:
+        """What is said of it where it is declared; empty where nothing is."""
+        return words_of(self.owner).get(self.option.name, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +125,7 @@ def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
             assert isinstance(option.type, type)
             inner = flags_of(option.type, group=option.name)
         else:
-            flag = Flag(option=option, group=group)
+            flag = Flag(option=option, group=group, owner=options_type)
             inner = {flag.name: flag}
         assert not found.keys() & inner.keys(), "two options have one name"
         found |= inner
@@ -256,7 +271,7 @@ def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> Mistake:
     # A name that only lacks its beginning, such as Megatron's --data-path, is nearer than letters tell.
     nearest = [known for known in names if known.endswith(f"-{name}")]
     nearest += difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"the nearest is --{nearest[0]}" if nearest else "--help lists all of them"
+    hint = f"the nearest is --{nearest[0]}" if nearest else "--help-all lists all of them"
     of_others = " of this command" if name in flags_of(RunConfig) else ""
     return Mistake(sentence=f"{where} is not an option{of_others}; {hint}.")
 
@@ -274,8 +289,8 @@ def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> I
         if not _is_name(word):
             position += len(following)
             yield Mistake(
-                sentence=f"The word {word!r} belongs to no option: options start with --, and --help says which take "
-                "several values."
+                sentence=f"The word {word!r} belongs to no option: options start with --, and --help-all says which "
+                "take several values."
             )
             continue
         item, taken = _item_of_word(word, following, flags)

@@ -262,11 +262,11 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
             "sft",
             "--lr -- --check",
             "2 options can't be had as they are:|  --lr needs a value: a number of at least 0.|  The word '--' belongs "
-            "to no option: options start with --, and --help says which take several values.",
+            "to no option: options start with --, and --help-all says which take several values.",
         ),
-        ("plan", "--beta 3", "--beta is not an option; --help lists all of them."),
-        ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help lists all of them."),
-        ("average", "--swiglu", "--swiglu is not an option; --help lists all of them."),
+        ("plan", "--beta 3", "--beta is not an option; --help-all lists all of them."),
+        ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help-all lists all of them."),
+        ("average", "--swiglu", "--swiglu is not an option; --help-all lists all of them."),
     ],
 )
 def test_what_would_be_read_as_something_else_is_said(method: str, words: str, said: str) -> None:
