@@ -20,6 +20,7 @@ from typing import Any
 import hft_megatron
 from hft_megatron.cli import (
     average,
+    completion,
     continual,
     convert,
     doctor,
@@ -34,6 +35,7 @@ from hft_megatron.cli import (
 from hft_megatron.cli.boundary import PROG, StatusFolder, note, run_command, show
 from hft_megatron.cli.help import HELP_ALL, HELP_WORDS, help_text
 from hft_megatron.cli.training_command import first_options, options_of, run_method
+from hft_megatron.config.flags import flags_of
 from hft_megatron.config.loading import load_options
 from hft_megatron.errors import UserError
 from hft_megatron.methods.registry import DECLARED
@@ -91,6 +93,19 @@ class Command:
     """Takes a line about the options, where the command has a log."""
     first: tuple[str, ...] = ()
     """Names of the options that --help shows, in groups that have the order of these; without any it shows all."""
+    bare: str | None = None
+    """Name of the option whose value may follow the command without it."""
+
+    def arguments(self, words: Sequence[str]) -> Sequence[str]:
+        """The words with the name of every option."""
+        if self.bare is None or not words or words[0].startswith("-"):
+            return words
+        return [f"--{self.bare}", *words]
+
+
+def _show_completion(options: completion.CompletionOptions, status: StatusFolder) -> None:
+    offered = {name: (command.summary, flags_of(command.options)) for name, command in commands().items()}
+    show(completion.script(options.shell, offered))
 
 
 COMMANDS = {
@@ -153,6 +168,12 @@ COMMANDS = {
         options=flags.FlagsOptions,
         run=flags.run,
     ),
+    "completion": Command(
+        summary="write the script with which bash, zsh or fish completes commands and options",
+        options=completion.CompletionOptions,
+        run=_show_completion,
+        bare="shell",
+    ),
 }
 
 
@@ -195,18 +216,20 @@ def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, pr
         about, everything = f"{command.summary}.", HELP_ALL in words
         show(help_text(command.options, prog=prog, description=about, first=command.first, everything=everything))
         return
-    command.run(load_options(command.options, words, command.note), status)
+    command.run(load_options(command.options, command.arguments(words), command.note), status)
 
 
 def _overview() -> str:
     about = (
         f"`{PROG} COMMAND --help` shows the options of a command to begin with, {HELP_ALL} all of them; `{PROG} "
-        f"{VERSION_WORD}` the versions that are installed."
+        f"{VERSION_WORD}` the versions that are installed.",
+        f"`source <({PROG} completion bash)` has bash complete commands and options; `{PROG} completion --help` says "
+        f"how in other shells.",
     )
     lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
     for name, command in commands().items():
         lines += _wrapped(command.summary, f"  {name:<12} ")
-    return "\n".join([*lines, "", *_wrapped(about)])
+    return "\n".join([*lines, "", *_wrapped(about[0]), *_wrapped(about[1])])
 
 
 def _wrapped(text: str, label: str = "") -> list[str]:
