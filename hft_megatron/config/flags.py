@@ -132,13 +132,13 @@ def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
     return found
 
 
-OFF = "false"
-"""What a file or a call gives a switch that it turns off."""
+ON, OFF = "true", "false"
+"""What a file or a call gives a switch that it turns on or off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One flag of Megatron-LM's, or a name of ms-swift's, that is no option here, given once."""
+    """One flag of Megatron-LM's, or a name of another trainer's, that is no option here, given once."""
 
     row: Row
     words: tuple[str, ...]
@@ -157,11 +157,13 @@ class Request:
         return self.row.agrees(self.words) and not self._is_off
 
     @property
-    def refusal(self) -> str | None:
-        """The sentence about it; None where it is accepted, or where a file turns off what isn't there."""
-        if self.is_accepted or (self._is_off and self.row.state != "accepted"):
-            return None
-        return self.row.refusal(" ".join((self.where, *map(_shown, self.words))))
+    def is_refused(self) -> bool:
+        """Whether it asks for something else; a file that turns off what isn't there asks for nothing."""
+        return not self.is_accepted and not (self._is_off and self.row.state != "accepted")
+
+    def refusal(self, given: Mapping[str, str]) -> str:
+        """The sentence about it, beside the values of all that is ``given``, by name."""
+        return self.row.refusal(" ".join((self.where, *map(_shown, self.words))), self.words, given)
 
     @property
     def _is_off(self) -> bool:
@@ -193,8 +195,9 @@ class Reading:
         """By option."""
         self.accepted: dict[str, Request] = {}
         """Flags of Megatron-LM's that ask for what is done anyway, by name."""
-        self._mistakes: dict[str, str] = {}
-        """Sentences by the name they are about, so that a value given later can take one back."""
+        self._mistakes: dict[str, str | Request] = {}
+        """Sentences, or what one is to be made of, by the name they are about, so that a value given later can take one
+        back."""
 
     def take(self, items: Iterable[Item]) -> None:
         """Note what was read, in order."""
@@ -209,7 +212,7 @@ class Reading:
                     self._note(item.flag.name, f"{before.where} and {item.where} are one option; keep one of them.")
             else:
                 self.accepted.pop(item.row.name, None)
-                self._note(item.row.name, item.refusal)
+                self._note(item.row.name, item if item.is_refused else None)
                 if item.is_accepted:
                     self.accepted[item.row.name] = item
 
@@ -221,7 +224,11 @@ class Reading:
             for request in self.accepted.values()
             if request.row.beside and self.settings.keys().isdisjoint(request.row.beside)
         ]
-        return [*self._mistakes.values(), *lacking]
+        refused = {name: item for name, item in self._mistakes.items() if isinstance(item, Request)}
+        given = {name: item.value for name, item in self.settings.items()}
+        given |= {name: " ".join(item.words) for name, item in refused.items()}
+        said = [item.refusal(given) if isinstance(item, Request) else item for item in self._mistakes.values()]
+        return [*said, *lacking]
 
     def check(self, note: Callable[[str], None] | None = None) -> None:
         """Raise UserError with every mistake: one sentence, or a line for each.
@@ -230,7 +237,7 @@ class Reading:
         """
         check_all([self], note)
 
-    def _note(self, name: str, refusal: str | None) -> None:
+    def _note(self, name: str, refusal: str | Request | None) -> None:
         self._mistakes.pop(name, None)
         if refusal is not None:
             self._mistakes[name] = refusal
@@ -316,8 +323,9 @@ def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]
     if isinstance(meant, Row) and not meant.can_agree:
         # The run ends, so that what follows need not be told from its values.
         return Request(row=meant, words=values, where=written), len(following)
-    if meant.is_switch and (has_value or (following and following[0].lower() in ("true", OFF))):
-        return _no_value(word if has_value else f"{written} {following[0]}", meant), 0 if has_value else 1
+    if meant.is_switch and (has_value or (following and following[0].lower() in (ON, OFF))):
+        given = word if has_value else f"{written} {following[0]}"
+        return _no_value(given, name, value if has_value else following[0], meant), 0 if has_value else 1
     if not values and not meant.is_switch:
         return Mistake(sentence=f"{written} needs a value: {meant.expected}."), 0
     if isinstance(meant, Row):
@@ -326,6 +334,14 @@ def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]
     return Setting(flag=meant, words=words, where=written), taken
 
 
-def _no_value(written: str, meant: Flag | Row) -> Mistake:
-    negative = f" or --no-{meant.name}" if isinstance(meant, Flag) else ""
-    return Mistake(sentence=f"{written}: a switch takes no value; write --{meant.name}{negative}.")
+def _no_value(given: str, name: str, value: str, meant: Flag | Row) -> Mistake:
+    """The sentence for a switch with a value, which says what is meant by it where that can be told."""
+    instead = f"write --{meant.name}"
+    if isinstance(meant, Flag) and value.lower() in (ON, OFF):
+        is_on = (value.lower() == ON) != turns_off(name, meant)
+        instead = f"write --{meant.name if is_on else f'no-{meant.name}'}"
+    elif isinstance(meant, Flag):
+        instead = f"write --{meant.name} or --no-{meant.name}"
+    elif value.lower() == OFF:
+        instead = "leave it out"
+    return Mistake(sentence=f"{given}: a switch takes no value; {instead}.")

@@ -275,6 +275,10 @@ def _item(meant: Flag | Row, words: tuple[str, ...], where: str, written: str) -
 
 def _yaml_words(meant: Flag | Row, node: yaml.Node, where: str) -> tuple[str, ...]:
     """The words of an option: one, or those of a list where the option takes several."""
+    if isinstance(meant, Row) and not meant.can_agree and not meant.is_switch:
+        # The run ends, whatever kind of value it is.
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return tuple(part.value for part in parts if isinstance(part, yaml.ScalarNode))
     listed = isinstance(node, yaml.SequenceNode) and meant.takes_several
     words: list[Any] = node.value if listed else [node]
     if not all(isinstance(word, yaml.ScalarNode) for word in words):

@@ -1,16 +1,22 @@
-"""What the table of Megatron-LM's flags is made of: its rows, and short ways to write them."""
+"""What the table of Megatron-LM's flags and other trainers' names is made of: rows, and short ways to write them."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal["switch", "value", "several"]
 State = Literal["accepted", "refused", "not built yet", "other name"]
+Conversion = Callable[[str, Mapping[str, str]], str]
+"""What a value is here, as words without a full stop, by the value and the values of all that is given, by name."""
+VALUE = "VALUE"
+"""Stands in words for the value that was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One flag of Megatron-LM's that is no option here."""
+    """One flag of Megatron-LM's, or a name of another trainer's, that is no option here."""
 
     name: str
     """Without the leading dashes: ``attention-dropout``."""
@@ -19,12 +25,15 @@ class Row:
     state: State
     words: str
     """Without a full stop. Of an accepted flag what is done here, of a refused one why and what to do instead, of one
-    that is not built what serves meanwhile (may be empty), of another name the option's name here."""
+    that is not built what serves meanwhile (may be empty), of another name the option's name here. ``VALUE`` in them
+    stands for the value."""
     values: tuple[str, ...] = ()
     """Values that say what is done anyway; of an accepted flag without any, every value does."""
     beside: tuple[str, ...] = ()
     """Options of which one must be given with an accepted flag, or ``lacking`` is said of it."""
     lacking: str = ""
+    conversion: Conversion | None = None
+    """Of a refused flag whose words depend on its value: gives them in place of ``words``, which hold for any."""
 
     @property
     def is_switch(self) -> bool:
@@ -52,14 +61,19 @@ class Row:
             return self.state == "accepted"
         return all(any(_same(word, value) for value in self.values) for word in words)
 
-    def refusal(self, written: str) -> str:
-        """The sentence about it; ``written`` is the flag as the user wrote it, with its values."""
+    def refusal(self, written: str, values: Sequence[str] = (), given: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The sentence about it; ``written`` is the flag as the user wrote it, with its ``values``, and ``given`` has
+        the values of all that is given, by name."""
         if self.state == "not built yet":
             return f"{written} is not built yet{self.words and f'; {self.words}'}."
         if self.state == "accepted":
             instead = f", or give {' or '.join(self.values)}" if self.values else ""
             return f"{written}: {self.words}; leave it out{instead}."
-        return f"{written}: {self.words}."
+        value = " ".join(values)
+        if self.conversion is not None:
+            return f"{written}: {self.conversion(value, given)}."
+        shown = " ".join(map(shlex.quote, values)) or VALUE
+        return f"{written}: {self.words.replace(VALUE, shown)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +90,9 @@ def accepted(flag: str, words: str, values: str = "", *, beside: str = "", lacki
     return replace(_row(flag, "accepted", words, values), beside=tuple(beside.split()), lacking=lacking)
 
 
-def refused(flag: str, words: str) -> Row:
-    """A flag whose meaning can't be had."""
-    return _row(flag, "refused", words)
+def refused(flag: str, words: str, conversion: Conversion | None = None) -> Row:
+    """A flag that is not taken: its meaning can't be had, or it is another option with, perhaps, another value."""
+    return replace(_row(flag, "refused", words), conversion=conversion)
 
 
 def not_yet(flag: str, words: str = "", values: str = "") -> Row:

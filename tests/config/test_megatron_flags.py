@@ -147,8 +147,8 @@ def test_all_that_cannot_be_had_is_listed_at_once(tmp_path: Path) -> None:
         "  --num-experts 8: mixtures of experts are not built; only dense LLaMA models train.",
         "  --trian-iters is not an option; the nearest is --train-iters.",
         "  --hidden-dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
-        "  --bf16 true: a switch takes no value; write --bf16 or --no-bf16.",
-        "  The word 'd' belongs to no option: options start with --, and --help says which take several values.",
+        "  --bf16 true: a switch takes no value; write --bf16.",
+        "  The word 'd' belongs to no option: options start with --, and --help-all says which take several values.",
         "  --lr needs a value: a number of at least 0.",
     ]
 
