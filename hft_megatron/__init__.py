@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hft_megatron.data.formats import table as _formats  # noqa: F401 (registers what --data-format may say)
+from hft_megatron.data.formats import table as _formats  # noqa: F401 (registers values of --data-format)
 from hft_megatron.hft.plan import Plan
 from hft_megatron.library.plans import draw_plan
 from hft_megatron.methods import registry as _methods  # noqa: F401 (registers the commands that train)
@@ -16,7 +16,7 @@ __all__ = ["Hook", "Plan", "Trainer", "draw_plan"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports ``Trainer`` and ``Hook`` when they are asked for: torch and megatron-core come with them."""
+    """Imports ``Trainer`` and ``Hook`` on first use, since torch and megatron-core come with them."""
     if name not in ("Trainer", "Hook"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hft_megatron.engine.start import prepare_engine

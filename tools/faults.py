@@ -1,4 +1,4 @@
-"""A table of planted faults: which tests notice when the product is broken on purpose, and in which tier.
+"""A table of planted faults: the tests that notice when the product is broken on purpose, and their tier.
 
 Run: ``python tools/faults.py --output table.md``, with ``--at COMMIT`` to try another commit with its own tests. Every
 patch of ``tests/faults`` is one fault, below a few lines that describe it. One after the other is applied to a copy of
@@ -25,18 +25,18 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAULTS = REPOSITORY / "tests" / "faults"
 FAULTS_TEST = "tests/tools/test_faults_tool.py"
-"""Would fail under every fault, whose patch can't be applied a second time."""
+"""Test that would fail under every fault, whose patch can't be applied a second time."""
 HEADER = ("Subject", "Part", "Token", "Tests")
 QUICK, SLOW, MISSED = "quick", "slow", "missed"
 MARKERS = {QUICK: "not slow and not system", SLOW: "slow and not system"}
 SILENCE_S = 20 * 60
-"""A test that takes longer hangs, and that is noticed too. Of one test: all slow ones take most of an hour."""
+"""Limit of a single test, which otherwise counts as hung and noticed. All slow tests take most of an hour."""
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?::\S+?(?:\[.*?\])?|\S+?)(?: - .*)?$", re.MULTILINE)
 _IMPORT_FAILED = re.compile(r"^E +(ImportError|ModuleNotFoundError)\b", re.MULTILINE)
 
 
 class FaultError(Exception):
-    """A mistake in the table's files or options; the message is a sentence."""
+    """An error in the table's files or options; the message is a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +45,28 @@ class Fault:
 
     name: str
     subject: str
-    """What is wrong, as a sentence."""
+    """The error, as a sentence."""
     part: str
     one_token: bool
-    """Whether the patch changes a single token of an expression."""
+    """True if the patch changes a single token of an expression."""
     tests: tuple[str, ...]
-    """Files and folders that are about the part."""
+    """Files and folders of tests about the part."""
     patch: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of one fault."""
+    """The result for one fault."""
 
     fault: Fault
     tier: str
     test: str
-    """The first that failed or hung; empty where none did."""
+    """The first test that failed or hung; empty without one."""
     seconds: float
 
 
 def read_fault(path: Path) -> Fault:
-    """Read a patch's header. Raises FaultError for one that is not in form."""
+    """Read a patch's header. Raises FaultError for an invalid one."""
     lines = path.read_text(encoding="utf-8").splitlines()[: len(HEADER)]
     pairs = [line.partition(": ")[::2] for line in lines]
     if [word for word, _ in pairs] != list(HEADER) or not all(text for _, text in pairs):
@@ -88,7 +88,7 @@ def read_faults(folder: Path, names: Sequence[str]) -> list[Fault]:
 
 
 def git(*words: str, folder: Path) -> str:
-    """Output of a git command. Raises FaultError with what git says where it fails."""
+    """Output of a git command. Raises FaultError with git's message where it fails."""
     done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         raise FaultError(f"git {' '.join(words)}: {done.stderr.strip()}")
@@ -97,7 +97,7 @@ def git(*words: str, folder: Path) -> str:
 
 @contextlib.contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """A copy of ``commit`` in a temporary folder, which goes again whatever happens."""
+    """A copy of ``commit`` in a temporary folder, which is always removed."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         tree = Path(folder) / "tree"
         git("worktree", "add", "--quiet", "--detach", str(tree), commit, folder=REPOSITORY)
@@ -109,14 +109,14 @@ def worktree(commit: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def planted(fault: Fault, tree: Path) -> Iterator[None]:
-    """Within it the fault is in the tree. Raises FaultError for a patch that does not apply."""
+    """Plants the fault in the tree within the context. Raises FaultError for a patch that does not apply."""
     try:
-        # By the blobs that it names, so that lines which moved since don't matter.
+        # By the blobs that it names, so that moved lines don't matter.
         git("apply", "--3way", str(fault.patch), folder=tree)
         yield
     finally:
         git("reset", "--quiet", "--hard", folder=tree)
-        # Ignored files too: bytecode of the fault may look newer than the file that comes back.
+        # Ignored files too: bytecode of the fault may look newer than the restored file.
         git("clean", "-qfdx", folder=tree)
 
 
@@ -183,7 +183,7 @@ def try_fault(fault: Fault, tree: Path) -> Result:
     start = time.monotonic()
     tests = [path for path in fault.tests if (tree / path).exists()]
     for path in sorted(set(fault.tests) - set(tests)):
-        print(f"{fault.name}: {path} is not there at this commit, and is skipped", flush=True)
+        print(f"{fault.name}: {path} does not exist at this commit, and is skipped", flush=True)
     log = tree.parent / "pytest.log"
     with planted(fault, tree):
         for tier, words in selections(tests):

@@ -1,4 +1,4 @@
-"""How far a run came, also when its checkpoints have been deleted because nothing needs them any more."""
+"""Last position of a run, also when its checkpoints have been deleted because nothing needs them any more."""
 
 import json
 import shutil
@@ -20,15 +20,15 @@ from hft_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Reached:
-    """Where a run stood at its last checkpoint."""
+    """Position of a run at its last checkpoint."""
 
     iteration: int
     round: int
-    """The last one that trained, in the method's numbers."""
+    """The last round that trained, in the method's numbers."""
 
 
 def reached(folder: Path) -> Reached | None:
-    """How far the run in ``folder`` came; None where it has neither a checkpoint nor a record."""
+    """Last position of the run in ``folder``; None where it has neither a checkpoint nor a record."""
     noted, complete = discarded(folder), complete_checkpoints(str(folder))
     if noted is not None or not complete:
         return noted
@@ -47,14 +47,14 @@ def discarded(folder: Path) -> Reached | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--save: {file} can't be read ({error}); copy the folder {folder} again.") from error
+        raise UserError(f"--save: {file} cannot be read ({error}); copy the folder {folder} again.") from error
 
 
 def discard_checkpoints(folder: Path) -> list[Path]:
-    """Deletes a run's checkpoints, or what an earlier call has left of them; returns what is gone.
+    """Deletes a run's checkpoints, or those that an earlier call has left; returns the deleted paths.
 
-    Before the first one a record of how far the run came is on the disk, and the plan of its last round: a kill at any
-    moment leaves the newest checkpoint or these. Raises OSError.
+    It first writes a record of the run's last position and the plan of its last round to the disk: a kill at any moment
+    leaves the newest checkpoint or these. Raises OSError.
     """
     if discarded(folder) is None:
         last = reached(folder)

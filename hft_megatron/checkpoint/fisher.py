@@ -1,6 +1,6 @@
 """The diagonal Fisher information of tasks and the weights that it was measured at, in a folder beside checkpoints.
 
-By unit, as tensors of the whole model: any layout reads what another has written. Every file has its digest, as in a
+By unit, as tensors of the whole model, so that any layout reads files of another. Every file has its digest, as in a
 checkpoint.
 """
 
@@ -34,34 +34,34 @@ FISHER, ANCHOR = "fisher", "anchor"
 """Names of a unit's tensors: the sum of its Fisher information over tasks, and its weights after the last of them."""
 
 _UNITS = "units"
-"""Beside them dist_checkpointing gives back what it notes of its own."""
+"""Key of the units, beside dist_checkpointing's own entries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FisherFacts:
-    """What lies in the folder."""
+    """Description of the folder's contents."""
 
     iteration: int
-    """Of the task's run, where its last weights were reached."""
+    """Iteration of the task's run at which its last weights were reached."""
     batches: int
-    """Over which the task's squared gradients were averaged."""
+    """Batches over which the task's squared gradients were averaged."""
     tasks: int
-    """Whose Fisher information is summed."""
+    """Number of tasks whose Fisher information is summed."""
 
 
 def read_facts(folder: Path) -> FisherFacts | None:
-    """Of a complete folder, None where it is none; UserError where they can't be read."""
+    """The facts of a complete folder, None where it isn't one; UserError where they can't be read."""
     if not (folder / DIGESTS_FILE).exists():
         return None
     file = folder / FACTS_FILE
     try:
         return FisherFacts(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} can't be read ({error}); copy the folder {folder.parent} again.") from error
+        raise UserError(f"{file} cannot be read ({error}); copy the folder {folder.parent} again.") from error
 
 
 def check_fisher(folder: Path, placement: Placement) -> None:
-    """Raises UserError on every rank unless every file is what was saved; collective, ranks share the reading."""
+    """Raises UserError on every rank unless every file is as it was saved; collective, ranks share the reading."""
     for damage in gathered(_damage_found_here(folder, placement)):
         if damage is not None:
             raise UserError(f"{damage}; copy the folder {folder.parent} again, or train that task again.")
@@ -72,14 +72,14 @@ def _damage_found_here(folder: Path, placement: Placement) -> str | None:
     try:
         digests = read_digests(folder)
     except (OSError, ValueError) as error:
-        return f"{folder / DIGESTS_FILE} can't be read ({error})"
+        return f"{folder / DIGESTS_FILE} cannot be read ({error})"
     return damage_in(folder, digests, share_of_files(digests, placement))
 
 
 def read_fisher(
     folder: Path, wrapped: WrappedModel, names: Sequence[str], placement: Placement
 ) -> dict[str, dict[str, Tensor]]:
-    """unit -> name -> (elements,) fp32 of what ``wrapped`` trains, for the units that this rank keeps, in host memory.
+    """unit -> name -> (elements,) fp32 of the trainable units that this rank keeps, in host memory.
 
     ``names`` are ``FISHER``, ``ANCHOR`` or both. Every rank must call it.
     """
@@ -96,7 +96,7 @@ def read_fisher(
 
 
 def keepers_of(wrapped: WrappedModel, placement: Placement) -> dict[str, int]:
-    """unit -> data-parallel rank that reads and writes it."""
+    """Data-parallel rank that reads and writes each unit."""
     slots = [slot for slot, _ in described_slots(wrapped, described_weights(wrapped.modules))]
     return keepers(slots, placement.groups.dp)
 
@@ -105,7 +105,7 @@ def write_fisher(
     folder: Path, wrapped: WrappedModel, fisher: Mapping[str, Tensor], facts: FisherFacts, placement: Placement
 ) -> None:
     """Writes ``fisher``, (elements,) fp32 of the units that this rank keeps, with the model's weights, which must be
-    gathered; in place of what was in the folder, when all is there. Every rank must call it.
+    gathered. Replaces the folder's contents once everything is written. Every rank must call it.
 
     Raises RunFailed on all ranks where one can't write.
     """
@@ -140,7 +140,7 @@ def _described(wrapped: WrappedModel, fisher: Mapping[str, Tensor], placement: P
     found: State = {}
     for slot, model in described_slots(wrapped, described_weights(wrapped.modules)):
         *outer, _ = model.replica_id
-        # What another tensor or pipeline rank holds as well is written there.
+        # A unit that another tensor or pipeline rank holds as well is written there.
         if by_unit[slot.unit] == placement.data_rank and not any(outer):
             kept = {FISHER: fisher[slot.unit], ANCHOR: slot.parameter.detach().view(-1)}
             found[slot.unit] = {name: like_weight(model, name, flat) for name, flat in kept.items()}
@@ -153,12 +153,12 @@ def _raise_any(failures: Mapping[int, Any]) -> None:
 
 
 def _on_first_rank(folder: Path, act: Callable[[], None]) -> None:
-    """Has rank 0 act; RunFailed on all ranks where it can't."""
+    """Calls ``act`` on rank 0; RunFailed on all ranks where it fails."""
 
     def act_or_say() -> None:
         try:
             act()
         except OSError as error:
-            raise RunFailed(f"the Fisher information of this task can't be written to {folder}: {error}.") from error
+            raise RunFailed(f"the Fisher information of this task cannot be written to {folder}: {error}.") from error
 
     on_rank_0(act_or_say)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run's folder: which are complete, and the digests of their files.
+"""The checkpoints in a run's folder: complete and incomplete ones, and the digests of their files.
 
 A checkpoint is complete when it has its list of digests, the last file that is written into it before it gets its name.
 """
@@ -21,15 +21,15 @@ DIGESTS_FILE = "digests.json"
 
 
 class Digest(TypedDict):
-    """What a file must be."""
+    """Digest and size that a file must have."""
 
     sha256: str
-    """Hex."""
+    """Digest in hexadecimal."""
     bytes: int
 
 
 def digest_of(path: Path) -> Digest:
-    """Reads the whole file; raises OSError."""
+    """Digest of a file, which it reads whole; raises OSError."""
     sha256 = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
@@ -40,7 +40,7 @@ def digest_of(path: Path) -> Digest:
 
 
 def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:
-    """Completes the folder: digests that are not known yet are computed, and everything is on the disk afterwards.
+    """Completes the folder: computes the missing digests and syncs everything to the disk.
 
     ``digests`` are those of files that their writers have read back already. Raises OSError.
     """
@@ -63,7 +63,7 @@ def read_digests(folder: Path) -> dict[str, Digest]:
 
 
 def damage_in(folder: Path, digests: Mapping[str, Digest], files: Sequence[str]) -> str | None:
-    """What is wrong with the first of ``files`` that is not as it was saved, as the end of a sentence, or None."""
+    """The damage of the first of ``files`` that is not as it was saved, as a clause, or None."""
     for name in files:
         path, saved = folder / name, digests.get(name)
         if saved is None:
@@ -74,38 +74,38 @@ def damage_in(folder: Path, digests: Mapping[str, Digest], files: Sequence[str])
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:
-            return f"{path} can't be read ({error.strerror})"
+            return f"{path} cannot be read ({error.strerror})"
         if found is None:
             return f"{path} has {size} bytes, but {saved['bytes']} were saved"
         if found != saved["sha256"]:
-            return f"{path} is not what was saved (sha256 {found[:12]} instead of {saved['sha256'][:12]})"
+            return f"{path} is not as it was saved (sha256 {found[:12]} instead of {saved['sha256'][:12]})"
     return None
 
 
 def identity_of(folder: Path) -> str:
-    """sha256 (hex) that stands for every byte of a complete checkpoint: that of its list."""
+    """sha256 (hex) that identifies every byte of a complete checkpoint: that of its list of digests."""
     return digest_of(folder / DIGESTS_FILE)["sha256"]
 
 
 def combined_digest(files: Mapping[str, Digest]) -> str:
-    """sha256 (hex) that stands for several files and their names."""
+    """sha256 (hex) that identifies several files and their names."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 ITERATION_FOLDER = "iter_{:07d}"
 UNFINISHED = ".unfinished"
-"""Ends the name of a folder that is being written, or deleted, or that was when its run died."""
+"""Suffix of a folder that is being written or deleted, or was when its run died."""
 DAMAGED = ".damaged"
-"""Ends the name of a checkpoint that --load-fallback has put aside."""
+"""Suffix of a damaged checkpoint that --load-fallback has renamed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """What a folder holds."""
+    """Checkpoints in a folder."""
 
     folder: Path
     complete: tuple[Path, ...] = ()
-    """Newest first."""
+    """Complete ones, newest first."""
     unfinished: tuple[Path, ...] = ()
     tracked: int | None = None
     """The iteration that the tracker file names; None where there is no tracker."""
@@ -116,29 +116,29 @@ class Checkpoints:
 
     @property
     def missing(self) -> Path | None:
-        """The checkpoint that the tracker names, where it was complete once and is not any more."""
+        """The checkpoint that the tracker names, where it was complete once and no longer is."""
         if self.tracked is None or any(iteration_of(path) == self.tracked for path in self.complete):
             return None
         return self.folder / ITERATION_FOLDER.format(self.tracked)
 
     @property
     def is_empty(self) -> bool:
-        """Whether it holds no checkpoint, and none is missing."""
+        """Return whether it holds no checkpoint, and none is missing."""
         return self.newest is None and self.missing is None
 
     def notes(self) -> list[str]:
-        """Lines for the log: what is not chosen although it looks like a checkpoint, and why."""
-        lines = [f"{path} is skipped: it is not complete" for path in self.unfinished if path != self.missing]
+        """Lines for the log about incomplete checkpoints, and about one that is newer than the tracker."""
+        lines = [f"skipping {path}: it is incomplete" for path in self.unfinished if path != self.missing]
         if self.newest is not None and self.tracked is not None and self.tracked < iteration_of(self.newest):
             lines.append(
-                f"{self.newest} is newer than iteration {self.tracked}, which {CHECKPOINT_TRACKER_FILE} names, and "
-                f"complete: the run stopped between the two"
+                f"{self.newest} is complete and newer than iteration {self.tracked} in {CHECKPOINT_TRACKER_FILE}: the "
+                f"run stopped before it could update that file"
             )
         return lines
 
 
 def find_checkpoints(folder: str) -> Checkpoints:
-    """What ``folder`` holds, nothing where it does not exist; UserError for a tracker that names no iteration."""
+    """The checkpoints in ``folder``, none where it does not exist; UserError for a tracker that names no iteration."""
     root = Path(folder)
     complete = complete_checkpoints(folder)
     others = [path for path in sorted(root.glob("iter_*")) if path not in complete]
@@ -151,29 +151,29 @@ def find_checkpoints(folder: str) -> Checkpoints:
 
 
 def checkpoint_at(folder: str, iteration: int | None, *, option: str = "--load") -> Path:
-    """The complete checkpoint of an iteration, the newest for None; UserError for one that is not there."""
+    """The complete checkpoint of an iteration, the newest for None; UserError where it does not exist."""
     found = find_checkpoints(folder)
     there = ", ".join(str(iteration_of(path)) for path in reversed(found.complete))
     if not there and (Path(folder) / FINISHED_FILE).exists():
         raise UserError(
-            f"{option} {folder} is of a task that is over, whose checkpoints --continual-discard deleted; name a later "
-            f"task's folder."
+            f"{option} {folder} holds a finished task whose checkpoints --continual-discard has deleted; give the "
+            f"folder of a later task."
         )
     if not there:
         raise UserError(
-            f"{option} {folder} holds no complete checkpoint; name the --save folder of a run that saved one."
+            f"{option} {folder} holds no complete checkpoint; give the --save folder of a run that saved one."
         )
     if iteration is not None:
         path = Path(folder) / ITERATION_FOLDER.format(iteration)
         if path not in found.complete:
             raise UserError(
-                f"--iteration {iteration}: {option} {folder} has no complete checkpoint of it; there are: {there}."
+                f"--iteration {iteration}: {option} {folder} has no complete checkpoint of it; choose one of {there}."
             )
         return path
     if found.missing is not None:
         raise UserError(
-            f"{option} {folder}: {found.missing} is not there, but {CHECKPOINT_TRACKER_FILE} names it; choose another "
-            f"iteration; there are: {there}."
+            f"{option} {folder}: {found.missing}, which {CHECKPOINT_TRACKER_FILE} names, does not exist; choose "
+            f"another iteration: {there}."
         )
     return found.complete[0]
 
@@ -185,9 +185,9 @@ def complete_checkpoints(folder: str) -> list[Path]:
 
 
 def newest_in_words(folder: str) -> str:
-    """The end of a sentence about a run that failed: where it can go on from."""
+    """The end of a sentence about a failed run: the checkpoint that it can resume from."""
     complete = complete_checkpoints(folder)
-    return f"{complete[0]} is the newest complete one" if complete else "none is complete yet"
+    return f"the newest complete checkpoint is {complete[0]}" if complete else "no checkpoint is complete yet"
 
 
 def _tracked_iteration(folder: Path) -> int | None:
@@ -196,7 +196,7 @@ def _tracked_iteration(folder: Path) -> int | None:
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"\d+", text):
-        raise UserError(f"--load {folder}: {CHECKPOINT_TRACKER_FILE} holds {text!r}, which is not an iteration number.")
+        raise UserError(f"--load {folder}: {CHECKPOINT_TRACKER_FILE} holds {text!r}, which is not an iteration.")
     return int(text)
 
 
@@ -206,8 +206,8 @@ def iteration_of(path: Path) -> int:
 
 
 def base_of(path: Path, state: TrainState) -> Path | None:
-    """The checkpoint that has what the one at ``path`` leaves out, there or not; None where that is the --load-hf
-    folder, and for a whole one. ``state`` is its position."""
+    """Path of the checkpoint with the weights that the one at ``path`` leaves out, whether it exists or not; None where
+    they are in the --load-hf folder, and for a whole one. ``state`` is its position."""
     if state.base_iteration is None:
         return None
     name = ITERATION_FOLDER.format(state.base_iteration)
@@ -218,14 +218,14 @@ def base_of(path: Path, state: TrainState) -> Path | None:
 
 
 def damage_of_base(path: Path, state: TrainState, base: Path) -> str | None:
-    """Why ``base`` is not what the checkpoint at ``path`` is based on, as the end of a sentence, or None."""
+    """The reason why ``base`` is not the base of the checkpoint at ``path``, as a clause, or None."""
     saved = str(state.base_digest)
     try:
         found = identity_of(base)
     except OSError as error:
         return (
-            f"{path} holds only what its round trained (--save-trained-only), and its base {base} is not there "
-            f"({error.strerror})"
+            f"{path} holds only the weights trained in its round (--save-trained-only), and its base {base} cannot be "
+            f"read ({error.strerror})"
         )
     if found != saved:
         return f"{base} is not the base of {path.name} (sha256 {found[:12]} instead of {saved[:12]})"
@@ -233,8 +233,8 @@ def damage_of_base(path: Path, state: TrainState, base: Path) -> str | None:
 
 
 def chain_of(path: Path, *, option: str = "--load") -> Iterator[tuple[Path, TrainState]]:
-    """A checkpoint, the one it is based on, and so on to the last, with their positions; each is looked at when it is
-    asked for. UserError for a base that is gone or another checkpoint by now; ``option`` is what names the run there.
+    """A checkpoint, its base, and so on to the last, with their positions; each is read on demand. UserError for a base
+    that is gone or has changed; ``option`` names the run there.
     """
     base: Path | None = path
     while base is not None:
@@ -247,17 +247,17 @@ def chain_of(path: Path, *, option: str = "--load") -> Iterator[tuple[Path, Trai
 
 
 def end_of_chain(path: Path, *, option: str = "--load") -> TrainState:
-    """The position of the last checkpoint in the chain, which says whether the --load-hf folder has what is missing."""
+    """The position of the last checkpoint in the chain, which shows whether the rest is in the --load-hf folder."""
     *_, (_, state) = chain_of(path, option=option)
     return state
 
 
 def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: int | None) -> list[Path]:
-    """Deletes the checkpoints that --keep-last and --save-retain-interval let go; returns them.
+    """Deletes the checkpoints that --keep-last and --save-retain-interval don't keep; returns their paths.
 
     Kept are the newest ``keep_last`` (1 where only the interval is given), every one whose iteration is a multiple of
-    ``retain_interval``, and what a kept checkpoint needs as its base; bases in other runs' folders are not touched.
-    Raises OSError where one can't be deleted, and UserError, before any is, where a kept one can't be read.
+    ``retain_interval``, and the bases of kept ones; bases in other runs' folders are not touched. Raises OSError where
+    one can't be deleted, and UserError, before any deletion, where a kept one can't be read.
     """
     if keep_last is None and retain_interval is None:
         return []
@@ -265,7 +265,7 @@ def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: in
     kept = set(complete[: keep_last or 1])
     if retain_interval is not None:
         kept |= {path for path in complete if iteration_of(path) % retain_interval == 0}
-    # A base in the folder is whole, or has its own base elsewhere: one look is enough.
+    # A base in the folder is whole, or has its own base elsewhere: one level is enough.
     kept |= {base for base in [base_of(path, TrainState.read(path)) for path in kept] if base in complete}
     gone = [path for path in complete if path not in kept]
     for path in gone:
@@ -274,7 +274,7 @@ def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: in
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Deletes a checkpoint so that whoever looks meanwhile, or after a crash, sees a whole one or an unfinished one."""
+    """Deletes a checkpoint so that at every moment, or after a crash, it is either whole or marked as unfinished."""
     dying = path.with_name(path.name + UNFINISHED)
     shutil.rmtree(dying, ignore_errors=True)
     path.rename(dying)

@@ -1,4 +1,4 @@
-"""Where a run stands, beyond its tensors. Imports no torch."""
+"""Position of a run, beyond its tensors. Imports no torch."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ from hft_megatron.errors import UserError
 
 FILE_NAME = "train_state.json"
 FORMAT = 3
-"""Version of the checkpoint's own files; another one could be read wrongly in silence."""
+"""Version of the checkpoint's own files; others are refused, since they could be misread in silence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,39 +18,39 @@ class TrainState:
 
     iteration: int = 0
     consumed_samples: int = 0
-    """Samples over all ranks; names the next example at any layout."""
+    """Samples over all ranks; gives the next example in any layout."""
     skipped_iterations: tuple[int, ...] = ()
-    """Numbers (from 1) of those that made no update, under --skip-nonfinite-steps or --iterations-to-skip. They count
-    as iterations, and their samples as consumed; the learning rate and the optimizer's step counts go without them."""
+    """Numbers (from 1) of iterations without an update, under --skip-nonfinite-steps or --iterations-to-skip. They
+    count as iterations, and their samples as consumed; the learning rate and the optimizer's step counts skip them."""
     asked_to_skip: tuple[int, ...] = ()
-    """Those of them that --iterations-to-skip named."""
+    """Skipped iterations that --iterations-to-skip named."""
     round: int = 0
     """HFT round, from 0."""
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     device: str = "cpu"
-    """Kind of device whose random states are in the checkpoint."""
+    """Kind of device whose random states the checkpoint holds."""
     unit_steps: dict[str, int] = field(default_factory=dict)
-    """Updates that each unit's moments in the checkpoint have seen. Under --hft-moments carry units differ in them."""
+    """Updates in each unit's moments. Under --hft-moments carry they differ between units."""
     base_iteration: int | None = None
-    """Checkpoint that holds the weights which this one leaves out (--save-trained-only), or is based on another one."""
+    """Checkpoint with the weights that this one leaves out (--save-trained-only), or one that has a base itself."""
     base_folder: str | None = None
-    """Folder of that checkpoint's run, seen from this run's, such as ``../task_0``; None where both are one run's."""
+    """Folder of that checkpoint's run, relative to this run's, such as ``../task_0``; None for the same run."""
     base_digest: str | None = None
-    """What the base must be: ``folders.identity_of`` that checkpoint, or of the weights of the --load-hf folder where
-    ``base_iteration`` is None. None for a checkpoint that is whole."""
+    """Digest of the base: ``folders.identity_of`` that checkpoint, or of the weights of the --load-hf folder where
+    ``base_iteration`` is None. None for a whole checkpoint."""
 
     schedule: dict[str, Any] = field(default_factory=dict)
-    """``config.resumed_schedule.Noted`` of the command that saved this; empty in checkpoints of earlier versions."""
+    """``trainer.resume.Noted`` of the command that saved this; empty in checkpoints of earlier versions."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether the checkpoint holds every weight."""
+        """Return whether the checkpoint holds every weight."""
         return self.base_digest is None
 
     @property
     def is_based_on_model(self) -> bool:
-        """Whether the weights that it leaves out are in the --load-hf folder."""
+        """Return whether the weights that it leaves out are in the --load-hf folder."""
         return not self.is_whole and self.base_iteration is None
 
     def write(self, folder: Path) -> None:
@@ -61,7 +61,7 @@ class TrainState:
     def read(folder: Path, *, option: str = "--load") -> "TrainState":
         """The inverse of ``write``; UserError for a checkpoint of another version and for a file that can't be read.
 
-        ``option`` is what names the run in sentences.
+        ``option`` names the run in errors.
         """
         try:
             record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
@@ -72,10 +72,10 @@ class TrainState:
                 return TrainState(**record)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(
-                f"{option} {folder.parent}: {folder.name}/{FILE_NAME} can't be read ({error}); go on from another "
+                f"{option} {folder.parent}: {folder.name}/{FILE_NAME} cannot be read ({error}); resume from another "
                 f"checkpoint."
             ) from error
         raise UserError(
-            f"{option} {folder.parent}: {folder.name} has checkpoint format {version}, and this version reads "
-            f"{FORMAT}; go on with the version of hft_megatron that saved it."
+            f"{option} {folder.parent}: {folder.name} has checkpoint format {version}, but this version reads "
+            f"{FORMAT}; resume with the version of hft_megatron that saved it."
         )

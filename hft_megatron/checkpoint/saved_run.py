@@ -1,4 +1,4 @@
-"""One checkpoint of a run, with what the folder around it says of the run."""
+"""One checkpoint of a run, with the run's files around it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ class SavedRun:
     """One checkpoint of a run, and the run around it."""
 
     option: str
-    """What names the folder on the command line, for messages."""
+    """Option that names the folder on the command line, for errors."""
     folder: str
-    """The run's --save."""
+    """The run's --save folder."""
     checkpoint: Path
     config: RunConfig
     """The run's resolved options."""
@@ -34,7 +34,7 @@ class SavedRun:
 
     @staticmethod
     def read(folder: str, iteration: int | None, *, option: str = "--load") -> "SavedRun":
-        """Reads ``folder``, the newest checkpoint where ``iteration`` is None; UserError for what is missing."""
+        """Reads ``folder``, at the newest checkpoint where ``iteration`` is None; UserError for missing files."""
         checkpoint = checkpoint_at(folder, iteration, option=option)
         identity = RunIdentity.read(option, folder)
         return SavedRun(
@@ -49,16 +49,17 @@ class SavedRun:
     def source(self) -> str | None:
         """The Hugging Face folder that the run started from; None where there was none or it is gone.
 
-        UserError when the folder holds other weights by now, or when it is gone and the checkpoint lacks those that
-        rested (--save-trained-only).
+        UserError when the folder now holds other weights, or when it is gone and the checkpoint lacks the frozen ones
+        (--save-trained-only).
         """
         folder = self.config.model.load_hf
         end = end_of_chain(self.checkpoint, option=self.option)
         if folder is None or not Path(folder).is_dir():
             if end.is_based_on_model:
                 raise UserError(
-                    f"{self.option} {self.folder}: {self.checkpoint.name} holds only what its round trained, and "
-                    f"--load-hf {folder}, where the rest is, is not there; put it back, or choose another iteration."
+                    f"{self.option} {self.folder}: {self.checkpoint.name} holds only the weights trained in its round, "
+                    f"but --load-hf {folder}, which has the others, does not exist; put it back, or choose another "
+                    f"iteration."
                 )
             return None
         is_same = check_weights(folder, self.identity.shape) == self.identity.weights_digest
@@ -68,13 +69,13 @@ class SavedRun:
             is_same = combined_digest(files) == end.base_digest
         if not is_same:
             raise UserError(
-                f"{self.option} {self.folder}: its run started from --load-hf {folder}, which holds other weights now; "
+                f"{self.option} {self.folder}: its run started from --load-hf {folder}, which now holds other weights; "
                 "put the old ones back, or rename that folder to convert without it."
             )
         return folder
 
     def tokenizer(self) -> Tokenizer | None:
-        """The run's tokenizer with its chat template, from where the run read it; None where it is gone."""
+        """The run's tokenizer with its chat template, from its original path; None where it is gone."""
         path = derived.tokenizer_path(self.config)
         if not Path(path).exists() or not holds_tokenizer(path):
             return None
@@ -86,7 +87,7 @@ class SavedRun:
         template = self.config.data.chat_template
         if template is not None and template not in BUILT_IN and not Path(template).is_file():
             raise UserError(
-                f"{self.option} {self.folder}: its run was trained with --chat-template {template}, which is not "
-                f"there; put the file back, so that the template that was trained is used."
+                f"{self.option} {self.folder}: its run was trained with --chat-template {template}, which does not "
+                f"exist; put the file back, so that the same template is used."
             )
         return template

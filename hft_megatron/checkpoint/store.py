@@ -1,7 +1,7 @@
-"""Checkpoints by megatron-core's dist_checkpointing: what of a run's state goes into them, and back.
+"""Checkpoints by megatron-core's dist_checkpointing: the state of a run that goes into them, and back.
 
-Of the data-parallel ranks, that is; the state is cut over tensor and pipeline ranks as the model is. Every rank holds
-its share in host memory while it writes or reads, and no more.
+Every data-parallel rank writes or reads a share and holds no more than that in host memory; over tensor and pipeline
+ranks the state is sharded like the model.
 
 Tensors go through megatron-core's dist_checkpointing under their names in the whole model: any layout reads them.
 """
@@ -29,20 +29,20 @@ from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
 
 Described = Mapping[str, Mapping[str, ShardedTensor]]
-"""Chunk -> local name -> description of the parameter, whose cut its state follows."""
+"""Chunk -> local name -> description of the parameter; its state is sharded in the same way."""
 State = dict[str, dict[str, ShardedTensor]]
 """unit -> name -> description of its state, for the units that this rank keeps."""
-_TRAINING, _RESTING = "optimizer.state", "resting"
-"""Before the names of state, of units that train and of others."""
+_TRAINING, _FROZEN = "optimizer.state", "resting"
+"""Prefixes of state in a checkpoint, of trainable units and of frozen ones, where files keep their earlier name."""
 
 
 def sharded_training_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
-    """The state of what trains, to be written; collective, one tensor at a time passes through device memory."""
+    """State of the trainable units, for writing; collective, one tensor at a time passes through device memory."""
     group, by_unit = placement.groups.dp, keepers(wrapped.training_slots, placement.groups.dp)
     found: State = {}
     for slot, model in described_slots(wrapped, described):
         *outer, _ = model.replica_id
-        # What another tensor or pipeline rank holds as well is written there.
+        # A unit that another tensor or pipeline rank holds as well is written there.
         if slot.unit in by_unit and not any(outer):
             state = gathered_state(wrapped.shards, slot.parameter, by_unit[slot.unit], group)
             kept = {name: like_weight(model, f"{_TRAINING}.{name}", whole.cpu()) for name, whole in state}
@@ -52,7 +52,7 @@ def sharded_training_state(wrapped: WrappedModel, described: Described, placemen
 
 
 def empty_training_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
-    """The same to be read: tensors to fill."""
+    """State of the trainable units, for reading: tensors to fill."""
     by_unit = keepers(wrapped.training_slots, placement.groups.dp)
     return {
         slot.unit: {
@@ -67,9 +67,9 @@ def empty_training_state(wrapped: WrappedModel, described: Described, placement:
 def set_training_state(
     wrapped: WrappedModel, loaded: Mapping[str, Mapping[str, Tensor]], steps: Mapping[str, int], placement: Placement
 ) -> None:
-    """Takes what ``empty_training_state`` described and dist_checkpointing filled; collective like the saving.
+    """Sets the state that ``empty_training_state`` described and dist_checkpointing filled; collective like the saving.
 
-    ``steps`` are the updates that units' moments have seen, where there are any.
+    ``steps`` are the updates in units' moments, where there are any.
     """
     counts = {unit: steps.get(unit, 0) for unit in wrapped.plan.training}
     carried = CarriedState(steps=counts, tensors=flattened(loaded))
@@ -77,29 +77,29 @@ def set_training_state(
 
 
 def set_masters_from_weights(wrapped: WrappedModel) -> None:
-    """Has the fp32 masters of what trains begin at the model's present weights; an fp32 weight is its own."""
+    """Sets the fp32 masters of trainable units to the model's current weights; an fp32 weight is its own master."""
     if "param" not in wrapped.shards.state_names:
         return
     for slot in wrapped.training_slots:
         wrapped.shards.set_shard(slot.parameter, {"param": slot.parameter.detach().float().view(-1)})
 
 
-def sharded_resting_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
-    """The state of what rests and has steps (``--hft-resting-moments host``); tensors that are not there are made."""
+def sharded_frozen_state(wrapped: WrappedModel, described: Described, placement: Placement) -> State:
+    """State of frozen units that have steps (``--hft-frozen-moments host``); missing tensors are created."""
     by_unit = keepers(list(parameter_slots(wrapped.modules)), placement.groups.dp)
     found: State = {}
     for slot, model in described_slots(wrapped, described):
-        if slot.unit in wrapped.resting.steps and by_unit[slot.unit] == placement.data_rank:
-            kept = wrapped.resting.tensors.get(slot.unit, {})
+        if slot.unit in wrapped.frozen.steps and by_unit[slot.unit] == placement.data_rank:
+            kept = wrapped.frozen.tensors.get(slot.unit, {})
             found[slot.unit] = {
-                name: like_weight(model, f"{_RESTING}.{name}", kept.get(name, torch.empty(slot.parameter.numel())))
+                name: like_weight(model, f"{_FROZEN}.{name}", kept.get(name, torch.empty(slot.parameter.numel())))
                 for name in wrapped.shards.state_names
             }
     return found
 
 
 def flattened(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Loaded state in the form that ``CarriedState.tensors`` has: flat tensors in host memory."""
+    """Loaded state in the form of ``CarriedState.tensors``: flat tensors in host memory."""
     return {
         unit: {name: tensor.detach().cpu().reshape(-1) for name, tensor in tensors.items()}
         for unit, tensors in state.items()
@@ -114,8 +114,8 @@ def described_slots(wrapped: WrappedModel, described: Described) -> Iterator[tup
 
 
 def like_weight(model: ShardedTensor, prefix: str, flat: Tensor) -> ShardedTensor:
-    """A flat tensor of a parameter's size, described for dist_checkpointing: as ``PREFIX.`` and the weight's name, cut
-    over tensor and pipeline ranks as the weight is."""
+    """A flat tensor of a parameter's size, described for dist_checkpointing: named ``PREFIX.`` and the weight's name,
+    sharded over tensor and pipeline ranks like the weight."""
     # The keeper alone writes, whatever its data-parallel rank; tensor and pipeline replicas are as the model has them.
     *outer, _ = model.replica_id
     return replace(
@@ -166,17 +166,17 @@ METADATA = {
     "non_homogeneous_layers": True,
     "distrib_optim_sharding_type": "fully_reshardable",
 }
-"""How megatron-core describes the weights, and what it records of the layout; the same at save and load."""
+"""Options with which megatron-core describes the weights and records the layout; the same at save and load."""
 
 
 def sharded_state(
     wrapped: WrappedModel, placement: Placement, *, left_out: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Everything that a checkpoint holds, except the weights of the units in ``left_out``; collective."""
+    """Contents of a checkpoint, except the weights of the units in ``left_out``; collective."""
     described = described_weights(wrapped.modules)
     state: dict[str, Any] = {
         "optimizer": sharded_training_state(wrapped, described, placement),
-        "resting": sharded_resting_state(wrapped, described, placement),
+        _FROZEN: sharded_frozen_state(wrapped, described, placement),
         "random_state": sharded_random_state(placement),
     }
     by_unit = keepers(list(parameter_slots(wrapped.modules)), placement.groups.dp)
@@ -187,7 +187,7 @@ def sharded_state(
 
 
 def _written_by(keeper: int, tensor: ShardedTensor, placement: Placement) -> ShardedTensor:
-    """Has one data-parallel rank write a weight that all hold; by megatron-core the first one would write them all."""
+    """Assigns a weight that all data-parallel ranks hold to one writer; in megatron-core the first would write all."""
     *outer, _ = tensor.replica_id
     return replace(tensor, replica_id=(*outer, (placement.data_rank - keeper) % placement.data_size))
 
@@ -200,15 +200,15 @@ def check_saved_plan(path: Path, plan: Plan, shape: ModelShape) -> None:
     if difference is not None:
         raise UserError(
             f"--load {path.parent}: the checkpoint's plan {saved.short_digest} and this command's plan "
-            f"{plan.short_digest} differ first in {difference}; go on with the options and version it was saved with."
+            f"{plan.short_digest} differ first in {difference}; resume with the options and version that saved it."
         )
 
 
 def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, optimizer: bool = True) -> TrainState:
     """Fills model, optimizer and random states from ``path``; every rank must call it.
 
-    Without ``optimizer`` its state starts anew: moments at zero, and masters from the loaded weights. Where the chain
-    of checkpoints that it is based on ends in a Hugging Face folder, that folder must be in the model already.
+    Without ``optimizer`` its state starts afresh: moments at zero, and masters from the loaded weights. Where the chain
+    of bases ends in a Hugging Face folder, its weights must be in the model already.
     """
     state = TrainState.read(path)
     same_layout = (state.tensor_model_parallel_size, state.pipeline_model_parallel_size, state.device) == (
@@ -220,18 +220,18 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, 
     description: dict[str, Any] = {}
     if optimizer:
         training, described = wrapped.plan.training, described_weights(wrapped.modules)
-        wrapped.resting.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
+        wrapped.frozen.steps = {unit: n for unit, n in state.unit_steps.items() if unit not in training}
         description["optimizer"] = empty_training_state(wrapped, described, placement)
-        description["resting"] = sharded_resting_state(wrapped, described, placement)
+        description[_FROZEN] = sharded_frozen_state(wrapped, described, placement)
     if same_layout:
         # Random states belong to ranks and to a kind of device. Nothing in this model draws after the start but
-        # the dropout of adapters, which begins anew in every step, so other ones change nothing.
+        # the dropout of adapters, which is seeded in every step, so others change nothing.
         description["random_state"] = sharded_random_state(placement)
     loaded: dict[str, Any] = dist_checkpointing.load(description, str(path)) if description else {}
     if optimizer:
         # Absent on a rank that keeps nothing: dist_checkpointing drops empty dictionaries.
         set_training_state(wrapped, loaded.get("optimizer", {}), state.unit_steps, placement)
-        wrapped.resting.tensors = flattened(loaded.get("resting", {}))
+        wrapped.frozen.tensors = flattened(loaded.get(_FROZEN, {}))
     else:
         set_masters_from_weights(wrapped)
     if same_layout:
@@ -239,15 +239,15 @@ def load_checkpoint(path: Path, wrapped: WrappedModel, placement: Placement, *, 
     return state
 
 
-def load_moments(path: Path, wrapped: WrappedModel, placement: Placement, *, keeps_resting: bool) -> int:
-    """Gives ``wrapped``, whose weights are those of ``path`` already, the moments that a switch of rounds would carry
-    over from there; every rank must call it. Returns how many units have some.
+def load_moments(path: Path, wrapped: WrappedModel, placement: Placement, *, keeps_frozen: bool) -> int:
+    """Gives ``wrapped``, which already has the weights of ``path``, the moments that a switch of rounds would carry
+    over from there; every rank must call it. Returns the number of units with moments.
 
-    They are those of units that train now and, where ``keeps_resting``, of others. The checkpoint is of a run in the
-    same data type.
+    They are those of units that train now and, with ``keeps_frozen``, of others. The checkpoint is of a run in the same
+    data type.
     """
     steps, names = TrainState.read(path).unit_steps, wrapped.shards.state_names
-    units = {unit: count for unit, count in steps.items() if keeps_resting or unit in wrapped.plan.training}
+    units = {unit: count for unit, count in steps.items() if keeps_frozen or unit in wrapped.plan.training}
     if not units:
         return 0
     held = dist_checkpointing.load_tensors_metadata(str(path)).keys()
@@ -259,7 +259,7 @@ def load_moments(path: Path, wrapped: WrappedModel, placement: Placement, *, kee
     wanted: State = {}
     for slot, model in described_slots(wrapped, described):
         if slot.unit in units and by_unit[slot.unit] == placement.data_rank:
-            prefix = _TRAINING if f"{_TRAINING}.{names[0]}.{model.key}" in held else _RESTING
+            prefix = _TRAINING if f"{_TRAINING}.{names[0]}.{model.key}" in held else _FROZEN
             # Rows that pad the vocabulary may be fewer in the file.
             wanted[slot.unit] = {
                 name: like_weight(model, f"{prefix}.{name}", torch.zeros(slot.parameter.numel())) for name in names
@@ -268,19 +268,19 @@ def load_moments(path: Path, wrapped: WrappedModel, placement: Placement, *, kee
     loaded = dist_checkpointing.load({"moments": wanted}, str(path)).get("moments", {})
     carried = CarriedState(steps=dict(units), tensors=flattened(loaded))
     give_state(wrapped.shards, slots, carried, placement.groups.dp)
-    wrapped.resting.steps, wrapped.resting.tensors = carried.steps, carried.tensors
+    wrapped.frozen.steps, wrapped.frozen.tensors = carried.steps, carried.tensors
     return len(units)
 
 
 def load_weights(path: Path, chunks: Sequence[LlamaModel]) -> None:
-    """Fills the model from ``path`` and the checkpoints it is based on, the last of the chain first; every rank must
-    call it. A Hugging Face folder at its end must be in the model already."""
+    """Fills the model from ``path`` and its bases, the last of the chain first; every rank must call it. The weights of
+    a Hugging Face folder at its end must be in the model already."""
     for at, state in reversed(list(chain_of(path))):
         _load_held_weights(at, state, chunks)
 
 
 def _load_held_weights(path: Path, state: TrainState, chunks: Sequence[LlamaModel]) -> None:
-    """Fills what one checkpoint holds, and leaves the rest as it is."""
+    """Fills the weights that one checkpoint holds, and leaves the rest unchanged."""
     held = dist_checkpointing.load_tensors_metadata(str(path)).keys()
     wanted = {
         name: {local: tensor for local, tensor in tensors.items() if tensor.key in held}
@@ -296,8 +296,8 @@ def _load_held_weights(path: Path, state: TrainState, chunks: Sequence[LlamaMode
 
 
 def described_weights(chunks: Sequence[LlamaModel]) -> Described:
-    """The weights alone. What transformer-engine's modules have beside them (``_extra_state``) is about FP8, which is
-    not in use: a checkpoint is the same whoever's norms the model has, and holds no pickles."""
+    """Descriptions of the weights alone. The ``_extra_state`` of transformer-engine's modules is about FP8, which is
+    not used: so a checkpoint doesn't depend on the implementation of norms, and holds no pickles."""
     states = {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}
     return {
         name: {local: entry for local, entry in state.items() if not local.endswith(_EXTRA_STATE)}

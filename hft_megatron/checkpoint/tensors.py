@@ -1,4 +1,4 @@
-"""Single weights out of a checkpoint, by one process that builds no model and starts no ranks."""
+"""Reads single weights of a checkpoint in one process, without a model and without ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,13 +30,13 @@ class _Folder:
 class CheckpointTensors:
     """The model's weights in ``SAVE/iter_0000100/``, saved at any layout, by the unit's Hugging Face name.
 
-    Weights that were left out (--save-trained-only) are read from the checkpoints it is based on. Every file of tensors
-    that is read is compared with its digest first. The index is a pickle of torch's: read only folders you trust.
-    Raises UserError for a folder that is not as it was saved.
+    Weights that were left out (--save-trained-only) are read from its bases. The digest of every file is checked before
+    it is read. The index is a pickle of torch's: read only folders you trust. Raises UserError for a folder that is not
+    as it was saved.
     """
 
     def __init__(self, path: Path, shape: ModelShape, *, option: str = "--load") -> None:
-        """``option`` is what names the run in sentences."""
+        """``option`` names the run in errors."""
         self._shape = shape
         self._names = checkpoint_names(shape)
         self._folder_of: dict[str, _Folder] = {}
@@ -51,13 +51,13 @@ class CheckpointTensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the weights, which all have the run's."""
+        """Data type of the weights, which is the run's."""
         dtypes = {self._entry(unit).properties.dtype for unit in self._folder_of}
         assert len(dtypes) == 1, f"weights of several data types: {dtypes}"
         return dtypes.pop()
 
     def read(self, unit: str) -> Tensor:
-        """A unit's whole weight in Hugging Face's shape: put together from its shards, without padded vocabulary."""
+        """A unit's whole weight in Hugging Face's shape: assembled from its shards, without padded vocabulary."""
         folder, entry = self._folder_of[unit], self._entry(unit)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         planner = DefaultLoadPlanner()
@@ -67,8 +67,8 @@ class CheckpointTensors:
 
     @contextmanager
     def on(self, source: str | None) -> Iterator[Callable[[str], Tensor]]:
-        """Gives a function that reads any unit's weight as the run has it: from its checkpoints, or where they leave it
-        out rounded from ``source``, the Hugging Face folder of ``SavedRun.source``."""
+        """Yields a function that reads any unit's weight as the run has it: from its checkpoints, or if they leave it
+        out, rounded from ``source``, the Hugging Face folder of ``SavedRun.source``."""
         if not self.left_out:
             yield self.read
             return
@@ -89,8 +89,8 @@ class CheckpointTensors:
         return entry
 
     def _open(self, path: Path) -> None:
-        """Adds the weights that the folders before lack, verified."""
-        # The index is a pickle: not even that is opened before its digest is right.
+        """Adds the weights that the folders before lack, after verification."""
+        # The index is a pickle: its digest is checked before it is opened.
         digests = _digests(path)
         _verify(path, digests, (name for name in digests if not name.endswith(".distcp")))
         reader = FileSystemReader(path)
@@ -112,7 +112,7 @@ def _digests(path: Path) -> dict[str, Digest]:
         return read_digests(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--load {path.parent}: {path.name}/{DIGESTS_FILE} can't be read ({error}); choose another --iteration."
+            f"--load {path.parent}: {path.name}/{DIGESTS_FILE} cannot be read ({error}); choose another --iteration."
         ) from error
 
 

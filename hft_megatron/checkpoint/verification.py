@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest complete one, if every byte of it is what was saved."""
+"""The checkpoint that a run resumes from: the newest complete one, if every byte of it is as it was saved."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,8 +33,8 @@ _BF16_BYTES = 2
 def checkpoint_bytes(plan: Plan, config: RunConfig, *, bf16: bool) -> int:
     """Bytes of the tensors of one checkpoint that is saved under ``plan``; its index and plan are small beside them.
 
-    Weights in the run's data type, and of what trains an fp32 master beside each bf16 weight and both moments; with
-    --hft-resting-moments host the same of everything that has trained. Rows that pad the vocabulary are left out.
+    Weights in the run's data type, and for trainable units an fp32 master of each bf16 weight and both moments; with
+    --hft-frozen-moments host also for units that have trained. Rows that pad the vocabulary are left out.
     """
     everything = plan.trainable_parameters + plan.frozen_parameters
     is_one_plan = config.hft.hft_round_interval == "stage"
@@ -42,7 +42,7 @@ def checkpoint_bytes(plan: Plan, config: RunConfig, *, bf16: bool) -> int:
     has_base = config.model.load_hf is not None or config.checkpoint.finetune
     leaves_out = config.checkpoint.save_trained_only and has_base and is_one_plan
     with_weights = plan.trainable_parameters if leaves_out else everything
-    with_state = everything if config.hft.hft_resting_moments == "host" else plan.trainable_parameters
+    with_state = everything if config.hft.hft_frozen_moments == "host" else plan.trainable_parameters
     state_bytes = (3 if bf16 else 2) * _FP32_BYTES
     return with_weights * (_BF16_BYTES if bf16 else _FP32_BYTES) + with_state * state_bytes
 
@@ -50,17 +50,17 @@ def checkpoint_bytes(plan: Plan, config: RunConfig, *, bf16: bool) -> int:
 def sound_checkpoint(
     found: Checkpoints, placement: Placement, *, fallback: bool, put_aside: bool, announce: Callable[[str], None]
 ) -> Path | None:
-    """The newest checkpoint, with every file read and compared with its digest; None where there is none to go on from.
+    """The newest checkpoint, with every file read and compared with its digest; None where there is none.
 
-    Collective; ranks share the reading. A damaged checkpoint is UserError on every rank, naming the file and the newest
-    good checkpoint, or with ``fallback`` (--load-fallback) that one is taken. ``put_aside`` renames the damaged ones,
-    so that the next start doesn't find them again. One of another megatron-core, which this one can't read, is
-    UserError, too.
+    Collective; ranks share the reading. A damaged checkpoint is a UserError on every rank, naming the file and the
+    newest intact checkpoint, or with ``fallback`` (--load-fallback) that one is taken. ``put_aside`` renames the
+    damaged ones, so that the next start doesn't find them again. A checkpoint of a megatron-core that this one can't
+    read is a UserError, too.
     """
     damaged: list[tuple[Path, str]] = []
     if found.missing is not None:
-        what = "not complete (or of an earlier version)" if found.missing.exists() else "not there"
-        damaged.append((found.missing, f"{found.missing} is {what}, but {CHECKPOINT_TRACKER_FILE} names it"))
+        what = "is incomplete (or of an earlier version)" if found.missing.exists() else "does not exist"
+        damaged.append((found.missing, f"{found.missing}, which {CHECKPOINT_TRACKER_FILE} names, {what}"))
     good = None
     for path in found.complete:
         damage = damage_of(path, placement)
@@ -75,24 +75,24 @@ def sound_checkpoint(
     what = damaged[0][1]
     if good is None:
         raise UserError(
-            f"--load {found.folder}: {what}, and no older checkpoint there is good; copy it again, or give "
-            f"another folder."
+            f"--load {found.folder}: {what}, and there is no older intact checkpoint; copy the folder again, or give "
+            f"another one."
         )
     if not fallback:
         raise UserError(
-            f"--load {found.folder}: {what}; the newest good checkpoint is {good.name}: add --load-fallback to go on "
-            f"from it."
+            f"--load {found.folder}: {what}; the newest intact checkpoint is {good.name}: add --load-fallback to "
+            f"resume from it."
         )
     for _, damage in damaged:
-        aside = f", and the damaged one gets a name that ends in {DAMAGED}" if put_aside else ""
-        announce(f"> --load-fallback: {damage}; going on from {good.name}{aside}")
+        aside = f", and adding {DAMAGED} to the name of the damaged one" if put_aside else ""
+        announce(f"> --load-fallback: {damage}; resuming from {good.name}{aside}")
     if put_aside:
         on_rank_0(lambda: _put_aside(found.folder, [path for path, _ in damaged if path.exists()], good))
     return good
 
 
 def _put_aside(folder: Path, damaged: Sequence[Path], good: Path) -> None:
-    """Renames them and has the tracker name the good one, so that the next start finds it first."""
+    """Renames the damaged ones and sets the tracker to the good one, so that the next start finds it first."""
     try:
         for path in damaged:
             number = 0
@@ -101,21 +101,23 @@ def _put_aside(folder: Path, damaged: Sequence[Path], good: Path) -> None:
             path.rename(aside)
         write_atomically(good.with_name(CHECKPOINT_TRACKER_FILE), f"{iteration_of(good)}\n")
     except OSError as error:
-        raise UserError(f"--load-fallback: the damaged checkpoints in {folder} can't be put aside: {error}.") from error
+        raise UserError(
+            f"--load-fallback: the damaged checkpoints in {folder} cannot be renamed: {error}."
+        ) from error
 
 
 def damage_of(path: Path, placement: Placement) -> str | None:
-    """What is wrong with a complete checkpoint, or with one that it is based on; None when nothing is. Collective."""
+    """The damage of a complete checkpoint, or of its bases; None when they are intact. Collective."""
     return next((damage for damage in gathered(_damage_found_here(path, placement)) if damage is not None), None)
 
 
 def _damage_found_here(path: Path, placement: Placement) -> str | None:
-    """What this rank finds in its share of the files. Raises nothing: other ranks wait for the answer."""
+    """The damage in this rank's share of the files. Raises nothing: other ranks wait for the answer."""
     try:
         digests = read_digests(path)
     except (OSError, ValueError) as error:
-        return f"{path / DIGESTS_FILE} can't be read ({error})"
-    # All ranks look at the position, which says what the checkpoint is based on.
+        return f"{path / DIGESTS_FILE} cannot be read ({error})"
+    # All ranks read the position, which names the checkpoint's base.
     damage = damage_in(path, digests, [POSITION_FILE, *share_of_files(digests, placement)])
     if damage is not None:
         return damage

@@ -35,27 +35,27 @@ from hft_megatron.parallel.groups import Placement
 from hft_megatron.parallel.meeting import wait_for_all_ranks
 
 _PAUSE_S = 0.05
-"""Between two looks whether the writers in the background are done."""
+"""Seconds between checks whether the writers in the background are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedCheckpoint:
-    """A complete checkpoint and what it took."""
+    """A complete checkpoint and the time it took."""
 
     path: Path
     state: TrainState
     tensor_bytes: int
     """Size of the files that hold its tensors."""
     stall_s: float
-    """Seconds for which training stood still."""
+    """Seconds for which training paused."""
     total_s: float
     """Seconds from the beginning of the save until the checkpoint was complete."""
     deleted: tuple[Path, ...]
     """Checkpoints that it superseded."""
     not_deleted: str | None
-    """Why others that it superseded are still there."""
+    """Reason why others that it superseded could not be deleted."""
     digest: str
-    """``digests.identity_of`` it, the same on every rank."""
+    """``folders.identity_of`` it, the same on every rank."""
 
 
 @dataclass(kw_only=True)
@@ -75,8 +75,8 @@ class _Save:
 class CheckpointWriter:
     """Writes one checkpoint at a time into ``options.save``. Every rank calls every method.
 
-    A run killed at any moment leaves the checkpoint before, whole. Whatever can't be written is RunFailed on all ranks,
-    with the reason; the checkpoint before is then still the newest.
+    A run killed at any moment leaves the previous checkpoint whole. A failed write is RunFailed on all ranks, with the
+    reason; the previous checkpoint is then still the newest.
     """
 
     def __init__(self, options: CheckpointConfig, placement: Placement) -> None:
@@ -92,7 +92,7 @@ class CheckpointWriter:
     ) -> SavedCheckpoint | None:
         """Saves all but the weights of the units in ``left_out``, which ``state`` must name a base for.
 
-        Returns None with --async-save: a fork of this process then writes, and ``finish`` says when it is done.
+        Returns None with --async-save: a fork of this process then writes, and ``finish`` returns the result.
         """
         assert self._pending is None, "the save before is not finished"
         save = self._begin(replace(state, unit_steps=wrapped.unit_steps), wrapped)
@@ -129,7 +129,7 @@ class CheckpointWriter:
         return self._saved(save)
 
     def _begin(self, state: TrainState, wrapped: WrappedModel) -> _Save:
-        """A folder to write into, whose name is new every time: a writer that outlived its run can't reach it."""
+        """A folder to write into, with a new name every time, so that a writer that outlived its run can't reach it."""
         begun = time.perf_counter()
         name = [f"{ITERATION_FOLDER.format(state.iteration)}{UNFINISHED}-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(name, src=0)
@@ -146,7 +146,7 @@ class CheckpointWriter:
         return save
 
     def _complete(self, save: _Save, report: WriterReport) -> None:
-        """The files of all ranks are there: lists their digests, renames the folder and moves the tracker."""
+        """Completes a save once all ranks have written: lists their digests, renames the folder, moves the tracker."""
         digests = gathered(report.digests)
         save.tensor_bytes = sum(digest["bytes"] for one in digests for digest in one.values())
 
@@ -168,7 +168,7 @@ class CheckpointWriter:
         [save.digest] = digest
 
     def _delete_superseded(self, save: _Save) -> None:
-        # The new checkpoint is complete: an old one that stays is no reason to end the run.
+        # The new checkpoint is complete: failing to delete an old one is no reason to end the run.
         keep_last, retain_interval = self._options.keep_last, self._options.save_retain_interval
         try:
             gone = delete_superseded(str(self._folder), keep_last=keep_last, retain_interval=retain_interval)
@@ -213,16 +213,16 @@ class CheckpointWriter:
         if reasons[0] is None:
             return
         if self._placement.rank == 0:
-            # What is there is of no use, and on a full disk it leaves no room to say how the run ended.
+            # The files are of no use, and on a full disk they would leave no room for the status file.
             shutil.rmtree(save.unfinished, ignore_errors=True)
         raise RunFailed(
-            f"the checkpoint of iteration {save.state.iteration} can't be written to {self._folder}: {reasons[0]}; "
+            f"the checkpoint of iteration {save.state.iteration} cannot be written to {self._folder}: {reasons[0]}; "
             f"{newest_in_words(str(self._folder))}."
         )
 
 
 def write_and_wait(write: Callable[..., None] | None, *arguments: Any) -> None:
-    """Writes this rank's files, if it has any, and waits for the others': megatron-core would in a collective."""
+    """Writes this rank's files, if it has any, and waits for the others without megatron-core's collective."""
     if write is not None:
         write(*arguments)
     wait_for_all_ranks()

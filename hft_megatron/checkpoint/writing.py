@@ -1,4 +1,4 @@
-"""How the files of one save reach the disk: by this process, or by a fork of it while training goes on.
+"""Writes the files of one save to the disk: in this process, or in a fork of it while training continues.
 
 The only module that knows the inside of megatron-core's asynchronous save.
 """
@@ -26,35 +26,35 @@ from hft_megatron.checkpoint.folders import Digest, digest_of
 from hft_megatron.engine.lines import COMMON_STATE_FILE, engine_line
 
 _PR_SET_PDEATHSIG = 1
-"""Of Linux' prctl: which signal a process gets when its parent ends."""
+"""Option of Linux's prctl that sets the signal a process gets when its parent ends."""
 
 
 class WriterReport:
-    """What the writer of this rank has to say, handed over in memory that a fork shares with its parent.
+    """Results of this rank's writer, passed through memory that a fork shares with its parent.
 
-    Stands for megatron-core's queue between the two. That one lives in a process of its own, which a signal to a
-    rank's process group kills, and with it the checkpoint that the signal asks for.
+    Replaces megatron-core's queue between the two, which runs in a process of its own: a signal to a rank's process
+    group would kill it, and with it the checkpoint that the signal requests.
     """
 
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("checkpoint"), "w+b")
         self.digests: dict[str, Digest] = {}
-        """Of the files this rank wrote; known once the results were taken."""
+        """Digests of the files that this rank wrote; known once the results were read."""
         self.failure: OSError | None = None
-        """What kept rank 0 from writing a file that it writes for all; the others don't know yet."""
+        """Error of rank 0 in writing a file for all ranks, which the others don't know of yet."""
 
     def put(self, results: dict[int, Any] | Exception, digests: dict[str, Digest]) -> None:
-        """Says which items are where, or what went wrong."""
+        """Passes on where the items are, or the error."""
         pickle.dump((results, digests), self._file)
         self._file.flush()
 
     def get_nowait(self) -> dict[int, Any] | Exception:
-        """The results, or what went wrong."""
+        """The results, or the error."""
         self._file.seek(0)
         try:
             results, self.digests = pickle.load(self._file)
         except (EOFError, pickle.UnpicklingError):
-            return RuntimeError("the process that wrote in the background was killed")
+            return RuntimeError("the background writer process was killed")
         return results  # type: ignore[no-any-return]
 
     def raise_failure(self) -> None:
@@ -66,8 +66,8 @@ class WriterReport:
 def request_save(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> tuple[AsyncRequest, WriterReport]:
     """Plans the save of a sharded state dict into a folder; collective.
 
-    The request writes when it is executed or scheduled. Where rank 0 can't write one of the files that it writes for
-    all, now or when the request is finalized, the report has a failure and all ranks go on in step.
+    The request writes when it is executed or scheduled. Where rank 0 can't write a file for all ranks, now or when the
+    request is finalized, the report has a failure and all ranks continue in step.
     """
     report = WriterReport()
     filesystem_async._results_queue = report
@@ -90,9 +90,9 @@ def _finalize(step: Callable[[], None], report: WriterReport) -> None:
 
 @contextlib.contextmanager
 def _noting_failures(report: WriterReport) -> Iterator[None]:
-    """While it lasts, rank 0 notes that it can't write a file that it writes for all ranks, and goes on.
+    """Within it, rank 0 records that it can't write a file for all ranks, and continues.
 
-    megatron-core raises there, on rank 0 alone, and the others wait for it in their next collective.
+    megatron-core would raise there, on rank 0 alone, while the others wait for it in their next collective.
     """
 
     def noting(write: Callable[..., None]) -> Callable[..., None]:
@@ -121,7 +121,7 @@ def _noting_failures(report: WriterReport) -> Iterator[None]:
 
 
 def _save_common(strategy: Any, state: dict[str, Any], folder: str) -> None:
-    """As megatron-core's own, but through memory: torch.save into a file does not say why a write failed."""
+    """megatron-core's own function, but through memory: torch.save to a file does not report why a write failed."""
     del strategy
     if dist.get_rank() == 0:
         buffer = io.BytesIO()
@@ -130,7 +130,7 @@ def _save_common(strategy: Any, state: dict[str, Any], folder: str) -> None:
 
 
 def reason_of(failures: Mapping[int, Any]) -> str:
-    """One reason for a save that failed on some ranks, as a CheckpointException on rank 0 has them."""
+    """One reason for a save that failed on some ranks, from the failures of a CheckpointException on rank 0."""
     if not failures:
         return ""
     rank = min(failures)
@@ -140,9 +140,9 @@ def reason_of(failures: Mapping[int, Any]) -> str:
 
 
 def _write(transforms: list[Any], rank: int, buckets: list[Any], report: WriterReport) -> None:
-    """Writes and reads back this rank's files, one after the other, in the process that calls it.
+    """Writes and reads back this rank's files, one after the other, in the calling process.
 
-    megatron-core's own function forks a process per file and waits for ever when one of them is killed.
+    megatron-core's own function forks a process per file and waits forever when one of them is killed.
     """
     del rank  # megatron-core passes it for its log lines
     written: dict[int, Any] = {}
@@ -161,14 +161,14 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], report: WriterR
             except OSError as error:
                 failure = error
         if failure is not None:
-            # Its own type may not survive the way to the parent; what it says does.
+            # Its own type may not survive pickling; its message does.
             report.put(RuntimeError(str(_told_by_system(failure))), {})
             return
     report.put(written, digests)
 
 
 def _told_by_system(error: BaseException) -> BaseException:
-    """The operating system's own error, where torch has made another of it that says less."""
+    """The operating system's own error, where torch has replaced it by a less specific one."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -176,7 +176,7 @@ def _told_by_system(error: BaseException) -> BaseException:
 
 
 def in_background(request: AsyncRequest) -> AsyncRequest:
-    """The request for a fork of this process, that the signals which stop a run don't stop, and that ends with it."""
+    """The request for a fork of this process, which ignores the signals that stop a run, and ends with its parent."""
     if request.async_fn is None:
         return request
     write = partial(_write_as_fork, os.getpid(), request.async_fn)
@@ -184,10 +184,10 @@ def in_background(request: AsyncRequest) -> AsyncRequest:
 
 
 def _kept(stage: Callable[[], Any]) -> Callable[[], Any]:
-    """The function that copies tensors from the device, whose copies live as long as the request.
+    """The function that copies tensors from the device, with copies that live as long as the request.
 
-    They are in pinned memory, which a fork shares with its parent: 0.16 lets go of them after the fork, and what the
-    parent pins next would take their place before they are written.
+    They are in pinned memory, which a fork shares with its parent: 0.16 frees them after the fork, and the parent's
+    next pinned memory would overwrite them before they are written.
     """
     kept = []
 

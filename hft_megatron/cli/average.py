@@ -1,7 +1,7 @@
 """``hft-megatron average``: a fine-tuned model and its base averaged weight by weight, as WiSE-FT does.
 
-Run: ``hft-megatron average --tuned A --base B --coefficient 0.5 --output C``. The output's average.json says
-what it is of. With ``--path 0.25 0.5 0.75`` both are read once for all three, each a folder in C.
+Run: ``hft-megatron average --tuned A --base B --coefficient 0.5 --output C``. The output's average.json records the
+inputs. With ``--path 0.25 0.5 0.75`` both are read once for all three, each a folder in C.
 """
 
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ from hft_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class AverageOptions:
-    """Everything that can be said about an average."""
+    """Options of ``hft-megatron average``."""
 
     folders: MergeFolders = field(default_factory=MergeFolders)
     coefficient: Annotated[float, Ge(0), Le(1)] | None = None
     """Share of the tuned model: base + coefficient x (tuned - base); 0.5 when unset."""
     path: tuple[float, ...] = ()
-    """Several such coefficients: for each a folder of its name in --output, from one reading of both models."""
+    """Several coefficients: for each a folder of its name in --output, from one reading of both models."""
 
 
 def run(options: AverageOptions, status: StatusFolder) -> None:
@@ -46,12 +46,13 @@ def run(options: AverageOptions, status: StatusFolder) -> None:
 def _check_path(options: AverageOptions) -> None:
     if options.path and options.coefficient is not None:
         raise UserError(
-            f"--path is given beside --coefficient {options.coefficient:g}; put it on the path, or leave one out."
+            f"--path and --coefficient {options.coefficient:g} are both given; add the coefficient to the path, or "
+            f"leave one out."
         )
     names = set[str]()
     for coefficient in options.path:
         if not 0 <= coefficient <= 1:
             raise UserError(f"--path {coefficient:g}: every coefficient must be a number between 0 and 1.")
         if place_of(coefficient) in names:
-            raise UserError(f"--path has {coefficient:g} twice, and it names a folder; give it once.")
+            raise UserError(f"--path has {coefficient:g} twice, but each coefficient names a folder; give it once.")
         names.add(place_of(coefficient))

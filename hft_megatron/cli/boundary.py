@@ -1,4 +1,4 @@
-"""The edge of the process: how a command's end becomes an exit code, a sentence and a status file.
+"""The edge of the process: turns a command's end into an exit code, a sentence and a status file.
 
 The only ``except Exception`` of the package is here.
 """
@@ -23,16 +23,16 @@ from hft_megatron.parallel import launch
 PROG = "hft-megatron"
 
 OTHER_RANKS_WAIT_S = 30.0
-"""How long a rank other than 0 keeps quiet about a user's mistake. Rank 0 has the same mistake nearly always: it
-says so, and torchrun ends the others meanwhile; imports alone can keep it back for many seconds on a busy machine. A
-rank that is still there has a mistake of its own, such as a file that only its node lacks."""
+"""Seconds for which a rank other than 0 holds back a user's mistake. Rank 0 nearly always has the same mistake: it
+reports it, and torchrun ends the others meanwhile; imports alone can delay it for many seconds on a busy machine. A
+rank that is still running then has a mistake of its own, such as a file that only its node lacks."""
 
 SAME_STEP_S = 3.0
-"""How long a rank other than 0 keeps quiet about what may have ended all of them in one step."""
+"""Seconds for which a rank other than 0 holds back a failure that may have ended all of them in the same step."""
 
 
 class StatusFolder:
-    """Where the outcome is written for the script that started the ranks, since torchrun reports 1 for every failure.
+    """Folder for the outcome, for the script that started the ranks, since torchrun reports 1 for every failure.
 
     Unset until a command knows its --save folder. The file is written only into a folder that exists: a mistake
     in the options must not create the folder it names.
@@ -43,15 +43,15 @@ class StatusFolder:
         self._found: tuple[int, int] | None = None
 
     def use(self, path: Path) -> None:
-        """Writes go to ``path``. What is there by now is of an earlier command, or of an earlier start by torchrun."""
+        """Writes go to ``path``. A file there now is of an earlier command, or of an earlier start by torchrun."""
         self._path = path
         self._found = self._version()
 
     def write(self, exit_code: int, state: str, message: str, *, is_consequence: bool = False) -> None:
         """Write ``status.json``; a folder that cannot be written must not hide the outcome itself.
 
-        What another rank has written since ``use``, a user's mistake or a failure, is the cause of what may be its
-        consequence, and stays.
+        A mistake or failure that another rank has written since ``use`` is the cause and is kept; a mere consequence
+        does not overwrite it.
         """
         if self._path is None or not self._path.is_dir() or (is_consequence and self._holds_new_cause()):
             return
@@ -77,7 +77,7 @@ class StatusFolder:
 
 
 def run_command(command: Callable[[StatusFolder], None]) -> int:
-    """Run a command and return the exit code of the process; what went wrong is said once, by rank 0.
+    """Run a command and return the exit code of the process; an error is reported once, by rank 0.
 
     A user's mistake and a stop by signal are one sentence. An internal failure is a traceback from every rank that
     fails, because the first one to fail is often not rank 0.
@@ -89,10 +89,10 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Has SIGTERM end a process of its own with a sentence, where nothing else listens to it.
+    """Within it, SIGTERM ends a process without ranks with a sentence, unless something else handles it.
 
-    A rank, or the check before a start, ends at once: a rank may wait for others where Python can't answer, and what
-    started them says the sentence.
+    A rank, or the check before a start, ends at once: a rank may wait for others where Python can't run handlers, and
+    its launcher reports the signal.
     """
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or threading.current_thread() is not threading.main_thread():
         yield
@@ -105,7 +105,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM. Of a KeyboardInterrupt itself in ``exec``, as in many imports, Python would make an end by SIGINT."""
+    """SIGTERM. Python would turn a plain KeyboardInterrupt inside ``exec``, as in many imports, into SIGINT."""
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -129,11 +129,11 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
     except errors.PeersLost as loss:
         end_of_peers(status)(loss)
         if loss.speaks is None and launch.local_rank() != 0:
-            # torchrun ends the ranks of a host with the first that leaves, and this one has said nothing.
+            # torchrun ends the ranks of a host with the first that leaves, and this one reports nothing.
             _let_others_speak(OTHER_RANKS_WAIT_S)
         return errors.EXIT_FAILURE
     except _Terminated:
-        sentence = "SIGTERM stopped it before its end; give the same command again"
+        sentence = "stopped by SIGTERM before the end; run the same command again"
         return _end(errors.EXIT_STOPPED, "stopped", sentence, status)
     except KeyboardInterrupt:
         return _end(errors.EXIT_INTERRUPTED, "failed", "interrupted from the keyboard", status)
@@ -150,7 +150,7 @@ def _outcome(command: Callable[[StatusFolder], None]) -> int:
 
 
 def end_of_peers(status: StatusFolder) -> Callable[[errors.PeersLost], None]:
-    """What is done with the sentence about lost peers before the process ends: one rank of every host says it."""
+    """Reports lost peers before the process ends, on one rank of every host."""
 
     def end(loss: errors.PeersLost) -> None:
         message = f"error: {loss}"
@@ -166,11 +166,11 @@ def end_of_peers(status: StatusFolder) -> Callable[[errors.PeersLost], None]:
 
 
 def show(text: str) -> None:
-    """Print what a command was asked for."""
+    """Print the result of a command."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # `| head` has seen enough; without this, Python complains once more when it flushes at exit.
+        # `| head` has closed the pipe; without this, Python complains again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -181,7 +181,7 @@ def note(line: str) -> None:
 
 
 def _end_writers() -> None:
-    """Ends what a failed command was writing in the background: no checkpoint can come of it, and Python would wait."""
+    """Ends the background writers of a failed command: they can't complete a checkpoint, and Python would wait."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -213,7 +213,7 @@ def _say_failure(message: str, status: StatusFolder) -> int:
 
 
 def _let_others_speak(seconds: float) -> None:
-    # Training turns SIGTERM into "save and stop"; a rank that is only waiting to speak ends at once.
+    # Training turns SIGTERM into "save and stop"; a rank that only waits to report ends at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(seconds)
 
@@ -222,5 +222,5 @@ def _is_first_rank() -> bool:
     try:
         return launch.rank() == 0
     except errors.UserError:
-        # The mistake is RANK itself, and every process must be able to say so.
+        # The mistake is RANK itself, and every process must be able to report it.
         return True

@@ -1,4 +1,4 @@
-"""``hft-megatron continual``: one task after the other, and what each did to the tasks before.
+"""``hft-megatron continual``: learns one task after the other, and measures the effect of each on earlier tasks.
 
 Run: ``torchrun --nproc-per-node 8 -m hft_megatron continual --continual-tasks TRACE --load-hf MODEL --save RUN``.
 """
@@ -27,7 +27,7 @@ FIRST = (
 
 @dataclass(frozen=True, kw_only=True)
 class ContinualOptions(TrainingOptions):
-    """The options of ``hft-megatron continual``: those of a fine-tuning, and of the sequence."""
+    """Options of ``hft-megatron continual``: those of fine-tuning, and those of the sequence."""
 
     data: DataConfig = field(default_factory=DataConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
@@ -36,11 +36,11 @@ class ContinualOptions(TrainingOptions):
 
 
 def run(options: ContinualOptions, status: StatusFolder) -> None:
-    """Check, and learn the sequence unless only the check is asked for. Raises UserError for every mistake."""
+    """Check, and learn the sequence unless --check is given. Raises UserError for every mistake."""
     check_bounds(options)
     base = options.as_run
     if options.stages is not None:
-        raise UserError("--stages has stages of its own, and a sequence has tasks; leave one of the two out.")
+        raise UserError("--stages cannot be used with a sequence of tasks, each of which is a stage; leave it out.")
     sequence_fits_the_run(options.continual, base)
     if not options.check:
         assert base.checkpoint.save is not None
@@ -87,7 +87,7 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
 
 
 def _of_unknown_length(stage: Stage) -> Stage:
-    """With an epoch in place of its iterations: a warm-up that spans tasks is checked when the data of all is read."""
+    """The stage with an epoch in place of its iterations: a warm-up over all tasks is checked once the data is read."""
     training = stage.config.training
     if training.train_epochs is None:
         training = replace(training, train_iters=None, train_epochs=1)

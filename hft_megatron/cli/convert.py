@@ -1,7 +1,7 @@
-"""``hft-megatron convert``: a training checkpoint to a Hugging Face folder, in one process and without the model.
+"""``hft-megatron convert``: converts a training checkpoint to a Hugging Face folder, in one process, without the model.
 
 Run: ``hft-megatron convert --load RUN --save-hf OUT``, with ``--check`` to compare logits as well, or
-``hft-megatron convert --load-hf MODEL --check`` to compare those of a folder before training on it.
+``hft-megatron convert --load-hf MODEL --check`` to compare those of a folder before training.
 """
 
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ from hft_megatron.parallel import launch
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What is converted, and where to."""
+    """Options of ``hft-megatron convert``."""
 
     load: str | None = None
-    """Folder of a run (its --save). Load only folders you trust: torch reads a checkpoint's index with pickle."""
+    """Folder of a run (its --save) to convert. Load only folders you trust: torch reads a checkpoint's index with
+    pickle."""
     iteration: Annotated[int, Ge(0)] | None = None
-    """The checkpoint of this iteration; the newest when unset."""
+    """Iteration of the checkpoint; the newest when unset."""
     save_hf: str | None = None
-    """New folder to export to in Hugging Face's format."""
+    """New folder for the export in Hugging Face's format."""
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Data type of all tensors in the export; each tensor's own in the run's --load-hf folder (or the run's) when
-    unset."""
+    """Data type of the exported tensors; each tensor's own in the run's --load-hf folder (or the run's) when unset."""
     check: bool = False
-    """Compare the logits of the export with the checkpoint's, or transformers' of --load-hf with ours. Builds the
-    models, one after the other, in fp32."""
+    """Compare the logits of the export with the checkpoint's; with --load-hf, the logits of transformers with those of
+    this project. Builds the models, one after the other, in fp32."""
     load_hf: str | None = None
-    """Hugging Face folder, instead of --load, for --check alone."""
+    """Hugging Face folder to check instead of --load; needs --check."""
 
 
 def run(options: ConvertOptions, status: StatusFolder) -> None:
@@ -67,22 +67,24 @@ def run(options: ConvertOptions, status: StatusFolder) -> None:
 def _check(options: ConvertOptions) -> None:
     """Raises UserError for options that don't fit together, before anything is read."""
     if launch.world_size() > 1:
-        raise UserError("hft-megatron convert is one process; start it without torchrun.")
+        raise UserError("hft-megatron convert runs in one process; start it without torchrun.")
     if (options.load is None) == (options.load_hf is None):
-        raise UserError("Give either --load RUN, a training run, or --load-hf MODEL, a folder to check.")
+        raise UserError("Give either --load RUN to convert a run's checkpoint, or --load-hf MODEL to check a folder.")
     if options.load_hf is not None:
         others = {"--save-hf": options.save_hf, "--save-dtype": options.save_dtype, "--iteration": options.iteration}
         for flag, value in others.items():
             if value is not None:
                 raise UserError(
-                    f"{flag} {value} can't be given with --load-hf {options.load_hf}, which is only checked; "
-                    "`hft-megatron sft --train-iters 0 --load-hf A --save-hf B` converts between such folders."
+                    f"{flag} {value} cannot be used with --load-hf {options.load_hf}, which is only checked; "
+                    "to convert between such folders, run `hft-megatron sft --train-iters 0 --load-hf A --save-hf B`."
                 )
         if not options.check:
-            raise UserError(f"--load-hf {options.load_hf} needs --check: training reads such folders as they are.")
+            raise UserError(
+                f"--load-hf {options.load_hf} needs --check, since training reads such folders directly; add it."
+            )
         return
     if options.save_hf is None:
-        raise UserError(f"--save-hf is missing: name the new folder that --load {options.load} is converted to.")
+        raise UserError(f"--save-hf is missing: name the new folder for the conversion of --load {options.load}.")
     outputs = RunConfig(checkpoint=CheckpointConfig(save_hf=options.save_hf))
     for rule in (nothing_is_overwritten, outputs_can_be_written):
         rule(outputs, None, 1)

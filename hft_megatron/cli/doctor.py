@@ -1,8 +1,8 @@
-"""``hft-megatron doctor``: is this machine, are these ranks and these files fit for a run?
+"""``hft-megatron doctor``: preflight checks of the machine, the ranks and the files of a run.
 
 Run: ``torchrun --nproc-per-node 8 -m hft_megatron doctor --tensor-model-parallel-size 2``, or without torchrun for one
-process. It takes the options of a run, so that a run's own command line (without --stages and --check) works with this
-word in place of the method's; without a model it looks at the machine alone.
+process. It takes the options of a run, so that a run's own command line (without --stages and --check) works with
+``doctor`` in place of the method; without a model it checks the machine alone.
 """
 
 import json
@@ -22,11 +22,11 @@ from hft_megatron.methods.registry import DECLARED
 from hft_megatron.parallel import launch
 
 LINE_WIDTH = 120
-"""Fixed, so that reports can be compared."""
+"""Columns of a line; fixed, so that reports can be compared."""
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> str:
-    """A line per finding, with what to do below where it isn't ok, and a sentence on all of them at the end."""
+    """A line per finding, with a fix below where it isn't ok, and a sentence about all of them at the end."""
     statuses = [row.finding.status for row in diagnosis.rows]
     status_width = max(len(status) for status in statuses)
     what_width = max(len(row.finding.what) for row in diagnosis.rows)
@@ -39,8 +39,8 @@ def diagnosis_text(diagnosis: Diagnosis) -> str:
 def _conclusion(statuses: Sequence[Status]) -> str:
     wrong, warnings = statuses.count("wrong"), statuses.count("warning")
     found = f"{_counted(wrong, 'is', 'are')} wrong and {_counted(warnings, 'has', 'have')} a warning"
-    end = "; what to do stands below each." if wrong or warnings else "."
-    return f"Of {len(statuses)} checks {found}{end}"
+    end = "; the fix is below each." if wrong or warnings else "."
+    return f"Of {len(statuses)} preflight checks {found}{end}"
 
 
 def diagnosis_json(diagnosis: Diagnosis) -> str:
@@ -70,12 +70,12 @@ FIRST = ("method", "json", "train-data-path", "valid-data-path", "data-path")
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(RunConfig):
-    """Every option of a run, and how to show what was found."""
+    """Options of ``hft-megatron doctor``: those of a run, and of the report."""
 
     config: str | None = None
     """YAML file with any of the options below, by name or under a group's name; the command line overrides it."""
     method: MethodName = "sft"
-    """The command whose options these are."""
+    """Command whose options these are."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -86,7 +86,7 @@ class DoctorOptions(RunConfig):
 
 
 def run(options: DoctorOptions, status: StatusFolder) -> None:
-    """Look at everything and show it; RunFailed where something is wrong, UserError for a mistake in the options.
+    """Run all checks and show the report; RunFailed where something is wrong, UserError for mistakes in the options.
 
     ``status`` is left alone: the save folder belongs to the run.
     """
@@ -112,23 +112,23 @@ def run(options: DoctorOptions, status: StatusFolder) -> None:
         show=show_diagnosis,
     ).run()
     if diagnosis.wrong:
-        raise RunFailed(f"something is wrong with {', '.join(diagnosis.wrong)}; the report says what to do.")
+        raise RunFailed(f"preflight checks failed: {', '.join(diagnosis.wrong)}; the report shows the fixes.")
 
 
 def _checked(options: DoctorOptions) -> tuple[bool, bool]:
-    """Whether a model is given, and data; UserError for data that would be passed over."""
+    """Return whether a model is given, and data; UserError for data that would be ignored."""
     has_corpus = options.corpus != CorpusConfig()
     files = options.data.train_data_path or options.data.valid_data_path
     groups = DECLARED[options.method].groups
     if has_corpus and "corpus" not in groups:
         takers = [name for name, method in DECLARED.items() if "corpus" in method.groups]
         raise UserError(
-            f"--data-path and --mock-data are options of {' and '.join(takers)}; add --method {takers[0]}, or leave "
-            "them out."
+            f"--data-path and --mock-data are options of {' and '.join(takers)} only; add --method {takers[0]}, or "
+            "leave them out."
         )
     if files and "data" not in groups:
         instead = "give --data-path" if "corpus" in groups else "leave them out"
-        raise UserError(f"--train-data-path and --valid-data-path are no options of {options.method}; {instead}.")
+        raise UserError(f"--train-data-path and --valid-data-path are not options of {options.method}; {instead}.")
     has_model, has_data = options.model != ModelConfig(), bool(has_corpus or files)
     needs_model = has_data or options.data.tokenizer_model is not None or options.checkpoint.load is not None
     if has_model or needs_model:

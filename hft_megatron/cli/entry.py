@@ -42,11 +42,11 @@ from hft_megatron.methods.registry import DECLARED
 
 ABSENT = "not installed"
 APEX_KERNELS = "amp_C"
-"""The module of NVIDIA's Apex by which it is told from the `apex` on PyPI, another project."""
+"""Module of NVIDIA's Apex that distinguishes it from the `apex` on PyPI, another project."""
 
 
 def version_text() -> str:
-    """One line per thing."""
+    """Versions of this package and its engine, one per line."""
     return "\n".join(f"{name} {version}" for name, version in _versions())
 
 
@@ -68,7 +68,7 @@ def _installed(distribution: str) -> str:
 
 
 def _torch() -> str:
-    """The version, and what the build is for: by the file that torch itself takes them from, in no time."""
+    """Version and target of the build, read from torch's own file without importing torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return ABSENT
@@ -86,9 +86,9 @@ class Command:
 
     summary: str
     options: type
-    """The frozen dataclass that its words are parsed into."""
+    """Frozen dataclass that its arguments are parsed into."""
     run: Callable[[Any, StatusFolder], None]
-    """Takes the parsed options and where to leave the outcome."""
+    """Takes the parsed options and the folder for the outcome."""
     note: Callable[[str], None] | None = None
     """Takes a line about the options, where the command has a log."""
     first: tuple[str, ...] = ()
@@ -110,13 +110,13 @@ def _show_completion(options: completion.CompletionOptions, status: StatusFolder
 
 COMMANDS = {
     "plan": Command(
-        summary="show what trains in which round, and what it costs on every rank; needs no GPU and no weights",
+        summary="show the units that train in each round, and their costs on every rank; needs no GPU and no weights",
         options=plan.PlanOptions,
         run=plan.run,
         first=plan.FIRST,
     ),
     "show-data": Command(
-        summary="show the first examples token by token, and which of them are trained; needs no GPU and no weights",
+        summary="show the first examples token by token, with the trained tokens marked; needs no GPU and no weights",
         options=show_data.ShowDataOptions,
         run=show_data.run,
     ),
@@ -126,39 +126,39 @@ COMMANDS = {
         run=preprocess.run,
     ),
     "continual": Command(
-        summary="learn one task after the other, and measure what each did to the tasks before",
+        summary="learn one task after the other, and measure the effect of each on earlier tasks",
         options=continual.ContinualOptions,
         run=continual.run,
         note=note,
         first=first_options(continual.FIRST),
     ),
     "evaluate": Command(
-        summary="put tasks to models: folders, or checkpoints of runs as they are; in any layout",
+        summary="evaluate models on tasks: Hugging Face folders, or checkpoints of runs directly, in any layout",
         options=evaluate.EvaluateOptions,
         run=evaluate.run,
     ),
     "convert": Command(
-        summary="convert a checkpoint to a Hugging Face folder, or compare the logits of such a folder",
+        summary="convert a checkpoint to a Hugging Face folder, or check the logits of such a folder",
         options=convert.ConvertOptions,
         run=convert.run,
     ),
     "half-reset": Command(
-        summary="set a part of a fine-tuned model's weights back to the base model's: drawn matrices, FAPM or DARE",
+        summary="reset a part of a fine-tuned model's weights to the base model's: drawn matrices, FAPM or DARE",
         options=half_reset.HalfResetOptions,
         run=half_reset.run,
     ),
     "average": Command(
-        summary="average the weights of a fine-tuned model with those of the model it was trained from",
+        summary="average the weights of a fine-tuned model with those of its base model",
         options=average.AverageOptions,
         run=average.run,
     ),
     "ties": Command(
-        summary="merge models that were fine-tuned from one base where their largest changes agree",
+        summary="merge models fine-tuned from the same base where their largest changes agree",
         options=ties.TiesOptions,
         run=ties.run,
     ),
     "doctor": Command(
-        summary="look at the machine, the ranks and the parts of a run, and say what is wrong and how to mend it",
+        summary="run preflight checks of the machine, the ranks and a run's inputs, and show what to fix",
         options=doctor.DoctorOptions,
         run=doctor.run,
         first=first_options(doctor.FIRST),

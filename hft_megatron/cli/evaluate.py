@@ -1,4 +1,4 @@
-"""``hft-megatron evaluate``: tasks put to models, in any layout and without a conversion.
+"""``hft-megatron evaluate``: evaluates models on tasks, in any layout and without a conversion.
 
 Run: ``hft-megatron evaluate --model BASE RUN --tasks tasks.yaml --output results.json``, under torchrun where a model
 needs more than one rank.
@@ -27,67 +27,69 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How models are spread over ranks; replicas share the examples. What a run has of it has no say."""
+    """Layout of models over ranks, whatever the layout of their runs; replicas share the examples."""
 
     tensor_model_parallel_size: Annotated[int, Ge(1)] = 1
+    """Ranks that share every matrix of a layer (tensor parallelism)."""
     pipeline_model_parallel_size: Annotated[int, Ge(1)] = 1
+    """Stages that the layers are divided into (pipeline parallelism)."""
     decoder_first_pipeline_num_layers: Annotated[int, Ge(1)] | None = None
-    """Layers of the first pipeline stage, where stages are uneven."""
+    """Layers of the first pipeline stage, for uneven stages."""
     decoder_last_pipeline_num_layers: Annotated[int, Ge(1)] | None = None
-    """Layers of the last pipeline stage."""
+    """Layers of the last pipeline stage, for uneven stages."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
-    """nccl where CUDA is present, gloo elsewhere, when unset."""
+    """Backend of torch.distributed; nccl with CUDA and gloo without when unset."""
     distributed_timeout_minutes: Annotated[float, Gt(0)] = ParallelConfig.distributed_timeout_minutes
-    """How long ranks wait for each other, when they meet and for a batch of answers."""
+    """Time-out of the rendezvous and of a batch of answers, in minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What is evaluated on what."""
+    """Options of ``hft-megatron evaluate``."""
 
     model: tuple[str, ...] = ()
-    """Hugging Face folders, runs (their --save: the newest checkpoint) and checkpoints of runs (RUN/iter_0000100). The
-    others are compared with the first. Load only runs you trust: torch reads a checkpoint's index with pickle."""
+    """Models to evaluate: Hugging Face folders, runs (their --save: the newest checkpoint) and checkpoints of runs
+    (RUN/iter_0000100). The others are compared with the first. Load only runs you trust: torch reads a checkpoint's
+    index with pickle."""
     base: str | None = None
-    """What the models were tuned from: how far their weights are from it, and of texts how much likelier they were
-    before and how much the predictions differ (KL divergences)."""
+    """Model that the others were tuned from: measures the change of their weights, and on texts the change of
+    likelihood and of the predictions (KL divergences)."""
     tasks: str | None = None
     """YAML file of tasks; examples/tasks has some."""
     task_names: tuple[str, ...] = ()
-    """Only these tasks of the file."""
+    """Names of the tasks to evaluate; all tasks of the file when unset."""
     limit: Annotated[int, Ge(1)] | None = None
-    """Only the first so many rows of every task."""
+    """Number of rows of every task to evaluate, from the first; all when unset."""
     output: str | None = None
-    """New file for the results (.json); the answers to every example go into a .predictions.jsonl beside it. A command
-    that was stopped resumes when it is given again; one of --lm-eval-tasks, which writes at its end alone, begins
-    anew."""
+    """New file for the results (.json); the answers to every example go into a .predictions.jsonl beside it. A stopped
+    command resumes when it is run again; with --lm-eval-tasks, which writes only at its end, it starts again."""
     batch_size: Annotated[int, Ge(1)] = 16
-    """Sequences that a replica reads at once."""
+    """Sequences that a replica processes at once."""
     bf16: bool | None = None
-    """Read all weights as bf16, or (--no-bf16) fp32. Unset: bf16 where all runs among the models train in it, or, where
-    there are only Hugging Face folders, where every rank's processor is fast at it."""
+    """Read all weights as bf16, or (--no-bf16) fp32. When unset, bf16 if all runs among the models train in it, or, for
+    Hugging Face folders alone, if every rank's processor is fast at it."""
     tokenizer_model: str | None = None
     """Hugging Face folder or SentencePiece .model file, in place of every model's own."""
     lm_eval_tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness instead of --tasks: names, patterns, or YAML files. Rank 0 runs the harness, all
-    ranks answer. Needs `pip install 'hft-megatron[lm-eval]'`; own tasks may contain code, which is run."""
+    ranks answer. Needs `pip install 'hft-megatron[lm-eval]'`. Your own tasks may contain code, which is run."""
     lm_eval_include: str | None = None
-    """Folder of own tasks for the harness."""
+    """Folder of your own tasks for the harness."""
     lm_eval_fewshot: Annotated[int, Ge(0)] | None = None
-    """Solved examples in front of each question of the harness; as each task has it when unset."""
+    """Solved examples before each question of the harness; each task's own number when unset."""
     compare: tuple[str, ...] = ()
-    """Two result files instead of models: how the second differs from the first, with intervals. FILE:MODEL where a
-    file has several."""
+    """Result files to compare instead of evaluating models: the differences of the second from the first, with
+    intervals. FILE:MODEL where a file has several models."""
     frontier: tuple[str, ...] = ()
-    """Runs (their --save) instead of models: what each had forgotten where it had learned the same, because at one
-    learning rate a method that learns less forgets less. Names of metrics.jsonl say what is meant, see below.
-    NAME=RUN,RUN takes runs of one method, such as at several learning rates, together."""
+    """Runs (their --save) to compare instead of evaluating models: the forgetting of each at equal learning, because at
+    the same learning rate a method that learns less forgets less. The two options below name the metrics.
+    NAME=RUN,RUN combines runs of one method, such as at several learning rates."""
     frontier_learning: str | None = None
-    """What was learned, such as `lm loss validation/new`."""
+    """Metric of learning in metrics.jsonl, such as `lm loss validation/new`."""
     frontier_forgetting: str | None = None
-    """What may have been forgotten, such as `lm loss validation/old` or `tasks/stories/bits_per_byte`."""
+    """Metric of forgetting in metrics.jsonl, such as `lm loss validation/old` or `tasks/stories/bits_per_byte`."""
     frontier_levels: Annotated[int, Ge(1)] = 5
-    """Levels of learning, in equal steps up to the furthest that all methods reach."""
+    """Number of levels of learning, in equal steps up to the highest that all methods reach."""
     layout: Layout = field(default_factory=Layout)
 
 
@@ -109,8 +111,8 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
     from hft_megatron.trainer.out_of_memory import memory_errors_as
 
     no_memory = (
-        f"rank {launch.rank()} ran out of memory at --batch-size {options.batch_size}; make that less, or spread the "
-        f"models over more ranks with --tensor-model-parallel-size."
+        f"rank {launch.rank()} ran out of memory at --batch-size {options.batch_size}; give a smaller one, or spread "
+        f"the models over more ranks with --tensor-model-parallel-size."
     )
     with (
         peers(evaluation.parallel.distributed_timeout_minutes, end_of_peers(status)) as company,
@@ -124,7 +126,7 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
 
 
 def _evaluation(options: EvaluateOptions, tasks: "tuple[Task, ...]") -> "Evaluation":
-    """With what the models say of themselves; UserError for those that can't be evaluated so."""
+    """The evaluation with the models' own descriptions; UserError for models that can't be evaluated with it."""
     from hft_megatron.evaluation.saved_models import SavedModel
     from hft_megatron.evaluation.side_by_side import Evaluation
     from hft_megatron.evaluation.weight_changes import check_alike
@@ -174,7 +176,7 @@ def _by_harness(options: EvaluateOptions, evaluation: "Evaluation", company: "Pe
 
 
 def _checked(options: EvaluateOptions) -> "tuple[Task, ...]":
-    """The tasks that are asked for; UserError for options that don't fit together, before anything heavy is read."""
+    """The chosen tasks; UserError for options that don't fit together, before anything large is read."""
     from hft_megatron.evaluation.results import check_output
     from hft_megatron.evaluation.task_files import read_tasks
 
@@ -182,18 +184,18 @@ def _checked(options: EvaluateOptions) -> "tuple[Task, ...]":
         raise UserError("--model is missing: name a Hugging Face folder or the --save folder of a run.")
     twice = [name for name in options.model if options.model.count(name) > 1]
     if twice:
-        raise UserError(f"--model {twice[0]} is there twice; name every model once.")
+        raise UserError(f"--model {twice[0]} is given twice; name every model once.")
     own = {name for group in (EvaluateOptions, Layout) for name in declared(group)} - _FRONTIER - {"compare"}
     if options.lm_eval_tasks:
-        _refuse_others(options, "--lm-eval-tasks", own - {"tasks", "task_names", "base"}, "asks the harness's tasks")
+        _refuse_others(options, "--lm-eval-tasks", own - {"tasks", "task_names", "base"}, "has the harness's tasks")
     else:
-        _refuse_others(options, "--tasks", own - _HARNESS, "needs --frontier or --lm-eval-tasks for that")
+        _refuse_others(options, "--tasks", own - _HARNESS, "has no use for it without --frontier or --lm-eval-tasks")
     if options.tasks is None and options.base is None and not options.lm_eval_tasks:
         raise UserError("--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml.")
     tasks = () if options.tasks is None else read_tasks(Path(options.tasks))
     names = [task.name for task in tasks]
     if options.task_names and options.tasks is None:
-        raise UserError(f"--task-names {' '.join(options.task_names)} needs --tasks, whose names they are; add it.")
+        raise UserError(f"--task-names {' '.join(options.task_names)} needs --tasks, the file of the tasks; add it.")
     for name in options.task_names:
         if name not in names:
             raise UserError(
@@ -220,24 +222,24 @@ def _refuse_others(options: EvaluateOptions, asked: str, own: Collection[str], w
             value = getattr(group, name)
             if name not in own and not is_dataclass(value) and value != option.default:
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"{flag(name)} {shown} can't be given with {asked}, which {why}; leave one out.")
+                raise UserError(f"{flag(name)} {shown} cannot be used with {asked}, which {why}; leave one out.")
 
 
 def _from_files(options: EvaluateOptions) -> str:
-    """What --compare and --frontier show, of files that earlier commands have left."""
+    """Text of --compare and --frontier, from files of earlier commands."""
     from hft_megatron.evaluation.comparison import compare
     from hft_megatron.evaluation.frontier import curve_of_run, frontier, shared_levels
     from hft_megatron.report.evaluation import comparison_text, frontier_text
 
     asked, own = ("--compare", {"compare"}) if options.compare else ("--frontier", _FRONTIER)
-    _refuse_others(options, asked, own, "reads files that are there already")
+    _refuse_others(options, asked, own, "reads existing files")
     if options.compare:
         if len(options.compare) != 2:
             raise UserError(f"--compare {' '.join(options.compare)}: give two result files.")
         return comparison_text(compare(*options.compare))
     if options.frontier_learning is None or options.frontier_forgetting is None:
         missing = "learning" if options.frontier_learning is None else "forgetting"
-        raise UserError(f"--frontier-{missing} is missing: name a value of the runs' metrics.jsonl.")
+        raise UserError(f"--frontier-{missing} is missing: name a metric of the runs' metrics.jsonl.")
     curves, wanted = {}, (options.frontier_learning, options.frontier_forgetting)
     for word in options.frontier:
         name, equals, runs = word.partition("=")

@@ -23,21 +23,21 @@ each of them is here. `hft-megatron flags` prints the same as text. This page is
 `hft-megatron flags --format markdown > docs/flags.md`.
 
 - *option*: it is an option here.
-- *accepted*: what it asks for is done anyway, or it has no effect here; one line at the start of the log names all of
-  them. Where values are given, any other is refused.
-- *other name*: it is taken for the option that is named.
-- *not built yet* and *refused*: it is not taken. All such flags of a command are listed at once, with exit code 2, and
-  nothing is trained. Where another option says the same, it is named; VALUE stands for the value that was given, which
-  the error converts where it can be computed.
+- *accepted*: it has no effect here, because the same happens without it or does not apply; one line at the start of the
+  log names all of them. Where values are listed, any other is refused.
+- *other name*: it sets the option that is named.
+- *not built yet* and *refused*: it is not supported under this name. All such flags of a command are listed at once,
+  with exit code 2, and nothing is trained. Where an option has the same meaning, the error names it with its value
+  here; VALUE stands for the given value.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlagsOptions:
-    """How to print the table."""
+    """Options of ``hft-megatron flags``."""
 
     format: Literal["text", "json", "markdown"] = "text"
-    """Text for reading and grep, a list of objects, or the page of the documentation."""
+    """Format of the output: text for reading and grep, json for a list of objects, markdown for the documentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ShownFlag:
 
     section: str
     flag: str
-    """With its leading dashes."""
+    """Name with its leading dashes."""
     state: str
     words: str
 
@@ -61,7 +61,7 @@ def run(options: FlagsOptions, status: StatusFolder) -> None:
 
 
 def shown_flags() -> Iterator[ShownFlag]:
-    """Every option of a run, then every flag that is none."""
+    """Every option of a run, then every other flag."""
     for name, flag in flags_of(RunConfig).items():
         words = " ".join(filter(None, (flag.words, f"({_facts(flag)})", *_limits(name))))
         yield ShownFlag(section=f"Options: {flag.group}", flag=f"--{name}", state="option", words=words)
@@ -87,7 +87,7 @@ def _facts(flag: Flag) -> str:
 
 
 def _limits(name: str) -> Iterator[str]:
-    """Sentences about values of Megatron-LM's option that can't be had."""
+    """Sentences about values of Megatron-LM's option that are not supported."""
     for values, row in VALUES_NOT_HAD.items():
         if row.name == name:
             yield row.refusal(", ".join(values))

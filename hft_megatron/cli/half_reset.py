@@ -1,9 +1,9 @@
-"""``hft-megatron half-reset``: a part of a fine-tuned model's weights set back to the base model's, without training.
+"""``hft-megatron half-reset``: resets a part of a fine-tuned model's weights to the base model's, without training.
 
 Run: ``hft-megatron half-reset --tuned A --base B --ratio 0.5 --level category --seed 1 --output C``. The units that
 keep the tuned value are those that ``hft-megatron sft`` would train with the same options and seed; the output's
 half_reset.json lists them, and ``hft-megatron plan --load-hf C --hft-plan C/half_reset.json`` shows them. With
-``--criterion fapm`` or ``dare`` single entries are set back, as those two methods choose them.
+``--criterion fapm`` or ``dare`` single entries are reset, chosen by those two methods.
 """
 
 from dataclasses import dataclass, field
@@ -24,34 +24,35 @@ from hft_megatron.hft.plan import make_plan
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """Which weights keep the tuned value: the options of a run's --hft-ratio and so on, with their meaning."""
+    """Draw of the weights that keep the tuned value: the --hft- options of a run, with the same meaning."""
 
     ratio: Annotated[float, Ge(0), Le(1)] = HFTConfig.hft_ratio
     """Share of the matrices that keeps the tuned value. Embedding, final norm and head always keep it."""
     level: Level = HFTConfig.hft_level
-    """Draw the share within every category of a layer (the paper's), as whole layers, or over the whole model."""
+    """Scope of the draw: within every category of a layer (the paper's), whole layers, or the whole model."""
     counting: Counting = HFTConfig.hft_counting
-    """What --ratio is a share of; they differ under grouped-query attention."""
+    """Quantity that --ratio is a share of; the two differ under grouped-query attention."""
     seed: Annotated[int, Ge(0)] = TrainingConfig.seed
-    """Seed of the draw, or of what --criterion dare drops."""
+    """Seed of the draw, or of the entries that --criterion dare drops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionOptions:
-    """What decides which values are kept."""
+    """Criterion by which values are kept."""
 
     criterion: Literal["random", "fapm", "dare"] = "random"
-    """What keeps the tuned value. random: whole matrices, drawn by the options above. fapm: entries whose change is
-    large, and small beside the weight (arXiv 2509.08255). dare: entries at random, with larger changes (2311.03099)."""
+    """Criterion for keeping the tuned value. random: whole matrices, drawn by the options above. fapm: entries with a
+    large change that is small relative to the weight (arXiv 2509.08255). dare: random entries, with their changes
+    scaled up (arXiv 2311.03099)."""
     sparsity: Annotated[float, Ge(0), Le(1)] | None = None
-    """Share of a matrix's entries that --criterion fapm sets back; 0.9, the paper's, when unset."""
+    """Share of a matrix's entries that --criterion fapm resets; 0.9, the paper's, when unset."""
     drop_rate: Annotated[float, Ge(0), Lt(1)] | None = None
-    """Probability that --criterion dare sets an entry back."""
+    """Probability that --criterion dare resets an entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HalfResetOptions:
-    """Everything that can be said about a Half-Reset."""
+    """Options of ``hft-megatron half-reset``."""
 
     folders: MergeFolders = field(default_factory=MergeFolders)
     draw: DrawOptions = field(default_factory=DrawOptions)
@@ -59,7 +60,7 @@ class HalfResetOptions:
 
 
 def run(options: HalfResetOptions, status: StatusFolder) -> None:
-    """Check the options and folders, choose what is kept and write the output. Raises UserError for every mistake."""
+    """Check options and folders, choose the kept values and write the output. Raises UserError for every mistake."""
     check_bounds(options)
     _check_criterion(options)
     inputs = check_folders(options.folders)
@@ -101,7 +102,7 @@ _MEANT_FOR = {
     "sparsity": ("fapm",),
     "drop_rate": ("dare",),
 }
-"""Criteria that an option says something about."""
+"""Criteria that an option applies to."""
 
 
 def _check_criterion(options: HalfResetOptions) -> None:
@@ -111,10 +112,10 @@ def _check_criterion(options: HalfResetOptions) -> None:
             value = getattr(group, name)
             if value != default and criterion not in _MEANT_FOR.get(name, (criterion,)):
                 raise UserError(
-                    f"{flag(name)} {value} is for --criterion {' or '.join(_MEANT_FOR[name])}, and it is {criterion}; "
+                    f"{flag(name)} {value} is for --criterion {' or '.join(_MEANT_FOR[name])}, but it is {criterion}; "
                     f"leave one of the two out."
                 )
     if criterion == "dare" and options.criterion.drop_rate is None:
         raise UserError(
-            "--criterion dare needs --drop-rate, the probability that an entry is set back; add it, such as 0.9."
+            "--criterion dare needs --drop-rate, the probability that an entry is reset; add it, such as 0.9."
         )

@@ -1,4 +1,4 @@
-"""``hft-megatron plan``: which units train in which round, and what every rank of a layout would hold and send.
+"""``hft-megatron plan``: the units that train in each round, and the memory and traffic of every rank of a layout.
 
 Run: ``hft-megatron plan --load-hf MODEL --tensor-model-parallel-size 8 --world-size 64 --rounds 2``. It needs a
 config.json but no weights, no GPU, no ranks and no torch (but for one line of --memory, about this machine).
@@ -40,42 +40,47 @@ from hft_megatron.report.plan_time import TimeReport, time_report
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTrainingConfig:
-    """What a plan, and with --memory its memory, depends on of a run's training options."""
+    """Training options of a run that a plan, its memory (--memory) and its time (--time) depend on."""
 
     micro_batch_size: Annotated[int, Ge(1)] = 1
-    """For --memory and --time: sequences of one forward pass on one data-parallel rank."""
+    """Sequences per forward pass on one data-parallel rank, for --memory and --time."""
     global_batch_size: Annotated[int, Ge(1)] | None = None
-    """For --time: sequences of one optimizer step over all ranks."""
+    """Sequences per optimizer step over all ranks, for --time."""
     seq_length: Annotated[int, Ge(1)] | None = None
-    """For --memory and --time: the longest training sequence in tokens; the model's limit when unset."""
+    """Longest training sequence in tokens, for --memory and --time; the model's limit when unset."""
     recompute_activations: bool = False
-    """The same as --recompute-granularity selective."""
+    """Recompute attention in the backward pass: the same as --recompute-granularity selective."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """For --memory and --time: what the backward pass makes again, as in a run."""
+    """Activations that the backward pass recomputes, as in a run, for --memory and --time: whole layers (full), or the
+    core attention alone (selective); none when unset."""
     recompute_method: Literal["uniform", "block"] | None = None
+    """Layers that full recomputation covers, as in a run: all (uniform), or the first --recompute-num-layers of a model
+    chunk (block)."""
     recompute_num_layers: Annotated[int, Ge(1)] | None = None
+    """Layers per recomputed unit (uniform), or recomputed layers per model chunk (block)."""
     bf16: bool = True
-    """Costs with bf16 weights and fp32 masters, or with fp32 weights (--no-bf16)."""
+    """Data type of the weights: bf16 with fp32 masters, or fp32 (--no-bf16)."""
     accumulate_allreduce_grads_in_fp32: bool = True
-    """Gradients beside bf16 weights in fp32, or (--no-accumulate-allreduce-grads-in-fp32) in bf16, as in a run."""
+    """Data type of the gradients of bf16 weights: fp32, or bf16 (--no-accumulate-allreduce-grads-in-fp32), as in a
+    run."""
     seed: Annotated[int, Ge(0)] = TrainingConfig.seed
     """Seed of the draw when --hft-seed is unset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanDeviceConfig:
-    """What --time takes a device and its links to sustain; shares of data sheets' peaks, or measured."""
+    """Sustained rates of a device and its links for --time: shares of data sheets' peaks, or measured."""
 
     device_tflops: Annotated[float, Gt(0)] | None = None
-    """For --time: matrix products that a device sustains, in TFLOP/s: a share of its peak (H100 SXM: 989 in bf16)."""
+    """Sustained TFLOP/s of matrix products of a device, for --time: a share of its peak (H100 SXM: 989 in bf16)."""
     memory_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device reads and writes of its memory, in GB/s: a share of its peak (H100 SXM: 3350)."""
+    """Sustained memory bandwidth of a device in GB/s, for --time: a share of its peak (H100 SXM: 3350)."""
     node_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device sends to others of its node, in GB/s and one direction (H100 SXM, at most: 450)."""
+    """Bandwidth from a device to others of its node in GB/s and one direction, for --time (H100 SXM: at most 450)."""
     network_bandwidth: Annotated[float, Gt(0)] | None = None
-    """For --time: what a device sends to other nodes, in GB/s and one direction (a link of 400 Gb/s, at most: 50)."""
+    """Bandwidth from a device to other nodes in GB/s and one direction, for --time (a 400 Gb/s link: at most 50)."""
     devices_per_node: Annotated[int, Ge(1)] = 8
-    """For --time: ranks of a node."""
+    """Ranks per node, for --time."""
 
 
 FIRST = (
@@ -89,24 +94,24 @@ FIRST = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What to plan for, and where to put it."""
+    """Options of ``hft-megatron plan``."""
 
     config: str | None = None
-    """YAML file of a run, of which only the options below are read; the command line overrides it."""
+    """YAML file of a run, from which only the options below are read; the command line overrides it."""
     world_size: Annotated[int, Ge(1)] | None = None
     """Ranks of the run; those of one replica (TP x PP) when unset."""
     memory: str | None = None
-    """A device's memory, such as 80GB: what a rank of the plan and of full fine-tuning holds, whether that fits, and
-    the smallest layouts and nearest options that do."""
+    """Memory of a device, such as 80GB. Shows the memory of a rank under the plan and under full fine-tuning, whether
+    it fits, and the smallest layouts and nearest options that fit."""
     time: bool = False
-    """Estimate by formula how long a step takes, of the plan and of full fine-tuning, with its parts; needs
+    """Estimate by formula the time of a step and its parts, under the plan and under full fine-tuning. Needs
     --global-batch-size, --device-tflops, --memory-bandwidth and the bandwidths of the links that the layout uses."""
     rounds: Annotated[int, Ge(1)] | None = None
-    """Rounds to plan; all of --hft-plan's when that is given, else 1."""
+    """Number of rounds to plan; all rounds of --hft-plan if given, else 1."""
     json: bool = False
     """Print JSON, with every rank, instead of text."""
     save: str | None = None
-    """File for the plans, which --hft-plan reads. A plan that somebody has edited is never written over."""
+    """File for the plans, which --hft-plan reads. An edited plan is never overwritten."""
     png: str | None = None
     """File for a picture of the grid."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -118,13 +123,13 @@ class PlanOptions:
 
     @property
     def as_run(self) -> RunConfig:
-        """The run that is planned for, as far as a plan knows it."""
+        """The run that is planned, as far as a plan knows it."""
         training = TrainingConfig(**vars(self.training))
         return RunConfig(parallel=self.parallel, model=self.model, training=training, hft=self.hft, lora=self.lora)
 
 
 def run(options: PlanOptions, status: StatusFolder) -> None:
-    """Print the plans and their costs, and write the files that are asked for. Raises UserError for every mistake."""
+    """Print the plans and their costs, and write the requested files. Raises UserError for every mistake."""
     shape, world_size = _checked(options)
     model = CostModel(
         shape=shape,
@@ -146,14 +151,14 @@ def run(options: PlanOptions, status: StatusFolder) -> None:
         try:
             draw_picture(report, Path(options.png))
         except OSError as error:
-            raise UserError(f"--png {options.png} can't be written: {error.strerror}.") from None
+            raise UserError(f"--png {options.png} cannot be written: {error.strerror}; choose another file.") from None
     notes = _notes(options.model.load_hf)
     shown = report_json if options.json else report_text
     show(shown(report, memory, time, notes))
 
 
 def _notes(folder: str | None) -> list[str]:
-    """What is not known of the model's config, as a run says it in its log."""
+    """Lines about unknown keys of the model's config, as in a run's log."""
     return [] if folder is None else note_unknown_keys(load_hf_config(folder), f"{folder}/{HF_CONFIG_FILE}")
 
 
@@ -162,7 +167,7 @@ def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     check_bounds(options)
     shape = shape_of(options.model)
     if shape is None:
-        raise UserError("--vocab-size is missing: a plan reads no tokenizer; give it, or a model folder by --load-hf.")
+        raise UserError("--vocab-size is missing: a plan reads no tokenizer; give it, or a folder with --load-hf.")
     replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
     world_size = replica if options.world_size is None else options.world_size
     validate_plan(options.as_run, shape, world_size)
@@ -184,23 +189,25 @@ def _memory(options: PlanOptions, memory: str, costs: CostModel, plans: Sequence
 
 
 _DEVICE_WORDS = {
-    "device_tflops": "the TFLOP/s of matrix products that a device sustains",
-    "memory_bandwidth": "the GB/s that a device reads and writes of its memory",
-    "node_bandwidth": "the GB/s that a device sends to others of its node",
-    "network_bandwidth": "the GB/s that a device sends to other nodes",
+    "device_tflops": "the sustained TFLOP/s of matrix products of a device",
+    "memory_bandwidth": "the sustained memory bandwidth of a device in GB/s",
+    "node_bandwidth": "the bandwidth from a device to others of its node in GB/s",
+    "network_bandwidth": "the bandwidth from a device to other nodes in GB/s",
 }
 
 
 def _check_time(options: PlanOptions, shape: ModelShape, world_size: int) -> None:
-    """Raises UserError for what --time lacks, and for a rate that is of no use without it."""
+    """Raises UserError for options that --time lacks, and for a rate without --time."""
     device = options.device
     given = [name for name in _DEVICE_WORDS if getattr(device, name) is not None]
     if not options.time:
         if given:
-            raise UserError(f"{flag(given[0])} {getattr(device, given[0]):g} is for --time; add it, or leave this out.")
+            raise UserError(
+                f"{flag(given[0])} {getattr(device, given[0]):g} needs --time; add it or leave {flag(given[0])} out."
+            )
         return
     if options.lora != LoraConfig():
-        raise UserError("--time doesn't know the products of adapters (--lora-rank); leave one of the two out.")
+        raise UserError("--time does not support adapters (--lora-rank); leave one of the two out.")
     if options.training.global_batch_size is None:
         raise UserError("--time needs --global-batch-size, the sequences of a step over all ranks; add it.")
     batch_divides_over_the_ranks(options.as_run, shape, world_size)
@@ -246,7 +253,7 @@ def _plans(options: PlanOptions, shape: ModelShape) -> tuple[Plan, ...]:
     if SELECTIONS[selection].needs_scores:
         raise UserError(
             f"--hft-selection {selection} ranks a model's weights, which `hft-megatron plan` doesn't read; run "
-            "`hft-megatron sft` with it and give the plan.json of one of its checkpoints by --hft-plan."
+            "`hft-megatron sft` with it and give the plan.json of one of its checkpoints as --hft-plan."
         )
     first = options.hft.hft_first_round or 0
     return tuple(
@@ -259,7 +266,7 @@ def _save(file: str, text: str) -> None:
     path = Path(file)
     try:
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
-            raise UserError(f"--save {file} holds something else already; choose another name, or remove it.")
+            raise UserError(f"--save {file} already exists with other contents; choose another name, or remove it.")
         write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"--save {file} can't be written: {error.strerror}.") from None
+        raise UserError(f"--save {file} cannot be written: {error.strerror}; choose another file.") from None

@@ -1,7 +1,7 @@
-"""``hft-megatron preprocess``: data tokenized before training, with the examples that a run would make of them.
+"""``hft-megatron preprocess``: tokenizes data before training, into the same examples that a run would make.
 
-Run: ``hft-megatron preprocess --input train.jsonl --output-prefix train --tokenizer-model MODEL``, and again where it
-was stopped: it resumes. ``hft-megatron sft --train-data-path train`` trains on the result, megatron-core's files.
+Run: ``hft-megatron preprocess --input train.jsonl --output-prefix train --tokenizer-model MODEL``, and again after a
+stop, to resume. ``hft-megatron sft --train-data-path train`` trains on the result, megatron-core's files.
 """
 
 import os
@@ -20,66 +20,67 @@ from hft_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class FilesConfig:
-    """What is read and written."""
+    """Input and output files."""
 
     input: tuple[str, ...] = ()
-    """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), one
-    behind the other. A .txt has one document per line."""
+    """Input files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet),
+    read in this order. A .txt has one document per line."""
     output_prefix: str | None = None
-    """PREFIX.bin and PREFIX.idx hold the tokens, PREFIX_loss_mask.* what of them is trained, PREFIX_boundaries.* where
-    examples start and stop in a document, and PREFIX_preprocessed.json how they were made."""
+    """Prefix of the output: PREFIX.bin and PREFIX.idx hold the tokens, PREFIX_loss_mask.* the trained ones,
+    PREFIX_boundaries.* the ends of examples within documents, and PREFIX_preprocessed.json the options."""
     document_separator: str | None = None
-    """Line that ends a document of a .txt, such as `<|endoftext|>`."""
+    """Line that separates documents in a .txt, such as `<|endoftext|>`."""
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """Stop at a record that is damaged or that no example can be made of, or write it to PREFIX_bad_lines.jsonl and go
-    on."""
+    """Treatment of records that are damaged or make no example: stop with an error, or skip them and write them to
+    PREFIX_bad_lines.jsonl."""
     workers: Annotated[int, Ge(1)] | None = None
-    """Processes that tokenize; one per core when unset."""
+    """Number of tokenizing processes; one per core when unset."""
     log_interval: Annotated[int, Ge(1)] = 10000
-    """Documents between two lines about the progress, where there is no terminal for a bar."""
+    """Documents between progress lines, without a terminal for a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplesConfig:
-    """How a record becomes an example: options of a run, with their meaning. The run must have the same."""
+    """Conversion of records to examples: options of a run, with the same meaning. The run must have the same values."""
 
     data_format: DataFormat | None = DataConfig.data_format
-    """Layout of the records; recognised by the keys of a file's first record when unset."""
+    """Layout of the records; recognised from the keys of a file's first record when unset."""
     data_keys: str | None = DataConfig.data_keys
-    """KEY=NAME,... for records with other names: question=prompt,answer=completion reads `question` as `prompt`."""
+    """Names for the keys of records, KEY=NAME,...: question=prompt,answer=completion reads `question` as `prompt`."""
     prompt_separator: str = DataConfig.prompt_separator
-    """Text between a prompt and its completion, where they are texts of their own: \\n is a line end."""
+    """Text between a prompt and its completion, where these are separate texts; \\n is a line end."""
     ignore_keys: str | None = DataConfig.ignore_keys
-    """Keys of records and messages to pass over, separated by commas."""
+    """Keys of records and messages to ignore, separated by commas."""
     chat_template: str | None = DataConfig.chat_template
-    """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
-    unset."""
+    """Chat template: plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu if it has none,
+    when unset."""
     loss_on: Literal["assistant", "all", "last"] = DataConfig.loss_on
-    """Train the assistant's turns (or the completion), everything, or the last assistant's turn only."""
+    """Tokens that the loss is computed on: the assistant's turns (or the completion), everything, or the assistant's
+    last turn."""
     train_on_eos: bool = DataConfig.train_on_eos
     """Train the token that ends each trained turn."""
     seq_length: Annotated[int, Ge(1)] | None = None
     """Longest example in tokens; no limit when unset."""
     long_examples: LongExamples = DataConfig.long_examples
-    """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several of it.
+    """Treatment of examples longer than --seq-length: stop with an error, drop them, truncate their end, or split them.
     PREFIX.bin has the whole document in any case."""
     append_eod: bool = False
-    """End the documents of the format text with the tokenizer's end token; other formats always have theirs."""
+    """Append the tokenizer's end token to documents of the format text; other formats always have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Which tokens."""
+    """Tokenizer of the data."""
 
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
-    """Found from the files when unset."""
+    """Kind of the tokenizer's files; recognised from the files when unset."""
     tokenizer_model: str | None = None
     """Hugging Face folder or SentencePiece .model file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """The command line."""
+    """Options of ``hft-megatron preprocess``."""
 
     files: FilesConfig = field(default_factory=FilesConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -96,7 +97,7 @@ def run(options: PreprocessOptions, status: StatusFolder) -> None:
         ("--tokenizer-model", tokenizer.tokenizer_model),
     ):
         if not value:
-            raise UserError(f"{flag} is missing; `hft-megatron preprocess --help` shows what it takes.")
+            raise UserError(f"{flag} is missing; see `hft-megatron preprocess --help` for its value.")
     assert files.output_prefix is not None
     assert tokenizer.tokenizer_model is not None
     # Imported here, because the checks above must not wait for them.

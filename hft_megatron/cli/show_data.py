@@ -1,4 +1,4 @@
-"""``hft-megatron show-data``: the first examples of the data, token by token, with what of them is trained.
+"""``hft-megatron show-data``: shows the first examples of the data token by token, with the trained tokens marked.
 
 Run: ``hft-megatron show-data --load-hf MODEL --train-data-path DATA``. It takes the data options of a run and needs no
 weights, no GPU and no ranks.
@@ -24,15 +24,15 @@ from hft_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ShownModelConfig:
-    """What the data depends on of a run's model."""
+    """Options of a run's model that its data depends on."""
 
     load_hf: str | None = None
-    """Hugging Face folder, of which the tokenizer and the limits of config.json are read."""
+    """Hugging Face folder, from which the tokenizer and the limits in config.json are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownTrainingConfig:
-    """What the data depends on of a run's training options."""
+    """Training options of a run that its data depends on."""
 
     seq_length: Annotated[int, Ge(1)] | None = None
     """Longest example in tokens; the model's limit when unset, and no limit without --load-hf."""
@@ -40,22 +40,22 @@ class ShownTrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPairsConfig:
-    """What the pairs depend on of the options of ``dpo``."""
+    """Options of ``dpo`` that its pairs depend on."""
 
     dpo_bad_pairs: BadPairs = "error"
-    """Stop at a preference pair that nothing can be learned of, or leave such pairs out and count them."""
+    """Treatment of preference pairs that nothing can be learned from: stop with an error, or skip and count them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowDataOptions:
-    """What to show, and how."""
+    """Options of ``hft-megatron show-data``."""
 
     config: str | None = None
-    """YAML file of a run, of which only the options below are read; the command line overrides it."""
+    """YAML file of a run, from which only the options below are read; the command line overrides it."""
     examples: Annotated[int, Ge(0)] = 3
-    """Examples, or pairs, to show of each source, from its beginning."""
+    """Number of examples, or pairs, to show from the beginning of each source."""
     html: str | None = None
-    """File for a page with them, instead of text on the terminal."""
+    """HTML file for the examples, instead of text on the terminal."""
     model: ShownModelConfig = field(default_factory=ShownModelConfig)
     training: ShownTrainingConfig = field(default_factory=ShownTrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -70,7 +70,7 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
     from hft_megatron.report.shown_data import data_page, data_text, is_data_page
 
     if options.html is not None and not is_data_page(Path(options.html)):
-        raise UserError(f"--html {options.html} holds something else already; choose another name, or remove it.")
+        raise UserError(f"--html {options.html} already exists with other contents; choose another name, or remove it.")
     tokenizer = options.data.tokenizer_model or options.model.load_hf
     assert tokenizer is not None
     notes, sources = read_shown_data(
@@ -87,7 +87,7 @@ def run(options: ShowDataOptions, status: StatusFolder) -> None:
     try:
         write_atomically(Path(options.html), data_page(sources, notes))
     except OSError as error:
-        raise UserError(f"--html {options.html} can't be written: {error.strerror}.") from None
+        raise UserError(f"--html {options.html} cannot be written: {error.strerror}; choose another file.") from None
     show(f"{options.html}: {sum(len(source.examples) for source in sources)} examples")
 
 
@@ -100,18 +100,18 @@ def _checked(options: ShowDataOptions) -> ModelShape | None:
     check_valid_sources(options.data)
     folder = options.model.load_hf
     if folder is None and options.data.tokenizer_model is None:
-        raise UserError("--tokenizer-model is missing: name a tokenizer, or the model folder by --load-hf.")
+        raise UserError("--tokenizer-model is missing: name a tokenizer, or a model folder with --load-hf.")
     if folder is None:
         return None
     return ModelShape.from_hf_config(load_hf_config(folder), source=f"{folder}/{HF_CONFIG_FILE}")
 
 
 def _colours_are_wanted() -> bool:
-    """On a terminal, unless its user asked for none (https://no-color.org)."""
+    """Return whether to use colours: on a terminal, unless its user turned them off (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _fit_for_output(text: str) -> str:
-    """What the output's encoding lacks as escapes: data may be in any script."""
+    """The text with characters that the output's encoding lacks as escapes: data may be in any script."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

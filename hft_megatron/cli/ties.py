@@ -1,7 +1,7 @@
-"""``hft-megatron ties``: fine-tuned models of one base merged where their largest changes agree, without training.
+"""``hft-megatron ties``: merges models fine-tuned from one base where their largest changes agree, without training.
 
 Run: ``hft-megatron ties --tuned A --others B C --base M --density 0.2 --output D``. Without ``--others`` the changes of
-one model are trimmed to the largest. The output's ties.json says what it is of.
+one model are trimmed to the largest. The output's ties.json records the inputs.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,19 +18,19 @@ from hft_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TiesRule:
-    """What of the changes is kept, and how much of it is added."""
+    """Rule of the merge: the kept changes, and their scale."""
 
     others: tuple[str, ...] = ()
-    """Hugging Face folders of further models that were fine-tuned from --base."""
+    """Hugging Face folders of further models fine-tuned from --base."""
     density: Annotated[float, Gt(0), Le(1)] = 0.2
-    """Share of every tensor's entries whose changes are kept, of each model the largest."""
+    """Share of every tensor's entries whose changes are kept: the largest of each model."""
     coefficient: Annotated[float, Ge(0)] = 1.0
-    """What the merged change is multiplied with."""
+    """Factor of the merged change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TiesOptions:
-    """Everything that can be said about such a merge."""
+    """Options of ``hft-megatron ties``."""
 
     folders: MergeFolders = field(default_factory=MergeFolders)
     rule: TiesRule = field(default_factory=TiesRule)
@@ -50,11 +50,11 @@ def run(options: TiesOptions, status: StatusFolder) -> None:
 
 
 def _others(options: TiesOptions) -> list[MergeInputs]:
-    """The other models, each looked at beside the base as the first is."""
+    """The other models, each checked against the base like the first."""
     found, seen = [], {Path(str(options.folders.tuned)).resolve()}
     for folder in options.rule.others:
         if Path(folder).resolve() in seen:
-            raise UserError(f"--others {folder} is given twice, or is the folder of --tuned; name every model once.")
+            raise UserError(f"--others {folder} is given twice, or is the same as --tuned; name every model once.")
         seen.add(Path(folder).resolve())
         with options_called({"--tuned": "--others"}):
             found.append(check_folders(replace(options.folders, tuned=folder)))

@@ -1,4 +1,4 @@
-"""What the commands that train have in common: their options, the checks, and the way to the run."""
+"""Common parts of the commands that train: their options, the checks, and the start of the run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -28,15 +28,15 @@ from hft_megatron.parallel import launch
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """The options of every run, and two that are not part of it; a command adds those of its data."""
+    """Options of every run, and two that are not part of it; a command adds those of its data."""
 
     config: str | None = None
     """YAML file with any of the options below, by name or under a group's name; the command line overrides it."""
     check: bool = False
-    """Check options, tokenizer and data for WORLD_SIZE ranks (from the environment), and train nothing."""
+    """Check options, tokenizer and data for WORLD_SIZE ranks (from the environment) without training."""
     stages: str | None = None
-    """YAML list of stages that follow one another as rounds of one run, each with a `method` and the options that it
-    has for itself, such as its data; all others are those given here."""
+    """YAML list of stages that run one after the other as rounds of one run, each with a `method` and options of its
+    own, such as its data; all other options are those given here."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -74,7 +74,7 @@ def first_options(of_command: Iterable[str]) -> tuple[str, ...]:
 
 @cache
 def options_of(method: Declaration) -> type[TrainingOptions]:
-    """The options of a method's command: those of every run and the method's own."""
+    """Options of a method's command: those of every run and the method's own."""
     groups = [(name, group, field(default_factory=group)) for name, group in method.groups.items()]
     return make_dataclass(
         f"{method.name.capitalize()}Options",
@@ -87,7 +87,7 @@ def options_of(method: Declaration) -> type[TrainingOptions]:
 
 
 def run_method(method: MethodName, options: TrainingOptions, status: StatusFolder) -> None:
-    """Check, and train unless only the check is asked for; every rank checks for itself and finds the same."""
+    """Check, and train unless --check is given; every rank checks for itself with the same result."""
     config = with_checkpoint_args(options.as_run)
     if config.checkpoint.save is not None and not options.check:
         status.use(Path(config.checkpoint.save))
@@ -115,7 +115,7 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
 
 
 def _with_options_of_others(options: TrainingOptions, config: RunConfig) -> RunConfig:
-    """With the options of --config that this command lacks, and that a stage of another method may need."""
+    """The options with those of --config that this command lacks and a stage of another method may need."""
     if options.config is None:
         return config
     file = read_others(Path(options.config), flags_of(type(options)))

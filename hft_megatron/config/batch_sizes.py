@@ -1,4 +1,4 @@
-"""How many samples every iteration of a run takes: the one place that knows of --rampup-batch-size."""
+"""Number of samples in every iteration of a run: the one place that knows of --rampup-batch-size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class _Stretch:
     """Iterations one after the other whose batches have one size."""
 
     iteration: int
-    """Of the first one, from 0."""
+    """Number of the first one, from 0."""
     samples: int
-    """That come before it."""
+    """Samples that come before it."""
     size: int
 
 

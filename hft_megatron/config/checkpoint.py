@@ -1,4 +1,4 @@
-"""Options of what is written and read back, and their rules, which look at folders and read no weights."""
+"""Options of checkpoints and exports, and their rules, which look at folders and read no weights."""
 
 from __future__ import annotations
 
@@ -21,66 +21,66 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is written and read back."""
+    """Checkpoints and exports: where they are written and read."""
 
     save: str | None = None
-    """Folder of the run: checkpoints with their plans, metrics.jsonl, the resolved config."""
+    """Folder of the run, for checkpoints with their plans, metrics.jsonl and the resolved config."""
     load: str | None = None
-    """Folder of a run to resume from its newest complete checkpoint; without one the run starts fresh, which one line
-    says. Load only folders you trust: torch reads a checkpoint's index with pickle."""
+    """Folder of a run to resume from its newest complete checkpoint. If it holds none, the run starts fresh, and the
+    log says so. Load only folders you trust: torch reads a checkpoint's index with pickle."""
     load_fallback: bool = False
-    """Where the newest checkpoint is damaged, go on from the newest good one instead of stopping."""
+    """Resume from the newest intact checkpoint if the newest one is damaged, instead of stopping."""
     exit_on_missing_checkpoint: bool = False
-    """End with a mistake (exit code 2) where --load holds no checkpoint, instead of starting fresh."""
+    """End with an error (exit code 2) if --load holds no checkpoint, instead of starting fresh."""
     finetune: bool = False
-    """Take only the weights of --load and start a new run from them, with its own rounds, data and schedule
-    (--hft-moments carry may take moments, too). Where --save holds a checkpoint of that run already, the run goes on
-    from there."""
+    """Start a new run from the weights of --load, with its own rounds, data and schedule (--hft-moments carry may take
+    moments, too). If --save already holds a checkpoint of the new run, it resumes from there."""
     use_checkpoint_args: bool = False
-    """Take the model from the run in --load where this command names none."""
+    """Take the model from the run in --load if this command gives none."""
     load_optim: bool = True
-    """With --no-load-optim only weights, position and data go on from --load: moments start at zero and fp32 masters
-    from the weights, as at the start of a run, while the learning rate stays that of the position. --finetune does so
-    anyway."""
+    """Load the optimizer's state from --load. With --no-load-optim only weights, position and data are resumed: moments
+    start at zero and fp32 masters from the weights, while the learning rate follows the position. --finetune never
+    loads it."""
     override_opt_param_scheduler: bool = False
-    """On resume, use this command's schedule and optimizer options (--lr, --min-lr, the length of the decay,
-    --weight-decay, --adam-beta1 and so on) where the checkpoint has others. That is also done without it, with a
-    warning."""
+    """Use this command's schedule and optimizer options on resume (--lr, --min-lr, the length of the decay,
+    --weight-decay, --adam-beta1 and so on) where the checkpoint has others. Without this option the same happens, with
+    a warning."""
     use_checkpoint_opt_param_scheduler: bool = False
-    """On resume, use the checkpoint's values of those options, and its length of the decay, instead of this command's:
-    a run that is made longer keeps its learning rates."""
+    """Use the checkpoint's schedule and optimizer options on resume, with its length of the decay, instead of this
+    command's: a run that is made longer keeps its learning rates."""
     save_interval: Annotated[int, Ge(1)] | None = None
-    """Iterations between checkpoints; the last iteration is always saved when --save is given."""
+    """Iterations between checkpoints. With --save the last iteration is always saved."""
     keep_last: Annotated[int, Ge(1)] | None = None
-    """Delete all but this many of the newest checkpoints after each save; all are kept when unset."""
+    """Number of newest checkpoints to keep; older ones are deleted after each save. All are kept when unset."""
     save_retain_interval: Annotated[int, Ge(1)] | None = None
-    """Keep checkpoints at multiples of this many iterations and delete others, except the newest (or --keep-last)."""
+    """Iterations whose multiples are kept as checkpoints; others are deleted, except the newest (or --keep-last)."""
     async_save: bool = False
-    """Write checkpoints in the background while training goes on."""
+    """Write checkpoints in the background while training continues."""
     save_trained_only: bool = False
-    """Leave the weights that are frozen in the round out of checkpoints: those are in the --load-hf folder or in the
-    checkpoint that --finetune (or a task or stage) starts from, which must then be kept, or, from the second round on,
-    in the round's first checkpoint, which is whole. All are checked when such a one is loaded."""
+    """Leave weights that are frozen in the round out of checkpoints. They are read from the --load-hf folder or from
+    the checkpoint that --finetune (or a task or stage) starts from, which must then be kept, or, from the second round
+    on, from the round's first checkpoint, which is whole. Their digests are checked on loading."""
     save_hf: str | None = None
-    """Folder to export to in Hugging Face's format at the end; adapters (--lora-rank) are added to their matrices."""
+    """Folder for the export in Hugging Face's format at the end; adapters (--lora-rank) are merged into their
+    matrices."""
     save_lora: str | None = None
-    """Folder for the adapters of --lora-rank at the end, as PEFT reads them."""
+    """Folder for the adapters of --lora-rank at the end, in PEFT's format."""
     save_hf_interval: Annotated[int, Ge(1)] | None = None
-    """Iterations between exports during training, each to its own folder in --save-hf, such as iter_0000500."""
+    """Iterations between exports during training, each into a folder of --save-hf, such as iter_0000500."""
     save_hf_keep: Annotated[int, Ge(1)] | None = None
-    """Delete all but this many of the newest of those, and the best; all are kept when unset."""
+    """Number of newest exports of --save-hf-interval to keep, beside the best one; all are kept when unset."""
     save_hf_best: str | None = None
-    """Metric of the validation data, such as `lm loss`, whose best export is named in exports.json and is not deleted.
-    Validations must come at every export (--eval-interval)."""
+    """Validation metric, such as `lm loss`, by which exports.json names the best export, which is never deleted. Every
+    export needs a validation (--eval-interval)."""
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Data type of all tensors in the export; each tensor's own in the source folder (or the run's) when unset."""
+    """Data type of the exported tensors; each tensor's own in the source folder (or the run's) when unset."""
     keep_source_tokenizer: bool = False
-    """Copy the source folder's tokenizer files to the export also where transformers makes other ids of them than were
-    trained. Without it the export then has files with which it gives those; a line in the log says so."""
+    """Copy the source folder's tokenizer files to the export even if transformers reads other ids from them than the
+    ones in training. Without it the export then has files that give the trained ids, and the log says so."""
 
 
 def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Options that say how something is written need the option that says where."""
+    """Options about an output or input come with the option that names its folder."""
     checkpoint, logging = config.checkpoint, config.logging
     needs = (
         ("--save-interval", checkpoint.save_interval, "--save", checkpoint.save),
@@ -112,7 +112,7 @@ def outputs_have_a_place(config: RunConfig, shape: ModelShape, world_size: int) 
 
 
 def outputs_can_be_written(config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
-    """What would fail only after the training is found now: a folder that can't be written, a package that is gone."""
+    """Find before the training what would fail after it: a folder that cannot be written, a missing package."""
     if config.checkpoint.save is not None and find_spec("psutil") is None:
         # megatron-core's writer process would die without it, and the trainer wait for it for ever.
         raise UserError(
@@ -126,12 +126,13 @@ def outputs_can_be_written(config: RunConfig, shape: ModelShape | None, world_si
         nearest = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(
-                f"{option} {path} can't be written: {nearest} is not a folder this user may write to; choose another."
+                f"{option} {path} cannot be written: {nearest} is not a folder that this user may write to; choose "
+                f"another folder."
             )
 
 
 def load_is_the_folder_of_a_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """A folder without checkpoints starts a fresh run; what can't become a run's folder is another one by mistake."""
+    """--load names the folder of a run, or one that may become it; a folder without checkpoints starts a fresh run."""
     if config.checkpoint.load is None:
         return
     path = Path(config.checkpoint.load)
@@ -139,19 +140,22 @@ def load_is_the_folder_of_a_run(config: RunConfig, shape: ModelShape, world_size
         raise UserError(f"--load {path} is a file; give the --save folder of a run.")
     if path.name.startswith("iter_") and (path / "metadata.json").exists():
         raise UserError(
-            f"--load {path} is one checkpoint; give the folder of its run, {path.parent}, whose newest one is loaded."
+            f"--load {path} is a single checkpoint; give the folder of its run, {path.parent}, whose newest checkpoint "
+            f"is loaded."
         )
     if (path / HF_CONFIG_FILE).exists():
-        raise UserError(f"--load {path} is a Hugging Face folder, which --load-hf takes; --load takes a run's --save.")
+        raise UserError(
+            f"--load {path} is a Hugging Face folder; give it as --load-hf (--load takes the --save folder of a run)."
+        )
 
 
 def a_new_run_has_its_own_folder(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """--finetune begins at iteration 0: in the old run's folder it would take the place of its checkpoints."""
+    """--finetune begins at iteration 0, so in the old run's folder it would replace its checkpoints."""
     checkpoint = config.checkpoint
     if checkpoint.finetune and checkpoint.save is not None and same_folder(checkpoint.save, checkpoint.load):
         raise UserError(
-            f"--finetune starts a new run, and --save {checkpoint.save} is the folder of the run it starts from; "
-            f"choose another --save folder, or leave --finetune out to go on with that run."
+            f"--finetune starts a new run, but --save {checkpoint.save} is the folder of the run it starts from; "
+            f"choose another --save folder, or leave --finetune out to resume that run."
         )
 
 
@@ -160,7 +164,7 @@ def one_schedule_is_chosen(config: RunConfig, shape: ModelShape, world_size: int
     checkpoint = config.checkpoint
     if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
         raise UserError(
-            "--override-opt-param-scheduler uses this command's schedule and --use-checkpoint-opt-param-scheduler the "
+            "--override-opt-param-scheduler uses this command's schedule, but --use-checkpoint-opt-param-scheduler the "
             "checkpoint's; keep one of them."
         )
 
@@ -171,5 +175,5 @@ def kept_checkpoints_exist(config: RunConfig, shape: ModelShape, world_size: int
     if retain is not None and interval is not None and retain % interval:
         raise UserError(
             f"--save-retain-interval {retain} must be a multiple of --save-interval {interval}, such as "
-            f"{max(1, round(retain / interval)) * interval}: only iterations that are saved can be kept."
+            f"{max(1, round(retain / interval)) * interval}: only saved iterations can be kept."
         )

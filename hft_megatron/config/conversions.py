@@ -169,7 +169,7 @@ def fine_tuning(value: str, given: Given) -> str:
         return f"{LEAVE}; --lora-rank {rank} says it" if rank else "give --lora-rank with the rank"
     words = {
         "full": "give --hft-ratio 1; without it half of the matrices train",
-        "freeze": "give --hft-train and --hft-freeze with patterns of names",
+        "freeze": "give --hft-ratio 0, and --hft-train with patterns of the names that train",
     }
     return words.get(value.lower(), "give --lora-rank for adapters, or --hft-ratio for the model's own weights")
 
@@ -208,6 +208,12 @@ def data_type(value: str, given: Given) -> str:
         "auto": LEAVE,
     }
     return words.get(value.lower().removeprefix("torch."), "give --bf16 or --no-bf16")
+
+
+def truncation(value: str, given: Given) -> str:
+    """ms-swift's treatment of a long example."""
+    words = {"delete": "drop", "right": "truncate", "split": "split"}
+    return f"give --long-examples {words.get(value.lower(), 'drop, truncate, which cuts off the end, or split')}"
 
 
 def timeout(value: str, given: Given) -> str:

@@ -1,4 +1,4 @@
-"""Options of the corpus that `pretrain` reads, what their words mean, and their rules."""
+"""Options of the corpus that `pretrain` reads, their values, and their rules."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What is pre-trained on."""
+    """Corpus to pre-train on."""
 
     data_path: tuple[str, ...] = ()
     """Prefixes of .bin and .idx files, as tools/preprocess_data.py of Megatron writes them. A number before each is
-    its weight: the share of training samples drawn from it. Several sources without weights are gone through once; a
-    single one, or with weights, as often as the iterations ask for."""
+    its weight: the share of training samples drawn from it. Several sources without weights are read once; a single
+    source, or sources with weights, as often as the iterations need."""
     split: str = "969,30,1"
-    """Shares of every source's documents, from its beginning, for training, validation and test; the test part is left
-    alone. Of --mock-data megatron-core makes thirds, whatever is given here."""
+    """Shares of every source's documents, from its beginning, for training, validation and test; the test part is not
+    used. megatron-core always splits --mock-data into thirds."""
     mock_data: bool = False
-    """Megatron-core's made-up documents of counting numbers instead of --data-path, to try a run out."""
+    """Train on megatron-core's synthetic documents of counting numbers instead of --data-path, to try out a run."""
     reset_attention_mask: Annotated[bool, SAME_RUN] = False
-    """Have the documents of a sample, each of which ends with the tokenizer's end token, see only themselves, as if
-    each stood alone. Without it attention reaches over their ends."""
+    """Restrict attention to one document, as if each stood alone: the documents of a sample end with the tokenizer's
+    end token. Without it attention crosses their ends."""
     reset_position_ids: bool = False
-    """Count positions from 0 in each of those documents; needs --reset-attention-mask. Rotary positions are differences
-    within what sees each other, so that this says what holds anyway."""
+    """Count positions from 0 in each document; needs --reset-attention-mask. Rotary positions enter only as differences
+    within a document, so this changes no result."""
     eod_mask_loss: Annotated[bool, SAME_RUN] = False
-    """Don't train what follows an end token: the first token of a document after another's."""
+    """Leave the token after an end token out of the loss: the first token of a document that follows another one."""
 
 
 def split_parts(split: str) -> tuple[float, float, float]:
-    """The parts of --split for training, validation and test, in proportion; parts left out are 0.
+    """The parts of --split for training, validation and test, in proportion; omitted parts are 0.
 
-    Raises UserError for what is not up to three numbers, and where nothing is left to train on.
+    Raises UserError for anything but one to three numbers, and where nothing is left to train on.
     """
     words = split.split(",")
     # megatron-core takes what looks like a number out of any text: of 9e1,1 it would make 9, 1 and 1.
     if len(words) > 3 or not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", word) for word in words):
-        raise UserError(f"--split {split}: must be up to three numbers with commas between them, such as 969,30,1.")
+        raise UserError(f"--split {split}: must be one to three numbers separated by commas, such as 969,30,1.")
     train, valid, test = [*(float(word) for word in words), 0.0, 0.0][:3]
     if train == 0:
         raise UserError(f"--split {split} leaves nothing to train on; its first number must be above 0.")
@@ -63,11 +63,11 @@ def corpus_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> No
     if len(given) > 1:
         raise UserError(f"{given[0]} and {given[1]} are both given; keep one of them.")
     if data.train_data_path and corpus.split != CorpusConfig.split:
-        raise UserError(f"--split {corpus.split} divides --data-path and not --train-data-path; leave one of them out.")
+        raise UserError(f"--split {corpus.split} splits --data-path, not --train-data-path; leave one of them out.")
     if data.valid_data_path and not data.train_data_path and not derived.only_validates(config):
         raise UserError(
-            f"--valid-data-path {' '.join(data.valid_data_path)} goes with --train-data-path; give both, or leave it "
-            f"out and have --split divide --data-path."
+            f"--valid-data-path {' '.join(data.valid_data_path)} needs --train-data-path; give both, or leave it out "
+            f"and let --split divide --data-path."
         )
     if config.training.train_iters != 0 and not given:
         raise UserError(
@@ -77,7 +77,7 @@ def corpus_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> No
 
 
 def corpus_words_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Weights stand before prefixes, for all or none, and a split has parts."""
+    """Weights stand before prefixes, for all or none, and --split has parts."""
     data_sources("--data-path", config.corpus.data_path)
     data_sources("--train-data-path", config.data.train_data_path)
     data_sources("--valid-data-path", config.data.valid_data_path)
@@ -85,10 +85,10 @@ def corpus_words_are_clear(config: RunConfig, shape: ModelShape, world_size: int
 
 
 def positions_restart_with_attention(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Positions that begin anew where attention goes on would put two documents into one place."""
+    """Refuse positions that restart where attention does not: two documents would share positions."""
     if config.corpus.reset_position_ids and not config.corpus.reset_attention_mask:
         raise UserError(
-            "--reset-position-ids needs --reset-attention-mask: rotary positions begin anew only where documents don't "
+            "--reset-position-ids needs --reset-attention-mask: rotary positions restart only where documents don't "
             "see each other; add it, or leave --reset-position-ids out."
         )
 
@@ -129,7 +129,7 @@ def validation_has_a_length(config: RunConfig, shape: ModelShape, world_size: in
         return
     if logging.eval_iters is not None and split_parts(split)[1] == 0:
         raise UserError(
-            f"--eval-iters {logging.eval_iters} needs a part for validation, and --split {split} has none; make its "
+            f"--eval-iters {logging.eval_iters} needs a part for validation, but --split {split} has none; make its "
             f"second number larger than 0, or leave --eval-iters out."
         )
 
@@ -139,7 +139,7 @@ def samples_divide_over_the_ranks(config: RunConfig, shape: ModelShape, world_si
     length, size = derived.sequence_length(config.training, shape), config.parallel.tensor_model_parallel_size
     if config.parallel.sequence_parallel and length % size:
         raise UserError(
-            f"--seq-length {length} is no multiple of --tensor-model-parallel-size {size}, which --sequence-parallel "
+            f"--seq-length {length} is not a multiple of --tensor-model-parallel-size {size}, as --sequence-parallel "
             f"needs; the nearest length that fits is {length - length % size or size}."
         )
 

@@ -1,6 +1,6 @@
-"""Options of the data: which records are read, and what is made of them.
+"""Options of the data: the records that are read, and the examples that are made of them.
 
-The words of --train-data-path and --valid-data-path are paths, or weights and paths in turn as in Megatron.
+The values of --train-data-path and --valid-data-path are paths, or weights and paths in turn as in Megatron.
 """
 
 from __future__ import annotations
@@ -29,52 +29,54 @@ PackingAlgorithm = Literal["first_fit_decreasing", "first_fit_shuffle"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on."""
+    """Training and validation data."""
 
     train_data_path: tuple[str, ...] = ()
-    """Files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst, .parquet), or
-    the prefix of data from `hft-megatron preprocess`. A number before each is its weight: the share of training samples
-    drawn from it, as in Megatron. Without weights every example comes once in an epoch. `pretrain` takes prefixes of
-    .bin and .idx files for training alone, in place of --data-path and --split."""
+    """Training data: files, globs or TRACE task folders (.jsonl, .json, .csv, .tsv, .txt, each also with .gz or .zst,
+    .parquet), or the prefix of data from `hft-megatron preprocess`. A number before each is its weight: the share of
+    training samples drawn from it, as in Megatron. Without weights every example comes once per epoch. `pretrain` takes
+    prefixes of .bin and .idx files for training alone, in place of --data-path and --split."""
     valid_data_path: tuple[str, ...] = ()
-    """Like --train-data-path, without weights (but in `pretrain`); of a TRACE folder, eval.json. Several sources have
-    values of their own beside those of all. A .yaml file lists sources with a name and options of their own each."""
+    """Validation data, like --train-data-path but without weights (except in `pretrain`); of a TRACE folder, eval.json.
+    Several sources are measured one by one and together. A .yaml file lists sources, each with a name and options of
+    its own."""
     data_format: DataFormat | None = None
-    """Layout of the records; recognised by the keys of a file's first record when unset."""
+    """Layout of the records; recognised from the keys of a file's first record when unset."""
     data_keys: str | None = None
-    """KEY=NAME,... for records with other names: question=prompt,answer=completion reads `question` as `prompt`."""
+    """Names for the keys of records, KEY=NAME,...: question=prompt,answer=completion reads `question` as `prompt`."""
     prompt_separator: str = ""
-    """Text between a prompt and its completion or answers, where they are texts of their own: \\n is a line end."""
+    """Text between a prompt and its completion or answers, where these are separate texts; \\n is a line end."""
     ignore_keys: str | None = None
-    """Keys of records and messages to pass over, separated by commas, such as `chosen,name`: also those that would be
-    an error because nothing here reads them. How many records have them is in the log."""
+    """Keys of records and messages to ignore, separated by commas, such as `chosen,name`. They may be keys that would
+    otherwise be an error because nothing reads them. The log counts the records that have them."""
     chat_template: str | None = None
-    """plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu where it has none, when
-    unset."""
+    """Chat template: plain, tulu, llama2, llama3, chatml, or a jinja file; the tokenizer's own, or tulu if it has none,
+    when unset."""
     loss_on: Literal["assistant", "all", "last"] = "assistant"
-    """Train the assistant's turns (or the completion), everything, or the last assistant's turn only."""
+    """Tokens that the loss is computed on: the assistant's turns (or the completion), everything, or the assistant's
+    last turn."""
     train_on_eos: bool = True
-    """Train the token that ends each trained turn; without it a model does not learn to stop."""
+    """Train the token that ends each trained turn. Without it a model does not learn to stop."""
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None
-    """Found from the files when unset."""
+    """Kind of the tokenizer's files; recognised from the files when unset."""
     tokenizer_model: str | None = None
     """Hugging Face folder or SentencePiece .model file; the --load-hf folder when unset."""
     data_cache_path: str | None = None
-    """Folder in which the first process of a start keeps what it has tokenized, for the others and for later starts;
-    hft_megatron/data in $XDG_CACHE_HOME, or in ~/.cache, when unset. Of `pretrain` the indices of samples, which stay
-    in memory when unset."""
+    """Folder for tokenized data, which the first process writes and the others and later runs read; hft_megatron/data
+    in $XDG_CACHE_HOME, or in ~/.cache, when unset. `pretrain` keeps its indices of samples there, and in memory when
+    unset."""
     long_examples: LongExamples = "error"
-    """What to do with an example longer than --seq-length: stop, leave it out, cut off its end, or make several
-    examples of it (each begins where the last one ended, and sees nothing of it). All are counted and reported."""
+    """Treatment of examples longer than --seq-length: stop with an error, drop them, truncate their end, or split them
+    into several examples (each begins where the last one ended, and does not see it). All are counted and reported."""
     packing: Annotated[bool, SAME_RUN] = False
-    """Put several training examples into one sequence of --seq-length (pairs into one of twice that). Attention stays
-    within an example and positions restart, so the loss is that of the examples on their own. Batch sizes, samples and
-    epochs then count these packs. Validation is not packed: its loss is the same."""
+    """Pack several training examples into one sequence of --seq-length (pairs into one of twice that). Attention stays
+    within an example and positions restart, so the loss is that of separate examples. Batch sizes, samples and epochs
+    then count packs. Validation is not packed: its loss is the same either way."""
     packing_algorithm: Annotated[PackingAlgorithm, SAME_RUN] = "first_fit_decreasing"
-    """Which examples share a pack: each goes into the first pack with room for it, the longest first, or in shuffled
-    order."""
+    """Order in which examples are packed, each into the first pack with room for it: the longest first
+    (first_fit_decreasing), or shuffled (first_fit_shuffle)."""
     packing_window: Annotated[int, Ge(1), SAME_RUN] = 4096
-    """Examples, of an epoch's shuffled ones, that are packed together; more fill the packs better and take longer."""
+    """Number of shuffled examples that are packed together. More of them fill the packs better and take longer."""
 
 
 KNOWN_KEYS = (
@@ -101,7 +103,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 def data_keys(words: str | None) -> DataKeys:
-    """What --data-keys maps. Raises UserError for a part that is no mapping, or a key that is there twice."""
+    """The mapping of --data-keys. Raises UserError for a part that is no mapping, or a key that is given twice."""
     found: dict[str, str] = {}
     for part in [] if words is None else words.split(","):
         key, equals, known = (word.strip() for word in part.partition("="))
@@ -110,12 +112,12 @@ def data_keys(words: str | None) -> DataKeys:
         if known not in KNOWN_KEYS:
             turned = f", such as {known}={key}: the record's key comes first" if key in KNOWN_KEYS else ""
             raise UserError(
-                f"--data-keys {words}: {known!r} is no key that a format has; choose one of {', '.join(KNOWN_KEYS)}"
+                f"--data-keys {words}: {known!r} is not a key of any format; choose one of {', '.join(KNOWN_KEYS)}"
                 f"{turned}."
             )
         if key in found or known in found.values():
             twice = key if key in found else known
-            raise UserError(f"--data-keys {words}: {twice!r} is there twice; every key means one thing.")
+            raise UserError(f"--data-keys {words}: {twice!r} is given twice; map every key once.")
         found[key] = known
     return tuple(sorted(found.items()))
 
@@ -129,7 +131,7 @@ def prompt_separator(words: str) -> str:
         if slash:
             if rest[:1] not in _ESCAPES:
                 raise UserError(
-                    f"--prompt-separator {words}: a \\ stands before n, t or another \\; write \\\\ for one."
+                    f"--prompt-separator {words}: a \\ must be followed by n, t or another \\; write \\\\ for a \\."
                 )
             text, rest = text + _ESCAPES[rest[0]], rest[1:]
     return text
@@ -144,7 +146,7 @@ def ignored_keys(words: str | None) -> tuple[str, ...]:
 
 
 def check_record_options(data: DataConfig) -> None:
-    """Raise UserError for words that mean nothing."""
+    """Raise UserError for values of --data-keys and --prompt-separator that have no meaning."""
     data_keys(data.data_keys)
     prompt_separator(data.prompt_separator)
 
@@ -174,27 +176,29 @@ def data_sources(option: str, words: Sequence[str]) -> tuple[DataSource, ...]:
             weight = None
             continue
         if weight is not None:
-            raise UserError(f"{option}: the weight {weight:g} has no path behind it; write a weight before every path.")
+            raise UserError(f"{option}: no path follows the weight {weight:g}; write each weight before its path.")
         if not (math.isfinite(number) and number > 0):
-            raise UserError(f"{option}: the weight {word} must be a number above 0; leave out what has no weight.")
+            raise UserError(
+                f"{option}: the weight {word} must be above 0; leave out the sources that should not be used."
+            )
         weight = number
     if weight is not None:
         raise UserError(
-            f"{option}: the weight {weight:g} has no path behind it; write ./{weight:g} for a file of that name."
+            f"{option}: no path follows the weight {weight:g}; write ./{weight:g} for a file of that name."
         )
     unweighted = [source.path for source in sources if source.weight is None]
     if 0 < len(unweighted) < len(sources):
-        raise UserError(f"{option}: {unweighted[0]} has no weight, but other paths do; give all of them one, or none.")
+        raise UserError(f"{option}: {unweighted[0]} has no weight, but other paths do; give every path one, or none.")
     return tuple(sources)
 
 
 def check_sources(data: DataConfig) -> None:
-    """Raise UserError where the words of a data option name no mixture, or validation has weights."""
+    """Raise UserError where the values of a data option are no mixture, or validation has weights."""
     data_sources("--train-data-path", data.train_data_path)
     for source in data_sources("--valid-data-path", data.valid_data_path):
         if source.weight is not None:
             raise UserError(
-                f"--valid-data-path {source.weight:g} {source.path}: validation sees every example exactly once and "
+                f"--valid-data-path {source.weight:g} {source.path}: validation uses every example exactly once and "
                 f"takes no weights; leave {source.weight:g} out."
             )
 
@@ -215,18 +219,18 @@ def training_data_is_given(config: RunConfig, shape: ModelShape, world_size: int
 def tokenizer_is_given(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Every model needs its tokenizer."""
     if config.data.tokenizer_model is None and config.model.load_hf is None:
-        raise UserError("--tokenizer-model is missing: a model that is not read by --load-hf brings no tokenizer.")
+        raise UserError("--tokenizer-model is missing: a model without --load-hf has no tokenizer of its own; give it.")
 
 
 def data_sources_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Weights stand before paths, for all or none; validation, which sees every example once, has none. What is said
-    about the keys of records has a meaning."""
+    """Weights stand before paths, for all or none, and not for validation; options about the keys of records are
+    valid."""
     check_sources(config.data)
     check_record_options(config.data)
 
 
 def packing_is_asked_for(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Options about packs do nothing where nothing is packed."""
+    """Refuse options about packs without --packing, where they would do nothing."""
     if config.data.packing:
         return
     for field in fields(DataConfig):
@@ -236,7 +240,7 @@ def packing_is_asked_for(config: RunConfig, shape: ModelShape, world_size: int) 
 
 
 def validation_has_data(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Asking for validation without data to validate on is a forgotten option."""
+    """Options of validation come with data to validate on."""
     names = ["eval_interval", "eval_iters", *(["eval_on_start"] if config.logging.eval_tasks is None else [])]
     for name in names:
         value = getattr(config.logging, name)

@@ -1,7 +1,7 @@
-"""What an option declares beside its type and default, and what follows from it.
+"""Declarations of options beside their types and defaults, and the checks that follow from them.
 
 Bounds are those of annotated-types, as in ``Annotated[int, Ge(1)]``: one check knows them, and the help shows them.
-``SAME_RUN`` marks what a resumed run must share with its checkpoints.
+``SAME_RUN`` marks what a resumed run must share with its checkpoints, ``FormerName`` an option that was renamed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ from hft_megatron.errors import UserError
 
 SAME_RUN: Final = "same run"
 """Marks an option that is part of a run's identity."""
+
+
+@dataclass(frozen=True)
+class FormerName:
+    """The field's name in earlier versions: still accepted on the command line and in files, until 1.0."""
+
+    field: str
+
+
 _BOUNDS: Mapping[type, tuple[str, Callable[[Any, Any], bool]]] = {
     Ge: ("of at least", operator.ge),
     Gt: ("above", operator.gt),
@@ -44,16 +53,26 @@ class Declared:
     """One option: a field of a group."""
 
     name: str
-    """Of the field: ``hft_ratio``."""
+    """Name of the field: ``hft_ratio``."""
     type: Any
-    """Of its value; None, for unset, is left out."""
+    """Type of its value; None, for unset, is left out."""
     marks: tuple[Any, ...]
     """Bounds, and whatever else ``Annotated`` holds."""
     default: Any
 
     @property
+    def former_name(self) -> str | None:
+        """The field's name in earlier versions, where it had another one."""
+        return next((mark.field for mark in self.marks if isinstance(mark, FormerName)), None)
+
+    @property
+    def identity_key(self) -> str:
+        """The option's key in ``run_identity.json``, which a new name does not change."""
+        return self.former_name or self.name
+
+    @property
     def bounds(self) -> str:
-        """In words, such as ``of at least 1`` or ``above 0 and at most 1``; empty where there are none."""
+        """The bounds in words, such as ``of at least 1`` or ``above 0 and at most 1``; empty where there are none."""
         low, *high = [mark for mark in self.marks if type(mark) in _BOUNDS] or [None]
         if low is None:
             return ""
@@ -66,14 +85,14 @@ class Declared:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values of an option that has a few; none for others."""
+        """The values of an option with a fixed set of values; none for others."""
         if get_origin(self.type) is Literal:
             return get_args(self.type)
         return tuple(known(self.type)) if isinstance(self.type, type) and issubclass(self.type, Names) else ()
 
     @property
     def expected(self) -> str:
-        """What its value must be, for a sentence: ``a number of at least 0``."""
+        """Description of the allowed values, for a sentence: ``a number of at least 0``."""
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
         if get_origin(self.type) is tuple:
@@ -89,7 +108,7 @@ class Declared:
         return (*([bounds] if bounds else []), f"default: {_shown(self.default)}")
 
     def allows(self, value: Any) -> bool:
-        """Whether a value of a type that JSON has can be the option's; None is not one."""
+        """Return whether a value of a JSON type is allowed; None is not."""
         if self.choices:
             return value in self.choices
         if self.type not in (int, float):

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from hft_megatron.config.training import TrainingConfig
 
 WHOLE_BYTES = 2**30
-"""Of fp32 logits on a rank: up to this all tokens are one chunk."""
+"""Bytes of fp32 logits on a rank up to which all tokens are one chunk."""
 CHUNK_BYTES = 2**29
-"""Of a chunk's fp32 logits, at most, where there are several."""
+"""Largest size in bytes of a chunk's fp32 logits, where there are several chunks."""
 _FP32_BYTES = 4
 
 
@@ -36,7 +36,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def splits_sequences(parallel: ParallelConfig) -> bool:
-    """Whether --sequence-parallel splits anything: without tensor parallelism it is off, as in Megatron."""
+    """Return whether --sequence-parallel splits anything: without tensor parallelism it is off, as in Megatron."""
     return parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
 
 
@@ -60,8 +60,8 @@ def virtual_pipeline_size(parallel: ParallelConfig, num_layers: int) -> int | No
 
 
 def layers_per_stage(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
-    """Transformer layers of every pipeline stage, first to last: those set by --decoder-first-pipeline-num-layers and
-    --decoder-last-pipeline-num-layers, and equal shares of the rest, rounded down (Megatron's rule)."""
+    """Transformer layers of every pipeline stage, first to last: the sizes set by --decoder-first-pipeline-num-layers
+    and --decoder-last-pipeline-num-layers, and equal shares of the rest, rounded down (Megatron's rule)."""
     ends = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     first, last = ([] if layers is None else [layers] for layers in ends)
     equal_stages = parallel.pipeline_model_parallel_size - len(first) - len(last)
@@ -93,7 +93,7 @@ def sequence_length(training: TrainingConfig, shape: ModelShape) -> int:
 
 
 def averages_log_probs(dpo: DpoConfig) -> bool:
-    """Whether log-probabilities are divided by the tokens of their answer; where nothing says so, those of IPO are."""
+    """Return whether log-probabilities are divided by the tokens of their answer; when unset, those of IPO are."""
     return dpo.dpo_loss == "ipo" if dpo.dpo_average_log_probs is None else dpo.dpo_average_log_probs
 
 
@@ -101,8 +101,8 @@ DEFAULT_TRAIN_ITERS = 100
 
 
 def train_iters(training: TrainingConfig) -> int:
-    """Optimizer steps. Those of --train-epochs are known, as --train-iters, once the data has been read; those of
-    --train-samples take resolved options."""
+    """Optimizer steps. The steps of --train-epochs are known, as --train-iters, once the data has been read; those of
+    --train-samples need resolved options."""
     known = known_train_iters(training)
     if known is not None:
         return known
@@ -112,14 +112,14 @@ def train_iters(training: TrainingConfig) -> int:
 
 
 def only_validates(config: RunConfig) -> bool:
-    """Whether the command trains nothing (--train-iters 0) and measures its weights on validation data."""
+    """Return whether the command trains nothing (--train-iters 0) and validates its weights."""
     corpus, data = config.corpus, config.data
     of_corpus = config.logging.eval_iters is not None and (bool(corpus.data_path) or corpus.mock_data)
     return config.training.train_iters == 0 and (bool(data.valid_data_path) or of_corpus)
 
 
 def known_train_iters(training: TrainingConfig) -> int | None:
-    """Optimizer steps where these options say them; None where it takes the data or the ranks, or nothing is said."""
+    """Optimizer steps if these options fix them; None if they depend on the data or the ranks, or are not given."""
     if training.train_samples is None or training.global_batch_size is None:
         return training.train_iters
     sizes = BatchSizes(full=training.global_batch_size, ramp=training.rampup_batch_size)
@@ -127,7 +127,7 @@ def known_train_iters(training: TrainingConfig) -> int | None:
 
 
 def schedule_unit(training: TrainingConfig) -> str:
-    """What a schedule counts, as the names of options end: ``iters``, or ``samples`` under --train-samples."""
+    """The unit of the schedule, as the names of options end: ``iters``, or ``samples`` under --train-samples."""
     return "iters" if training.train_samples is None else "samples"
 
 
@@ -168,7 +168,7 @@ def patterns(listed: str | None) -> tuple[str, ...]:
 
 
 def tokenizer_path(config: RunConfig) -> str:
-    """Where the tokenizer is read from: --tokenizer-model, or the --load-hf folder."""
+    """Path that the tokenizer is read from: --tokenizer-model, or the --load-hf folder."""
     path = config.data.tokenizer_model or config.model.load_hf
     assert path is not None, "validate() refuses a run without a tokenizer"
     return path
@@ -179,7 +179,7 @@ def resolve(config: RunConfig, shape: ModelShape, world_size: int, saved: RunCon
 
     A resumed run keeps what it started with: values that this command leaves unset come from ``saved``, the
     run's resolved options, so that another layout does not change the batch size or the dtype. ``bf16`` stays
-    unset when nothing says otherwise: the machine decides, and only the caller can look at it.
+    unset unless an option sets it: the machine decides, which only the caller knows.
     """
     training, hft = config.training, config.hft
     if saved is not None:

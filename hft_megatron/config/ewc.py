@@ -1,4 +1,4 @@
-"""Options of elastic weight consolidation, which holds on to earlier tasks while a later one is trained."""
+"""Options of elastic weight consolidation, which preserves earlier tasks while a later one is trained."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class EwcConfig:
     """Elastic weight consolidation (EWC) from task to task."""
 
     ewc_lambda: Annotated[float, Ge(0), SAME_RUN] = 0.0
-    """How strongly weights are held where they were after the task before, each by its Fisher information in all tasks
-    so far. 0: not at all, and no Fisher information is measured."""
+    """Strength of the penalty on changes since the previous task, each weighted by the Fisher information of all tasks
+    so far. 0: no penalty, and no Fisher information is measured."""
     ewc_batches: Annotated[int, Ge(1), SAME_RUN] = 50
     """Batches of a task, from the start of its training order, whose squared gradients are averaged for its Fisher
-    information; a shorter task's are all of its own."""
+    information; all of them for a shorter task."""
 
 
 def nothing_is_held(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Of a method whose tasks are not measured."""
+    """Refuse the penalty for a method whose Fisher information is not measured."""
     if config.ewc.ewc_lambda > 0:
         raise UserError(
             f"--ewc-lambda {config.ewc.ewc_lambda:g} is for the tasks of sft; leave it out of other stages."

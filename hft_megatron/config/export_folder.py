@@ -17,29 +17,29 @@ from hft_megatron.config.run_folder import sync, write_atomically
 from hft_megatron.errors import UserError
 
 EXPORTS_FILE = "exports.json"
-"""Of which run the exports are, what validation measured at each, and the best under transformers' names."""
+"""Records the run that wrote the exports, the validation at each, and the best one under transformers' names."""
 UNFINISHED = ".{}.unfinished"
-"""Hidden name of what is being written or deleted, or was when its run died."""
+"""Hidden name of an export that is being written or deleted, or was when its run died."""
 FINAL = "final"
-"""``open``'s name of the export at the end of a run."""
+"""Name of the export at the end of a run, for ``open``."""
 
 
 @dataclass(kw_only=True)
 class Noted:
-    """What ``exports.json`` holds."""
+    """Contents of ``exports.json``."""
 
     run: str
     """``RunIdentity.run_id`` of the run that writes here."""
     metric_for_best_model: str | None = None
-    """Its name and those of the next three are those of transformers' trainer."""
+    """Metric of --save-hf-best. This name and the next three are those of transformers' trainer."""
     best_metric: float | None = None
     best_global_step: int | None = None
     best_model_checkpoint: str | None = None
     """Name of the folder."""
     exports: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Folder -> what validation measured at its iteration, by name."""
+    """Folder -> values of the validation at its iteration, by name."""
     final_iteration: int | None = None
-    """Of the export at the end of the run, once it is complete or was being moved here."""
+    """Iteration of the export at the end of the run, once it is complete or was being moved here."""
     final_files: tuple[str, ...] = ()
 
 
@@ -52,7 +52,7 @@ class ExportFolder:
         self._keep, self._metric, self._higher = keep, metric, higher
 
     def noted(self) -> Noted | None:
-        """What ``exports.json`` says; None where there is none. UserError for one that can't be read."""
+        """The contents of ``exports.json``; None where there is none. UserError for one that can't be read."""
         file = self.path / EXPORTS_FILE
         if not file.exists():
             return None
@@ -61,15 +61,15 @@ class ExportFolder:
             return Noted(**{**saved, "final_files": tuple(saved["final_files"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"--save-hf {self.path}: {file.name} can't be read ({error}); choose a new folder."
+                f"--save-hf {self.path}: {file.name} cannot be read ({error}); choose a new folder."
             ) from error
 
     def has_final(self) -> bool:
-        """Whether the export at the end of a run is here, complete."""
+        """Return whether the complete export at the end of a run is here."""
         return (self.path / HF_CONFIG_FILE).exists()
 
     def strangers(self) -> list[str]:
-        """Names of what no exporting run writes here, sorted."""
+        """Names of files and folders here that no exporting run writes, sorted."""
         noted = self.noted()
         own = {EXPORTS_FILE, *(() if noted is None else noted.final_files)}
         return sorted(
@@ -83,7 +83,7 @@ class ExportFolder:
         return (path for path in self.path.iterdir() if _is_iteration(path))
 
     def begin(self, run: str, iteration: int) -> list[str]:
-        """Makes the folder ready for a run that goes on after ``iteration``; returns lines for the log.
+        """Makes the folder ready for a run that resumes after ``iteration``; returns lines for the log.
 
         Removes what a killed run had not finished. Exports of later iterations stay until the run comes to them again,
         and are not noted until then.
@@ -105,7 +105,7 @@ class ExportFolder:
             if name not in later and (self.path / name).is_dir()
         }
         self._write(noted)
-        return [f"{self.path / name} is written again at its iteration" for name in sorted(later)]
+        return [f"{self.path / name} will be overwritten at its iteration" for name in sorted(later)]
 
     def place(self, iteration: int) -> Path:
         """The folder of an iteration's export, which has the name of a checkpoint's."""
@@ -119,9 +119,9 @@ class ExportFolder:
         return unfinished
 
     def publish(self, unfinished: Path, iteration: int, measured: Mapping[str, float]) -> list[str]:
-        """Gives a complete export its name, notes it, and deletes what --save-hf-keep lets go; lines for the log.
+        """Gives a complete export its name, notes it, and deletes what --save-hf-keep drops; returns lines for the log.
 
-        An older one that can't be deleted is said there, and no error.
+        An older export that can't be deleted is a line of the log, not an error.
         """
         path = self.place(iteration)
         noted = self._noted_here()

@@ -17,11 +17,11 @@ from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.errors import UserError
 
 BEST_METRICS: dict[MethodName, Mapping[str, bool]] = {}
-"""What --save-hf-best can go by, by method: names of the log, and whether higher is better. ``methods.registry`` fills
-it."""
+"""Metrics of --save-hf-best, by method: names of the log, and whether higher is better. Filled by
+``methods.registry``."""
 
 _OF_VALIDATION = " validation"
-"""Behind such a name in metrics.jsonl; may be given or left out."""
+"""Suffix of such a name in metrics.jsonl; may be given or left out."""
 
 
 def best_metric(checkpoint: CheckpointConfig) -> str | None:
@@ -30,12 +30,12 @@ def best_metric(checkpoint: CheckpointConfig) -> str | None:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether the best export has the highest value of a metric of ``BEST_METRICS``."""
+    """Return whether the best export has the highest value of a metric of ``BEST_METRICS``."""
     return any(metrics.get(metric, False) for metrics in BEST_METRICS.values())
 
 
 def exports_fit_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Options of exports during training need training, an interval, and a validation to choose by at each of them."""
+    """Options of exports during training need training, an interval, and a validation at each export to choose by."""
     checkpoint, interval = config.checkpoint, config.checkpoint.save_hf_interval
     for option, value in (("--save-hf-keep", checkpoint.save_hf_keep), ("--save-hf-best", checkpoint.save_hf_best)):
         if value is not None and interval is None:
@@ -44,7 +44,7 @@ def exports_fit_the_run(config: RunConfig, shape: ModelShape, world_size: int) -
         return
     if config.training.train_iters == 0:
         raise UserError(
-            f"--save-hf-interval {interval} exports during training, and --train-iters 0 trains nothing; leave one of "
+            f"--save-hf-interval {interval} exports during training, but --train-iters 0 trains nothing; leave one of "
             f"them out."
         )
     if checkpoint.save_hf_best is None:
@@ -52,8 +52,8 @@ def exports_fit_the_run(config: RunConfig, shape: ModelShape, world_size: int) -
     every = config.logging.eval_interval
     if every is None:
         raise UserError(
-            f"--save-hf-best {checkpoint.save_hf_best} needs --eval-interval, whose validations it chooses by; add it, "
-            f"such as --eval-interval {interval}."
+            f"--save-hf-best {checkpoint.save_hf_best} needs validations to choose by; add --eval-interval, such as "
+            f"--eval-interval {interval}."
         )
     if interval % every:
         raise UserError(
@@ -63,14 +63,14 @@ def exports_fit_the_run(config: RunConfig, shape: ModelShape, world_size: int) -
 
 
 def best_is_measured_by(method: MethodName) -> Callable[[RunConfig, ModelShape, int], None]:
-    """The rule that validation of ``method`` measures what --save-hf-best goes by."""
+    """The rule that validation of ``method`` measures the metric of --save-hf-best."""
 
     def best_is_measured(config: RunConfig, shape: ModelShape, world_size: int) -> None:
         metric, known = best_metric(config.checkpoint), BEST_METRICS[method]
         if metric is not None and metric not in known:
-            choose = f"choose {' or '.join(known)}" if known else "leave it out: there is none"
+            choose = f"choose {' or '.join(known)}" if known else "it has none; leave --save-hf-best out"
             raise UserError(
-                f"--save-hf-best {config.checkpoint.save_hf_best} is no validation metric of {method} to choose by; "
+                f"--save-hf-best {config.checkpoint.save_hf_best} is not a validation metric of {method}; "
                 f"{choose}."
             )
 
@@ -78,7 +78,7 @@ def best_is_measured_by(method: MethodName) -> Callable[[RunConfig, ModelShape, 
 
 
 def check_filled_export_folder(config: RunConfig) -> None:
-    """UserError for a --save-hf folder that holds something, unless a run in --save left only its own exports there.
+    """Raise UserError for a --save-hf folder that is not empty, unless it holds only exports of the run in --save.
 
     The final export may be there where it is of the iteration that this command ends at.
     """
@@ -88,17 +88,17 @@ def check_filled_export_folder(config: RunConfig) -> None:
     noted = None if checkpoint.save_hf_interval is None else folder.noted()
     if noted is None or folder.strangers():
         raise UserError(f"--save-hf {folder.path} is not empty; choose a new folder, or empty this one.")
-    # Not those that are noted: a run that goes back leaves later ones unnoted until it comes to them again.
+    # All folders, not just the recorded ones: a run that resumes earlier leaves later exports unrecorded meanwhile.
     if noted.run != _run_in(checkpoint.save) and (noted.final_files or any(folder.iteration_folders())):
         raise UserError(
-            f"--save-hf {folder.path} holds exports of another run than --save {checkpoint.save}; choose a new folder, "
-            f"or empty this one."
+            f"--save-hf {folder.path} holds exports of a run other than the one in --save {checkpoint.save}; choose a "
+            f"new folder, or empty this one."
         )
     last = known_train_iters(config.training)
     if folder.has_final() and last not in (None, noted.final_iteration):
         raise UserError(
-            f"--save-hf {folder.path} holds the final export of this run, of iteration {noted.final_iteration}; choose "
-            f"a new folder for that of iteration {last}."
+            f"--save-hf {folder.path} already holds the final export of this run, of iteration "
+            f"{noted.final_iteration}; choose a new folder for the export of iteration {last}."
         )
 
 
@@ -109,7 +109,7 @@ def _run_in(save: str | None) -> str | None:
 
 
 def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
-    """Folders that hold a run or a model are never written over unasked."""
+    """Folders that hold a run or a model are never overwritten."""
     checkpoint = config.checkpoint
     if checkpoint.save is not None and not _can_be_folder(checkpoint.save):
         raise UserError(f"--save {checkpoint.save} is a file, not a folder; choose another folder.")
@@ -117,7 +117,7 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_si
         target = Path(checkpoint.save_hf)
         if target.resolve() == Path.cwd():
             raise UserError(
-                "--save-hf . is the folder you are in; name a new folder, which appears when it is complete."
+                "--save-hf . is the current folder; name a new folder, which appears when the export is complete."
             )
         if not _can_be_folder(checkpoint.save_hf):
             raise UserError(f"--save-hf {checkpoint.save_hf} is a file, not a folder; choose another folder.")
@@ -128,8 +128,8 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_si
     saved = Path(checkpoint.save)
     if (saved / CHECKPOINT_TRACKER_FILE).exists() or any(path.name[5:].isdecimal() for path in saved.glob("iter_*")):
         raise UserError(
-            f"--save {checkpoint.save} already holds checkpoints of a run; add --load {checkpoint.save} to go on "
-            f"with it, or choose another folder."
+            f"--save {checkpoint.save} already holds checkpoints of a run; add --load {checkpoint.save} to resume "
+            f"it, or choose another folder."
         )
 
 

@@ -19,7 +19,7 @@ from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 
 CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
-"""How tyro makes values of types that are not its own."""
+"""Constructors of types that are not tyro's own."""
 
 
 @CONSTRUCTORS.primitive_rule
@@ -45,33 +45,39 @@ class Flag:
 
     option: Declared
     group: str | None
-    """Name of the nested dataclass that holds it; None for what only the command line can say (--config)."""
+    """Name of the nested dataclass that holds it; None for an option of the command line alone (--config)."""
     owner: type
-    """The dataclass whose field it is."""
+    """Dataclass that declares it."""
 
     @property
     def name(self) -> str:
-        """As on the command line, without the leading dashes: ``micro-batch-size``."""
+        """Name on the command line, without the leading dashes: ``micro-batch-size``."""
         return self.option.name.replace("_", "-")
 
     @property
+    def former_name(self) -> str | None:
+        """Name in earlier versions, with dashes; None where it is the same."""
+        former = self.option.former_name
+        return None if former is None else former.replace("_", "-")
+
+    @property
     def is_switch(self) -> bool:
-        """Written ``--name`` or ``--no-name``, without a value."""
+        """True if it is written ``--name`` or ``--no-name``, without a value."""
         return self.option.type is bool
 
     @property
     def takes_several(self) -> bool:
-        """Written ``--name VALUE VALUE``: all words up to the next option are its value."""
+        """True if it is written ``--name VALUE VALUE``: all words up to the next option are its value."""
         return get_origin(self.option.type) is tuple
 
     @property
     def expected(self) -> str:
-        """What its value must be, in words for an error."""
+        """Description of the allowed values, for an error."""
         return self.option.expected
 
     @property
     def placeholder(self) -> str:
-        """What stands for its value in the help: the kind of it, or its choices in braces."""
+        """Placeholder of its value in the help: its type, or its choices in braces."""
         if self.option.choices:
             return f"{{{','.join(map(str, self.option.choices))}}}"
         kind = get_args(self.option.type)[0] if self.takes_several else self.option.type
@@ -79,7 +85,7 @@ class Flag:
 
     @property
     def words(self) -> str:
-        """What is said of it where it is declared; empty where nothing is."""
+        """Description from its declaration; empty without one."""
         return words_of(self.owner).get(self.option.name, "")
 
 
@@ -89,14 +95,24 @@ class Setting:
 
     flag: Flag
     words: tuple[str, ...]
-    """As written; ``True`` or ``False`` for a switch. More than one only where the option takes several."""
+    """Words as written; ``True`` or ``False`` for a switch. More than one only where the option takes several."""
     where: str
-    """How an error calls it: ``--lr``, or ``run.yaml:3: lr``."""
+    """Its name in errors: ``--lr``, or ``run.yaml:3: lr``."""
 
     @property
     def written(self) -> str:
         """The name that was used, with dashes: the option's own or another one for it."""
         return self.where.split()[-1].lstrip("-").replace("_", "-").removeprefix("no-")
+
+    @property
+    def is_former(self) -> bool:
+        """True if it was given under its name of earlier versions."""
+        return self.flag.former_name == self.written
+
+    def contradicts(self, other: "Setting") -> bool:
+        """True if the same option has another value there under another name; a renamed option has one name."""
+        renamed = self.is_former or other.is_former
+        return not renamed and self.written != other.written and self.words != other.words
 
     @property
     def value(self) -> str:
@@ -112,7 +128,7 @@ class Setting:
 
     @property
     def refusal(self) -> str | None:
-        """The sentence about a value that Megatron-LM's option of this name has and this one doesn't."""
+        """The error for a value that Megatron-LM's option of this name has and this one doesn't."""
         row = refused_value(self.flag.name, self.words)
         return None if row is None else row.refusal(self.where if self.flag.is_switch else f"{self.where} {self.value}")
 
@@ -133,7 +149,7 @@ def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
 
 
 ON, OFF = "true", "false"
-"""What a file or a call gives a switch that it turns on or off."""
+"""Values with which a file or a call turns a switch on or off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,25 +160,25 @@ class Request:
     words: tuple[str, ...]
     """Its values, as written; ``OFF`` alone for a switch that a file turns off, nothing for one that is on."""
     where: str
-    """How an error calls it, as that of a setting."""
+    """Its name in errors, as that of a setting."""
 
     @property
     def shown(self) -> str:
-        """As it would be written on the command line."""
+        """Its form on the command line."""
         return " ".join((f"--{self.row.name}", *self.words))
 
     @property
     def is_accepted(self) -> bool:
-        """Whether it asks for nothing but what is done anyway."""
+        """True if it changes nothing here."""
         return self.row.agrees(self.words) and not self._is_off
 
     @property
     def is_refused(self) -> bool:
-        """Whether it asks for something else; a file that turns off what isn't there asks for nothing."""
+        """Whether it is an error; a file may turn off a feature that does not exist."""
         return not self.is_accepted and not (self._is_off and self.row.state != "accepted")
 
     def refusal(self, given: Mapping[str, str]) -> str:
-        """The sentence about it, beside the values of all that is ``given``, by name."""
+        """The error about it; ``given`` has the values of all options of the command by name."""
         return self.row.refusal(" ".join((self.where, *map(_shown, self.words))), self.words, given)
 
     @property
@@ -171,33 +187,32 @@ class Request:
 
 
 def _shown(word: str) -> str:
-    """A word of a sentence, in quotes where they show that it is one."""
+    """A word of a sentence, in quotes where it is empty or has spaces."""
     return word if word and not any(map(str.isspace, word)) else repr(word)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """What is wrong with a word of the command line or a line of a file, as a sentence."""
+    """Error about a word of the command line or a line of a file, as a sentence."""
 
     sentence: str
 
 
 Item = Setting | Request | Mistake
 _OF_TRAINING = "train-iters"
-"""An option that every command has which the table is for."""
+"""An option of every command that reads the table of Megatron-LM's flags."""
 
 
 class Reading:
-    """What a file and a command line say together; what is read later wins."""
+    """Settings of a file and a command line together; later ones override earlier ones."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Setting] = {}
-        """By option."""
+        """Settings by option."""
         self.accepted: dict[str, Request] = {}
-        """Flags of Megatron-LM's that ask for what is done anyway, by name."""
+        """Flags of Megatron-LM's without effect here, by name."""
         self._mistakes: dict[str, str | Request] = {}
-        """Sentences, or what one is to be made of, by the name they are about, so that a value given later can take one
-        back."""
+        """Errors, or requests that they are about, by name, so that a value given later can take one back."""
 
     def take(self, items: Iterable[Item]) -> None:
         """Note what was read, in order."""
@@ -208,7 +223,7 @@ class Reading:
                 before = self.settings.get(item.flag.name)
                 self.settings[item.flag.name] = item
                 self._note(item.flag.name, item.refusal)
-                if before is not None and before.written != item.written and before.words != item.words:
+                if before is not None and item.contradicts(before):
                     self._note(item.flag.name, f"{before.where} and {item.where} are one option; keep one of them.")
             else:
                 self.accepted.pop(item.row.name, None)
@@ -218,7 +233,7 @@ class Reading:
 
     @property
     def mistakes(self) -> list[str]:
-        """Sentences about what can't be had."""
+        """Errors about names and values that are not supported."""
         lacking = [
             f"{request.shown} {request.row.lacking}."
             for request in self.accepted.values()
@@ -233,7 +248,7 @@ class Reading:
     def check(self, note: Callable[[str], None] | None = None) -> None:
         """Raise UserError with every mistake: one sentence, or a line for each.
 
-        ``note`` is given one line where flags of Megatron-LM's ask for what is done anyway.
+        ``note`` is given a line about flags of Megatron-LM's without effect, and one for every former name.
         """
         check_all([self], note)
 
@@ -249,15 +264,22 @@ def check_all(readings: Sequence[Reading], note: Callable[[str], None] | None = 
     if len(mistakes) == 1:
         raise UserError(mistakes[0])
     if mistakes:
-        raise UserError("\n  ".join((f"{len(mistakes)} options can't be had as they are:", *mistakes)))
+        raise UserError("\n  ".join((f"{len(mistakes)} options are not valid:", *mistakes)))
+    if note is None:
+        return
+    for former, flag in {s.written: s.flag for r in readings for s in r.settings.values() if s.is_former}.items():
+        note(f"> --{former} is now --{flag.name}; the old name is accepted until version 1.0")
     accepted = dict.fromkeys(request.shown for reading in readings for request in reading.accepted.values())
-    if accepted and note is not None:
-        note(f"> done anyway, or without effect here: {', '.join(accepted)}")
+    if accepted:
+        note(f"> accepted without effect here: {', '.join(accepted)}")
 
 
 def named(name: str, flags: Mapping[str, Flag]) -> Flag | Row | None:
     """The option (of a switch also with ``no-`` before it) or the row of the table that a name with dashes means."""
     positive = flags.get(name.removeprefix("no-"))
+    renamed = next((flag for flag in flags.values() if flag.former_name == name), None)
+    if renamed is not None:
+        return renamed
     if name in flags or (positive is not None and positive.is_switch):
         return flags.get(name, positive)
     if _OF_TRAINING not in flags:
@@ -267,13 +289,13 @@ def named(name: str, flags: Mapping[str, Flag]) -> Flag | Row | None:
 
 
 def turns_off(name: str, meant: Flag) -> bool:
-    """Whether a name with dashes, which means the switch ``meant``, says the opposite of it."""
+    """Return whether a name with dashes, which means the switch ``meant``, turns it off."""
     row = ROWS.get(name)
     return f"no-{meant.name}" == (name if row is None else row.words)
 
 
 def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> Mistake:
-    """The sentence for a name that is no option; ``where`` is how the user wrote it."""
+    """The error for a name that is no option; ``where`` is its written form."""
     names = [*flags, *(f"no-{flag.name}" for flag in flags.values() if flag.is_switch)]
     # A name that only lacks its beginning, such as Megatron's --data-path, is nearer than letters tell.
     nearest = [known for known in names if known.endswith(f"-{name}")]
@@ -284,7 +306,7 @@ def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> Mistake:
 
 
 def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[Item]:
-    """What a command line says, in order; ``-`` and ``_`` in names are the same.
+    """The settings of a command line, in order; ``-`` and ``_`` in names are the same.
 
     Mistakes are names that are no option, values that are missing, and words that belong to no option.
     """
@@ -296,7 +318,7 @@ def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> I
         if not _is_name(word):
             position += len(following)
             yield Mistake(
-                sentence=f"The word {word!r} belongs to no option: options start with --, and --help-all says which "
+                sentence=f"The word {word!r} belongs to no option; options start with --, and --help-all shows which "
                 "take several values."
             )
             continue
@@ -310,7 +332,7 @@ def _is_name(word: str) -> bool:
 
 
 def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]) -> tuple[Item, int]:
-    """What an option with the words up to the next one says, and how many of these words are its own."""
+    """The setting of an option with the words up to the next one, and the number of these words that are its own."""
     written, has_value, value = word.partition("=")
     name = written[2:].replace("_", "-")
     meant = named(name, flags)
@@ -335,7 +357,7 @@ def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]
 
 
 def _no_value(given: str, name: str, value: str, meant: Flag | Row) -> Mistake:
-    """The sentence for a switch with a value, which says what is meant by it where that can be told."""
+    """The error for a switch with a value, with the form that has this meaning where it is clear."""
     instead = f"write --{meant.name}"
     if isinstance(meant, Flag) and value.lower() in (ON, OFF):
         is_on = (value.lower() == ON) != turns_off(name, meant)

@@ -1,4 +1,4 @@
-"""The keys of a LLaMA's config.json: what is made of each, and why some are refused. Imports no torch.
+"""The keys of a LLaMA's config.json: those that are used, ignored or refused, and why. Imports no torch.
 
 A folder that loads and then computes something slightly different is the worst outcome, so a key that changes what a
 model computes is used, or refused by name; so are keys that only relatives of LLaMA have and transformers' LLaMA would
@@ -26,11 +26,11 @@ class HfKey:
 
     names: tuple[str, ...]
     meaning: str
-    """As a noun."""
+    """Meaning of the keys, as a noun."""
     treatment: Literal["used", "harmless", "refused"]
-    """Decides the model or what else is read; changes nothing that is trained; an error that names the key."""
+    """used: decides the model or its data; harmless: changes nothing in training; refused: an error names the key."""
     neutral: tuple[Any, ...] = ()
-    """Of a refused key: the values under which it changes nothing. An absent key counts as the first."""
+    """Values under which a refused key changes nothing. An absent key counts as the first."""
 
 
 def _used(meaning: str, *names: str) -> HfKey:
@@ -119,7 +119,7 @@ HF_KEYS = (
     _refused("quantised weights", _NONE, "quantization_config", "compression_config"),
     _refused("another file of weights", _NONE, "transformers_weights"),
 )  # fmt: skip
-"""In the order of the documentation."""
+"""All known keys, in the order of the documentation."""
 
 _KNOWN = frozenset(name for row in HF_KEYS for name in row.names)
 
@@ -137,7 +137,7 @@ MISTRAL_WINDOW = 4096
 
 
 def refuse_other_models(config: Mapping[str, Any], source: str) -> None:
-    """Raise UserError naming the key of a ``config.json`` that asks for something else than a LLaMA.
+    """Raise UserError naming the key of a ``config.json`` that describes something other than a LLaMA.
 
     ``source`` is how errors call the file. Mistral is a LLaMA where its sliding window is off.
     """
@@ -158,16 +158,16 @@ def _refuse_other_architectures(config: Mapping[str, Any], source: str) -> None:
     if known is None:
         shown = f" ({classes[0]})" if isinstance(classes, list) and classes else ""
         raise UserError(
-            f"{source}: model_type is {model_type!r}{shown}, and only 'llama' and 'mistral' models can be trained."
+            f"{source}: model_type is {model_type!r}{shown}, but only 'llama' and 'mistral' models are supported."
         )
     if classes and not (isinstance(classes, list) and any(name in known for name in classes)):
         raise UserError(
-            f"{source}: architectures is {classes!r}, and of {model_type!r} only {known[0]} can be trained."
+            f"{source}: architectures is {classes!r}, but of {model_type!r} only {known[0]} is supported."
         )
     own_code = config.get("auto_map")
     if isinstance(own_code, Mapping) and any(name.startswith("AutoModel") for name in own_code):
         raise UserError(
-            f"{source}: auto_map says that the folder's own code computes this model, and such code is never run; "
+            f"{source}: auto_map says that the folder's own code computes this model, but such code is never run; "
             "use an export whose weights are those of transformers' LLaMA."
         )
 
@@ -179,7 +179,7 @@ def _refuse_windows(config: Mapping[str, Any], source: str) -> None:
     # Only Mistral's code lacks the switch: there the window is on whenever it has a size.
     switched_off = config.get("use_sliding_window") is False and not is_mistral
     if window is not None and not switched_off:
-        absent = "" if "sliding_window" in config else " (what Mistral has when the key is absent)"
+        absent = "" if "sliding_window" in config else " (Mistral's default when the key is absent)"
         raise UserError(
             f"{source}: sliding_window = {window!r}{absent} is not supported; only sliding_window = None is."
         )
@@ -196,4 +196,4 @@ def note_unknown_keys(config: Mapping[str, Any], source: str) -> list[str]:
     unknown = unknown_keys(config)
     if not unknown:
         return []
-    return [f"{source}: keys that are not known and not read: {', '.join(unknown)} (a LLaMA is computed without them)"]
+    return [f"{source}: unknown keys are ignored: {', '.join(unknown)} (LLaMA is computed without them)"]

@@ -1,4 +1,4 @@
-"""Options from a YAML file and the command line, which overrides the file, which overrides the defaults.
+"""Options from a YAML file and the command line: the command line overrides the file, the file the defaults.
 
 tyro parses the values; this file decides what an option is called and words what is wrong with a name.
 
@@ -42,7 +42,7 @@ from hft_megatron.errors import UserError
 T = TypeVar("T")
 
 CONFIG_FLAG = "config"
-"""The option that names a YAML file, in every command that has it."""
+"""Name of the option that takes a YAML file, in every command that has it."""
 
 _RESOLVED_HEADER = (
     "# Every option of the run with its value; `--config` with it and other output folders repeats the run.\n"
@@ -58,9 +58,10 @@ def load_options(options_type: type[T], arguments: Sequence[str], note: Callable
     """Build ``options_type``, a frozen dataclass of dataclasses, from command-line words and the file they name.
 
     The file may set any option of a run, so that one file serves every command: what nested dataclasses of
-    ``options_type`` hold is taken, other options of a run are passed over. The outermost fields (--config itself)
-    belong to the command line. Raises UserError, with a line for every name or value that can't be had, or a sentence
-    about the first other mistake. ``note`` is given one line where flags of Megatron-LM's ask for what is done anyway.
+    ``options_type`` hold is taken, other options of a run are ignored. The outermost fields (--config itself)
+    belong to the command line. Raises UserError, with a line for every name or value that is not possible, or a
+    sentence about the first other mistake. ``note`` is given the lines for the log: flags of Megatron-LM's without
+    effect, and former names of options.
     """
     flags = flags_of(options_type)
     items = list(items_of_arguments(arguments, flags))
@@ -70,7 +71,7 @@ def load_options(options_type: type[T], arguments: Sequence[str], note: Callable
         taken = {name: flag for name, flag in flags.items() if flag.group is not None}
         every = _items_of_file(Path(files[-1]), flags_of(RunConfig) | taken)
         reading.take(item for item in every if not isinstance(item, Setting) or item.flag.name in taken)
-    # A later setting replaces an earlier one: an option repeated after a script's own arrays overrides them.
+    # A later setting replaces an earlier one: an option repeated after a script's own arrays overrides those.
     reading.take(items)
     reading.check(note)
     return _build(options_type, list(reading.settings.values()))
@@ -101,7 +102,7 @@ def write_resolved(config: RunConfig, path: Path) -> None:
 
 
 def read_resolved(path: Path) -> RunConfig:
-    """The inverse of ``write_resolved``; UserError when the file is missing or was edited into something else."""
+    """Read what ``write_resolved`` wrote; UserError when the file is missing or its edits are not valid."""
     reading = Reading()
     reading.take(_items_of_file(path, flags_of(RunConfig)))
     reading.check()
@@ -109,13 +110,13 @@ def read_resolved(path: Path) -> RunConfig:
 
 
 def read_others(path: Path, known: Collection[str]) -> RunConfig:
-    """A run's options with those of a file that are not ``known`` (by flag); what else it says is passed over."""
+    """A run's options with those of a file that are not ``known`` (by flag); everything else in it is ignored."""
     items = _items_of_file(path, flags_of(RunConfig))
     return _build(RunConfig, [item for item in items if isinstance(item, Setting) and item.flag.name not in known])
 
 
 def with_checkpoint_args(config: RunConfig) -> RunConfig:
-    """With the model of the run in --load where --use-checkpoint-args asks for it and the command names none.
+    """The options with the model of the run in --load, under --use-checkpoint-args and without a model of their own.
 
     Raises UserError where no run is named.
     """
@@ -123,7 +124,7 @@ def with_checkpoint_args(config: RunConfig) -> RunConfig:
     if not checkpoint.use_checkpoint_args:
         return config
     if checkpoint.load is None:
-        raise UserError("--use-checkpoint-args needs --load, the folder of the run whose model it is; add it.")
+        raise UserError("--use-checkpoint-args needs --load, the folder of the run that has the model; add it.")
     file = Path(checkpoint.load) / RESOLVED_CONFIG_FILE
     if config.model != ModelConfig() or not file.exists():
         return config
@@ -135,12 +136,12 @@ def stages_of_file(
 ) -> list[tuple[str, int, RunConfig]]:
     """The method, the line and the options of every stage of a YAML list: ``base`` with what the stage sets.
 
-    Raises UserError naming file and line for what is no list of stages, and for all that is no option.
+    Raises UserError naming file and line for anything but a list of stages, and for every name that is no option.
     """
     stages, readings = [], []
     root = yaml_of_file(path, "--stages")
     if not isinstance(root, yaml.SequenceNode) or not root.value:
-        raise UserError(f"--stages {path}: the file must hold a list of stages, each `- method: ...` and its options.")
+        raise UserError(f"--stages {path}: the file must hold a list of stages, each `- method: ...` with its options.")
     for node in root.value:
         line = node.start_mark.line + 1
         keys = dict[str, yaml.Node]()
@@ -200,7 +201,7 @@ def _parsed(options_type: type[T], settings: Sequence[Setting]) -> T | None:
 
 
 def _items_of_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
-    """What is said in a YAML file: options by name, flat or under the name of their group."""
+    """The settings of a YAML file: options by name, flat or under the name of their group."""
     root = yaml_of_file(path, "--config")
     if root is None:
         return
@@ -210,8 +211,8 @@ def _items_of_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
 
 
 def yaml_of_file(path: Path, option: str) -> yaml.Node | None:
-    """What a YAML file holds, with lines, by its safe loader; None where it is empty. Raises UserError for a file that
-    ``option`` names and that can't be read."""
+    """The contents of a YAML file, with lines, by its safe loader; None where it is empty. Raises UserError for a file
+    of ``option`` that can't be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -231,7 +232,7 @@ def _once_each(items: Iterator[Item]) -> Iterator[Item]:
         if not isinstance(item, Mistake):
             name = item.flag.name if isinstance(item, Setting) else item.row.name
             if name in seen:
-                raise UserError(f"{item.where} is set twice; the other is {seen[name]}.")
+                raise UserError(f"{item.where} is set twice, first at {seen[name]}; leave one of them out.")
             seen[name] = item.where
         yield item
 
@@ -274,9 +275,9 @@ def _item(meant: Flag | Row, words: tuple[str, ...], where: str, written: str) -
 
 
 def _yaml_words(meant: Flag | Row, node: yaml.Node, where: str) -> tuple[str, ...]:
-    """The words of an option: one, or those of a list where the option takes several."""
+    """The values of an option as words: one, or those of a list where the option takes several."""
     if isinstance(meant, Row) and not meant.can_agree and not meant.is_switch:
-        # The run ends, whatever kind of value it is.
+        # An error in any case, so that every kind of value is taken.
         parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
         return tuple(part.value for part in parts if isinstance(part, yaml.ScalarNode))
     listed = isinstance(node, yaml.SequenceNode) and meant.takes_several

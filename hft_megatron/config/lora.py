@@ -37,8 +37,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "megatron_config": (None,),
 }
-"""Keys of adapter_config.json that would make of the matrices something else than W x + alpha / r x B A x on all
-layers, with the values under which they do not."""
+"""Keys of adapter_config.json that change W x + alpha / r x B A x on all layers into something else, with the values
+under which they do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,22 @@ class LoraConfig:
     """Low-rank adapters beside frozen weights."""
 
     lora_rank: Annotated[int, Ge(1)] | None = None
-    """Train adapters of this rank beside the matrices of every layer, and none of the model's own weights (LoRA)."""
+    """Rank of adapters to train beside the matrices of every layer, with all of the model's own weights frozen
+    (LoRA)."""
     lora_alpha: Annotated[float, Gt(0)] | None = None
-    """What B A x is multiplied by, times the rank; twice the rank when unset."""
+    """Scale of the adapters: B A x is multiplied by alpha / rank; twice the rank when unset."""
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Probability with which an entry of an adapter's input is left out in training."""
+    """Dropout probability of an adapter's input in training."""
     lora_targets: str | None = None
-    """Matrices that have an adapter: comma-separated Hugging Face names, such as `q_proj,v_proj`; all seven when
+    """Matrices that get an adapter: comma-separated Hugging Face names, such as `q_proj,v_proj`; all seven when
     unset."""
     lora_adapter: str | None = None
-    """Folder of a PEFT adapter to continue from, which gives rank, alpha and targets."""
+    """Folder of a PEFT adapter to continue training; it gives rank, alpha and targets."""
 
 
 def adapters_of(options: LoraConfig) -> Adapters | None:
-    """The adapters that the options ask for; UserError for a folder of --lora-adapter that is none, or not ours to
-    compute."""
+    """The adapters that the options describe; UserError for a --lora-adapter folder that is none, or is not
+    supported."""
     if options.lora_adapter is not None:
         return _adapters_in(options.lora_adapter, options)
     if options.lora_rank is None:
@@ -86,7 +87,7 @@ def _targets(options: LoraConfig) -> tuple[str, ...]:
     unknown = next((name for name in given if name not in TARGETS), None)
     if unknown is not None:
         raise UserError(
-            f"--lora-targets {options.lora_targets}: {unknown or 'an empty name'} is none of {', '.join(TARGETS)}."
+            f"--lora-targets {options.lora_targets}: {unknown or 'an empty name'} is not one of {', '.join(TARGETS)}."
         )
     return tuple(name for name in TARGETS if name in given)
 
@@ -95,19 +96,19 @@ def _adapters_in(folder: str, options: LoraConfig) -> Adapters:
     config = _read_adapter_config(folder)
     where = f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE}"
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{where} has peft_type {config.get('peft_type')!r}, and only 'LORA' is read.")
+        raise UserError(f"{where} has peft_type {config.get('peft_type')!r}, but only 'LORA' is supported.")
     for key, neutral in _NEUTRAL.items():
         if config.get(key) not in neutral:
             raise UserError(f"{where} has {key} = {config[key]!r}, which is not supported; only {neutral[0]!r} is.")
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if type(rank) is not int or rank < 1:
-        raise UserError(f"{where} has r = {rank!r}, which is no whole number of at least 1.")
+        raise UserError(f"{where} has r = {rank!r}, which is not a whole number of at least 1.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise UserError(f"{where} has lora_alpha = {alpha!r}, which is no number above 0.")
+        raise UserError(f"{where} has lora_alpha = {alpha!r}, which is not a number above 0.")
     if targets == "all-linear":
         targets = list(TARGETS)
     if not isinstance(targets, list) or not targets or not set(targets) <= set(TARGETS):
-        raise UserError(f"{where} has target_modules = {targets!r}; only names among {', '.join(TARGETS)} are read.")
+        raise UserError(f"{where} has target_modules = {targets!r}; only {', '.join(TARGETS)} are supported.")
     found = Adapters(
         rank=rank,
         alpha=float(alpha),
@@ -131,20 +132,20 @@ def _read_adapter_config(folder: str) -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE} can't be read ({error}); give the folder of a PEFT "
+            f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE} cannot be read ({error}); give the folder of a PEFT "
             f"adapter."
         ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE} is not a JSON object.")
     if not (Path(folder) / ADAPTER_WEIGHTS_FILE).is_file():
         raise UserError(
-            f"--lora-adapter {folder}: there is no {ADAPTER_WEIGHTS_FILE}; weights are read from safetensors alone."
+            f"--lora-adapter {folder}: there is no {ADAPTER_WEIGHTS_FILE}; weights are read from safetensors only."
         )
     return loaded
 
 
 def adapters_are_asked_for(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """What refines adapters would do nothing, in silence, where there are none."""
+    """Refuse options of adapters without adapters, where they would do nothing in silence."""
     if adapters_of(config.lora) is not None:
         return
     for field in fields(LoraConfig):
@@ -158,7 +159,7 @@ def adapters_are_asked_for(config: RunConfig, shape: ModelShape, world_size: int
 
 
 def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """With adapters nothing is drawn: they all train, in one round, beside trained weights."""
+    """With adapters nothing is drawn: they all train, in one round, beside pretrained weights."""
     if adapters_of(config.lora) is None:
         return
     given = "--lora-rank" if config.lora.lora_adapter is None else "--lora-adapter"
@@ -169,25 +170,25 @@ def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) 
         value = getattr(hft, name)
         if value != getattr(usual, name) and (name, value) != ("hft_ratio", 1):
             raise UserError(
-                f"{flag(name)} {value} chooses which of the model's weights train, and with {given} none does: all "
+                f"{flag(name)} {value} chooses which of the model's weights train, but with {given} none does: only "
                 f"adapters train; leave one of the two out."
             )
     if hft.hft_round_interval != "stage":
         raise UserError(
-            f"--hft-round-interval {hft.hft_round_interval} begins rounds that train other weights, and with {given} "
+            f"--hft-round-interval {hft.hft_round_interval} begins rounds that train other weights, but with {given} "
             f"every round would train the same adapters; leave it out."
         )
     if config.model.load_hf is None:
-        raise UserError(f"{given} trains adapters of a model that is trained already; name its folder with --load-hf.")
+        raise UserError(f"{given} trains adapters of a pretrained model; give its folder with --load-hf.")
     if config.optimizer.mofo_fraction is not None:
         raise UserError(
-            f"--mofo-fraction {config.optimizer.mofo_fraction:g} chooses entries of the model's own matrices, and with "
-            f"{given} these are frozen; leave one of the two out."
+            f"--mofo-fraction {config.optimizer.mofo_fraction:g} chooses entries of the model's own matrices, but "
+            f"{given} freezes them; leave one of the two out."
         )
     if config.ewc.ewc_lambda > 0:
         raise UserError(
-            f"--ewc-lambda {config.ewc.ewc_lambda:g} holds the model's own weights, and with {given} these are frozen; "
-            f"leave one of the two out."
+            f"--ewc-lambda {config.ewc.ewc_lambda:g} penalises changes of the model's own weights, but {given} freezes "
+            f"them; leave one of the two out."
         )
 
 
@@ -197,10 +198,10 @@ def the_adapter_has_its_own_folder(config: RunConfig, shape: ModelShape, world_s
     if target is None:
         return
     if Path(target).exists() and not (Path(target).is_dir() and not any(Path(target).iterdir())):
-        raise UserError(f"--save-lora {target} is there already; choose a new folder, or remove this one.")
+        raise UserError(f"--save-lora {target} already exists; choose a new folder, or remove this one.")
     if target in (config.checkpoint.save_hf, config.checkpoint.save):
         raise UserError(f"--save-lora {target} is the folder of another output; choose a folder of its own.")
 
 
 LORA_RULES = (adapters_are_asked_for, adapters_train_alone)
-"""Those that a plan has, too."""
+"""Rules of adapters that also hold for a plan without a run."""

@@ -1,5 +1,5 @@
 """The table of Megatron-LM's training flags, by its parser of core_r0.16 and later, and of other trainers' names: which
-of them can be had here.
+of them are supported.
 
 A name that a command has as an option is that option, and needs no row. ``hft-megatron flags`` prints the table.
 """
@@ -12,20 +12,26 @@ from hft_megatron.config.other_trainers import OTHER_TRAINERS
 SECTIONS: tuple[Section, ...] = (*DENSE, *OTHERS, *OTHER_TRAINERS)
 
 ROWS = {row.name: row for section in SECTIONS for row in section.rows}
-"""By name."""
+"""All rows, by name."""
 
-_RECORDS = "`hft-megatron pretrain` has it; what is trained on here is named by --train-data-path"
+_RECORDS = "it is an option of `hft-megatron pretrain`; give the training data of this command as --train-data-path"
 
 OF_OTHER_COMMANDS = {
     row.name: row
     for row in (
         refused("data-path=*", _RECORDS),
         refused("mock-data", _RECORDS),
-        refused("split=", "`hft-megatron pretrain` has it; give files as --valid-data-path"),
+        refused("split=", "it is an option of `hft-megatron pretrain`; give validation files as --valid-data-path"),
         accepted("reset-attention-mask", "examples of a pack see only themselves"),
         accepted("reset-position-ids", "examples of a pack have positions of their own"),
-        refused("eod-mask-loss", "`hft-megatron pretrain` has it; --loss-on and --train-on-eos say what is trained"),
-        refused("chat-template=", "`hft-megatron sft` and `dpo` have it; a corpus has no conversations, leave it out"),
+        refused(
+            "eod-mask-loss",
+            "it is an option of `hft-megatron pretrain`; --loss-on and --train-on-eos choose the trained tokens here",
+        ),
+        refused(
+            "chat-template=",
+            "it is an option of `hft-megatron sft` and `dpo`; a corpus has no conversations, leave it out",
+        ),
     )
 }
 """Rows of options that only some of the commands have, for the others."""
@@ -42,7 +48,7 @@ VALUES_NOT_HAD = {
         "SentencePieceTokenizer, and its files as --tokenizer-model",
     ),
 }
-"""Rows of options here, by the values that Megatron-LM's option has and this one can't have."""
+"""Rows of options here, by the values of Megatron-LM's option that this one does not have."""
 
 MEGATRON_DEFAULTS = {
     "bf16": "off",
@@ -59,5 +65,5 @@ MEGATRON_DEFAULTS = {
 
 
 def refused_value(name: str, words: tuple[str, ...]) -> Row | None:
-    """The row that speaks against an option's value; None where nothing does."""
+    """The row that refuses an option's value; None where no row does."""
     return next((row for values, row in VALUES_NOT_HAD.items() if row.name == name and set(words) & set(values)), None)

@@ -214,7 +214,7 @@ OTHERS = (
     ),
     family(
         "Optimizer state in host memory",
-        "optimizer state stays on the device; --hft-resting-moments host keeps that of frozen weights in host memory",
+        "optimizer state stays on the device; --hft-frozen-moments host keeps that of frozen weights in host memory",
         """
         optimizer-cpu-offload optimizer-offload-fraction= use-torch-optimizer-for-cpu-offload
         overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params
@@ -368,4 +368,4 @@ OTHERS = (
         """,
     ),
 )
-"""By what they are about; names as ``megatron_rows`` writes them."""
+"""Families, by topic; names as ``megatron_rows`` writes them."""

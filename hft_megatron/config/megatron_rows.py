@@ -1,4 +1,4 @@
-"""What the table of Megatron-LM's flags and other trainers' names is made of: rows, and short ways to write them."""
+"""Rows of the table of Megatron-LM's flags and of other trainers' names, and short ways to write them."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +9,9 @@ from typing import Literal
 Kind = Literal["switch", "value", "several"]
 State = Literal["accepted", "refused", "not built yet", "other name"]
 Conversion = Callable[[str, Mapping[str, str]], str]
-"""What a value is here, as words without a full stop, by the value and the values of all that is given, by name."""
+"""Explanation for one value, without a full stop, by the value and the values of all options of the command by name."""
 VALUE = "VALUE"
-"""Stands in words for the value that was given."""
+"""Placeholder of the given value in an explanation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +21,19 @@ class Row:
     name: str
     """Without the leading dashes: ``attention-dropout``."""
     kind: Kind
-    """How many words follow it: none, one, or all up to the next option."""
+    """Number of words that follow it: none, one, or all up to the next option."""
     state: State
     words: str
-    """Without a full stop. Of an accepted flag what is done here, of a refused one why and what to do instead, of one
-    that is not built what serves meanwhile (may be empty), of another name the option's name here. ``VALUE`` in them
-    stands for the value."""
+    """Explanation without a full stop: what is done here (accepted), why not and what to do instead (refused), what to
+    use meanwhile (not built yet; may be empty), or the option's name here (other name). ``VALUE`` stands for the
+    given value."""
     values: tuple[str, ...] = ()
-    """Values that say what is done anyway; of an accepted flag without any, every value does."""
+    """Values without effect here; an accepted flag without any has none under every value."""
     beside: tuple[str, ...] = ()
-    """Options of which one must be given with an accepted flag, or ``lacking`` is said of it."""
+    """Options of which one must be given with an accepted flag; ``lacking`` is the error otherwise."""
     lacking: str = ""
     conversion: Conversion | None = None
-    """Of a refused flag whose words depend on its value: gives them in place of ``words``, which hold for any."""
+    """Explanation by value for a refused flag, in place of ``words``, which hold for every value."""
 
     @property
     def is_switch(self) -> bool:
@@ -47,23 +47,23 @@ class Row:
 
     @property
     def can_agree(self) -> bool:
-        """Whether there is anything to give it that is done anyway."""
+        """Return whether any of its values is accepted."""
         return self.state == "accepted" or bool(self.values)
 
     @property
     def expected(self) -> str:
-        """What its value must be, in words for an error."""
+        """Description of the allowed values, for an error."""
         return "true or false" if self.is_switch else " or ".join(self.values) or "that of Megatron-LM's option"
 
     def agrees(self, words: Sequence[str]) -> bool:
-        """Whether the flag with these words asks for nothing but what is done anyway."""
+        """Return whether the flag with these words changes nothing here."""
         if not self.values:
             return self.state == "accepted"
         return all(any(_same(word, value) for value in self.values) for word in words)
 
     def refusal(self, written: str, values: Sequence[str] = (), given: Mapping[str, str] = MappingProxyType({})) -> str:
-        """The sentence about it; ``written`` is the flag as the user wrote it, with its ``values``, and ``given`` has
-        the values of all that is given, by name."""
+        """The error about it; ``written`` is the flag as the user wrote it, with its ``values``, and ``given`` has the
+        values of all options of the command by name."""
         if self.state == "not built yet":
             return f"{written} is not built yet{self.words and f'; {self.words}'}."
         if self.state == "accepted":
@@ -85,18 +85,18 @@ class Section:
 
 
 def accepted(flag: str, words: str, values: str = "", *, beside: str = "", lacking: str = "") -> Row:
-    """A flag that asks for what is done anyway; with ``values``, separated by spaces, only where it has one of them,
-    and with ``beside`` only where one of these options is given, too."""
+    """A flag without effect here; with ``values``, separated by spaces, only where it has one of them, and with
+    ``beside`` only where one of these options is given, too."""
     return replace(_row(flag, "accepted", words, values), beside=tuple(beside.split()), lacking=lacking)
 
 
 def refused(flag: str, words: str, conversion: Conversion | None = None) -> Row:
-    """A flag that is not taken: its meaning can't be had, or it is another option with, perhaps, another value."""
+    """A flag whose meaning is not supported, or is that of another option, which ``words`` or ``conversion`` name."""
     return replace(_row(flag, "refused", words), conversion=conversion)
 
 
 def not_yet(flag: str, words: str = "", values: str = "") -> Row:
-    """A flag that an option here is to be built for; ``values``, separated by spaces, ask for what is done today."""
+    """A flag that will become an option; ``values``, separated by spaces, are those without effect today."""
     return _row(flag, "not built yet", words, values)
 
 
@@ -107,7 +107,7 @@ def other_name(flag: str, option: str) -> Row:
 
 
 def family(title: str, words: str, flags: str) -> Section:
-    """Flags that are refused for one reason."""
+    """Flags that are refused for the same reason."""
     return Section(title=title, rows=tuple(refused(flag, words) for flag in flags.split()))
 
 

@@ -1,6 +1,6 @@
 """The shape of a LLaMA model, from a Hugging Face ``config.json`` or from flags. Imports no torch.
 
-What the model code cannot represent is refused by name, here and in ``hf_refusals``.
+Everything that the model code cannot represent is refused by name, here and in ``hf_keys``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelShape:
     tie_embeddings: bool = False
     init_method_std: float = 0.02
     adapters: Adapters | None = None
-    """Beside the matrices of the layers; None for a model that is nothing but a Hugging Face folder's."""
+    """Adapters beside the matrices of the layers; None for a model without."""
 
     @property
     def base(self) -> ModelShape:
@@ -70,7 +70,7 @@ class ModelShape:
 
     @staticmethod
     def from_hf_config(config: Mapping[str, Any], source: str) -> ModelShape:
-        """Read the contents of a ``config.json``; ``source`` is how errors call the file.
+        """Read the contents of a ``config.json``; ``source`` names the file in errors.
 
         Values that are absent get the defaults of transformers' ``LlamaConfig`` or ``MistralConfig``. Raises UserError
         naming the key when the model is not a LLaMA or is one that this project cannot represent.
@@ -181,13 +181,13 @@ def _size_from_flag(config: ModelConfig, name: str, default: int | None = None) 
     value = getattr(config, name)
     size: int | None = default if value is None else value
     if size is None:
-        raise UserError(f"{flag(name)} is missing: give it, or start from a model folder with --load-hf.")
+        raise UserError(f"{flag(name)} is missing; give it, or start from a model folder with --load-hf.")
     return size
 
 
 def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, Llama3RopeScaling | None]:
     """(rotary base, scaling) from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
-    # transformers 5 lets a rope_scaling that is there win over rope_parameters; so do we.
+    # In transformers 5 a rope_scaling overrides rope_parameters; here too.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise UserError(f"{source}: rope_scaling is {rope!r}, which is not a JSON object.")
@@ -218,8 +218,8 @@ def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, Llama3
     outside = config.get("original_max_position_embeddings")
     if outside not in (None, scaling.original_max_position_embeddings):
         raise UserError(
-            f"{source}: original_max_position_embeddings is {outside!r}, and "
-            f"{scaling.original_max_position_embeddings} in rope_scaling; remove the one that is wrong."
+            f"{source}: original_max_position_embeddings is {outside!r}, but "
+            f"{scaling.original_max_position_embeddings} in rope_scaling; remove the wrong one."
         )
     return base, scaling
 

@@ -45,19 +45,19 @@ else:
         known: ClassVar[list[str]] = []
 
     class ObjectiveName(Names):
-        """What a fine-tuning minimises; ``methods.objectives.registry.register`` adds one."""
+        """An objective of fine-tuning; ``methods.objectives.registry.register`` adds one."""
 
         known: ClassVar[list[str]] = []
 
 
 def known(kind: type[str]) -> list[str]:
-    """The names that there are of this type, in the order in which they were added."""
+    """The registered names of this type, in the order in which they were added."""
     assert issubclass(kind, Names)
     return kind.known
 
 
 def add(kind: type[str], name: str) -> None:
-    """From now on an option of this type may be ``name``."""
+    """Adds ``name`` to the values of options of this type."""
     names = known(kind)
     assert name not in names, f"{name} is registered twice"
     names.append(name)
@@ -65,17 +65,17 @@ def add(kind: type[str], name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What options and rounds must know of a way to select; how it selects is its rule's."""
+    """Properties of a way to select that options and rounds need; its rule does the selecting."""
 
     what: str = ""
-    """What it does, for a sentence: `ranks the matrices of every category`."""
+    """Its action, for a sentence: `ranks the matrices of every category`."""
     without: tuple[str, ...] = ()
     """Fields of HFTConfig that have no meaning with it."""
     needs_scores: bool = False
-    """Ranks by scores of the weights that the run starts from."""
+    """True if it ranks by scores of the weights that the run starts from."""
     is_of_rounds: bool = False
-    """Selects anew or other units in every round, so that a run of one round is a mistake."""
+    """True if it may select other units in every round, so that a run of one round is a mistake."""
 
 
 SELECTIONS: dict[str, Selection] = {}
-"""By the name of the selection."""
+"""Selections by name."""

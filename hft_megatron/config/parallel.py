@@ -1,4 +1,4 @@
-"""Options of the layout: how model and batch are spread over ranks, and the rules that tie it to the model.
+"""Options of the layout of model and batch over ranks, and the rules that tie it to the model.
 
 Every rule takes (options, shape, world size) and raises UserError with one sentence; ``validation`` runs them.
 """
@@ -23,47 +23,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model and the batch are spread over ranks."""
+    """Layout of the model and the batch over ranks."""
 
     tensor_model_parallel_size: Annotated[int, Ge(1)] = 1
+    """Ranks that share every matrix of a layer (tensor parallelism, TP). Must divide attention heads, query groups and
+    feed-forward channels."""
     pipeline_model_parallel_size: Annotated[int, Ge(1)] = 1
+    """Stages that the layers are divided into (pipeline parallelism, PP). Data-parallel size = ranks / (TP x PP)."""
     decoder_first_pipeline_num_layers: Annotated[int, Ge(1)] | None = None
-    """Layers of the first pipeline stage, where stages are uneven; the stages that no option sizes share the rest."""
+    """Layers of the first pipeline stage, for uneven stages. Stages without a size of their own share the rest."""
     decoder_last_pipeline_num_layers: Annotated[int, Ge(1)] | None = None
-    """Layers of the last pipeline stage, which also has the head and the loss."""
+    """Layers of the last pipeline stage, which also holds the head and computes the loss."""
     num_layers_per_virtual_pipeline_stage: Annotated[int, Ge(1)] | None = None
     """Layers of one model chunk under the interleaved pipeline schedule."""
     overlap_p2p_communication: bool = True
-    """Under the interleaved schedule, send to and receive from other stages while layers compute."""
+    """Overlap communication between pipeline stages with compute, under the interleaved schedule."""
     sequence_parallel: bool = False
-    """Split activations between tensor-parallel regions along the sequence; without tensor parallelism it is off, as a
-    line of the log says."""
+    """Split activations between tensor-parallel regions along the sequence. Without tensor parallelism it is off, and
+    the log says so."""
     overlap_grad_reduce: bool = False
     """Reduce-scatter gradients bucket by bucket while the backward pass runs."""
     overlap_param_gather: bool = False
     """All-gather updated parameters while the next forward pass runs (needs --overlap-grad-reduce)."""
     ddp_bucket_size: Annotated[int, Ge(1)] | None = None
-    """Parameters of one gradient bucket; when unset a 16th of what a rank of the first stage trains, at least 1 million
-    for each data-parallel rank and at most megatron-core's default."""
+    """Parameters per gradient bucket. When unset, a 16th of the trainable parameters on a rank of the first stage, at
+    least 1 million per data-parallel rank and at most megatron-core's default."""
     distributed_backend: Literal["nccl", "gloo"] | None = None
-    """nccl where CUDA is present, gloo elsewhere, when unset."""
+    """Backend of torch.distributed; nccl with CUDA and gloo without when unset."""
     distributed_timeout_minutes: Annotated[float, Gt(0)] = 10.0
-    """How long ranks wait for each other, when they meet and in every collective (0.5: half a minute); a host that is
-    silent for half of it, at most for two minutes, is named, and ends the run."""
+    """Time-out of rendezvous and collectives, in minutes; fractions are allowed. A host that is silent for half of it
+    (2 minutes at most) is named and aborts the run."""
 
 
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 
 
 def pipeline_stages_share_the_layers(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Every stage holds a layer at least, and stages that no option sizes hold equally many (megatron-core's rule)."""
+    """Every stage holds a layer or more, and stages without a size of their own are equal (megatron-core's rule)."""
     parallel, layers = config.parallel, shape.num_layers
     stages, given = parallel.pipeline_model_parallel_size, end_words(parallel)
     if stages == 1 and given:
         raise UserError(f"{given} needs --pipeline-model-parallel-size of at least 2; leave it out.")
     if stages > layers:
         raise UserError(
-            f"--pipeline-model-parallel-size {stages} is more than the model's {layers} layers, and every stage needs "
+            f"--pipeline-model-parallel-size {stages} is more than the model's {layers} layers, but every stage needs "
             f"one; the largest size that fits is {layers}."
         )
     if holds_all_layers(parallel, layers):
@@ -72,15 +75,15 @@ def pipeline_stages_share_the_layers(config: RunConfig, shape: ModelShape, world
     rest, others = layers - sum(ends.values()), stages - len(ends)
     others_words = "the other stage" if others == 1 else f"the other {others} stages"
     if not ends:
-        fault = f"--pipeline-model-parallel-size {stages} does not divide the model's {layers} layers"
+        problem = f"--pipeline-model-parallel-size {stages} does not divide the model's {layers} layers"
     elif not others:
-        fault = f"{given} are {layers - rest} layers for both stages, and the model has {layers}"
+        problem = f"{given} give the two stages {layers - rest} layers, but the model has {layers}"
     elif rest < others:
-        fault = f"{given} leaves {max(rest, 0)} of the model's {layers} layers for {others_words}"
+        problem = f"{given} leaves {max(rest, 0)} of the model's {layers} layers for {others_words}"
     else:
-        fault = f"{given} leaves {rest} of the model's {layers} layers, no equal shares for {others_words}"
+        problem = f"{given} leaves {rest} of the model's {layers} layers, which {others_words} cannot share equally"
     fitting = _nearest_split(parallel, layers) if ends else proposed_split(parallel, layers)
-    raise UserError(f"{fault}; {end_words(fitting)} fits ({_split_words(fitting, layers)}).")
+    raise UserError(f"{problem}; {end_words(fitting)} fits ({_split_words(fitting, layers)}).")
 
 
 def virtual_stages_share_the_layers(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -93,14 +96,16 @@ def virtual_stages_share_the_layers(config: RunConfig, shape: ModelShape, world_
     if stages == 1:
         raise UserError(f"{option} needs --pipeline-model-parallel-size of at least 2; leave it out.")
     if uneven := end_words(parallel):
-        raise UserError(f"{option} interleaves stages of equal size, and {uneven} makes them uneven; leave one out.")
+        raise UserError(f"{option} needs stages of equal size, but {uneven} makes them uneven; leave one of them out.")
     if per_stage % chunk:
         raise UserError(
             f"{option} does not divide the {per_stage} layers of a pipeline stage ({shape.num_layers} layers over "
             f"{stages} stages); the nearest number that fits is {nearest_divisor(chunk, per_stage)}."
         )
     if chunk == per_stage:
-        raise UserError(f"{option} is all of a stage's layers, so nothing interleaves; give fewer or leave it out.")
+        raise UserError(
+            f"{option} is the whole of a pipeline stage, so there is nothing to interleave; give fewer or leave it out."
+        )
 
 
 def ranks_factor_into_the_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -125,29 +130,30 @@ def tensor_parallel_divides_the_model(config: RunConfig, shape: ModelShape, worl
     }
     for name, count in parts.items():
         if count % size:
-            fault = f"--tensor-model-parallel-size {size} does not divide the model's {count} {name}"
+            problem = f"--tensor-model-parallel-size {size} does not divide the model's {count} {name}"
             nearest = f"the nearest size that fits is {nearest_divisor(size, math.gcd(*parts.values()))}"
             if name == "query groups" and size > count:
                 raise UserError(
-                    f"{fault}: ranks would hold copies of key and value heads; {nearest}, and "
+                    f"{problem}: ranks would hold copies of key and value heads; {nearest}, and "
                     f"--pipeline-model-parallel-size spreads the model over more ranks."
                 )
-            raise UserError(f"{fault}; {nearest}.")
+            raise UserError(f"{problem}; {nearest}.")
 
 
 def overlaps_fit_together(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """What needs another option to mean anything."""
+    """Options of overlap come with the option that they refine."""
     parallel = config.parallel
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("--overlap-param-gather needs --overlap-grad-reduce; add it.")
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
         raise UserError(
-            f"--ddp-bucket-size {parallel.ddp_bucket_size} needs --overlap-grad-reduce: without it there is one bucket."
+            f"--ddp-bucket-size {parallel.ddp_bucket_size} needs --overlap-grad-reduce: without it there is one "
+            f"bucket; add it, or leave --ddp-bucket-size out."
         )
 
 
 def holds_all_layers(parallel: ParallelConfig, num_layers: int) -> bool:
-    """Whether the stages hold a layer or more each, and together all of them."""
+    """Return whether every stage holds a layer or more, and the stages together hold all layers."""
     held = layers_per_stage(parallel, num_layers)
     return len(held) == parallel.pipeline_model_parallel_size and min(held) > 0 and sum(held) == num_layers
 
@@ -174,7 +180,7 @@ def proposed_split(parallel: ParallelConfig, num_layers: int) -> ParallelConfig:
 
 
 def end_words(parallel: ParallelConfig) -> str:
-    """The options that size the first and the last stage, as one gives them; empty without them."""
+    """The options that size the first and the last stage, as on the command line; empty without them."""
     return " ".join(f"{flag(name)} {size}" for name, size in _given_ends(parallel).items())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 RESOLVED_CONFIG_FILE = "resolved_config.yaml"
 """Every option of the run with its value, readable by ``--config``."""
 RUN_IDENTITY_FILE = "run_identity.json"
-"""What makes the run this one and not another: a command that differs in it is refused."""
+"""Identity of the run: a command that differs in it is refused."""
 SPECTRUM_FILE = "spectrum.json"
 """The scores of --hft-selection spectrum, which a resumed run takes over: its own could differ in the last bits."""
 REFERENCE_FILE = "reference.json"
@@ -14,25 +14,27 @@ REFERENCE_FILE = "reference.json"
 FISHER_FOLDER = "fisher"
 """Fisher information of the tasks up to this run's, and its last weights, for the task that follows (--ewc-lambda)."""
 FINISHED_FILE = "finished.json"
-"""How far the run came, in place of its checkpoints (--continual-discard)."""
+"""Last iteration of a run whose checkpoints were deleted (--continual-discard)."""
 STATUS_FILE = "status.json"
-"""How the last command that was pointed at the folder ended."""
+"""Outcome of the last command that used the folder."""
 BILL_FILE = "bill.json"
-"""What the steps of the last command cost every rank, measured, next to full fine-tuning by formula."""
+"""Measured costs of the last command's steps on every rank, beside full fine-tuning by formula."""
 CHECKPOINT_TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """The iteration of the newest complete checkpoint; Megatron's name. Written last."""
 
 
 def same_folder(one: str, other: str | None) -> bool:
-    """Whether two options name one folder, however they spell it."""
+    """Return whether two options name the same folder, however it is spelled."""
     return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def found_again(folder: Path, *, beside: Path) -> Path:
-    """Where another run's ``folder`` is, which the run in ``beside`` has noted: the folder of its name beside that run,
-    if it is gone from where it was, because runs that lie side by side, such as those of --stages, move together."""
+    """Path of another run's ``folder`` that the run in ``beside`` has recorded.
+
+    If it is gone, the folder of its name beside that run: runs side by side, such as those of --stages, move together.
+    """
     moved = beside.resolve().parent / folder.name
-    # Of os.path, which takes a folder that can't be looked at for one that is gone.
+    # With os.path, which treats a folder that can't be read as gone.
     return (moved if os.path.isdir(moved) and not os.path.exists(folder) else folder).resolve()
 
 

@@ -1,4 +1,4 @@
-"""What makes two commands the same run: model, data and method, but not the layout or the number of iterations."""
+"""Identity of a run: model, data and method, but not the layout or the number of iterations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hft_megatron.config.run_folder import RUN_IDENTITY_FILE, found_again
 from hft_megatron.errors import UserError
 
 _OPTIONS = {
-    name: option.default
+    name: option
     for group in get_type_hints(RunConfig).values()
     for name, option in declared(group).items()
     if SAME_RUN in option.marks
 }
-"""The options that are part of the identity, by their declarations, with their defaults.
+"""Declarations of the options that are part of the identity, by name.
 
 Folders of earlier versions lack what came later: a default of such an option must be what runs did before it existed.
 """
@@ -31,56 +31,57 @@ Folders of earlier versions lack what came later: a default of such an option mu
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """The values that a resumed run must share with the run in the folder."""
+    """Values that a resumed run must share with the run in the folder."""
 
     method: str
     """The command: ``sft`` and so on."""
     shape: ModelShape
     data_path: str | None
-    """For the message only: the same data may lie somewhere else on another machine."""
+    """Path for error messages only: the same data may have another path on another machine."""
     data_digest: str | None
-    """Of the training data as tokens are made from it; None when nothing is trained on."""
+    """Digest of the training data as tokens are made from it; None when nothing is trained."""
     seq_length: int
     global_batch_size: int
     seed: int
     hft_seed: int
     weights_digest: str | None = None
-    """Of the Hugging Face folder's weights; None for a run that started from random ones."""
+    """Digest of the Hugging Face folder's weights; None for a run that started from random weights."""
     adapter_digest: str | None = None
-    """Of the file of --lora-adapter; None for a run whose adapters began anew, or that has none."""
+    """Digest of the file of --lora-adapter; None for a run whose adapters started fresh, or that has none."""
     options: Mapping[str, Any]
     """Values of the options that ``SAME_RUN`` marks, by name. In the file they stand beside the other values."""
-    # What runs had before these existed.
+    # Defaults: the values of runs from before these fields existed.
     dpo_average_log_probs: bool = False
     reference_digest: str | None = None
-    """Of --dpo-reference-model's weights; None where the run compares with those that it started from."""
+    """Digest of the --dpo-reference-model's weights; None where the run compares with its own first weights."""
     hft_plan: str | None = None
-    """For the message only, like ``data_path``."""
+    """Path for error messages only, like ``data_path``."""
     hft_plan_digest: str | None = None
-    """Of the plan file; None when plans are drawn."""
+    """Digest of the plan file; None when plans are drawn."""
     finetuned_from: str | None = None
-    """Folder of the run whose weights --finetune took; None for other runs, and for a command that only goes on."""
+    """Folder of the run whose weights --finetune took; None for other runs, and for a command that only resumes."""
     tokenizer_path: str | None = None
-    """For the message only."""
+    """Path for error messages only."""
     tokenizer_digest: str | None = None
-    """Of everything that decides the ids of a text; None where nothing was tokenized."""
+    """Digest of everything that decides the ids of a text; None where nothing was tokenized."""
     split: str | None = None
-    """Of a corpus; None for other data."""
+    """Value of --split for a corpus; None for other data."""
     order_digest: str | None = None
-    """Of the order of samples, where it depends on more than the values above."""
+    """Digest of the order of samples, where it depends on more than the values above."""
     train_iters: int | None = None
-    """For the message only, next to ``order_digest``: what that order was made for."""
+    """Iterations that the order of ``order_digest`` was made for; for error messages only."""
     uses_chat_template: bool = True
-    """Whether the chat template has rendered data that the run, or one whose weights it took, is trained on; not
+    """True if the chat template has rendered training data of this run, or of one whose weights it took; not
     compared."""
     run_id: str = ""
-    """Name that the run gets when it begins and notes beside its exports, which are then known to be its own; not
-    compared. Empty before that, and for runs of earlier versions."""
+    """Name that the run gets when it begins. Recorded beside its exports to recognise them; not compared. Empty before
+    that, and for runs of earlier versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file beside the checkpoints."""
         values = asdict(self)
-        return {**values.pop("options"), **values}
+        options = values.pop("options")
+        return {**{_OPTIONS[name].identity_key: value for name, value in options.items()}, **values}
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> RunIdentity:
@@ -91,14 +92,15 @@ class RunIdentity:
         if shape.get("adapters") is not None:
             adapters = shape["adapters"]
             shape["adapters"] = Adapters(**{**adapters, "targets": tuple(adapters["targets"])})
-        options = {name: saved.get(name, default) for name, default in _OPTIONS.items()}
+        keys = {name: option.identity_key for name, option in _OPTIONS.items()}
+        options = {name: saved.get(keys[name], option.default) for name, option in _OPTIONS.items()}
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-        values = {name: value for name, value in saved.items() if name not in _OPTIONS}
+        values = {key: value for key, value in saved.items() if key not in keys.values()}
         return RunIdentity(**{**values, "shape": ModelShape(**shape), "options": options})
 
     @staticmethod
     def read(option: str, folder: str) -> RunIdentity:
-        """Of the run in ``folder``, which ``option`` names. UserError for a file that can't be read."""
+        """Read the identity of the run in ``folder``, the value of ``option``. UserError if it can't be read."""
         file = Path(folder) / RUN_IDENTITY_FILE
         try:
             noted = RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))
@@ -107,8 +109,8 @@ class RunIdentity:
             return replace(noted, finetuned_from=str(found_again(Path(noted.finetuned_from), beside=file.parent)))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{option} {folder}: {file.name}, which says what run its checkpoints are of, can't be read ({error}); "
-                f"copy the run's folder again, or choose another."
+                f"{option} {folder}: {file.name}, the identity of the run, cannot be read ({error}); copy the run's "
+                f"folder again, or choose another."
             ) from error
 
 
@@ -156,11 +158,11 @@ def _data_words(config: RunConfig) -> str | None:
 
 def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option: str = "--save") -> None:
     """Raise UserError, with both values of the first difference, when ``folder`` holds another run than ``new``."""
-    fix = f"go back to that, or choose another {option} folder; --load {folder} --finetune, with another --save, "
-    fix += "starts a new run from its weights"
+    fix = f"use the run's value, or choose another {option} folder; to start a new run from its weights, give --load "
+    fix += f"{folder} --finetune with another --save"
     for name, old_value, new_value in differences(saved, new):
         raise UserError(
-            f"{option} {folder} holds another run: its {name} is {old_value}, and this command's is {new_value}; {fix}."
+            f"{option} {folder} holds another run: its {name} is {old_value}, but this command's is {new_value}; {fix}."
         )
 
 
@@ -169,16 +171,16 @@ def check_same_model(saved: RunIdentity, new: RunIdentity, folder: str) -> None:
     for name, old_value, new_value in _sizes(saved, new):
         if old_value != new_value:
             raise UserError(
-                f"--finetune takes the weights of --load {folder}, whose {name} is {old_value}, and this command's is "
+                f"--finetune takes the weights of --load {folder}, whose {name} is {old_value}, but this command's is "
                 f"{new_value}; give the same model."
             )
 
 
 def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
-    """(what, saved value, new value) of all that differs, in the words of the options."""
+    """(name, saved value, new value) of everything that differs, under the names of the options."""
     values: list[tuple[str, object, object]] = [("method", saved.method, new.method)]
     values += _sizes(saved, new)
-    # It decides what the data is as well, and says more.
+    # Before the data, whose digest depends on it: the more telling difference.
     values.append(("--seq-length", saved.seq_length, new.seq_length))
     if None not in (saved.tokenizer_digest, new.tokenizer_digest) and saved.tokenizer_digest != new.tokenizer_digest:
         values.append(("tokenizer", _tokenizer(saved), _tokenizer(new)))
@@ -210,7 +212,7 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
 
 
 def _sizes(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
-    """(what, saved value, new value) of every size of the model."""
+    """(name, saved value, new value) of every size of the model."""
     return [
         (f"model's {field.name.replace('_', ' ')}", getattr(saved.shape, field.name), getattr(new.shape, field.name))
         for field in fields(ModelShape)
@@ -234,7 +236,7 @@ def _data(identity: RunIdentity) -> str:
 
 def _order(identity: RunIdentity) -> str:
     assert identity.order_digest is not None
-    return f"that of --train-iters {identity.train_iters} (digest {identity.order_digest[:12]})"
+    return f"the one for --train-iters {identity.train_iters} (digest {identity.order_digest[:12]})"
 
 
 def _plan_file(identity: RunIdentity) -> str | None:

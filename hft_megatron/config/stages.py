@@ -26,9 +26,10 @@ _OF_EXPORTS: dict[str, Any] = {
     "save_dtype": None,
     "keep_source_tokenizer": False,
 }
-"""Options that, given for all stages, are the last one's, and their values in others. A stage may set its own."""
+"""Options that, given for all stages, apply to the last one, and their values in the others. A stage may set its
+own."""
 _OF_THE_WHOLE = ("save", "load", "finetune")
-"""Options that a stage can't set: stages follow one another in the folders below --save."""
+"""Options that a stage can't set: stages follow one another in folders below --save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,11 @@ class Stage:
     method: MethodName
     config: RunConfig
     shares_rounds: bool = False
-    """Whether its rounds have the numbers of those of the stage before, and so their plans."""
+    """True if its rounds have the numbers of the previous stage's rounds, and so their plans."""
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints are."""
+        """Folder of its checkpoints."""
         assert self.config.checkpoint.save is not None
         return Path(self.config.checkpoint.save)
 
@@ -50,29 +51,31 @@ class Stage:
 def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None = None) -> tuple[Stage, ...]:
     """The stages that a YAML file describes; ``base`` are the options of all of them.
 
-    Raises UserError for a file that can't be read, a method that there isn't, an option that is no stage's own, and
-    where --save is missing, which stages need to hand on their weights.
+    Raises UserError for a file that can't be read, an unknown method, an option that a stage can't set, and without
+    --save, which stages need to pass on their weights.
     """
     whole = base.checkpoint
     if whole.save is None:
-        raise UserError(f"--stages {path} needs --save, where one stage leaves its weights for the next; add it.")
+        raise UserError(f"--stages {path} needs --save, through which stages pass on their weights; add it.")
     if base.hft.hft_first_round is not None:
-        raise UserError(f"--hft-first-round {base.hft.hft_first_round} is what --stages numbers itself; leave it out.")
+        raise UserError(
+            f"--hft-first-round {base.hft.hft_first_round}: --stages numbers the rounds itself; leave it out."
+        )
     stages: list[Stage] = []
     read = stages_of_file(Path(path), base, note)
     for number, (method, line, config) in enumerate(read):
         if method not in known(MethodName):
-            raise UserError(f"{path}:{line}: the method {method} is none of {', '.join(known(MethodName))}.")
+            raise UserError(f"{path}:{line}: the method {method} is not one of {', '.join(known(MethodName))}.")
         exports_itself = config.checkpoint.save_hf != whole.save_hf
         for name in _OF_THE_WHOLE if exports_itself else (*_OF_THE_WHOLE, *_OF_EXPORTS):
             if getattr(config.checkpoint, name) != getattr(whole, name):
-                with_folder = ", or save_hf for the stage, too" if name in _OF_EXPORTS else ""
+                with_folder = ", or also give the stage a save_hf" if name in _OF_EXPORTS else ""
                 raise UserError(
-                    f"{path}:{line}: {name} can't be set for one stage; give {flag(name)} for all{with_folder}."
+                    f"{path}:{line}: {name} cannot be set for one stage; give {flag(name)} for all{with_folder}."
                 )
         if config.model != base.model:
             raise UserError(
-                f"{path}:{line}: a stage can't have a model of its own; the stages train one model in turn."
+                f"{path}:{line}: a stage cannot have a model of its own, as all stages train one model; leave it out."
             )
         if config.training.train_iters == 0:
             raise UserError(
@@ -86,7 +89,7 @@ def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None =
         for other in stages:
             if own.save_hf is not None and same_folder(own.save_hf, other.config.checkpoint.save_hf):
                 raise UserError(
-                    f"{path}:{line}: save_hf {own.save_hf} is where an earlier stage exports to; name another."
+                    f"{path}:{line}: save_hf {own.save_hf} is the export folder of an earlier stage; choose another."
                 )
         if number > 0:
             own = replace(own, load=str(stages[-1].folder), finetune=True)
@@ -103,7 +106,7 @@ def without_exports(checkpoint: CheckpointConfig) -> CheckpointConfig:
 
 
 def named_logging(logging: LoggingConfig, of_all: LoggingConfig, stage: str) -> LoggingConfig:
-    """With names of its own for a stage's curves where all stages were given one: each counts its iterations from 1."""
+    """The options with a name per stage for its curves, where all stages share one: each counts iterations from 1."""
     folder, run = logging.tensorboard_dir, logging.wandb_exp_name
     if folder is not None and folder == of_all.tensorboard_dir:
         folder = f"{folder}/{stage}"
@@ -118,20 +121,20 @@ def numbered(stage: Stage, first_round: int) -> Stage:
 
 
 def with_one_schedule(stages: Sequence[Stage], iterations: Sequence[int]) -> tuple[Stage, ...]:
-    """Each a part of one schedule over the iterations of all. UserError for a warm-up that takes all of them, and where
-    their number isn't given, or would be another one in another layout."""
+    """The stages as parts of one schedule over all their iterations. Raises UserError for a warm-up as long as all of
+    them, and where their number isn't given or depends on the layout."""
     start, parts = 0, []
     for stage, length in zip(stages, iterations, strict=True):
         training = stage.config.training
         if training.train_samples is not None:
             raise UserError(
-                f"--train-samples {training.train_samples} makes a schedule of samples, and one over all tasks counts "
-                f"iterations; give --train-iters or --train-epochs."
+                f"--train-samples {training.train_samples} makes a schedule of samples, but one schedule over all "
+                f"tasks counts iterations; give --train-iters or --train-epochs."
             )
         if training.global_batch_size is None:
             raise UserError(
-                "--global-batch-size is missing: one schedule over all tasks is as long as their iterations, which "
-                "another layout would change; give it."
+                "--global-batch-size is missing: one schedule over all tasks needs their iterations, which would "
+                "otherwise depend on the layout; add it."
             )
         optimizer = replace(stage.config.optimizer, lr_schedule_start=start, lr_schedule_iters=sum(iterations))
         warmup_fits(optimizer, length)
@@ -141,5 +144,5 @@ def with_one_schedule(stages: Sequence[Stage], iterations: Sequence[int]) -> tup
 
 
 def with_rounds_in_turn(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Numbered as if each had one round, which is enough to check them by."""
+    """The stages numbered as if each had one round, which is enough to check them."""
     return tuple(numbered(stage, number) for number, stage in enumerate(stages))

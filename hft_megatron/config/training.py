@@ -1,4 +1,4 @@
-"""Options of the training itself: how long, how much at a time, in what precision, and their rules."""
+"""Options of the training itself (length, batch sizes, precision), and their rules."""
 
 from __future__ import annotations
 
@@ -23,65 +23,79 @@ TransformerImpl = Literal["local", "transformer_engine"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how much at a time, in what precision."""
+    """Length of the training, batch sizes and precision."""
 
     micro_batch_size: Annotated[int, Ge(1)] = 1
-    """Sequences of one forward pass on one data-parallel rank; under --packing a sequence is a pack of examples. In
-    preference tuning pairs, or packs of them, are counted, here and in --global-batch-size."""
+    """Sequences per forward pass on one data-parallel rank. Under --packing a sequence is a pack of examples. In
+    preference tuning this and --global-batch-size count pairs, or packs of pairs."""
     global_batch_size: Annotated[int, Ge(1)] | None = None
-    """Sequences of one optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
+    """Sequences per optimizer step over all ranks; micro-batch size x data-parallel size when unset."""
     rampup_batch_size: Annotated[tuple[int, ...], SAME_RUN] = ()
-    """START INCREMENT SAMPLES: the first steps have START sequences, and over the first SAMPLES sequences of the run
-    steps grow by INCREMENT up to --global-batch-size. Needs --train-samples."""
+    """Batch-size ramp START INCREMENT SAMPLES: the first steps have START sequences, and over the first SAMPLES
+    sequences of the run the batch grows by INCREMENT up to --global-batch-size. Needs --train-samples."""
     skip_nonfinite_steps: Annotated[int, Ge(0)] = 0
-    """Steps of the run, at most, whose loss or gradients are infinite or undefined and that are left out; the next one
-    ends the run. Their samples count as seen; weights, moments and learning rate stay as if the step had not been."""
+    """Largest number of steps with an infinite or undefined loss or gradient that the run skips; one more ends the run.
+    The samples of a skipped step count as seen; weights, moments and learning rate do not change."""
     iterations_to_skip: tuple[int, ...] = ()
-    """Numbers (from 1) of iterations that take their samples and do nothing with them: weights, moments and learning
-    rate stay as if they had not been, as Megatron has it, and nothing is logged of them. A resumed run may name others
-    among those that are to come."""
+    """Iterations (numbered from 1) that consume their samples without an update, as in Megatron: weights, moments and
+    learning rate do not change, and nothing is logged. A resumed run may change the iterations that are still to
+    come."""
     train_iters: Annotated[int, Ge(0)] | None = None
-    """Optimizer steps; 100 when neither this nor --train-epochs is set. 0 trains nothing."""
+    """Optimizer steps; 100 when neither this, --train-epochs nor --train-samples is set. 0 trains nothing."""
     train_epochs: Annotated[int, Ge(1)] | None = None
-    """Passes over the training data, instead of --train-iters. The last batch of an epoch is filled up with the first
-    samples of the next, the last one of all too."""
+    """Passes over the training data, instead of --train-iters. The last batch of every epoch is filled up with the
+    first samples of the next epoch; so is the last batch of the run."""
     train_samples: Annotated[int, Ge(1)] | None = None
-    """Sequences to train on, instead of --train-iters; a last step that would take more is left out. The schedule of
-    the learning rate then counts sequences, and so do the options of its parts."""
+    """Sequences to train on, instead of --train-iters. A last step that would need more sequences is left out. The
+    learning rate schedule and its options then count sequences."""
     check_replicas_interval: Annotated[int, Ge(1)] | None = None
-    """Iterations between comparisons of the weights that several ranks hold, bit for bit: those of data-parallel
-    replicas, norms over tensor-parallel ranks, tied embeddings. Ranks that differ end the run and are named."""
+    """Iterations between bit-for-bit comparisons of weights that several ranks hold: data-parallel replicas, norms over
+    tensor-parallel ranks, and tied embeddings. A difference ends the run and names the ranks."""
     exit_duration_in_mins: Annotated[float, Gt(0)] | None = None
-    """Save and end (exit code 3, as after a signal) at the first iteration this long after the start."""
+    """Minutes after which the run saves and ends (exit code 3, as after a signal), at the end of an iteration."""
     exit_interval: Annotated[int, Ge(1)] | None = None
-    """Save and end, in the same way, after the next iteration that is a multiple of this and not the last."""
+    """Iterations after which the run saves and ends in the same way: at the next multiple of this, unless it is the
+    last iteration."""
     seq_length: Annotated[int, Ge(1)] | None = None
     """Longest training sequence in tokens; the model's limit when unset."""
     bf16: bool | None = None
-    """bf16 weights with fp32 masters, or fp32 (--no-bf16). Unset: bf16 on CUDA and CPUs with AMX or AVX512-BF16."""
+    """bf16 weights with fp32 masters, or fp32 (--no-bf16); bf16 on CUDA and on CPUs with AMX or AVX512-BF16 when
+    unset."""
     accumulate_allreduce_grads_in_fp32: Annotated[bool, SAME_RUN] = True
-    """Gradients beside bf16 weights are added up, over micro-batches and ranks, in fp32; --no-... adds them in bf16:
-    2 bytes less of memory and half of what is reduced for each weight that trains, and rounding in every sum."""
+    """fp32 sums of the gradients of bf16 weights, over micro-batches and ranks. --no-... sums in bf16: 2 bytes less
+    memory and half the reduced bytes per trainable weight, but rounding in every sum."""
     transformer_impl: TransformerImpl = "local"
-    """Whose kernels compute attention, norms and Adam: torch's, whatever else is installed, or those of
-    transformer-engine (needs CUDA and bf16), or NVIDIA's Apex for Adam where it alone has one."""
+    """Kernels of attention, norms and Adam. local: torch's, whatever else is installed. transformer_engine:
+    transformer-engine's (needs CUDA and bf16), and Apex's Adam where only Apex has one."""
     recompute_activations: bool = False
-    """The same as --recompute-granularity selective."""
+    """Recompute attention in the backward pass: the same as --recompute-granularity selective."""
     recompute_granularity: Literal["full", "selective"] | None = None
+    """Activations to recompute in the backward pass instead of keeping: whole layers (full), or the core attention
+    alone (selective); none when unset."""
+    """Activations to recompute in the backward pass instead of keeping: whole layers (full), or the core attention
+    alone (selective); none when unset."""
     recompute_method: Literal["uniform", "block"] | None = None
+    """Layers that full recomputation covers. uniform: all, in units of --recompute-num-layers layers. block: the first
+    --recompute-num-layers layers of a model chunk alone."""
+    """Layers that full recomputation covers. uniform: all, in units of --recompute-num-layers layers. block: the first
+    --recompute-num-layers layers of a model chunk alone."""
     recompute_num_layers: Annotated[int, Ge(1)] | None = None
+    """Layers per recomputed unit (uniform), or recomputed layers per model chunk (block)."""
+    """Layers per recomputed unit (uniform), or recomputed layers per model chunk (block)."""
     seed: Annotated[int, Ge(0)] = 1234
+    """Seed of random weights and of the order of the data; also of the draws when --hft-seed is unset."""
+    """Seed of random weights and of the order of the data; also of the draws when --hft-seed is unset."""
     deterministic_mode: bool = False
-    """Only deterministic kernels and a fixed order of reductions: repeated runs are equal bit for bit."""
+    """Deterministic kernels and a fixed order of reductions: repeated runs are equal bit for bit."""
     empty_unused_memory_level: Literal[0, 1, 2] = 0
-    """Give the device back what torch keeps of freed memory: 1 before every update, 2 after it as well; costs time."""
+    """Return freed memory that torch keeps to the device: 1 before every update, 2 after it as well. Costs time."""
     manual_gc: bool = False
-    """Collect Python's garbage on all ranks at once, and at no other time: before training, around validations and
-    every --manual-gc-interval."""
+    """Collect Python's garbage on all ranks at the same time, and never automatically: before training, around
+    validations and every --manual-gc-interval."""
     manual_gc_interval: Annotated[int, Ge(0)] = 0
-    """With --manual-gc: iterations between collections; 0 for none."""
+    """Iterations between collections under --manual-gc; 0 for none."""
     manual_gc_eval: bool = True
-    """With --manual-gc: collect before and after every validation (--no-manual-gc-eval for not)."""
+    """Collect garbage before and after every validation under --manual-gc; --no-manual-gc-eval turns it off."""
 
     def __post_init__(self) -> None:
         if self.recompute_activations and self.recompute_granularity is None:
@@ -101,7 +115,7 @@ def batch_divides_over_the_ranks(config: RunConfig, shape: ModelShape, world_siz
     stages, microbatches = config.parallel.pipeline_model_parallel_size, batch // step
     if config.parallel.num_layers_per_virtual_pipeline_stage is not None and microbatches % stages:
         raise UserError(
-            f"--global-batch-size {batch} makes {microbatches} micro-batches per step, and the interleaved schedule "
+            f"--global-batch-size {batch} makes {microbatches} micro-batches per step, but the interleaved schedule "
             f"needs a multiple of --pipeline-model-parallel-size {stages}; the nearest size that fits is "
             f"{_nearest_multiple(batch, step * stages)}."
         )
@@ -110,15 +124,14 @@ def batch_divides_over_the_ranks(config: RunConfig, shape: ModelShape, world_siz
     for name, size in zip(("START", "INCREMENT"), config.training.rampup_batch_size, strict=False):
         if size % step:
             raise UserError(
-                f"--rampup-batch-size: {name} {size} is not a multiple of the {step} sequences that the ranks take at "
-                f"least in a step (--micro-batch-size x data-parallel size, and under the interleaved schedule x "
+                f"--rampup-batch-size: {name} {size} is not a multiple of {step}, the fewest sequences of a step "
+                f"(--micro-batch-size x data-parallel size, and under the interleaved schedule x "
                 f"--pipeline-model-parallel-size); the nearest size that fits is {_nearest_multiple(size, step)}."
             )
 
 
 def _may_be_saved(config: RunConfig) -> bool:
-    """Whether what the command leaves open may be known with the checkpoint that it goes on from: rules are asked again
-    then."""
+    """Return whether a checkpoint to resume from may set what the command leaves unset; the rules then run again."""
     return config.checkpoint.load is not None and not config.checkpoint.finetune
 
 
@@ -130,30 +143,30 @@ def _ramp_fits(config: RunConfig, batch: int) -> None:
     given = " ".join(["--rampup-batch-size", *map(str, ramp)])
     if len(ramp) != 3 or min(ramp) < 1:
         raise UserError(
-            f"{given}: must be three whole numbers of at least 1: the sequences of the first steps, by how many they "
-            f"grow, and over how many sequences of the run."
+            f"{given}: must be three whole numbers of at least 1: sequences of the first steps, the increment, and the "
+            f"sequences of the run over which the batch grows."
         )
     if config.training.global_batch_size is None:
         if _may_be_saved(config):
             return
-        raise UserError(f"{given} leads up to --global-batch-size; add it.")
+        raise UserError(f"{given} needs --global-batch-size, the size that it ends at; add it.")
     start, increment, ramp_samples = ramp
     if start >= batch or (batch - start) % increment:
         raise UserError(
-            f"{given}: --global-batch-size {batch} must be START {start} and one or more times INCREMENT {increment}; "
+            f"{given}: --global-batch-size {batch} must be START {start} plus a multiple of INCREMENT {increment}; "
             f"the nearest size that fits is {start + _nearest_multiple(batch - start, increment)}."
         )
     if samples is None:
-        raise UserError(f"{given} needs the length of the run as --train-samples; give it instead of others.")
+        raise UserError(f"{given} needs the length of the run in samples; give it as --train-samples.")
     if samples <= ramp_samples:
         raise UserError(
-            f"--train-samples {samples} ends before the full batch that {given} leads to; give more than "
-            f"{ramp_samples}, or a shorter ramp."
+            f"--train-samples {samples} ends before {given} reaches the full batch; give more than {ramp_samples}, or "
+            f"a shorter ramp."
         )
     if config.hft.hft_lr_schedule == "round":
         raise UserError(
-            f"{given} makes rounds of as many iterations differ in their samples, and --hft-lr-schedule round has one "
-            f"schedule for all of them; leave one of the two out."
+            f"{given} gives rounds of equal iterations different numbers of samples, but --hft-lr-schedule round has "
+            f"one schedule for all rounds; leave one of the two out."
         )
 
 
@@ -171,7 +184,7 @@ def recompute_options_fit_together(config: RunConfig, shape: ModelShape, world_s
         for option, value in full.items():
             if value is not None:
                 raise UserError(
-                    f"--recompute-activations recomputes attention alone, and {option} {value} whole layers; keep one "
+                    f"--recompute-activations recomputes attention alone, but {option} {value} whole layers; keep one "
                     f"of them."
                 )
     for option, value in units.items():
@@ -190,7 +203,7 @@ def recompute_options_fit_together(config: RunConfig, shape: ModelShape, world_s
             f"the nearest number that fits is {nearest_divisor(count, math.gcd(*layers))}."
         )
     if count > max(layers):
-        raise UserError(f"--recompute-num-layers {count} is more than {held}.")
+        raise UserError(f"--recompute-num-layers {count} is more than {held}; give at most {max(layers)}.")
 
 
 def _nearest_multiple(wanted: int, step: int) -> int:
@@ -205,11 +218,11 @@ def sequence_fits_the_model(config: RunConfig, shape: ModelShape, world_size: in
 
 
 def iterations_are_numbered_from_1(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """The log's numbers: there is no iteration 0."""
+    """Iterations are numbered as in the log, from 1."""
     for iteration in config.training.iterations_to_skip:
         if iteration < 1:
             raise UserError(
-                f"--iterations-to-skip {iteration}: iterations are numbered from 1, as the log has them; leave it out."
+                f"--iterations-to-skip {iteration}: iterations are numbered from 1, as in the log; leave it out."
             )
 
 
@@ -218,13 +231,13 @@ def gradients_have_a_precision(config: RunConfig, shape: ModelShape, world_size:
     training = config.training
     if training.bf16 is False and not training.accumulate_allreduce_grads_in_fp32:
         raise UserError(
-            "--no-accumulate-allreduce-grads-in-fp32 adds up gradients in the bf16 of the weights, and --no-bf16 has "
-            "fp32 weights; leave one of the two out."
+            "--no-accumulate-allreduce-grads-in-fp32 sums gradients in the bf16 of the weights, but with --no-bf16 the "
+            "weights are fp32; leave one of the two out."
         )
 
 
 def length_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Iterations, epochs or samples: of two lengths one would be ignored. The schedule counts what the length does."""
+    """The length is in iterations, epochs or samples, given once, and the schedule is in the same unit."""
     training, optimizer = config.training, config.optimizer
     lengths = {"iters": training.train_iters, "epochs": training.train_epochs, "samples": training.train_samples}
     given = [f"--train-{name} {value}" for name, value in lengths.items() if value is not None]
@@ -235,8 +248,9 @@ def length_is_given_once(config: RunConfig, shape: ModelShape, world_size: int) 
         value = getattr(optimizer, f"{part}_{other}")
         if value:
             raise UserError(
-                f"{flag(part)}-{other} {value} is not of a run whose length is {given[0] if given else 'in iterations'}"
-                f"; give {flag(part)}-{wanted}{'' if wanted == 'samples' else ', or --train-samples as the length'}."
+                f"{flag(part)}-{other} {value} does not fit a run whose length is "
+                f"{given[0] if given else 'in iterations'}; give {flag(part)}-{wanted}"
+                f"{'' if wanted == 'samples' else ', or --train-samples as the length'}."
             )
     batch = derived.global_batch_size(config, world_size)
     is_known = training.global_batch_size is not None or not _may_be_saved(config)

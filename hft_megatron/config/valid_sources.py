@@ -1,4 +1,4 @@
-"""The sources of --valid-data-path: what each is called in the log, where it is, and the options that it is read with.
+"""The sources of --valid-data-path: the name of each in the log, its paths, and the options that it is read with.
 
 A word names a source, or a ``.yaml`` file with a list of them, each an entry of its own options.
 """
@@ -38,10 +38,10 @@ OWN_OPTIONS = (
     "train_on_eos",
     "long_examples",
 )
-"""Options of the run that an entry may have for itself."""
+"""Options of the run that an entry may set for itself."""
 ENTRY_KEYS = {
-    _NAME: "what its values are called in the log: `lm loss validation/NAME`",
-    _PATH: "a word as on the command line, or a list of them that are one source; relative to the file",
+    _NAME: "name of its values in the log: `lm loss validation/NAME`",
+    _PATH: "a path as on the command line, or a list of paths that are one source; relative to the file",
     **{name: f"in place of `{flag(name)}`" for name in OWN_OPTIONS},
     "chat_template": "in place of `--chat-template`; a template's file is relative to the file, too",
 }
@@ -54,7 +54,7 @@ class ValidSource:
 
     name: str
     paths: tuple[str, ...]
-    """As on the command line; several are one behind the other."""
+    """Paths as on the command line; several are read one after the other."""
     data: DataConfig
     """The run's options, with the entry's own in their place."""
     place: str = ""
@@ -64,16 +64,16 @@ class ValidSource:
 
     @property
     def folder(self) -> Path:
-        """What a chat template of its own is relative to."""
+        """Folder that its own chat template is relative to."""
         return Path(self.place).parent if self.place else Path()
 
     def option(self, key: str) -> str:
-        """How an error calls a key of its entry, or the option where it has none."""
+        """Name of a key of its entry in errors, or of the option where it has no entry."""
         return f"{self.place}: {key}" if self.place else _OPTION
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """What is raised about options of its entry names file and line."""
+        """Adds file and line to errors about options of its entry."""
         try:
             yield
         except UserError as error:
@@ -83,8 +83,8 @@ class ValidSource:
 def valid_sources(data: DataConfig) -> tuple[ValidSource, ...]:
     """All sources of --valid-data-path in their order.
 
-    Raises UserError, with file and line, for a file that is no list of entries and for what is wrong with an entry, and
-    for two sources that are one.
+    Raises UserError, with file and line, for a file that is not a list of entries, for an entry that is not valid, and
+    for a source that is given twice.
     """
     sources: list[ValidSource] = []
     for word in data_sources(_OPTION, data.valid_data_path):
@@ -95,7 +95,9 @@ def valid_sources(data: DataConfig) -> tuple[ValidSource, ...]:
     given = [source.name for source in sources if source.name]
     for source in sources:
         if given.count(source.name) > 1:
-            raise UserError(f"{source.place}: another source is named {source.name}, too; give every source its own.")
+            raise UserError(
+                f"{source.place}: another source has the name {source.name} as well; give every source its own name."
+            )
     words = iter(_names([source.paths[0] for source in sources if not source.name], given))
     return tuple(source if source.name else replace(source, name=next(words)) for source in sources)
 
@@ -118,7 +120,7 @@ def _source_of_entry(node: yaml.Node, file: Path, data: DataConfig) -> ValidSour
     for key, value in node.value:
         where, name = f"{file}:{key.start_mark.line + 1}: {key.value}", str(key.value).replace("-", "_")
         if name not in ENTRY_KEYS:
-            raise UserError(f"{where} is no key of a source; choose from {', '.join(ENTRY_KEYS)}.")
+            raise UserError(f"{where} is not a key of a source; choose from {', '.join(ENTRY_KEYS)}.")
         if name in values:
             raise UserError(f"{where} is set twice in one source; leave one of them out.")
         values[name] = value
@@ -151,14 +153,16 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
 def _names(paths: Sequence[str], taken: Sequence[str]) -> list[str]:
-    """For each path the shortest of its ``_candidates`` that is no other's. Raises UserError where two are one."""
+    """The shortest unique name of each path among its ``_candidates``. Raises UserError where two paths are equal."""
     candidates = [_candidates(path) for path in paths]
     owners = Counter(name for one in candidates for name in set(one))
     names = []
     for path, own in zip(paths, candidates, strict=True):
         name = next((name for name in own if owners[name] == 1 and name not in taken), None)
         if name is None:
-            raise UserError(f"{_OPTION} {path} is there twice; validation sees every example once: leave one out.")
+            raise UserError(
+                f"{_OPTION} {path} is given twice, but validation uses every example once; leave one of them out."
+            )
         names.append(name)
     return names
 
@@ -181,17 +185,17 @@ def _candidates(path: str) -> list[str]:
 
 
 def validation_sources_are_clear(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Sources have names of their own, and entries of a file options that mean something."""
+    """Sources have unique names, and entries of a file have valid options."""
     check_valid_sources(config.data)
 
 
 def sources_hold_pairs(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Options of examples that pairs have no use for, in the entries of a file."""
+    """Refuse options of single examples in the entries of a file for pairs."""
     check_pair_sources(config.data)
 
 
 def check_pair_sources(data: DataConfig) -> None:
-    """Raise UserError for an option of examples that pairs have no use for, of the run or of an entry."""
+    """Raise UserError for an option of single examples, of the run or of an entry, which does not apply to pairs."""
     check_pair_options(data)
     for source in valid_sources(data):
         with source.told():
@@ -199,7 +203,7 @@ def check_pair_sources(data: DataConfig) -> None:
 
 
 def check_valid_sources(data: DataConfig) -> None:
-    """Raise UserError for the first mistake in what --valid-data-path says, before a file of data is looked at."""
+    """Raise UserError for the first mistake in --valid-data-path, before a data file is read."""
     check_sources(data)
     for source in valid_sources(data):
         with source.told():

@@ -1,4 +1,4 @@
-"""Decides whether a run's options make sense, in milliseconds, before torch is imported or a rank waits for another.
+"""Checks a run's options in milliseconds, before torch is imported or a rank waits for another.
 
 Every rank runs the same rules on the same options and so comes to the same answer: no rank is left waiting.
 """
@@ -54,10 +54,10 @@ _RULES: tuple[Rule, ...] = (
     lora.the_adapter_has_its_own_folder,
     checkpoint.outputs_can_be_written,
 )
-"""In this order, so that the numbers a rule divides by have been checked by an earlier one."""
+"""Rules of every run, in an order in which the numbers that a rule divides by have been checked by an earlier one."""
 
 DATA_RULES: dict[MethodName, tuple[Rule, ...]] = {}
-"""What every method asks of its own data, after that; ``methods.registry`` fills it."""
+"""Rules of every method about its own data, which run after those. Filled by ``methods.registry``."""
 
 _NEEDS_NO_DATA = {
     numbers_are_in_bounds,
@@ -74,14 +74,14 @@ _NEEDS_NO_DATA = {
     *hft.METHOD_RULES,
 }
 PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in _RULES if rule in _NEEDS_NO_DATA)
-"""Those that don't need data, a tokenizer, a batch or a place for outputs."""
+"""Rules that need no data, tokenizer, batch or output folder."""
 
 LAYOUT_RULES: tuple[Rule, ...] = (
     numbers_are_in_bounds,
     parallel.ranks_factor_into_the_layout,
     parallel.overlaps_fit_together,
 )
-"""Those that look at neither a model nor a file."""
+"""Rules that look at neither a model nor a file."""
 
 ANY_SHAPE = ModelShape(
     num_layers=1,
@@ -93,7 +93,7 @@ ANY_SHAPE = ModelShape(
     vocab_size=1,
     max_position_embeddings=1,
 )
-"""For rules that look at no model, where there is none."""
+"""Shape for rules that look at no model, where there is none."""
 
 
 def validate(config: RunConfig, shape: ModelShape | None, world_size: int, method: MethodName) -> None:

@@ -1,4 +1,4 @@
-"""Adapters as PEFT has them, in a folder of two files, and added to the matrices that they belong to.
+"""Adapters in PEFT's format, in a folder of two files, and added to the matrices that they belong to.
 
 PEFT gives a tensor that it does not find the value of a new adapter's, which does nothing, and only warns. Names are
 therefore compared in full here.
@@ -68,7 +68,7 @@ def export_adapter(
     base: str | None,
     announce: Announce,
 ) -> None:
-    """Writes the adapters of this run's model, which appear complete or not at all; every rank must call it.
+    """Writes the adapters of this run's model; the folder appears complete or not at all. Every rank must call it.
 
     ``base`` is the Hugging Face folder of the model that they belong to. Raises RunFailed on every rank where rank 0
     can't write.
@@ -101,33 +101,33 @@ def _write(destination: NewFolder, tensors: dict[str, Tensor], adapters: Adapter
 
 
 def check_adapter(folder: str, shape: ModelShape) -> str:
-    """Raises UserError unless ``folder`` holds finite adapters of these shapes for the matrices of the model, no other
-    tensors, and at least one that does something. Returns the sha256 of its file."""
+    """Checks that ``folder`` holds finite adapters of these shapes for the matrices of the model, no other tensors, and
+    at least one that does something. Raises UserError otherwise. Returns the sha256 of its file."""
     wanted = {peft_name(unit.name): unit.name for unit in units_of(shape) if unit.category == "adapter"}
     does_something = False
     with _opened(folder) as file:
         held = set(file.keys())
         odd = min(held ^ wanted.keys(), default=None)
         if odd is not None:
-            why = "is missing" if odd in wanted else "belongs to no matrix of the model that it names as a target"
+            why = "is missing" if odd in wanted else "belongs to no matrix among the target modules of this model"
             raise UserError(
-                f"--lora-adapter {folder}: the tensor {odd} {why}; give an adapter of this model, whose names are "
-                f"PEFT's own."
+                f"--lora-adapter {folder}: tensor {odd} {why}; use an adapter of this model, saved by PEFT under its "
+                f"own names."
             )
         for name, unit in wanted.items():
             tensor: Tensor = file.get_tensor(name)
             if tuple(tensor.shape) != whole_shape(unit, shape):
                 raise UserError(
-                    f"--lora-adapter {folder}: {name} has shape {list(tensor.shape)}, and the model asks for "
+                    f"--lora-adapter {folder}: {name} has shape {list(tensor.shape)}, but the model needs "
                     f"{list(whole_shape(unit, shape))}."
                 )
             if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-                raise UserError(f"--lora-adapter {folder}: {name} holds values that are no finite numbers.")
+                raise UserError(f"--lora-adapter {folder}: {name} holds values that are not finite.")
             does_something |= unit.endswith(_B) and bool(tensor.any())
     if not does_something:
         raise UserError(
-            f"--lora-adapter {folder}: every lora_B is 0, so that the adapter does nothing; give a trained one, or "
-            f"start with --lora-rank."
+            f"--lora-adapter {folder}: every lora_B is 0, so the adapter does nothing; use a trained adapter, or start "
+            f"a new one with --lora-rank."
         )
     with (Path(folder) / ADAPTER_WEIGHTS_FILE).open("rb") as stream:
         digest = hashlib.sha256()
@@ -158,7 +158,7 @@ def _opened(folder: str) -> Any:
 
 
 def merged(wholes: Iterable[tuple[str, Tensor]], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """(unit, whole tensor) of a model in the order of ``units_of``, with adapters added to their matrices, in fp32."""
+    """Yields (unit, whole tensor) in the order of ``units_of``, with adapters added to their matrices in fp32."""
     held: list[Tensor] = []
     name = ""
     for unit, whole in wholes:
@@ -175,8 +175,8 @@ def merged(wholes: Iterable[tuple[str, Tensor]], shape: ModelShape) -> Iterator[
 
 
 def merged_reader(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
-    """``read``, which gives any unit's weight, for the units of the model without adapters: each with its adapter added
-    to it, in fp32."""
+    """Wraps ``read``, which gives any unit's weight, for the units of the model without adapters: each with its adapter
+    added to it, in fp32."""
 
     def read_sum(unit: str) -> Tensor:
         parts = [f"{unit}.{part}" for part in ADAPTER_PARTS] if has_adapter(unit, shape.adapters) else []

@@ -1,4 +1,4 @@
-"""Writes a complete Hugging Face folder: weights, configs, the tokenizer, and what else the source folder has."""
+"""Writes a complete Hugging Face folder: weights, configs, the tokenizer, and the source folder's other files."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def export_tensors(
     tokenizer: Tokenizer | None,
     announce: Announce,
 ) -> torch.dtype:
-    """Exports to ``destination``, which appears complete or not at all. Returns the data type that was written.
+    """Exports to ``destination``, which appears complete or not at all. Returns the data type written.
 
     ``wholes`` and ``run_dtype`` are those of ``write_weights``. The source's config and generation config are kept,
     with the data type and the begin, end and (where one is named) pad tokens brought in line with what was trained, and
@@ -79,7 +79,7 @@ def export_tensors(
             sync(path)
         lines = destination.publish(unfinished)
     except OSError:
-        # On a full disk it leaves no room to say how the run ended.
+        # A full disk would leave no room to record how the run ended.
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     announce(
@@ -106,7 +106,7 @@ def _write_configs(
     if source is not None and (Path(source) / "generation_config.json").exists():
         generation = json.loads((Path(source) / "generation_config.json").read_text(encoding="utf-8"))
     for file, content in (("config.json", config), ("generation_config.json", generation)):
-        # A list of end tokens (Llama 3) says more than the tokenizer's one: what is on it stays.
+        # A list of end tokens (Llama 3) says more than the tokenizer's single one: its entries stay.
         listed = content.get("eos_token_id")
         content |= tokens
         if tokenizer is not None:

@@ -1,11 +1,10 @@
-"""FAPM, DARE and TIES: parts of what fine-tuning changed are kept, entry by entry; the rest goes back to the base.
+"""FAPM, DARE and TIES: keep part of what fine-tuning changed, entry by entry, and reset the other entries to the base.
 
-As everything in ``merging``: tensor by tensor, without training, ranks or a model. A change is tau = W - W0, of a
+As everything in ``merging``: tensor by tensor, without training, ranks or a model. A change is tau = W - W0, with a
 tuned model's weight W and the base's W0, in fp32.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import floor
@@ -17,7 +16,7 @@ from torch import Tensor
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.merge_inputs import MergeInputs
-from hft_megatron.conversion.merging import Combine, Merged, check_both, merge
+from hft_megatron.conversion.merging import Combine, check_both, merge, recorded
 from hft_megatron.conversion.save import Announce
 
 BLOCK = 1 << 18
@@ -25,11 +24,11 @@ BLOCK = 1 << 18
 
 
 def keep_safe_changes(inputs: MergeInputs, sparsity: float, announce: Announce) -> None:
-    """FAPM (arXiv 2509.08255): of every matrix only the changes that are large, and small beside the weight, are kept.
+    """FAPM (arXiv 2509.08255): keeps only the changes of every matrix that are large, and small beside the weight.
 
-    S = |tau| - mean(|W0|) x |tau| / |W0|; the share 1 - ``sparsity`` of the entries with the largest S keeps the tuned
-    value and all others go back to the base's, both bit for bit. Entries that equal the last one kept are kept as well.
-    Where W0 is 0, S is minus infinity, the limit for a small W0: those go back first. Norms, which are no matrices,
+    S = |tau| - mean(|W0|) x |tau| / |W0|. The share 1 - ``sparsity`` of the entries with the largest S keeps the tuned
+    value and all others are reset to the base's, both bit for bit. Entries equal to the last one kept are kept as well.
+    Where W0 is 0, S is minus infinity, the limit for a small W0: those are reset first. Norms, which are no matrices,
     keep the tuned values. Raises UserError as ``half_reset`` does.
     """
     kept = entries = 0
@@ -49,7 +48,7 @@ def keep_safe_changes(inputs: MergeInputs, sparsity: float, announce: Announce) 
 
 
 def is_safe(tuned: Tensor, base: Tensor, sparsity: float) -> Tensor:
-    """Which entries of a matrix FAPM keeps, bool. Two fp32 tensors of its size beside that."""
+    """Entries of a matrix that FAPM keeps, bool. Needs two more fp32 tensors of its size."""
     score = base.to(torch.float32, copy=True).abs_()
     zero, mean = score == 0, float(score.mean(dtype=torch.float64))
     change = _change(tuned, base).abs_()
@@ -59,7 +58,7 @@ def is_safe(tuned: Tensor, base: Tensor, sparsity: float) -> Tensor:
 
 
 def _last_kept(values: Tensor, share: float) -> float:
-    """The smallest of the largest ``share`` of contiguous fp32 values, whose order is lost; infinity for none."""
+    """Smallest of the largest ``share`` of contiguous fp32 values, whose order is lost; infinity if none is kept."""
     kept = floor(share * values.numel() + 0.5)
     if kept == 0:
         return torch.inf
@@ -70,10 +69,10 @@ def _last_kept(values: Tensor, share: float) -> float:
 
 
 def drop_changes(inputs: MergeInputs, rate: float, seed: int, announce: Announce) -> None:
-    """DARE (arXiv 2311.03099): each entry's change is dropped with probability ``rate``, others divided by 1 - rate.
+    """DARE (arXiv 2311.03099): drops each entry's change with probability ``rate``, divides the others by 1 - rate.
 
-    W = W0 + tau / (1 - rate), or W0. Every tensor is drawn by a generator of its own, made of ``seed`` and its name, so
-    that neither order nor files matter. A rate of 0 gives the tuned model bit for bit. Raises UserError as
+    W = W0 + tau / (1 - rate), or W0. Every tensor is drawn by a generator of its own, seeded by ``seed`` and its name,
+    so that neither order nor files matter. A rate of 0 gives the tuned model bit for bit. Raises UserError as
     ``half_reset`` does.
     """
 
@@ -97,13 +96,13 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def merge_changes(inputs: Sequence[MergeInputs], density: float, coefficient: float, announce: Announce) -> None:
-    """TIES (arXiv 2306.01708): the largest changes of several models of one base, merged where they agree.
+    """TIES (arXiv 2306.01708): merges the largest changes of several models of one base where they agree.
 
-    Of every tensor and model the share ``density`` of the largest |tau| is kept (entries that equal the last one are
-    kept as well), the sign of an entry is that of the sum of what is kept, and W = W0 + ``coefficient`` x the mean of
-    what has that sign. Where the sum is 0 the base's value stays. Of one model it is its trimming alone. Data type,
-    config.json and tokenizer are those of the first of ``inputs``, which share base, output and shape. Raises UserError
-    as ``half_reset`` does.
+    Of every tensor and model the share ``density`` of the largest |tau| is kept (entries equal to the last one are
+    kept as well). The sign of an entry is that of the sum of the kept changes, and W = W0 + ``coefficient`` x the mean
+    of the changes with that sign. Where the sum is 0 the base's value stays. Of one model it is its trimming alone.
+    Data type, config.json and tokenizer are those of the first of ``inputs``, which share base, output and shape.
+    Raises UserError as ``half_reset`` does.
     """
     first, *others = inputs
     digests = [check_weights(one.tuned, one.shape, option="--others") for one in others]
@@ -129,8 +128,8 @@ def merge_changes(inputs: Sequence[MergeInputs], density: float, coefficient: fl
 
 
 def _elected(start: Tensor, changed: Sequence[Tensor], smallest: Tensor, coefficient: float) -> Tensor:
-    """(entries,) fp32, a block of a merged tensor: of the base's and all models' values, and the smallest |tau| that is
-    kept of each model."""
+    """Merges a block of a tensor, (entries,) fp32: the base's and all models' values, and each model's smallest |tau|
+    that is kept."""
     changes = torch.stack([_change(one, start) for one in changed])
     changes.masked_fill_(changes.abs() < smallest[:, None], 0)
     sign = changes.sum(0).sign()
@@ -140,16 +139,10 @@ def _elected(start: Tensor, changed: Sequence[Tensor], smallest: Tensor, coeffic
 
 
 def _change(tuned: Tensor, base: Tensor) -> Tensor:
-    """tau, fp32, in memory of its own; those that were read are maps of files."""
+    """tau, fp32, in memory of its own; the tensors read are maps of files."""
     return tuned.to(torch.float32, copy=True).sub_(base)
 
 
 def _write(inputs: MergeInputs, combine: Combine, name: str, rule: Mapping[str, Any], announce: Announce) -> None:
-    """Writes the folder with ``NAME.json``, which says the rule and what it was applied to."""
-    digests = check_both(inputs)
-    folders = {"tuned": inputs.tuned, "base": inputs.base}
-    record = {**rule, **{key: {"folder": folders[key], "digest": digests[key]} for key in folders}}
-    values = {f"hft_{key}": str(value) for key, value in rule.items() if isinstance(value, (int, float))}
-    metadata = {"hft_merge": name, **values, **{f"hft_{key}": digest for key, digest in digests.items()}}
-    text = json.dumps(record, indent=2) + "\n"
-    merge(inputs, combine, [Merged(record=(f"{name}.json", text), metadata=metadata)], announce)
+    """Writes the folder with ``NAME.json``, which records the rule and its inputs."""
+    merge(inputs, combine, [recorded(inputs, check_both(inputs), name, rule)], announce)

@@ -1,6 +1,6 @@
-"""Where an export goes, and what it keeps of its source folder.
+"""Targets of an export, and the files that it keeps of its source folder.
 
-Licences, model cards, further chat templates and small files of any other kind are a model's, whatever was trained.
+Licences, model cards, further chat templates and other small files belong to the model, whatever was trained.
 """
 
 import os
@@ -16,12 +16,12 @@ from hft_megatron.conversion.weight_files import INDEX_FILE
 
 @dataclass(frozen=True, kw_only=True)
 class IterationExport:
-    """Where the export of an iteration goes."""
+    """Target of the export of an iteration."""
 
     folder: ExportFolder
     iteration: int
     measured: Mapping[str, float]
-    """What validation measured there, by name."""
+    """Validation metrics of that iteration, by name."""
 
     @property
     def target(self) -> Path:
@@ -36,7 +36,7 @@ class IterationExport:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalExport:
-    """Where the export at the end of such a run goes: beside those of its iterations."""
+    """Target of the export at the end of such a run: beside those of its iterations."""
 
     folder: ExportFolder
     iteration: int
@@ -55,7 +55,7 @@ class FinalExport:
 
 @dataclass(frozen=True, kw_only=True)
 class NewFolder:
-    """An export alone, in a folder that appears with it."""
+    """Target of a single export, in a folder that appears with it."""
 
     target: Path
 
@@ -71,12 +71,12 @@ class NewFolder:
 
 
 Destination = NewFolder | IterationExport | FinalExport
-"""``target`` is what the log calls it; ``open`` gives an empty folder to write into, and ``publish`` puts it there when
+"""``target`` is its name in the log; ``open`` gives an empty folder to write into, and ``publish`` moves it there when
 it is complete and returns lines for the log."""
 
 
 LARGEST_BYTES = 10_000_000
-"""Of a file or folder that is kept: more than licences, cards and their pictures have, and less than weights."""
+"""Limit for a file or folder that is kept: more than licences, cards and their pictures have, and less than weights."""
 _TOO_LARGE = f"above {LARGEST_BYTES / 1e6:g} MB"
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ggml|npz|npy|pkl|distcp|mlmodel|tflite|ot)(\.index\.json)?"
@@ -88,18 +88,18 @@ _OF_A_TRAINING = re.compile(
     r"|adapter_config\.json"  # PEFT; transformers would look for the adapter in the export
     r"|latest|zero_to_fp32\.py|latest_checkpointed_iteration\.txt"  # DeepSpeed and Megatron
 )
-"""Names of what another training, or the release of the weights in another form, left."""
+"""Names of files left by another training run, or by the release of the weights in another form."""
 _RECORDS = (EXPORTS_FILE, "half_reset.json", "average.json", "fapm.json", "dare.json", "ties.json")
-"""What this package writes about weights that the export has no more."""
+"""Records that this package writes about weights which the export no longer has."""
 _SHOWN = 12
 
 
 def keep_files(source: Path, target: Path, *, others: Collection[str] = ()) -> list[str]:
-    """Copies what ``target`` lacks of ``source``, and returns a line that names it and what else was left out.
+    """Copies files that ``target`` lacks from ``source``. Returns a line that names them and those left out.
 
-    Not looked at are ``others``, which somebody else writes, and the safetensors that the export replaces. Left out are
-    weights, files above ``LARGEST_BYTES``, hidden ones, checkpoints, ``original/``, records of a training and what
-    can't be read. Raises OSError where ``target`` can't be written.
+    ``others``, which somebody else writes, and the safetensors that the export replaces are skipped without mention.
+    Left out are weights, files above ``LARGEST_BYTES``, hidden ones, checkpoints, ``original/``, records of a training
+    run and what can't be read. Raises OSError where ``target`` can't be written.
     """
     kept: list[str] = []
     left_out: list[str] = []
@@ -115,18 +115,18 @@ def keep_files(source: Path, target: Path, *, others: Collection[str] = ()) -> l
             left_out.append(f"{name} ({reason})")
     said = [
         f"{what}: {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
-        for what, names in (("also taken over", kept), ("left out", left_out))
+        for what, names in (("also copied", kept), ("left out", left_out))
         if names
     ]
-    return [f"export: of {source}, {'; '.join(said)}"] if said else []
+    return [f"export: from {source}, {'; '.join(said)}"] if said else []
 
 
 def _reason_against(path: Path) -> str | None:
-    """Why a file or folder of the source is not taken over, as a clause; None where it is."""
+    """The reason not to copy a file or folder of the source; None where it is copied."""
     if path.name.startswith("."):
         return "hidden"
     if _OF_A_TRAINING.fullmatch(path.name) or path.name in _RECORDS:
-        return "of the source's own making"
+        return "specific to the source"
     try:
         if path.is_dir():
             if path.is_symlink():
@@ -136,7 +136,7 @@ def _reason_against(path: Path) -> str | None:
             total = sum(each.stat().st_size for each in path.rglob("*"))
             return refused or (_TOO_LARGE if total > LARGEST_BYTES else None)
         if not path.is_file():
-            return "no file"
+            return "not a file"
         if _WEIGHTS.fullmatch(path.name):
             return "weights"
         if path.stat().st_size > LARGEST_BYTES:
@@ -149,7 +149,7 @@ def _reason_against(path: Path) -> str | None:
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Contents alone: the mode of a file in a store that others share is not the export's."""
+    """Copies contents alone: the mode of a file in a store that others share is not the export's."""
     if path.is_dir():
         shutil.copytree(path, target, copy_function=shutil.copyfile)
     else:

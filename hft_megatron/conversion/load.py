@@ -16,17 +16,17 @@ from hft_megatron.parallel.consensus import together
 from hft_megatron.parallel.groups import Placement
 
 _HARMLESS = ".rotary_emb.inv_freq"
-"""Old exports hold the rotary frequencies, which follow from config.json."""
+"""Rotary frequencies, which old exports hold and which follow from config.json."""
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", "weight_scale", "weight_packed", "quant_state", ".SCB")
 """Parts of names in files of GPTQ, AWQ, compressed-tensors and bitsandbytes."""
 _ROWS_AT_ONCE = 4096
 
 
 def check_weights(folder: str, shape: ModelShape, *, option: str = "--load-hf") -> str:
-    """Raises UserError unless ``folder`` holds the model's tensors, and no others, in shapes and types that are read.
+    """Raises UserError unless ``folder`` holds the model's tensors, and no others, in supported shapes and types.
 
     Files of two exports are an error too (``HuggingFaceWeights``). Returns a sha256 over the first entries of every
-    tensor, which tells models of one shape apart. Reads the files' headers and those entries only, so that a mistake is
+    tensor, which tells models of one shape apart. Reads only the files' headers and those entries, so that an error is
     found before a model is built.
     """
     digest = hashlib.sha256()
@@ -42,7 +42,7 @@ def check_weights(folder: str, shape: ModelShape, *, option: str = "--load-hf") 
 
 
 def _check_no_others(weights: HuggingFaceWeights, shape: ModelShape) -> None:
-    """A tensor that nothing reads would be lost in silence, and the model would compute something else."""
+    """Raises UserError for a tensor that nothing reads: without it the model would silently compute something else."""
     expected = {f"{unit.name}.weight" for unit in units_of(shape.base)}
     for name in weights.names():
         if name in expected or name.endswith(_HARMLESS):
@@ -59,7 +59,7 @@ def _check_no_others(weights: HuggingFaceWeights, shape: ModelShape) -> None:
 
 
 def _check_tied_head(weights: HuggingFaceWeights, shape: ModelShape) -> None:
-    """Some exports hold the tied matrix twice, which is harmless while both are equal."""
+    """Raises UserError where an export holds the tied matrix twice and the copies differ; equal ones are harmless."""
     head, embedding = f"{LM_HEAD_NAME}.weight", f"{EMBEDDING_NAME}.weight"
     weights.check_shape(head, whole_shape(LM_HEAD_NAME, shape))
     for start in range(0, shape.vocab_size, _ROWS_AT_ONCE):
@@ -83,7 +83,7 @@ def load_weights(
     """Fills every parameter of this rank from safetensors, rounding to the parameter's dtype where it is coarser.
 
     Adapters, which no such folder has, are left as they are. Rows that only pad the vocabulary become zero. Collective.
-    Raises UserError on all ranks, with the sentence of the first rank that has one, for a missing or misshapen tensor
+    Raises UserError on all ranks, with the message of the first rank that has one, for a missing or misshapen tensor
     and for a value that is not finite.
     """
 

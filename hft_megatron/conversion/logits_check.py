@@ -1,4 +1,4 @@
-"""Whether our model and transformers compute the same: logits of both for one fixed batch, in fp32."""
+"""A check that our model and transformers compute the same: logits of both for one fixed batch, in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ from hft_megatron.model.parameters import parameter_slots
 from hft_megatron.parallel.groups import start_backend, start_groups, stop_groups
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference of logits, as a share of the largest logit, by the coarsest data type that only one side's weights
-went through; fp32 where both sides have the same values, and only the order of sums differs."""
+"""Largest difference of logits, as a share of the largest logit, by the coarsest data type that the weights of only one
+side were rounded to; fp32 where both sides have the same values, and only the order of sums differs."""
 
 _SEQUENCES, _LENGTH = 2, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitDifference:
-    """Of two models on one batch."""
+    """Difference of two models' logits on one batch."""
 
     largest: float
     """Largest absolute difference of two logits."""
     scale: float
     """Largest absolute logit of transformers' model."""
     tolerance: float
-    """As a share of ``scale``."""
+    """Largest share of ``scale`` that is accepted."""
 
     @property
     def is_within(self) -> bool:
-        """False also where a logit is not a number."""
+        """True if within the tolerance; False also where a logit is not a number."""
         return self.largest <= self.tolerance * self.scale
 
     def describe(self) -> str:

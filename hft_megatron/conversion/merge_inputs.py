@@ -1,6 +1,6 @@
-"""Which folders a merge reads and writes, and what can be wrong with them. Imports no torch.
+"""The folders that a merge reads and writes, and checks of them. Imports no torch.
 
-Two models can be merged tensor by tensor when one was trained from the other; this is found out from their config.json.
+Two models can be merged tensor by tensor when one was trained from the other; their config.json files show it.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,11 @@ from hft_megatron.errors import UserError
 
 _MAY_DIFFER = ("max_position_embeddings", "rms_norm_eps", "initializer_range")
 """Keys of config.json that leave every weight its meaning, and that published pairs of a base and a chat model differ
-in; another rotary base or number of heads would give the same numbers another meaning."""
-
+in. Another rotary base or number of heads would give the same numbers another meaning."""
 
 @dataclass(frozen=True, kw_only=True)
 class MergeFolders:
-    """A fine-tuned model, the model that it was trained from, and a place for what becomes of them."""
+    """A fine-tuned model, the model that it was trained from, and a folder for the result."""
 
     tuned: str | None = None
     """Hugging Face folder of the fine-tuned model; data type, config.json and tokenizer of the output are its."""
@@ -34,20 +33,20 @@ class MergeFolders:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInputs:
-    """Two different folders of one shape, and a place that can be written."""
+    """Two different folders of one shape, and a writable output."""
 
     tuned: str
     base: str
     output: str
     shape: ModelShape
-    """Of both, but for what ``notes`` say."""
+    """Shape of both, apart from the differences in ``notes``."""
     notes: tuple[str, ...]
-    """Differences of the two config.json that are no obstacle, one line each."""
+    """Harmless differences of the two config.json files, one line each."""
 
 
 @contextmanager
 def options_called(names: dict[str, str]) -> Iterator[None]:
-    """Lets a UserError of shared code speak of the options of this command: ``{"--load-hf": "--tuned"}``."""
+    """Renames options in a UserError of shared code to those of this command: ``{"--load-hf": "--tuned"}``."""
     try:
         yield
     except UserError as error:
@@ -58,15 +57,15 @@ def options_called(names: dict[str, str]) -> Iterator[None]:
 
 
 def check_folders(folders: MergeFolders) -> MergeInputs:
-    """Looks at the options and at both config.json.
+    """Checks the options and both config.json files.
 
-    Raises UserError for an option that is missing, one folder given twice, an output that holds something or can't be
-    written, a folder that is no LLaMA, and two models of different shapes (naming the first key that differs).
+    Raises UserError for a missing option, one folder given twice, an output that is not empty or can't be written, a
+    folder that is no LLaMA, and two models of different shapes (naming the first key that differs).
     """
     for name in ("tuned", "base", "output"):
         if getattr(folders, name) is None:
             raise UserError(
-                f"--{name} is missing: give --tuned and --base, two model folders, and a new one, --output."
+                f"--{name} is missing: give two model folders, --tuned and --base, and a new folder, --output."
             )
     assert folders.tuned is not None
     assert folders.base is not None
@@ -94,7 +93,7 @@ def _read_shape(option: str, folder: str) -> ModelShape:
 
 
 def _differences(tuned_folder: str, tuned: ModelShape, base_folder: str, base: ModelShape) -> tuple[str, ...]:
-    """Notes about keys that may differ; UserError for the first that may not."""
+    """Notes about keys that may differ. Raises UserError for the first that may not."""
     notes = []
     theirs = base.to_hf_config()
     for key, value in tuned.to_hf_config().items():
@@ -102,9 +101,9 @@ def _differences(tuned_folder: str, tuned: ModelShape, base_folder: str, base: M
             continue
         if key not in _MAY_DIFFER:
             raise UserError(
-                f"--base {Path(base_folder) / HF_CONFIG_FILE} has {key} {theirs[key]!r} and --tuned "
-                f"{Path(tuned_folder) / HF_CONFIG_FILE} has {value!r}, but only models of one shape can be merged; "
-                "name the model that the tuned one was trained from."
+                f"--base {Path(base_folder) / HF_CONFIG_FILE} has {key} {theirs[key]!r}, but --tuned "
+                f"{Path(tuned_folder) / HF_CONFIG_FILE} has {value!r}; only models of one shape can be merged, so name "
+                "the model that the tuned one was trained from."
             )
         notes.append(f"{HF_CONFIG_FILE} has {key} {value!r} in --tuned, which is kept, and {theirs[key]!r} in --base")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Half-Reset and averages of weights: two Hugging Face folders in, one or several out, tensor by tensor.
+"""Half-Reset and weight averages: two Hugging Face folders in, one or several out, tensor by tensor.
 
 No training, no ranks and no model: at most one tensor of each folder and their result are in memory.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,32 +29,31 @@ from hft_megatron.model.parameter_names import whole_shape
 
 HALF_RESET_FILE = "half_reset.json"
 """The plan of a Half-Reset, in the form that --hft-plan reads."""
-AVERAGE_FILE = "average.json"
-"""The coefficient of an average, and what it is of."""
+AVERAGE = "average"
 
 Combine = Callable[[str, HuggingFaceWeights, HuggingFaceWeights], Iterable[Tensor]]
-"""Takes a tensor's name and the opened folders, tuned and base; makes a tensor of the shape that both have for each
-folder that is written, one after the other."""
+"""Takes a tensor's name and the opened folders, tuned and base; yields one tensor of their common shape per output
+folder, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """One folder that is written."""
+    """One output folder."""
 
     record: tuple[str, str]
-    """Name and text of the file that says what it is."""
+    """Name and text of the file that records how it was made."""
     metadata: Mapping[str, str]
-    """Of the headers of its weight files."""
+    """Metadata for the headers of its weight files."""
     place: str = ""
     """Its name in --output; --output itself when empty."""
 
 
 def half_reset(inputs: MergeInputs, plan: Plan, announce: Announce) -> None:
-    """Writes the tuned model with the weights that ``plan`` rests set back to the base's, bit for bit.
+    """Writes the tuned model with the weights that ``plan`` freezes reset to the base's, bit for bit.
 
     The pilot of arXiv 2404.18466 resets a random half of each layer's attention, feed-forward and norm weights, by the
-    rule that HFT freezes by. It does not say what becomes of embedding, final norm and head: here they follow the plan
-    as everything does, and a plan by HFT's rule trains them, so they keep the tuned value.
+    rule that HFT freezes by. It does not say what becomes of embedding, final norm and head. Here they follow the plan
+    like all other weights, and a plan by HFT's rule trains them, so they keep the tuned value.
 
     ``plan`` must be one of the inputs' shape. Raises UserError for folders that don't hold what their config.json asks
     for, and for a value that the tuned model's data type can't hold.
@@ -91,7 +91,7 @@ def average_weights(inputs: MergeInputs, coefficient: float, announce: Announce)
 
 
 def average_path(inputs: MergeInputs, coefficients: Sequence[float], announce: Announce) -> None:
-    """``average_weights`` for several coefficients, each in a folder of its name in the output, reading once.
+    """Runs ``average_weights`` for several coefficients in one read, each into a folder of its name in the output.
 
     The folders appear together. A path of averages is what WiSE-FT compares (arXiv 2109.01903, figure 1). Names of
     coefficients must differ.
@@ -111,7 +111,7 @@ def _average(inputs: MergeInputs, places: Mapping[str, float], announce: Announc
                 continue
             if start is None or difference is None:
                 start = base.read(name).float()
-                # Of a copy, because what is read is a map of the file, and changes in it would be read the next time.
+                # Of a copy, because the tensor read is a map of the file, and changes in it would be read next time.
                 difference = tuned.read(name).to(torch.float32, copy=True).sub_(start)
             if place != last:
                 yield difference.mul(coefficient).add_(start)
@@ -120,27 +120,27 @@ def _average(inputs: MergeInputs, places: Mapping[str, float], announce: Announc
             start = difference = None  # while the last one is converted and written
             yield scaled
 
-    digests = check_both(inputs)
-    outputs = []
-    for place, coefficient in places.items():
-        record = {
-            "coefficient": coefficient,
-            "rule": "base + coefficient x (tuned - base)",
-            "tuned": {"folder": inputs.tuned, "digest": digests["tuned"]},
-            "base": {"folder": inputs.base, "digest": digests["base"]},
-        }
-        metadata = {
-            "hft_merge": "average",
-            "hft_coefficient": str(coefficient),
-            **{f"hft_{name}": digest for name, digest in digests.items()},
-        }
-        text = json.dumps(record, indent=2) + "\n"
-        outputs.append(Merged(record=(AVERAGE_FILE, text), metadata=metadata, place=place))
+    digests, formula = check_both(inputs), "base + coefficient x (tuned - base)"
+    outputs = [
+        recorded(inputs, digests, AVERAGE, {"coefficient": coefficient, "rule": formula}, place)
+        for place, coefficient in places.items()
+    ]
     merge(inputs, average, outputs, announce)
 
 
+def recorded(
+    inputs: MergeInputs, digests: Mapping[str, str], name: str, rule: Mapping[str, Any], place: str = ""
+) -> Merged:
+    """A folder with ``NAME.json``: the rule, and the folders it was applied to with their ``digests``."""
+    folders = {"tuned": inputs.tuned, "base": inputs.base}
+    record = {**rule, **{key: {"folder": folder, "digest": digests[key]} for key, folder in folders.items()}}
+    numbers = {f"hft_{key}": str(value) for key, value in rule.items() if isinstance(value, (int, float))}
+    metadata = {"hft_merge": name, **numbers, **{f"hft_{key}": digest for key, digest in digests.items()}}
+    return Merged(record=(f"{name}.json", json.dumps(record, indent=2) + "\n"), metadata=metadata, place=place)
+
+
 def check_both(inputs: MergeInputs) -> dict[str, str]:
-    """The digest of each folder by ``check_weights``, whose errors it has."""
+    """The digest of each folder by ``check_weights``, which may raise its errors."""
     digests = {}
     for name, folder in (("tuned", inputs.tuned), ("base", inputs.base)):
         digests[name] = check_weights(folder, inputs.shape, option=f"--{name}")
@@ -148,7 +148,7 @@ def check_both(inputs: MergeInputs) -> dict[str, str]:
 
 
 def merge(inputs: MergeInputs, combine: Combine, outputs: Sequence[Merged], announce: Announce) -> None:
-    """Writes whole folders, which appear together: what ``combine`` makes of every tensor, for each of ``outputs``."""
+    """Writes whole folders, which appear together: the tensors that ``combine`` makes, for each of ``outputs``."""
     for note in (*inputs.notes, *notes_on_folder(inputs.tuned), *notes_on_folder(inputs.base)):
         announce(note)
     shapes = {f"{unit.name}.weight": whole_shape(unit.name, inputs.shape) for unit in units_of(inputs.shape)}
@@ -184,7 +184,7 @@ def _announce_dtypes(tuned: Mapping[str, torch.dtype], base: Mapping[str, torch.
         first = differing[0]
         announce(
             f"{len(differing)} of {len(tuned)} tensors have another data type in --base ({first}: {base[first]}) than "
-            f"in --tuned ({tuned[first]}), which the output has; values are rounded to it"
+            f"in --tuned ({tuned[first]}); the output uses that of --tuned, and values are rounded to it"
         )
 
 
@@ -195,7 +195,7 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     smallest, largest = torch.aminmax(converted)  # isfinite would need two more tensors of the size
     if not math.isfinite(smallest) or not math.isfinite(largest):
         raise UserError(
-            f"{name} has numbers that are not finite in {dtype}, its data type in --tuned; store the tuned model in "
+            f"{name} has values that are not finite in {dtype}, its data type in --tuned; store the tuned model in "
             "the base's data type first."
         )
     return converted

@@ -27,19 +27,18 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRules:
-    """Where each tensor of the export comes from and in what data type it is written."""
+    """Source and data type of each tensor of the export."""
 
     source: str | None
     """Hugging Face folder the run started from, if any."""
     trained: frozenset[str]
-    """Units that a step of this run may have changed; others are what the source holds, or what another run made of it
-    (--finetune)."""
+    """Units that a step of this run may have changed; others are the source's, or another run's result (--finetune)."""
     save_dtype: torch.dtype | None
-    """Asked for by --save-dtype; the source's own data type (or the run's) when None."""
+    """Data type asked for by --save-dtype; None: the source's own, or the run's."""
     adds_template: bool = True
-    """Add the chat template in use to a tokenizer that has none of its own."""
+    """True to add the chat template in use to a tokenizer that has none of its own."""
     keep_source_tokenizer: bool = False
-    """Copy the tokenizer's files also where transformers makes other ids of them than were trained."""
+    """True to copy the tokenizer's files even if transformers makes other ids of them than were trained."""
 
 
 def write_weights(
@@ -55,9 +54,9 @@ def write_weights(
     """Writes safetensors to ``folder``, holding one tensor at a time. Returns the data type of most parameters.
 
     ``wholes`` gives (unit, whole tensor) in the order of ``units_of(shape)``. Where ``run_dtype`` can't hold the
-    source's values (fp16 or fp32 trained as bf16), tensors that rested are copied from the source, so that they are
-    its bit for bit, and trained ones are written in the source's data type. What rested but is not the source's,
-    because the run took it from another run's checkpoint, is written like what was trained.
+    source's values (fp16 or fp32 trained as bf16), frozen tensors are copied from the source, so that they are its bit
+    for bit, and trained ones are written in the source's data type. Frozen tensors that are not the source's, because
+    the run took them from another run's checkpoint, are written like trained ones.
     """
     units = units_of(shape)
     copied = 0
@@ -83,7 +82,7 @@ def write_weights(
     [(dtype, _)] = parameters.most_common(1)
     if copied:
         announce(
-            f"export: {run_dtype} can't hold the source's values, so {copied} resting tensors are copied from "
+            f"export: {run_dtype} can't hold the source's values, so {copied} frozen tensors are copied from "
             f"{rules.source} and trained ones are written as {dtype}"
         )
     return dtype
@@ -94,8 +93,8 @@ def gathered_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every unit with its whole tensor on rank 0 (CPU), in the order of ``units_of``; on other ranks nothing.
 
-    ``shape`` is that of the chunks, with what adapters they have; ``only_adapters`` leaves other units out.
-    Every rank must run it to its end, which is when rank 0 has taken the last one.
+    ``shape`` is that of the chunks, including their adapters; ``only_adapters`` leaves other units out.
+    Every rank must run it to its end, which it reaches when rank 0 has taken the last tensor.
     """
     slots = {slot.unit: slot for slot in parameter_slots(chunks) if not _is_tied_copy(slot, shape)}
     speaks = placement.data_rank == 0 and placement.tensor_rank == 0
@@ -103,7 +102,7 @@ def gathered_weights(
     owner_of = {unit: rank for entry in owned if entry is not None for rank, units in [entry] for unit in units}
     for unit in (unit.name for unit in units_of(shape) if unit.category == "adapter" or not only_adapters):
         # Rank 0 comes here when it has written the unit before. Until then the others hold no copies of theirs, and
-        # nothing waits for it in a collective, which would be cut off.
+        # no rank waits for it in a collective, which would time out.
         wait_for_all_ranks()
         whole = None
         if placement.data_rank == 0 and unit in slots:
@@ -134,7 +133,7 @@ def write_on_rank_0(
 ) -> None:
     """Calls ``write`` on rank 0, which takes ``gathered_weights`` one by one; every rank must call it.
 
-    Raises RunFailed on every rank, with ``what`` as the subject, where it raises one of ``caught``; no rank waits for
+    Raises RunFailed on every rank, with ``what`` as the subject, where it raises one of ``caught``. No rank waits for
     the writing in a collective.
     """
     reasons: list[str | None] = [None]

@@ -35,7 +35,7 @@ DTYPE_NAMES = {
 """Names of data types in a header."""
 
 _ALIGNMENT = 8
-"""The tensors' bytes begin at a multiple of it, as in the library's own files."""
+"""Alignment of the tensors' bytes, as in the library's own files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class _Entry:
 class ShardWriter:
     """The weights of one folder: ``model.safetensors``, or numbered files of ``max_shard_bytes`` and an index.
 
-    A tensor larger than that has a file of its own. Each tensor is written when it is given and not kept; a file is on
-    the disk (fsync) when its last one was. Not complete before ``close``. Raises OSError where the disk is full.
+    A tensor larger than that gets a file of its own. Each tensor is written when it is given and not kept; a file is on
+    the disk (fsync) after its last tensor. Not complete before ``close``. Raises OSError where the disk is full.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ShardWriter:
         self._written = 0
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes the next tensor, from any device; its name, data type and shape must be the announced ones."""
+        """Writes the next tensor, from any device; its name, data type and shape must be those announced."""
         entry = self._expected[self._written]
         given = (name, tensor.dtype, tuple(tensor.shape))
         assert given == (entry.name, entry.dtype, entry.shape), f"{given} instead of {entry}"

@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder are its weights, or why that is not clear. Reads names and the index only.
+"""The weight files of a Hugging Face folder, or why they are not clear. Reads names and the index only.
 
 transformers takes model.safetensors where it is there, else the files that the index names, and looks at no other. A
 second whole set beside the one it takes may be the one that was meant, so two sets are an error. Imports no torch.
@@ -17,9 +17,9 @@ from hft_megatron.errors import UserError
 
 
 def notes_on_folder(folder: str) -> list[str]:
-    """A line for each key and file that was passed over and might have meant something.
+    """Returns a line for each key and file that was ignored and might have meant something.
 
-    Says nothing about a set of weight files that isn't clear, which is for ``check_weights`` to refuse.
+    Says nothing about an unclear set of weight files, which ``check_weights`` refuses.
     """
     notes = note_unknown_keys(load_hf_config(folder), f"{folder}/{HF_CONFIG_FILE}")
     with suppress(UserError):
@@ -37,14 +37,14 @@ _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
-    """The one set of weight files of a folder."""
+    """The single set of weight files of a folder."""
 
     files: tuple[str, ...]
     """Names in the folder, sorted; all are there."""
     index: Mapping[str, str]
-    """The index's file of every tensor; empty where no index was needed."""
+    """The tensors' files by the index; empty where no index was needed."""
     notes: tuple[str, ...] = ()
-    """A line for each thing that was passed over and might have been meant as weights."""
+    """A line for each ignored file that might have been meant as weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,7 @@ class _ShardSet:
 def find_weight_files(folder: Path, *, option: str) -> WeightFiles:
     """Finds the set of safetensors that transformers would read; ``option`` names the folder in errors.
 
-    Raises UserError where there is none, a file of it is missing, its index can't be read, or where another whole set
-    is there as well.
+    Raises UserError where there is none, a file of it is missing, its index can't be read, or a second set exists.
     """
     where = f"{option} {folder}"
     present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
@@ -79,7 +78,7 @@ def find_weight_files(folder: Path, *, option: str) -> WeightFiles:
         if any(file in present for file in indexed):
             raise UserError(_two_sets(where, (SINGLE_FILE,), f"the files that {INDEX_FILE} names ({_span(indexed)})"))
         if index is not None:
-            notes.append(f"not read, because its files are not there: {INDEX_FILE}")
+            notes.append(f"not read, because its files are missing: {INDEX_FILE}")
             index = None
     else:
         missing = [file for file in indexed if file not in present]
@@ -94,7 +93,7 @@ def find_weight_files(folder: Path, *, option: str) -> WeightFiles:
         if left and other.is_whole:
             raise UserError(_two_sets(where, chosen, f"the set {_span(other.present)}"))
         if left:
-            notes.append(f"not read, because {_span(chosen)} has the weights: {_listed(left)}")
+            notes.append(f"not read, because {_span(chosen)} holds the weights: {_listed(left)}")
     return WeightFiles(files=chosen, index=index or {}, notes=tuple(f"{folder}: {note}" for note in notes))
 
 
@@ -119,7 +118,7 @@ def _shard_sets(present: Sequence[str]) -> list[_ShardSet]:
 
 
 def _read_index(path: Path, where: str) -> dict[str, str] | None:
-    """The file of every tensor; None where there is no index."""
+    """Maps every tensor to its file; None where there is no index."""
     if not path.exists():
         return None
     try:
@@ -134,12 +133,12 @@ def _read_index(path: Path, where: str) -> dict[str, str] | None:
 def _why_nothing_can_be_read(folder: Path, present: Sequence[str], sets: Sequence[_ShardSet]) -> str:
     if len(sets) > 1:
         spans = " and ".join(_span(each.present) for each in sets)
-        return f"there are shards of {len(sets)} sets ({spans}) and no {INDEX_FILE} that says which; keep one, with it."
+        return f"there are shards of {len(sets)} sets ({spans}) but no {INDEX_FILE}; keep one set, with its index."
     if sets and sets[0].is_whole:
         # Not read without it: a folder that was copied in part may lack more, and no other program would load it.
         return (
-            f"all {sets[0].total} shards ({_span(sets[0].present)}) are there, and only {INDEX_FILE}, which says what "
-            "is in them, is missing; copy it from where they are from."
+            f"all {sets[0].total} shards ({_span(sets[0].present)}) are there, but {INDEX_FILE}, which says what is in "
+            "them, is missing; copy it from the original model folder."
         )
     if sets:
         missing = sets[0].missing
@@ -147,14 +146,14 @@ def _why_nothing_can_be_read(folder: Path, present: Sequence[str], sets: Sequenc
     others = [*present, *sorted(path.name for path in folder.glob("*") if path.suffix in _OTHER_FORMATS)]
     found = f" (found: {others[0]}, which is never opened)" if others else ""
     return (
-        f"neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}; only safetensors are read, under these names, so "
+        f"neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}; only safetensors under these names are read, so "
         "convert other weight files with transformers' save_pretrained first."
     )
 
 
 def _two_sets(where: str, first: Sequence[str], second: str) -> str:
     return (
-        f"{where}: both {_span(first)} and {second} are there, and only one of them can be the model; remove the other "
+        f"{where}: both {_span(first)} and {second} exist, but only one of them can be the model; remove the other "
         f"(transformers would read {_span(first)})."
     )
 

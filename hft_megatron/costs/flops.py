@@ -17,29 +17,29 @@ FORMULA = (
     "+ 6 x layers x heads x head size x sum of squared example lengths (causal: half of the scores); "
     "actual FLOPs = model FLOPs - skipped weight and input gradients + recomputed forward products"
 )
-"""The rule in words, as every result file has it. Padding is in neither: neither as tokens nor in a length."""
+"""The rule in words, as every result file has it. Padding counts neither as tokens nor in a length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Of all ranks together: what a token costs in the matrices, and an example's squared length in attention."""
+    """FLOPs of all ranks together: per token in the matrices, and per squared example length in attention."""
 
     per_token: int
     per_squared_length: int
 
     def of(self, tokens: int, squared_lengths: int) -> int:
-        """Those of a step with so many real tokens, and the sum of the squared lengths of its examples."""
+        """FLOPs of a step with this number of real tokens and this sum of squared example lengths."""
         return self.per_token * tokens + self.per_squared_length * squared_lengths
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """By the two ways of counting."""
+    """FLOPs of a step, counted in two ways."""
 
     model: Flops
-    """What full fine-tuning needs without recomputation, whatever trains: comparable with everybody's figures."""
+    """FLOPs of full fine-tuning without recomputation, whatever trains: comparable with published figures."""
     actual: Flops
-    """What the engine does under the plan."""
+    """FLOPs that the engine computes under the plan."""
 
 
 def step_flops(
@@ -54,14 +54,15 @@ def step_flops(
 ) -> StepFlops:
     """FLOPs of training the units for which ``trains`` is true.
 
-    ``micro_batch_tokens`` are the positions of a micro-batch, with its padding: of many the head's product is made
-    again in the backward pass (``model/loss_chunks.py``).
+    ``micro_batch_tokens`` are the positions of a micro-batch, padding included. Where there are many, the head's
+    product is recomputed in the backward pass (``model/loss_chunks.py``).
 
     Per token a matrix costs 2 FLOPs per parameter forward, 2 for the gradient of its input and 2 for its own. Per layer
     the causal scores and their product with the values cost 2 x heads x head size x length^2 forward (every query meets
-    on average half of the keys) and twice that backward, as Megatron-LM and newer NeMo count. Flash kernels make
-    the scores again in the backward pass, which by custom isn't counted.
-    ``forward_passes_before`` adds those that a step makes before its own: of a reference in memory, or of the model.
+    on average half of the keys) and twice that backward, as Megatron-LM and newer NeMo count. Flash kernels recompute
+    the scores in the backward pass, which by convention isn't counted.
+    ``forward_passes_before`` adds forward passes that a step makes before its own: of a reference in memory, or of the
+    model.
     """
     head = head_forwards(
         shape,
@@ -91,13 +92,13 @@ def attention_flops(shape: ModelShape) -> int:
 
 
 def head_forwards(shape: ModelShape, tensor_size: int, *, micro_batch_tokens: int, vocab_multiple: int = 1) -> int:
-    """How often the head's forward product is made: a second time where its logits were dropped."""
+    """Number of forward products of the head: a second one where its logits were dropped."""
     rows = padded_vocab_size(shape, tensor_size, vocab_multiple) // tensor_size
     return 1 if tokens_of_a_chunk(micro_batch_tokens, rows) == micro_batch_tokens else 2
 
 
 def _flops_of(parts: Iterable[Part], shape: ModelShape, tensor_size: int) -> tuple[Flops, Flops]:
-    """One forward pass through the parts without adapters, and all passes of a step."""
+    """FLOPs of one forward pass through the parts without adapters, and of all passes of a step."""
     once = again = attention_once = attention_again = 0
     for part in parts:
         if part.kind == "attention":

@@ -1,4 +1,4 @@
-"""Whether a layout fits into a device's memory, and what nearby would: by formula, without torch."""
+"""Check that a layout fits into a device's memory, and proposals that would fit: by formula, without torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.rank_memory import MemoryModel, RankMemory
 
 LARGEST_WORLD = 4096
-"""Ranks up to which layouts are looked for, in powers of two."""
+"""Largest world size for which layouts are searched, in powers of two."""
 MOST_TENSOR_RANKS = 8
-"""Of a layout that is proposed: beyond the cards of one machine tensor parallelism is slow."""
+"""Limit of a proposed layout: beyond the GPUs of one machine tensor parallelism is slow."""
 MOST_PROPOSALS = 3
 _FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 _RECOMPUTATIONS: tuple[dict[str, Any], ...] = ({"recompute_granularity": "selective"}, _FULL)
-"""What may be added, the cheaper one first."""
+"""Recomputation that may be added, the cheaper one first."""
 
 Trains = Callable[[str], bool]
 
@@ -28,20 +28,20 @@ class Proposal:
 
     words: str
     total: int
-    """Bytes of the rank that then holds most."""
+    """Bytes on the rank that holds most under these options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """On the plan, or on full fine-tuning."""
+    """Verdict on the plan, or on full fine-tuning."""
 
     memory: RankMemory
-    """Of the rank that holds most."""
+    """Memory of the rank that holds most."""
     fits: bool
     layouts: tuple[Proposal, ...]
-    """With the given options, on the fewest ranks that suffice; the least model-parallel first."""
+    """Layouts for the given options, on the fewest ranks that suffice; the least model-parallel first."""
     options: tuple[Proposal, ...]
-    """On the given layout, with the fewest changes; none where it fits already."""
+    """Changes for the given layout, the fewest that fit; none where it fits already."""
 
 
 def verdict(model: MemoryModel, trains: Trains, room: int) -> Verdict:
@@ -63,7 +63,7 @@ def _smallest_layouts(model: MemoryModel, trains: Trains, room: int) -> tuple[Pr
         found = []
         for replica, memory in replicas:
             data, rest = divmod(world, replica.costs.world_size)
-            # Data-parallel ranks share the optimizer and nothing else: most layouts need no closer look.
+            # Data-parallel ranks share only the optimizer: most layouts need no closer look.
             if rest or memory.total - memory.optimizer + memory.optimizer // max(data, 1) > room:
                 continue
             total = replace(replica, costs=replace(replica.costs, world_size=world)).largest(trains).total
@@ -78,7 +78,7 @@ def _smallest_layouts(model: MemoryModel, trains: Trains, room: int) -> tuple[Pr
 def _replicas(model: MemoryModel) -> Iterator[MemoryModel]:
     """One replica under each model-parallel layout that the model allows, the smallest first, then the least pipelined.
 
-    Counts that are no power of two divide no world that is looked at.
+    Sizes that are not powers of two divide no world size that is searched.
     """
     shape, given = model.costs.shape, model.costs.parallel
     cut = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
@@ -96,7 +96,7 @@ def _replicas(model: MemoryModel) -> Iterator[MemoryModel]:
 
 
 def _split(given: ParallelConfig, stages: int, num_layers: int) -> ParallelConfig:
-    """So many stages, uneven ones as they are given where they are as many, elsewhere as even as can be."""
+    """``given`` with ``stages`` stages: its own uneven split where it has as many, else as even as possible."""
     plain = replace(given, pipeline_model_parallel_size=stages, num_layers_per_virtual_pipeline_stage=None)
     if stages == given.pipeline_model_parallel_size:
         return plain
@@ -120,7 +120,7 @@ def _nearest_options(model: MemoryModel, trains: Trains, room: int) -> tuple[Pro
 
 
 def _changes(model: MemoryModel) -> Iterator[tuple[list[str], MemoryModel]]:
-    """Words to add to the command and the model under them: the least costly of each kind first."""
+    """Options to add to the command and the model under them: the least costly of each kind first."""
     parallel, sequences = model.costs.parallel, model.micro_batch.sequences
     can_cut = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
     cutting = (False, True) if can_cut else (False,)
@@ -144,7 +144,7 @@ def _changes(model: MemoryModel) -> Iterator[tuple[list[str], MemoryModel]]:
 
 
 def _more_recomputation(training: TrainingConfig) -> tuple[dict[str, Any], ...]:
-    """None more, and all that recompute more than the options do."""
+    """No change, and every setting that recomputes more than the given options do."""
     if training.recompute_granularity == "full":
         everything = training.recompute_method == "uniform" and training.recompute_num_layers == 1
         return ({},) if everything else ({}, _FULL)

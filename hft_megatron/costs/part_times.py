@@ -1,9 +1,9 @@
-"""The time of one micro-batch in one part of the model, by formula: products, passes over memory, and what
-tensor-parallel ranks exchange.
+"""The time of one micro-batch in one part of the model, by formula: products, passes over memory, and transfers
+between tensor-parallel ranks.
 
 A product takes the longer of its FLOPs at the device's sustained rate and its bytes at the memory's bandwidth (the
-roofline of Williams, Waterman and Patterson, 2009). What isn't a product is bound by memory: the tensors that its
-kernels read and write are counted from ``model/layers.py`` and ``model/head.py``, and a change there is a change of the
+roofline of Williams, Waterman and Patterson, 2009). Everything else is bound by memory: the tensors that its
+kernels read and write are counted from ``model/layers.py`` and ``model/head.py``, and a change there changes the
 first constants here. A ring of n ranks sends (n - 1) / n of a tensor in an all-gather or a reduce-scatter and twice
 that in an all-reduce, so that sequence parallelism sends as much as tensor parallelism without it (Korthikanti et al.,
 arXiv 2205.05198), but for the input that is gathered again where a matrix trains.
@@ -21,7 +21,7 @@ from hft_megatron.model.parameter_names import whole_shape
 NORM = (2, 3)
 """Hidden states that a norm's one kernel reads and writes, forward and backward."""
 RESIDUAL = (3, 3)
-"""Of its sum with a block's output, and of the sum of the two gradients."""
+"""Hidden states of a block's sum with the residual, and of the sum of the two gradients."""
 ROTATION = (9, 9)
 """Queries and keys: two products, a roll and a sum."""
 ATTENTION_OUTPUT = (2, 2)
@@ -33,43 +33,43 @@ LOSS = (6, 4)
 LOGITS_AGAIN = 4
 """fp32 logits where they were dropped: difference and exponential."""
 ATTENTION_BACKWARD = 2.5
-"""Of a flash kernel's forward pass: five products to two, one of them the scores, which it makes again."""
+"""Cost relative to a flash kernel's forward pass: five products to two, one of them the recomputed scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a device sustains. Bandwidths are GB (1e9 bytes) per second, of links for each device and direction."""
+    """Sustained rates of a device. Bandwidths are GB (1e9 bytes) per second, of links per device and direction."""
 
     tflops: float
-    """Of matrix products, in 1e12 FLOP per second."""
+    """Rate of matrix products, in 1e12 FLOP per second."""
     weight_gradient_tflops: float | None = None
-    """Of products that are added to a gradient; None: the same."""
+    """Rate of products that are added to a gradient; None: the same."""
     attention_tflops: float | None = None
-    """Of attention's kernels; None: the same."""
+    """Rate of attention kernels; None: the same."""
     memory_bandwidth: float
     node_bandwidth: float
-    """Between devices of a node."""
+    """Bandwidth between devices of a node."""
     network_bandwidth: float
-    """Between nodes."""
+    """Bandwidth between nodes."""
     devices_per_node: int
     sends_beside_compute: bool = True
-    """Whether compute hides what is sent meanwhile; on a CPU that computes with all of its cores it doesn't."""
+    """True if compute hides concurrent transfers; not on a CPU that computes with all of its cores."""
 
     def product_seconds(self, flops: float, bytes: float, *, of_weights: bool = False) -> float:
-        """Of a product that computes and moves so much, of weights' gradients or of others."""
+        """Seconds of a product that computes and moves this much; ``of_weights`` for weight gradients."""
         rate = (self.weight_gradient_tflops if of_weights else None) or self.tflops
         return max(flops / (rate * 1e12), self.memory_seconds(bytes))
 
     def attention_seconds(self, flops: float) -> float:
-        """Of a kernel that computes so much and hardly reads memory."""
+        """Seconds of a kernel that computes this much and hardly reads memory."""
         return flops / ((self.attention_tflops or self.tflops) * 1e12)
 
     def memory_seconds(self, bytes: float) -> float:
-        """Of a kernel that only moves so much."""
+        """Seconds of a kernel that only moves this much."""
         return bytes / (self.memory_bandwidth * 1e9)
 
     def ring_seconds(self, bytes: float, *, ranks: int, stride: int) -> float:
-        """Of a reduce-scatter or an all-gather of ``bytes`` over ``ranks`` whose numbers are ``stride`` apart.
+        """Seconds of a reduce-scatter or an all-gather of ``bytes`` over ``ranks`` whose numbers are ``stride`` apart.
 
         Beyond one node the ring has as many links between two nodes as it has ranks on one, as NCCL's have.
         """
@@ -87,16 +87,16 @@ class Phase:
     """Seconds of one micro-batch, in one direction."""
 
     products: float = 0.0
-    """Of the forward pass, or of gradients, attention's included."""
+    """Products of the forward pass, or of gradients; attention included."""
     elementwise: float = 0.0
     collectives: float = 0.0
-    """Of tensor-parallel ranks, as far as no product hides them."""
+    """Collectives of tensor-parallel ranks, as far as no product hides them."""
     recomputed: float = 0.0
-    """In the backward pass: all that is of a forward pass made again."""
+    """Forward pass that is recomputed in the backward pass."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Seconds of the whole phase."""
         return self.products + self.elementwise + self.collectives + self.recomputed
 
     def __add__(self, other: "Phase") -> "Phase":
@@ -105,14 +105,14 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class PartTimes:
-    """A micro-batch on a layout of a device. Valid options assumed."""
+    """Times of a micro-batch on a layout of a device. Valid options assumed."""
 
     costs: CostModel
     micro_batch: MicroBatch
     device: Device
 
     def of(self, part: Part) -> tuple[Phase, Phase]:
-        """Forward and backward."""
+        """The forward and the backward phase of a part."""
         forward = Phase(
             products=self._forward_products(part),
             elementwise=self._elementwise(part, backward=False),
@@ -122,7 +122,7 @@ class PartTimes:
             return forward, Phase()
         again = forward.total * (part.forwards - 1)
         if part.kind == "head":
-            # Only the product and the way to the softmax, of tokens that are gathered once anyway.
+            # Only the product and the passes up to the softmax, of tokens that are gathered once anyway.
             again = (forward.products + self._logits(LOGITS_AGAIN, conversions=1)) * (part.forwards - 1)
         inputs, weights = self._gradient_products(part)
         return forward, Phase(
@@ -140,7 +140,7 @@ class PartTimes:
         return sum(self._product(unit, part) for unit in part.units if part.kind in MATRICES)
 
     def _gradient_products(self, part: Part) -> tuple[float, float]:
-        """Of the input and of the weights."""
+        """Seconds of the products for the gradients of the input and of the weights."""
         if part.kind == "attention":
             return self._attention(ATTENTION_BACKWARD) * part.goes_backward, 0.0
         if part.kind not in MATRICES:
@@ -195,7 +195,7 @@ class PartTimes:
         return self.device.memory_seconds(self._size * self.micro_batch.tokens * elements)
 
     def _logits(self, passes: int, *, conversions: int) -> float:
-        """Of so many passes over fp32 logits, and beside bf16 of conversions to or from them."""
+        """Seconds of ``passes`` over fp32 logits, and with bf16 of conversions to or from them."""
         width = FP32_BYTES * passes + (FP32_BYTES + BF16_BYTES) * conversions * self.costs.bf16
         return self.device.memory_seconds(width * self.micro_batch.tokens * self._vocabulary_rows)
 
@@ -207,7 +207,7 @@ class PartTimes:
         return self._gather if part.kind in ("column", "head") else 0.0
 
     def _backward_collectives(self, part: Part, inputs: float, weights: float) -> float:
-        """As far as the gradients of inputs hide the gather, and those of weights the sum (``model/linear.py``)."""
+        """Exposed seconds: input gradients hide the gather, weight gradients the sum (``model/linear.py``)."""
         if part.kind in ("row", "embedding"):
             return self._gather * part.goes_backward
         if part.kind not in ("column", "head"):
@@ -220,12 +220,12 @@ class PartTimes:
 
     @property
     def _gather(self) -> float:
-        """Of an all-gather along the sequence, where it is cut."""
+        """Seconds of an all-gather along the sequence, where it is cut."""
         return self._ring if splits_sequences(self.costs.parallel) else 0.0
 
     @property
     def _sum_over_ranks(self) -> float:
-        """Of a reduce-scatter where the sequence is cut, of an all-reduce elsewhere."""
+        """Seconds of a reduce-scatter where the sequence is cut, else of an all-reduce."""
         return self._ring if splits_sequences(self.costs.parallel) else 2 * self._ring
 
     @property

@@ -1,7 +1,7 @@
 """The parts of a model in the order of the forward pass, and the passes that a step makes through each: no torch.
 
-One walk up the model, as the engine's forward pass takes it, decides what the backward pass makes: FLOPs and times by
-formula both read its word.
+One walk up the model, in the order of the engine's forward pass, decides what the backward pass computes. FLOPs and
+times by formula both follow from it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +26,7 @@ from hft_megatron.hft.units import (
 
 Kind = Literal["embedding", "norm", "column", "rotation", "attention", "row", "swiglu", "head"]
 """``column``: matrices that share an input and are cut by their rows over tensor ranks; ``row``: one that is cut by its
-columns. ``attention`` is the core alone, behind the ``rotation`` of queries and keys."""
+columns. ``attention`` is the core alone, after the ``rotation`` of queries and keys."""
 MATRICES: tuple[Kind, ...] = ("column", "row", "head")
 """The kinds that are products with weights."""
 
@@ -37,21 +37,21 @@ class Part:
 
     kind: Kind
     chunk: int
-    """Of the model's chunks, from the bottom up."""
+    """Number of the model's chunk, from the bottom up."""
     units: tuple[str, ...] = ()
-    """Whose weights it has. A tied head's is ``lm_head``, though the embedding's."""
+    """Units whose weights it has. A tied head's unit is ``lm_head``, though the weight is the embedding's."""
     trained: tuple[str, ...] = ()
-    """Those of them that train."""
+    """Units among them that train."""
     adapters: tuple[str, ...] = ()
     """Units of the adapters beside them that train, each A before its B."""
     forwards: int = 1
-    """How often its forward pass is made: with recomputation more than once."""
+    """Number of forward passes: more than one with recomputation."""
     gives_gradient: bool
-    """Whether the backward pass makes the gradient of its input."""
+    """True if the backward pass computes the gradient of its input."""
 
     @property
     def goes_backward(self) -> bool:
-        """Whether the gradient of its output is there, because something in it or below it trains."""
+        """True if its output has a gradient, because something in it or below it trains."""
         return self.gives_gradient or bool(self.trained) or bool(self.adapters)
 
 
@@ -78,7 +78,7 @@ class _Walk:
     training: TrainingConfig
     trains: Callable[[str], bool]
     flows: bool = False
-    """Whether the hidden state at this point needs a gradient."""
+    """True if the hidden state at this point needs a gradient."""
     chunk: int = 0
 
     def parts(self, head_forwards: int) -> Iterator[Part]:
@@ -121,7 +121,7 @@ class _Walk:
         yield self._part("row", units(MLP_OUT), forwards)
 
     def _part(self, kind: Kind, units: tuple[str, ...], forwards: int) -> Part:
-        """The next part. Matrices that share an input make its gradient all or none of them."""
+        """The next part. The gradient of an input that matrices share is computed by all of them or by none."""
         trained = tuple(filter(self.trains, units))
         part = Part(
             kind=kind,
@@ -141,7 +141,7 @@ class _Walk:
         return tuple(filter(self.trains, (f"{unit}.{part}" for unit in adapted for part in ADAPTER_PARTS)))
 
     def _is_recomputed(self, layer_of_chunk: int) -> bool:
-        """Whether a layer's whole forward pass is made again: the first ones of every chunk under ``block``."""
+        """True if a layer's whole forward pass is recomputed: the first layers of every chunk under ``block``."""
         training = self.training
         if training.recompute_granularity != "full":
             return False

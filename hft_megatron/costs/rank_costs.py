@@ -1,4 +1,4 @@
-"""What a rank sends and holds under a plan, by formula.
+"""Bytes that a rank sends and holds under a plan, by formula.
 
 Measured on megatron-core 0.16.1 (``_ParamAndGradBuffer``): parameters are laid out in reverse order of registration,
 each starts at a multiple of 64 elements, bucket ends are padded to lcm(DP, 128), and a bucket closes once it holds
@@ -29,20 +29,20 @@ MOST_BUCKETS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedShard:
-    """One training parameter of a rank, in the order of registration."""
+    """One trainable parameter of a rank, in the order of registration."""
 
     elements: int
     own_bucket: bool = False
-    """A tied embedding that stands on two pipeline stages."""
+    """True for a tied embedding that is on two pipeline stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """What is reduced and gathered in one piece. Positions count elements from the start of the buffer."""
+    """Elements that are reduced and gathered in one piece. Positions count from the start of the buffer."""
 
     start: int
     end: int
-    """Padding included."""
+    """End position, padding included."""
     parameters: tuple[tuple[int, int], ...]
     """(start, end) of each parameter, in ascending order."""
 
@@ -63,8 +63,8 @@ class Bucket:
 def default_bucket_size(trainable_elements: int, data_parallel_size: int) -> int:
     """Elements of a bucket when reduction is overlapped and --ddp-bucket-size is unset.
 
-    megatron-core's ``max(40 M, 1 M x DP)`` is one bucket for a small model, of which nothing overlaps. Here that is the
-    most, and below it a 16th of what a chunk trains, or 1 M per data-parallel rank where that is more.
+    megatron-core's ``max(40 M, 1 M x DP)`` is one bucket for a small model, so that nothing overlaps. Here that is the
+    upper limit, and below it a 16th of what a chunk trains, or 1 M per data-parallel rank where that is more.
     """
     least = LEAST_OF_A_RANK * data_parallel_size
     return min(max(LARGEST_BUCKET, least), max(least, trainable_elements // MOST_BUCKETS))
@@ -111,10 +111,10 @@ BF16_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RankCosts:
-    """One rank; bytes of one optimizer step where they are sent."""
+    """Costs of one rank; bytes sent are those of one optimizer step."""
 
     trainable_parameters: int
-    """Elements of the training tensors on this rank, rows that pad the vocabulary included."""
+    """Elements of the trainable tensors on this rank, rows that pad the vocabulary included."""
     gradient_bytes: int
     """Gradient buffers, padding included."""
     optimizer_bytes: int
@@ -131,7 +131,7 @@ class RankCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """A model on a layout: everything but the plan that the costs depend on. Valid options assumed."""
+    """A model on a layout: everything except the plan that the costs depend on. Valid options assumed."""
 
     shape: ModelShape
     parallel: ParallelConfig
@@ -182,7 +182,7 @@ class CostModel:
         )
 
     def stage_buckets(self, trains: Callable[[str], bool], pipeline_rank: int) -> tuple[tuple[Bucket, ...], ...]:
-        """The buckets of each model chunk of a pipeline stage, the chunk at the bottom first."""
+        """The buckets of each model chunk of a pipeline stage, bottom chunk first."""
         places = chunk_places(self.shape, self.parallel, pipeline_rank)
         return tuple(
             # Reduction is off the critical path on later stages and chunks: one bucket there.
@@ -191,7 +191,7 @@ class CostModel:
         )
 
     def _buckets(self, trains: Callable[[str], bool], place: ChunkPlace, *, is_bucketed: bool) -> tuple[Bucket, ...]:
-        """Buckets of one chunk, whose training parameters all have one data type and so share one buffer."""
+        """Buckets of one chunk, whose trainable parameters all have one data type and so share one buffer."""
         parallel = self.parallel
         tied_over_stages = self.shape.tie_embeddings and parallel.pipeline_model_parallel_size > 1
         shards = [

@@ -1,6 +1,6 @@
 """The memory of a rank by formula: weights, gradients, optimizer, activations and logits.
 
-Counted from what our layers and megatron-core's save. A change of a layer is a change of the first constants here.
+Counted from what our layers and megatron-core's save. A change of a layer changes the first constants here.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,25 +26,25 @@ from hft_megatron.hft.units import (
 from hft_megatron.model.parameter_names import ChunkPlace, chunk_parameters, chunk_places, local_elements, whole_shape
 
 SWIGLU_TENSORS = 2
-"""Of the feed-forward size: gate and up."""
+"""Tensors of the feed-forward size: gate and up."""
 ROPE_TENSORS = 2
-"""Of one head's channels and all positions, once for all layers: cosines and sines."""
+"""Tensors of one head's channels and all positions, once for all layers: cosines and sines."""
 BACKWARD_TENSORS = 1
-"""Of the feed-forward size: gradients in a layer's backward pass beyond the room of what it has let go of by then."""
+"""Tensors of the feed-forward size: gradients in a layer's backward pass beyond the memory it has freed by then."""
 LOGIT_BYTES = {"bf16": 6, "fp32": 4}
-"""Per token of a chunk and row of the vocabulary: fp32 softmax, and beside it bf16 logits or their gradient."""
+"""Bytes per token of a chunk and row of the vocabulary: fp32 softmax, with bf16 also logits or their gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass on one data-parallel rank takes in."""
+    """Input of one forward pass on one data-parallel rank."""
 
     sequences: int
     seq_length: int
 
     @property
     def tokens(self) -> int:
-        """Positions, with the padding."""
+        """Positions, padding included."""
         return self.sequences * self.seq_length
 
 
@@ -53,16 +53,16 @@ class ChunkActivations:
     """Bytes of one micro-batch on one model chunk."""
 
     kept: int
-    """From the forward pass until the backward pass."""
+    """Bytes held from the forward pass until the backward pass."""
     working: int
-    """In the backward pass of one layer, or of one recomputed unit of layers, at most."""
+    """Peak bytes in the backward pass of one layer, or of one recomputed unit of layers."""
     logits: int
-    """On the chunk with the head: what there is of logits, softmax and gradients between forward and backward pass."""
+    """Bytes of logits, softmax and gradients between forward and backward pass, on the chunk with the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationModel:
-    """What the activations of a rank depend on besides the plan and the place of its chunks."""
+    """Everything that a rank's activations depend on besides the plan and the place of its chunks."""
 
     shape: ModelShape
     parallel: ParallelConfig
@@ -71,11 +71,11 @@ class ActivationModel:
     bf16: bool
     micro_batch: MicroBatch
     on_cuda: bool
-    """There a norm keeps its input as it is, on a CPU in fp32."""
+    """True on a GPU, where a norm keeps its input as it is; on a CPU it keeps it in fp32."""
     vocab_multiple: int = 1
 
     def of_chunk(self, place: ChunkPlace, trains: Callable[[str], bool]) -> ChunkActivations:
-        """Those of a chunk when the units train for which ``trains`` is true."""
+        """Activations of a chunk when the units train for which ``trains`` is true."""
         layers = range(place.first_layer, place.first_layer + place.layers)
         recomputed = self._recomputed(layers)
         # What a later stage receives always needs a gradient; so does a frozen embedding's output below recomputation.
@@ -89,7 +89,7 @@ class ActivationModel:
         for layer in layers:
             full, flows_after = self._layer(layer, trains, flows)
             if layer in recomputed:
-                # The input of a unit of layers stays; the rest of it is there again in its own backward pass.
+                # The input of a unit of layers is kept; everything else is recomputed in the unit's own backward pass.
                 is_first_of_unit = (layer - place.first_layer) % unit == 0
                 kept += self._hidden * (is_first_of_unit and flows)
                 working = max(working, full * unit) if flows else working
@@ -114,7 +114,7 @@ class ActivationModel:
             return any(map(trains, [*units, *adapters]))
 
         def keep(*modules: str) -> bool:
-            """Whether their input is kept as it is; dropout gives each adapter another one."""
+            """True if their input is kept as it is; dropout gives each adapter another one."""
             units = (f"model.layers.{layer}.{module}" for module in modules)
             return train(*modules) if not self._drops else any(map(trains, units))
 
@@ -169,15 +169,15 @@ class ActivationModel:
         return kept + self._hidden * is_trained, flows or is_trained
 
     def _logits(self, *, is_trained: bool) -> int:
-        """With the gradients that the head's backward pass gives to autograd: of its input, and of its weight, whose
-        real one is in the gradient buffer."""
+        """Bytes with the gradients that the head's backward pass gives to autograd: of its input, and of its weight,
+        whose real gradient is in the gradient buffer."""
         rows = padded_vocab_size(self.shape, self._tensor_size, self.vocab_multiple) // self._tensor_size
         tokens = tokens_of_a_chunk(self.micro_batch.tokens, rows)
         gradients = self._size * self.shape.hidden_size * (self.micro_batch.tokens + rows * is_trained)
         return LOGIT_BYTES["bf16" if self.bf16 else "fp32"] * tokens * rows + gradients
 
     def _recomputed(self, layers: Sequence[int]) -> Sequence[int]:
-        """The layers of a chunk whose whole forward pass is made again."""
+        """The layers of a chunk whose whole forward pass is recomputed."""
         training = self.training
         if training.recompute_granularity != "full":
             return ()
@@ -194,7 +194,7 @@ class ActivationModel:
 
     @property
     def _recomputed_attention(self) -> int:
-        """What selective recomputation has again, of one layer."""
+        """Bytes that selective recomputation restores, of one layer."""
         queries = self.shape.num_attention_heads * self.shape.kv_channels // self._tensor_size
         again = self._size * self.micro_batch.tokens * queries + self._log_sums
         return again * self._attention_is_recomputed
@@ -228,24 +228,24 @@ class ActivationModel:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes of one rank. The device's own needs (CUDA's context, the allocator's gaps, NCCL's buffers) aren't in it."""
+    """Bytes of one rank, without the device's own needs (CUDA's context, the allocator's gaps, NCCL's buffers)."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """What all micro-batches in flight keep, and what a layer's backward pass needs beyond the room of the logits; with
+    """Bytes kept by all micro-batches in flight, and of a layer's backward pass beyond the memory of the logits; with
     bf16 gradients at least what the optimizer's fp32 copies of them need beyond it."""
     logits: int
 
     @property
     def before_activations(self) -> int:
-        """What is there whatever the batch is."""
+        """Bytes that do not depend on the batch."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes in total."""
         return self.before_activations + self.activations + self.logits
 
 
@@ -258,11 +258,11 @@ class MemoryModel:
     """Its --recompute- options are read."""
     micro_batch: MicroBatch
     on_cuda: bool = True
-    """Whether the rank's device is a GPU; on a CPU norms keep more."""
+    """True if the rank's device is a GPU; on a CPU norms keep more."""
     micro_batches: int | None = None
-    """Of a step on one data-parallel rank; None: as many as the pipeline can have in flight."""
+    """Micro-batches of a step on one data-parallel rank; None: as many as the pipeline can have in flight."""
     holds_fisher: bool = False
-    """Whether weights are held to earlier tasks (--ewc-lambda): Fisher information and anchors beside the moments."""
+    """True if weights are held to earlier tasks (--ewc-lambda): Fisher information and anchors beside the moments."""
 
     def stage(self, trains: Callable[[str], bool], pipeline_rank: int) -> RankMemory:
         """The rank of a pipeline stage that holds most, when the units train for which ``trains`` is true."""
@@ -290,7 +290,7 @@ class MemoryModel:
         )
         chunks = [model.of_chunk(place, trains) for place in places]
         logits, working = (max(getattr(chunk, name) for chunk in chunks) for name in ("logits", "working"))
-        # The loss is over when the first layer goes backward.
+        # The loss is done when the first layer's backward pass begins.
         activations = self._in_flight(chunks, pipeline_rank) + max(0, working - logits)
         return RankMemory(
             weights=(BF16_BYTES if costs.bf16 else FP32_BYTES) * elements,
@@ -306,8 +306,8 @@ class MemoryModel:
         return rank.optimizer_bytes * 2 // numbers if self.holds_fisher else 0
 
     def _gradient_copies(self, rank: RankCosts) -> int:
-        """Bytes of the fp32 gradients that the optimizer makes of others of what it updates, when all activations are
-        gone."""
+        """Bytes of the fp32 copies that the optimizer makes of gradients in another data type, once all activations are
+        freed."""
         is_needed = self.costs.gradient_width < FP32_BYTES
         return rank.optimizer_bytes // 3 if is_needed else 0  # As large as the masters, one of three.
 
@@ -317,7 +317,7 @@ class MemoryModel:
         return max((self.stage(trains, stage) for stage in stages), key=lambda rank: rank.total)
 
     def _in_flight(self, chunks: list[ChunkActivations], pipeline_rank: int) -> int:
-        """Bytes of the passes that have gone forward and not yet backward, by megatron-core's schedules."""
+        """Bytes of the forward passes whose backward pass is still to come, by megatron-core's schedules."""
         parallel, stages = self.costs.parallel, self.costs.parallel.pipeline_model_parallel_size
         of_all = sum(chunk.kept for chunk in chunks)
         virtual = virtual_pipeline_size(parallel, self.costs.shape.num_layers)
@@ -334,7 +334,7 @@ class MemoryModel:
 def memory_of_run(
     config: RunConfig, shape: ModelShape, world_size: int, *, sequences_per_sample: int, bf16: bool, on_cuda: bool
 ) -> MemoryModel:
-    """The memory of a run's ranks, with sequences of --seq-length; without a model that the trained one is compared
+    """The memory of a run's ranks, with sequences of --seq-length; leaves out a model that the trained one is compared
     with."""
     training, data_size = config.training, derived.data_parallel_size(config.parallel, world_size)
     return MemoryModel(
@@ -353,13 +353,13 @@ def memory_of_run(
             sequences=training.micro_batch_size * sequences_per_sample,
             seq_length=derived.sequence_length(training, shape),
         ),
-        # None at all is the batch's mistake, and said elsewhere.
+        # None at all is an error of the batch size, and is reported elsewhere.
         micro_batches=max(1, derived.global_batch_size(config, world_size) // (training.micro_batch_size * data_size)),
     )
 
 
 def in_bytes(count: float, precision: int = 1) -> str:
-    """``16.8 MB``: decimal units, as everywhere in this project."""
+    """``16.8 MB``, in decimal units."""
     for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.{precision}f} {unit}"

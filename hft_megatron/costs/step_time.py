@@ -4,8 +4,7 @@ The model, for a pipeline of p stages with v chunks each, and m micro-batches:
 
 - A micro-batch takes a stage the sum over its parts (``part_times``): forward products; gradients of inputs from the
   lowest weight that trains upwards, and of the weights that train; what recomputation makes again; passes over memory;
-  what tensor-parallel ranks exchange. Which of these there are is the walk's word that FLOPs are counted by
-  (``parts``).
+  tensor-parallel ranks exchange. The walk that FLOPs are counted by (``parts``) says which of these there are.
 - A stage sends hidden states up and gradients down once for each boundary and micro-batch. With interleaved chunks and
   --overlap-p2p-communication compute hides that, as far as there is any.
 - All m micro-batches take m times the slowest stage, and a bubble of (sum over stages - the slowest) / v: that is (p -
@@ -23,8 +22,8 @@ The model, for a pipeline of p stages with v chunks each, and m micro-batches:
 It leaves out: the start of kernels and collectives, and Python's time; ranks that wait for each other by chance; the
 allocator; the data; the sum of losses and of norms' gradients; compute that is slower while something is sent;
 validation, checkpoints and switches of rounds. So steps take longer than it says, small models and small batches most;
-what takes a plan and full fine-tuning equally long brings their ratio closer to 1. Every sequence is one example as
-long as can be: packed or shorter ones have less attention.
+anything that takes equally long with a plan and with full fine-tuning brings their ratio closer to 1. Every
+sequence is one example as long as can be: packed or shorter ones have less attention.
 """
 
 from collections.abc import Callable
@@ -41,21 +40,21 @@ from hft_megatron.hft.units import EMBEDDING_NAME
 from hft_megatron.model.parameter_names import chunk_parameters, chunk_places, local_elements
 
 ADAMW_BYTES = 7 * FP32_BYTES
-"""For each weight that a rank updates: weight, gradient and two moments are read, all but the gradient written."""
+"""Bytes per weight that a rank updates: weight, gradient and two moments are read, all but the gradient written."""
 NORM_AND_CLIP_BYTES = 3 * FP32_BYTES
-"""A gradient is read for the norm, and read and written to be clipped."""
+"""Bytes per weight: a gradient is read for the norm, and read and written to be clipped."""
 CAST_BYTES = FP32_BYTES + BF16_BYTES
-"""From fp32 to bf16 or back."""
+"""Bytes per weight, from fp32 to bf16 or back."""
 
 Trains = Callable[[str], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step: of the stage that takes longest, and what no compute hides."""
+    """Seconds of one optimizer step: of the slowest stage, and of transfers that no compute hides."""
 
     forward: float
-    """Products, attention's included."""
+    """Products, attention included."""
     backward: float
     """Products for gradients."""
     recomputation: float
@@ -63,38 +62,38 @@ class StepTime:
     """Norms, rotations, SwiGLU, residuals and the loss, in both directions."""
     tensor_parallel: float
     pipeline_sends: float
-    """With the sum of a tied embedding's gradient."""
+    """Sends between stages, and the sum of a tied embedding's gradient."""
     pipeline_bubble: float
     reduce_scatter: float
     all_gather: float
     gradient_buffer: float
-    """For scale, norm and clipping of what a rank updates."""
+    """Scaling, norm and clipping of the gradients that a rank updates with."""
     optimizer: float
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return float(sum(getattr(self, one.name) for one in fields(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """One pipeline stage, in seconds."""
+    """Times of one pipeline stage, in seconds."""
 
     forward: Phase
-    """Of a micro-batch in all chunks of the stage."""
+    """Forward pass of a micro-batch in all chunks of the stage."""
     backward: Phase
     sends: float
-    """Of a micro-batch, as far as no compute hides them."""
+    """Sends of a micro-batch, as far as no compute hides them."""
     reduce_scatter: float
-    """Behind the stage's last backward pass."""
+    """Reduction after the stage's last backward pass."""
     all_gather: float
     gradient_buffer: float
     optimizer: float
 
     @property
     def micro_batch(self) -> float:
-        """Both passes."""
+        """Seconds of both passes."""
         return self.forward.total + self.backward.total + self.sends
 
 
@@ -107,11 +106,11 @@ class StepTimeModel:
     """Its --recompute- options are read."""
     micro_batch: MicroBatch
     micro_batches: int
-    """Of a step on one data-parallel rank."""
+    """Micro-batches of a step on one data-parallel rank."""
     device: Device
 
     def of(self, trains: Trains) -> StepTime:
-        """A step that trains the units for which ``trains`` is true."""
+        """Time of a step that trains the units for which ``trains`` is true."""
         stages = self._stages(trains)
         slowest = max(stages, key=lambda stage: stage.micro_batch)
         last_to_update = max(stages, key=lambda stage: stage.gradient_buffer + stage.optimizer)
@@ -132,11 +131,11 @@ class StepTimeModel:
 
     @property
     def tokens(self) -> int:
-        """Of a step, on all ranks."""
+        """Tokens of a step, on all ranks."""
         return self.micro_batches * self.micro_batch.tokens * self.costs.data_size
 
     def model_flops(self) -> int:
-        """Of a step, on all ranks: those of full fine-tuning, whatever trains (``flops``)."""
+        """FLOPs of a step, on all ranks: those of full fine-tuning, whatever trains (``flops``)."""
         flops = step_flops(
             self.costs.shape,
             self.costs.parallel,
@@ -200,7 +199,7 @@ class StepTimeModel:
         return (chunks[0][-1].end - chunks[0][-1].start) / sum(sizes) if chunks else 0.0
 
     def _sends(self, number: int) -> float:
-        """Of a micro-batch: hidden states to the stage above and gradients to the one below, for every chunk."""
+        """Seconds per micro-batch: hidden states to the stage above and gradients to the one below, for every chunk."""
         costs, places = self.costs, chunk_places(self.costs.shape, self.costs.parallel, number)
         boundaries = sum((not place.is_first) + (not place.is_last) for place in places)
         if costs.parallel.pipeline_model_parallel_size == 1:
@@ -211,7 +210,7 @@ class StepTimeModel:
         return boundaries * bytes / self._between_stages
 
     def _reduction(self, stages: list[_Stage]) -> float:
-        """What the reductions add behind the last backward pass, which is the first stage's."""
+        """Exposed seconds of the reductions after the last backward pass, which is the first stage's."""
         ahead, added = 0.0, 0.0
         for stage in stages:
             added = max(added, stage.reduce_scatter - ahead)
@@ -219,8 +218,8 @@ class StepTimeModel:
         return added
 
     def _gathering(self, stages: list[_Stage]) -> float:
-        """Overlapped, a stage begins when the first hidden states reach it, one stage after the other; else all do
-        when they have updated."""
+        """Exposed seconds of the gather. Overlapped, a stage begins when the first hidden states reach it, one stage
+        after the other; else all begin when they have updated."""
         times = [stage.all_gather for stage in stages]
         return sum(times) if self.costs.parallel.overlap_param_gather else max(times)
 
@@ -255,5 +254,5 @@ class StepTimeModel:
 
 
 def _exposed(seconds: float, compute: float, unhidden: float) -> float:
-    """What is left of a transfer beside ``compute``, which hides all but the share ``unhidden`` of it."""
+    """Exposed seconds of a transfer beside ``compute``, which hides all but the share ``unhidden`` of it."""
     return seconds - min(seconds * (1 - unhidden), compute)

@@ -1,6 +1,6 @@
 """Micro-batches of a step, and the thread that prepares the next ones.
 
-A sample is one sequence: an example, or under --packing several of them one behind the other.
+A sample is one sequence: an example, or with --packing several examples in sequence.
 
 Every step's loss is the sum of the token losses under ``loss_mask`` divided by the mask's sum over the *global* batch.
 That quotient doesn't change with the number of ranks, the micro-batch size or the padding, which a mean of the
@@ -23,7 +23,7 @@ from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.order import SampleStream
 
 PADDING_MULTIPLE = 64
-"""Lengths are rounded up to this: few distinct shapes, and fast ones."""
+"""Lengths are rounded up to a multiple of this: few distinct shapes, and fast ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,32 +31,32 @@ class StepBatch:
     """One rank's part of one optimizer step."""
 
     sequences: int
-    """Of a micro-batch as the engine sees it: the micro-batch size, or 1 when packed."""
+    """Sequences of a micro-batch as the engine sees it: the micro-batch size, or 1 when packed."""
     seq_length: int
-    """Padded length of those, the same on every rank and in every micro-batch of the step."""
+    """Padded length of the sequences, the same on every rank and in every micro-batch of the step."""
     micro_batches: list[dict[str, torch.Tensor]]
     """``tokens`` and ``labels`` int64, ``loss_mask`` float32, each of shape (sequences, seq_length). When packed also
     ``cu_seqlens`` int32, (segments + 1,): where each example, or stretch of padding, begins, and the end."""
     tokens: int
-    """Positions of the whole global batch that an example fills: all but the padding."""
+    """Positions of the whole global batch that an example fills: all except the padding."""
     squared_lengths: int
-    """Sum over the examples of the whole global batch of their positions squared: what attention costs."""
+    """Sum over the examples of the whole global batch of their squared positions: the cost of attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShare:
-    """Which rows of a global batch a rank takes."""
+    """The rows of a global batch that a rank takes."""
 
     micro_batch_size: int
     """Sequences of one forward pass on one rank."""
     global_batch_size: int
-    """Sequences of one step over all ranks, of one that is not in the ramp."""
+    """Sequences of one step over all ranks, outside the ramp."""
     data_parallel_rank: int
     data_parallel_size: int
     length_multiple: int
-    """Sequence parallelism needs lengths that the tensor-parallel size divides."""
+    """Divisor of sequence lengths: sequence parallelism needs multiples of the tensor-parallel size."""
     ramp: tuple[int, ...] = ()
-    """--rampup-batch-size; validation has none."""
+    """Value of --rampup-batch-size; empty for validation."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0
@@ -68,7 +68,7 @@ class BatchShare:
         return BatchSizes(full=self.global_batch_size, ramp=self.ramp)
 
     def after(self, consumed_samples: int) -> "BatchShare":
-        """The part of the step after so many samples (over all ranks), which is of its own size."""
+        """The part of the step after ``consumed_samples`` samples (over all ranks), whose size may differ in a ramp."""
         if not self.ramp:
             return self
         return replace(self, global_batch_size=self.sizes.after(consumed_samples), ramp=())
@@ -81,7 +81,7 @@ class BatchShare:
 
 
 class TrainingSteps(Protocol):
-    """What a run takes its steps from."""
+    """Source of a run's training steps."""
 
     @property
     def share(self) -> BatchShare:
@@ -91,49 +91,49 @@ class TrainingSteps(Protocol):
         """The step after ``consumed_samples`` samples (over all ranks)."""
 
     def names(self, samples: Sequence[int]) -> str:
-        """Words for samples of the run, by how many came before each: where a person finds them."""
+        """Names of samples for people, by the number of samples before each: their places in the data."""
 
 
 class ValidationSteps(Protocol):
-    """What a run takes its validations on one source from."""
+    """Source of a run's validation steps on one data source."""
 
     def steps(self, iteration: int) -> Iterator[StepBatch]:
-        """Those of the validation after ``iteration``; every rank gets the same number of them."""
+        """Steps of the validation after ``iteration``; every rank gets the same number of them."""
 
 
 class NamedMembers(Sized, Protocol):
-    """A data set whose members can be told to a person."""
+    """A data set whose members have names for people."""
 
     def names(self, members: Sequence[int]) -> str:
-        """Words for members by number: their sources, and their numbers in those."""
+        """Names of members by number: their sources, and their numbers in those."""
 
 
 class SampleBatches(Protocol):
-    """Micro-batches of samples, whatever a sample is."""
+    """Micro-batches of samples of any kind."""
 
     @property
     def dataset(self) -> NamedMembers:
-        """What the samples are of."""
+        """The data set of the samples."""
 
     @property
     def share(self) -> BatchShare:
         """This rank's part of every step."""
 
     def with_share(self, share: BatchShare) -> "SampleBatches":
-        """The same for another part of a step."""
+        """The same batches for another part of a step."""
 
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
-        """How a list of samples becomes a rank's tensors."""
+        """A rank's tensors of a list of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledBatches:
-    """Training: an endless stream of shuffled samples."""
+    """Training batches: an endless stream of shuffled samples."""
 
     batches: SampleBatches
     order: SampleStream
     packed: bool = False
-    """Whether samples are packs, whose members must not see each other."""
+    """True if samples are packs, whose members must not see each other."""
 
     @property
     def share(self) -> BatchShare:
@@ -154,17 +154,17 @@ class ShuffledBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchesInOrder:
-    """Validation: the data set in its own order, each member exactly once; every rank gets the same number of steps."""
+    """Validation batches: the data set in its own order, each member exactly once; every rank gets as many steps."""
 
     batches: SampleBatches
     limit: int | None = None
-    """Only the first steps of them; all when None."""
+    """Number of steps to take; all when None."""
 
     def __len__(self) -> int:
         return -(-len(self.batches.dataset) // self.batches.share.global_batch_size)
 
     def steps(self, iteration: int) -> Iterator[StepBatch]:
-        """The same ones after every iteration. The last of all is filled up with wholly masked rows."""
+        """The same steps after every iteration. The last one is filled up with wholly masked rows."""
         size = self.batches.share.global_batch_size
         for number in range(len(self) if self.limit is None else min(self.limit, len(self))):
             stop = min((number + 1) * size, len(self.batches.dataset))
@@ -180,7 +180,7 @@ class ExampleBatches:
     share: BatchShare
 
     def with_share(self, share: BatchShare) -> SampleBatches:
-        """The same for another part of a step."""
+        """The same batches for another part of a step."""
         return replace(self, share=share)
 
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
@@ -253,7 +253,7 @@ class RunDataset(NamedMembers, Protocol):
 
     @property
     def uses_chat_template(self) -> bool:
-        """Whether the chat template has rendered any of it."""
+        """True if the chat template has rendered any of it."""
 
     def describe(self) -> list[str]:
         """Lines for the log."""
@@ -269,7 +269,7 @@ class RecordData(ABC, Generic[DatasetT]):
     train: DatasetT | None
     """None where nothing is trained."""
     valid: Mapping[str, DatasetT]
-    """By the names of the sources."""
+    """Validation data sets by the names of their sources."""
     samples: SampleStream | None
     """The training examples or pairs, or packs of them, in their order; None where nothing is trained."""
     packed: bool
@@ -279,8 +279,8 @@ class RecordData(ABC, Generic[DatasetT]):
 
     @abstractmethod
     def batches(self, dataset: DatasetT, share: BatchShare, *, first: int) -> SampleBatches:
-        """Micro-batches of ``dataset``, whose first member has the number ``first`` among all of the run: those of
-        training come first, and those of validation behind them."""
+        """Micro-batches of ``dataset``, whose first member has the number ``first`` among all members of the run:
+        training comes first, then validation."""
 
     @property
     def digest(self) -> str | None:
@@ -297,7 +297,7 @@ class RecordData(ABC, Generic[DatasetT]):
     def describe(self) -> list[str]:
         lines = [] if self.train is None else self.train.describe()
         for name, dataset in self.valid.items():
-            # Which values of the log are of which files.
+            # Shows which values of the log belong to which files.
             of_source = f"validation/{name}: " if len(self.valid) > 1 else ""
             lines += [f"{of_source}{line}" for line in dataset.describe()]
         return lines
@@ -309,7 +309,7 @@ class RecordData(ABC, Generic[DatasetT]):
         return ShuffledBatches(batches=batches, order=self.samples, packed=self.packed)
 
     def validation(self, share: BatchShare) -> dict[str, BatchesInOrder]:
-        """Batches hold members of one source alone, so that its numbers are those of a run that has no other."""
+        """Validation batches, each with members of one source alone, so that other sources don't change its numbers."""
         found = {}
         first = 0 if self.train is None else len(self.train)
         for name, dataset in self.valid.items():
@@ -319,13 +319,13 @@ class RecordData(ABC, Generic[DatasetT]):
 
 
 class PrefetchedSteps:
-    """Training steps of which the next one is there when it is asked for; what its assembly raises, ``step`` raises.
+    """Training steps, the next of which is prepared ahead; ``step`` raises the errors of its assembly.
 
-    On a machine with CUDA the tensors are pinned, so that they reach the device while it works.
+    On a machine with CUDA the tensors are pinned, so that their transfer overlaps with compute.
     """
 
     def __init__(self, steps: TrainingSteps, *, stop: int) -> None:
-        """``stop`` samples (over all ranks) are all that the run takes: no step after them is assembled."""
+        """``stop`` samples (over all ranks) are all that the run takes: no step after them is prepared."""
         self._steps = steps
         self._stop = stop
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -337,7 +337,7 @@ class PrefetchedSteps:
         return self._steps.share
 
     def step(self, consumed_samples: int) -> StepBatch:
-        """The step after ``consumed_samples`` samples (over all ranks); any, but only the next one is there at once."""
+        """The step after ``consumed_samples`` samples (over all ranks); any, but only the next one is prepared."""
         if self._next is None or self._next[0] != consumed_samples:
             self._begin(consumed_samples)
         assert self._next is not None
@@ -349,11 +349,11 @@ class PrefetchedSteps:
         return batch
 
     def names(self, samples: Sequence[int]) -> str:
-        """Words for samples of the run."""
+        """Names of samples of the run."""
         return self._steps.names(samples)
 
     def _begin(self, consumed_samples: int) -> None:
-        # One thread, so that a step nobody took ends before: the order of samples keeps an epoch in mind.
+        # One thread, so that an unused step ends before the next: the order of samples remembers one epoch.
         self._next = consumed_samples, self._thread.submit(self._assembled, consumed_samples)
 
     def _assembled(self, consumed_samples: int) -> StepBatch:

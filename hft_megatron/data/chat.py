@@ -1,6 +1,6 @@
-"""Turns messages into pieces of text, what the model has to produce for the assistant's turns marked as trained.
+"""Turns messages into pieces of text, with the text that the model has to produce marked as trained.
 
-That is the assistant's text and the special token that ends it. Where the template doesn't mark it itself
+This is the assistant's text and the special token that ends it. Where the template doesn't mark it itself
 (``{% generation %}``), it is found by rendering parts of the conversation (``rendering.py``); a span that can't be
 found exactly is an error and never a guess.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from hft_megatron.data.faults import printable
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.printed_keys import PrintedKeys, unusual_roles
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, SpanFinder, TemplateError, Turn, cut_marks
 from hft_megatron.data.tokenizer import ESCAPE, Piece, Place, SpecialTokens, TokenizerFacts
@@ -20,16 +20,16 @@ from hft_megatron.data.tokenizer import ESCAPE, Piece, Place, SpecialTokens, Tok
 
 @dataclass(frozen=True, kw_only=True)
 class LossRule:
-    """--loss-on and --train-on-eos."""
+    """The options --loss-on and --train-on-eos."""
 
     loss_on: Literal["assistant", "all", "last"] = "assistant"
     """The assistant's turns or the completion; everything, tags of the template included; the assistant's last turn."""
     train_on_eos: bool = True
-    """Whether the token that ends an assistant's turn or a completion is trained with it."""
+    """True if the token that ends an assistant's turn or a completion is trained with it."""
 
 
 _DEEPEST = 100
-"""Levels of lists and objects in a message; what walks through them has a limit as well, a few times as high."""
+"""Levels of lists and objects in a message; code that walks through them has a limit as well, a few times as high."""
 RESERVED = re.compile(f"[{SPAN_START}{SPAN_END}{ESCAPE}]")
 
 
@@ -47,7 +47,7 @@ class ChatTemplate:
         self._printed = PrintedKeys(self._renderer)
         self._loss = loss
         self._well_marked: set[tuple[tuple[str, bool], ...]] = set()
-        """Roles, and which texts were probed, of conversations whose answers the template is known to mark."""
+        """Roles and probed texts of conversations whose answers the template is known to mark."""
 
     def pieces(
         self, messages: Sequence[Mapping[str, Any]], *, given: int = 0, untrained: AbstractSet[int] = frozenset()
@@ -87,11 +87,11 @@ class ChatTemplate:
         return self._split(rendered, [])
 
     def unread_keys(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        """The messages' harmless keys that the template doesn't print."""
+        """Yields the messages' harmless keys that the template doesn't print."""
         return self._printed.harmless(messages)
 
     def named_in(self, *texts: str) -> bool:
-        """Whether a text has the name of a special token."""
+        """True if a text has the name of a special token."""
         return self._tokens.named_in(*texts)
 
     def _check_names(
@@ -114,9 +114,9 @@ class ChatTemplate:
             )
 
     def _check_start(self, messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
-        """Raise TemplateError where the template marks an answer that begins elsewhere than behind the prompt.
+        """Raise TemplateError where the template marks an answer that doesn't begin right after the prompt.
 
-        Of other templates an answer is what follows the prompt, or none is found.
+        With other templates an answer is the text after the prompt, or none is found.
         """
         if not self._renderer.marks_spans:
             return
@@ -125,13 +125,13 @@ class ChatTemplate:
         if not spans or text[: spans[-1][0]] != prompt:
             raise TemplateError(
                 "the chat template marks answers with {% generation %} that don't begin where generation starts; print "
-                "what stands between them where add_generation_prompt is true"
+                "the text between them where add_generation_prompt is true"
             )
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], given: int, untrained: AbstractSet[int]
     ) -> tuple[str, list[Turn]]:
-        """The text, and those of the assistant's turns whose place decides what is trained."""
+        """The text, and those assistant's turns whose position decides what is trained."""
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         rendered, spans = cut_marks(self._renderer.render(messages, add_generation_prompt=False))
         if self._renderer.marks_spans:
@@ -149,14 +149,14 @@ class ChatTemplate:
             else:
                 found = self._spans.find(messages, turn, rendered)
                 if turn + 1 < len(messages):
-                    # What is printed with a later message alone is no part of this turn, and would not be learned.
+                    # Text printed only with a later message is no part of this turn, and would not be learned.
                     self._printed.check_keys(messages[: turn + 1], first=turn)
             turns.append(self._checked_end(found))
         return rendered, turns
 
     def _check_marks(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[int]) -> None:
-        """Raise ChatError where the marks are around other turns; the texts alone could agree by chance."""
-        # An answer without text may be nothing but a call of a tool, in whose place a text would be another answer.
+        """Raise ChatError where the marks are around other turns; the texts alone could match by chance."""
+        # An answer without text may be only a tool call, in whose place a text would be another answer.
         probed = [bool(message["content"]) or message.keys() <= {"role", "content"} for message in messages]
         shape = tuple((message["role"], probe) for message, probe in zip(messages, probed, strict=True))
         if shape in self._well_marked:
@@ -175,19 +175,19 @@ class ChatTemplate:
         """``turn``, if its end token is there or is not to be trained."""
         if turn.end == turn.text_end and self._loss.train_on_eos:
             raise ChatError(
-                "the chat template puts no special token right behind the assistant's text, so the end of a turn can't "
+                "the chat template puts no special token right after the assistant's text, so the end of a turn can't "
                 "be learned; end the turn with eos_token in the template, or choose --no-train-on-eos"
             )
         return turn
 
     def _trained(self, turns: Sequence[Turn], untrained: AbstractSet[int], length: int) -> list[tuple[int, int]]:
-        """(start, end) of what is trained, in order and apart from each other."""
+        """(start, end) of the trained spans, in order and apart from each other."""
         if self._loss.loss_on != "all":
             return [(turn.start, turn.end if self._loss.train_on_eos else turn.text_end) for turn in turns]
         for message in sorted(untrained - {turn.message for turn in turns}):
             raise ChatError(
-                f"message {message + 1} is not to be trained, but --loss-on all trains all but answers; choose another "
-                f"--loss-on, or remove the message's key"
+                f"message {message + 1} is not to be trained, but --loss-on all trains everything except answers; "
+                f"choose another --loss-on, or remove the message's key"
             )
         edges = [0]
         for turn in turns:
@@ -203,7 +203,7 @@ class ChatTemplate:
         position = 0
         for found in self._tokens.pattern.finditer(rendered):
             pieces.extend(self._plain(rendered, position, found.start(), spans, bool(pieces)))
-            # Not the match's end: white space behind the name may be the beginning of a span, or behind one.
+            # Not the match's end: white space after the name may be the beginning of a span, or after one.
             name_end = self._tokens.name_end(found)
             trained = any(start < name_end <= end for start, end in spans)
             pieces.append(Piece(text=self._tokens.found(found).content, place=Place.SPECIAL, trained=trained))
@@ -226,9 +226,9 @@ class ChatTemplate:
 
 
 def end_token_ids(facts: TokenizerFacts) -> list[int]:
-    """What generation stops at: the end token, and the one that the template ends an answer with, where it is another.
+    """Tokens that stop generation: the end token, and the one that the template ends an answer with, if different.
 
-    A template that refuses a plain question and answer has trained none; only the end token is known then.
+    A template that refuses a plain question and answer has trained none; then only the end token is known.
     """
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     try:
@@ -241,20 +241,20 @@ def end_token_ids(facts: TokenizerFacts) -> list[int]:
 
 
 def _refuse_unfit(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ChatError for a message that is too deep to be looked at, or has a character that marks spans."""
+    """Raise ChatError for a message that is nested too deeply to be read, or has a character that marks spans."""
     for index, message in enumerate(messages):
         for key, value in message.items():
             if _is_deeper(value, _DEEPEST):
                 key = printable(key)
                 raise ChatError(
-                    f"`{key}` of message {index + 1} has more than {_DEEPEST} lists and objects inside each other; "
-                    f"write it with fewer, or pass over it with --ignore-keys {key}"
+                    f"`{key}` of message {index + 1} has more than {_DEEPEST} levels of lists and objects; use fewer, "
+                    f"or ignore it with --ignore-keys {key}"
                 )
         _refuse_reserved(message)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether ``value`` has more than ``levels`` lists and objects inside each other."""
+    """True if ``value`` has more than ``levels`` levels of lists and objects."""
     inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
     return inside is not None and (levels == 0 or any(_is_deeper(inner, levels - 1) for inner in inside))
 
@@ -276,7 +276,7 @@ def _checked_mark(rendered: str, span: tuple[int, int], message: Mapping[str, An
     """``span``, if it holds the turn's text: a template may mark more, such as a chain of thought, but not less."""
     if (message["content"] or "").strip() not in rendered[slice(*span)]:
         raise ChatError(
-            f"what the chat template marks with {{% generation %}} for message {turn + 1} doesn't hold the message's "
-            f"text; correct the template"
+            f"the text that the chat template marks with {{% generation %}} for message {turn + 1} doesn't hold the "
+            f"message's text; correct the template"
         )
     return span

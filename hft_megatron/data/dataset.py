@@ -1,4 +1,4 @@
-"""The examples of a run, source after source, in memory or mapped from the disk, and where each of them is from.
+"""The examples of a run, source after source, in memory or mapped from the disk, and the places of their records.
 
 The model sees ``tokens[:-1]`` of an example and predicts ``tokens[1:]``, so an example of L tokens has L-1 positions,
 and that number is what the sequence length limits.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules, SftCounts
-from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.tokenizer import Encoded, Tokenizer
 
@@ -33,10 +33,10 @@ class ExampleStore(Protocol):
         """Tokens of each example, shape (examples,)."""
 
     def example(self, index: int) -> Encoded:
-        """One example."""
+        """The example with this number."""
 
     def place(self, index: int) -> str:
-        """Where an example's record is, as ``places_in`` has it; empty where that isn't kept."""
+        """Place of an example's record, in the form of ``places_in``; empty where that isn't kept."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +48,7 @@ class ExamplesInMemory:
     offsets: NDArray[np.int64]
     """Example i is ``tokens[offsets[i]:offsets[i + 1]]``; shape (examples + 1,)."""
     places: NDArray[np.bytes_]
-    """Where the examples' records are, as ``places_in`` has it; shape (examples,)."""
+    """Places of the examples' records, in the form of ``places_in``; shape (examples,)."""
 
     @staticmethod
     def of(examples: Sequence[Encoded], places: Sequence[str]) -> "ExamplesInMemory":
@@ -84,23 +84,23 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSource:
-    """Members of one source, examples or pairs, and where each comes from."""
+    """Members of one source, examples or pairs, and their places in the files."""
 
     path: str
-    """As written."""
+    """Path as written."""
     files: tuple[str, ...]
     members: int
     place: Callable[[int], str]
-    """Of a member by number: as ``place_in`` has it, or empty."""
+    """Place of a member by number, in the form of ``places_in``, or empty."""
 
     def word(self, kind: str, member: int) -> str:
-        """``a.jsonl:17``, or ``example 3 of a`` where nothing but the number (from 1) is known."""
+        """``a.jsonl:17``, or ``example 3 of a`` where only the number (from 1) is known."""
         place = _PLACE.fullmatch(self.place(member))
         return f"{kind} {member + 1} of {self.path}" if place is None else f"{self.files[int(place[1])]}{place[2]}"
 
 
 def named_members(kind: str, members: Sequence[int], sources: Sequence[NamedSource]) -> str:
-    """``a.jsonl:17, a.jsonl:3 and 6 more``: where ``members``, numbered from 0 over all ``sources``, come from."""
+    """``a.jsonl:17, a.jsonl:3 and 6 more``: the places of ``members``, numbered from 0 over all ``sources``."""
     starts = list(accumulate((source.members for source in sources), initial=0))
     words = []
     for member in members[:_MOST_NAMED]:
@@ -111,7 +111,7 @@ def named_members(kind: str, members: Sequence[int], sources: Sequence[NamedSour
 
 
 def places_in(files: Sequence[Path], places: Sequence[str]) -> list[str]:
-    """``0:17`` of ``a.jsonl:17``: the number of a record's file among a source's, and what follows the file's name."""
+    """``0:17`` for ``a.jsonl:17``: the number of a record's file in its source, and the text after the file's name."""
     numbers = {str(file): number for number, file in enumerate(files)}
     found = []
     for place in places:
@@ -135,9 +135,9 @@ class SourcePart:
     path: str
     weight: float | None
     formats: tuple[DataFormat, ...]
-    """Those of its files."""
+    """Formats of its files."""
     files: tuple[str, ...]
-    """None of preprocessed data."""
+    """Its files; none for preprocessed data."""
     examples: int
     counts: SftCounts
     use: RecordUse
@@ -165,7 +165,7 @@ class SftDataset:
     digest: str
     """sha256 over files, weights, template, tokenizer and rules: equal digests mean equal examples in equal order."""
     note: str = ""
-    """A line about where the tokens are mapped from."""
+    """A line about the files that the tokens are mapped from."""
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -181,12 +181,12 @@ class SftDataset:
 
     @property
     def uses(self) -> list[RecordUse]:
-        """Of each source, which rules about records did something."""
+        """The record rules that had an effect, by source."""
         return [part.use for part in self.parts]
 
     @property
     def uses_chat_template(self) -> bool:
-        """Whether the chat template has rendered any of it."""
+        """True if the chat template has rendered any of it."""
         return any(part.counts.conversations > 0 for part in self.parts)
 
     def example(self, index: int) -> Encoded:
@@ -208,17 +208,17 @@ class SftDataset:
 
     @property
     def mix(self) -> SourceMix:
-        """How the sources are mixed."""
+        """The mix of the sources."""
         return SourceMix(
             sizes=tuple(part.examples for part in self.parts), weights=tuple(part.weight for part in self.parts)
         )
 
     def order(self, seed: int) -> Order:
-        """Which example comes when in training."""
+        """The order of the examples in training."""
         return self.mix.order(seed)
 
     def accounts(self) -> list[list[str]]:
-        """Lines about each source: its examples, what it has in an epoch where weights say so, what is not learned."""
+        """Lines about each source: its examples, samples per epoch if it has a weight, and what is not learned."""
         limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
         return [
             [f"{part.summary()}{limit}{note}", *part.counts.notes(part.path)]
@@ -231,11 +231,11 @@ class SftDataset:
 
 
 _READING = 2
-"""To be raised when the same files, tokenizer and rules become other examples: runs of before are of other data."""
+"""Raise this when the same files, tokenizer and rules give other examples: older runs then have other data."""
 
 
 def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: ExampleRules, *others: str) -> str:
-    """sha256 (hex) over all that decides the examples: what each source was made of, the tokenizer, the rules, and
+    """sha256 (hex) over everything that decides the examples: the origins of each source, the tokenizer, the rules, and
     ``others`` that not every method has."""
     identity, decided = asked_of(tokenizer, rules)
     decisive = {"reading": _READING, "sources": origins, "tokenizer": identity, "rules": [decided, *others]}
@@ -243,6 +243,6 @@ def data_digest(origins: Sequence[dict[str, Any]], tokenizer: Tokenizer, rules: 
 
 
 def asked_of(tokenizer: Tokenizer, rules: ExampleRules) -> tuple[list[Any], dict[str, Any]]:
-    """What decides the examples that files become: the tokenizer with its template, and the rules. As JSON has it."""
+    """The values that decide the examples of given files: the tokenizer with its template, and the rules, as JSON."""
     facts = tokenizer.facts
     return [facts.identity, facts.chat_template, dict(facts.template_variables)], asdict(rules)

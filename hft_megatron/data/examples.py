@@ -1,4 +1,4 @@
-"""Records to examples: token ids and which of them are trained, parts of what is too long, and the account of it."""
+"""Records to examples: token ids and which of them are trained, parts of long records, and counts of all this."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hft_megatron.config.data import LongExamples
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
-from hft_megatron.data.faults import Faults, RecordRefused, notes_of_keys, notes_of_token_names
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused, notes_of_keys, notes_of_token_names
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import NOTHING, Chat, PassedOver
@@ -28,41 +28,41 @@ RECORDS_PER_BATCH = 1024
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One record's tokens."""
+    """Tokens of one record."""
 
     place: str
-    """Of the record, for errors."""
+    """Place of the record, for errors."""
     format: DataFormat
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
-    """Of the same shape as ``ids``: (tokens,)."""
+    """Mask of the same shape as ``ids``: (tokens,)."""
     answers: int = 0
-    """Stretches that are trained, one per answer; 0 where everything is."""
+    """Trained stretches, one per answer; 0 where everything is trained."""
     empty_answers: int = 0
-    """Those without text: nothing but the end token is learned."""
+    """Answers without text: only the end token is learned."""
     untrained_turns: int = 0
-    """Turns of the assistant that the record itself takes out of what is learned."""
+    """Turns of the assistant that the record itself excludes from training."""
     repeated_prompt: bool = False
-    """Whether the completion repeated the prompt, and it was taken off."""
+    """True if the completion repeated the prompt, which was removed from it."""
     is_conversation: bool = False
-    """Whether the chat template rendered it."""
+    """True if the chat template rendered it."""
     has_token_names: bool = False
-    """Whether its prompt or completion, verbatim texts, have names of special tokens in them."""
+    """True if its prompt or completion, verbatim texts, have names of special tokens in them."""
     keys: PassedOver = NOTHING
 
 
 NO_LIMIT = sys.maxsize
 """A sequence length for looking at data without a model."""
 Span = tuple[int, int]
-"""The first token of an example within its record, and the one behind its last."""
+"""The first token of an example within its record, and the one after its last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleRules:
-    """What decides, next to the tokenizer and its template, which examples come of which records."""
+    """Rules that decide, besides the tokenizer and its template, which examples a record becomes."""
 
     seq_length: int
-    """Longest example, in positions."""
+    """Length of the longest example, in positions."""
     long_examples: LongExamples = "error"
     loss: LossRule = field(default_factory=LossRule)
     records: RecordRules = field(default_factory=RecordRules)
@@ -70,34 +70,34 @@ class ExampleRules:
 
 @dataclass(kw_only=True)
 class SftCounts:
-    """What became of the records of a source. Grows while they are read."""
+    """Counts of a source's records by what became of them. Grows while they are read."""
 
     read: int = 0
     truncated: int = 0
     dropped: int = 0
-    """Too long, or nothing trained left after truncation."""
+    """Records that are too long, or have nothing trained left after truncation."""
     split: int = 0
-    """Too long, and made into several examples."""
+    """Records that are too long, and were made into several examples."""
     lost_tokens: int = 0
-    """Tokens that are not predicted because they were cut off, dropped, or in a part of a split example in which
-    nothing is trained."""
+    """Tokens that are not predicted because they were cut off, dropped, or in a part of a split example without trained
+    tokens."""
     tokens: int = 0
     trained_tokens: int = 0
     answers: int = 0
     empty_answers: int = 0
-    """Those of which nothing but the end token is trained."""
+    """Answers of which only the end token is trained."""
     untrained_turns: int = 0
-    """Turns of the assistant that their records take out of what is learned."""
+    """Turns of the assistant that their records exclude from training."""
     repeated_prompts: int = 0
-    """Records whose completion repeated the prompt, where it was taken off."""
+    """Records whose completion repeated the prompt, which was removed from it."""
     conversations: int = 0
     """Records that the chat template rendered."""
     token_names: int = 0
     """Records of verbatim texts that have names of special tokens in them."""
     unread: dict[str, int] = field(default_factory=dict)
-    """Records with each of the keys that nothing was made of."""
+    """Records with each of the keys that are not read."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """The same for keys of --ignore-keys."""
+    """Records with each of the keys of --ignore-keys."""
 
     def add(self, example: Example, spans: Sequence[Span], rules: ExampleRules) -> None:
         """Count one more record, whose examples are ``spans``."""
@@ -122,7 +122,7 @@ class SftCounts:
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> "SftCounts":
-        """The inverse of ``asdict``. In counts of earlier versions every record passes for a conversation."""
+        """The inverse of ``asdict``. In counts of earlier versions every record counts as a conversation."""
         return SftCounts(**{"conversations": saved["read"], **saved})
 
     def merge(self, other: "SftCounts") -> None:
@@ -136,13 +136,13 @@ class SftCounts:
                 setattr(self, each.name, mine + theirs)
 
     def notes(self, path: str) -> list[str]:
-        """Lines for the log about the source ``path``: what its records have, and is not learned."""
+        """Lines for the log about parts of the records of source ``path`` that are not learned."""
         lines = []
         if self.untrained_turns:
             lines.append(f"{path}: turns not trained, by a key of their own: {self.untrained_turns:,}")
         if self.repeated_prompts:
             lines.append(
-                f"{path}: prompts that their completions repeated, which were taken off them: {self.repeated_prompts:,}"
+                f"{path}: prompts that completions repeated, removed from the completions: {self.repeated_prompts:,}"
             )
         if self.empty_answers:
             lines.append(
@@ -151,7 +151,7 @@ class SftCounts:
         return lines + notes_of_token_names(path, self.token_names) + notes_of_keys(path, self.unread, self.ignored)
 
     def check_learnable(self, examples: int, path: str, rules: ExampleRules) -> None:
-        """Raise UserError where the source ``path`` came to no ``examples``, or every answer of it is empty."""
+        """Raise UserError where the source ``path`` gave no ``examples``, or all of its answers are empty."""
         if examples == 0:
             dropped = f"all {self.dropped} were longer than --seq-length {rules.seq_length}"
             reason = dropped if self.dropped else "it is empty"
@@ -162,52 +162,52 @@ class SftCounts:
         """Raise UserError where every answer of the source ``path`` is empty."""
         if 0 < self.answers == self.empty_answers:
             raise UserError(
-                f"{path}: all {self.answers:,} answers are empty, so that nothing but end tokens would be learned; "
-                f"look for the key that has their text, or leave {path} out."
+                f"{path}: all {self.answers:,} answers are empty, so only end tokens would be learned; "
+                f"name the key that has their text, or leave {path} out."
             )
 
 
 def read_source(
-    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, faults: Faults
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, errors: RecordErrors
 ) -> tuple[list[Encoded], list[str], dict[str, Any]]:
-    """The examples of a source in its order, the places of their records, and the account of it.
+    """The examples of a source in its order, the places of their records, and an account of it.
 
-    Records that can't be an example are counted among the ``faults``; where all are there are no examples. Raises
-    UserError for a file that can't be read on, and for a source of which nothing can be learned.
+    Records that can't be an example are added to ``errors``; if all are, there are no examples. Raises UserError for
+    a file that can't be read to its end, and for a source from which nothing can be learned.
     """
     kept: list[Encoded] = []
     places: list[str] = []
     formats: set[DataFormat] = set()
     counts = SftCounts()
-    reader, faults_before = RecordReader(rules.records), len(faults)
-    for example in _read_examples(source, reader, tokenizer, rules.loss, faults):
+    reader, errors_before = RecordReader(rules.records), len(errors)
+    for example in _read_examples(source, reader, tokenizer, rules.loss, errors):
         formats.add(example.format)
         try:
             check_predicts(example)
             spans = spans_of(example, rules)
         except RecordRefused as refused:
-            faults.add(example.place, refused)
+            errors.add(example.place, refused)
             continue
         kept += [(example.ids[start:stop], example.trained[start:stop]) for start, stop in spans]
         places += [example.place] * len(spans)
         counts.add(example, spans, rules)
-    if kept or len(faults) == faults_before:
+    if kept or len(errors) == errors_before:
         counts.check_learnable(len(kept), source.path, rules)
     return kept, places, {"formats": sorted(formats), "counts": asdict(counts), "use": asdict(reader.use())}
 
 
 def _read_examples(
-    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, faults: Faults
+    source: SourceFiles, reader: RecordReader, tokenizer: Tokenizer, loss: LossRule, errors: RecordErrors
 ) -> Iterator[Example]:
     template = ChatTemplate(tokenizer.facts, loss)
-    rest = reader.read(source.files, faults)
+    rest = reader.read(source.files, errors)
     while batch := list(islice(rest, RECORDS_PER_BATCH)):
         found: list[tuple[Record, DataFormat, list[Piece]]] = []
         for known, record in batch:
             try:
                 found.append((record, known, pieces_of(record, tokenizer, template, loss)))
             except UserError as error:
-                faults.add(record.place, error)
+                errors.add(record.place, error)
         encoded = tokenizer.encode_pieces([pieces for *_, pieces in found])
         for (record, known, pieces), of_record in zip(found, encoded, strict=True):
             yield example_of(record, known, pieces, of_record, template, loss)
@@ -221,7 +221,7 @@ def example_of(
     template: ChatTemplate,
     loss: LossRule,
 ) -> Example:
-    """The example that a record became, with the account of what was made of it."""
+    """The example of a record, with counts of what was done with it."""
     ids, trained = encoded
     answers, empty = (0, 0) if loss.loss_on == "all" else _count_answers(pieces)
     return Example(
@@ -240,7 +240,7 @@ def example_of(
 
 
 def passed_over(record: Record, template: ChatTemplate) -> PassedOver:
-    """The keys that nothing was made of, harmless ones of messages that the template doesn't print among them."""
+    """The keys that are not read, including harmless ones of messages that the template doesn't print."""
     if not isinstance(record, Chat):
         return record.keys
     unread = dict.fromkeys([*record.keys.unread, *template.unread_keys(record.messages)])
@@ -260,11 +260,11 @@ def _count_untrained(record: Record) -> int:
 
 
 def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: LossRule) -> list[Piece]:
-    """The text of a record, cut where its tokens are. Raises UserError naming a record that can't be an example."""
+    """The text of a record, cut at its token boundaries. Raises UserError naming a record that can't be an example."""
     if isinstance(record, Preference):
         raise UserError(
-            f"{record.place}: the record is a preference pair (`chosen` and `rejected`), of which this command can't "
-            f"learn; train on pairs with hft-megatron dpo, or give records with one answer."
+            f"{record.place}: the record is a preference pair (`chosen` and `rejected`), which this command can't "
+            f"learn from; train on pairs with hft-megatron dpo, or give records with one answer."
         )
     if isinstance(record, Completion):
         return completion_pieces(record, tokenizer, loss)
@@ -276,10 +276,10 @@ def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss
 
 
 def completion_pieces(record: Completion, tokenizer: Tokenizer, loss: LossRule) -> list[Piece]:
-    """Beginning token, prompt, completion, end token.
+    """Begin token, prompt, completion, end token.
 
     The completion is tokenized on its own, as a continuation: at generation the prompt's tokens are fixed and the
-    model writes what follows, so a token that spans the seam could never be asked for. Tokenizing the two together,
+    model writes the tokens after them, so a token across the seam could never be generated. Tokenizing both together,
     or the completion with a word-start mark, trains a wrong number of tokens at the seam.
     """
     everything = loss.loss_on == "all"
@@ -291,22 +291,22 @@ def completion_pieces(record: Completion, tokenizer: Tokenizer, loss: LossRule) 
 
 
 def check_predicts(example: Example) -> None:
-    """Raise RecordRefused for an example of which nothing can be learned."""
+    """Raise RecordRefused for an example from which nothing can be learned."""
     if example.trained[1:].any():
         return
     if example.untrained_turns:
         raise RecordRefused(
             example.place,
-            "the example has no token to predict, because its messages say that none of the answers is to be trained; "
+            "the example has no token to predict, because its messages exclude every answer from training; "
             "correct them, or remove it.",
         )
     raise RecordRefused(example.place, "the example has no token to predict; give it a prompt or remove it.")
 
 
 def spans_of(example: Example, rules: ExampleRules) -> list[Span]:
-    """What is trained on of the example: all of it, and where it is too long what the rules say.
+    """The parts of the example to train on: all of it, and where it is too long the parts that the rules choose.
 
-    A part of a split example begins with the token that the part before it predicted last, so that each token is
+    A part of a split example begins with the last token that the part before it predicted, so that each token is
     predicted once. Raises RecordRefused for an example that is too long under ``error``.
     """
     size, length = len(example.ids), rules.seq_length
@@ -316,7 +316,7 @@ def spans_of(example: Example, rules: ExampleRules) -> list[Span]:
         raise RecordRefused(
             example.place,
             f"the example has {{}} positions, but --seq-length is {length}; choose --long-examples drop, truncate or "
-            f"split, or raise it where the model has more positions.",
+            f"split, or raise --seq-length if the model has more positions.",
             size - 1,
         )
     starts = {"drop": range(0), "truncate": range(1), "split": range(0, size - 1, length)}[rules.long_examples]

@@ -23,31 +23,31 @@ from hft_megatron.data.tokenizer_files import CONFIG_FILE, COPIED_FILES, TOKENIZ
 from hft_megatron.errors import UserError
 
 _GUARD = "\ue000"
-"""Stands for the text before: no white space, no letter, and in no token's name."""
+"""Represents the text before: no white space, no letter, and in no token's name."""
 
 
 class ContinuingPipeline:
     """``start``, the whole pipeline of a tokenizer, for texts that continue others.
 
-    What stands behind an added token is a text of its own to the Rust library, with whatever mark that gets; only what
-    is before the first one continues.
+    To the Rust library the text after an added token is a text of its own, with the mark that a text gets; only the
+    text before the first one continues.
     """
 
     def __init__(self, start: RustTokenizer) -> None:
         self._start = start
         self.head = _without_word_start(start)
-        """For the text before the first added token; ``start`` itself where that puts no mark."""
+        """Tokenizer for the text before the first added token; ``start`` itself where it puts no mark."""
         added = start.get_added_tokens_decoder()
         self._added = frozenset(number for number, token in added.items() if not token.special)
 
     @property
-    def differs_behind_added(self) -> bool:
-        """Whether a text can hold an added token behind which the rule is another than before it."""
+    def differs_after_added(self) -> bool:
+        """True if a text can hold an added token after which the rule differs from before it."""
         return self.head is not self._start and bool(self._added)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without beginning or end token."""
-        if not self.differs_behind_added:
+        if not self.differs_after_added:
             return _encode(self.head, texts)
         # encode_batch_fast has no offsets
         whole = self._start.encode_batch([_GUARD + text for text in texts], add_special_tokens=False)
@@ -75,7 +75,7 @@ def _without_word_start(rust: RustTokenizer) -> RustTokenizer:
     stripped = {key: _strip_prefix(state[key]) for key in ("normalizer", "pre_tokenizer")}
     if all(state[key] == step for key, step in stripped.items()):
         return rust
-    # A name that is sought in normalized text has the mark before it, and would be found elsewhere without.
+    # A name that is searched in normalized text has the mark before it, and would be found elsewhere without.
     special = [token for token in state["added_tokens"] if token["special"]]
     other = RustTokenizer.from_str(json.dumps({**state, **stripped, "added_tokens": special}))
     other.encode_special_tokens = True
@@ -137,7 +137,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return write_files(directory, self._files, self, self._rust, adds_template=adds_template)
 
     def _find_rule_after_special(self) -> bool:
-        """Ask the tokenizer itself: "legacy" SentencePiece conversions mark a word start behind every special token."""
+        """Ask the tokenizer itself: "legacy" SentencePiece conversions mark a word start after every special token."""
         probe = "a b"
         special = self.special(self.eos_id, trained=True)
         self._rust.encode_special_tokens = False
@@ -147,13 +147,13 @@ class HuggingFaceTokenizer(Tokenizer):
             if ids == [self.eos_id, *self.encode_batch([probe], continues=continues)[0]]:
                 return continues
         raise UserError(
-            f"--tokenizer-model {self.facts.source} changes text that follows {special.text!r} in a way that is not "
-            f"understood, so trained spans could not be found exactly; use a LLaMA tokenizer."
+            f"--tokenizer-model {self.facts.source} changes text after {special.text!r} in an unknown way, so trained "
+            f"spans can't be found exactly; use a LLaMA tokenizer."
         )
 
 
 def load_huggingface_tokenizer(files: TokenizerFiles, chat_template: str | None) -> HuggingFaceTokenizer:
-    """The tokenizer of a folder with a tokenizer.json, or with other files of which transformers makes one.
+    """The tokenizer of a folder with a tokenizer.json, or with other files that transformers converts to one.
 
     ``chat_template`` is --chat-template. Raises UserError for files that can't be read and for a tokenizer without an
     end token.
@@ -170,7 +170,7 @@ def load_huggingface_tokenizer(files: TokenizerFiles, chat_template: str | None)
         of_file = rust.encode("a").ids
         tokenizer = _assembled(rust, files, view.names, identity, chat_template, source=str(folder))
         # Versions 4 put another begin token than the file, and later ones of 5 drop a normalizer, without a difference
-        # under the one that is installed.
+        # in the installed version.
         varies = files.has_llama_class and (rust.normalizer is not None or rust.encode("a").ids != of_file)
         return view.compared(tokenizer.with_facts(exports_own_files=varies), TOKENIZER_FILE)
     if view.loaded is None:
@@ -199,7 +199,7 @@ def load_tiktoken_tokenizer(file: Path, files: TokenizerFiles, chat_template: st
     )
     notes = tokenizer.facts.notes
     if not added:
-        notes += (f"{source}: Llama 3's 256 special tokens are taken, as no file lists any",)
+        notes += (f"{source}: Llama 3's 256 special tokens are used, as no file lists any",)
     return tokenizer.with_facts(notes=notes, exports_own_files=True)
 
 
@@ -222,14 +222,14 @@ def _assembled(
     eos_id = ids.get("eos_token")
     if eos_id is None:
         raise UserError(
-            f"--tokenizer-model {source} names no special eos_token, but every example ends with one that is trained; "
+            f"--tokenizer-model {source} names no special eos_token, but every example ends with a trained one; "
             f"set eos_token in {CONFIG_FILE}."
         )
     if begins is None:
         begins = files.explicit("add_bos_token")
     begin = rust_pipeline.settle_begin_token(rust, names, begins, files.explicit("add_eos_token"))
     bos_id = None if begin is None else rust.token_to_id(begin)
-    if ContinuingPipeline(rust).differs_behind_added:
+    if ContinuingPipeline(rust).differs_after_added:
         identity = [*identity, "a text that continues another has its word starts behind added tokens"]
     special_tokens = rust_pipeline.special_tokens(rust)
     vocabulary = rust.get_vocab().values()
@@ -252,9 +252,9 @@ def _assembled(
 
 
 def _identity(files: TokenizerFiles) -> list[str | bytes]:
-    """Of the files and not of the Rust tokenizer, whose form depends on its version.
+    """Identity of the files and not of the Rust tokenizer, whose form depends on its version.
 
-    For the class that every transformers reads as it stands, this is what earlier versions of the project had.
+    For the class that every transformers reads unchanged, this equals the value of earlier versions of the project.
     """
     parts: list[str | bytes] = []
     for name in COPIED_FILES:

@@ -1,7 +1,7 @@
 """Arrays that are kept on disk between starts, in folders of entries that several processes use at once.
 
-An entry is named by a digest of all that decides it, so it is never out of date, and whoever removes it loses nothing
-but time. It is written whole or not at all, and what was damaged since is not read.
+An entry is named by a digest of everything that decides it, so it is never out of date, and deleting it costs only
+time. It is written whole or not at all, and a damaged one is not read.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ from numpy.typing import NDArray
 from hft_megatron.errors import UserError
 
 ACCOUNT = "account.json"
-"""The file of an entry that says what else is in it."""
+"""File of an entry that lists its contents."""
 _UNUSED_S = 30 * 24 * 3600
-"""After this many seconds without a use an entry is removed."""
+"""Seconds without a use after which an entry is removed."""
 Arrays = dict[str, NDArray[Any]]
-"""By name."""
+"""Arrays by name."""
 
 
 def folder_for_entries(folder: Path, option: str) -> Path:
-    """The folder, which is made where it isn't there; UserError, naming the ``option``, where it can't be written."""
+    """The folder, created if missing. Raises UserError, naming the ``option``, where it can't be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{option} {folder} can't be used: {error.strerror}; name a folder that can be written."
+            f"{option} {folder} can't be used: {error.strerror}; name a writable folder."
         ) from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option} {folder} can't be used: it can't be written; name another folder.")
@@ -49,15 +49,15 @@ def key_of(decisive: object) -> str:
 
 
 def kept_arrays(folder: Path, key: str, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays of an entry, made by ``make`` in one process, for which others wait; mapped where they could be
-    written, else in memory."""
+    """The arrays of an entry, made by ``make`` in one process while others wait; mapped where they could be written,
+    else in memory."""
     entry, made = folder / key, None
     if (found := read_entry(entry)) is not None:
         return found[0]
     with one_at_a_time(folder / f"{key}.lock"):
         if read_entry(entry) is None:
             made = make()
-            with suppress(OSError):  # A full disk costs the next process its time, and nothing else.
+            with suppress(OSError):  # A full disk costs the next process only its time.
                 remove_unused(folder)
                 write_entry(entry, made, None)
     found = read_entry(entry)
@@ -66,7 +66,7 @@ def kept_arrays(folder: Path, key: str, make: Callable[[], Arrays]) -> Arrays:
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Where the file system has no locks, processes that come at once each do the work."""
+    """Lets one process work at a time. Where the file system has no locks, each process does the work."""
     lock = FileLock(path)
     try:
         lock.acquire()
@@ -80,7 +80,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def read_entry(entry: Path) -> tuple[Arrays, Any] | None:
-    """The arrays, mapped, and what else was noted (JSON); None where the entry is missing or damaged."""
+    """The arrays, mapped, and the noted account (JSON); None where the entry is missing or damaged."""
     try:
         account = json.loads((entry / ACCOUNT).read_text(encoding="utf-8"))
         names = account["arrays"]
@@ -95,7 +95,7 @@ def read_entry(entry: Path) -> tuple[Arrays, Any] | None:
 
 
 def write_entry(entry: Path, arrays: Mapping[str, NDArray[Any]], account: object) -> None:
-    """The inverse; raises OSError, and then leaves nothing."""
+    """The inverse of ``read_entry``; raises OSError, and then leaves nothing."""
     part = entry.with_name(f".{entry.name[:8]}-{secrets.token_hex(4)}")
     part.mkdir()
     try:
@@ -103,7 +103,7 @@ def write_entry(entry: Path, arrays: Mapping[str, NDArray[Any]], account: object
             np.save(part / f"{name}.npy", array, allow_pickle=False)
         noted = {"account": account, "arrays": list(arrays), "sha256": _digest_of(arrays)}
         (part / ACCOUNT).write_text(json.dumps(noted), encoding="utf-8")
-        # Only a damaged one can be in its place.
+        # Only a damaged entry can be in its place.
         shutil.rmtree(entry, ignore_errors=True)
         part.rename(entry)
     finally:
@@ -111,7 +111,7 @@ def write_entry(entry: Path, arrays: Mapping[str, NDArray[Any]], account: object
 
 
 def remove_unused(folder: Path) -> None:
-    """Entries, what a stopped process left of one, locks and mistakes, all of long ago."""
+    """Removes old entries, leftovers of stopped processes, locks and unreadable entries."""
     for path in folder.iterdir():
         if re.fullmatch(r"[0-9a-f]{64}(\.lock|\.mistake)?|\.[0-9a-f]{8}-[0-9a-f]{8}", path.name) is None:
             continue

@@ -1,4 +1,4 @@
-"""Loads the data sets that the data options of a run name: tokenizes them, or maps what an earlier start has kept."""
+"""Loads the data sets that a run's data options name: tokenizes them, or maps an earlier start's cache."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ from hft_megatron.data.dataset import (
     places_in,
 )
 from hft_megatron.data.examples import ExampleRules, SftCounts, read_source
-from hft_megatron.data.faults import Faults, RecordUse, check_use
+from hft_megatron.data.record_errors import RecordErrors, RecordUse, check_use
 from hft_megatron.data.files.sources import TRAIN_SPLIT, SourceFiles, file_digest, find_sources, find_valid_source
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.preprocessed.opening import open_preprocessed
@@ -30,28 +30,28 @@ from hft_megatron.errors import UserError
 
 
 def training_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> SftDataset | None:
-    """What --train-data-path names, None where it names nothing; ``seq_length`` is in positions.
+    """The data of --train-data-path, None where it is unset; ``seq_length`` is in positions.
 
-    Raises UserError for a source without files and for a mistake in them.
+    Raises UserError for a source without files and for an error in them.
     """
     return _load_train(data, seq_length, _load_examples(tokenizer))
 
 
 def validation_data(data: DataConfig, tokenizer: Tokenizer, seq_length: int) -> dict[str, SftDataset]:
-    """What --valid-data-path names, by the names of its sources; each is read by the rules of the training data, or by
+    """The data of --valid-data-path, by the names of its sources; each is read by the rules of the training data, or by
     its own."""
     return _load_valid(data, seq_length, tokenizer, _load_examples)
 
 
 def training_pairs(data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs) -> PairDataset | None:
-    """The preference pairs that --train-data-path names, None where it names nothing."""
+    """The preference pairs of --train-data-path, None where it is unset."""
     return _load_train(data, seq_length, _load_pairs(tokenizer, bad_pairs))
 
 
 def validation_pairs(
     data: DataConfig, tokenizer: Tokenizer, seq_length: int, bad_pairs: BadPairs
 ) -> dict[str, PairDataset]:
-    """The preference pairs that --valid-data-path names, by the names of its sources."""
+    """The preference pairs of --valid-data-path, by the names of its sources."""
     return _load_valid(data, seq_length, tokenizer, lambda tokenizer: _load_pairs(tokenizer, bad_pairs))
 
 
@@ -86,7 +86,7 @@ def _load_valid(
         files, load = find_valid_source(source), loader(_tokenizer_of(source, tokenizer))
         found[source.name] = load([files], _rules(source.data, seq_length), cache)
         uses += found[source.name].uses
-        # What an entry asks for itself it must have; of what the run asks, validation may do without what training has.
+        # Keys that an entry asks for must be in its data; those of the run may be missing from validation data.
         with source.told():
             keys = data_keys(source.data.data_keys) if "data_keys" in source.own else ()
             separator = source.data.prompt_separator if "prompt_separator" in source.own else ""
@@ -97,7 +97,7 @@ def _load_valid(
 
 
 def _tokenizer_of(source: ValidSource, tokenizer: Tokenizer) -> Tokenizer:
-    """With the chat template of the source's own, where it has one."""
+    """The tokenizer with the source's own chat template, where it has one."""
     choice = source.data.chat_template
     if "chat_template" not in source.own or choice is None:
         return tokenizer
@@ -118,11 +118,11 @@ def _rules(data: DataConfig, seq_length: int) -> ExampleRules:
 def load_sft_dataset(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache = NO_CACHE
 ) -> SftDataset:
-    """Read and tokenize all sources, or map what another process has put into ``cache``.
+    """Read and tokenize all sources, or map another process's result from ``cache``.
 
-    Needs no model and no process group. Raises UserError with every kind of fault that records have (malformed, not to
-    be rendered, nothing to learn, too long under ``error``) and the places of two, and for a source without examples
-    or with too small a weight.
+    Needs no model and no process group. Raises UserError with every kind of error in records (malformed, refused by the
+    template, nothing to learn, too long under ``error``) and the places of two, and for a source without examples or
+    with too small a weight.
     """
     found, note = _read_sources([each for each in sources if each.prefix is None], tokenizer, rules, cache)
     read = iter(found)
@@ -148,13 +148,13 @@ def load_sft_dataset(
 
 
 _Loaded = tuple[ExampleStore, SourcePart, dict[str, Any]]
-"""The examples of a source, their account, and what they were made of."""
+"""The examples of a source, their account, and their origin."""
 
 
 def _read_sources(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, cache: TokenCache
 ) -> tuple[list[_Loaded], str]:
-    """All sources, and where they are mapped from, for the log."""
+    """All sources, and the folder that they are mapped from, for the log."""
     if not sources:
         return [], ""
     digests = [[file_digest(file) for file in source.files] for source in sources]
@@ -177,14 +177,14 @@ def _read_sources(
 
 
 def _tokenize(sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules) -> Tokenized:
-    faults, kept, places = Faults(), list[Encoded](), list[str]()
+    errors, kept, places = RecordErrors(), list[Encoded](), list[str]()
     accounts = []
     for source in sources:
-        examples, of_source, account = read_source(source, tokenizer, rules, faults)
+        examples, of_source, account = read_source(source, tokenizer, rules, errors)
         kept += examples
         places += places_in(source.files, of_source)
         accounts.append({"examples": len(examples), **account})
-    faults.raise_if_any()
+    errors.raise_if_any()
     return Tokenized(store=ExamplesInMemory.of(kept, places), account={"sources": accounts})
 
 
@@ -210,7 +210,7 @@ def _part(
 
 
 class RecordOptions(Protocol):
-    """The options that decide what a row means."""
+    """The options that decide the meaning of a row."""
 
     @property
     def data_format(self) -> DataFormat | None: ...
@@ -223,7 +223,7 @@ class RecordOptions(Protocol):
 
 
 def record_rules(options: RecordOptions) -> RecordRules:
-    """The rules that the words of the options stand for. Raises UserError for one that is none."""
+    """The rules of the options. Raises UserError for an unknown value."""
     return RecordRules(
         data_format=options.data_format,
         data_keys=data_keys(options.data_keys),

@@ -1,4 +1,4 @@
-"""Which example comes when, alone or in a pack: a pure function of seed and position, so a run resumes by one number.
+"""The order of examples, alone or in packs: a pure function of seed and position, so a run resumes by one number.
 
 Nothing depends on ranks or micro-batches. The permutation sorts the raw output of PCG64, the part of numpy whose
 numbers are promised to stay the same; ``Generator.permutation`` is not.
@@ -27,13 +27,13 @@ from hft_megatron.config.run import RunConfig
 
 
 class SampleStream(Protocol):
-    """The samples of a run, without end. A sample is what --global-batch-size counts: an example, or a pack of them."""
+    """The endless samples of a run. A sample is what --global-batch-size counts: an example, or a pack of them."""
 
     def sample(self, consumed: int) -> Sequence[int]:
         """The examples of the sample that follows ``consumed`` samples."""
 
     def epoch_starts(self, stop: int) -> Sequence[int]:
-        """How many samples come before each epoch, from 0 up to and with the first number that is at least ``stop``."""
+        """Numbers of samples before each epoch, from 0 up to and with the first number that is at least ``stop``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class SampleOrder(Order):
 class MixtureOrder(Order):
     """Every epoch holds a fixed number of samples of each source, mixed.
 
-    A source gives its examples in passes: each example once, in a new order in each pass, and an epoch goes on where
+    A source gives its examples in passes: each example once, in a new order in each pass, and an epoch continues where
     the last one stopped. So all examples of a source have been seen equally often at any time, give or take one.
     """
 
@@ -98,7 +98,7 @@ class MixtureOrder(Order):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceMix:
-    """How many examples each source has, and what --train-data-path says of its weight: all have one, or none."""
+    """Sizes of the sources, and their weights in --train-data-path: all have one, or none."""
 
     sizes: tuple[int, ...]
     weights: tuple[float | None, ...]
@@ -110,14 +110,14 @@ class SourceMix:
         return shares_of_epoch(self.sizes, weights) if weights else None
 
     def order(self, seed: int) -> Order:
-        """Which example comes when in training: each once in an epoch, or each source by its weight."""
+        """The order of examples in training: each once in an epoch, or each source by its weight."""
         shares, whole = self.shares, sum(self.sizes)
         if shares is None:
             return SampleOrder(num_examples=whole, seed=seed)
         return MixtureOrder(num_examples=whole, seed=seed, sizes=self.sizes, shares=shares)
 
     def notes(self) -> list[str]:
-        """Of each source, the end of its line in the log: what it has in an epoch, where weights say so."""
+        """End of each source's line in the log: its samples in an epoch, where it has a weight."""
         if self.shares is None:
             return [""] * len(self.sizes)
         return [
@@ -168,17 +168,17 @@ _WINDOWS_AT_ONCE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PackingRule:
-    """How examples are put together."""
+    """Rules for packing examples."""
 
     capacity: int
     """Positions of a pack: the sequence length."""
     algorithm: PackingAlgorithm
     window: int
-    """Examples that are packed together."""
+    """Number of examples that are packed together."""
 
 
 class EpochPacks(Sequence[NDArray[np.int64]]):
-    """The packs of an epoch, in the order they are trained in. Three flat arrays: an epoch may have millions."""
+    """The packs of an epoch, in the order of training. Three flat arrays: an epoch may have millions."""
 
     def __init__(self, examples: NDArray[np.int64], bounds: NDArray[np.int64], order: NDArray[np.int64]) -> None:
         """Pack k is ``examples[bounds[j]:bounds[j + 1]]``, j = ``order[k]``; (examples,), (packs + 1,), (packs,)."""
@@ -201,7 +201,7 @@ class EpochPacks(Sequence[NDArray[np.int64]]):
 
 
 class PackedOrder:
-    """Endless epochs of packs; every epoch packs each example that ``order`` has in it once."""
+    """Endless epochs of packs; every epoch packs each example of ``order`` once."""
 
     def __init__(self, order: Order, lengths: NDArray[np.signedinteger[Any]], rule: PackingRule) -> None:
         """``lengths`` are the positions of each example, shape (examples,), none above the rule's capacity."""
@@ -226,7 +226,7 @@ class PackedOrder:
         return self._starts
 
     def packs(self, epoch: int) -> EpochPacks:
-        """The examples of each pack of an epoch, in the order they are trained in."""
+        """The examples of each pack of an epoch, in the order of training."""
         if epoch not in self._epochs:
             while len(self._epochs) >= _EPOCHS_KEPT:
                 del self._epochs[next(iter(self._epochs))]
@@ -256,12 +256,12 @@ class PackedOrder:
     def _packed_windows(
         self, examples: NDArray[np.int64], sizes: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The examples of windows of these sizes, pack behind pack, and where each pack starts among them."""
+        """The examples of windows of these sizes, pack after pack, and the start of each pack among them."""
         columns = np.arange(int(sizes.max()))
         present = columns < sizes[:, None]  # (windows, longest window)
         window = np.zeros(present.shape, dtype=np.int64)
         window[present] = examples
-        # What is not there has no length: it fits anywhere, and is left out below.
+        # Missing entries have no length: they fit anywhere, and are left out below.
         lengths = np.where(present, self._lengths[window], 0)
         if self.rule.algorithm == "first_fit_decreasing":
             by_length = np.argsort(-lengths, axis=1, kind="stable")
@@ -277,7 +277,7 @@ class PackedOrder:
 
 
 def _window_edges(examples: int, windows: int) -> NDArray[np.int64]:
-    """Where each window begins, and the end: sizes differ by one at most, and the larger ones come first."""
+    """Starts of the windows, and the end: sizes differ by one at most, and the larger ones come first."""
     size, larger = divmod(examples, windows)
     numbers = np.arange(windows + 1)
     return numbers * size + np.minimum(numbers, larger)
@@ -294,7 +294,7 @@ def first_fit(lengths: NDArray[np.signedinteger[Any]], capacity: int) -> NDArray
     numbers = np.empty(lengths.shape, dtype=np.int64)
     used = 0
     for item, column in enumerate(np.ascontiguousarray(lengths.T.astype(np.int32))):
-        # One pack more than are used: the last one is empty and takes anything.
+        # One pack more than is used: the last one is empty and takes anything.
         pack = np.argmax(room[:, : used + 1] >= column[:, None], axis=1)
         room[rows, pack] -= column
         numbers[:, item] = pack
@@ -316,7 +316,7 @@ def sample_stream(
 
 
 def with_iterations(config: RunConfig, samples: SampleStream, world_size: int) -> RunConfig:
-    """--train-epochs as --train-iters: enough that the last sample of the last epoch is trained.
+    """Converts --train-epochs to --train-iters: enough to train the last sample of the last epoch.
 
     Raises UserError for a warm-up that takes all of them.
     """
@@ -329,7 +329,7 @@ def with_iterations(config: RunConfig, samples: SampleStream, world_size: int) -
 
 
 def samples_of_epochs(samples: SampleStream, epochs: int) -> int:
-    """How many samples the first ``epochs`` hold together; packed epochs differ in their number."""
+    """Number of samples in the first ``epochs``; packed epochs differ in their number."""
     starts = samples.epoch_starts(1)
     while len(starts) <= epochs:
         starts = samples.epoch_starts(starts[-1] + 1)
@@ -337,7 +337,7 @@ def samples_of_epochs(samples: SampleStream, epochs: int) -> int:
 
 
 def describe_samples(samples: SampleStream, epochs: int | None, iterations: int) -> Iterator[str]:
-    """Lines for the log: how full packs are, and what --train-epochs comes to."""
+    """Lines for the log: the fill of packs, and the samples and iterations of --train-epochs."""
     if isinstance(samples, PackedOrder):
         rule = samples.rule
         yield (

@@ -12,7 +12,7 @@ from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.dataset import ExamplesInMemory, places_in
 from hft_megatron.data.examples import RECORDS_PER_BATCH, ExampleRules, completion_pieces, count_keys
-from hft_megatron.data.faults import Faults, RecordRefused
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import Message
@@ -25,13 +25,13 @@ from hft_megatron.errors import UserError
 
 
 class BadPair(Exception):
-    """A pair of which nothing can be learned; the message is a clause."""
+    """A pair from which nothing can be learned; the message is a clause."""
 
 
 def check_record(pair: Preference) -> None:
-    """Raise BadPair for a fault that the record itself shows."""
-    if pair.fault is not None:
-        raise BadPair(pair.fault)
+    """Raise BadPair for a problem that the record itself shows."""
+    if pair.problem is not None:
+        raise BadPair(pair.problem)
     for key, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if _is_empty(answer):
             raise BadPair(f"the answer in `{key}` is empty")
@@ -46,7 +46,7 @@ def _is_empty(answer: str | Sequence[Message]) -> bool:
 
 
 def check_room(halves: Sequence[Encoded], rules: ExampleRules) -> None:
-    """Raise BadPair where nothing trained of a half is within the sequence length."""
+    """Raise BadPair where no trained token of a half is within the sequence length."""
     for _, mask in halves:
         if not mask[1 : rules.seq_length + 1].any():
             raise BadPair("the prompt leaves no room for an answer within --seq-length")
@@ -58,13 +58,13 @@ def check_length(positions: int, place: str, rules: ExampleRules) -> None:
         raise RecordRefused(
             place,
             f"the prompt and an answer have {{}} positions, but --seq-length is {rules.seq_length}; choose "
-            f"--long-examples drop or truncate, or raise it where the model has more positions.",
+            f"--long-examples drop or truncate, or raise --seq-length if the model has more positions.",
             positions,
         )
 
 
 def check_halves(halves: Sequence[Encoded]) -> None:
-    """Raise BadPair where the halves, cut to the sequence length, teach nothing."""
+    """Raise BadPair where nothing can be learned from the halves, cut to the sequence length."""
     prompts = []
     for ids, mask in halves:
         prompts.append(ids[: int(np.argmax(mask))])
@@ -77,20 +77,20 @@ def check_halves(halves: Sequence[Encoded]) -> None:
 def tokenize_pairs(
     sources: Sequence[SourceFiles], tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs
 ) -> Tokenized:
-    """The answers of all sources, and an account of each source. Raises UserError with every kind of fault."""
-    faults, kept, places = Faults(), list[Encoded](), list[str]()
+    """The answers of all sources, and an account of each source. Raises UserError with every kind of error."""
+    errors, kept, places = RecordErrors(), list[Encoded](), list[str]()
     accounts = []
     for source in sources:
-        answers, of_source, account = _read_source(source, tokenizer, rules, bad_pairs, faults)
+        answers, of_source, account = _read_source(source, tokenizer, rules, bad_pairs, errors)
         kept += answers
         places += places_in(source.files, of_source)
         accounts.append(account)
-    faults.raise_if_any()
+    errors.raise_if_any()
     return Tokenized(store=ExamplesInMemory.of(kept, places), account={"sources": accounts})
 
 
 def _read_source(
-    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs, faults: Faults
+    source: SourceFiles, tokenizer: Tokenizer, rules: ExampleRules, bad_pairs: BadPairs, errors: RecordErrors
 ) -> tuple[list[Encoded], list[str], dict[str, Any]]:
     """The answers of a source, the places of their records, and the account of it."""
     kept: list[Encoded] = []
@@ -101,9 +101,9 @@ def _read_source(
     tokens = SpecialTokens(tokenizer.facts.special_tokens)
     unread: dict[str, int] = {}
     ignored: dict[str, int] = {}
-    reader, faults_before = RecordReader(replace(rules.records, data_format="preference")), len(faults)
-    records = reader.read(source.files, faults)
-    for pair, halves in encoded_pairs((record for _, record in records), tokenizer, rules.loss, faults):
+    reader, errors_before = RecordReader(replace(rules.records, data_format="preference")), len(errors)
+    records = reader.read(source.files, errors)
+    for pair, halves in encoded_pairs((record for _, record in records), tokenizer, rules.loss, errors):
         read += 1
         count_keys(unread, pair.keys.unread)
         count_keys(ignored, pair.keys.ignored)
@@ -113,15 +113,15 @@ def _read_source(
         longest = max(len(ids) - 1 for ids, _ in halves)
         try:
             fitting = _fitting(pair, halves, longest, rules)
-        except BadPair as fault:
+        except BadPair as problem:
             if bad_pairs == "error":
-                sentence = f"{fault}; correct the pair, or choose --dpo-bad-pairs skip."
-                faults.add(pair.place, RecordRefused(pair.place, sentence))
+                sentence = f"{problem}; correct the pair, or choose --dpo-bad-pairs skip."
+                errors.add(pair.place, RecordRefused(pair.place, sentence))
             else:
-                bad[str(fault)] += 1
+                bad[str(problem)] += 1
             continue
         except RecordRefused as refused:
-            faults.add(pair.place, refused)
+            errors.add(pair.place, refused)
             continue
         if fitting is None:
             dropped += 1
@@ -130,7 +130,7 @@ def _read_source(
         kept += fitting
         places += [pair.place] * len(fitting)
         forms[pair.form] += 1
-    if not kept and len(faults) == faults_before:
+    if not kept and len(errors) == errors_before:
         left_out = dropped + bad.total()
         why = f"all {left_out} were left out" if left_out else "it is empty"
         raise UserError(f"the data file {source.path} holds no pair to train on: {why}.")
@@ -153,9 +153,9 @@ def _read_source(
 def _fitting(
     pair: Preference, halves: tuple[Encoded, Encoded], longest: int, rules: ExampleRules
 ) -> list[Encoded] | None:
-    """The part of each answer that is trained, or None where the pair is left out for its length.
+    """The trained part of each answer, or None where the pair is left out for its length.
 
-    Raises BadPair where nothing can be learned of it, and RecordRefused.
+    Raises BadPair where nothing can be learned from it, and RecordRefused.
     """
     check_record(pair)
     if longest > rules.seq_length and rules.long_examples == "drop":
@@ -168,11 +168,11 @@ def _fitting(
 
 
 def encoded_pairs(
-    records: Iterator[Record], tokenizer: Tokenizer, loss: LossRule, faults: Faults
+    records: Iterator[Record], tokenizer: Tokenizer, loss: LossRule, errors: RecordErrors
 ) -> Iterator[tuple[Preference, tuple[Encoded, Encoded]]]:
     """Each pair with its two halves: the prompt with the chosen answer, and with the rejected one.
 
-    Pairs that the chat template refuses are counted among the ``faults``.
+    Pairs that the chat template refuses are added to ``errors``.
     """
     template = ChatTemplate(tokenizer.facts, loss)
     while batch := list(islice(records, RECORDS_PER_BATCH)):
@@ -184,7 +184,7 @@ def encoded_pairs(
                 pieces += [_pieces(pair, answer, tokenizer, template, loss) for answer in (pair.chosen, pair.rejected)]
                 pairs.append(pair)
             except UserError as error:
-                faults.add(pair.place, error)
+                errors.add(pair.place, error)
         encoded = tokenizer.encode_pieces(pieces)
         for number, pair in enumerate(pairs):
             yield pair, (encoded[2 * number], encoded[2 * number + 1])

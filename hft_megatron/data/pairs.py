@@ -1,6 +1,6 @@
 """Preference pairs as tokens: for every pair the prompt with the chosen answer, and the prompt with the rejected one.
 
-Trained are the answers' tokens alone, also where the prompt holds turns of the assistant.
+Only the answers' tokens are trained, also where the prompt holds turns of the assistant.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.dataset import ExampleStore, NamedSource, SftDataset, asked_of, data_digest, named_members
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules
-from hft_megatron.data.faults import RecordUse, notes_of_keys, notes_of_token_names
+from hft_megatron.data.record_errors import RecordUse, notes_of_keys, notes_of_token_names
 from hft_megatron.data.files.sources import SourceFiles, file_digest
 from hft_megatron.data.formats.preference import PromptForm
 from hft_megatron.data.order import Order, SourceMix
@@ -32,21 +32,21 @@ class PairSource:
     pairs: int
     read: int
     truncated: int
-    """Pairs of which an answer was cut off."""
+    """Pairs whose answer was truncated."""
     dropped: int
     """Pairs that are too long."""
     bad: tuple[tuple[str, int], ...]
-    """Why pairs were left out under --dpo-bad-pairs skip, and how many, the most first."""
+    """Reasons why pairs were left out under --dpo-bad-pairs skip, with numbers, the most frequent first."""
     conversations: int
     """Records that the chat template rendered."""
     notes: tuple[str, ...]
-    """Lines about names of special tokens in texts, and keys that nothing is made of."""
+    """Lines about names of special tokens in texts, and about keys that are not read."""
     forms: Mapping[PromptForm, int]
-    """Kept pairs by where their prompt was."""
+    """Kept pairs by the place of their prompt."""
     use: RecordUse
 
     def summary(self) -> str:
-        """One line for the log, with everything that was shortened or left out, and where prompts were."""
+        """One line for the log, with everything that was shortened or left out, and the places of prompts."""
         bad = "".join(f", {count} left out: {reason}" for reason, count in self.bad)
         moved = "".join(f", {self.forms[form]} {words}" for form, words in _FORMS.items() if self.forms.get(form))
         return (
@@ -56,12 +56,12 @@ class PairSource:
 
 
 _FORMS: dict[PromptForm, str] = {
-    "stripped": "with a prompt that both answers repeated, where it was taken off",
-    "found": "with what both answers begin with as their prompt",
-    "in one answer": "with a prompt that one answer alone repeats, which was left as it is",
+    "stripped": "with a prompt that both answers repeated, where it was removed",
+    "found": "with the common beginning of both answers as their prompt",
+    "in one answer": "with a prompt that only one answer repeats, which was left as it is",
     "in both answers": "with a prompt of a few words that both answers begin with, which were left as they are",
 }
-"""What stands behind their number in the summary; nothing is done to others."""
+"""Words after the number of each form in the summary; other forms are left out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,17 +81,17 @@ class PairDataset:
 
     @property
     def uses(self) -> list[RecordUse]:
-        """Of each source, which rules about records did something."""
+        """The record rules that had an effect, by source."""
         return [source.use for source in self.sources]
 
     @property
     def uses_chat_template(self) -> bool:
-        """Whether the chat template has rendered any of them."""
+        """True if the chat template has rendered any of them."""
         return any(source.conversations > 0 for source in self.sources)
 
     @property
     def seq_length(self) -> int:
-        """Longest prompt and answer, in positions."""
+        """Length of the longest prompt and answer, in positions."""
         return self.answers.seq_length
 
     def num_positions(self, pair: int) -> int:
@@ -115,18 +115,18 @@ class PairDataset:
 
     @property
     def mix(self) -> SourceMix:
-        """How the sources are mixed."""
+        """The mix of the sources."""
         return SourceMix(
             sizes=tuple(source.pairs for source in self.sources),
             weights=tuple(source.weight for source in self.sources),
         )
 
     def order(self, seed: int) -> Order:
-        """Which pair comes when in training."""
+        """The order of the pairs in training."""
         return self.mix.order(seed)
 
     def accounts(self) -> list[list[str]]:
-        """Lines about each source: its pairs, what it has in an epoch where weights say so, what is not learned."""
+        """Lines about each source: its pairs, samples per epoch if it has a weight, and what is not learned."""
         limit = "" if self.seq_length == NO_LIMIT else f" (sequence length {self.seq_length})"
         return [
             [f"{source.summary()}{limit}{note}", *source.notes]
@@ -145,18 +145,17 @@ def load_pair_dataset(
     bad_pairs: BadPairs,
     cache: TokenCache = NO_CACHE,
 ) -> PairDataset:
-    """Read and tokenize all sources, or map what another process has put into ``cache``. Needs no model and no process
-    group.
+    """Read and tokenize all sources, or map another process's result from ``cache``.
 
-    Raises UserError with every kind of fault that records have, and the places of two: malformed, not to be rendered,
-    too long under ``error`` or, unless ``bad_pairs`` are skipped, nothing to learn (equal answers, an empty one, a
-    prompt that leaves no room for an answer, answers to different prompts). Also for a source without pairs or with too
-    small a weight.
+    Needs no model and no process group. Raises UserError with every kind of error in records, and the places of two:
+    malformed, refused by the template, too long under ``error`` or, unless ``bad_pairs`` are skipped, nothing to learn
+    (equal answers, an empty one, a prompt that leaves no room for an answer, answers to different prompts). Also for a
+    source without pairs or with too small a weight.
     """
     assert rules.long_examples != "split"
     for source in sources:
         if source.prefix is not None:
-            raise UserError(f"{source.path} is preprocessed data, which hold no pairs; give the files of pairs.")
+            raise UserError(f"{source.path} is preprocessed data, which holds no pairs; give the files of pairs.")
     digests = [[file_digest(file) for file in source.files] for source in sources]
     files = [named(*each) for each in zip(sources, digests, strict=True)]
     decisive = ["pairs", bad_pairs, files, *asked_of(tokenizer, rules)]

@@ -1,7 +1,7 @@
-"""Whether a chat template prints all that messages have: their texts, and other keys such as ``tool_calls``.
+"""Checks that a chat template prints everything in messages: their texts, and other keys such as ``tool_calls``.
 
-It is asked by rendering the conversation again with a value changed: where the text stays the same, what stands there
-would be lost, and the model would learn an answer without it.
+It renders the conversation again with a changed value: where the text stays the same, the value would be lost, and the
+model would learn an answer without it.
 """
 
 import string
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.data.faults import printable
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.formats.keys import is_empty, message_row
 from hft_megatron.data.rendering import Renderer, TemplateError
 from hft_megatron.data.tokenizer import ESCAPE
@@ -24,9 +24,9 @@ _ROTATED = str.maketrans(
 
 
 def structure_of(value: object) -> object:
-    """The names and types in ``value``, and which leaves hold something: equal for values that differ in leaves alone.
+    """The names and types in ``value``, and which leaves are not empty: equal for values that differ in leaves alone.
 
-    Whether a leaf holds something is a part of it, because templates ask whether a value is true.
+    It includes whether a leaf is empty, because templates ask whether a value is true.
     """
     if isinstance(value, Mapping):
         return tuple((key, structure_of(inner)) for key, inner in value.items())
@@ -58,8 +58,8 @@ def replaced(value: Any, path: Path, leaf: object) -> Any:
 
 
 def changed(leaf: object) -> object:
-    """Another leaf of the same type, and a text of the same length where it has a letter or a digit; a text for what is
-    no leaf."""
+    """Another leaf of the same type, and a text of the same length where it has a letter or a digit; a text for a value
+    that is no leaf."""
     if isinstance(leaf, bool):
         return not leaf
     if isinstance(leaf, int | float):
@@ -69,17 +69,17 @@ def changed(leaf: object) -> object:
 
 
 def in_words(path: Path) -> str:
-    """The path as code would have it, such as ``[0].function.name``."""
+    """The path in code notation, such as ``[0].function.name``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
 
 _USUAL_ROLES = ("system", "user", "assistant")
 _HARMLESS_OF_CALLS = ("id", "type")
-"""Keys of a call of a tool that say nothing which its place and its other keys don't."""
+"""Keys of a tool call whose content follows from its place and its other keys."""
 _NUMBER = 8_461_730_000
-"""A number in place of another, so long that hardly a text has it; it is used where none has."""
+"""A number that replaces another, so long that hardly a text has it; used where no text does."""
 _MOST_KEPT = 20_000
-"""Shapes to keep the answers of: arguments of tools may have another one in every record."""
+"""Number of shapes whose answers are kept: tool arguments may have another shape in every record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +87,10 @@ class _Unprinted:
     """A value that the text doesn't depend on."""
 
     index: int
-    """Of the message."""
+    """Index of the message."""
     key: str
     part: str = ""
-    """The part of the value that is meant, in words; empty for all of it."""
+    """The part of the value in words; empty for all of it."""
 
 
 class PrintedKeys:
@@ -110,8 +110,8 @@ class PrintedKeys:
                 row = message_row(key, message["role"])
                 if row is not None and row.treatment == "refused" and not is_empty(message[key]):
                     raise TemplateError(
-                        f"`{key}` of message {index + 1} stands for {row.meaning}, which nothing here reads; remove "
-                        f"it, or pass over it with --ignore-keys {key}"
+                        f"`{key}` of message {index + 1} means {row.meaning}, which is not supported here; remove "
+                        f"it, or ignore it with --ignore-keys {key}"
                     )
         for found in self._unprinted(messages):
             if found.index >= first and not _is_harmless(messages, found):
@@ -119,16 +119,16 @@ class PrintedKeys:
                 part = f" (`{printable(found.part, keep=ESCAPE)}` in it)" if found.part else ""
                 raise TemplateError(
                     f"the chat template doesn't print {'all of ' * bool(part)}`{key}` of message "
-                    f"{found.index + 1}{part}, which would be lost; choose a template that does, or pass over it with "
+                    f"{found.index + 1}{part}, which would be lost; choose a template that does, or ignore it with "
                     f"--ignore-keys {key}"
                 )
 
     def harmless(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        """Keys that the template doesn't print, and that are empty or say nothing which the others don't."""
+        """Keys that the template doesn't print, and that are empty or redundant."""
         return (found.key for found in self._unprinted(messages) if _is_harmless(messages, found))
 
     def check_texts(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Raise TemplateError for a message whose text is not printed; all are looked for at once."""
+        """Raise TemplateError for a message whose text is not printed; all are searched for at once."""
         shape = _shape(messages)
         if shape in self._all_texts:
             return
@@ -165,7 +165,7 @@ class PrintedKeys:
         try:
             text = self._renderer.render(messages, add_generation_prompt=False)
         except TemplateError:
-            # It may have no place for a call without a text, of which the call is what would be lost.
+            # It may not support a call without a text, and then the call would be lost.
             messages = [{**message, "content": message["content"] or ""} for message in messages]
             text = self._renderer.render(messages, add_generation_prompt=False)
         seen = self._leaves_seen(messages, text)
@@ -176,8 +176,8 @@ class PrintedKeys:
                     yield _Unprinted(index=index, key=key, part=part)
 
     def _leaves_seen(self, messages: Sequence[Mapping[str, Any]], text: str) -> set[tuple[int, str, Path]]:
-        """(index of the message, key, path) of leaves that are found in the text where each of them has a mark of its
-        own. The others, all of them where the template refuses the marks, are to be changed one by one."""
+        """(index of the message, key, path) of leaves that are found in the text when each has a mark of its own. The
+        others, all of them where the template refuses the marks, are to be changed one by one."""
         marks: dict[tuple[int, str, Path], str] = {}
         marked = [dict(message) for message in messages]
         for index, message in enumerate(messages):
@@ -200,9 +200,9 @@ class PrintedKeys:
         parts: Sequence[tuple[Path, object]],
         text: str,
     ) -> str | None:
-        """Which of the value's parts is not printed, in words, empty where no part of the value is; None where all are.
+        """The part of the value that is not printed, in words, empty where no part of it is; None where all are.
 
-        The whole value counts first: that it isn't printed says more than that its first part isn't."""
+        The whole value comes first: that it isn't printed says more than that its first part isn't."""
         value = messages[index][key]
         everything = value
         for path, leaf in _telling(value):
@@ -222,7 +222,7 @@ class PrintedKeys:
             return True
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text; an empty one where the template refuses the messages."""
+        """The text; empty where the template refuses the messages."""
         try:
             return self._renderer.render(messages, add_generation_prompt=False)
         except TemplateError:
@@ -230,7 +230,7 @@ class PrintedKeys:
 
 
 def unusual_roles(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What to add to a template's refusal, which may be about these roles; empty without any."""
+    """Addition to a template's refusal, which may be about these roles; empty without any."""
     found = dict.fromkeys(message["role"] for message in messages if message["role"] not in _USUAL_ROLES)
     return f" (messages have the role {' and '.join(found)}, which not every template has)" if found else ""
 
@@ -240,7 +240,7 @@ def _others(message: Mapping[str, Any]) -> list[str]:
 
 
 def _shape(messages: Sequence[Mapping[str, Any]]) -> object:
-    """What the answers depend on: of a message its role, whether it has a text, and the structure of its other keys."""
+    """Everything that the answers depend on: a message's role, whether it has text, and its other keys' structure."""
     return tuple(
         (
             message["role"],
@@ -252,13 +252,13 @@ def _shape(messages: Sequence[Mapping[str, Any]]) -> object:
 
 
 def _telling(value: object) -> list[tuple[Path, object]]:
-    """(path, leaf) of all that would be lost with the value; a value without such leaves is one itself."""
+    """(path, leaf) of everything that would be lost with the value; a value without such leaves is one itself."""
     leaves = [(path, leaf) for path, leaf in leaves_of(value) if not _names_a_call(path)]
     return leaves or [((), value)]
 
 
 def _names_a_call(path: Path) -> bool:
-    """Whether it is a key of the value, or of an entry of it, and not one of a tool's arguments."""
+    """True for a key of the value, or of an entry of it, and not one of a tool's arguments."""
     keys = path[1:] if path and isinstance(path[0], int) else path
     return len(keys) == 1 and keys[0] in _HARMLESS_OF_CALLS
 
@@ -274,7 +274,7 @@ def _mark(index: int) -> str:
 
 
 def _mark_like(leaf: object, number: int) -> str | int | None:
-    """A text or a number to know the leaf's place by; None for what has no place in a text."""
+    """A text or a number that identifies the leaf's place; None for a leaf that has no place in a text."""
     if isinstance(leaf, str) and leaf:
         return _mark(number)
     return _NUMBER + number if isinstance(leaf, int | float) and not isinstance(leaf, bool) else None

@@ -1,6 +1,6 @@
-"""Records from rows: a file's format, which of its keys are used, and advice on records of another layout.
+"""Records from rows: a file's format, the keys that are used, and advice on records of another layout.
 
-A file has one format: that of --data-format, or the one that its first record's keys are known by.
+A file has one format: that of --data-format, or the one that its first record's keys identify.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 from hft_megatron.config.data import DataKeys
 from hft_megatron.config.names import DataFormat
-from hft_megatron.data.faults import Faults, RecordUse, printable
+from hft_megatron.data.record_errors import RecordErrors, RecordUse, printable
 from hft_megatron.data.files.rows import Row, row_of
 from hft_megatron.data.files.sources import find_rows
 from hft_megatron.data.formats.completions import Completion
@@ -36,12 +36,12 @@ PAIR_LAYOUTS = (
 
 
 def proposal(row: Mapping[str, Any]) -> str:
-    """What to write, with the record's own keys where there is no doubt which are a conversation, or the prompt and its
+    """Advice with the record's own keys, where it is clear which are a conversation, or the prompt and its
     completion."""
     conversations = {key: known for key, value in row.items() if (known := _conversation_key(value))}
     if len(conversations) == 1:
         ((key, known),) = conversations.items()
-        # What the option can't name, or nobody can read.
+        # The option can't name these, or nobody can read them.
         if key.isprintable() and not {",", "="} & set(key):
             return f"Read it with --data-keys {shlex.quote(f'{key}={known}')}"
     prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
@@ -54,7 +54,7 @@ def proposal(row: Mapping[str, Any]) -> str:
 
 
 def _conversation_key(value: object) -> str | None:
-    """The key that a format has such a list of messages under; None for anything else."""
+    """The key under which a format has such a list of messages; None for anything else."""
     if not isinstance(value, list) or not value:
         return None
     for name, known in (("role", "messages"), ("from", "conversations")):
@@ -64,11 +64,11 @@ def _conversation_key(value: object) -> str | None:
 
 
 def without_nulls(row: dict[str, Any], *, at_any_depth: bool) -> dict[str, Any]:
-    """The row without its keys that are null, and those of its messages and of the parts of their contents, where some
-    tools write every key that any has.
+    """The row without null keys, also in its messages and in the parts of their contents, where some tools write every
+    key that any has.
 
-    ``at_any_depth`` takes them out of all that messages hold as well: Parquet has a null there for what is missing.
-    Elsewhere a null that an argument of a tool has is a value, which templates print.
+    ``at_any_depth`` removes them everywhere in messages: Parquet has a null there for a missing value. Elsewhere a null
+    argument of a tool is a value, which templates print.
     """
     if at_any_depth:
         return {key: _without_any_nulls(value) for key, value in row.items() if value is not None}
@@ -76,7 +76,7 @@ def without_nulls(row: dict[str, Any], *, at_any_depth: bool) -> dict[str, Any]:
 
 
 def _of_each(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """``value`` with an object, or those that a list has, changed."""
+    """``value`` with its object, or the objects in its list, changed."""
     if isinstance(value, list):
         return [change(entry) if isinstance(entry, dict) else entry for entry in value]
     return change(value) if isinstance(value, dict) else value
@@ -100,7 +100,7 @@ def _without_any_nulls(value: Any) -> Any:
 
 
 def without(ignored: frozenset[str], row: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The row without the ``ignored`` keys of its own and of its messages, and those that were there."""
+    """The row without the ``ignored`` keys of its own and of its messages, and the keys that were removed."""
     if not ignored:
         return row, ()
     found = ignored & row.keys()
@@ -124,7 +124,7 @@ def _unread(row: dict[str, Any], format: Format) -> tuple[str, ...]:
 
 
 def check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: str, format: DataFormat) -> None:
-    """Raise UserError for a key by which the record would mean something else, unless it repeats what is read."""
+    """Raise UserError for a key that changes the record's meaning, unless it repeats what is read."""
     refusal = refusal_of(key, row[key], format)
     if refusal is None:
         return
@@ -132,17 +132,17 @@ def check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: st
         return
     if format == "preference" and key == "input" and prompt_keys(row) == ("system",) and is_answer_alone(row["chosen"]):
         raise UserError(
-            f"{place}: `input` stands for the prompt of a pair, which must be in `prompt`; read it with --data-keys "
-            f"input=prompt, or pass over it with --ignore-keys input."
+            f"{place}: `input` is the prompt of a pair, which must be in `prompt`; read it with --data-keys "
+            f"input=prompt, or ignore it with --ignore-keys input."
         )
     raise UserError(
-        f"{place}: `{key}` stands for {refusal.meaning}, which a record of the format {format} has no place for; "
-        f"{refusal.fix}, or pass over it with --ignore-keys {key}."
+        f"{place}: `{key}` means {refusal.meaning}, which a record of the format {format} can't have; "
+        f"{refusal.fix}, or ignore it with --ignore-keys {key}."
     )
 
 
 def _is_repeated(key: Key, value: object, row: dict[str, Any], unread: Sequence[str], format: DataFormat) -> bool:
-    """Whether the value says nothing that what is read of the record doesn't."""
+    """True if everything in the value is also in the keys that are read."""
     read = {text for name in row if name not in unread for text in _texts(row[name])}
     texts = set(_texts(value))
     if texts and (texts <= read or (format == "text" and all(text in row["text"] for text in texts))):
@@ -153,7 +153,7 @@ def _is_repeated(key: Key, value: object, row: dict[str, Any], unread: Sequence[
 
 
 def _is_rendered(text: str, row: dict[str, Any]) -> bool:
-    """Whether the text is all of an instruction with its input and output, among the words of a prompt template."""
+    """True if the text is a whole instruction with its input and output, within a prompt template's words."""
     parts = [row[name] for name in ("instruction", "input", "output") if isinstance(row.get(name), str)]
     return all(part.strip() for part in parts[:1]) and all(part in text for part in parts)
 
@@ -173,42 +173,42 @@ class Layout:
 
     format: DataFormat
     since: str = ""
-    """The place of the record that it was recognised by; empty where --data-format says it."""
+    """Place of the record that identified it; empty where --data-format gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordRules:
-    """What decides, next to its keys, what a row means."""
+    """Rules that decide, besides its keys, the meaning of a row."""
 
     data_format: DataFormat | None = None
-    """That of all files; recognised file by file when None."""
+    """Format of all files; recognised file by file when None."""
     data_keys: DataKeys = ()
     prompt_separator: str = ""
-    """What stands between a prompt and its answers where both are texts of their own."""
+    """Text between a prompt and its answers where both are separate texts."""
     ignore_keys: tuple[str, ...] = ()
-    """Keys of records and messages that might as well be missing."""
+    """Keys of records and messages to ignore, as if they were missing."""
 
 
 class RecordReader:
-    """Makes records of rows, and keeps account of which rules did something."""
+    """Makes rows into records, and keeps account of the rules that had an effect."""
 
     def __init__(self, rules: RecordRules) -> None:
         self._rules = rules
         self._names = dict(rules.data_keys)
         self._found_keys: set[str] = set()
         self._joined = False
-        """Whether a record has the separator in it."""
+        """True if a record has the separator in it."""
 
     def use(self) -> RecordUse:
-        """What came of the rules so far."""
+        """Effects of the rules so far."""
         keys = tuple((key, known) for key, known in self._rules.data_keys if key in self._found_keys)
         return RecordUse(keys=keys, separator=self._rules.prompt_separator if self._joined else "")
 
-    def read(self, files: Sequence[Path], faults: Faults | None = None) -> Iterator[tuple[DataFormat, Record]]:
+    def read(self, files: Sequence[Path], errors: RecordErrors | None = None) -> Iterator[tuple[DataFormat, Record]]:
         """Each record of each file in order, with its format.
 
-        Raises UserError naming file and place for one that is wrong, or counts it among the ``faults``. A file that
-        can't be read on, or whose first record can't be read or is of no format, ends the reading in any case.
+        Raises UserError naming file and place for a bad record, or adds it to ``errors``. A file that can't be read
+        to its end, or whose first record is unreadable or of no format, ends the reading in any case.
         """
         for path in files:
             layout = None if self._rules.data_format is None else Layout(format=self._rules.data_format)
@@ -218,14 +218,14 @@ class RecordReader:
                     layout = layout or self.layout_of(row)
                     record = self.record_of(row, layout)
                 except UserError as error:
-                    if faults is None or layout is None:
+                    if errors is None or layout is None:
                         raise
-                    faults.add(found.item.place, error)
+                    errors.add(found.item.place, error)
                 else:
                     yield layout.format, record
 
     def layout_of(self, row: Row) -> Layout:
-        """The format that the row's keys are known by. Raises UserError for one of no format."""
+        """The format that the row's keys identify. Raises UserError if there is none."""
         value, _ = self._read_keys(row)
         known = recognise(value)
         if known is None:
@@ -237,9 +237,9 @@ class RecordReader:
         return Layout(format=known, since=row.place)
 
     def record_of(self, row: Row, layout: Layout) -> Record:
-        """The row as a record of its file's format, with the keys that nothing was made of.
+        """The row as a record of its file's format, with the keys that were not read.
 
-        Raises UserError naming its place, also for a key by which the record would mean something else.
+        Raises UserError naming its place, also for a key that changes the record's meaning.
         """
         value, ignored = self._read_keys(row)
         format = FORMATS[layout.format]
@@ -254,13 +254,13 @@ class RecordReader:
             record = weigh(format.parse(value, row.place))
         except UserError as error:
             raise UserError(self._in_users_names(str(error))) from error
-        except ValueError as error:  # of a parser that somebody has registered
+        except ValueError as error:  # from a registered parser
             raise UserError(f"{row.place}: as {layout.format} {error}.") from error
         return self._with_separator(replace(record, keys=PassedOver(unread=unread, ignored=ignored)))
 
     def _read_keys(self, row: Row) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The row's keys that are not null, under the names that the formats know and without those to be ignored, and
-        which of these it has, or its messages have."""
+        """The row's keys that are not null, under the formats' names and without ignored keys, and the ignored keys
+        of the row or its messages."""
         if not isinstance(row.value, dict):
             raise UserError(f"{row.place}: the record is {kind_of(row.value)}, but it must be an object with keys.")
         value, ignored = without(
@@ -273,7 +273,7 @@ class RecordReader:
         for key, known in mapped.items():
             if known not in mapped and known in value:
                 raise UserError(
-                    f"{place}: the record has the key `{known}` as well as `{key}`, which --data-keys calls so, too; "
+                    f"{place}: the record has the key `{known}` as well as `{key}`, which --data-keys maps to it; "
                     f"map one of them to another name, or leave {key}={known} out."
                 )
         self._found_keys |= mapped.keys()
@@ -281,8 +281,8 @@ class RecordReader:
         return renamed | {known: value[key] for key, known in mapped.items()}
 
     def _in_users_names(self, sentence: str) -> str:
-        """The sentence with the records' own keys in what it says of options, which are about these, and at its end
-        which of the keys in it the records call otherwise."""
+        """The sentence with the records' own keys in its advice on options, and at its end those of its keys that have
+        other names in the records."""
         own = {known: key for key, known in self._names.items()}
         told = _OPTION_OF_KEY.sub(lambda found: found[1] + own.get(found[2], found[2]), sentence)
         named = [f"`{known}` is `{key}`" for key, known in self._names.items() if f"`{known}`" in told]
@@ -297,7 +297,7 @@ class RecordReader:
         if not one_text:
             self._joined = True
             return replace(record, prompt=joined)
-        # Prompt and answers were one text already: what joins them there belongs to the prompt.
+        # Prompt and answers were already one text: the characters between them belong to the prompt.
         names = ("completion",) if isinstance(record, Completion) else ("chosen", "rejected")
         answers: dict[str, Any] = {name: getattr(record, name) for name in names}
         if not all(answer.startswith(separator) for answer in answers.values()):
@@ -307,7 +307,7 @@ class RecordReader:
 
 
 _OPTION_OF_KEY = re.compile(r"(--(?:data|ignore)-keys )(\w+)")
-"""An option in a sentence, and the record's key that it is given."""
+"""An option in a sentence, and the record's key that it takes."""
 
 
 def _other_keys(row: Row, layout: Layout) -> str:
@@ -315,8 +315,8 @@ def _other_keys(row: Row, layout: Layout) -> str:
     needed = f"the format {layout.format} needs {FORMATS[layout.format].needs}"
     if layout.since:
         return (
-            f"{found}, but {needed}, and the file is in it since {layout.since}; put records of another format into a "
-            f"file of their own."
+            f"{found}, but {needed}, the format of the file since {layout.since}; put records of another format into a "
+            f"separate file."
         )
     if layout.format == "preference":  # dpo asks for it without an option
         return (
@@ -333,11 +333,11 @@ def _keys_in_words(row: Mapping[str, Any]) -> str:
 
 
 def weigh(record: Record) -> Record:
-    """The record without the weights of turns in its messages, and without empty lists; a conversation with what the
-    weights say.
+    """The record without the weights of turns in its messages, and without empty lists; a conversation with the effect
+    of the weights.
 
-    Raises UserError naming the message for a value that is neither yes nor no, for keys that contradict each other,
-    for a turn that is not the assistant's and shall be trained, and for an answer of a pair that shall not.
+    Raises UserError naming the message for a value that is neither yes nor no, for keys that contradict each other, for
+    a turn to be trained that is not the assistant's, and for an answer of a pair that is not to be trained.
     """
     if isinstance(record, Completion):
         return record

@@ -1,14 +1,14 @@
-"""Chat templates rendered as transformers does, and the assistant's turns found in what they print.
+"""Renders chat templates as transformers does, and finds the assistant's turns in their text.
 
 The same sandbox, names, variables and ``{% generation %}`` tag: transformers' own compiler has private names that
-changed between the versions supported here, counts spans wrong that begin a text or stand in a ``{% set %}`` block, and
+changed between the versions supported here, counts spans wrong that begin a text or are in a ``{% set %}`` block, and
 changes what it adds to messages. With a renderer of its own a template gives the same text under all versions, so that
-a run resumes on the same data; tests hold its text and marks against ``apply_chat_template`` of the one installed.
+a run resumes on the same data; tests compare its text and marks with ``apply_chat_template`` of the installed one.
 
-A turn that the template doesn't mark is found, where something was said to the assistant, by rendering the conversation
-up to the turn and up to its end: what comes between is the turn, with its thoughts and calls of tools. Before that
-there is no conversation up to the turn: an answer that nobody asked for is found in the whole one, by a marked text in
-its place, and begins behind the header that the template puts where generation starts.
+A turn that the template doesn't mark is found, where it follows a message to the assistant, by rendering the
+conversation up to the turn and up to its end: the text between is the turn, with its thoughts and tool calls. Before
+the first such message there is no conversation up to the turn: an unprompted answer is found in the whole one, by a
+marked text in its place, and begins after the header that the template puts where generation starts.
 """
 
 import json
@@ -29,15 +29,15 @@ from hft_megatron.data.tokenizer import SpecialTokens
 # Unicode keeps noncharacters for programs' own use; no text may contain them. They survive a template's trim filter.
 SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Templates that print the date get this one, Llama-3.1's default: today's would make other data of every day.
+"""Date for templates that print one, Llama-3.1's default: today's would make other data every day.
 
-The one thing that differs from transformers, and on purpose."""
+The only intended difference from transformers."""
 _ABSENT = {"tools": None, "documents": None}
-"""Variables that transformers passes to every template, also where nobody gave them; templates ask for None."""
+"""Variables that transformers passes to every template, even when unset; templates test for None."""
 
 
 class TemplateError(ValueError):
-    """A template that isn't one, or that refuses its messages; the message is a clause."""
+    """An invalid template, or one that refuses its messages; the message is a clause."""
 
 
 class Renderer:
@@ -47,10 +47,10 @@ class Renderer:
         self._template = template
         self._variables = variables
         self.marks_spans = _has_generation_tag(template)
-        """Whether what the assistant produces is marked by ``{% generation %}``."""
+        """True if ``{% generation %}`` marks the assistant's text."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The text, with SPAN_START and SPAN_END around what is marked. Raises TemplateError."""
+        """The text, with SPAN_START and SPAN_END around marked spans. Raises TemplateError."""
         template = compile_template(self._template)
         try:
             return template.render(
@@ -69,7 +69,7 @@ REFUSALS = (
     ArithmeticError,
     RecursionError,
 )
-"""What a template's own expressions can raise on messages that it doesn't expect."""
+"""Errors that a template's own expressions can raise on messages that it doesn't expect."""
 
 
 def in_line(sentence: str) -> str:
@@ -79,7 +79,7 @@ def in_line(sentence: str) -> str:
 
 
 def cut_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks that the generation tag left, and (start, end) of each span."""
+    """The text without the marks of the generation tag, and (start, end) of each span."""
     parts = re.split(f"([{SPAN_START}{SPAN_END}])", marked)
     text, spans, start = "", [], 0
     for part in parts:
@@ -93,7 +93,7 @@ def cut_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}...{% endgeneration %}``, which transformers defines as what the assistant produces."""
+    """``{% generation %}...{% endgeneration %}``, transformers' tag around the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -107,7 +107,7 @@ class _GenerationTag(Extension):
 
 
 def _has_generation_tag(template: str) -> bool:
-    """Whether the template has the tag as code, and not in a comment or a text; False for one that isn't a template."""
+    """True if the template has the tag as code, and not in a comment or a text; False for an invalid template."""
     try:
         tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(template) if kind != "whitespace"]
     except jinja2.TemplateSyntaxError:
@@ -146,23 +146,23 @@ def compile_template(template: str) -> jinja2.Template:
 
 
 _PROBE = SPAN_START + SPAN_END
-"""A text that no message can have, to see where a template puts an answer's."""
+"""A text that no message can have, which shows where a template puts an answer's text."""
 _BEFORE = "it puts other text before the message's"
-_BEHIND = "it puts other text behind the message's"
-_AROUND = "it puts other text before or behind the message's, and no special token at the end"
+_BEHIND = "it puts other text after the message's"
+_AROUND = "it puts other text before or after the message's, and no special token at the end"
 _OTHER_TEXT = "it doesn't put the message's text there as it is"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """Where one assistant's turn lies in the rendered text."""
+    """Place of one assistant's turn in the rendered text."""
 
     message: int
     start: int
     text_end: int
-    """Behind the text, before the end token."""
+    """Position after the text, before the end token."""
     end: int
-    """Behind the end token; ``text_end`` where the turn has none."""
+    """Position after the end token; ``text_end`` where the turn has none."""
 
 
 class SpanFinder:
@@ -175,15 +175,15 @@ class SpanFinder:
     def find(self, messages: Sequence[Mapping[str, Any]], turn: int, rendered: str) -> Turn:
         """Message ``turn`` in ``rendered``, the text of all ``messages``.
 
-        Raises TemplateError where the template puts the turn there in another way than as a continuation.
+        Raises TemplateError where the template renders the turn there in another way than as a continuation.
         """
         if any(_asks(message) for message in messages[:turn]):
             return self._find_asked(messages[: turn + 1], rendered)
         return self._find_unasked(messages, turn, rendered)
 
     def with_end_token(self, messages: Sequence[Mapping[str, Any]], span: tuple[int, int], rendered: str) -> Turn:
-        """The last message's turn, whose text is marked, with the special token that ends the mark, or that stands
-        right behind it. One behind it ends it only if no text of the same turn follows, such as a call of a tool."""
+        """The last message's turn, whose text is marked, with the special token that ends the mark, or that directly
+        follows it. One after it ends the turn only if no text of the same turn follows, such as a tool call."""
         turn, (start, end) = len(messages) - 1, span
         inside = list(self._tokens.pattern.finditer(rendered, start, end))
         if inside and inside[-1].end() == end:
@@ -214,7 +214,7 @@ class SpanFinder:
         if rendered[:end] != after[:end]:
             raise _not_found(turn)
         content = (messages[turn]["content"] or "").strip()
-        # The header may hold the beginning of the text, as one that opens a thought does.
+        # The header may hold the beginning of the text, like one that opens a thought.
         if content and after.rfind(content, max(0, start - len(content) + 1), text_end) < 0:
             raise _not_found(turn, _OTHER_TEXT)
         return Turn(message=turn, start=start, text_end=text_end, end=end)
@@ -227,7 +227,7 @@ class SpanFinder:
         head, _, tail = self._probed(messages, turn)
         content, body = (messages[turn]["content"] or "").strip(), after[start:]
         lead = len(body) - len(body.lstrip())
-        # Its own text can't tell: a short or empty one may also be the beginning of what the template adds.
+        # Its own text can't tell: a short or empty one may also be the beginning of the template's addition.
         if not _reaches(head, before) or not body.startswith(content, lead) or tail != self._around_a_text(messages)[1]:
             raise _not_found(turn, _AROUND)
         gap = re.compile(r"\s*").match(body, lead + len(content))
@@ -235,24 +235,24 @@ class SpanFinder:
         return Turn(message=turn, start=start, text_end=start + gap.end(), end=start + gap.end())
 
     def _around_a_text(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-        """What the template puts before and behind the text of the last message, if that has nothing but a text."""
+        """The template's text before and after the text of the last message, if that has only a text."""
         plain = [*messages[:-1], {"role": messages[-1]["role"], "content": ""}]
         try:
             head, found, tail = self._probed(plain, len(plain) - 1)
-        except TemplateError:  # it wants another key
+        except TemplateError:  # it needs another key
             return "", ""
         return (head, tail) if found else ("", "")
 
     def _has_header(self, messages: Sequence[Mapping[str, Any]], before: str) -> bool:
-        """Whether ``before`` ends with a header, behind which all is what the model produces."""
+        """True if ``before`` ends with a header, after which the model produces everything."""
         without = self._renderer.render(messages, add_generation_prompt=False)
         return before.startswith(without) and bool(before[len(without) :].strip())
 
     def _end_token(self, text: str, start: int, tail: str) -> tuple[int, int] | None:
         """(start, end) of the special token that ends the turn from ``start`` to the end of ``text``; None without one.
 
-        Only special tokens and white space may follow it. ``tail`` is what the template puts behind any text: the
-        first one in it ends a turn, and others may end the conversation. Where the turn ends otherwise it is the last.
+        Only special tokens and white space may follow it. ``tail`` is the template's text after any message: the first
+        one in it ends a turn, and others may end the conversation. Where the turn ends otherwise it is the last one.
         """
         usual = self._closing(tail, 0)
         if usual and text.endswith(tail) and len(text) - len(tail) >= start:
@@ -262,7 +262,7 @@ class SpanFinder:
         return (closing[-1].start(), self._tokens.name_end(closing[-1])) if closing else None
 
     def _closing(self, text: str, start: int) -> list[re.Match[str]]:
-        """The special tokens at the end of ``text``, with nothing but white space between and behind them."""
+        """The special tokens at the end of ``text``, with only white space between and after them."""
         closing: list[re.Match[str]] = []
         end = len(text)
         for token in reversed(list(self._tokens.pattern.finditer(text, start))):
@@ -307,7 +307,7 @@ class SpanFinder:
         return Turn(message=turn, start=start, text_end=end, end=end)
 
     def _start(self, messages: Sequence[Mapping[str, Any]], turn: int, head: str) -> int:
-        """Where generation would start in ``head``, all that is in front of the turn's text."""
+        """Position where generation would start in ``head``, the text before the turn's text."""
         header = self._header(messages)
         if header:
             start = head.rfind(header) + len(header)
@@ -320,7 +320,7 @@ class SpanFinder:
         return start
 
     def _header(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """What the template adds where generation starts; asked of these messages up to the last one that asks."""
+        """The template's addition where generation starts; for these messages up to the last one that asks."""
         asking = [number for number, message in enumerate(messages) if _asks(message)]
         asked = messages[: asking[-1] + 1] if asking else messages
         without = self._renderer.render(asked, add_generation_prompt=False)
@@ -328,18 +328,18 @@ class SpanFinder:
         return with_header.removeprefix(without) if with_header.startswith(without) else ""
 
     def _probed(self, messages: Sequence[Mapping[str, Any]], turn: int) -> tuple[str, str, str]:
-        """All messages' text in front of and behind the text of ``turn``, with the probe, if it is there, between."""
+        """All messages' text before and after the text of ``turn``, with the probe, if it is there, between."""
         probed = [{**message, "content": _PROBE} if n == turn else message for n, message in enumerate(messages)]
         return self._renderer.render(probed, add_generation_prompt=False).partition(_PROBE)
 
 
 def _asks(message: Mapping[str, Any]) -> bool:
-    """Whether the assistant answers a message like this."""
+    """True if the assistant answers a message like this."""
     return message["role"] not in ("system", "developer", "assistant")
 
 
 def _reaches(head: str, before: str) -> bool:
-    """Whether nothing but white space is between ``before`` and the end of ``head``."""
+    """True if only white space is between ``before`` and the end of ``head``."""
     return head.startswith(before) and not head[len(before) :].strip()
 
 

@@ -1,9 +1,9 @@
-"""The tokenizers library's pipeline of a folder, made of the folder's own files and the same under every transformers.
+"""The tokenizers library's pipeline of a folder, made from the folder's own files, the same under every transformers.
 
 LLaMA 1 and 2 tokenizers have no pre-tokenizer: the Rust library looks for merges in the whole text, and its own cache
 of words never hits.
 
-transformers builds the pipelines of some classes anew from the vocabulary, so that normalizer, pre-tokenizer and begin
+transformers rebuilds the pipelines of some classes from the vocabulary, so that normalizer, pre-tokenizer and begin
 token depend on its version.
 """
 
@@ -23,13 +23,13 @@ from hft_megatron.errors import UserError
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 MAX_CHARACTERS = 2**20
-"""Of the words that are kept, which are 2**17 in English, or 30 MB with their ids."""
+"""Limit of the cached words' characters, which is 2**17 words in English, or 30 MB with their ids."""
 
 
 class WordCache:
-    """Encodes texts with ``start`` and, behind the first word, ``inside``, which puts no mark before a text.
+    """Encodes texts with ``start`` and, after the first word, ``inside``, which puts no mark before a text.
 
-    ``words`` is what ``word_pattern`` says of them.
+    ``words`` is the pattern of ``word_pattern``.
     """
 
     def __init__(self, words: re.Pattern[str], start: RustTokenizer, inside: RustTokenizer) -> None:
@@ -38,7 +38,7 @@ class WordCache:
         self._inside = _Words(inside)
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
-        """Ids of each text; of one that ``continues`` another without the mark before it."""
+        """Ids of each text; if it ``continues`` another, without the mark before it."""
         cut = [self._pattern.findall(text) for text in texts]
         first = self._inside if continues else self._start
         self._inside.learn({word for words in cut for word in (words if continues else words[1:])})
@@ -60,7 +60,7 @@ class _Words:
         self._characters = 0
 
     def learn(self, words: set[str]) -> None:
-        """Make ``ids`` hold all of ``words``, and perhaps no other any more."""
+        """Make ``ids`` hold all of ``words``, and perhaps drop others."""
         if self._characters > MAX_CHARACTERS:
             self.ids.clear()
             self._characters = 0
@@ -71,12 +71,12 @@ class _Words:
 
 
 def word_pattern(rust_json: str) -> re.Pattern[str] | None:
-    """Finds the words of a text, whose ids, one behind the other, are those of the text; None where that is not known.
+    """Finds the words of a text, whose ids in sequence are those of the text; None where that is not known.
 
-    ``rust_json`` is what the Rust library writes. Where no merge makes a mark stand behind another character, none
-    reaches over the start of a word; and none reaches a character that is in no merge, as digits and line ends are in
-    Llama 2. That a word's own text is all that decides is known for the two ways in which LLaMA tokenizers mark spaces,
-    and not asked of others.
+    ``rust_json`` is the Rust library's text. Where no merge has a mark after another character, none crosses the start
+    of a word; and none crosses a character that is in no merge, as digits and line ends are in Llama 2. That a word's
+    own text decides its ids is known for the two ways in which LLaMA tokenizers mark spaces, and not assumed for
+    others.
     """
     state: dict[str, Any] = json.loads(rust_json)
     model = state["model"]
@@ -88,7 +88,7 @@ def word_pattern(rust_json: str) -> re.Pattern[str] | None:
         joined
         and not model["dropout"]
         and not model["ignore_merges"]
-        # Put on what the tokenizer gets, which would be words instead of texts.
+        # Added to the tokenizer's input, which would be words instead of texts.
         and not model["continuing_subword_prefix"]
         and not model["end_of_word_suffix"]
         # Every character has ids of its own: unknown ones in a row would become one.
@@ -100,7 +100,7 @@ def word_pattern(rust_json: str) -> re.Pattern[str] | None:
             before != SPACE_MARK and after == SPACE_MARK for token in merged for before, after in pairwise(token)
         )
         and all(_only_marks(step) for step in (state["normalizer"], state["pre_tokenizer"]))
-        # Any other is looked for in the text, and may hold spaces.
+        # Any other is searched for in the text, and may hold spaces.
         and all(token["special"] for token in state["added_tokens"])
     ):
         return None
@@ -120,7 +120,7 @@ def _only_marks(step: dict[str, Any] | None) -> bool:
 
 
 def read_pipeline(path: Path) -> RustTokenizer:
-    """A tokenizer.json as it stands, without the limits that it can carry. Raises UserError where it can't be read."""
+    """A tokenizer.json unchanged, without the limits that it can carry. Raises UserError where it can't be read."""
     try:
         rust = RustTokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
@@ -132,7 +132,7 @@ def read_pipeline(path: Path) -> RustTokenizer:
 
 
 def add_tokens(rust: RustTokenizer, files: TokenizerFiles) -> None:
-    """Give ``rust`` the tokens that only the files beside it have, and make special what they name so.
+    """Give ``rust`` the tokens that only the files beside it have, and make special the tokens that they call so.
 
     Raises UserError for a token whose id is not the next free one: the library can't give it another.
     """
@@ -156,7 +156,7 @@ def add_tokens(rust: RustTokenizer, files: TokenizerFiles) -> None:
 
 
 def make_special(rust: RustTokenizer, names: Sequence[str]) -> None:
-    """Make those of ``names`` that are in the vocabulary special tokens, which no text can produce."""
+    """Make those ``names`` that are in the vocabulary special tokens, which no text can produce."""
     known = rust.get_added_tokens_decoder()
     for name in names:
         number = rust.token_to_id(name)
@@ -168,7 +168,7 @@ def make_special(rust: RustTokenizer, names: Sequence[str]) -> None:
 
 
 def flags_of_added(rust: RustTokenizer) -> str:
-    """The added tokens with all that decides where they are found, for a digest."""
+    """The added tokens with everything that decides where they are found, for a digest."""
     return json.dumps(
         [
             [number, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, token.special]
@@ -194,15 +194,15 @@ def names_in_text(rust: RustTokenizer) -> tuple[str, ...]:
 def settle_begin_token(
     rust: RustTokenizer, names: Mapping[str, str], begins: bool | None, ends: bool | None
 ) -> str | None:
-    """Make ``rust`` put the begin token before a text, and the end token behind it, or not; None leaves it as it is.
+    """Make ``rust`` put the begin token before a text, and the end token after it, or not; None leaves it as it is.
 
     ``names`` has the tokens by key. Returns the token that it puts before a text, which need not be named there and is
-    special from now on; None where it puts none. Raises UserError where it puts several.
+    special from now on; None without one. Raises UserError for several.
     """
     now = _put_around(rust)
     if begins is None and len(now[0]) > 1:
         raise UserError(
-            f"--tokenizer-model puts {' '.join(now[0])} before every text, but only one begin token can be trained; "
+            f"--tokenizer-model puts {' '.join(now[0])} before every text, but only one begin token is supported; "
             f"leave one of them in the post_processor of {TOKENIZER_FILE}."
         )
     first, last = _chosen(now[0], names.get("bos_token"), begins), _chosen(now[1], names.get("eos_token"), ends)
@@ -224,7 +224,7 @@ def _chosen(now: tuple[str, ...], name: str | None, is_put: bool | None) -> tupl
 
 
 def _put_around(rust: RustTokenizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tokens that ``rust`` itself puts before and behind a text, whatever other files call them."""
+    """Tokens that ``rust`` itself puts before and after a text, whatever other files call them."""
     text, whole = rust.encode("a", add_special_tokens=False).tokens, rust.encode("a").tokens
     start = next(at for at in range(len(whole) + 1) if whole[at : at + len(text)] == text)
     return tuple(whole[:start]), tuple(whole[start + len(text) :])

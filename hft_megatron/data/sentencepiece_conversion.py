@@ -1,6 +1,6 @@
 """Turns a SentencePiece model into a Hugging Face ``tokenizer.json`` with the same ids.
 
-The tokenizers library looks up what SentencePiece never does: control pieces and names of bytes that a text spells out.
+The tokenizers library recognises control pieces and byte names in a text, which SentencePiece never does.
 
 BPE in SentencePiece has scores and no merge list: it always joins the pair whose joined piece scores best. The list
 that makes Hugging Face's BPE do the same holds every way to split a piece into two pieces, best score first.
@@ -21,13 +21,13 @@ from hft_megatron.data.tokenizer import SPACE_MARK
 def cuts(vocabulary: Vocabulary) -> list[pre_tokenizers.PreTokenizer]:
     """Steps for normalized text, none where the model alone finds the same pieces.
 
-    Those of BPE expect a model that looks a stretch up as a whole before it merges (``ignore_merges``).
+    The steps of BPE need a model that looks a stretch up as a whole before it merges (``ignore_merges``).
     """
     if vocabulary.proto.trainer_spec.model_type != BPE:
         return _split(_names_in_two(vocabulary), "merged_with_previous")
     if not vocabulary.defined:
         return []
-    # As added tokens they would begin the text behind them anew, with a mark that SentencePiece doesn't put there.
+    # As added tokens they would restart the text after them, with a mark that SentencePiece doesn't put there.
     longest_first = sorted(vocabulary.defined, key=len, reverse=True)
     around_defined = _split(map(re.escape, longest_first), "isolated")
     return [*around_defined, *_split(_stretches_in_two(vocabulary), "isolated")]
@@ -50,7 +50,7 @@ def _stretches_in_two(vocabulary: Vocabulary) -> Iterator[str]:
 
 
 def _names_in_two(vocabulary: Vocabulary) -> Iterator[str]:
-    """Patterns of the first part of every name that no text has as a token, where no piece can reach over the cut."""
+    """Patterns of the first part of every name that no text has as a token, where no piece can cross the cut."""
     found = [piece.piece for piece in vocabulary.proto.pieces if piece.type in (NORMAL, USER_DEFINED)]
     joined = {pair for piece in found for pair in pairwise(piece)}
     for piece in vocabulary.proto.pieces:
@@ -109,7 +109,7 @@ def _model(vocabulary: Vocabulary) -> models.Model:
     unknown = next(index for index, piece in enumerate(proto.pieces) if piece.type == UNKNOWN)
     if proto.trainer_spec.model_type != BPE:
         scored = [
-            # The library prefers them to whatever else could be in their place, with just this score.
+            # The library prefers them to any other piece in their place, with just this score.
             (piece.piece, -0.1 if piece.type == USER_DEFINED else piece.score)
             for piece in proto.pieces
         ]
@@ -139,16 +139,16 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-    """SentencePiece's own order of steps.
+    """The normalizer with SentencePiece's own order of steps.
 
     The dummy prefix is a Prepend and not a Metaspace pre-tokenizer: Metaspace leaves it out before a text that starts
-    with a space. The price is a mark behind every special token too, so our own encoding does the same there.
+    with a space. The price is a mark after every special token too, so our own encoding does the same there.
     """
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        # Not Strip, which takes line ends too. Two steps, as a text that continues another keeps a space at its start.
+        # Not Strip, which removes line ends too. Two steps: a text that continues another keeps a space at its start.
         steps.append(normalizers.Replace(Regex(SPACES_AT_START), ""))
         steps.append(normalizers.Replace(Regex(r" +\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))

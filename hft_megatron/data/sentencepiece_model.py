@@ -1,4 +1,4 @@
-"""A SentencePiece model file with the tokens that a folder's JSON files add to it, or name special."""
+"""A SentencePiece model file with the tokens that a folder's JSON files add to it, or make special."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ BPE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Pieces and the added tokens behind them."""
+    """Pieces and the added tokens after them."""
 
     proto: Any
-    """The ``ModelProto``; pieces that the files name special are control pieces of it, so that no text has them."""
+    """The ``ModelProto``; pieces that the files call special are control pieces of it, so that no text has them."""
     added: Mapping[int, AddedToken]
-    """Tokens behind the pieces, without a gap."""
+    """Tokens after the pieces, without a gap."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class Vocabulary:
 
     @cached_property
     def unknown_id(self) -> int:
-        """Every model has such a piece."""
+        """The id of the unknown piece, which every model has."""
         return next(number for number, piece in enumerate(self.proto.pieces) if piece.type == UNKNOWN)
 
     @cached_property
@@ -73,7 +73,7 @@ class Vocabulary:
 
     @cached_property
     def found_in_text(self) -> dict[int, AddedToken]:
-        """The added tokens that are no special ones, by id: a text that holds their names has them."""
+        """The added tokens that are not special, by id: a text that holds their names has them."""
         return {number: token for number, token in self.added.items() if not token.special}
 
     @cached_property
@@ -83,7 +83,7 @@ class Vocabulary:
 
     @property
     def removes_spaces(self) -> bool:
-        """Whether spaces at the ends of a text are dropped, and several in a row become one."""
+        """True if spaces at the ends of a text are removed, and several in a row become one."""
         return bool(self.proto.normalizer_spec.remove_extra_whitespaces)
 
     def processor(self, **normalizer: bool | bytes) -> SentencePieceProcessor:
@@ -92,7 +92,7 @@ class Vocabulary:
 
 
 def read_vocabulary(file: Path, files: TokenizerFiles) -> Vocabulary:
-    """Read a ``.model`` file, and what ``files`` say of its tokens.
+    """Read a ``.model`` file, and the facts about its tokens in ``files``.
 
     Raises UserError where it isn't a SentencePiece model or can't be exported, and for an added token whose id is not
     the next free one.
@@ -148,8 +148,8 @@ def _read_proto(file: Path) -> Any:
     except (DecodeError, RuntimeError) as error:
         if is_tiktoken(content):
             raise UserError(
-                f"--tokenizer-model {file} is a tiktoken file, as Llama 3 has it, and no SentencePiece model; leave "
-                f"--tokenizer-type out."
+                f"--tokenizer-model {file} is a tiktoken file, as Llama 3 has it, not a SentencePiece model; leave out "
+                f"--tokenizer-type."
             ) from error
         raise UserError(f"--tokenizer-model {file} is not a SentencePiece model; name a tokenizer.model.") from error
     return proto
@@ -168,7 +168,7 @@ def _check_convertible(file: Path, proto: Any) -> None:
 
 
 def _check_defined(file: Path, proto: Any) -> None:
-    """Refuse user-defined pieces that the library alone spares: the export would change the text before it looks."""
+    """Refuse user-defined pieces that only the library preserves: the export would change the text before it looks."""
     bare = _changed(proto, add_dummy_prefix=False)
     defined = [piece for piece in bare.pieces if piece.type == USER_DEFINED]
     for piece in defined:

@@ -23,12 +23,12 @@ from hft_megatron.data.tokenizer_files import CONFIG_FILE, MODEL_FILE, TOKENIZER
 from hft_megatron.errors import UserError
 
 _SPACE = r"[^\S\x1c-\x1f]*"
-"""White space as the library has it: Python counts four separators among it."""
+"""White space by the library's definition: Python includes four separators."""
 _BEFORE, _BEHIND = re.compile(rf"{_SPACE}\Z"), re.compile(_SPACE)
 
 
 class AddedTokens:
-    """Tokens by id that a text has where it holds their names, with the white space that belongs to them."""
+    """Added tokens by id, found in a text by their names, with the white space that belongs to them."""
 
     def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
         self._ids = {token.content: number for number, token in tokens.items()}
@@ -37,7 +37,7 @@ class AddedTokens:
         self._names = re.compile("|".join(map(re.escape, names))) if names else None
 
     def cut(self, text: str) -> list[str | int]:
-        """The text in order: ids of tokens, and what stands between them, never empty."""
+        """The text in order: ids of tokens, and the texts between them, never empty."""
         parts: list[str | int] = []
         position = 0
         for found in self._names.finditer(text) if self._names else ():
@@ -56,7 +56,7 @@ class AddedTokens:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """See Tokenizer. Control pieces such as ``</s>`` never come from a text: the library itself sees to that."""
+    """See Tokenizer. Control pieces such as ``</s>`` never come from a text: the library itself ensures that."""
 
     def __init__(
         self, facts: TokenizerFacts, vocabulary: Vocabulary, rust: RustTokenizer, file: Path, files: TokenizerFiles
@@ -79,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def continues_after_special(self) -> bool:
-        return False  # as the exported files do, and as LLaMA's first code did by encoding every turn on its own
+        return False  # as in the exported files, and in LLaMA's first code, which encoded every turn on its own
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool) -> list[list[int]]:
         if not self._vocabulary.found_in_text:
@@ -118,7 +118,7 @@ class SentencePieceTokenizer(Tokenizer):
         return encoded
 
     def _encode_with_added(self, text: str, *, continues: bool) -> list[int]:
-        """Added tokens are found in the text; what stands between them is encoded on its own, as in transformers."""
+        """Added tokens are found in the text; the texts between them are encoded on their own, as in transformers."""
         ids: list[int] = []
         for part in self._added.cut(text):
             ids += [part] if isinstance(part, int) else self._encode([part], continues=continues)[0]
@@ -168,13 +168,13 @@ def load_sentencepiece_tokenizer(
     rust = to_rust_tokenizer(vocabulary, bos_id=bos_id)
     tokenizer = SentencePieceTokenizer(facts, vocabulary, rust, file, files)
     if difference := pipeline_difference(tokenizer, rust):
-        note = f"{facts.source}: an export's {TOKENIZER_FILE} {difference}; it can't give what SentencePiece does"
+        note = f"{facts.source}: an export's {TOKENIZER_FILE} {difference}; it can't reproduce SentencePiece there"
         tokenizer = tokenizer.with_facts(notes=(*facts.notes, note))
     return TransformersView(files.folder).compared(tokenizer, MODEL_FILE) if files.reads_folder else tokenizer
 
 
 def _identity(file: Path, vocabulary: Vocabulary, of_files: str) -> str:
-    """For a file on its own that keeps spaces, this is what earlier versions of the project had."""
+    """Identity; for a single file that keeps spaces, it equals the value of earlier versions of the project."""
     digest = hashlib.sha256(file.read_bytes())
     if vocabulary.removes_spaces:
         digest.update(b"a space between two parts of a text stays, on either side")

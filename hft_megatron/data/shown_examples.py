@@ -1,4 +1,4 @@
-"""``show-data``: the first examples, or preference pairs, that a run would train on, for a person to look at."""
+"""``show-data``: the first examples, or preference pairs, that a run would train on, for people to inspect."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.valid_sources import check_pair_sources, valid_sources
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.examples import NO_LIMIT
-from hft_megatron.data.faults import printable
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources, find_valid_source, read_rows
 from hft_megatron.data.loading import record_rules, training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.pairs import PairDataset
@@ -22,9 +22,9 @@ from hft_megatron.data.tokenizer import Encoded, Tokenizer, fit_tokenizer
 from hft_megatron.data.tokenizer_loading import load_tokenizer
 
 _MOST_BYTES = 4
-"""Of one character in UTF-8."""
+"""Largest number of bytes of one character in UTF-8."""
 _HALF = "\ufffd"
-"""What a decoder puts for bytes that are not a whole character."""
+"""A decoder's output for bytes that are not a whole character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,10 @@ class VisibleToken:
     """One token, or the few that only together make a character."""
 
     text: str
-    """Line ends and tabs as they are; other characters that don't print as escapes. A special token's name."""
+    """Line ends and tabs unchanged; other characters that don't print as escapes. A special token's name."""
     ids: tuple[int, ...]
     trained: bool
-    """Whether the loss asks for it; never for the first of an example, which nothing predicts."""
+    """True if it is in the loss; never for the first token of an example, which nothing predicts."""
     special: bool
 
 
@@ -61,7 +61,7 @@ def visible_tokens(tokenizer: Tokenizer, ids: NDArray[np.int32], trained: NDArra
 def _texts(tokenizer: Tokenizer, ids: Sequence[int], *, begins: bool) -> Sequence[tuple[str, tuple[int, ...]]]:
     """Each token's text; tokens are joined until they make whole characters.
 
-    A decoder takes the word-start mark off the first token it is given, which is right only where a text ``begins``.
+    A decoder removes the word-start mark from its first token, which is right only where a text ``begins``.
     """
     anchor = tokenizer.encode_batch(["a"], continues=True)[0]
     anchored = len(tokenizer.decode(anchor))
@@ -81,15 +81,15 @@ def _texts(tokenizer: Tokenizer, ids: Sequence[int], *, begins: bool) -> Sequenc
 
 @dataclass(frozen=True, kw_only=True)
 class ShownExample:
-    """One example, or one answer of a pair behind its prompt, whole."""
+    """One example, or one answer of a pair after its prompt, whole."""
 
     name: str
-    """With its number, from 1, within its source, of those that are kept."""
+    """Name with its number, from 1, among the kept examples of its source."""
     tokens: tuple[VisibleToken, ...]
 
     @property
     def title(self) -> str:
-        """Number and counts."""
+        """The name with counts."""
         count = sum(len(token.ids) for token in self.tokens)
         trained = sum(len(token.ids) for token in self.tokens if token.trained)
         return f"{self.name}: {count} tokens, {trained} trained"
@@ -143,11 +143,11 @@ def read_shown_data(
     examples: int,
     bad_pairs: BadPairs,
 ) -> tuple[tuple[str, ...], list[ShownSource]]:
-    """Lines about the tokenizer, and all sources, those of training first, each with its first ``examples``, or pairs
-    where the data are pairs.
+    """Lines about the tokenizer, and all sources, training first, each with its first ``examples``, or pairs where the
+    data are pairs.
 
-    ``shape`` is the model's where one is named: its vocabulary must hold the tokenizer's, and its positions are the
-    limit unless ``seq_length`` is. Raises UserError for a mistake in tokenizer, template or data.
+    ``shape`` is the model's, if one is named: its vocabulary must hold the tokenizer's, and its positions are the limit
+    unless ``seq_length`` is. Raises UserError for an error in tokenizer, template or data.
     """
     tokenizer = load_tokenizer(data.tokenizer_type, tokenizer_path, data.chat_template)
     limit = NO_LIMIT
@@ -169,7 +169,7 @@ def read_shown_data(
 
 
 def _are_pairs(data: DataConfig) -> bool:
-    """Whether --data-format or the first record says so; a run learns of pairs alone, or of none."""
+    """True if --data-format or the first record says so; a run learns from pairs only, or from none."""
     sources = find_sources("--train-data-path", data.train_data_path, TRAIN_SPLIT)
     options = data
     if not sources:

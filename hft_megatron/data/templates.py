@@ -1,7 +1,7 @@
-"""Chat templates: built-in ones by name, and the one that a folder's files and the options choose.
+"""Chat templates: built-in ones by name, and the choice between a folder's files and the options.
 
-All of them render every text exactly as it is, whatever roles follow each other, and mark what the assistant produces
-with ``{% generation %}``, its end token included. A role that the family of models doesn't have is refused. The export
+All built-in ones render every text exactly as it is, whatever the order of roles, and mark the assistant's text with
+``{% generation %}``, its end token included. A role that the family of models doesn't have is refused. The export
 writes the template in use next to the model.
 """
 
@@ -16,7 +16,7 @@ from hft_megatron.data.tokenizer_files import CONFIG_FILE, TEMPLATE_FILE, TEMPLA
 from hft_megatron.errors import UserError
 
 _BOS = "bos_token if bos_token is defined and bos_token not in (eos_token, '<|im_start|>') else ''"
-"""Not what tokenizers name that put no begin token before a text: GPT-2's ends texts, and SmolLM2's opens turns."""
+"""The begin token, except for tokenizers that put none before a text: GPT-2's ends texts, and SmolLM2's opens turns."""
 _BEGIN = f"{{{{- {_BOS} }}}}\n"
 
 PLAIN = (
@@ -31,7 +31,7 @@ PLAIN = (
 {%- endfor %}
 """
 )
-"""Nothing but the texts, one after the other; an answer ends with the end token."""
+"""Only the texts, one after the other; an answer ends with the end token."""
 
 TULU = (
     _BEGIN
@@ -115,7 +115,7 @@ CHATML = (
 
 BUILT_IN = {"plain": PLAIN, "tulu": TULU, "llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML}
 DEFAULT = TULU
-"""For a tokenizer that brings none."""
+"""Template for a tokenizer that has none."""
 _NEEDS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -160,14 +160,14 @@ def read_text(path: Path, place: str) -> str:
 
 
 _DEFAULT = "default"
-"""Name of the template that transformers renders conversations with."""
+"""Name of the template with which transformers renders conversations."""
 
 
 def choose_template(choice: str | None, files: TokenizerFiles, special_tokens: Sequence[SpecialToken]) -> str:
-    """The jinja text.
+    """The jinja text of the template in use.
 
-    Raises what ``read_template`` does, and UserError for a folder's template that is empty, no text or not to be read,
-    and for several templates of which none is ``default``.
+    Raises what ``read_template`` does, and UserError for a folder's template that is empty, not text or unreadable, and
+    for several templates of which none is ``default``.
     """
     if choice is not None:
         return read_template(choice, special_tokens)
@@ -177,20 +177,20 @@ def choose_template(choice: str | None, files: TokenizerFiles, special_tokens: S
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedTemplates:
-    """The chat templates of an export, where transformers looks for them."""
+    """The chat templates of an export, in the places where transformers looks for them."""
 
     in_config: object
-    """``chat_template`` of tokenizer_config.json; None where it has none."""
+    """Value of ``chat_template`` in tokenizer_config.json; None where it has none."""
     files: Mapping[str, bytes]
-    """By path in the folder."""
+    """Template files by path in the folder."""
     line: str = ""
-    """For the log, where they are not all the folder's own."""
+    """A line for the log, where they are not all the folder's own."""
 
 
 def templates_of_export(files: TokenizerFiles, text: str, *, adds: bool) -> ExportedTemplates:
-    """The folder's templates as and where they are, with ``text``, the one in use, as the default.
+    """The folder's templates in their places, with ``text``, the one in use, as the default.
 
-    A folder that has none gets it only if the export ``adds`` it.
+    A folder without a template gets it only if the export ``adds`` it.
     """
     in_config = files.config.get("chat_template")
     paths = [*_template_files(files), *([files.folder / TEMPLATE_FILE] if _has_template_file(files) else [])]
@@ -216,7 +216,7 @@ def templates_of_export(files: TokenizerFiles, text: str, *, adds: bool) -> Expo
 def _is_own(files: TokenizerFiles, text: str) -> bool:
     try:
         return _own_template(files) == text
-    except UserError:  # one that can't be read, or is no default, where another was asked for
+    except UserError:  # unreadable, or without a default, where another was asked for
         return False
 
 
@@ -230,7 +230,7 @@ def _with_default(template: object, text: str) -> object:
 
 
 def _own_template(files: TokenizerFiles) -> str | None:
-    """As transformers chooses it: the template files, else the config's, either of which may be several by name."""
+    """The template that transformers chooses: the template files, else the config's; both may be several by name."""
     paths = {path.stem: path for path in _template_files(files)}
     if _has_template_file(files):
         paths.setdefault(_DEFAULT, files.folder / TEMPLATE_FILE)
@@ -264,7 +264,7 @@ def _template_files(files: TokenizerFiles) -> list[Path]:
 
 
 def _by_name(template: object) -> dict[str, object]:
-    """Of an object with texts by name, or of a list of objects that have ``name`` and ``template``."""
+    """Texts of an object with texts by name, or of a list of objects that have ``name`` and ``template``."""
     if isinstance(template, dict):
         return template
     listed = template if isinstance(template, list) else []
@@ -275,13 +275,13 @@ def _refuse_without_default(files: TokenizerFiles, names: Sequence[str]) -> None
     if _DEFAULT not in names:
         raise UserError(
             f"--tokenizer-model {files.folder} has chat templates named {', '.join(sorted(names))} but no "
-            f"`{_DEFAULT}`; name the one to use `{_DEFAULT}`, or give it by --chat-template."
+            f"`{_DEFAULT}`; rename the one to use `{_DEFAULT}`, or choose one with --chat-template."
         )
 
 
 def _refuse_empty(text: str, place: str) -> str:
     if not text:
-        raise UserError(f"{place} is empty; write the template, remove it, or name one by --chat-template.")
+        raise UserError(f"{place} is empty; write the template, remove it, or choose one with --chat-template.")
     return text
 
 

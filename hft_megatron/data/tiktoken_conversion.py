@@ -1,8 +1,8 @@
 """Turns Llama 3's own ``tokenizer.model``, a tiktoken file, into a Hugging Face tokenizer with the same ids.
 
-The file holds byte strings and their ranks alone: how a text is split into words, and which special tokens follow the
+The file holds only byte strings and their ranks: the splitting of a text into words, and the special tokens after the
 ranks, are Meta's published code. It is not read by the tiktoken package, which keeps a copy of every file by its path
-and would go on with the copy where another file stands there by now.
+and would continue with the copy after the file has changed.
 """
 
 import base64
@@ -21,7 +21,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""What Llama 3 takes for a word."""
+"""Llama 3's pattern of a word."""
 _SPECIAL_TOKENS = 256
 _KNOWN_TOKENS = {
     0: BEGIN,
@@ -33,16 +33,16 @@ _KNOWN_TOKENS = {
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
-"""Llama 3.1's names, counted from the first id behind the ranks. In 3.0 three of them were reserved."""
+"""Llama 3.1's names, counted from the first id after the ranks. In 3.0 three of them were reserved."""
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Whether the first line is a token in base64 and its rank."""
+    """True if the first line is a token in base64 and its rank."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content) is not None
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """The byte strings of a tiktoken file and their ids. Raises UserError for a line that is none."""
+    """The byte strings of a tiktoken file and their ids. Raises UserError for an invalid line."""
     ranks = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
@@ -64,7 +64,7 @@ def llama3_special_tokens(first: int) -> dict[int, AddedToken]:
 
 
 def tiktoken_pipeline(ranks: Mapping[bytes, int], added: Mapping[int, AddedToken]) -> RustTokenizer:
-    """The tokenizer of these ranks, with ``added`` tokens behind them and reserved ones where their ids have gaps."""
+    """The tokenizer of these ranks, followed by ``added`` tokens, and reserved ones in the gaps of their ids."""
     rust = RustTokenizer(
         # A word that is a token is not split, whatever its merges: tiktoken looks it up first.
         models.BPE(vocab=_vocabulary(ranks), merges=_merges(ranks), ignore_merges=True)
@@ -103,7 +103,7 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
 
 
 def _byte_characters() -> dict[int, int]:
-    """GPT-2's table: the character that stands for each byte, printable ones for themselves."""
+    """GPT-2's table: the character for each byte; printable ones represent themselves."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return {byte: byte if byte in printable else next(others) for byte in range(256)}

@@ -1,7 +1,7 @@
 """Tokens that are kept between starts.
 
-An entry is named by a digest of everything that decides its tokens, so it is never out of date, and whoever removes it
-loses nothing but time.
+An entry is named by a digest of everything that decides its tokens, so it is never out of date, and deleting it
+costs only time.
 """
 
 import hashlib
@@ -35,19 +35,19 @@ _ARRAYS = ("tokens", "trained", "offsets", "places")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenized:
-    """The examples of one source and what became of its records."""
+    """The examples of one source and an account of its records."""
 
     store: ExamplesInMemory
     account: dict[str, Any]
-    """As JSON has it."""
+    """Account in JSON types."""
     note: str = ""
-    """Where these are mapped from, and who made them, as a line for the log."""
+    """A line for the log: the entry that these are mapped from, and its maker."""
 
 
 def user_cache(name: str, option: str) -> Path:
-    """The folder of this package's cache ``name``, where those of users belong by the XDG rules.
+    """The folder of this package's cache ``name``, in the user's cache folder by the XDG rules.
 
-    Raises UserError where the user has no home directory, naming the ``option`` that gives another folder.
+    Raises UserError where the user has no home directory, naming the ``option`` that sets another folder.
     """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_megatron" / name
@@ -56,31 +56,31 @@ def user_cache(name: str, option: str) -> Path:
 
 
 class TokenCache:
-    """A folder of entries; without one nothing is kept, and every process tokenizes."""
+    """A folder of entries; without a folder nothing is kept, and every process tokenizes."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     def tokenized(self, decisive: object, make: Callable[[], Tokenized]) -> Tokenized:
-        """The entry of ``decisive`` (JSON), made by ``make`` in one process, for which the others wait.
+        """The entry of ``decisive`` (JSON), made by ``make`` in one process while the others wait.
 
-        What ``make`` raises as UserError is raised in the processes that have waited for it, too.
+        A UserError of ``make`` is also raised in the processes that have waited for it.
         """
         if self._folder is None:
             return _as_read(make())
         key = key_of([decisive, code_of_data()])
         entry, mistake = self._folder / key, self._folder / f"{key}.mistake"
         account_before, mistake_before = _version(entry / ACCOUNT), _version(mistake)
-        # All ranks look at all of it, and not one after the other.
+        # All ranks read all of it at once, and not one after the other.
         if (found := _read(entry)) is not None:
-            return replace(found, note=f"tokens are taken from {entry}, where an earlier process has kept them")
+            return replace(found, note=f"tokens are read from {entry}, where an earlier process has cached them")
         made: Tokenized | None = None
         with one_at_a_time(self._folder / f"{key}.lock"):
             if _version(mistake) not in (mistake_before, None):
                 raise UserError(mistake.read_text(encoding="utf-8"))
             if _version(entry / ACCOUNT) == account_before:
                 made = self._make(entry, mistake, make)
-        # As the others have it: this process' own copy goes.
+        # Like the other processes: this one's own copy is freed.
         return _read(entry) or _as_read(made or make())
 
     def _make(self, entry: Path, mistake: Path, make: Callable[[], Tokenized]) -> Tokenized:
@@ -90,7 +90,7 @@ class TokenCache:
             with suppress(OSError):
                 mistake.write_text(str(error), encoding="utf-8")
             raise
-        with suppress(OSError):  # A full disk costs the next process its time, and nothing else.
+        with suppress(OSError):  # A full disk costs the next process only its time.
             remove_unused(entry.parent)
             arrays = {name: getattr(made.store, name) for name in _ARRAYS}
             write_entry(entry, arrays, made.account)
@@ -102,7 +102,7 @@ NO_CACHE = TokenCache(None)
 
 
 def open_token_cache(folder: str | None) -> TokenCache:
-    """The cache of --data-cache-path, the user's own when None; that one keeps nothing where it can't be written.
+    """The cache of --data-cache-path, the user's own when None, which keeps nothing where it isn't writable.
 
     Raises UserError for a given folder that can't be made or written.
     """
@@ -116,12 +116,12 @@ def open_token_cache(folder: str | None) -> TokenCache:
 
 
 def _as_read(made: Tokenized) -> Tokenized:
-    """As it would come out of an entry: JSON has no tuples, and texts for keys."""
+    """The result as an entry would return it: JSON has no tuples, and texts for keys."""
     return replace(made, account=json.loads(json.dumps(made.account)))
 
 
 def named(source: SourceFiles, digests: Sequence[str]) -> list[list[str]]:
-    """Each file of a source by its contents and by how its name says that they are read."""
+    """Identifies each file of a source by its contents and by the format in its name."""
     return [[kind_of_file(file), digest] for file, digest in zip(source.files, digests, strict=True)]
 
 
@@ -130,7 +130,7 @@ def _read(entry: Path) -> Tokenized | None:
     if found is None:
         return None
     arrays, account = found
-    return Tokenized(store=ExamplesInMemory(**arrays), account=account, note=f"tokens are kept in {entry}")
+    return Tokenized(store=ExamplesInMemory(**arrays), account=account, note=f"tokens are cached in {entry}")
 
 
 def _version(path: Path) -> tuple[int, int] | None:
@@ -145,8 +145,8 @@ _PACKAGE = Path(__file__).parent
 
 
 def code_of_data() -> list[str]:
-    """What makes tokens of the same files: this package's code for data, parsers of a user's own, and the libraries
-    that they ask."""
+    """Versions of the code that makes tokens: this package's code for data, a user's own parsers, and their
+    libraries."""
     digest = hashlib.sha256(_own_code())
     for name, format in FORMATS.items():
         digest.update(_code_of_parser(name, format.parse))
@@ -165,7 +165,7 @@ def _own_code() -> bytes:
 
 
 def _code_of_parser(name: str, parse: Any) -> bytes:
-    """A parser's file, or where it has none its compiled code; nothing of this package's own."""
+    """A parser's file, or its compiled code where it has none; empty for this package's own."""
     while isinstance(parse, partial):
         parse = parse.func
     code = getattr(parse, "__code__", None) or getattr(type(parse).__call__, "__code__", None)

@@ -1,7 +1,7 @@
-"""What every tokenizer offers the rest of the project, whichever file format it came from.
+"""The interface of every tokenizer, whatever its file format.
 
-A text is handed over as pieces, because where a text is cut decides its tokens: special tokens come from the template
-and never from a user's text, and a trained span is cut from its prompt exactly where generation would start.
+A text is given as pieces, because the places where a text is cut decide its tokens: special tokens come from the
+template and never from a user's text, and a trained span is cut from its prompt exactly where generation would start.
 """
 
 import re
@@ -35,18 +35,18 @@ class SpecialToken:
 
 AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer")
 SPACE_MARK = "▁"
-"""Stands for a space in the pieces of SentencePiece and in what is made of them."""
+"""Represents a space in the pieces of SentencePiece and in tokenizers made from them."""
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Token ids of an example and which of them are trained, both of shape (tokens,)."""
 
 
 class Place(Enum):
-    """Where a piece of text stands, which decides whether the tokenizer may put its word-start mark before it."""
+    """Place of a piece of text, which decides whether the tokenizer may put its word-start mark before it."""
 
     START = "start"
     """The first text of a sequence."""
     AFTER_SPECIAL = "after special"
-    """Right behind a special token; tokenizers differ here, so each states its own rule."""
+    """Directly after a special token; tokenizers differ here, so each has its own rule."""
     INSIDE = "inside"
     """Continues the text before it: the word-start mark would be a space nobody wrote."""
     SPECIAL = "special"
@@ -64,7 +64,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
-    """What is fixed once a tokenizer is loaded."""
+    """Constant facts about a loaded tokenizer."""
 
     source: str
     """File or folder it came from, for error messages."""
@@ -73,25 +73,25 @@ class TokenizerFacts:
     vocab_size: int
     """Largest id plus one, added tokens included."""
     fed_vocab_size: int
-    """The same without a token that is there for padding alone, which no model is fed."""
+    """The same without a token that is only for padding, which is never fed to a model."""
     bos_id: int | None
     """The begin token where the tokenizer puts one before a text; None where it has none or never puts it."""
     eos_id: int
     pad_id: int
-    """What fills up a batch; never read by the model."""
+    """Token that fills up a batch; never read by the model."""
     names_pad: bool
-    """Whether an export names it: not where the source's files name special tokens, and none for padding."""
+    """True if an export names it: not where the source's files name special tokens, and none for padding."""
     special_tokens: tuple[SpecialToken, ...]
     chat_template: str
-    """The tokenizer's own jinja template, or the one that --chat-template or the project put in its place."""
+    """The tokenizer's own jinja template, or its replacement by --chat-template or the project."""
     names_in_text: tuple[str, ...] = ()
-    """Names of tokens that are not special and that are looked for in a text as a whole."""
+    """Names of tokens that are not special and that are searched for in a text as a whole."""
     template_variables: Mapping[str, str] = field(default_factory=dict)
-    """``bos_token``, ``eos_token`` and so on, as templates name them."""
+    """``bos_token``, ``eos_token`` and so on, by their names in templates."""
     notes: tuple[str, ...] = ()
-    """Lines for the log: what is not as one could expect it of the files."""
+    """Lines for the log about unexpected content of the files."""
     exports_own_files: bool = False
-    """Whether an export writes tokenizer files instead of copying the folder's, which transformers reads otherwise."""
+    """True if an export writes tokenizer files instead of copying the folder's, which transformers reads otherwise."""
 
     def named_id(self, key: str) -> int | None:
         """The special token of ``bos_token`` and so on; None where the tokenizer has none."""
@@ -100,10 +100,10 @@ class TokenizerFacts:
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Special tokens that stand in a text are ordinary characters of it."""
+    """Text to ids and back. Special tokens in a text are ordinary characters of it."""
 
     _normalize: Callable[[str], str] | None = None
-    """Of a tokenizer that removes white space at the end of a text: what it makes of the text before it cuts it."""
+    """Normalization by a tokenizer that removes white space at the end of a text, before it cuts it."""
 
     def __init__(self, facts: TokenizerFacts) -> None:
         self._set_facts(facts)
@@ -131,10 +131,9 @@ class Tokenizer(ABC):
     def export(self, directory: Path, *, keep_source: bool = False, adds_template: bool = True) -> list[str]:
         """Write files from which transformers' ``AutoTokenizer`` loads an equal tokenizer.
 
-        Chat templates stay in the files, or the list, that the folder has them in, with the one in use as the default;
-        where it has none, that one is added if ``adds_template``. ``keep_source`` copies the files of a Hugging Face
-        folder as they are (--keep-source-tokenizer). Returns lines
-        for the log about files that are not the source's.
+        Chat templates stay in the folder's files, or its list, with the one in use as the default; where it has none,
+        that one is added if ``adds_template``. ``keep_source`` copies the files of a Hugging Face folder as they are
+        (--keep-source-tokenizer). Returns lines for the log about files that are not the source's.
         """
 
     def with_facts(self: AnyTokenizer, **changes: Any) -> AnyTokenizer:
@@ -146,7 +145,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def continues_after_special(self) -> bool:
-        """Whether text behind a special token is encoded without the word-start mark."""
+        """True if text after a special token is encoded without the word-start mark."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without beginning or end token."""
@@ -157,7 +156,7 @@ class Tokenizer(ABC):
 
         Pieces are encoded in two batches and each distinct one only once: templates repeat the same few. White space
         that the tokenizer removes at the end of a piece begins the next one: a prompt's ids are those that inference
-        sends, and the answer still is a word of its own.
+        sends, and the answer is still a word of its own.
         """
         settled = [self._settle(pieces) for pieces in examples]
         wanted: dict[bool, dict[str, int]] = {False: {}, True: {}}
@@ -186,7 +185,7 @@ class Tokenizer(ABC):
         return results
 
     def _settle(self, pieces: Sequence[Piece]) -> list[tuple[str, bool, bool]]:
-        """Of each piece the text to be encoded, whether that continues another, and whether it is a special token."""
+        """For each piece the text to encode, whether it continues another, and whether it is a special token."""
         settled = []
         carried, nothing_yet = "", False
         for piece in pieces:
@@ -201,7 +200,7 @@ class Tokenizer(ABC):
         return settled
 
     def _lost_at_end(self, text: str) -> str:
-        """The white space that is removed at the end of ``text``, and would not be in front of more text."""
+        """The white space that is removed at the end of ``text``, but would not be before more text."""
         if self._normalize is None or "!" <= text[-1:] <= "~":  # no normalization makes white space of these
             return ""
         # A letter on either side, as white space is removed at the start, too.
@@ -228,7 +227,7 @@ def choose_pad_id(pad_id: int | None, unk_id: int | None, eos_id: int) -> int:
 
 
 def fed_vocab_size(ids: Iterable[int], named: Mapping[str, int]) -> int:
-    """Largest of ``ids`` plus one, without that of a pad token which is no other of the ``named`` ones as well."""
+    """Largest of ``ids`` plus one, without that of a pad token which is none of the other ``named`` ones as well."""
     only_pad = {named.get("pad_token")} - {number for key, number in named.items() if key != "pad_token"}
     return max(number for number in ids if number not in only_pad) + 1
 
@@ -236,8 +235,8 @@ def fed_vocab_size(ids: Iterable[int], named: Mapping[str, int]) -> int:
 def fit_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     """The tokenizer for a model whose embedding has ``vocab_size`` rows.
 
-    A token for padding that has no row is replaced by another, since it is never fed. Raises UserError where another
-    token has none.
+    A padding token without a row is replaced by another, since it is never fed. Raises UserError where another token
+    has none.
     """
     facts = tokenizer.facts
     if facts.fed_vocab_size > vocab_size:
@@ -250,8 +249,8 @@ def fit_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     names = {token.id: token.content for token in facts.special_tokens}
     pad_id = choose_pad_id(None, facts.named_id("unk_token"), facts.eos_id)
     note = (
-        f"{facts.source}: the pad token {names[facts.pad_id]} has the id {facts.pad_id}, for which the model's "
-        f"{vocab_size} rows have none; {names[pad_id]} takes its place, also in the export"
+        f"{facts.source}: the pad token {names[facts.pad_id]} has the id {facts.pad_id}, but the model has only "
+        f"{vocab_size} rows; {names[pad_id]} replaces it, also in the export"
     )
     return tokenizer.with_facts(
         pad_id=pad_id,
@@ -263,7 +262,7 @@ def fit_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
 
 
 class SpecialTokens:
-    """Finds special tokens in rendered text, and hides the names of them that a person wrote."""
+    """Finds special tokens in rendered text, and hides their names in texts that people wrote."""
 
     def __init__(self, tokens: Sequence[SpecialToken]) -> None:
         self._names = [token.content for token in tokens]
@@ -277,12 +276,12 @@ class SpecialTokens:
         return self._by_name.get(match[0]) or self._by_name[match[0].strip()]
 
     def name_end(self, match: re.Match[str]) -> int:
-        """Where the name of the token that ``pattern`` matched ends, before the white space that belongs to it."""
+        """End of the name of the token that ``pattern`` matched, before the white space that belongs to it."""
         name = self.found(match).content
         return match.start() + match[0].index(name) + len(name)
 
     def named_in(self, *texts: str) -> bool:
-        """Whether a text has the name of a token."""
+        """True if a text has the name of a token."""
         return bool(self._names) and any(self._in_text.search(text) for text in texts)
 
     def hide(self, value: Any) -> Any:

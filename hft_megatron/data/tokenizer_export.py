@@ -1,7 +1,7 @@
-"""What transformers makes of a tokenizer's files, by probes, and an export's files with which it makes our ids.
+"""Comparison of transformers' reading of a tokenizer's files with ours, by probes, and export files with our ids.
 
-Its pipelines of one folder differ between versions; a difference is told, and the export is written so that there is
-none.
+Its pipelines of one folder differ between versions; a difference is reported, and the export is written so that there
+is none.
 """
 
 import json
@@ -45,15 +45,15 @@ TEXTS = (
     "▁mark ▁▁",
     "<0x0A> [INST] <<SYS>>",
 )
-"""Where tokenizers are known to differ: white space, digits, scripts, and characters that are normalized."""
+"""Texts where tokenizers are known to differ: white space, digits, scripts, and normalized characters."""
 AROUND_NAME = ("{}text", "{} text", "text{}", "text {} text", "text{}text", "  {}  ", "{}{}\nx")
 """Forms with the name of a token in them."""
 _SPECIAL, _IN_TEXT = 3, 8
-"""Names that are tried of special tokens, which are alike, and of those that a text may hold."""
+"""Number of special tokens' names to try, which are alike, and of names that a text may hold."""
 
 
 def first_difference(tokenizer: Tokenizer, encode: Callable[[str, bool], list[int]]) -> str | None:
-    """A clause about the first text of which ``encode`` makes other ids than are trained; None where there is none.
+    """A clause about the first text whose ids by ``encode`` differ from the trained ones; None without a difference.
 
     ``encode`` takes a text and whether begin and end tokens are put around it.
     """
@@ -65,7 +65,7 @@ def first_difference(tokenizer: Tokenizer, encode: Callable[[str, bool], list[in
         for with_special, ours in ((False, ids), (True, begin + ids)):
             theirs = encode(text, with_special)
             if with_special and theirs == [*ours, tokenizer.eos_id]:
-                continue  # training puts the end token itself, behind the answer
+                continue  # training itself puts the end token after the answer
             if theirs != ours:
                 how = "" if with_special else ", without special tokens,"
                 return f"makes {theirs} of {text!r}{how} instead of {ours}"
@@ -73,20 +73,20 @@ def first_difference(tokenizer: Tokenizer, encode: Callable[[str, bool], list[in
 
 
 def _difference_inside(tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> str | None:
-    """The same for a text that continues another, which begins with a token's name as no merge reaches over that."""
+    """The same for a text that continues another, which begins with a token's name because no merge crosses that."""
     for name in tokenizer.facts.names_in_text[:_IN_TEXT]:
         before, text = "a", f"{name}b {name} c"
         theirs = encode(before + text)
         start = tokenizer.encode(before)
         ours = start + tokenizer.encode_batch([text], continues=True)[0]
-        # A name that is not found behind a letter is text, which is cut elsewhere when it is whole.
+        # A name that is not found after a letter is text, which is cut elsewhere when it is whole.
         if theirs[: len(start)] == start and theirs != ours:
             return f"makes {theirs} of {before + text!r}, without special tokens, instead of {ours}"
     return None
 
 
 def trained_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text in which the names of special tokens are those tokens, as in a rendered conversation."""
+    """Ids of each text in which names of special tokens are those tokens, as in a rendered conversation."""
     special = SpecialTokens(tokenizer.facts.special_tokens)
     return [ids.tolist() for ids, _ in tokenizer.encode_pieces([_pieces(special, text) for text in texts])]
 
@@ -107,7 +107,7 @@ def _plain(text: str, *, after_special: bool) -> list[Piece]:
 
 
 class TransformersView:
-    """transformers' tokenizer of a folder, or why there is none."""
+    """transformers' tokenizer of a folder, or the reason why there is none."""
 
     def __init__(self, folder: Path) -> None:
         import transformers  # here, because it costs seconds that --help shouldn't
@@ -135,7 +135,7 @@ class TransformersView:
     def compared(self, tokenizer: AnyTokenizer, file: str) -> AnyTokenizer:
         """``tokenizer``, with a line about the first difference; then an export writes its own files.
 
-        ``file`` is where its ids are from.
+        ``file`` is the source of its ids.
         """
         difference = self.difference(tokenizer)
         if difference is None:
@@ -148,7 +148,7 @@ class TransformersView:
         return tokenizer.with_facts(notes=(*tokenizer.facts.notes, note), exports_own_files=True)
 
     def difference(self, tokenizer: Tokenizer) -> str | None:
-        """A clause about the first text that transformers makes other ids of, None where there is none."""
+        """A clause about the first text whose ids differ in transformers, None where there is none."""
         if self.loaded is None:
             return f"{self.version} can't load the folder ({self.reason})"
         found = first_difference(
@@ -158,7 +158,7 @@ class TransformersView:
 
 
 FILE_CLASS = "PreTrainedTokenizerFast"
-"""The class for which every version of transformers takes tokenizer.json as it stands."""
+"""The class for which every version of transformers reads tokenizer.json unchanged."""
 _DECIDE_IDS = (
     "added_tokens_decoder",
     "add_prefix_space",
@@ -169,13 +169,13 @@ _DECIDE_IDS = (
     "sp_model_kwargs",
     "split_special_tokens",
 )
-"""Settings of a class that would change the pipeline, or that tokenizer.json has already."""
+"""Settings of a class that would change the pipeline, or that tokenizer.json already has."""
 
 
 def copy_files(
     directory: Path, files: TokenizerFiles, facts: TokenizerFacts, rust: RustTokenizer, *, adds_template: bool
 ) -> list[str]:
-    """Copy the folder's own files and add only what is missing. Returns a line where a chat template is not its own.
+    """Copy the folder's own files and add only missing ones. Returns a line where a chat template is not its own.
 
     transformers' ``save_pretrained`` would write the loading machine's settings into the config and a class name that
     older versions don't know.
@@ -196,10 +196,10 @@ def copy_files(
 def write_files(
     directory: Path, files: TokenizerFiles, tokenizer: Tokenizer, rust: RustTokenizer, *, adds_template: bool
 ) -> list[str]:
-    """Write ``rust``, and a config whose class takes it as it stands.
+    """Write ``rust``, and a config whose class reads it unchanged.
 
-    Returns lines about what is not the folder's, and about a text of which the files written make other ids than
-    ``tokenizer``, on which was trained.
+    Returns lines about differences from the folder, and about a text whose ids by the written files differ from those
+    of ``tokenizer``, used in training.
     """
     facts = tokenizer.facts
     directory.mkdir(parents=True, exist_ok=True)
@@ -222,24 +222,24 @@ def write_files(
     changes = [_what_changed(files, config)] if files.config else []
     difference = pipeline_difference(tokenizer, RustTokenizer.from_file(str(directory / TOKENIZER_FILE)))
     if difference is None:
-        written = "tokenizer files written so that transformers gives the ids that were trained"
+        written = "tokenizer files written so that transformers gives the trained ids"
         return [*(f"{written}: {it}" for it in changes), *of_templates]
     return [
         *of_templates,
         *(f"tokenizer files written: {it}" for it in changes),
-        f"the ids of the exported {TOKENIZER_FILE} are not in every text those that were trained: it {difference}",
+        f"the exported {TOKENIZER_FILE} does not give the trained ids for every text: it {difference}",
     ]
 
 
 def pipeline_difference(tokenizer: Tokenizer, rust: RustTokenizer) -> str | None:
-    """A clause about the first text of which ``rust`` makes other ids than ``tokenizer``; None where there is none."""
+    """A clause about the first text whose ids by ``rust`` and ``tokenizer`` differ; None without a difference."""
     return first_difference(
         tokenizer, lambda text, with_special: rust.encode(text, add_special_tokens=with_special).ids
     )
 
 
 def _names(facts: TokenizerFacts) -> dict[str, str]:
-    """Special tokens by their keys, with the pad token in use where there is to be one."""
+    """Special tokens by their keys, with the pad token in use if there is to be one."""
     variables = facts.template_variables
     named = {key: variables[key] for key in NAME_KEYS if facts.named_id(key) is not None}
     if not facts.names_pad:
@@ -255,7 +255,7 @@ def _save(rust: RustTokenizer, facts: TokenizerFacts, directory: Path) -> None:
     """Write tokenizer.json, without a pad token that the model has no row for."""
     state = json.loads(rust.to_str())
     state["added_tokens"] = [
-        # Names that are looked for in normalized text are found elsewhere than where they were trained.
+        # Names that are searched for in normalized text are found elsewhere than where they were trained.
         {**token, "normalized": token["normalized"] and not token["special"]}
         for token in state["added_tokens"]
         if token["id"] < facts.vocab_size

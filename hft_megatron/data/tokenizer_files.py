@@ -1,7 +1,7 @@
-"""What the JSON files of a Hugging Face tokenizer folder say, and the mistakes in them.
+"""The JSON files of a Hugging Face tokenizer folder, and the errors in them.
 
-These are read here and not by transformers, because its versions disagree about them, and because an empty or missing
-name ends there in an endless recursion.
+They are read here and not by transformers, because its versions disagree about them, and because an empty or missing
+name ends there in infinite recursion.
 """
 
 import json
@@ -22,22 +22,22 @@ ADDED_TOKENS_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATES_FOLDER = "additional_chat_templates"
 COPIED_FILES = (TOKENIZER_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
-"""Files that decide ids, and that an export copies as they are."""
+"""Files that decide ids, and that an export copies unchanged."""
 TOKENIZER_FILES = (*COPIED_FILES, CONFIG_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER)
-"""All that an export of a tokenizer may write, and more than it need."""
+"""All files that an export of a tokenizer may write, even if it needs fewer."""
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "vocab.txt")
-"""What older classes of transformers read instead of tokenizer.json."""
+"""Files that older classes of transformers read instead of tokenizer.json."""
 NAME_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 """Keys of the special tokens that transformers knows by name."""
 _FURTHER_KEYS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 """Keys of lists of further special tokens, or of objects that give them names for templates."""
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
-"""Classes, also with ``Fast`` behind them, which build their pipeline and put a begin token by rules of their own."""
+"""Classes, also with ``Fast`` at the end, which build their pipeline and put a begin token by rules of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedToken:
-    """A special token, and where it is named."""
+    """A special token, and the place of its name."""
 
     content: str
     place: str
@@ -60,11 +60,11 @@ class TokenizerFiles:
     variables: Mapping[str, str]
     """Names under which templates use some of the further ones, such as ``image_token``."""
     reads_folder: bool
-    """False where a file was given on its own and what stands beside it is not read."""
+    """False where a single file was given and the files beside it are not read."""
 
     @property
     def names_pad(self) -> bool:
-        """Whether a file names a pad token, which the vocabulary may lack, or none names any special token."""
+        """True if a file names a pad token, which the vocabulary may lack, or none names any special token."""
         return self.names.get("pad_token") is not None or not (self.config or self.names)
 
     def resolve_names(self, is_known: Callable[[str], bool], defaults: Mapping[str, str]) -> dict[str, str]:
@@ -82,7 +82,7 @@ class TokenizerFiles:
         return {key: name for key, name in {**defaults, **own}.items() if name is not None and is_known(name)}
 
     def notes(self, is_known: Callable[[str], bool]) -> tuple[str, ...]:
-        """A line about a pad token that the vocabulary lacks; it is never fed, so another serves."""
+        """A line about a pad token that the vocabulary lacks; it is never fed, so another replaces it."""
         pad = self.names.get("pad_token")
         if pad is None or is_known(pad.content):
             return ()
@@ -90,19 +90,19 @@ class TokenizerFiles:
 
     @property
     def has_llama_class(self) -> bool:
-        """Whether the tokenizer's class is one whose pipeline depends on the version of transformers."""
+        """True if the tokenizer's class is one whose pipeline depends on the version of transformers."""
         return str(self.config.get("tokenizer_class")).removesuffix("Fast") in _LLAMA_CLASSES
 
     def explicit(self, key: str) -> bool | None:
-        """``add_bos_token`` or ``add_eos_token`` where the class of the tokenizer heeds it, else None."""
+        """``add_bos_token`` or ``add_eos_token`` where the tokenizer's class uses it, else None."""
         value = self.config.get(key)
         return value if self.has_llama_class and isinstance(value, bool) else None
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read what is there of the folder's JSON files.
+    """Read the folder's JSON files that exist.
 
-    Raises UserError for one that isn't an object in JSON and for a special token that is empty or no text.
+    Raises UserError for one that isn't a JSON object and for a special token that is empty or not text.
     """
     config = _read_object(folder / CONFIG_FILE)
     named = {CONFIG_FILE: config}
@@ -137,7 +137,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def no_files(folder: Path) -> TokenizerFiles:
-    """For a file that is read on its own, whatever stands beside it in its folder."""
+    """The facts of a single file, whatever is beside it in its folder."""
     return TokenizerFiles(folder=folder, config={}, names={}, added={}, extra=(), variables={}, reads_folder=False)
 
 
@@ -149,7 +149,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} can't be read ({error}); copy it again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not an object in JSON; copy it again.")
+        raise UserError(f"{path} is not a JSON object; copy it again.")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Finds out which kind of tokenizer a path holds and loads it."""
+"""Finds out the kind of tokenizer at a path and loads it."""
 
 from pathlib import Path
 
@@ -24,15 +24,15 @@ HUGGING_FACE = "HuggingFaceTokenizer"
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE_FILES = (TOKENIZER_FILE, CONFIG_FILE)
 _BESIDE_MODEL = (SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER)
-"""What transformers reads beside a ``.model`` file also where there is no config."""
+"""Files that transformers reads beside a ``.model`` file even without a config."""
 
 
 def load_tokenizer(tokenizer_type: str | None, path: str | Path, chat_template: str | None = None) -> Tokenizer:
     """Load the tokenizer at ``path``: a Hugging Face folder, or a ``.model`` file (or its folder).
 
-    Without a type, a folder with any of Hugging Face's files for tokenizers is Hugging Face's; anything else is a file
-    of SentencePiece's or, as Llama 3 has it, tiktoken's. ``chat_template`` is --chat-template, the tokenizer's own when
-    None. Raises UserError for a path that is missing, unreadable or of another kind, and for mistakes in the files.
+    Without a type, a folder with any of Hugging Face's tokenizer files is Hugging Face's; anything else is a file of
+    SentencePiece or, as Llama 3 has it, tiktoken. ``chat_template`` is --chat-template, the tokenizer's own when
+    None. Raises UserError for a path that is missing, unreadable or of another kind, and for errors in the files.
     """
     path = Path(path)
     if tokenizer_type not in (None, HUGGING_FACE, SENTENCEPIECE):
@@ -63,7 +63,7 @@ def _load_model_file(file: Path, files: TokenizerFiles, chat_template: str | Non
 
 
 def holds_tokenizer(path: str | Path) -> bool:
-    """Whether ``path`` is a tokenizer file or a folder with one."""
+    """True if ``path`` is a tokenizer file or a folder with one."""
     path = Path(path)
     return path.is_file() or any((path / name).exists() for name in (*HUGGING_FACE_FILES, MODEL_FILE))
 

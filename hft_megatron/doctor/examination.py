@@ -1,4 +1,4 @@
-"""The order of an examination: each rank for itself, then its device, then the ranks together."""
+"""The order of preflight checks: each rank for itself, then its device, then the ranks together."""
 
 import os
 import sys
@@ -22,9 +22,9 @@ from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement, host_name, start_backend, start_groups, stop_groups
 
 OTHER_RANKS_WAIT_S = 30.0
-"""How long a rank that lost the others stays: rank 0, which has lost them too, must have spoken by then."""
+"""Seconds that a rank which lost the others waits: rank 0, which has lost them too, must report before it ends."""
 OTHERS_SPEAK_S = 5.0
-"""How long rank 0 stays after its time limit: those of others may end a moment later."""
+"""Seconds that rank 0 waits after its time limit: those of others may end a moment later."""
 Show = Callable[[Diagnosis], None]
 
 
@@ -47,10 +47,10 @@ class Examination:
         self._limit = TimeLimit(seconds=60.0 * minutes, on_expiry=self._give_up)
 
     def run(self) -> Diagnosis:
-        """Looks at everything, shows it on rank 0 and returns it on every rank; every rank calls it.
+        """Runs all checks, shows the report on rank 0 and returns it on every rank; every rank calls it.
 
-        Raises UserError where ranks can't be placed on devices. Where something does not return within
-        --distributed-timeout-minutes, what was found is shown and the process ends.
+        Raises UserError where ranks can't be placed on devices. Where a check does not return within
+        --distributed-timeout-minutes, the findings so far are shown and the process ends.
         """
         for what, look in self._looks():
             with self._limit.of(what):
@@ -64,7 +64,7 @@ class Examination:
             return self._alone(OTHER_RANKS_WAIT_S)
         if self._rank == 0:
             self.show(diagnosis)
-        # torchrun ends all ranks as soon as one has failed: rank 0 must have spoken.
+        # torchrun ends all ranks as soon as one has failed: rank 0 must report first.
         with self._limit.of("end"):
             dist.barrier()
         stop_groups()
@@ -94,7 +94,7 @@ class Examination:
     def _look_together(self) -> Diagnosis:
         parallel = _without_chunks(self.config.parallel)
         with self._limit.of("process groups"):
-            # Not before the time limit here, which says more: their own would only end the process.
+            # Longer than the time limit here, which reports more: their own would only end the process.
             start_backend(replace(parallel, distributed_timeout_minutes=parallel.distributed_timeout_minutes + 1))
             placement = start_groups(parallel, num_layers=1, seed=0)
         with self._limit.of("device"):
@@ -130,8 +130,8 @@ class Examination:
         )
 
     def _alone(self, others_wait_s: float) -> Diagnosis:
-        """What this rank knows by itself, when the others can't be asked any more: rank 0 shows all of it, and others
-        say what is wrong and wait, because torchrun ends all ranks as soon as one has failed."""
+        """The findings of this rank alone, when the others can't be reached: rank 0 shows all of them, others print
+        what is wrong and wait, because torchrun ends all ranks as soon as one has failed."""
         mine = [RankReport(rank=self._rank, host=host_name(), findings=tuple(self._findings))]
         diagnosis = self._diagnosis(mine, merged(mine))
         if self._rank == 0:
@@ -155,15 +155,15 @@ class Examination:
 
 def _does_not_return(what: str, minutes: float) -> Finding:
     fix = (
-        "It hangs, or waits for a rank that does: look at what the other ranks say, at the network and at the disks; "
-        "--distributed-timeout-minutes sets how long is waited."
+        "It hangs, or waits for a rank that does: check the output of the other ranks, the network and the disks; "
+        "--distributed-timeout-minutes sets the time limit."
     )
     return Finding(what=what, value=f"did not return in {minutes:g} min", status="wrong", fix=fix)
 
 
 def _ranks_do_not_meet(value: str) -> Finding:
     fix = (
-        "The ranks can't reach each other, or one has died: look at what the other ranks say, and at "
+        "The ranks can't reach each other, or one has died: check the output of the other ranks, and set "
         "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME where a host has several networks."
     )
     return Finding(what="process groups", value=value, status="wrong", fix=fix)
@@ -174,7 +174,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_chunks(parallel: ParallelConfig) -> ParallelConfig:
-    """Model chunks change no group, and only a model says how many there are."""
+    """The layout without model chunks, which change no group and depend on a model."""
     return replace(parallel, num_layers_per_virtual_pipeline_stage=None)
 
 
@@ -183,7 +183,8 @@ def _groups(placement: Placement) -> dict[str, Any]:
 
 
 def _speed_of(kind: str, group: dist.ProcessGroup, placement: Placement) -> GroupSpeed | None:
-    """None for a group of one rank, which sends nothing. All groups of a kind are at it together, as in training."""
+    """Speed of a group's all-reduce; None for a group of one rank, which sends nothing. All groups of a kind run at the
+    same time, as in training."""
     ranks = tuple(dist.get_process_group_ranks(group))
     dist.barrier()
     if len(ranks) == 1:

@@ -1,4 +1,4 @@
-"""What an examination finds, as values, and the limit on how long one of its checks may take."""
+"""Findings of preflight checks, as values, and the time limit of a check."""
 
 import contextlib
 import os
@@ -16,43 +16,43 @@ Status = Literal["ok", "warning", "wrong"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at. Never holds a value that could be a secret."""
+    """Result of one check. Never holds a value that could be a secret."""
 
     what: str
     value: str
     status: Status = "ok"
     fix: str | None = None
-    """One sentence: why it is not ok, and what to do; None where it is."""
+    """One sentence with the problem and its fix; None where it is ok."""
     same_everywhere: bool = False
-    """Whether ranks that found different values can't train together."""
+    """True if ranks with different values can't train together."""
 
     def __post_init__(self) -> None:
-        assert (self.status == "ok") == (self.fix is None), "whatever is not ok has a fix, and only that"
+        assert (self.status == "ok") == (self.fix is None), "a finding has a fix exactly when it is not ok"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSpeed:
-    """How fast the ranks of one process group were, as one of them saw it."""
+    """Speed of the ranks of one process group, as one of them measured it."""
 
     kind: str
-    """tensor, pipeline or data."""
+    """Kind of the group: tensor, pipeline or data."""
     ranks: tuple[int, ...]
     message_bytes: int
     seconds: float
-    """Of one all-reduce, the median of several."""
+    """Time of one all-reduce, the median of several."""
     is_right: bool
-    """Whether the sum was what it must be."""
+    """True if the sum was correct."""
 
     @property
     def bytes_per_second(self) -> float:
-        """What every link carries: bytes / seconds x 2 (n - 1) / n for n ranks, the "bus bandwidth" of nccl-tests
-        (its doc/PERFORMANCE.md), which doesn't depend on n and can be held against the hardware's."""
+        """Bandwidth of every link: bytes / seconds x 2 (n - 1) / n for n ranks, the "bus bandwidth" of nccl-tests (its
+        doc/PERFORMANCE.md), which doesn't depend on n and can be compared with the hardware's."""
         return self.message_bytes / self.seconds * 2 * (len(self.ranks) - 1) / len(self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """All that one rank says."""
+    """Everything that one rank reports."""
 
     rank: int
     host: str
@@ -62,7 +62,7 @@ class RankReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A finding, and the ranks that made it where others found something else."""
+    """A finding, and the ranks that made it where others differ."""
 
     finding: Finding
     where: str = ""
@@ -70,21 +70,21 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the command shows."""
+    """Report of the command."""
 
     setting: str
-    """Ranks and layout, in words."""
+    """Ranks and layout in words."""
     rows: tuple[Row, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     """The setting in numbers."""
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """What is wrong, each named once."""
+        """Names of the failed checks, each once."""
         return tuple(dict.fromkeys(row.finding.what for row in self.rows if row.finding.status == "wrong"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The report for JSON."""
         rows = []
         for row in self.rows:
             record = {**asdict(row.finding), "where": row.where}
@@ -94,7 +94,7 @@ class Diagnosis:
 
 
 def finding_of(what: str, value: str, look: Callable[[], str | None]) -> Finding:
-    """What ``look`` returns (``value`` where that is None), or ``value`` and the sentence of its UserError."""
+    """A finding with the result of ``look`` (``value`` if None), or ``value`` and the sentence of its UserError."""
     try:
         return Finding(what=what, value=look() or value)
     except UserError as error:
@@ -102,9 +102,9 @@ def finding_of(what: str, value: str, look: Callable[[], str | None]) -> Finding
 
 
 def merged(reports: Sequence[RankReport]) -> Iterator[Row]:
-    """One row for what all ranks found alike, else one per value with the ranks and hosts that have it.
+    """One row for a finding that all ranks share, else one per value with the ranks and hosts that have it.
 
-    Of what must be the same everywhere, every value but that of most ranks (on a tie, of the lowest) is wrong.
+    For values that must be the same everywhere, all but that of most ranks (on a tie, of the lowest) are wrong.
     """
     order = dict.fromkeys(finding.what for report in reports for finding in report.findings)
     for what in order:
@@ -135,15 +135,16 @@ def ranks_in_words(reports: Sequence[RankReport]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeLimit:
-    """For calls into a driver, a network disk or a collective, which no exception reaches."""
+    """Time limit for calls into a driver, a network disk or a collective, which no exception can interrupt."""
 
     seconds: float
     on_expiry: Callable[[str], None]
-    """Called on another thread with what did not return; the process ends after it, with ``EXIT_FAILURE``."""
+    """Called on another thread with the name of the check that did not return; the process then ends with
+    ``EXIT_FAILURE``."""
 
     @contextlib.contextmanager
     def of(self, what: str) -> Iterator[None]:
-        """The time for what stands within."""
+        """Limits the time within it."""
         expired = threading.Event()
         timer = threading.Timer(self.seconds, self._expire, (what, expired))
         timer.daemon = True
@@ -153,7 +154,7 @@ class TimeLimit:
         finally:
             timer.cancel()
             if expired.is_set():
-                threading.Event().wait()  # The other thread is at its word, and ends the process.
+                threading.Event().wait()  # The timer thread is reporting and will exit the process.
 
     def _expire(self, what: str, expired: threading.Event) -> None:
         expired.set()

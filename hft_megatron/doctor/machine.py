@@ -1,4 +1,4 @@
-"""What the machine has: devices, memory and disks, and the software on it."""
+"""Checks of the machine: devices, memory and disks, and the software on it."""
 
 import os
 import platform
@@ -21,18 +21,18 @@ from hft_megatron.engine import cpu_backend
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 1 << 30
-"""What NVIDIA's containers and NCCL's manual (Troubleshooting, "Shared memory") ask for; Docker gives 64 MB."""
+"""Minimum by NVIDIA's containers and NCCL's manual (Troubleshooting, "Shared memory"); Docker gives 64 MB."""
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 SETTINGS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "NVTE_", "CUDA_", "OMP_NUM_THREADS", "PYTORCH_")
-"""Beginnings of the environment variables that change how ranks compute and talk."""
+"""Prefixes of the environment variables that change how ranks compute and communicate."""
 _FREE_SHARE = 0.9
-"""Below it somebody else is on the GPU: CUDA itself takes less than 1 GB."""
+"""Share of free memory below which another process uses the GPU: CUDA itself takes less than 1 GB."""
 _SIDE = 256
 _UNLIMITED = resource.RLIM_INFINITY
 
 
 def host_findings() -> Iterator[Finding]:
-    """What all ranks of a host share; one of them reports it."""
+    """Findings that all ranks of a host share; one of them reports them."""
     bf16 = "fast" if cpu_backend.cpu_has_fast_bf16() else "slow"
     cores = len(os.sched_getaffinity(0))
     value = f"{cores} cores for this process, threads per rank: {torch.get_num_threads()}, {platform.machine()}"
@@ -46,52 +46,52 @@ def host_findings() -> Iterator[Finding]:
         yield locked_memory_finding(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
     elif NVIDIA_DRIVER.exists():
         fix = (
-            "An NVIDIA driver is here, and torch finds no CUDA device: install a CUDA build of torch for this driver, "
-            "start the container with --gpus all, or look at CUDA_VISIBLE_DEVICES."
+            "There is an NVIDIA driver, but torch finds no CUDA device: install a CUDA build of torch for this driver, "
+            "start the container with --gpus all, or check CUDA_VISIBLE_DEVICES."
         )
         yield Finding(what="GPUs", value="none that torch can use", status="warning", fix=fix)
     yield from settings_findings(os.environ)
 
 
 def device_memory(local_ranks: int) -> int:
-    """Bytes that one rank has: its device's, or an equal part of the host's memory that nobody uses."""
+    """Bytes for one rank: its device's memory, or an equal part of the host's free memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return int(psutil.virtual_memory().available) // local_ranks
 
 
 def shared_memory_finding(total: int, free: int) -> Finding:
-    """``total`` and ``free`` are bytes of /dev/shm."""
+    """Check of shared memory; ``total`` and ``free`` are bytes of /dev/shm."""
     value = f"{in_bytes(total)}, {in_bytes(free)} free in {SHARED_MEMORY}"
     if free >= SHARED_MEMORY_BYTES:
         return Finding(what="shared memory", value=value)
     fix = (
-        f"Ranks of a host talk through it, in NCCL and in torch, and less than {in_bytes(SHARED_MEMORY_BYTES)} can run "
-        f"out: start the container with --shm-size 2g or --ipc host."
+        f"Ranks of a host communicate through it, in NCCL and in torch, and less than {in_bytes(SHARED_MEMORY_BYTES)} "
+        f"may not be enough: start the container with --shm-size 2g or --ipc host."
     )
     return Finding(what="shared memory", value=value, status="warning", fix=fix)
 
 
 def locked_memory_finding(limit: int) -> Finding:
-    """``limit`` is that of ``ulimit -l`` in bytes."""
+    """Check of the locked-memory limit; ``limit`` is that of ``ulimit -l`` in bytes."""
     if limit == _UNLIMITED:
         return Finding(what="locked memory", value="unlimited")
     fix = (
-        "NCCL locks the buffers that network cards read, and fails where it may not: "
+        "NCCL locks the buffers that network cards read, and fails beyond this limit: "
         "start the container with --ulimit memlock=-1, or raise `ulimit -l`."
     )
     return Finding(what="locked memory", value=f"at most {in_bytes(limit)}", status="warning", fix=fix)
 
 
 def settings_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Names of the variables that are set; values are left out, since a report is passed on."""
+    """Names of the variables that are set; values are left out, since reports are shared."""
     names = sorted(name for name in environment if name.startswith(SETTINGS))
     if names:
         yield Finding(what="settings", value=f"{', '.join(names)} set, in the environment or by this program")
 
 
 def device_finding(device: torch.device, backend: str) -> Finding:
-    """Whether the rank's device computes: a small product in bf16, whose every entry is known."""
+    """Check of the rank's device with a small product in bf16, whose every entry is known."""
     value = f"CPU, {backend}"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -109,11 +109,11 @@ def device_finding(device: torch.device, backend: str) -> Finding:
         return Finding(what="device", value=value, status="wrong", fix=fix)
     if not is_right:
         fix = (
-            "A product of two matrices of ones came out wrong: the device is damaged; leave it out and have it tested."
+            "A product of two matrices of ones is wrong, so the device is damaged: leave it out and have it tested."
         )
         return Finding(what="device", value=value, status="wrong", fix=fix)
     if device.type == "cuda" and free < _FREE_SHARE * total:
-        fix = "Another process holds some of its memory: end it (nvidia-smi shows which), or use another device."
+        fix = "Another process uses some of its memory: end it (nvidia-smi shows which), or use another device."
         return Finding(what="device", value=value, status="warning", fix=fix)
     return Finding(what="device", value=value)
 
@@ -121,11 +121,11 @@ def device_finding(device: torch.device, backend: str) -> Finding:
 DISTRIBUTION = "hft-megatron"
 OPTION = "--transformer-impl transformer_engine"
 OWN_ROW = ("torch", "megatron-core", "transformers")
-"""What a report is asked for first; the other packages share a row."""
+"""Packages with a row of their own; the others share one."""
 
 
 def software_findings() -> Iterator[Finding]:
-    """Versions, which must be the same on every rank, and the packages that are used where they are found."""
+    """Versions, which must be the same on every rank, and optional packages."""
     yield Finding(what="hft-megatron", value=hft_megatron.__version__, same_everywhere=True)
     yield Finding(what="Python", value=f"{platform.python_version()} on {platform.system()} {platform.release()}")
     yield from package_findings(_requirements())
@@ -150,12 +150,12 @@ def _package(what: str, value: str, requirements: Sequence[Requirement]) -> Find
     if not unmet:
         return Finding(what=what, value=value, same_everywhere=True)
     asked = " ".join(f"'{one.name}{one.specifier}'" for one in unmet)
-    fix = f"What is installed is not what hft-megatron needs: run `pip install {asked}`."
+    fix = f"The installed version does not meet hft-megatron's requirements: run `pip install {asked}`."
     return Finding(what=what, value=value, status="wrong", fix=fix, same_everywhere=True)
 
 
 def _requirements() -> list[Requirement]:
-    """What this package asks for here; nothing where it runs from a folder that was never installed."""
+    """Requirements of this package; none where it runs from a folder that was never installed."""
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -184,7 +184,7 @@ def _version(name: str) -> str | None:
 
 
 def _with_builds(name: str) -> str:
-    """The version; for torch with what its build was made for."""
+    """The version; for torch with the target of its build."""
     version = _version(name) or "missing"
     if name != "torch":
         return version
@@ -214,7 +214,7 @@ def _apex() -> Finding:
 
 
 def _optional(what: str, module: str, *, can_be_used: bool, brings: str) -> Finding:
-    """By what the engine found when it was imported: a package that is there but can't be loaded is no use."""
+    """Finding about an optional package, by the engine's import: an installed package may still fail to load."""
     for_what = f"only {OPTION} uses it, for {brings}"
     if can_be_used:
         return Finding(what=what, value=f"found: {for_what}", same_everywhere=True)

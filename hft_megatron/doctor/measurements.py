@@ -1,4 +1,4 @@
-"""Measurements of what a run will wait for: reductions in every group of ranks, and the --save folder."""
+"""Measurements of waits in a run: reductions in every group of ranks, and the --save folder."""
 
 import math
 import os
@@ -19,19 +19,19 @@ from hft_megatron.costs.rank_memory import in_bytes
 from hft_megatron.doctor.findings import Finding, GroupSpeed, RankReport, Row, finding_of, ranks_in_words
 
 ELEMENTS = 1 << 22
-"""fp32: 16.8 MB, about one bucket of gradients."""
+"""Elements in fp32: 16.8 MB, about one bucket of gradients."""
 _WARM_UPS = 2
-"""The first one connects the ranks."""
+"""Unmeasured repetitions, of which the first connects the ranks."""
 _REPEATS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduceSpeed:
-    """What one rank measured."""
+    """Measurement of one rank."""
 
     message_bytes: int
     seconds: float
-    """Median of several."""
+    """Time of one all-reduce, the median of several."""
     is_right: bool
 
 
@@ -58,7 +58,7 @@ def measure_all_reduce(group: dist.ProcessGroup, device: torch.device, *, elemen
 
 
 SLOW = 3.0
-"""A group that takes this many times the median of its kind is reported: the others wait for it in every step."""
+"""Ratio to the median of its kind above which a group is reported: the others wait for it in every step."""
 
 
 def speed_findings(reports: Sequence[RankReport]) -> Iterator[Row]:
@@ -72,10 +72,11 @@ def speed_findings(reports: Sequence[RankReport]) -> Iterator[Row]:
         hosts = {reports[rank].host for rank in group.ranks}
         if len(hosts) > 1:
             fix = (
-                "Tensor-parallel ranks talk in every layer, and between hosts that is slow: give "
-                "--tensor-model-parallel-size at most the ranks of a host, and --pipeline-model-parallel-size the rest."
+                "Tensor-parallel ranks communicate in every layer, which is slow between hosts: set "
+                "--tensor-model-parallel-size to at most the ranks of a host, and use --pipeline-model-parallel-size "
+                "for the rest."
             )
-            value = f"one of {len(group.ranks)} ranks lies on {len(hosts)} hosts"
+            value = f"a group of {len(group.ranks)} ranks spans {len(hosts)} hosts"
             yield Row(finding=Finding(what="tensor groups", value=value, status="warning", fix=fix))
             return
 
@@ -101,15 +102,15 @@ def _of_kind(what: str, groups: Sequence[GroupSpeed], reports: Sequence[RankRepo
     for group in groups:
         if not group.is_right:
             fix = (
-                f"The sum over {_members(group, reports)} came out wrong, so training would too: "
-                f"a device or the network between them damages data; leave them out and have them tested."
+                f"The sum over {_members(group, reports)} is wrong, and so would training be: "
+                f"a device or the network between them corrupts data; leave them out and have them tested."
             )
             return Finding(what=what, value=value, status="wrong", fix=fix)
     usual = median_low([group.seconds for group in groups])
     if slowest.seconds > SLOW * usual:
         fix = (
             f"The group of {_members(slowest, reports)} takes {slowest.seconds / usual:.1f} times as long as usual, "
-            f"and all others wait for it: look at the links and the load of these hosts."
+            f"and all others wait for it: check the links and the load of these hosts."
         )
         return Finding(what=what, value=value, status="warning", fix=fix)
     return Finding(what=what, value=value)
@@ -138,32 +139,34 @@ def save_folder_finding(config: RunConfig, world_size: int) -> Finding:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        fix = f"--save {config.checkpoint.save} can't be written: {error.strerror} in {nearest}; choose another folder."
+        fix = (
+            f"--save {config.checkpoint.save} cannot be written: {error.strerror} in {nearest}; choose another folder."
+        )
         return Finding(what=WHAT, value=str(path), status="wrong", fix=fix)
     state = "can be written" if nearest == path else "can be made"
     return Finding(what=WHAT, value=f"{path} {state}, {in_bytes(shutil.disk_usage(nearest).free)} free")
 
 
 def space_finding(save: str, checkpoint_bytes: int, kept: int | None) -> Finding:
-    """``checkpoint_bytes`` are those of one checkpoint, and ``kept`` the most that there are at one time."""
+    """Check of the free space; ``checkpoint_bytes`` is the size of one checkpoint, ``kept`` the most at one time."""
     free = shutil.disk_usage(nearest_folder(Path(save).resolve())).free
     return compare_space(save, free, checkpoint_bytes, kept)
 
 
 def compare_space(save: str, free: int, checkpoint_bytes: int, kept: int | None) -> Finding:
-    """Less than one checkpoint is wrong, less than what the run comes to hold a warning. ``kept`` None: not known."""
+    """Check of the free space: wrong below one checkpoint, a warning below all kept ones. ``kept`` None: unknown."""
     one = in_bytes(checkpoint_bytes)
     value = f"{in_bytes(free)} free, a checkpoint takes about {one}"
     if kept is not None and kept > 1:
         value += f", {kept} at a time {in_bytes(kept * checkpoint_bytes)}"
     what = "space to save"
     if free < checkpoint_bytes:
-        fix = f"--save {save} has no room for one checkpoint of {one}: make room, or choose another folder."
+        fix = f"--save {save} has no space for one checkpoint of {one}: free some space, or choose another folder."
         return Finding(what=what, value=value, status="wrong", fix=fix)
     if kept is not None and free < kept * checkpoint_bytes:
         holds = free // checkpoint_bytes
         fix = (
-            f"--save {save} has room for {holds} of {kept} checkpoints: make room, or keep fewer "
+            f"--save {save} has space for {holds} of {kept} checkpoints: free some space, or keep fewer "
             f"(--keep-last N holds N + 1 at a time)."
         )
         return Finding(what=what, value=value, status="warning", fix=fix)
@@ -171,7 +174,7 @@ def compare_space(save: str, free: int, checkpoint_bytes: int, kept: int | None)
 
 
 def checkpoints_at_a_time(checkpoint: CheckpointConfig, train_iters: int) -> int:
-    """The most checkpoints of this run that the folder holds at one time: the newest is complete before others go."""
+    """The most checkpoints of this run in the folder at one time: the newest is complete before others are deleted."""
     if train_iters == 0:
         return 0
     interval = checkpoint.save_interval or train_iters
@@ -183,5 +186,5 @@ def checkpoints_at_a_time(checkpoint: CheckpointConfig, train_iters: int) -> int
 
 
 def nearest_folder(path: Path) -> Path:
-    """``path``, or the nearest folder above it that is there."""
+    """``path``, or the nearest existing folder above it."""
     return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,4 +1,4 @@
-"""What a run's options ask for: its files, its layout, and the memory that its ranks will hold."""
+"""Checks of a run's inputs: its files, its layout, and the memory of its ranks."""
 
 import netrc
 import os
@@ -32,12 +32,12 @@ from hft_megatron.methods.registry import METHODS
 from hft_megatron.trainer.inputs import read_inputs
 
 WHAT = "memory of a rank"
-_ELSE = "ask `hft-megatron plan --memory` about larger layouts with recomputation, or use a smaller --seq-length"
+_ELSE = "use a smaller --seq-length, or see `hft-megatron plan --memory` for larger layouts with recomputation"
 
 
 def memory_finding(model: MemoryModel, plan: Plan, room: int) -> Finding:
-    """Wrong where not even the model, its gradients and its optimizer fit into ``room`` bytes; a warning where the
-    longest sequences would not, which the data may not have."""
+    """Check of a rank's memory: wrong where not even the model, its gradients and its optimizer fit into ``room``
+    bytes; a warning where only the longest sequences don't fit, which the data may not have."""
     judged = verdict(model, plan.trains, room)
     memory, batch = judged.memory, model.micro_batch
     value = (
@@ -52,7 +52,7 @@ def memory_finding(model: MemoryModel, plan: Plan, room: int) -> Finding:
     advice = ", or ".join(ways) or _ELSE
     if memory.before_activations > room:
         return Finding(what=WHAT, value=value, status="wrong", fix=f"It does not fit: {advice}.")
-    fix = f"It does not fit where sequences are as long as --seq-length allows: {advice}."
+    fix = f"It does not fit for sequences as long as --seq-length: {advice}."
     return Finding(what=WHAT, value=value, status="warning", fix=fix)
 
 
@@ -61,21 +61,21 @@ Look = tuple[str, Callable[[], Iterator[Finding]]]
 
 @dataclass(kw_only=True)
 class RunInputs:
-    """Looks at the parts of a run one after the other; a part that needs another one which is wrong is passed over."""
+    """Checks the parts of a run one after the other; a part that depends on a wrong one is skipped."""
 
     method: MethodName
     config: RunConfig
     world_size: int
     has_data: bool
-    """Without data the rest is looked at as for a run that trains nothing."""
+    """False checks the rest as for a run that trains nothing."""
     said: set[str | None]
-    """Sentences about what is wrong already, which the whole would repeat; those about parts are added."""
+    """Sentences about errors that were found already, which the check of the whole run would repeat."""
     _shape: ModelShape | None = None
     _model_is_wrong: bool = True
     _tokenizer_is_wrong: bool = False
 
     def looks(self) -> Iterator[Look]:
-        """What to look at, by name and in order."""
+        """Checks by name, in order."""
         yield "model", self._look_at_model
         yield "tokenizer", self._look_at_tokenizer
         yield "weights", self._look_at_weights
@@ -126,7 +126,7 @@ class RunInputs:
         yield self._noted(finding_of("weights", folder, look))
 
     def _look_at_run(self) -> Iterator[Finding]:
-        """What a run reads before it builds a model, as the run reads it."""
+        """Check of the inputs that a run reads before it builds a model."""
         if self._model_is_wrong:
             return
         config, save = self._readable(), self.config.checkpoint.save
@@ -141,7 +141,7 @@ class RunInputs:
                     yield self._noted(Finding(what="run", value=self.method, status="wrong", fix=str(error)))
         if self._shape is None:
             return
-        with suppress(UserError):  # about the plan, and said above
+        with suppress(UserError):  # about the plan, and reported above
             if self.config.training.train_iters != 0:
                 validate_plan(config, self._shape, self.world_size)
                 yield self._look_at_memory(config, self._shape)
@@ -152,7 +152,7 @@ class RunInputs:
         if self.has_data:
             return self.config
         training, optimizer = self.config.training, self.config.optimizer
-        if training.train_samples is not None:  # What counts samples has no meaning beside a length of 0.
+        if training.train_samples is not None:  # Options that count samples have no meaning with a length of 0.
             training = replace(training, train_samples=None, rampup_batch_size=())
             optimizer = replace(
                 optimizer,
@@ -191,7 +191,7 @@ class RunInputs:
 
 
 def wandb_finding(environment: Mapping[str, str]) -> Finding:
-    """Whether wandb finds a login or needs none; the key itself is never shown."""
+    """Check of wandb's login, if it needs one; the key itself is never shown."""
     if environment.get("WANDB_MODE") in ("offline", "disabled"):
         return Finding(what="wandb", value=f"WANDB_MODE is {environment['WANDB_MODE']}")
     if environment.get("WANDB_API_KEY"):
@@ -199,8 +199,8 @@ def wandb_finding(environment: Mapping[str, str]) -> Finding:
     with suppress(OSError, netrc.NetrcParseError):
         if netrc.netrc().authenticators("api.wandb.ai") is not None:
             return Finding(what="wandb", value="logged in by ~/.netrc")
-    fix = "--wandb-project will be refused: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline."
-    return Finding(what="wandb", value="no login is found", status="warning", fix=fix)
+    fix = "--wandb-project will fail without a login: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline."
+    return Finding(what="wandb", value="no login found", status="warning", fix=fix)
 
 
 def _takes_bf16(config: RunConfig) -> bool:
@@ -208,7 +208,8 @@ def _takes_bf16(config: RunConfig) -> bool:
 
 
 def _first_plan(config: RunConfig, shape: ModelShape) -> Plan:
-    """Later ones train about as much. Spectrum's scores, which need the weights, decide what trains, not how much."""
+    """The first plan; later ones train about as much. Spectrum's scores, which need the weights, don't change the
+    amount."""
     if config.hft.hft_plan is not None:
         return load_plans(config.hft.hft_plan, shape)[0]
     scores = dict.fromkeys((unit.name for unit in units_of(shape)), 0.0)

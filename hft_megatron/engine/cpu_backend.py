@@ -2,7 +2,7 @@
 
 megatron-core 0.16 takes ``torch.cuda`` for granted: the current device, streams, random states, ``device="cuda"`` in
 factory calls, and the ``torch.cuda.*`` names that ``Tensor.type()`` reports. Upstream refuses CPU tensors
-(``distrib_optimizer.py``: "Wrapped parameters must be one of ..."). This is the only module that answers for it.
+(``distrib_optimizer.py``: "Wrapped parameters must be one of ..."). This is the only module that deals with it.
 """
 
 import contextlib
@@ -66,8 +66,8 @@ _mode = _CudaMeansCpu()
 def activate() -> None:
     """Turns the CPU backend on for this process; a second call does nothing.
 
-    Called by name from entry points and test workers, never on import. Asserts that CUDA is absent: on a GPU machine
-    the real thing is used.
+    Called by name from entry points and test workers, never on import. Asserts that CUDA is absent: a GPU machine
+    uses CUDA itself.
     """
     global _active
     if _active:
@@ -95,7 +95,7 @@ def activate() -> None:
 
 @contextlib.contextmanager
 def out_of_the_way() -> Iterator[None]:
-    """Leaves out what looks at every call of torch, for work that names no device but that of its tensors.
+    """Suspends the hook on every call of torch, for work that names no device but that of its tensors.
 
     Without CUDA each call takes some microseconds less; where the backend isn't active nothing changes.
     """
@@ -110,12 +110,12 @@ def out_of_the_way() -> Iterator[None]:
 
 
 def has_fast_bf16() -> bool:
-    """Whether a run of this machine alone takes bf16 where neither --bf16 nor --no-bf16 is given."""
+    """Return whether a run on this machine alone uses bf16 without --bf16 or --no-bf16."""
     return torch.cuda.is_available() or cpu_has_fast_bf16()
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether bf16 matrix products are worth it here: AMX or AVX512-BF16, read from /proc/cpuinfo.
+    """Return whether the CPU has fast bf16 matrix products: AMX or AVX512-BF16, read from /proc/cpuinfo.
 
     Without either, bf16 on a CPU is emulated and slower than fp32 (measured about 5x faster with AMX, slower without).
     """

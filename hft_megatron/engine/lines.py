@@ -1,4 +1,4 @@
-"""The two lines of megatron-core that this package runs on, and what differs between them. Imports neither of them.
+"""The two lines of megatron-core that this package runs on, and their differences. Imports neither of them.
 
 0.16 is the last line for Python 3.10 and 3.11. From 3.12 on pip takes 0.19, which writes a checkpoint's common state
 in another way and threads its files instead of forking. Calls that differ only in what they pass (the ``name`` of a
@@ -19,7 +19,7 @@ from hft_megatron.errors import UserError
 
 DISTRIBUTION = "megatron-core"
 COMMON_STATE_FILE = "common.pt"
-"""Holds what of a checkpoint is no tensor, under 0.16; 0.19 has it among the tensors."""
+"""Holds the parts of a checkpoint that are no tensors, under 0.16; 0.19 stores them among the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,13 @@ class Line:
     name: str
     versions: SpecifierSet
     save_options: Mapping[str, str] = field(default_factory=dict)
-    """What ``dist_checkpointing.save`` is given beyond the options that both lines have."""
+    """Arguments of ``dist_checkpointing.save`` beyond those that both lines have."""
     writes_files: str
     """The method of ``FileSystemWriterAsync`` that writes a rank's files."""
     has_common_file: bool
-    """Whether rank 0 writes ``COMMON_STATE_FILE``, and a checkpoint without it can't be read."""
+    """True if rank 0 writes ``COMMON_STATE_FILE``, and a checkpoint without it can't be read."""
     needs_triton: bool = False
-    """Whether it imports triton also where there is no GPU."""
+    """True if it imports triton even without a GPU."""
 
 
 LINES = (
@@ -59,7 +59,7 @@ LINES = (
 
 @cache
 def engine_line() -> Line:
-    """The line of the megatron-core that is installed; UserError where it is of none, or can't be imported."""
+    """The line of the installed megatron-core; UserError where it belongs to none, or can't be imported."""
     wanted = LINES[sys.version_info >= (3, 12)]
     remedy = f"run `pip install '{DISTRIBUTION}{wanted.versions}'`"
     try:
@@ -69,11 +69,11 @@ def engine_line() -> Line:
     line = line_of(version)
     if line is None:
         known = " and ".join(f"{one.name} ({one.versions})" for one in LINES)
-        raise UserError(f"{DISTRIBUTION} {version} is installed, and {known} are supported; {remedy}.")
+        raise UserError(f"{DISTRIBUTION} {version} is installed, but only {known} are supported; {remedy}.")
     if line.needs_triton and find_spec("triton") is None:
         raise UserError(
-            f"{DISTRIBUTION} {version} imports triton, also without a GPU, and it is not installed; run `pip install "
-            f"triton` (there is none but for Linux; elsewhere Python 3.11 with {DISTRIBUTION} 0.16 needs none)."
+            f"{DISTRIBUTION} {version} imports triton even without a GPU, but it is not installed; run `pip install "
+            f"triton` (it exists for Linux only; elsewhere use Python 3.11 with {DISTRIBUTION} 0.16, which needs none)."
         )
     return line
 
@@ -84,13 +84,13 @@ def line_of(version: str) -> Line | None:
 
 
 def refuse_if_unreadable(checkpoint: Path, files: Collection[str]) -> None:
-    """UserError where the engine that is installed can't read a complete checkpoint, which was saved as ``files``.
+    """Raise UserError where the installed engine can't read a complete checkpoint, which was saved as ``files``.
 
     0.19 reads what 0.16 has written, not the other way round.
     """
     line, newer = engine_line(), LINES[-1]
     if line.has_common_file and COMMON_STATE_FILE not in files:
         raise UserError(
-            f"--load {checkpoint.parent}: {checkpoint.name} was saved under {DISTRIBUTION} {newer.name} and can't be "
-            f"read under {line.name}; resume with Python 3.12 or newer, where pip installs {newer.name}."
+            f"--load {checkpoint.parent}: {checkpoint.name} was saved with {DISTRIBUTION} {newer.name} and cannot be "
+            f"read with {line.name}; resume with Python 3.12 or newer, where pip installs {newer.name}."
         )

@@ -1,4 +1,4 @@
-"""What must happen before megatron-core is imported, and its import."""
+"""Preparations before megatron-core is imported, and its import."""
 
 import importlib
 import logging
@@ -18,7 +18,7 @@ _ENVIRONMENT = {
     # Buffers get another size in every round: with segments of fixed size, memory that is free would not fit them.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
-"""What torch and CUDA read when they start; variables that the user set stay as they are."""
+"""Variables that torch and CUDA read when they start; those that the user set stay as they are."""
 _OLD_NAMES = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}
 """Torch still reads the old one where the new one is not set."""
 _SAID_BY_OUR_LOG_LINE = (
@@ -35,19 +35,19 @@ _LOGGERS = (
     # That indices of samples are kept in memory.
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.datasets.blended_dataset",
-    # Takes the plan and position, which are written first, for the rests of another save.
+    # It takes the plan and position, which are written first, for the remains of another save.
     "megatron.core.dist_checkpointing.serialization",
-    # 0.19: that GPTModel, its own way to save, and the common state of older checkpoints go away some day.
+    # 0.19: that GPTModel, its own way to save, and the common state of older checkpoints will be removed.
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.dist_checkpointing.strategies.common",
 )
-"""Whose warnings are about the engine itself; their errors are still shown."""
+"""Loggers whose warnings are about the engine itself; their errors are still shown."""
 
 
 def prepare_engine() -> None:
-    """Makes sure that a supported megatron-core is there, sets what is read at its start, silences what it says about
-    itself, from every rank, and imports it.
+    """Checks that a supported megatron-core is installed, sets the variables it reads, silences its warnings about
+    itself, which come from every rank, and imports it.
 
     Called by name from entry points, before anything imports torch or megatron-core. Raises UserError for an engine
     that this package doesn't run on. Warnings that are not listed here are still shown.
@@ -64,8 +64,8 @@ def prepare_engine() -> None:
 
 
 def _import_engine() -> None:
-    """Without two packages that it would load for what it may never do: torch's compiler, which takes a fifth of a
-    process's time until its first step, and wandb, which it has for inference engines that are not in use here."""
+    """Imports megatron-core without two packages that it may never use: torch's compiler, which takes a fifth of a
+    process's time until its first step, and wandb, which serves inference engines that are not used here."""
     if "megatron.core" in sys.modules:
         return
     with _compiled_at_the_first_call(), _absent("wandb"):
@@ -74,7 +74,7 @@ def _import_engine() -> None:
 
 @contextmanager
 def _compiled_at_the_first_call() -> Iterator[None]:
-    """Has ``torch.compile``, with which functions are decorated meanwhile, do its work when they are called."""
+    """Within it, functions decorated with ``torch.compile`` are compiled at their first call."""
     import torch
 
     compile_now = torch.compile
@@ -101,7 +101,7 @@ def _compiled_at_the_first_call() -> Iterator[None]:
 
 @contextmanager
 def _absent(package: str) -> Iterator[None]:
-    """Has imports of a package fail that isn't loaded yet, as where it isn't installed."""
+    """Within it, imports of a package that isn't loaded yet fail, as if it were not installed."""
     if package in sys.modules:
         yield
         return

@@ -1,7 +1,7 @@
-"""Questions put to a model in batches, spread over its data-parallel replicas.
+"""Questions to a model in batches, spread over its data-parallel replicas.
 
-Batches are made of the questions alone: neither the number of replicas nor what a killed command had answered before
-shows in an answer, down to its last bit.
+Batches depend on the questions alone: neither the number of replicas nor the answers of a killed command change an
+answer, down to its last bit.
 """
 
 import math
@@ -22,22 +22,22 @@ from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.groups import Placement
 
 PROGRESS_S = 10.0
-"""Seconds between two lines about how far a task is."""
+"""Seconds between two progress lines of a task."""
 TOKENS_OF_A_BATCH = 32_768
-"""Most tokens of a batch, where it has more than one question: 16 windows of a long context are more than fit."""
+"""Maximum tokens of a batch with more than one question: 16 windows of a long context don't fit."""
 
 
 class NotFinite(RunFailed):
-    """The model has given no numbers, on every rank alike."""
+    """The model's output is not finite, on every rank alike."""
 
 
 Ask = Callable[[Sequence[int]], Sequence[Answer] | None]
-"""Puts a batch of questions, by their numbers; collective over a replica's ranks, None off its last stage."""
+"""Asks a batch of questions, by their numbers; collective over a replica's ranks, None off its last stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """Prompts that are continued by ``rules``, or sequences whose log-probabilities are asked."""
+    """Prompts to be continued by ``rules``, or sequences whose log-probabilities are wanted."""
 
     prompts: Sequence[NDArray[np.int32]] = ()
     rules: GenerationRules | None = None
@@ -45,7 +45,7 @@ class Questions:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every question."""
+        """Number of tokens of every question."""
         return [len(ids) for ids in self.prompts or [ids for ids, _ in self.sequences]]
 
     def put(self, model: ModelInPlace, tokenizer: Decoder, batch: Sequence[int]) -> Sequence[Answer] | None:
@@ -56,8 +56,8 @@ class Questions:
 
 
 def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of questions of so many tokens, at most ``size`` and ``TOKENS_OF_A_BATCH`` at a time, the longest first:
-    a batch's are of about one length."""
+    """Numbers of questions with these lengths, at most ``size`` and ``TOKENS_OF_A_BATCH`` at a time, the longest first,
+    so that a batch's questions have similar lengths."""
     batches: list[list[int]] = []
     tokens = 0
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
@@ -71,18 +71,18 @@ def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 @dataclass
 class Progress:
-    """Says how far the answering is, every ``PROGRESS_S``."""
+    """Reports progress every ``PROGRESS_S``."""
 
     name: str
     say: Callable[[str], None]
     total: int = field(default=0, init=False)
-    """Questions that are put; ``answers_of`` knows how many."""
+    """Total number of questions; set by ``answers_of``."""
     _done: int = 0
     _start: float = field(default_factory=time.monotonic)
     _said: float = field(default_factory=time.monotonic)
 
     def add(self, answered: int) -> None:
-        """So many questions more."""
+        """Counts further answers."""
         self._done += answered
         now = time.monotonic()
         if now - self._said < PROGRESS_S:
@@ -110,8 +110,8 @@ def answers_of(
 ) -> list[Answer]:
     """The answers to questions of ``lengths`` tokens, in their order, on every rank; collective over all ranks.
 
-    ``known`` are those of whole batches by their number, the same on every rank. ``keep`` is told every other one on
-    every rank, as soon as it is there. Raises NotFinite on every rank where the model gives no numbers.
+    ``known`` are the answers of whole batches by their number, the same on every rank. ``keep`` gets every other batch
+    on every rank, as soon as it is there. Raises NotFinite on every rank where the model's output is not finite.
     """
     batches = batches_of(lengths, batch_size)
     found: dict[int, Sequence[Answer]] = dict(known or {})
@@ -126,7 +126,7 @@ def answers_of(
                 assert answers is not None, "the last stage speaks"
                 if not all(map(_is_finite, answers)):
                     raise NotFinite(
-                        f"{progress.name}: the model's logits are no numbers, or infinite; read it as fp32 "
+                        f"{progress.name}: the model's logits are not finite; read the model as fp32 "
                         f"(--no-bf16), or evaluate an earlier checkpoint."
                     )
                 found[number] = answers

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how far a value, or the difference of two models, depends on which examples were drawn."""
+"""Bootstrap intervals: the dependence of a value, or of two models' difference, on the drawn examples."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Total = Callable[[Sequence[float]], float]
-"""The value of a measure, of the sums of its statistics."""
+"""Function from the sums of a measure's statistics to its value."""
 
 _DRAWS_AT_ONCE = 1 << 20
 """Examples drawn at a time: some 16 MiB."""
@@ -21,7 +21,7 @@ class Interval:
     value: float
     low: float
     high: float
-    """Both infinite of a single example, whose spread nobody knows."""
+    """Upper bound. Both bounds are infinite for a single example, whose spread is unknown."""
 
 
 def interval(
@@ -44,7 +44,7 @@ def paired_difference(
     """The interval of the second model's value minus the first's (paired bootstrap resampling: Koehn 2004, EMNLP).
 
     Both are (examples, statistics) of the same examples in the same order. Every sample draws the same examples for
-    both, so that what makes an example hard for both doesn't widen the interval. Otherwise like ``interval``.
+    both, so that examples that are hard for both don't widen the interval. Otherwise like ``interval``.
     """
     one, other = _as_array(first), _as_array(second)
     assert one.shape == other.shape, (one.shape, other.shape)
@@ -65,7 +65,7 @@ def _as_array(statistics: ArrayLike) -> NDArray[np.float64]:
 
 
 def _draws(examples: int, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """How often each sample draws each example: (samples, examples), in parts, until there are ``samples`` of them."""
+    """Number of times each sample draws each example: (samples, examples), in parts, ``samples`` rows together."""
     generator = np.random.default_rng(seed)
     at_once = max(1, _DRAWS_AT_ONCE // examples)
     for start in range(0, samples, at_once):

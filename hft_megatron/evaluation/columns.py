@@ -25,18 +25,18 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-"""As the one of chat templates, but names that aren't there and nulls that would be printed are errors, and a line end
-at the end is kept."""
+"""Like the environment of chat templates, but unknown names and printed nulls are errors, and a line end at the end is
+kept."""
 
 
 def is_template(written: str) -> bool:
-    """Whether it is a template and no column's name."""
+    """True for a template, False for a column's name."""
     return "{{" in written or "{%" in written
 
 
 @lru_cache(maxsize=256)
 def compile_columns(written: str) -> jinja2.Template:
-    """The template. Raises ValueError with a clause where it is none."""
+    """The compiled template. Raises ValueError with a clause for an invalid one."""
     try:
         return _ENVIRONMENT.from_string(written)
     except jinja2.TemplateSyntaxError as error:
@@ -46,7 +46,7 @@ def compile_columns(written: str) -> jinja2.Template:
 def value_of(written: str, field: str, row: Row) -> Any:
     """The column's value, or the template's text. ``choices.text`` is a column of a column.
 
-    Raises UserError that names the row's place, the task's ``field`` and the columns that there are.
+    Raises UserError that names the row's place, the task's ``field`` and the existing columns.
     """
     if is_template(written):
         return rendered(written, field, row)
@@ -63,7 +63,7 @@ def value_of(written: str, field: str, row: Row) -> Any:
 
 
 def rendered(template: str, field: str, row: Row) -> str:
-    """The template's text; UserError as ``value_of``."""
+    """The template's text. Raises UserError like ``value_of``."""
     columns = _columns_of(row)
     try:
         return compile_columns(template).render({"row": columns} | columns)
@@ -74,7 +74,7 @@ def rendered(template: str, field: str, row: Row) -> str:
 
 
 def text_of(written: str, field: str, row: Row) -> str:
-    """The same as one text; UserError also where a column holds none."""
+    """The same as one text. Also raises UserError where a column holds another type."""
     return _text(value_of(written, field, row), field, row)
 
 

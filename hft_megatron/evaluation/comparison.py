@@ -24,11 +24,11 @@ class TaskResults:
     """One model's results of one task."""
 
     digest: str
-    """Of the task's settings and files."""
+    """Digest of the task's settings and files."""
     questions: str
-    """Digest of the ids that were asked."""
+    """Digest of the ids of the questions."""
     statistics: Mapping[str, Mapping[str, list[float]]]
-    """By the example's place, then by the measure's name."""
+    """Statistics by the example's place, then by the measure's name."""
     measures: tuple[str, ...]
 
 
@@ -37,7 +37,7 @@ class ModelResults:
     """One model's results of all tasks."""
 
     source: str
-    """The file and, where that holds several models, the model's name, as users write it."""
+    """The file and, where that holds several models, the model's name, in the user's notation."""
     tokenizer_digest: str
     tasks: Mapping[str, TaskResults]
 
@@ -51,14 +51,14 @@ class Difference:
     first: float
     second: float
     interval: Interval
-    """Of the second minus the first."""
+    """Interval of the second value minus the first."""
     better: Literal["first", "second"] | None
-    """None where 0 lies in the interval."""
+    """The better model; None where 0 lies in the interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The differences, in the order of the first file, and lines about what is not compared."""
+    """The differences, in the order of the first file, and lines about everything that is not compared."""
 
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
@@ -67,8 +67,8 @@ class Comparison:
 def compare(first: str, second: str) -> Comparison:
     """Compare the models of two result files, each ``FILE`` or, where it holds several models, ``FILE:MODEL``.
 
-    Raises UserError where files can't be read or are damaged, where they have no task or no measure in common that can
-    be compared, and where a task of one name had other settings, files or examples.
+    Raises UserError where files can't be read or are damaged, where they have no comparable task or measure in common,
+    and where a task of one name had other settings, files or examples.
     """
     one, other = read_results(first), read_results(second)
     both = [name for name in one.tasks if name in other.tasks]
@@ -91,7 +91,7 @@ def compare(first: str, second: str) -> Comparison:
     if not differences:
         raise UserError(
             f"{one.source} and {other.source} have no measure that can be compared ({'; '.join(notes)}); evaluate both "
-            f"with one that counts no tokens, such as bits_per_byte."
+            f"with one that doesn't count tokens, such as bits_per_byte."
         )
     return Comparison(differences=tuple(differences), notes=tuple(notes))
 
@@ -100,8 +100,8 @@ def _check_same(name: str, one: ModelResults, other: ModelResults) -> None:
     mine, theirs = one.tasks[name], other.tasks[name]
     if mine.digest != theirs.digest:
         raise UserError(
-            f"Task {name} of {one.source} isn't that of {other.source}: its settings or files differ (digests "
-            f"{mine.digest[:12]} and {theirs.digest[:12]}); evaluate both with the same --tasks and files."
+            f"Task {name} of {one.source} differs from that of {other.source}: its settings or files have the digests "
+            f"{mine.digest[:12]} and {theirs.digest[:12]}; evaluate both with the same --tasks and files."
         )
     if mine.statistics.keys() != theirs.statistics.keys():
         shared = len(mine.statistics.keys() & theirs.statistics.keys())
@@ -112,7 +112,7 @@ def _check_same(name: str, one: ModelResults, other: ModelResults) -> None:
 
 
 def _comparable(name: str, one: ModelResults, other: ModelResults) -> tuple[list[Measure], list[str]]:
-    """Measures of a task that both files have, and lines about those that don't tell the models apart fairly."""
+    """Measures of a task that both files have, and lines about those that can't compare the models fairly."""
     shared = [measure for measure in one.tasks[name].measures if measure in other.tasks[name].measures]
     alone = [
         measure
@@ -131,7 +131,7 @@ def _comparable(name: str, one: ModelResults, other: ModelResults) -> tuple[list
         for left_out, reason in (
             (of_tokens, "tokens are counted and the tokenizers differ"),
             (unknown, "this version doesn't know it"),
-            (alone, "one of the two files alone has it"),
+            (alone, "only one of the two files has it"),
         )
         if left_out
     ]
@@ -152,13 +152,13 @@ def _difference(task: str, measure: Measure, one: TaskResults, other: TaskResult
 
 
 def read_results(source: str) -> ModelResults:
-    """One model's results from ``FILE`` or ``FILE:MODEL``; UserError as ``compare`` says."""
+    """One model's results from ``FILE`` or ``FILE:MODEL``. Raises UserError like ``compare``."""
     path, wanted = _split(source)
     if path.endswith(".jsonl"):
         raise UserError(f"{path} has the predictions; name the .json file beside it, which has the values.")
     content = _object(_read(path), path)
     if "format" not in content:
-        raise UserError(f"{path} is no result file of `hft-megatron evaluate --tasks`; name one that is.")
+        raise UserError(f"{path} is not a result file of `hft-megatron evaluate --tasks`; name one.")
     if content.get("format") != FORMAT:
         raise UserError(f"{path} has results format {content.get('format')}, this version reads {FORMAT}; {FIX}.")
     models = _by_name(_of(content, "models", list, path), path)
@@ -179,8 +179,8 @@ def read_results(source: str) -> ModelResults:
         told, found = _of(entry, "examples", int, path), len(statistics[task])
         if told != found:
             raise UserError(
-                f"{lines} has {found:,} examples of task {task} by {name}, and {path} says {told:,}: it is cut or of "
-                f"another evaluation; {FIX}."
+                f"{lines} has {found:,} examples of task {task} by {name}, but {path} says {told:,}: it is truncated "
+                f"or of another evaluation; {FIX}."
             )
     return ModelResults(
         source=source,
@@ -217,7 +217,7 @@ def _by_name(entries: list[Any], path: str) -> dict[str, dict[str, Any]]:
 def _statistics(
     path: str, model: str, measures: Mapping[str, tuple[str, ...]]
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """One model's statistics by task, example and measure; UserError with the line where the file is damaged."""
+    """One model's statistics by task, example and measure. Raises UserError with the line where the file is damaged."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {task: {} for task in measures}
     lengths: dict[tuple[str, str], int] = {}
     for where, record in _lines(path):
@@ -257,7 +257,7 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if error.lineno > 1 else ""
-        raise UserError(f"{where}{line} is not JSON ({error.msg}): the file is cut or damaged; {FIX}.") from error
+        raise UserError(f"{where}{line} is not JSON ({error.msg}): the file is truncated or damaged; {FIX}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.reason}): the file is damaged; {FIX}.") from error
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Rules that take the answer out of a generated text, by name. What a rule doesn't find is the empty text."""
+"""Named rules that extract the answer from a generated text. Without an answer they return the empty text."""
 
 import difflib
 import re
@@ -9,10 +9,10 @@ from hft_megatron.errors import UserError
 Extractor = Callable[[str], str]
 
 RULES: dict[str, Extractor] = {}
-"""By name; a rule's docstring says what it finds, for people."""
+"""Rules by name; a rule's docstring describes it for users."""
 
 REGEX = "regex:"
-"""Before a pattern of the user's."""
+"""Prefix of a user's pattern."""
 
 
 def rule(extract: Extractor) -> Extractor:
@@ -22,25 +22,25 @@ def rule(extract: Extractor) -> Extractor:
 
 
 def extractor(name: str) -> Extractor:
-    """The rule of ``RULES`` with that name, or of ``regex:PATTERN``: of the first place that matches (by re.search)
-    the first group, or all of it where the pattern has no groups.
+    """The rule of ``RULES`` with that name, or of ``regex:PATTERN``: the first group of the first match (by re.search),
+    or the whole match where the pattern has no groups.
 
-    For the last place let the pattern begin with ``(?s:.*)``. A text is cut where a word begins with
-    ``regex:(?s)(.*?)(?:WORD|\\Z)``. Raises UserError for another name or a pattern that re doesn't compile.
+    For the last match let the pattern begin with ``(?s:.*)``. To cut a text before a word, use
+    ``regex:(?s)(.*?)(?:WORD|\\Z)``. Raises UserError for another name or a pattern that re can't compile.
     """
     if not name.startswith(REGEX):
         if name not in RULES:
             nearest = difflib.get_close_matches(name, RULES, n=1, cutoff=0)[0]
             names = ", ".join([*RULES, f"{REGEX}PATTERN"])
-            raise UserError(f"extract: {name} is no rule; the nearest of {names} is {nearest}.")
+            raise UserError(f"extract: {name} is not a rule; the nearest of {names} is {nearest}.")
         return RULES[name]
     written = name.removeprefix(REGEX)
     try:
         pattern = re.compile(written)
     except re.error as error:
-        raise UserError(f"extract: {name} is no regular expression of Python's ({error}); correct it.") from error
+        raise UserError(f"extract: {name} is not a regular expression of Python ({error}); correct it.") from error
     if not written:
-        raise UserError(f"extract: {REGEX} needs a pattern behind it, such as {REGEX}answer is (.*).")
+        raise UserError(f"extract: {REGEX} needs a pattern after it, such as {REGEX}answer is (.*).")
     return lambda text: _found(pattern, text)
 
 
@@ -51,7 +51,7 @@ def _found(pattern: re.Pattern[str], text: str) -> str:
 
 @rule
 def whole(text: str) -> str:
-    """The text as it is."""
+    """The text unchanged."""
     return text
 
 
@@ -63,29 +63,29 @@ def stripped(text: str) -> str:
 
 @rule
 def first_line(text: str) -> str:
-    """What stands before the first line break, also if that is nothing."""
+    """The text before the first line break, which may be empty."""
     return text.partition("\n")[0]
 
 
 @rule
 def first_token(text: str) -> str:
-    """The first word: words are parted by white space."""
+    """The first word; words are separated by white space."""
     return text.split(maxsplit=1)[0] if text.strip() else ""
 
 
-# Chinese has no spaces: only Latin letters and digits make a letter part of a word, also over an apostrophe ("I'm").
+# Chinese has no spaces: only Latin letters and digits make a letter part of a word, also across an apostrophe ("I'm").
 _LATIN = "0-9A-Za-z\u00c0-\u024f"
 _LETTER = re.compile(f"(?<![{_LATIN}])(?<![{_LATIN}]['\u2019])[A-Z](?!['\u2019]?[{_LATIN}])")
 
 
 @rule
 def first_letter(text: str) -> str:
-    """The first of A to Z that stands alone, for multiple choice: ``B`` of ``The answer is (B).`` The words A and I are
-    letters too."""
+    """The first single letter from A to Z, for multiple choice: ``B`` of ``The answer is (B).`` The words A and I count
+    as letters too."""
     return _found(_LETTER, text)
 
 
-# A minus is the sign of a number unless something stands before it that it is subtracted from.
+# A minus is the sign of a number unless it follows something that the number is subtracted from.
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
 )
@@ -93,8 +93,8 @@ _NUMBER = re.compile(
 
 @rule
 def last_number(text: str) -> str:
-    """The last number, for GSM8K: ``-1234.5`` of ``= $-1,234.50.`` Equal numbers are equal texts: without commas, zeros
-    at the end of decimals, and zeros before the first digit."""
+    """The last number, for GSM8K: ``-1234.5`` of ``= $-1,234.50.`` Equal numbers are equal texts: without commas,
+    without zeros at the end of decimals, and without zeros before the first digit."""
     numbers = _NUMBER.findall(text)
     if not numbers:
         return ""
@@ -106,7 +106,7 @@ def last_number(text: str) -> str:
 
 @rule
 def final_answer(text: str) -> str:
-    """The number behind the first ``####`` and a space, without commas, as GSM8K's own program reads it."""
+    """The number after the first ``####`` and a space, without commas, as GSM8K's own program reads it."""
     return _found(_FINAL, text).replace(",", "")
 
 
@@ -117,7 +117,7 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 @rule
 def boxed(text: str) -> str:
-    r"""What the last ``\boxed{...}`` of LaTeX holds, with the braces in it; nothing where it isn't closed."""
+    r"""The content of the last ``\boxed{...}`` of LaTeX, with inner braces; empty where it isn't closed."""
     start = max((match.end() for match in _BOXED.finditer(text)), default=len(text))
     depth = 1
     for match in _BRACES.finditer(text, start):

@@ -1,7 +1,7 @@
-"""What a tuned model has forgotten of a text: how much likelier its base finds it, and how their predictions differ.
+"""A tuned model's forgetting of a text: its loss compared with its base's, and the divergence of their predictions.
 
-The two divergences weigh tokens by different models. KL(base || tuned) counts what the base expected and the tuned
-model no longer does; KL(tuned || base) is the one that policies are held to a reference with.
+The two divergences weigh tokens by different models. KL(base || tuned) counts tokens that the base expected and the
+tuned model no longer does; KL(tuned || base) is the one that ties policies to a reference.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,16 +16,16 @@ from hft_megatron.evaluation.measures import Statistics
 
 
 def check_one_vocabulary(names: tuple[str, str], vocab_sizes: tuple[int, int], tokenizers: Sequence[Tokenizer]) -> None:
-    """UserError unless the base and the tuned model have one vocabulary, between whose tokens divergences are."""
+    """Raises UserError unless base and tuned model have one vocabulary, over whose tokens divergences are summed."""
     if vocab_sizes[0] != vocab_sizes[1]:
         raise UserError(
-            f"{names[0]} has a vocabulary of {vocab_sizes[0]} rows and {names[1]} one of {vocab_sizes[1]}, and their "
-            "predictions can only be compared over the same tokens; take the base that the model was tuned from."
+            f"{names[0]} has a vocabulary of {vocab_sizes[0]} rows and {names[1]} one of {vocab_sizes[1]}, but their "
+            "predictions can only be compared over the same tokens; use the base that the model was tuned from."
         )
     if tokenizers[0].facts.identity != tokenizers[1].facts.identity:
         raise UserError(
-            f"{names[0]} and {names[1]} have tokenizers that cut texts differently, and their predictions can only be "
-            "compared over the same tokens; read both with one tokenizer, by --tokenizer-model."
+            f"{names[0]} and {names[1]} have tokenizers that split texts differently, but their predictions can only "
+            "be compared over the same tokens; read both with one tokenizer, by --tokenizer-model."
         )
 
 
@@ -37,7 +37,7 @@ def compare(base: ModelInPlace, tuned: ModelInPlace, batch: Sequence[Encoded]) -
     """
     assert not any(scored[0] for _, scored in batch), "nothing predicts a first token"
     with torch.inference_mode():
-        # The last token of a sequence predicts nothing that is asked.
+        # The last token of a sequence predicts nothing that is wanted.
         read = [torch.from_numpy(ids[:-1]).long() for ids, _ in batch]
         of_base, of_tuned = base.read(read), tuned.read(read)
         if of_base is None or of_tuned is None:
@@ -68,7 +68,7 @@ def _difference(tokens: int, sums: Sequence[float]) -> TextDifference:
 
 
 def statistics(differences: Iterable[TextDifference]) -> dict[str, Statistics]:
-    """An example's, by measure, of its sequences' differences."""
+    """Statistics of an example, by measure, from its sequences' differences."""
     found = list(differences)
     tokens = float(sum(one.tokens for one in found))
     base_nats, tuned_nats = sum(one.base_nats for one in found), sum(one.tuned_nats for one in found)

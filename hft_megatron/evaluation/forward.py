@@ -1,7 +1,7 @@
-"""A batch of sequences through the stages of a model that is not being trained.
+"""A forward pass of sequences through the stages of a model that is not being trained.
 
-Sequences stand one after the other without padding between them, as in a packed batch of training: lengths may differ,
-and sequence parallelism needs only that their sum is a multiple of the tensor ranks.
+Sequences follow each other without padding between them, as in a packed batch of training: lengths may differ, and
+sequence parallelism only needs their sum to be a multiple of the tensor ranks.
 """
 
 import gc
@@ -21,12 +21,12 @@ from hft_megatron.parallel.groups import Placement
 
 
 def is_speaker(placement: Placement) -> bool:
-    """Whether this rank hands on its replica's answers: the first tensor rank of the last stage."""
+    """True on the rank that passes on its replica's answers: the first tensor rank of the last stage."""
     return placement.pipeline_rank == placement.pipeline_size - 1 and placement.tensor_rank == 0
 
 
 def free_memory(device: torch.device) -> None:
-    """Frees what nothing refers to any more, so that all of it is there for another model."""
+    """Frees unreferenced memory, so that another model can use it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -34,14 +34,14 @@ def free_memory(device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInPlace:
-    """A model in its layout, as far as this rank holds it; collective over the ranks of one replica."""
+    """This rank's part of a model in its layout; collective over the ranks of one replica."""
 
     chunks: Sequence[LlamaModel]
     placement: Placement
 
     @property
     def window(self) -> int:
-        """Most tokens of a sequence: what config.json gives as the model's positions."""
+        """Maximum tokens of a sequence: the model's positions in config.json."""
         return self.chunks[0].shape.max_position_embeddings
 
     @property

@@ -1,4 +1,4 @@
-"""Forgetting at equal learning: what methods forget where they have learned the same.
+"""Forgetting at equal learning: compares the forgetting of methods that have learned the same.
 
 At one learning rate a method that learns less forgets less, and seems better than it is. So the runs of each method,
 at several learning rates, are read as curves of forgetting over learning, and compared at levels of learning.
@@ -20,16 +20,16 @@ from hft_megatron.tracking.tracker import FILE_NAME, ITERATION, OF_TASKS, OF_VAL
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One run: what it had learned and forgotten at each of its validations."""
+    """One run: its learning and forgetting at each of its validations."""
 
     source: str
-    """Of the run, for people."""
+    """Name of the run, for people."""
     points: tuple[tuple[float, float], ...]
-    """(learning, forgetting) in the order of steps; the second is what was lost, so that less is better."""
+    """(learning, forgetting) in the order of steps; the second is the loss of ability, so that less is better."""
     higher_is_better: bool
-    """Whether a higher learning value is more learning, as of an accuracy; not of a loss."""
+    """True if a higher learning value is more learning, as of an accuracy; not of a loss."""
     is_change: bool
-    """Whether forgetting is the change since iteration 0; else it is the value itself."""
+    """True if forgetting is the change since iteration 0; else it is the value itself."""
     left_out: int = 0
     """Validations whose values were not finite."""
 
@@ -40,9 +40,9 @@ class Frontier:
 
     levels: tuple[float, ...]
     forgetting: Mapping[str, tuple[float | None, ...]]
-    """By method, one for each level; None where no run of it learned as much."""
+    """Forgetting by method, one value for each level; None where no run of it learned as much."""
     is_change: bool
-    """As in ``Curve``."""
+    """The same as in ``Curve``."""
     notes: tuple[str, ...]
     """Lines about levels that weren't reached and validations that were left out."""
 
@@ -74,23 +74,23 @@ def frontier(curves: Mapping[str, Sequence[Curve]], levels: Sequence[float]) -> 
 
 
 def shared_levels(curves: Mapping[str, Sequence[Curve]], count: int) -> tuple[float, ...]:
-    """``count`` levels of learning in equal steps up to the furthest that all methods reach, from where runs begin.
+    """``count`` levels of learning in equal steps, from the runs' start up to the furthest that all methods reach.
 
-    Raises UserError where a method's runs don't learn, besides as ``frontier`` does.
+    Raises UserError where a method's runs don't learn, and like ``frontier``.
     """
     sign = _sign(_check_alike(curves))
     start = sign * max(sign * curve.points[0][0] for runs in curves.values() for curve in runs)
     method, reached = min(((method, _best(runs)) for method, runs in curves.items()), key=lambda found: sign * found[1])
     if sign * reached <= sign * start:
         raise UserError(
-            f"{method}: learned no further than {reached:g}, and a run begins at {start:g}: there is no level to "
-            f"compare at; leave it out or train it longer."
+            f"{method}: learned no further than {reached:g}, but a run begins at {start:g}: there is no level to "
+            f"compare at; leave the method out or train it longer."
         )
     return tuple(start + (reached - start) * step / count for step in range(1, count + 1))
 
 
 def _check_alike(curves: Mapping[str, Sequence[Curve]]) -> Curve:
-    """Raise UserError unless all curves are of one kind; gives one of them."""
+    """One of the curves, which must all be of one kind. Raises UserError otherwise."""
     every = [curve for runs in curves.values() for curve in runs]
     assert all(curves.values()), "a method without runs"
     assert len({curve.higher_is_better for curve in every}) == 1, "curves over different measures"
@@ -118,7 +118,7 @@ def _least(runs: Sequence[Curve], level: float) -> float | None:
     sign = _sign(runs[0])
     found = []
     for curve in runs:
-        # Measured from the level: at least 0 has learned as much.
+        # Measured from the level: a run at 0 or more has learned as much.
         points = [(sign * (learning - level), forgetting) for learning, forgetting in curve.points]
         found += [forgetting for learning, forgetting in points if learning >= 0]
         found += [
@@ -133,9 +133,9 @@ def curve_of_run(folder: str, learning: str, forgetting: str) -> Curve:
     """The curve of the run that was saved to ``folder``, by two names of its metrics.jsonl, such as ``lm loss
     validation/NAME``; a point is an iteration that has both.
 
-    Forgetting is how much worse the value is than at iteration 0, if that was recorded, or else the value itself.
-    Raises UserError where the file or a name isn't there, where no iteration has both, and where it isn't known of a
-    name whether more is better.
+    Forgetting is the deterioration of the value since iteration 0, if that was recorded, or else the value itself.
+    Raises UserError where the file or a name doesn't exist, where no iteration has both, and where it isn't known
+    whether more of a name's value is better.
     """
     records = _records(Path(folder) / FILE_NAME)
     names = sorted({name for record in records.values() for name in record})
@@ -147,7 +147,7 @@ def curve_of_run(folder: str, learning: str, forgetting: str) -> Curve:
     sign, base = (-1 if _more_is_better(forgetting, folder) else 1), records.get(0, {}).get(forgetting)
     if base is None and sign < 0:
         raise UserError(
-            f"{folder}: {forgetting} is better when it is more, and forgetting it needs a record of iteration 0; run "
+            f"{folder}: more of {forgetting} is better, so its forgetting needs a record of iteration 0; run "
             f"with a validation before the first step."
         )
     points = [
@@ -168,30 +168,30 @@ def curve_of_run(folder: str, learning: str, forgetting: str) -> Curve:
 
 
 def _more_is_better(name: str, folder: str) -> bool:
-    """Of a metric of the log; UserError where neither a method that is registered nor a measure says so."""
+    """True if more is better. Raises UserError where neither a registered method nor a measure defines that."""
     known = {measure.name: measure.higher_is_better for measure in MEASURES.values()}
     for of_method in BEST_METRICS.values():
         known.update(of_method)
     measured = name.partition(OF_VALIDATION)[0]
-    # A task may have the name of a measure: behind its last slash stands what was measured.
+    # A task may have the name of a measure: the part after its last slash is the measure.
     parts = [name.rpartition("/")[2]] if name.startswith(OF_TASKS) else [measured, *measured.split("/")]
     for part in parts:
         if part in known:
             return known[part]
     raise UserError(
-        f"{folder}: of {name} it isn't known whether more is better; choose a value of one of "
+        f"{folder}: it isn't known whether more of {name} is better; choose a value of one of "
         f"{', '.join(sorted(known))}."
     )
 
 
 def _records(path: Path) -> dict[int, dict[str, float]]:
-    """Numbers by name of every iteration, in order; UserError with the line where there are none."""
+    """Numbers by name of every iteration, in order. Raises UserError with the line where there are none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({error}); give the --save folder of a run.") from error
     if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # a run writes it, or was killed while it did
+        lines.pop()  # a run is writing it, or was killed meanwhile
     records: dict[int, dict[str, float]] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -199,7 +199,7 @@ def _records(path: Path) -> dict[int, dict[str, float]]:
             iteration = int(record[ITERATION])
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"{path}:{number} is no record of a run ({error}); give the --save folder of one."
+                f"{path}:{number} is not a record of a run ({error}); give the --save folder of one."
             ) from error
         numbers = {name: value for name, value in record.items() if type(value) in (int, float) and name != ITERATION}
         records.setdefault(iteration, {}).update(numbers)

@@ -18,7 +18,7 @@ from hft_megatron.model.kv_cache import KeyValueCache
 
 
 class Decoder(Protocol):
-    """What generation asks of a tokenizer."""
+    """The tokenizer interface that generation needs."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``."""
@@ -26,18 +26,18 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRules:
-    """How tokens are chosen and where a text ends. Defaults are greedy."""
+    """Rules for choosing tokens and ending a text. Defaults are greedy."""
 
     max_new_tokens: Annotated[int, Ge(1)] = 256
-    """Most tokens of a text; fewer where the model's window ends before."""
+    """Maximum tokens of a text; fewer where the model's window ends before."""
     temperature: Annotated[float, Ge(0)] = 0.0
-    """What logits are divided by before one token is drawn; 0 always takes the likeliest."""
+    """Divisor of the logits before one token is drawn; 0 always takes the likeliest."""
     top_k: Annotated[int, Ge(0)] = 0
-    """Draw among so many likeliest tokens; 0: among all."""
+    """Draw among this many likeliest tokens; 0: among all."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Draw among the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of the draws. Each prompt has its own stream by its number, so that neither batches nor ranks show in a text."""
+    """Seed of the draws. Each prompt has its own stream by its number, so that neither batches nor ranks matter."""
     stop: tuple[str, ...] = ()
     """Texts that end a generation, without being part of it."""
     end_ids: tuple[int, ...] = ()
@@ -57,12 +57,12 @@ class _Text:
 
     @property
     def newest(self) -> int:
-        """The token to be read next; any, of a text that has ended without one."""
+        """The token to be read next; arbitrary for a text that has ended without one."""
         return self.ids[-1] if self.ids else 0
 
     @property
     def whole(self) -> Tensor:
-        """Prompt and all that has come, (tokens,)."""
+        """Prompt and all tokens so far, (tokens,)."""
         return torch.cat([self.prompt, torch.tensor(self.ids, dtype=torch.int64)])
 
 
@@ -77,8 +77,8 @@ def generate(
 ) -> list[Generated]:
     """Continues a batch of prompts; every rank of the replica gets all of it. Collective over a replica's ranks.
 
-    ``numbers`` are those that tell the prompts' draws apart. Without ``use_cache`` every token is computed again for
-    each new one, which gives the same and takes longer.
+    ``numbers`` give each prompt its own draws. Without ``use_cache`` every token is computed again for each new one,
+    which gives the same and takes longer.
     """
     texts = [
         _Text(prompt=torch.from_numpy(ids).long(), draws=_draws(rules.seed, number))
@@ -115,7 +115,7 @@ def _new_cache(model: ModelInPlace, texts: Sequence[_Text], rules: GenerationRul
 
 
 def _at_ends(hidden: Tensor | None, texts: Sequence[_Text]) -> Tensor | None:
-    """Of the hidden states of whole sequences (tokens, h) those of their last tokens (sequences, h)."""
+    """The hidden states (sequences, h) of last tokens among those of whole sequences (tokens, h)."""
     if hidden is None:
         return None
     ends = torch.tensor([len(text.prompt) + len(text.ids) for text in texts]).cumsum(0) - 1
@@ -125,7 +125,7 @@ def _at_ends(hidden: Tensor | None, texts: Sequence[_Text]) -> Tensor | None:
 def _append(
     model: ModelInPlace, tokenizer: Decoder, rules: GenerationRules, active: Sequence[_Text], hidden: Tensor | None
 ) -> None:
-    """Chooses the next token of each text on the last stage, and tells it to the others; marks the texts that end."""
+    """Chooses the next token of each text on the last stage, and sends it to the others; marks the texts that end."""
     placement = model.placement
     if hidden is None:
         chosen = torch.empty(len(active), dtype=torch.int64, device=placement.device)
@@ -147,14 +147,14 @@ def draw(logits: Tensor, rules: GenerationRules, draws: Sequence[torch.Generator
     """One token for each row of logits (n, vocabulary), which are divided by the temperature, cut to ``top_k`` and then
     to ``top_p``, in the order of transformers' ``generate``. A draw is one number of a row's stream."""
     scaled, order = _likeliest_first(logits / rules.temperature, rules.top_k)
-    # On CPU, where sums are taken in one order each time.
+    # On CPU, where the order of sums is always the same.
     shares = scaled.cpu().double().softmax(dim=1)
     # A token stays while the likelier ones have less than top_p together, so that the likeliest always does.
     shares = shares.where(shares.cumsum(dim=1) - shares < rules.top_p, 0.0)
     sums = shares.cumsum(dim=1)
     numbers = torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in draws])
     places = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)
-    # A number next to 1 may lie behind every sum that rounding left.
+    # A number next to 1 may lie beyond every sum that rounding left.
     places = places.minimum((shares > 0).sum(dim=1, keepdim=True) - 1)
     return order.gather(1, places.to(order.device)).squeeze(1)
 
@@ -163,7 +163,7 @@ def _likeliest_first(scaled: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` largest of each row (n, vocabulary), or all for 0, and their tokens; of equal ones the first."""
     if not 0 < top_k < scaled.size(1):
         return scaled.sort(dim=1, descending=True, stable=True)
-    # Of equal numbers topk takes any: it is asked for all that equal the last one, and these are put in order.
+    # Among equal numbers topk takes any: it is asked for all that equal the last one, and these are sorted.
     last = scaled.topk(top_k, dim=1).values[:, -1:]
     enough = int((scaled >= last).sum(dim=1).max())
     tokens = scaled.topk(enough, dim=1, sorted=False).indices.sort(dim=1).values
@@ -180,7 +180,7 @@ def _add_token(text: _Text, token: int, tokenizer: Decoder, rules: GenerationRul
         return
     text.ids.append(token)
     if rules.stop:
-        # A token has at least one byte of the text, so that a stop string that has just come is in the last ones.
+        # A token has at least one byte of the text, so that a new stop string is within the last ones.
         last = max(len(stop.encode()) for stop in rules.stop) + 8
         if _first_stop(tokenizer.decode(text.ids[-last:]), rules.stop) is not None:
             whole = tokenizer.decode(text.ids)
@@ -198,14 +198,14 @@ def _first_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 def _still_growing(active: list[_Text], cache: KeyValueCache | None) -> list[_Text]:
-    """The texts that go on, with those among them that have ended as long as they are fewer than half: a cache is
-    copied to drop them."""
+    """The texts that continue, with ended ones among them as long as these are fewer than half: dropping them copies
+    the cache."""
     growing = [row for row, text in enumerate(active) if text.ended_by is None]
     if not growing or (cache is not None and len(growing) > len(active) / 2):
         return active if growing else []
     kept = [active[row] for row in growing]
     if cache is not None:
-        # The cache has all tokens but the newest.
+        # The cache has all tokens except the newest.
         cache.keep(growing, longest=max(len(text.prompt) + len(text.ids) for text in kept) - 1)
     return kept
 

@@ -19,7 +19,7 @@ from hft_megatron.parallel.peers import Peers
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessTasks:
-    """What the harness is asked to do."""
+    """Tasks and settings for the harness."""
 
     names: Sequence[str]
     include_path: str | None
@@ -32,8 +32,8 @@ def evaluate_by_harness(
 ) -> str:
     """The harness's own tables of all models on rank 0, empty elsewhere; collective over all ranks of the job.
 
-    Its results, by the models' names, go into the output file where there is one. Raises the same UserError on every
-    rank, for tasks that aren't known and for ranks that have read other models before one is built.
+    Its results, by the models' names, are written to the output file where there is one. Raises the same UserError on
+    every rank, for unknown tasks and, before a model is built, for ranks that have read other models.
     """
     company.join(evaluation.parallel)
     found = find_tasks(tasks.names, tasks.include_path)
@@ -61,14 +61,14 @@ def evaluate_by_harness(
         del model
         free_memory(placement.device)
         leave_groups()
-        # What it notes of the machine is nobody's business who gets the file.
+        # Its notes about the machine are not for everybody who gets the file.
         kept = {name: value for name, value in of_model.items() if name != "pretty_env_info"}
         results[saved.name] = {"digest": read["models"][saved.name], "iteration": saved.iteration, **kept}
     return on_rank_0(lambda: _written(results, evaluation.output))
 
 
 def _read(evaluation: Evaluation, tokenizers: Sequence[Tokenizer], placement: Placement) -> dict[str, dict[str, Any]]:
-    """What this rank has read of every model, which all ranks must have alike; collective."""
+    """This rank's reading of every model, which must be the same on all ranks; collective."""
     models = evaluation.models
     return {
         "models": {saved.name: saved.digest(placement) for saved in models},

@@ -1,4 +1,4 @@
-"""What an evaluation that has not come to its end was answered, so that a killed one resumes where it stood."""
+"""Answers of an unfinished evaluation, from which a killed one resumes."""
 
 import fcntl
 import json
@@ -21,15 +21,15 @@ class Journal:
     """A file beside the result file: the settings of the evaluation, then a line for every batch of answers.
 
     One process writes it, which holds a lock until it ends. A line that a crash has torn is dropped, and its batch is
-    asked again.
+    answered again.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        """Reads what an earlier command has left. UserError where that was another evaluation, can't be read, is being
-        written, or has come to its end."""
+        """Reads an earlier command's answers. Raises UserError where that was another evaluation, can't be read, is
+        being written, or is finished."""
         self.path = journal_of(output)
         self.answers: dict[tuple[str, str], dict[int, list[Answer]]] = {}
-        """Found, by model, task and number of the batch."""
+        """Answers found, by model, task and number of the batch."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
@@ -50,19 +50,19 @@ class Journal:
             raise UserError(
                 f"--output {output} is being written by another command; wait for it, or choose another name."
             ) from None
-        # From the file that is locked: to close another one of it would end the lock.
+        # From the locked file itself: closing another handle of it would end the lock.
         self._file.seek(0)
-        # A byte stays a letter, so that the length is the file's; JSON that is damaged is found below.
+        # A byte stays a character, so that the length is the file's; damaged JSON is found below.
         lines = self._file.read().decode("latin-1").split("\n")[:-1]
         if output.exists():
             if not lines:
                 self.path.unlink(missing_ok=True)
-            raise UserError(f"--output {output} is there already; remove it, or choose another name.")
+            raise UserError(f"--output {output} already exists; remove it, or choose another name.")
         if lines:
             self._check(lines[0], settings, output)
         for number, line in enumerate(lines[1:], start=2):
             self._take(line, number)
-        # Without what was torn.
+        # Without a torn line.
         self._file.truncate(sum(len(line) + 1 for line in lines))
         if not lines:
             self._write(settings)
@@ -73,11 +73,11 @@ class Journal:
         except ValueError:
             held = None
         if not isinstance(held, dict):
-            raise UserError(f"{self.path}:1 is damaged; delete the file to begin anew.")
+            raise UserError(f"{self.path}:1 is damaged; delete the file to start again.")
         wanted = json.loads(json.dumps(settings))
         if held != wanted:
             raise UserError(
-                f"--output {output}: {self.path.name} is of an evaluation with other {differing(held, wanted)}; give "
+                f"--output {output}: {self.path.name} is of an evaluation with other {differing(held, wanted)}; run "
                 f"that command again to finish it, delete the file, or choose another --output."
             )
 
@@ -87,16 +87,16 @@ class Journal:
             answers = [_answer(one) for one in noted["answers"]]
             self.answers.setdefault((noted["model"], noted["task"]), {})[int(noted["batch"])] = answers
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path}:{number} is damaged; delete the file to begin anew.") from error
+            raise UserError(f"{self.path}:{number} is damaged; delete the file to start again.") from error
 
     def add(self, model: str, task: str, batch: int, answers: Sequence[Answer]) -> None:
-        """Writes a batch, so that it is on the disk afterwards. Raises RankFailed where it can't be."""
+        """Writes a batch, which is on the disk afterwards. Raises RankFailed where that fails."""
         noted = {"model": model, "task": task, "batch": batch, "answers": [asdict(answer) for answer in answers]}
         try:
             self._write(noted)
         except OSError as error:
             raise RankFailed(
-                f"rank 0 can't write {self.path}: {error}; make room, and give the command again to go on from there."
+                f"rank 0 can't write {self.path}: {error}; make room, and run the command again to resume."
             ) from error
 
     def _write(self, value: Mapping[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def close(self, *, finished: bool) -> None:
-        """Closes the file; with ``finished`` it is not needed any more."""
+        """Closes the file; with ``finished`` it is no longer needed."""
         if finished:
             # Before another command can lock it.
             self.path.unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def _answer(noted: Mapping[str, Any]) -> Answer:
 
 
 def differing(held: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Names of what two evaluations have of their own, for a sentence."""
+    """Names of the differences between two evaluations, for a sentence."""
     names = sorted(key for key in {*held, *settings} if held.get(key) != settings.get(key))
     one, other = held.get("settings"), settings.get("settings")
     if names == ["settings"] and isinstance(one, Mapping) and isinstance(other, Mapping):

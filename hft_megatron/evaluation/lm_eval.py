@@ -20,7 +20,7 @@ _NAME = "lm-evaluation-harness"
 
 
 def check_lm_eval() -> None:
-    """UserError where lm-evaluation-harness is not installed."""
+    """Raises UserError where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"{_NAME} is not installed; run `pip install 'hft-megatron[lm-eval]'`.")
 
@@ -28,8 +28,8 @@ def check_lm_eval() -> None:
 def find_tasks(names: Sequence[str], include_path: str | None) -> "FoundTasks | None":
     """The tasks of these names on rank 0, which alone reads their settings; None elsewhere. Collective over all ranks.
 
-    A name may be one of a task, a pattern of names, or a YAML file; ``include_path`` is a folder of own tasks. Raises
-    UserError, on every rank, where the harness isn't installed and for a task that isn't known.
+    A name may be a task, a pattern of names, or a YAML file; ``include_path`` is a folder of own tasks. Raises
+    UserError, on every rank, where the harness isn't installed and for an unknown task.
     """
     together(check_lm_eval)
     found: list[FoundTasks] = []
@@ -53,14 +53,14 @@ def run_lm_eval(
     batch_size: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What its ``simple_evaluate`` returns for the tasks, on rank 0; empty elsewhere. Collective over all ranks.
+    """The harness's results of ``simple_evaluate``, on rank 0; empty elsewhere. Collective over all ranks.
 
-    Rank 0 reads the tasks and scores the answers, which all ranks give. Texts become the ids that transformers makes of
-    them with the tokenizer that an export of the model has, under the rules of the harness's own ``hf`` model.
-    ``tasks`` are those of ``find_tasks``; they may contain code, which is run. ``say`` prints a line on rank 0.
+    Rank 0 reads the tasks and scores the answers, which all ranks give. Texts become the ids that transformers gives
+    them with the tokenizer of an export of the model, under the rules of the harness's own ``hf`` model. ``tasks`` are
+    those of ``find_tasks``; they may contain code, which is run. ``say`` prints a line on rank 0.
 
-    Raises UserError, on every rank, for a task that needs data which can't be reached, or that asks for what this model
-    doesn't do.
+    Raises UserError, on every rank, for a task whose data can't be reached, or that needs something this model doesn't
+    support.
     """
     from hft_megatron.evaluation.lm_eval_model import HarnessModel, WithSpecialTokens
     from hft_megatron.evaluation.lm_eval_tasks import evaluate
@@ -79,7 +79,7 @@ def run_lm_eval(
 
 
 def transformers_tokenizer(tokenizer: Tokenizer) -> Any:
-    """What transformers' ``AutoTokenizer`` loads from a folder that the tokenizer is exported to."""
+    """The tokenizer that transformers' ``AutoTokenizer`` loads from a folder exported by this one."""
     from transformers import AutoTokenizer
 
     with TemporaryDirectory(prefix="tokenizer-") as folder:

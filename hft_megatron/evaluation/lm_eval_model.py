@@ -1,7 +1,7 @@
-"""A model as lm-evaluation-harness sees it: texts in, log-probabilities and texts out.
+"""A model with lm-evaluation-harness's interface: texts in, log-probabilities and texts out.
 
-What is done with a text before and after the model is what the harness's ``hf`` model does, so that a task has the same
-result: which special tokens are put before it, where it is cut when it is too long, and where a generated one ends.
+Texts are processed before and after the model as by the harness's ``hf`` model, so that a task has the same result: the
+special tokens before a text, the cut of a long one, and the end of a generated one.
 """
 
 import json
@@ -20,13 +20,13 @@ from hft_megatron.evaluation.examples import Answer, Generated, SequenceScore
 from hft_megatron.evaluation.generation import GenerationRules
 
 _NEW_TOKENS = 256
-"""What ``hf`` generates at most where a task doesn't say."""
+"""Maximum of ``hf`` for generated tokens where a task doesn't set one."""
 _TOP_K = 50
-"""Among how many tokens transformers draws where a task doesn't say."""
+"""Number of tokens among which transformers draws where a task doesn't set it."""
 
 
 class WithSpecialTokens:
-    """Decodes ids with the names of special tokens, among which tasks look for the end of a text."""
+    """Decodes ids with the names of special tokens, by which tasks may end a text."""
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
@@ -66,13 +66,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text is expected from that has nothing before it."""
+        """The token before a text that has nothing before it."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches, which are not used."""
+        """Name for the harness's caches, which are not used."""
         return type(self.tokenizer).__name__
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -99,10 +99,10 @@ class HarnessModel(TemplateLM):
         for context, continuation in pairs:
             if not 1 <= len(continuation) <= self.max_length:
                 raise UserError(
-                    f"A task of lm-evaluation-harness asks for a continuation of {len(continuation)} tokens, and it "
-                    f"has to have 1 to {self.max_length}, the model's context; leave the task out."
+                    f"A task of lm-evaluation-harness asks for a continuation of {len(continuation)} tokens, but it "
+                    f"must have 1 to {self.max_length}, the model's context; leave the task out."
                 )
-            # The last token is not read, so that one more than the context has room for is asked for.
+            # The last token is not read, so one more token than the context may be asked for.
             ids = (context + continuation)[-(self.max_length + 1) :]
             cut += len(context) + len(continuation) > len(ids)
             sequences.append((np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(ids) - len(continuation)))
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
         return [sum(next(scores).log_prob for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each context, without what ended it."""
+        """A continuation of each context, without the text that ended it."""
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
@@ -148,8 +148,8 @@ class HarnessModel(TemplateLM):
         room = self.max_length - rules.max_new_tokens
         if room < 1:
             raise UserError(
-                f"A task of lm-evaluation-harness generates up to {rules.max_new_tokens} tokens (max_gen_toks), and "
-                f"the model's context of {self.max_length} has to hold its prompt as well; leave the task out."
+                f"A task of lm-evaluation-harness generates up to {rules.max_new_tokens} tokens (max_gen_toks), but "
+                f"the model's context of {self.max_length} must hold its prompt as well; leave the task out."
             )
         encoded = [self._encode(context, self.tokenizer.bos_token) for context in contexts]
         if not all(encoded):
@@ -169,18 +169,18 @@ class HarnessModel(TemplateLM):
         if cut:
             self._say(
                 f"> lm-evaluation-harness: {cut} of {of} texts are longer than the model's context of "
-                f"{self.max_length} tokens leaves room for, and their beginnings are left out"
+                f"{self.max_length} tokens allows, and their beginnings are cut off"
             )
 
 
 def _rules(options: Mapping[str, Any], until: tuple[str, ...], end_ids: tuple[int, ...]) -> GenerationRules:
-    """The rules of a task's ``generation_kwargs``, normalised; UserError for what generation here doesn't do."""
+    """The rules of a task's ``generation_kwargs``, normalised. Raises UserError for unsupported ones."""
     known = {"do_sample", "temperature", "top_k", "top_p", "max_gen_toks"}
     for name, value in options.items():
         if name not in known and not (name == "num_beams" and value == 1):
             raise UserError(
-                f"A task of lm-evaluation-harness sets {name} to {value} in generation_kwargs, which is not known "
-                f"here; known are until, {', '.join(sorted(known))}."
+                f"A task of lm-evaluation-harness sets {name} to {value} in generation_kwargs, which is not supported; "
+                f"supported are until, {', '.join(sorted(known))}."
             )
     if not options["do_sample"]:
         return GenerationRules(max_new_tokens=options["max_gen_toks"], stop=until, end_ids=end_ids)

@@ -1,4 +1,4 @@
-"""Finds the tasks that lm-evaluation-harness is asked for, and says in a sentence why one can't be had."""
+"""Finds the requested tasks of lm-evaluation-harness, and reports unsupported ones in a sentence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class FoundTasks:
 def find_tasks(tasks: Sequence[str], include_path: str | None) -> FoundTasks:
     """See ``lm_eval.find_tasks``."""
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"--lm-eval-include {include_path} is no folder; name the one that has the tasks' YAML files.")
+        raise UserError(f"--lm-eval-include {include_path} is not a folder; name the one with the tasks' YAML files.")
     manager = _own_tasks(tasks, include_path) or _Tasks(include_path=include_path)
     return FoundTasks(names=[name for task in tasks for name in _names(task, manager)], manager=manager)
 
@@ -37,7 +37,7 @@ def evaluate(model: LM, tasks: FoundTasks, *, num_fewshot: int | None, limit: in
         num_fewshot=num_fewshot,
         limit=limit,
         task_manager=tasks.manager,
-        # No task draws from torch, and what else this process draws stays as it is.
+        # No task draws from torch, and this process's other draws stay as they are.
         torch_random_seed=None,
     )
     assert found is not None, "this is rank 0"
@@ -48,7 +48,7 @@ class _Tasks(TaskManager):
     """The harness's index, whose tasks are read here."""
 
     def load(self, task_list: Any) -> Any:
-        """Raises UserError for data that can't be reached and for tasks that can't be put to this model."""
+        """Raises UserError for data that can't be reached and for tasks that this model doesn't support."""
         names = ", ".join(task_list)
         try:
             loaded = super().load(task_list)
@@ -66,18 +66,18 @@ class _Tasks(TaskManager):
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise UserError(
-                    f"--lm-eval-tasks: the task {name} runs code that a model wrote, which is not done here; "
+                    f"--lm-eval-tasks: the task {name} runs code that a model wrote, which is not supported; "
                     "leave it out."
                 )
             if getattr(task, "MULTIMODAL", False):
                 raise UserError(
-                    f"--lm-eval-tasks: the task {name} has more than text, which LLaMA does not read; leave it out."
+                    f"--lm-eval-tasks: the task {name} needs more than text, which LLaMA can't read; leave it out."
                 )
         return loaded
 
 
 def _own_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager | None:
-    """The tasks of the folder alone, where it has all that are asked for: to read the harness's own takes seconds."""
+    """The tasks of the folder alone, if it has all that are asked for: reading the harness's own takes seconds."""
     if include_path is None:
         return None
     manager = _Tasks(include_path=include_path, include_defaults=False)
@@ -86,7 +86,7 @@ def _own_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager | 
 
 
 def _names(task: str, manager: TaskManager) -> list[str]:
-    """The tasks that a name, a pattern or a file stands for."""
+    """The tasks that a name, a pattern or a file means."""
     found: list[str] = manager.match_tasks([task])
     if found or Path(task).is_file():
         return found or [task]

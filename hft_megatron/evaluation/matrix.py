@@ -1,7 +1,7 @@
-"""The score matrix of a sequence of tasks: what the model could do in each of them before the first and after each one.
+"""The score matrix of a sequence of tasks: the model's score in each of them before the first and after each one.
 
-The scores of continual learning come from it, all on the scale 0 to 100. R_{j,i} is the score in task i after task j,
-R_{0,i} that of the base, T the number of tasks trained so far; a score of which a cell isn't there is None.
+The scores of continual learning are computed from it, all on the scale 0 to 100. R_{j,i} is the score in task i after
+task j, R_{0,i} that of the base, T the number of tasks trained so far; a score with a missing cell is None.
 """
 
 import json
@@ -21,24 +21,24 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What a column of the matrix measures."""
+    """A column of the matrix."""
 
     name: str
     digest: str
-    """Of what is asked, such as ``Task.digest``."""
+    """Digest of the questions, such as ``Task.digest``."""
     measure: str
-    """The headline: the name of one of MEASURES."""
+    """Headline measure: the name of one of MEASURES."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What one model reached in one column."""
+    """The score of one model in one column."""
 
     value: float | None
-    """None where the measure gave no finite number."""
+    """None where the measure is not finite."""
     examples: int
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What was cut, left out or never ended, by its name."""
+    """Numbers of prompts and answers that were cut, left out or never ended, by name."""
     beside: Mapping[str, float | None] = field(default_factory=dict)
     """Values of the column's other measures."""
 
@@ -48,7 +48,7 @@ class Summary:
     """The scores of continual learning after ``tasks`` tasks."""
 
     tasks: int
-    """T."""
+    """Number of tasks T."""
     op: float | None
     """Overall performance: 1/T sum_{i=1..T} R_{T,i} (TRACE, arXiv:2310.06762)."""
     bwt: float | None
@@ -56,16 +56,15 @@ class Summary:
     bwt_over_t_minus_1: float | None
     """The same sum divided by T - 1, as it was defined for GEM (Lopez-Paz and Ranzato 2017, arXiv:1706.08840)."""
     forgetting: Mapping[str, float | None]
-    """By task: max_{j=i..T} R_{j,i} - R_{T,i}, so that what was never learned can't be forgotten."""
+    """By task: max_{j=i..T} R_{j,i} - R_{T,i}, so that only something learned can be forgotten."""
     forward_transfer: Mapping[str, float | None]
-    """By task but the first: R_{i-1,i} - R_{0,i}, where tasks were evaluated before their training."""
+    """By task except the first: R_{i-1,i} - R_{0,i}, where tasks were evaluated before their training."""
     general_changes: Mapping[str, float | None]
-    """By general column, in its own unit: after task T less the base."""
+    """By general column, in its own unit: after task T minus the base."""
     general_delta: float | None
-    """The mean of those of the general columns that are on the scale 0 to 100 (TRACE's general-ability delta)."""
+    """Mean change of the general columns on the scale 0 to 100 (TRACE's general-ability delta)."""
     kl: Mapping[str, Mapping[str, float | None]]
-    """By general text, where they were measured: KL(base || tuned) and KL(tuned || base) after task T, in nats per
-    token."""
+    """By general text, where measured: KL(base || tuned) and KL(tuned || base) after task T, in nats per token."""
 
 
 class ScoreMatrix:
@@ -73,43 +72,43 @@ class ScoreMatrix:
     texts that no task of the sequence trains."""
 
     def __init__(self, tasks: Sequence[Column], general: Sequence[Column] = ()) -> None:
-        """Without cells. Raises UserError for a name that is there twice, and a task's measure on another scale."""
+        """Starts without cells. Raises UserError for a duplicate name, and for a task's measure on another scale."""
         self.tasks, self.general = tuple(tasks), tuple(general)
         self._cells: dict[tuple[int, str], Cell] = {}
         names = [column.name for column in self.columns]
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"the task {name} is there twice in the sequence and beside it; rename one of them.")
+                raise UserError(f"the task {name} is used twice in the sequence or beside it; rename one of them.")
         for task in self.tasks:
             if not is_of_hundred(task.measure):
                 raise UserError(
                     f"the task {task.name} has the measure {task.measure}, but a sequence's scores are averaged, so "
-                    f"that each must go from 0 to 100 with higher values better; choose one of "
-                    f"{', '.join(filter(is_of_hundred, MEASURES))}, or put the task beside the sequence."
+                    f"each must go from 0 to 100 with higher values better; choose one of "
+                    f"{', '.join(filter(is_of_hundred, MEASURES))}, or evaluate the task beside the sequence."
                 )
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Tasks and what is beside them."""
+        """Tasks and general columns."""
         return (*self.tasks, *self.general)
 
     @property
     def done(self) -> int:
-        """The last task behind which a cell is there; 0 with those of the base alone."""
+        """The last task after which a cell exists; 0 with those of the base alone."""
         return max((after for after, _ in self._cells), default=0)
 
     def put(self, after: int, name: str, cell: Cell) -> None:
-        """Adds what the model after so many tasks reached in a column."""
+        """Adds the score of the model after ``after`` tasks in a column."""
         assert 0 <= after <= len(self.tasks), after
         assert any(column.name == name for column in self.columns), name
         self._cells[after, name] = cell
 
     def cell(self, after: int, name: str) -> Cell | None:
-        """What is there."""
+        """The cell, if it exists."""
         return self._cells.get((after, name))
 
     def summary(self) -> Summary:
-        """Of the tasks that are done."""
+        """Scores after the tasks that are done."""
         last, names = self.done, [task.name for task in self.tasks[: self.done]]
         changes = [self._less((last, name), (row, name)) for row, name in enumerate(names, start=1)]
         forward = enumerate(names[1:], start=1)
@@ -145,7 +144,7 @@ class ScoreMatrix:
         return max(known) - known[-1] if len(known) == len(values) else None
 
     def contents(self) -> dict[str, Any]:
-        """The matrix as JSON has it, with its summary."""
+        """The matrix as JSON, with its summary."""
         rows = []
         for after in range(self.done + 1):
             cells = {column.name: self.cell(after, column.name) for column in self.columns}
@@ -160,12 +159,12 @@ class ScoreMatrix:
         }
 
     def write(self, path: Path) -> None:
-        """Writes matrix.json, whole or not at all. Raises OSError where it can't be."""
+        """Writes matrix.json atomically. Raises OSError."""
         write_atomically(path, json.dumps(self.contents(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "ScoreMatrix":
-        """What ``write`` wrote. Raises UserError where the file can't be read or is no matrix."""
+        """Reads the file of ``write``. Raises UserError where it can't be read or is no matrix."""
         try:
             contents = json.loads(path.read_text(encoding="utf-8"))
             if contents["format"] != FORMAT:
@@ -178,22 +177,21 @@ class ScoreMatrix:
                 for name, cell in row["cells"].items():
                     matrix.put(after, name, Cell(**cell))
         except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError, AttributeError) as error:
-            raise UserError(f"{path} is no score matrix ({error}); restore it, or delete it to begin anew.") from error
+            raise UserError(f"{path} is no score matrix ({error}); restore it, or delete it to start again.") from error
         return matrix
 
     def resumed(
         self, tasks: Sequence[Column], general: Sequence[Column], path: Path
     ) -> tuple["ScoreMatrix", tuple[str, ...]]:
-        """This matrix, which is that of ``path``, with the columns that a command goes on with, and notes for the log.
+        """This matrix, read from ``path``, with the columns of a command that resumes it, and notes for the log.
 
-        A task that has a row, and a general column that has a cell, stay as they were; tasks behind may be others, and
-        what is held of those that are not there any more goes, which is noted. Raises UserError otherwise, and for
-        fewer tasks.
+        A task with a row, and a general column with a cell, stay as they were. Later tasks may change, and the cells of
+        tasks that no longer exist are dropped, which is noted. Raises UserError otherwise, and for fewer tasks.
         """
         if len(tasks) < len(self.tasks):
             raise UserError(
                 f"the sequence has {len(tasks)} tasks, but that of {path} has {len(self.tasks)}; give them all, or "
-                f"begin anew in another folder."
+                f"start again in another folder."
             )
         done = self.tasks[: self.done]
         for number, (held, wanted) in enumerate(zip(done, tasks, strict=False), start=1):
@@ -214,19 +212,19 @@ class ScoreMatrix:
 
 
 def is_of_hundred(measure: str) -> bool:
-    """Whether a measure goes from 0 to 100 and higher is better: so do all of MEASURES where higher is better."""
+    """True if a measure goes from 0 to 100 and higher is better, as all of MEASURES do where higher is better."""
     return measure in MEASURES and MEASURES[measure].higher_is_better
 
 
 def cell_of(values: Mapping[str, float], headline: str, examples: int, counts: Mapping[str, int]) -> Cell:
-    """A cell of what an evaluation gave, by the names of measures."""
+    """A cell from an evaluation's values by the names of measures."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     beside = {name: value for name, value in finite.items() if name != headline}
     return Cell(value=finite[headline], examples=examples, counts=dict(counts), beside=beside)
 
 
 def _mean(values: Iterable[float | None], denominator: int | None = None) -> float | None:
-    """Of all values, if they are there; over another ``denominator`` the sum divided by it."""
+    """Mean of all values, if they exist; with another ``denominator`` the sum divided by it."""
     known = list(values)
     count = len(known) if denominator is None else denominator
     if count < 1 or any(value is None for value in known):
@@ -238,7 +236,7 @@ def _check_same(held: Column, wanted: Column | None, which: str) -> None:
     if wanted == held:
         return
     if wanted is None or wanted.name != held.name:
-        now = "is not there any more" if wanted is None else f"is {wanted.name} now"
-        raise UserError(f"{which} was {held.name}, and {now}; give it as it was, or begin anew in another folder.")
+        now = "no longer exists" if wanted is None else f"is {wanted.name} now"
+        raise UserError(f"{which} was {held.name}, and {now}; restore it, or start again in another folder.")
     what = f"the measure {held.measure}" if wanted.measure != held.measure else "other settings or files"
-    raise UserError(f"{which} was {held.name} with {what}; restore them, or begin anew in another folder.")
+    raise UserError(f"{which} was {held.name} with {what}; restore them, or start again in another folder.")

@@ -1,7 +1,7 @@
 """The measures that a task's answers are scored with: every value is a function of sums over the task's examples.
 
-A measure gives each example a few numbers, its statistics, and makes the value of their sums. So a value can be
-computed from any selection of examples, which is all that a paired bootstrap asks of it.
+A measure gives each example a few numbers, its statistics, and computes the value from their sums. So a value can be
+computed from any selection of examples, which is all that a paired bootstrap needs.
 """
 
 import math
@@ -22,23 +22,23 @@ Statistics = tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How a task is scored, by one number."""
+    """A score of a task, as one number."""
 
     name: str
     total: Callable[[Sequence[float]], float]
-    """The value, of the sums of the examples' statistics."""
+    """Function from the sums of the examples' statistics to the value."""
     higher_is_better: bool
     unit: str = ""
-    """For people: ``%``, ``nats``, ``bits``; empty where the value has none."""
+    """Unit for people: ``%``, ``nats``, ``bits``; empty without one."""
     of_tokens: bool = False
-    """Whether the value counts tokens, so that models with different tokenizers can't be compared by it."""
+    """True if the value counts tokens, so that models with different tokenizers can't be compared by it."""
     statistics: Callable[[str, Sequence[str], str], Statistics] | None = None
-    """Of a measure of texts: an example's statistics from the prediction, the references (one or more) and the source,
-    which is the prompt's text; None where the kind of task makes them of log-probabilities."""
+    """For a measure of texts: an example's statistics from the prediction, the references (one or more) and the source,
+    which is the prompt's text; None where the kind of task computes them from log-probabilities."""
 
 
 MEASURES: dict[str, Measure] = {}
-"""By name."""
+"""Measures by name."""
 
 
 def register(measure: Measure) -> None:
@@ -48,7 +48,7 @@ def register(measure: Measure) -> None:
 
 
 def ratio(sums: Sequence[float]) -> float:
-    """First sum over second; not a number where nothing was counted."""
+    """First sum over second; NaN where nothing was counted."""
     return sums[0] / sums[1] if sums[1] else math.nan
 
 
@@ -63,7 +63,7 @@ def bits(sums: Sequence[float]) -> float:
 
 
 def perplexity(sums: Sequence[float]) -> float:
-    """exp of the mean of nats; infinite where that is more than a float holds."""
+    """exp of the mean of nats; infinite where that exceeds a float."""
     try:
         return math.exp(ratio(sums))
     except OverflowError:
@@ -71,7 +71,7 @@ def perplexity(sums: Sequence[float]) -> float:
 
 
 def exact_match(prediction: str, references: Sequence[str], source: str) -> Statistics:
-    """Whether the prediction is one of the references, character by character; an empty one never is."""
+    """1 if the prediction is one of the references, character by character; an empty one never is."""
     return float(prediction != "" and prediction in references), 1.0
 
 
@@ -99,7 +99,7 @@ def with_literals(code: str) -> str:
 
 
 def code_similarity(prediction: str, references: Sequence[str], source: str) -> Statistics:
-    """``edit_similarity`` of codes ``with_literals``."""
+    """``edit_similarity`` of both codes after ``with_literals``."""
     return edit_similarity(with_literals(prediction), [with_literals(reference) for reference in references], source)
 
 
@@ -109,13 +109,13 @@ def best_rouge_l(prediction: str, references: Sequence[str], source: str) -> Sta
 
 
 def sari_of_sentence(prediction: str, references: Sequence[str], source: str) -> Statistics:
-    """SARI with all references, in percent. Of an empty prediction too the formula decides, as in TRACE."""
+    """SARI with all references, in percent. The formula also applies to an empty prediction, as in TRACE."""
     return sari(source, prediction, references), 1.0
 
 
 @cache
 def _bleu() -> "type[BLEU]":
-    from sacrebleu.metrics.bleu import BLEU  # its corpora and languages take time to import: only when asked for
+    from sacrebleu.metrics.bleu import BLEU  # slow to import: only when asked for
 
     return BLEU
 
@@ -167,7 +167,7 @@ AGAINST_BASE = ("base_cross_entropy", "forgetting", *DIVERGENCES)
 for name in AGAINST_BASE:
     register(Measure(name=name, total=ratio, higher_is_better=False, unit="nats", of_tokens=True))
 
-# Of generated answers. What is empty counts as an example and scores 0, as in TRACE.
+# Of generated answers. An empty answer counts as an example and scores 0, as in TRACE.
 register(Measure(name="exact_match", total=percent, higher_is_better=True, unit="%", statistics=exact_match))
 register(Measure(name="bleu", total=corpus_bleu, higher_is_better=True, statistics=bleu_statistics))
 register(Measure(name="rouge_l", total=ratio, higher_is_better=True, statistics=best_rouge_l))

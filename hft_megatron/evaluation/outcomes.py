@@ -1,4 +1,4 @@
-"""Tasks put to one model: from their files to values, in the layout that the model is in."""
+"""Tasks evaluated on one model: from their files to values, in the model's layout."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,49 +22,49 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a model did in a task."""
+    """A model's results in a task."""
 
     records: Sequence[Record]
-    """One for each example, in their order."""
+    """One record for each example, in their order."""
     values: Mapping[str, float]
-    """By the names of measures."""
+    """Values by the names of measures."""
     counts: Mapping[str, int]
-    """What was cut, left out or never ended, by its name."""
+    """Numbers of prompts and answers that were cut, left out or never ended, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadTask:
-    """A task with the examples that its files have for one tokenizer and window."""
+    """A task with the examples of its files for one tokenizer and window."""
 
     task: Task
     read: TaskExamples
     rules: GenerationRules
-    """For prompts."""
+    """Generation rules for prompts."""
 
     @cached_property
     def questions(self) -> Questions:
-        """All that is asked, example by example: prompts that are continued, or sequences."""
+        """All questions, example by example: prompts to continue, or sequences."""
         if self.task.kind == "generate":
             prompts = [example.prompt for example in self.read.examples if example.prompt is not None]
             return Questions(prompts=prompts, rules=self.rules)
         return Questions(sequences=[sequence for example in self.read.examples for sequence in example.sequences])
 
     def digest(self) -> str:
-        """sha256 (hex) of all that is asked: the ids, which of them are scored, and the rules of generation."""
+        """sha256 (hex) of all questions: the ids, which of them are scored, and the rules of generation."""
         found, questions = hashlib.sha256(repr(self.rules).encode()), self.questions
         for array in [*questions.prompts, *(array for sequence in questions.sequences for array in sequence)]:
             found.update(len(array).to_bytes(8, "big") + array.tobytes())
         return found.hexdigest()
 
     def ask(self, model: ModelInPlace, tokenizer: Tokenizer, base: ModelInPlace | None) -> Ask:
-        """The way to put questions: texts to the model and, where there is one, its base."""
+        """The function that asks questions: texts go to the model and, if there is one, its base."""
         questions = self.questions
         if self.task.kind == "text" and base is not None:
             return lambda batch: compare(base, model, [questions.sequences[number] for number in batch])
         return lambda batch: questions.put(model, tokenizer, batch)
 
     def outcome(self, answers: Sequence[Answer]) -> Outcome:
-        """Of the answers to all questions, in their order."""
+        """The outcome of the answers to all questions, in their order."""
         remaining = iter(answers)
         records = [self._record(example, remaining) for example in self.read.examples]
         values = {}
@@ -82,7 +82,7 @@ class ReadTask:
         answers = [next(remaining) for _ in example.sequences]
         differences = [answer for answer in answers if isinstance(answer, TextDifference)]
         scores = [answer for answer in answers if isinstance(answer, SequenceScore)]
-        # What a text's record has of a score are its sums.
+        # A text's record keeps of a score its sums.
         scores += [SequenceScore(log_prob=-one.tuned_nats, tokens=one.tokens, is_greedy=False) for one in differences]
         record = kind.record(self.task, example, scores)
         if differences:
@@ -92,7 +92,7 @@ class ReadTask:
 
 
 def _endings(records: Sequence[Record]) -> dict[str, int]:
-    """How often generation came to no end of its own, and an answer was not found in what it gave."""
+    """Numbers of generations without an end of their own, and of those without an extracted answer."""
     generated = [record for record in records if "ended_by" in record]
     if not generated:
         return {}
@@ -103,7 +103,7 @@ def _endings(records: Sequence[Record]) -> dict[str, int]:
 
 
 def read_task(task: Task, tokenizer: Tokenizer, window: int) -> ReadTask:
-    """Reads the files of a task. UserError for each mistake in them."""
+    """Reads the files of a task. Raises UserError for each error in them."""
     rules = GenerationRules(
         max_new_tokens=task.max_new_tokens,
         temperature=task.temperature,
@@ -127,9 +127,9 @@ def outcome_of(
     known: Mapping[int, Sequence[Answer]] | None = None,
     keep: Callable[[int, Sequence[Answer]], None] | None = None,
 ) -> Outcome:
-    """Puts a task to a model; the same on every rank. Collective over all ranks; see ``answers_of``.
+    """Evaluates a task on a model; the same on every rank. Collective over all ranks; see ``answers_of``.
 
-    With a ``base`` texts are also measured against it.
+    With a ``base`` texts are also compared with it.
     """
     answers = answers_of(
         read.questions.lengths,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.examples import completion_pieces
-from hft_megatron.data.faults import Faults, RecordRefused
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused
 from hft_megatron.data.files.rows import Row
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.tokenizer import Encoded, Piece, Tokenizer
@@ -22,18 +22,18 @@ from hft_megatron.evaluation.task_rows import TaskRow, read_fewshot_rows
 from hft_megatron.evaluation.tasks import Task
 
 _ANSWER = LossRule(train_on_eos=False)
-"""What is scored of an answer: its text, without the token that would end it."""
+"""Scored part of an answer: its text, without the token that would end it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of a row."""
+    """The question of a row."""
 
     row: TaskRow
     prompt: str
-    """Of the row alone."""
+    """Prompt of the row alone."""
     text: str
-    """With the description and the few-shot examples in front of it."""
+    """Prompt after the description and the few-shot examples."""
 
 
 class Prompts:
@@ -58,7 +58,7 @@ class Prompts:
         return Question(row=row, prompt=prompt, text=text)
 
     def prompt_pieces(self, question: Question) -> list[Piece]:
-        """All that stands in front of what is generated."""
+        """All pieces before the generated text."""
         if self._template is None:
             return self._completion(question, "")
         try:
@@ -106,7 +106,7 @@ class Prompts:
         if len(chosen) < wanted:
             raise UserError(
                 f"{self._task.place}: fewshot is {wanted}, but the files of the few-shot examples have "
-                f"{len(chosen)} rows besides the one that is asked, {row.place}; lower it, or name more files."
+                f"{len(chosen)} rows besides the one in question, {row.place}; lower it, or name more files."
             )
         return [self._example(index) for index in chosen]
 
@@ -123,48 +123,48 @@ def _key(row: Row) -> str:
 
 @dataclass(kw_only=True)
 class Cuts:
-    """Makes prompts fit, and counts what they lose."""
+    """Makes prompts fit, and counts the tokens cut off."""
 
     task: Task
     begin: int | None
-    """The token that stays in front."""
-    faults: Faults = field(default_factory=Faults)
+    """The token that stays at the beginning."""
+    errors: RecordErrors = field(default_factory=RecordErrors)
     prompts: int = 0
     tokens: int = 0
 
     def surplus(self, place: str, size: int, prompt: int, most: int, what: str) -> int:
-        """How many tokens a prompt of ``prompt`` tokens must lose where ``size`` are more than ``most``.
+        """Number of tokens by which a prompt of ``prompt`` tokens must be cut where ``size`` exceeds ``most``.
 
-        ``what`` names both for the sentence about a prompt that may not be cut; that is kept until ``check``.
+        ``what`` names both in the error about a prompt that may not be cut, which is kept until ``check``.
         """
         surplus = size - most
         if surplus <= 0:
             return 0
         if not self.task.cut_long_prompts:
             advice = "set cut_long_prompts: true to cut the beginnings of prompts, or leave the example out."
-            self.faults.add(place, RecordRefused(place, f"{what}; {advice}", size))
+            self.errors.add(place, RecordRefused(place, f"{what}; {advice}", size))
             return 0
         if surplus >= prompt - (self.begin is not None):
-            sentence = f"{what}, and no prompt would be left of it; leave the example out."
-            self.faults.add(place, RecordRefused(place, sentence, size))
+            sentence = f"{what}, and nothing would be left of the prompt; leave the example out."
+            self.errors.add(place, RecordRefused(place, sentence, size))
             return 0
         self.prompts += 1
         self.tokens += surplus
         return surplus
 
     def cut(self, ids: NDArray[Any], surplus: int) -> NDArray[Any]:
-        """Without the first ``surplus`` entries behind the begin token."""
+        """``ids`` without the first ``surplus`` entries after the begin token."""
         kept = 0 if self.begin is None else 1
         return ids if not surplus else np.concatenate([ids[:kept], ids[kept + surplus :]])
 
     def sequence(self, encoded: Encoded, surplus: int) -> Encoded:
-        """The same of ids and their mask; the first token, which nothing is before, is not scored."""
+        """The same for ids and their mask; the first token, which has nothing before it, is not scored."""
         ids, scored = (self.cut(array, surplus) for array in encoded)
         return ids, scored & (np.arange(len(ids)) > 0)
 
     def check(self) -> None:
         """Raise UserError with all prompts that don't fit."""
-        self.faults.raise_if_any()
+        self.errors.raise_if_any()
 
     def notes(self, examples: int) -> list[str]:
         """A line for the log where a prompt was cut."""

@@ -1,4 +1,4 @@
-"""The files that an evaluation leaves: values of every model and task, and what was answered to every example."""
+"""The files of an evaluation: values of every model and task, and the answers to every example."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,24 @@ def predictions_of(output: Path) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """UserError where a result file would be written over another one, or can't be written."""
+    """Raises UserError where a result file would overwrite another one, or can't be written."""
     if output.suffix != ".json":
         raise UserError(f"--output {output}: the result file is JSON; give it a name that ends in .json.")
-    # Predictions beside a journal are of a command that was killed before it wrote the results: it resumes.
+    # Predictions beside a journal belong to a command that was killed before it wrote the results: it resumes.
     unfinished = journal_of(output).exists()
     for path in (output, *(() if unfinished else (predictions_of(output),))):
         if path.exists():
-            raise UserError(f"--output {output}: {path} is there already; remove it, or choose another name.")
+            raise UserError(f"--output {output}: {path} already exists; remove it, or choose another name.")
 
 
 def write_results(
     output: Path, results: Mapping[str, Any], records: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Writes both files, the predictions first, so that a result file is complete. UserError where they can't be, or
-    where a result file has come there meanwhile."""
+    """Writes both files, the predictions first, so that a result file is complete. Raises UserError where that fails,
+    or where a result file has appeared there meanwhile."""
     if output.exists():
         raise UserError(
-            f"--output {output} is there already; remove it and give the command again, which has all answers."
+            f"--output {output} already exists; remove it and run the command again, which has all answers."
         )
     lines = [
         _json({"model": model, "task": task, **record})
@@ -51,12 +51,12 @@ def write_results(
         write_atomically(output, _json(whole, indent=1) + "\n")
     except OSError as error:
         raise UserError(
-            f"--output {output} can't be written: {error}; make room, and give the command again."
+            f"--output {output} can't be written: {error}; make room, and run the command again."
         ) from error
 
 
 def _json(value: Mapping[str, Any], indent: int | None = None) -> str:
-    """As UTF-8 can hold it: where a text has half of a surrogate pair, all but ASCII is escaped."""
+    """JSON text that UTF-8 can hold: where a text has half of a surrogate pair, all except ASCII is escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()

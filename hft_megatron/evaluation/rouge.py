@@ -14,8 +14,8 @@ def rouge_l(prediction: str, reference: str) -> float:
         ROUGE-L = 100 x 2 p r / (p + r + 1e-8)
 
     Sentences end at every full stop and words at white space. An empty sentence, such as white space between two full
-    stops, has one word, the empty one. Of several longest subsequences the one is taken that is read off the table from
-    its end, going back in the prediction's sentence only where that alone keeps the length.
+    stops, has one word, the empty one. Of several longest subsequences it takes the one that is read off the table from
+    its end, moving back in the prediction's sentence only where that alone keeps the length.
     """
     if not prediction or not reference:
         return 0.0
@@ -37,7 +37,7 @@ def sentences(text: str) -> list[list[str]]:
 
 
 def common_subsequence(rows: list[str], columns: list[str]) -> list[str]:
-    """Words of a longest common subsequence, from its end; of several that which the docstring above names."""
+    """Words of a longest common subsequence, from its end; of several the one that ``rouge_l`` describes."""
     # lengths[i][j] is that of the first i words of rows and the first j of columns.
     lengths = [[0] * (len(columns) + 1)]
     for row in rows:

@@ -37,14 +37,14 @@ def sari(source: str, prediction: str, references: Sequence[str]) -> float:
 
 
 def words(text: str) -> list[str]:
-    """What n-grams are made of."""
+    """Words, of which n-grams are made."""
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a  # see measures._bleu
 
     return str(Tokenizer13a()(text.lower())).split(" ")
 
 
 def n_grams(text: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    """How often each sequence of ``order`` words occurs."""
+    """Number of occurrences of each sequence of ``order`` words."""
     return Counter(zip(*(text[start:] for start in range(order)), strict=False))
 
 
@@ -54,7 +54,7 @@ def operations(
     references: Counter[tuple[str, ...]],
     number: int,
 ) -> tuple[float, float, float]:
-    """Scores of what was kept, deleted and added, 0 to 1, of the n-grams of one order and ``number`` references."""
+    """Scores of kept, deleted and added n-grams, 0 to 1, of one order and ``number`` references."""
     of_source = Counter({gram: count * number for gram, count in source.items()})
     of_prediction = Counter({gram: count * number for gram, count in prediction.items()})
 

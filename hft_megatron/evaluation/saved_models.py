@@ -38,21 +38,21 @@ class SavedModel:
     """A model on disk."""
 
     option: str
-    """What names it on the command line, for messages."""
+    """The option that names it, for messages."""
     name: str
-    """As it was named: a Hugging Face folder, a run's --save (its newest checkpoint), or one checkpoint in it."""
+    """The name as given: a Hugging Face folder, a run's --save (its newest checkpoint), or one checkpoint in it."""
     shape: ModelShape
     run: SavedRun | None
-    """None of a Hugging Face folder."""
+    """The run; None for a Hugging Face folder."""
 
     @staticmethod
     def read(name: str, option: str = OPTION) -> "SavedModel":
-        """Reads what ``name`` says of itself, no weights. UserError for what is no model."""
+        """Reads the metadata at ``name``, no weights. Raises UserError if it is no model."""
         folder, iteration = Path(name), None
         found = _ITERATION.fullmatch(folder.resolve().name)
         if found is not None and (folder.resolve().parent / RUN_IDENTITY_FILE).exists():
             if not (folder / DIGESTS_FILE).exists():
-                raise UserError(f"{option} {name} is no complete checkpoint; name another one, or the run's folder.")
+                raise UserError(f"{option} {name} is not a complete checkpoint; name another one, or the run's folder.")
             folder, iteration = folder.resolve().parent, int(found[1])
         if (folder / RUN_IDENTITY_FILE).exists():
             run = SavedRun.read(str(folder), iteration, option=option)
@@ -69,19 +69,19 @@ class SavedModel:
 
     @property
     def iteration(self) -> int | None:
-        """Of the checkpoint; None of a Hugging Face folder."""
+        """Iteration of the checkpoint; None for a Hugging Face folder."""
         return None if self.run is None else self.run.state.iteration
 
     @property
     def own_bf16(self) -> bool | None:
-        """Whether the run trains in bf16; None of a Hugging Face folder, which any precision can be read in."""
+        """True if the run trains in bf16; None for a Hugging Face folder, which can be read in any precision."""
         return None if self.run is None else self.run.config.training.bf16
 
     def tokenizer(self, path: str | None) -> Tokenizer:
-        """The model's own tokenizer, or that at ``path`` (--tokenizer-model). UserError where there is none."""
+        """The model's own tokenizer, or that at ``path`` (--tokenizer-model). Raises UserError if there is none."""
         found = None
         if path is not None:
-            # With the template that the run was trained with, which is an option of the run and not of the folder.
+            # With the run's chat template, which is an option of the run and not in the folder.
             template = None if self.run is None else self.run.chat_template()
             found = load_tokenizer(None, path, template)
         elif self.run is not None:
@@ -93,7 +93,7 @@ class SavedModel:
         return fit_tokenizer(found, self.shape.vocab_size)
 
     def digest(self, placement: Placement) -> str:
-        """sha256 (hex) over every byte of its files; collective. UserError where a checkpoint is not what was saved."""
+        """sha256 (hex) over every byte of its files; collective. Raises UserError where a checkpoint has changed."""
         if self.run is None:
             with HuggingFaceWeights(self.name, option=self.option) as weights:
                 return shared_digest(weights.files(), placement)
@@ -106,7 +106,7 @@ class SavedModel:
 
     @contextmanager
     def weights(self) -> Iterator[UnitWeights]:
-        """Its weights unit by unit, without a model. UserError where it can't be read."""
+        """Its weights unit by unit, without a model. Raises UserError where they can't be read."""
         of_run = None if self.run is None else run_weights(self.run)
         with of_run or folder_weights(self.name, option=self.option) as weights:
             yield weights
@@ -114,10 +114,10 @@ class SavedModel:
     def open(
         self, parallel: ParallelConfig, placement: Placement, *, bf16: bool, like: RunConfig | None = None
     ) -> ModelInPlace:
-        """This rank's part of it, in the layout of ``placement``; collective.
+        """This rank's part of the model, in the layout of ``placement``; collective.
 
         Its kernels and the padding of its vocabulary are those of the run ``like``, or none, and not its own run's: two
-        models whose predictions are compared are made alike.
+        models whose predictions are compared are built alike.
         """
         like = like or RunConfig()
         chunks = build_model(

@@ -12,13 +12,13 @@ from hft_megatron.evaluation.forward import ModelInPlace
 def score(model: ModelInPlace, batch: Sequence[Encoded]) -> list[SequenceScore] | None:
     """The scores of sequences, in their order; None off the last pipeline stage. Collective over a replica's ranks.
 
-    A token's log-probability is that of the token behind all tokens before it in its sequence. Sums are in fp64, so
-    that they don't depend on how many other tokens there are.
+    A token's log-probability is conditional on all tokens before it in its sequence. Sums are in fp64, so that they
+    don't depend on how many other tokens there are.
     """
     assert not any(scored[0] for _, scored in batch), "nothing predicts a first token"
     device = model.placement.device
     with torch.inference_mode():
-        # The last token of a sequence predicts nothing that is asked.
+        # The last token of a sequence predicts nothing that is wanted.
         hidden = model.read([torch.from_numpy(ids[:-1]).long() for ids, _ in batch])
         if hidden is None:
             return None

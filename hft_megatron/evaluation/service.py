@@ -1,4 +1,4 @@
-"""Questions that only rank 0 has, put to a model that all ranks hold: the others wait for them and help to answer."""
+"""Questions of rank 0 to a model that all ranks hold: the others wait for them and help to answer."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +15,7 @@ from hft_megatron.evaluation.generation import Decoder
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=30)
-"""For the next questions, while rank 0 reads tasks or counts. A rank 0 that ends is noticed at once all the same."""
+"""Time-out for the next questions, while rank 0 reads tasks or computes. The end of rank 0 is still noticed at once."""
 
 
 class Service:
@@ -31,19 +31,19 @@ class Service:
         self._group: dist.ProcessGroup | None = None
 
     def run(self, work: Callable[[], T], *, name: str) -> T | None:
-        """What ``work`` returns on rank 0, which alone does it and may ``ask``; None on the others. Collective.
+        """The result of ``work`` on rank 0, which alone runs it and may ``ask``; None on the others. Collective.
 
         A UserError of ``work`` is raised on every rank. After any other exception the others raise RankFailed with the
         ``name`` of the work.
         """
-        # Not the model's group: NCCL has a watchdog against waits, and takes a device.
+        # Not the model's group: NCCL has a watchdog against waits, and needs a device.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
         if dist.get_rank() == 0:
             result = self._work(work, name)
         else:
             result = None
             self._serve()
-        # A group that goes away on one rank breaks a neighbour which is still receiving.
+        # A group that is destroyed on one rank breaks a neighbour which is still receiving.
         dist.barrier()
         dist.destroy_process_group(self._group)
         return result
@@ -54,7 +54,7 @@ class Service:
         return self._answer(questions, name)
 
     def _work(self, work: Callable[[], T], name: str) -> T:
-        end: Exception | None = RankFailed(f"rank 0 can't go on with {name}; its traceback says why.")
+        end: Exception | None = RankFailed(f"rank 0 can't continue with {name}; its traceback says why.")
         try:
             result = work()
             end = None

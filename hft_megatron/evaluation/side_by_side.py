@@ -1,4 +1,4 @@
-"""Several models evaluated on the same tasks, one after the other, each in the layout that was asked for."""
+"""Several models evaluated on the same tasks, one after the other, each in the requested layout."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,46 +32,46 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is evaluated, and how."""
+    """Models, tasks and settings of an evaluation."""
 
     models: Sequence[SavedModel]
     base: SavedModel | None = None
-    """What the models were tuned from: texts and weights are measured against it."""
+    """The model that the others were tuned from: texts and weights are compared with it."""
     trained: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Units that a run may have trained, by the model's name: no other may differ from the base's."""
     tasks: Sequence[Task]
     parallel: ParallelConfig
     batch_size: int
-    """Sequences that a replica reads at once."""
+    """Number of sequences that a replica reads at once."""
     bf16: bool | None
     """One precision for all models. None: bf16 where all runs among them train in it, or, where there are only Hugging
     Face folders, where every rank's processor is fast at it."""
     tokenizer_model: str | None
     output: Path | None
-    """The result file; None where nothing is written."""
+    """The result file; None: no file is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
-    """A model with what is asked of it."""
+    """A model with its questions."""
 
     model: SavedModel
     tokenizer: Tokenizer | None
-    """None where nothing is asked."""
+    """None where there are no questions."""
     tasks: Sequence[ReadTask]
     bf16: bool
 
 
 def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapping[str, Any]:
-    """The results as the result file has them, with ``records`` by model and task; the same on every rank.
+    """The contents of the result file, with ``records`` by model and task; the same on every rank.
 
-    Collective over all ranks of the job. With an output file, what a killed command has been answered already isn't
-    asked again, and the file is the same to the last byte. Raises the same UserError on every rank.
+    Collective over all ranks of the job. With an output file, questions that a killed command has answered aren't asked
+    again, and the file is the same to the last byte. Raises the same UserError on every rank.
     """
     company.join(evaluation.parallel)
     bf16 = precision(evaluation)
     subjects: list[_Subject] = []
-    # Every rank reads for itself, and only a mistake goes to the others: examples may be many.
+    # Every rank reads for itself, and only an error is sent to the others: examples may be many.
     together(lambda: subjects.extend(_subjects(evaluation, bf16=bf16)))
     for number, subject in enumerate(subjects):
         if any(subject.tasks is earlier.tasks for earlier in subjects[:number]):
@@ -103,7 +103,7 @@ def evaluate(evaluation: Evaluation, company: Peers, announce: Announce) -> Mapp
 
 
 def precision(evaluation: Evaluation) -> bool:
-    """Whether weights are read as bf16; collective."""
+    """True if weights are read as bf16; collective."""
     fast = all(gathered(cpu_backend.has_fast_bf16()))
     of_runs = [model.own_bf16 for model in evaluation.models if model.own_bf16 is not None]
     if evaluation.bf16 is not None:
@@ -112,7 +112,7 @@ def precision(evaluation: Evaluation) -> bool:
 
 
 def _subjects(evaluation: Evaluation, *, bf16: bool) -> list[_Subject]:
-    """Reads tokenizers and tasks; those that two models read alike are read once."""
+    """Reads tokenizers and tasks; tasks that two models read alike are read once."""
     read: dict[tuple[str, str, int], list[ReadTask]] = {}
     subjects = []
     base = evaluation.base
@@ -134,7 +134,7 @@ def _subjects(evaluation: Evaluation, *, bf16: bool) -> list[_Subject]:
 
 
 def _read_tasks(evaluation: Evaluation, model: str, tokenizer: Tokenizer, window: int) -> list[ReadTask]:
-    """All tasks for one tokenizer and window. UserError for each mistake, which of several models may have alone."""
+    """All tasks for one tokenizer and window. Raises UserError for each error, which may concern one model only."""
     try:
         return [read_task(task, tokenizer, window) for task in evaluation.tasks]
     except UserError as error:
@@ -144,8 +144,8 @@ def _read_tasks(evaluation: Evaluation, model: str, tokenizer: Tokenizer, window
 
 
 def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: Placement) -> dict[str, Any]:
-    """What decides every answer: an unfinished evaluation resumes only where all of it is the same. How many replicas
-    there are is not among it."""
+    """Everything that decides the answers: an unfinished evaluation resumes only where all of it is the same. The
+    number of replicas is not part of it."""
     base = evaluation.base
     return {
         "models": {subject.model.name: subject.model.digest(placement) for subject in subjects},
@@ -160,7 +160,7 @@ def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: P
             "hft_megatron": hft_megatron.__version__,
             "torch": torch.__version__,
             "device": placement.device.type,
-            # On a CPU the order of sums depends on them, and so the last digits.
+            # On a CPU the order of sums depends on it, and so the last digits.
             "threads": torch.get_num_threads() if placement.device.type == "cpu" else None,
             "dtypes": {subject.model.name: _dtype(subject) for subject in subjects},
             "batch_size": evaluation.batch_size,
@@ -172,7 +172,7 @@ def _settings(evaluation: Evaluation, subjects: Sequence[_Subject], placement: P
 
 
 def check_agreement(settings: Mapping[str, Any]) -> None:
-    """The same UserError on every rank where one has read something else, such as a newer checkpoint; collective."""
+    """Raises the same UserError on every rank where one has read other data, such as a newer checkpoint; collective."""
     first, *others = gathered(settings)
     for rank, theirs in enumerate(others, start=1):
         if theirs != first:
@@ -191,7 +191,7 @@ def _dtype(subject: _Subject) -> str:
 
 
 class _OpenJournal:
-    """The journal, which rank 0 has, as every rank sees it."""
+    """The journal, which rank 0 holds, for every rank."""
 
     def __init__(
         self, output: Path | None, settings: Mapping[str, Any], placement: Placement, announce: Announce
@@ -225,7 +225,7 @@ class _OpenJournal:
 def _outcomes(
     subject: _Subject, evaluation: Evaluation, placement: Placement, journal: _OpenJournal, announce: Announce
 ) -> dict[str, Outcome]:
-    """By the names of the tasks, of one model; its memory is free afterwards."""
+    """Outcomes by the names of the tasks, of one model; its memory is free afterwards."""
     name = subject.model.name
     announce(f"> {name}: {_description(subject)}")
     if subject.tokenizer is None:
@@ -262,7 +262,7 @@ def _outcomes(
 def _weight_changes(
     model: SavedModel, evaluation: Evaluation, placement: Placement, announce: Announce
 ) -> dict[str, Any]:
-    """How far the model's weights are from its base's, with what changed although its run froze it; collective."""
+    """Distance of the model's weights from its base's, with frozen units that changed nevertheless; collective."""
     base = evaluation.base
     assert base is not None
     share = slice(placement.rank, None, placement.world_size)
@@ -288,14 +288,14 @@ def _weight_changes(
         result["changed_though_frozen"] = list(wrong)
         if wrong:
             announce(
-                f"  warning: {', '.join(wrong)}: the run froze these units, and they are not the base's; is --base "
-                f"{base.name} what the run started from?"
+                f"  warning: {', '.join(wrong)}: the run froze these units, but they differ from the base's; did "
+                f"the run start from --base {base.name}?"
             )
     return result
 
 
 def _in_json(value: float) -> float | None:
-    """JSON has no infinity, which a perplexity can be, and the change of a weight that was zero."""
+    """None for infinity, which JSON lacks: a perplexity, or the change of a weight that was zero."""
     return value if math.isfinite(value) else None
 
 

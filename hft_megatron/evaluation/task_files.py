@@ -1,4 +1,4 @@
-"""Tasks from a YAML file, each mistake named with its line."""
+"""Tasks from a YAML file; errors name the line."""
 
 import difflib
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ _MERGE = "tag:yaml.org,2002:merge"
 def read_tasks(path: Path, option: str = "--tasks") -> tuple[Task, ...]:
     """The tasks of a YAML file that ``option`` names: a list of mappings, whose keys are the fields of ``Task``.
 
-    A key with null is as one that is left out. Raises UserError, one sentence with the file and the line, for all that
-    is no task; of the data files only that they are there is looked at.
+    A key with null counts as left out. Raises UserError, one sentence with the file and the line, for everything that
+    is not a task; data files are only checked for existence.
     """
     root = yaml_of_file(path, option)
     if not isinstance(root, yaml.SequenceNode) or not root.value:
@@ -44,10 +44,10 @@ def read_tasks(path: Path, option: str = "--tasks") -> tuple[Task, ...]:
 
 
 def task_of_entry(node: yaml.MappingNode, path: Path, name: str) -> Task:
-    """A task whose settings but for the name are a mapping in another YAML file; raises like ``read_tasks``."""
+    """A task whose settings, except the name, are a mapping in another YAML file; raises like ``read_tasks``."""
     for key, _ in node.value:
         if key.value == "name":
-            raise UserError(f"{path}:{key.start_mark.line + 1}: `name` is that of the entry around it; remove it.")
+            raise UserError(f"{path}:{key.start_mark.line + 1}: `name` is given by the entry around it; remove it.")
     tag = "tag:yaml.org,2002:str"
     marks = node.start_mark, node.start_mark
     named = (yaml.ScalarNode(tag, "name", *marks), yaml.ScalarNode(tag, name, *marks))
@@ -91,7 +91,7 @@ class _Entry:
             if key.value in [other.value for other in own[:number]]:
                 raise UserError(f"{self._path}:{key.start_mark.line + 1}: `{key.value}` is set twice; remove one.")
         try:
-            constructor.flatten_mapping(node)  # `<<: *other` takes what another task has, in front of its own
+            constructor.flatten_mapping(node)  # `<<: *other` takes another task's settings, before its own
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
@@ -99,7 +99,7 @@ class _Entry:
                     nearest = difflib.get_close_matches(name, _DECLARED, n=1) or list(_DECLARED)
                     hint = "the nearest is" if len(nearest) == 1 else "there are"
                     raise UserError(
-                        f"{self._path}:{line}: `{name}` is no setting of a task; {hint} {', '.join(nearest)}."
+                        f"{self._path}:{line}: `{name}` is not a setting of a task; {hint} {', '.join(nearest)}."
                     )
                 self._lines[name] = line
                 self._values[name] = constructor.construct_object(value, deep=True)
@@ -146,7 +146,7 @@ class _Entry:
                 reason = f"is not known; {nearest_of(metric, measured)}"
             raise UserError(f"{self._place('metrics')}: the metric {metric} {reason}.")
         if len(set(task.metrics)) < len(task.metrics):
-            raise UserError(f"{self._place('metrics')}: a metric is there twice; remove one.")
+            raise UserError(f"{self._place('metrics')}: a metric is given twice; remove one.")
 
     def _check_texts(self, task: Task) -> None:
         for name in ("prompt", "target", "answer", "text", "choices"):
@@ -166,7 +166,7 @@ class _Entry:
                 raise UserError(f"{self._place(name)}: {error}") from error
 
     def _check_together(self, task: Task) -> None:
-        """Raise UserError for a setting that does nothing, or can't be had, beside the others."""
+        """Raise UserError for a setting that has no effect, or is not supported, beside the others."""
         needs = [("system", task.chat, "chat: true")]
         for name in ("fewshot_files", "fewshot_split", "fewshot_seed"):
             needs.append((name, task.fewshot > 0, "fewshot"))
@@ -176,7 +176,7 @@ class _Entry:
         needs += [("fewshot_split", self._names_folder(task.fewshot_files or task.files), "the folder of a TRACE task")]
         for name, is_met, needed in needs:
             if name in self._values and not is_met:
-                raise UserError(f"{self._place(name)}: `{name}` does nothing without {needed}; add it or remove it.")
+                raise UserError(f"{self._place(name)}: `{name}` has no effect without {needed}; add it or remove it.")
         if task.window is not None and task.stride is not None and task.stride > task.window:
             raise UserError(
                 f"{self._place('stride')}: stride {task.stride} is more than window {task.window}, so that tokens "
@@ -191,7 +191,7 @@ _READERS = {"data_keys": data_keys, "ignore_keys": ignored_keys}
 
 
 def nearest_of(name: str, names: Sequence[str]) -> str:
-    """For a sentence: the nearest of the names, or all of them."""
+    """The nearest of the names, or all of them, as a clause."""
     nearest = difflib.get_close_matches(name, names, n=1)
     return f"the nearest is {nearest[0]}" if nearest else f"there are {', '.join(names)}"
 

@@ -14,12 +14,12 @@ from hft_megatron.errors import UserError
 from hft_megatron.evaluation.tasks import Task
 
 _NO_LINE = "\n"
-"""As a separator of documents: no line holds nothing else than it, so that a file is one document."""
+"""Separator of documents that no line equals, so that a file is one document."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRow:
-    """A row, and what its example is called."""
+    """A row, and the name of its example."""
 
     row: Row
     name: str
@@ -39,12 +39,12 @@ def read_task_rows(task: Task) -> list[TaskRow]:
 
 
 def names_of_places(paths: Sequence[Path]) -> Callable[[str], str]:
-    """What examples are called, by the places of their rows: without the folder that all the files are in."""
+    """Names of examples by the places of their rows: without the common folder of the files."""
     above = Path(os.path.commonpath([path.parent.absolute() for path in paths]))
     names = {str(path): str(path.absolute().relative_to(above)) for path in paths}
 
     def name_of(place: str) -> str:
-        # A place is the path, a colon and the rest, which is sought from its end: a path may begin with another one.
+        # A place is the path, a colon and the rest, searched from its end: a path may begin with another one.
         path = place
         while path not in names:
             path, colon, _ = path.rpartition(":")
@@ -63,23 +63,23 @@ def _rows_of(path: Path, task: Task) -> Iterator[Row]:
     kind = kind_of_file(path)
     if task.rows is not None:
         if kind != ".json":
-            raise UserError(f"{task.place}: rows {task.rows} is about .json files, and {path} is none; remove it.")
+            raise UserError(f"{task.place}: rows {task.rows} is for .json files, but {path} is not one; remove it.")
         return _rows_under(path, task.rows)
     if task.columns:
         if kind not in DELIMITERS:
-            raise UserError(f"{task.place}: columns are about .csv and .tsv files, and {path} is none; remove them.")
+            raise UserError(f"{task.place}: columns are for .csv and .tsv files, but {path} is not one; remove them.")
         return read_rows(path, task.columns)
     if task.kind == "text" and kind == ".txt":
         return _documents(path, task)
     if task.separator is not None:
-        raise UserError(f"{task.place}: separator is about .txt files, and {path} is none; remove it.")
+        raise UserError(f"{task.place}: separator is for .txt files, but {path} is not one; remove it.")
     return read_rows(path)
 
 
 def _documents(path: Path, task: Task) -> Iterator[Row]:
     if task.separator is not None and not holds_separator(path, task.separator):
         raise UserError(
-            f"{task.place}: no line of {path} is the separator {task.separator!r}; correct it, or remove it where the "
+            f"{task.place}: no line of {path} is the separator {task.separator!r}; correct it, or remove it if the "
             f"file is one document."
         )
     for found in find_rows(path, task.separator or _NO_LINE):

@@ -1,4 +1,4 @@
-"""What a task is: which files it reads, what it makes of their rows, and what it measures."""
+"""A task: its files, the questions made of their rows, and its measures."""
 
 import hashlib
 import json
@@ -115,9 +115,9 @@ class Task:
     """Text between a prompt and its answers, a part of the prompt."""
 
     place: str = ""
-    """``tasks.yaml:3``, for errors; no setting."""
+    """``tasks.yaml:3``, for errors; not a setting."""
     folder: Path = Path()
-    """What the names of files are relative to; no setting."""
+    """Folder that file names are relative to; not a setting."""
 
     def paths(self) -> tuple[Path, ...]:
         """The files in order. Raises UserError where one isn't there."""
@@ -135,8 +135,8 @@ class Task:
     def digest(self) -> str:
         """sha256 (hex) of the settings and of the files' contents; their names and places don't count.
 
-        Tasks of one digest ask the same of a model that has the same tokenizer and chat template. Raises UserError
-        where a file isn't there.
+        Tasks of one digest ask the same questions of a model that has the same tokenizer and chat template. Raises
+        UserError where a file doesn't exist.
         """
         settings: dict[str, Any] = asdict(self)
         for name in (*LOCATION, "files", "fewshot_files"):
@@ -166,4 +166,4 @@ NEEDED_BY: Mapping[TaskKind, tuple[str, ...]] = {
     "text": (),
     "preference": (),
 }
-"""Those that it can't do without, besides name, kind and files."""
+"""Fields that a kind needs, besides name, kind and files."""

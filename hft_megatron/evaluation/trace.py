@@ -1,4 +1,4 @@
-"""The TRACE benchmark's sequence: its tasks in their order, how long each is trained, and how each is scored.
+"""The TRACE benchmark's sequence: its tasks in their order, with the length of training and the score of each.
 
 Facts of arXiv:2310.06762 and of its code's ``train_seq_naive.sh`` and ``evaluations``.
 """
@@ -11,14 +11,14 @@ from hft_megatron.errors import UserError
 from hft_megatron.evaluation.tasks import Split, Task
 
 LEARNING_RATE = 1e-5
-"""Of every task, constant and without a warm-up."""
+"""Learning rate of every task, constant and without a warm-up."""
 GLOBAL_BATCH_SIZE = 256
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceTask:
-    """What is TRACE's own in one task."""
+    """TRACE's own settings of one task."""
 
     epochs: int
     metric: str = "exact_match"
@@ -28,8 +28,8 @@ class TraceTask:
 
 
 SHORT = 16
-"""Tokens that are enough where a longer answer is wrong anyway, or its first letter decides: the score is that of the
-512 tokens which TRACE generates."""
+"""Tokens that suffice where a longer answer is wrong anyway, or its first letter decides: the score equals that of
+TRACE's 512 generated tokens."""
 TRACE: Mapping[str, TraceTask] = {
     "C-STANCE": TraceTask(epochs=5, max_new_tokens=SHORT),
     "FOMC": TraceTask(epochs=3, max_new_tokens=SHORT),
@@ -44,10 +44,10 @@ TRACE: Mapping[str, TraceTask] = {
 
 
 def find_trace(option: str, folder: Path) -> tuple[Task, ...]:
-    """The tasks that a folder like TRACE's has, in TRACE's order, each as the evaluation of its test.json.
+    """The tasks of a folder like TRACE's, in TRACE's order, each as the evaluation of its test.json.
 
-    Each of TRACE's names is a folder with train.json, eval.json and test.json; other folders, such as Lima, are none of
-    the sequence. Raises UserError for a folder without tasks, and for a task without one of the three.
+    Each of TRACE's names is a folder with train.json, eval.json and test.json; other folders, such as Lima, are not
+    part of the sequence. Raises UserError for a folder without tasks, and for a task without one of the three files.
     """
     names = [name for name in TRACE if (folder / name).is_dir()]
     if not names:
@@ -59,14 +59,14 @@ def find_trace(option: str, folder: Path) -> tuple[Task, ...]:
         for split in SPLITS:
             if not (folder / name / f"{split}.json").is_file():
                 raise UserError(
-                    f"{option} {folder}: the task {name} has no {split}.json; add it, or take the folder {name} "
+                    f"{option} {folder}: the task {name} has no {split}.json; add it, or move the folder {name} "
                     f"away to do without the task."
                 )
     return tuple(_evaluation(name, folder, f"{option} {folder / name}") for name in names)
 
 
 def _evaluation(name: str, folder: Path, place: str) -> Task:
-    """Prompts are as they are, answers the likeliest tokens, where TRACE draws them at temperature 0.1."""
+    """Prompts are unchanged, and answers the likeliest tokens, where TRACE draws them at temperature 0.1."""
     facts = TRACE[name]
     return Task(
         name=name,

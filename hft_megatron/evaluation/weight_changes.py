@@ -1,4 +1,4 @@
-"""How far training has moved each weight, and whether what was frozen is where it was: two models, unit by unit."""
+"""Changes of each weight by training, and of weights that should be frozen: two models, unit by unit."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from hft_megatron.hft.units import CATEGORIES, Category, units_of
 from hft_megatron.model.parameter_names import whole_shape
 
 _ELEMENTS_AT_ONCE = 1 << 24
-"""Of both models' weights in double precision: 256 MB."""
+"""Elements of both models' weights in double precision: 256 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class UnitWeights:
     """The weights of one model on disk."""
 
     name: str
-    """What sentences call them."""
+    """Their name in messages."""
     shape: ModelShape
     read: Callable[[str], Tensor]
     """A unit's whole weight in Hugging Face's shape, in the data type that it is kept in."""
@@ -34,7 +34,7 @@ class UnitWeights:
 
 @contextmanager
 def folder_weights(folder: str, *, option: str) -> Iterator[UnitWeights]:
-    """The weights of a Hugging Face folder, which ``option`` names in sentences; UserError where it can't be read."""
+    """The weights of a Hugging Face folder, which ``option`` names in messages. Raises UserError if unreadable."""
     name = f"{option} {folder}"
     shape = ModelShape.from_hf_config(load_hf_config(folder), source=f"{name}/{HF_CONFIG_FILE}")
     with HuggingFaceWeights(folder, option=option) as weights:
@@ -48,8 +48,8 @@ def folder_weights(folder: str, *, option: str) -> Iterator[UnitWeights]:
 
 @contextmanager
 def run_weights(run: SavedRun) -> Iterator[UnitWeights]:
-    """The weights of a run's checkpoint, adapters added to their matrices; UserError where it is damaged, or where the
-    folder that has what it leaves out is gone or has changed."""
+    """The weights of a run's checkpoint, adapters added to their matrices. Raises UserError where it is damaged, or
+    where the folder with the weights that it omits is missing or has changed."""
     tensors = CheckpointTensors(run.checkpoint, run.identity.shape, option=run.option)
     with tensors.on(run.source() if tensors.left_out else None) as read:
         shape = run.identity.shape
@@ -58,11 +58,11 @@ def run_weights(run: SavedRun) -> Iterator[UnitWeights]:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What has become of some weights W0, which are W now."""
+    """Change of some weights from W0 to W."""
 
     parameters: int
     changed: int
-    """Parameters whose value is another."""
+    """Number of parameters whose value differs."""
     squared_change: float
     """Sum of (W - W0)^2."""
     squared_base: float
@@ -77,13 +77,13 @@ class Change:
 
     @property
     def is_same(self) -> bool:
-        """Whether every parameter has the value that it had."""
+        """True if every parameter has kept its value."""
         return self.changed == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitChange(Change):
-    """The same of one unit."""
+    """The change of one unit."""
 
     unit: str
     category: Category
@@ -99,12 +99,12 @@ class WeightChanges:
 
     @staticmethod
     def joined(shares: Sequence["WeightChanges"]) -> "WeightChanges":
-        """Of the shares of a model, in the order of its units, where each of them took every n-th."""
+        """The changes of a model from shares of it, in the order of its units; each share took every n-th unit."""
         in_turn = zip_longest(*(share.units for share in shares))
         return WeightChanges(units=tuple(unit for units in in_turn for unit in units if unit is not None))
 
     def by_category(self) -> dict[Category, Change]:
-        """The weights of a category taken as one, for every category that the model has."""
+        """The weights of a category taken as one, for every category of the model."""
         return {
             category: _sum([unit for unit in self.units if unit.category == category])
             for category in CATEGORIES
@@ -116,8 +116,8 @@ class WeightChanges:
         return _sum(self.units)
 
     def changed_though_frozen(self, trained: frozenset[str]) -> tuple[str, ...]:
-        """Units that have changed without being among ``trained``, those that a run may have trained. None but
-        ``trained`` may change in half fine-tuning: one that is named here was not frozen, or another base was."""
+        """Units that have changed without being among ``trained``, the units that a run may have trained. In half
+        fine-tuning no others may change: a unit named here was not frozen, or the base is another one."""
         return tuple(unit.unit for unit in self.units if not unit.is_same and unit.unit not in trained)
 
 
@@ -134,9 +134,9 @@ def weight_changes(base: UnitWeights, tuned: UnitWeights, share: slice = slice(N
     """The change of every unit, or of a share of them, from ``base`` to ``tuned``, in double precision; one unit of
     each is in memory.
 
-    The base's weights are first rounded to the data type that the tuned model's are kept in, as they are at the start
-    of a run: where a bf16 run has frozen a unit of an fp32 folder, that unit has not changed. Raises UserError where
-    the models differ in a unit or its shape.
+    The base's weights are first rounded to the data type of the tuned model's, as they are at the start of a run: where
+    a bf16 run has frozen a unit of an fp32 folder, that unit has not changed. Raises UserError where the models differ
+    in a unit or its shape.
     """
     check_alike((base.name, tuned.name), (base.shape, tuned.shape))
     changes = []
@@ -149,11 +149,11 @@ def weight_changes(base: UnitWeights, tuned: UnitWeights, share: slice = slice(N
 
 
 def check_alike(names: tuple[str, str], of_models: tuple[ModelShape, ModelShape]) -> None:
-    """UserError unless a base and a tuned model have the same units, in the same shapes."""
+    """Raises UserError unless a base and a tuned model have the same units, in the same shapes."""
     bases = [shape.base for shape in of_models]
     shapes = [{unit.name: list(whole_shape(unit.name, shape)) for unit in units_of(shape)} for shape in bases]
     for unit in shapes[0] | shapes[1]:
-        first, second = (f"of shape {held[unit]}" if unit in held else "not there" for held in shapes)
+        first, second = (f"of shape {held[unit]}" if unit in held else "missing" for held in shapes)
         if first != second:
             raise UserError(
                 f"{names[0]} and {names[1]} can't be compared weight by weight: {unit} is {first} in the one and "
@@ -162,7 +162,7 @@ def check_alike(names: tuple[str, str], of_models: tuple[ModelShape, ModelShape]
 
 
 def _change(before: Tensor, after: Tensor) -> Change:
-    """Of two weights of one data type, both (parameters,)."""
+    """Change between two weights of one data type, both (parameters,)."""
     changed, squared_change, squared_base = 0, 0.0, 0.0
     for old, new in zip(before.split(_ELEMENTS_AT_ONCE), after.split(_ELEMENTS_AT_ONCE), strict=True):
         changed += int((old != new).sum())

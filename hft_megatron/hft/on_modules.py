@@ -1,6 +1,6 @@
 """A plan on any torch module whose parameters have Hugging Face's names: transformers' models, with PEFT or without.
 
-``Plan.apply`` and ``Plan.audit`` are the doors. What trains is decided by ``requires_grad``, so whatever looks at
+``Plan.apply`` and ``Plan.audit`` are the entry points. ``requires_grad`` decides what trains, so everything that uses
 gradients later (autograd, DistributedDataParallel, FSDP, an optimizer) leaves frozen weights alone.
 """
 
@@ -20,37 +20,37 @@ from hft_megatron.hft.plan import Plan
 from hft_megatron.hft.units import EMBEDDING_NAME
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
-"""What torch.compile, checkpoint wrappers and the like put into names."""
+"""Parts of names that torch.compile, checkpoint wrappers and the like add."""
 _FSDP1 = "_fsdp_wrapped_module"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_BASE = ("base_layer", "original_module")
-"""What PEFT's wrappers call the module that they have taken the place of, and keep frozen."""
+"""Names in PEFT's wrappers of the module that they replace and keep frozen."""
 _HOOKS = "_hft_plan_hooks"
 
 
 class _Parameter(NamedTuple):
     name: str
-    """Without wrappers."""
+    """Name without wrappers."""
     unit: str
     tensor: nn.Parameter
     trains: bool | None
-    """None where the plan has no say: an adapter of PEFT's that isn't active."""
+    """None where the plan does not decide: an adapter of PEFT's that isn't active."""
 
 
 def apply_to_module(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> None:
-    """What ``Plan.apply`` does."""
+    """Implementation of ``Plan.apply``."""
     _check_is_not_wrapped(model)
     parameters = list(_parameters(plan, model))
     found = {one.unit for one in parameters}
     missing = next((unit.name for unit in plan.units if unit.name not in found), None)
     if missing is not None:
         raise ValueError(
-            f"the model has no parameter of {missing}, which is in the plan; draw the plan from this model's config, "
-            "and give the model with its head."
+            f"the model has no parameter for the plan's unit {missing}; draw the plan from this model's config, and "
+            "give the model with its head."
         )
     if not any(one.trains for one in parameters):
         raise ValueError(
-            "nothing of this model would train: no unit that the plan trains has an adapter; give PEFT more target "
+            "nothing in this model would train: no unit that the plan trains has an adapter; give PEFT more target "
             "modules, or draw another plan."
         )
     for one in parameters:
@@ -64,18 +64,18 @@ def apply_to_module(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -
 
 
 def _check_is_not_wrapped(model: nn.Module) -> None:
-    """They look at what requires a gradient when they are made, and only then."""
+    """Refuse wrappers that read ``requires_grad`` only when they are made."""
     for name, part in model.named_modules():
         if isinstance(part, DistributedDataParallel) or _FSDP1 in name.split("."):
             wrapper = "DistributedDataParallel" if isinstance(part, DistributedDataParallel) else "FSDP"
             raise ValueError(
-                f"{wrapper} is around the model already, and fixed what it reduces when it was made; apply the plan to "
-                "the model itself, and wrap it afterwards, for every round anew."
+                f"the model is already wrapped in {wrapper}, which fixed the gradients it reduces when it was made; "
+                "apply the plan to the model itself, and wrap it afterwards, again in every round."
             )
 
 
 def _parameters(plan: Plan, model: nn.Module) -> Iterator[_Parameter]:
-    """Everything that the model holds. ValueError for what no unit has, and for a size that isn't the unit's."""
+    """All parameters of the model. ValueError for one that belongs to no unit, or has another size than its unit."""
     units = {unit.name: unit.parameters for unit in plan.units}
     wrapped = {_plain(name): part for name, part in model.named_modules() if _is_of_peft(part)}
     for written, tensor in model.named_parameters():
@@ -86,15 +86,15 @@ def _parameters(plan: Plan, model: nn.Module) -> Iterator[_Parameter]:
         inner = None if unit is None else parts[len(unit.split(".")) :]
         if unit is None or inner is None or (inner != ["weight"] and unit not in wrapped):
             raise ValueError(
-                f"the parameter {written} belongs to no unit of the plan, whose units are the weights of a LLaMA by "
-                "Hugging Face's names; apply it to the part of the model that has these, or draw it from this model's "
-                "config."
+                f"the parameter {written} belongs to no unit of the plan, whose units are the weights of a LLaMA under "
+                "Hugging Face's names; apply the plan to the part of the model that has these, or draw it from this "
+                "model's config."
             )
         is_base = inner == ["weight"] or inner[0] in _PEFT_BASE
         if is_base and tensor.is_floating_point() and tensor.numel() not in (0, units[unit]):
             raise ValueError(
-                f"{name} has {tensor.numel():,} parameters and {units[unit]:,} in the plan, which was drawn for "
-                "another model; draw it from this model's config."
+                f"{name} has {tensor.numel():,} parameters, but {units[unit]:,} in the plan, which was drawn for "
+                "another model; draw the plan from this model's config."
             )
         trains: bool | None = plan.trains(unit) and not (is_base and wrapped)
         if not is_base and not set(inner) & set(wrapped[unit].active_adapters):
@@ -107,7 +107,7 @@ def _plain(name: str) -> str:
 
 
 def _is_of_peft(part: nn.Module) -> Any:
-    """Whether PEFT has put it in the place of a module."""
+    """Return whether it is a wrapper of PEFT's in the place of a module."""
     if "peft" not in sys.modules:
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -122,21 +122,21 @@ def _check_optimizer(parameters: list[_Parameter], optimizer: Optimizer) -> None
     if frozen:
         raise ValueError(
             f"the optimizer holds {len(frozen)} parameters that the plan freezes, first {frozen[0]}; apply the plan "
-            "first, and make the optimizer of the parameters that require gradients."
+            "first, and build the optimizer from the parameters that require gradients."
         )
     lacking = [one.name for one in parameters if one.tensor.requires_grad and id(one.tensor) not in held]
     if lacking:
         raise ValueError(
-            f"the optimizer lacks {len(lacking)} parameters that the plan trains, first {lacking[0]}; make a new one "
-            "of the parameters that require gradients."
+            f"the optimizer lacks {len(lacking)} parameters that the plan trains, first {lacking[0]}; build a new one "
+            "from the parameters that require gradients."
         )
 
 
 class _Guard:
-    """Looks at every forward pass in training whether what trains is still what the plan was applied for.
+    """Checks before every forward pass in training that ``requires_grad`` is still as the plan set it.
 
-    Otherwise other weights would be trained in silence. And a frozen embedding's output gets a gradient under gradient
-    checkpointing, whose reentrant kind otherwise gives none to the layers above.
+    Otherwise other weights would be trained in silence. It also makes a frozen embedding's output require a gradient
+    under gradient checkpointing, whose reentrant kind otherwise gives none to the layers above.
     """
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
@@ -159,19 +159,19 @@ class _Guard:
         ]
 
     def check(self, part: nn.Module, *inputs: Any) -> None:
-        """Raises RuntimeError where something has changed what trains."""
+        """Raises RuntimeError where ``requires_grad`` of a parameter has changed."""
         if self._model is None or not part.training:
             return
-        # FSDP 2 puts other parameters in place of those that it found.
+        # FSDP 2 replaces the parameters that it finds.
         if any(reference() is None for _, reference, _ in self._flags):
             self._look()
         for name, reference, trains in self._flags:
             tensor = reference()
             if tensor is not None and tensor.requires_grad != trains:
                 raise RuntimeError(
-                    f"{name} was {'trainable' if trains else 'frozen'} by plan {self._plan.short_digest} and no longer "
-                    "is: something changed requires_grad after plan.apply; apply the plan last, after PEFT and before "
-                    "the optimizer."
+                    f"plan {self._plan.short_digest} made {name} {'trainable' if trains else 'frozen'}, but something "
+                    "changed its requires_grad after plan.apply; apply the plan last, after PEFT and before the "
+                    "optimizer."
                 )
 
     def let_checkpoints_train(self, embedding: nn.Module, inputs: Any, output: Any) -> Any:
@@ -184,8 +184,8 @@ class _Guard:
 
 
 def _guard(plan: Plan, model: nn.Module) -> None:
-    """Puts the guard on the first layer, which embeddings that a caller gives go through as well, and on the embedding,
-    or what PEFT has put in its place; both are called as modules also where PEFT calls the model's own forward."""
+    """Puts the guard on the first layer, which the caller's own embeddings pass as well, and on the embedding, or on
+    PEFT's wrapper in its place. Both are called as modules even where PEFT calls the model's own forward."""
     parts = {_plain(name): part for name, part in model.named_modules(remove_duplicate=False)}
     embedding, layer = parts[EMBEDDING_NAME], parts["model.layers.0"]
     for hook in getattr(embedding, _HOOKS, ()):
@@ -199,7 +199,7 @@ def _guard(plan: Plan, model: nn.Module) -> None:
 
 
 def audit_module(plan: Plan, model: nn.Module) -> Callable[[], None]:
-    """What ``Plan.audit`` does."""
+    """Implementation of ``Plan.audit``."""
     frozen = [one for one in _parameters(plan, model) if not one.tensor.requires_grad]
     before = [_bits(one.tensor) for one in frozen]
 
@@ -208,12 +208,12 @@ def audit_module(plan: Plan, model: nn.Module) -> Callable[[], None]:
         if changed:
             raise RuntimeError(
                 f"{len(changed)} of {len(frozen)} frozen weights have changed, first {changed[0]}; something outside "
-                "the optimizer wrote to them, or they are in an optimizer that was made before the plan was applied."
+                "the optimizer wrote to them, or they are in an optimizer that was built before the plan was applied."
             )
 
     return verify
 
 
 def _bits(tensor: Tensor) -> int:
-    """A fingerprint of what this process holds of it."""
+    """A fingerprint of the part that this process holds."""
     return fingerprint(tensor.to_local() if isinstance(tensor, DTensor) else tensor)

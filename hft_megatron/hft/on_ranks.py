@@ -3,7 +3,7 @@
 megatron-core lays out gradient buffers and optimizer groups from ``requires_grad`` at construction; a flag flipped
 later is wrong in silence.
 
-A rank with another plan would wait in other collectives than its peers, or train other weights, without any error.
+A rank with another plan would wait in other collectives than its peers, or train other weights, without an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def apply_plan(slots: Sequence[ParameterSlot], plan: Plan) -> None:
-    """Sets ``requires_grad`` of every parameter of this rank to whether its unit trains."""
+    """Sets ``requires_grad`` of every parameter of this rank: True if its unit trains."""
     for slot in slots:
         assert not hasattr(slot.parameter, "main_grad"), f"{slot.hf_name} is still wrapped for an earlier plan"
         slot.parameter.requires_grad = plan.trains(slot.unit)
@@ -40,7 +40,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, kw_only=True)
 class _Holder:
-    """What one rank tells the others about itself."""
+    """Plan digest and place of one rank, for the others."""
 
     rank: int
     host: str
@@ -76,22 +76,22 @@ def _message(holders: Sequence[_Holder], plans: Sequence[Plan], reference: int) 
     if len(odd) > _RANKS_IN_MESSAGE:
         clauses.append(f"and {len(odd) - _RANKS_IN_MESSAGE} more")
     return (
-        f"{len(odd)} of {len(holders)} ranks hold another plan than rank {holders[reference].rank}: "
+        f"{len(odd)} of {len(holders)} ranks have another plan than rank {holders[reference].rank}: "
         f"{'; '.join(clauses)}; start every rank with the same options, files and version of hft_megatron."
     )
 
 
 def _difference(holder: _Holder, plan: Plan, reference: Plan) -> str:
-    """Which rank, where, and what is different there."""
+    """The rank, its place, and the first difference of its plan."""
     where = f"rank {holder.rank} on {holder.host} ({holder.coordinates})"
     name = reference.first_difference(plan)
     assert name is not None, f"the digests of {where} differ and the plans do not"
     if name not in {unit.name for unit in reference.units} & {unit.name for unit in plan.units}:
         return f"{where} differs first in {name}"
-    here, there = ("trains" if p.trains(name) else "rests" for p in (plan, reference))
+    here, there = ("trainable" if p.trains(name) else "frozen" for p in (plan, reference))
     if here == there:
         return f"{where} differs first in the size of {name}"
-    return f"{where} differs first in {name}, which {here} there instead of {there}"
+    return f"{where} differs first in {name}, which is {here} there instead of {there}"
 
 
 _SPREAD = 2 * 0x1E3779B97F4A7C15
@@ -117,26 +117,26 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 class Audit:
-    """The resting shards of one rank in one round."""
+    """The frozen shards of one rank in one round."""
 
     def __init__(self, slots: Sequence[ParameterSlot], plan: Plan) -> None:
         """Takes the fingerprints; ``slots`` are all of this rank's parameters."""
-        self._resting = [slot for slot in slots if not plan.trains(slot.unit)]
+        self._frozen = [slot for slot in slots if not plan.trains(slot.unit)]
         self._order = {unit.name: position for position, unit in enumerate(plan.units)}
-        self._before = [fingerprint(slot.parameter) for slot in self._resting]
+        self._before = [fingerprint(slot.parameter) for slot in self._frozen]
 
     @property
     def shards(self) -> int:
-        """How many this rank watches."""
-        return len(self._resting)
+        """Number of shards that this rank audits."""
+        return len(self._frozen)
 
     def verify(self, *, coordinates: str) -> None:
         """Compares with the start of the round; collective over all ranks.
 
-        Raises the same RunFailed on every rank when a resting shard anywhere has changed: it names the first such unit
+        Raises the same RunFailed on every rank when a frozen shard anywhere has changed: it names the first such unit
         in the model's order, and the rank, host and ``coordinates`` of the shard.
         """
-        pairs = zip(self._resting, self._before, strict=True)
+        pairs = zip(self._frozen, self._before, strict=True)
         moved = [slot.unit for slot, before in pairs if fingerprint(slot.parameter) != before]
         first = min(moved, key=self._order.__getitem__, default=None)
         mine = None if first is None else (self._order[first], first, socket.gethostname(), coordinates, len(moved))
@@ -146,6 +146,6 @@ class Audit:
         _, rank, (_, unit, host, where, _) = min(guilty, key=lambda one: one[:2])
         total = sum(entry[4] for _, _, entry in guilty)
         raise RunFailed(
-            f"the audit found {total} resting shard{'s' if total > 1 else ''} changed, first {unit} on rank {rank} "
+            f"the audit found that {total} frozen shard{'s' if total > 1 else ''} changed, first {unit} on rank {rank} "
             f"on {host} ({where}); something outside the optimizer wrote to it, or memory failed."
         )

@@ -28,7 +28,7 @@ SHORT_DIGEST_LENGTH = 12
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryCount:
-    """How much of one category trains, over the whole model."""
+    """Amount of one category that trains, over the whole model."""
 
     category: Category
     units: int
@@ -49,15 +49,15 @@ class CategoryCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which units train in one round. Equal for every TP x PP x DP layout of the same model, options and round."""
+    """The units that train in one round. Equal for every TP x PP x DP layout of the same model, options and round."""
 
     policy: Policy
-    """How it was drawn; a person may have edited what trains since."""
+    """Policy of the draw; a person may have edited ``training`` since."""
     round: int
     units: tuple[Unit, ...]
     """All units of the model in canonical order."""
     training: frozenset[str]
-    """Names of the units that train; the others rest."""
+    """Names of the units that train; the others are frozen."""
 
     def __post_init__(self) -> None:
         strangers = self.training - self._names
@@ -68,7 +68,7 @@ class Plan:
         return frozenset(unit.name for unit in self.units)
 
     def trains(self, name: str) -> bool:
-        """Whether the unit of this Hugging Face module name trains; the name must be a unit of the model."""
+        """Return whether the unit of this Hugging Face module name trains; it must be a unit of the model."""
         assert name in self._names, f"{name} is not a unit of this model"
         return name in self.training
 
@@ -79,7 +79,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of everything the plan says: two plans are equal exactly when their digests are."""
+        """SHA-256 (hex) of the whole plan: two plans are equal exactly when their digests are."""
         training = [unit.name for unit in self.units if self.trains(unit.name)]
         return _sha256({**self._options(), "shape_fingerprint": self.shape_fingerprint, "training": training})
 
@@ -95,18 +95,18 @@ class Plan:
 
     @cached_property
     def frozen_parameters(self) -> int:
-        """Parameters that rest, over the whole model."""
+        """Parameters that are frozen, over the whole model."""
         return sum(unit.parameters for unit in self.units) - self.trainable_parameters
 
     def apply(self, model: "Module", optimizer: "Optimizer | None" = None) -> None:
         """Freezes what the plan freezes in ``model``, any torch module whose parameters have Hugging Face's names.
 
         Trainable units get ``requires_grad``, frozen ones lose it and their gradient. Where PEFT has put adapters into
-        the model, these follow their unit and all of its own weights stay frozen. It holds over ``train()``, gradient
-        checkpointing and tied embeddings; where something else changes ``requires_grad`` afterwards, the next forward
-        pass in training raises RuntimeError. Frozen weights cost no gradient and no state only in an optimizer (and a
-        DistributedDataParallel or FSDP) that is made afterwards: an ``optimizer`` that holds some is a ValueError, and
-        so is a model that is not the plan's.
+        the model, these follow their unit and all of the model's own weights stay frozen. The plan persists through
+        ``train()``, gradient checkpointing and tied embeddings; where something else changes ``requires_grad``
+        afterwards, the next forward pass in training raises RuntimeError. Build the optimizer (and
+        DistributedDataParallel or FSDP) afterwards, so that frozen weights cost no gradient and no state. Raises
+        ValueError for an ``optimizer`` that holds frozen weights, and for a model that the plan does not fit.
         """
         from hft_megatron.hft.on_modules import apply_to_module
 
@@ -139,7 +139,7 @@ class Plan:
         )
 
     def describe(self) -> str:
-        """The plan in words for the log: one line for the whole, then one line per category."""
+        """Description of the plan for the log: one line for the whole, then one line per category."""
         chosen = "all adapters" if any(unit.category == "adapter" for unit in self.units) else self.policy.describe()
         lines = [
             f"plan {self.short_digest}: round {self.round}, {chosen}, "
@@ -176,14 +176,14 @@ class Plan:
                 raise UserError(f"{refusal} it lists {unit.name}, which the model does not have; {FIX}")
             if unit != model[unit.name]:
                 raise UserError(
-                    f"{refusal} {unit.name} is {_size(unit)}, the model's is {_size(model[unit.name])}; {FIX}"
+                    f"{refusal} {unit.name} is {_size(unit)}, but the model's is {_size(model[unit.name])}; {FIX}"
                 )
         missing = next((name for name in model if name not in self._names), None)
         if missing is not None:
             raise UserError(f"{refusal} it does not list {missing}; {FIX}")
         misplaced = next((unit.name for unit, name in zip(self.units, model, strict=True) if unit.name != name), None)
         if misplaced is not None:
-            raise UserError(f"{refusal} {misplaced} is not at its place in the order; {FIX}")
+            raise UserError(f"{refusal} {misplaced} is out of order; {FIX}")
 
     def _options(self) -> dict[str, Any]:
         return {**self.policy.to_dict(), "round": self.round}
@@ -209,7 +209,7 @@ class Plan:
         """
         record = read_record(text, source=source)
         if len(record.rounds) != 1:
-            raise UserError(f"{source} has the plans of {len(record.rounds)} rounds, and one is wanted here; {FIX}")
+            raise UserError(f"{source} has the plans of {len(record.rounds)} rounds, but must have one; {FIX}")
         return cls.from_record(record, 0, shape=shape, source=source)
 
     @classmethod
@@ -220,10 +220,10 @@ class Plan:
         )
         plan.check_fits(shape, source=source)
         if plan.shape_fingerprint != record.shape_fingerprint:
-            raise UserError(f"{source} has an edited shape_fingerprint, only `trains` may be edited; {FIX}")
+            raise UserError(f"{source} has an edited shape_fingerprint, but only `trains` may be edited; {FIX}")
         if not plan.training:
             raise UserError(
-                f"{source} rests every unit in round {plan.round}, so nothing would train; "
+                f"{source} freezes every unit in round {plan.round}, so nothing would train; "
                 "set `trains` to true for some."
             )
         return plan
@@ -249,7 +249,7 @@ def make_plan(
     """Draw the plan of one round.
 
     ``default_seed`` (the run's ``--seed``) is used when ``--hft-seed`` is unset. ``scores`` (signal-to-noise ratio by
-    unit name, of every attention and feed-forward matrix) are needed by ``--hft-selection spectrum`` alone. Of a model
+    unit name, of every attention and feed-forward matrix) are needed by ``--hft-selection spectrum`` alone. In a model
     with adapters these train in every round, and nothing else does. Raises ``UserError`` for patterns that don't fit
     the model, or when nothing would train.
     """

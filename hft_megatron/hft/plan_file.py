@@ -1,4 +1,4 @@
-"""Files with the plans of several rounds: what ``hft-megatron plan --save`` writes and ``--hft-plan`` reads."""
+"""Files with the plans of several rounds, which ``hft-megatron plan --save`` writes and ``--hft-plan`` reads."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ def load_plans(path: str, shape: ModelShape) -> tuple[Plan, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         raise UserError(
-            f"--hft-plan {path} can't be read ({reason}); give a file of `hft-megatron plan --save`."
+            f"--hft-plan {path} cannot be read ({reason}); give a file from `hft-megatron plan --save`."
         ) from None
     record = read_record(text, source=path)
     plans = (Plan.from_record(record, index, shape=shape, source=path) for index in range(len(record.rounds)))
@@ -51,6 +51,6 @@ def check_enough_rounds(plans: Sequence[Plan], needed: int, path: str) -> None:
     """Raises ``UserError`` when a run of ``needed`` rounds is longer than its plan file."""
     if len(plans) < needed:
         raise UserError(
-            f"--hft-plan {path} has {len(plans)} rounds and the run needs {needed}; save a plan with "
+            f"--hft-plan {path} has {len(plans)} rounds, but the run needs {needed}; save a plan with "
             f"--rounds {needed} or choose a longer --hft-round-interval."
         )

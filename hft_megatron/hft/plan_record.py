@@ -1,4 +1,4 @@
-"""The JSON form of plans: what it must look like, each mistake one sentence. One round or several share one form.
+"""The JSON form of plans, and its checks, each mistake one sentence. One round or several share one form.
 
 ``trains`` of a unit is true or false in a file of one round, and a list of these, one per round, in a file of several.
 """
@@ -15,7 +15,7 @@ from hft_megatron.hft.units import Unit
 FORMAT = 2
 """Version of the JSON form."""
 FIX = "draw a new plan for this model."
-"""How the messages about an unusable plan end."""
+"""End of the messages about an unusable plan."""
 
 _HEADER_TYPES: dict[str, tuple[type, ...]] = {
     "format": (int,),
@@ -35,14 +35,14 @@ _UNIT_TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRecord:
-    """The plans of one file, of well-formed fields; whether they fit a model is for ``Plan.check_fits``."""
+    """The plans of one file, of well-formed fields; ``Plan.check_fits`` checks whether they fit a model."""
 
     shape_fingerprint: str
     policy: Policy
     rounds: tuple[int, ...]
     units: tuple[Unit, ...]
     training: tuple[frozenset[str], ...]
-    """Per round, the names of the units that train."""
+    """Names of the units that train, per round."""
 
 
 def write_record(record: PlanRecord) -> str:
@@ -85,7 +85,7 @@ def read_record(text: str, *, source: str) -> PlanRecord:
     except json.JSONDecodeError as error:
         raise UserError(f"{source}:{error.lineno} is not JSON ({error.msg}); {FIX}") from error
     if isinstance(record, dict) and record.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{source} has plan format {record['format']}, this version reads {FORMAT}; {FIX}")
+        raise UserError(f"{source} has plan format {record['format']}, but this version reads {FORMAT}; {FIX}")
     _check_fields(record, _HEADER_TYPES, where=source)
     rounds = record["rounds"]
     if not rounds or any(type(number) is not int or number < 0 for number in rounds):
@@ -110,7 +110,7 @@ def _training(rows: Sequence[Mapping[str, Any]], rounds: int, *, source: str) ->
     for row in rows:
         trains = row["trains"] if isinstance(row["trains"], list) else [row["trains"]]
         if len(trains) != rounds or any(type(value) is not bool for value in trains):
-            wanted = "true or false" if rounds == 1 else f"a list of {rounds}, true or false for each round"
+            wanted = "true or false" if rounds == 1 else f"a list of {rounds} values, true or false for each round"
             raise UserError(
                 f"{source} has `trains` {json.dumps(row['trains'])} for {row['name']}; it must be {wanted}."
             )
@@ -125,7 +125,7 @@ def _check_fields(record: Any, types: dict[str, tuple[type, ...]], *, where: str
         raise UserError(f"{where} is not a JSON object; {FIX}")
     if record.keys() != types.keys():
         odd = min(record.keys() ^ types.keys())
-        raise UserError(f"{where} must have exactly the fields {', '.join(types)}, look at {odd}; {FIX}")
+        raise UserError(f"{where} must have exactly the fields {', '.join(types)} (check {odd}); {FIX}")
     for key, allowed in types.items():
         if type(record[key]) not in allowed:  # not isinstance: true is an int to Python
             raise UserError(f"{where} has {key} {record[key]!r}, which is of the wrong type; {FIX}")

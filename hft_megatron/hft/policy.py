@@ -1,4 +1,4 @@
-"""How units are chosen: the options that fix a plan, as one value that checkpoints record, and the randomness.
+"""The choice of units: the options that fix a plan, as one value that checkpoints record, and the randomness.
 
 Pure: the result depends on seed, round, purpose and candidates, and on nothing else (no global RNG, no layout, no
 Python version).
@@ -22,7 +22,7 @@ from hft_megatron.errors import UserError
 class Draw:
     """The randomness of one round. Draws for different purposes are independent of each other.
 
-    Every candidate gets the SHA-256 of (seed, round, purpose, candidate) and the smallest hashes win: uniform over
+    Every candidate gets the SHA-256 of (seed, round, purpose, candidate); the smallest hashes are chosen: uniform over
     subsets, independent of the order of the candidates, and the same in every Python and on every machine, which
     ``random.sample`` does not promise.
     """
@@ -57,7 +57,7 @@ def nearest(value: Fraction) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What ``HFTConfig`` says about the choice of units; its fields have the meaning of the options of their names."""
+    """The part of ``HFTConfig`` that chooses units; its fields have the meaning of the options of the same name."""
 
     ratio: float
     level: Level = "category"
@@ -71,7 +71,7 @@ class Policy:
     train: tuple[str, ...] = ()
     """Patterns of the units that train in every round."""
     freeze: tuple[str, ...] = ()
-    """Patterns of the units that rest in every round."""
+    """Patterns of the units that are frozen in every round."""
 
     @classmethod
     def from_config(cls, config: HFTConfig, *, default_seed: int) -> "Policy":
@@ -87,13 +87,13 @@ class Policy:
 
     @classmethod
     def from_dict(cls, values: Any, *, source: str) -> "Policy":
-        """The inverse of ``to_dict``. Raises ``UserError`` naming ``source`` and the field that no plan can have."""
+        """The inverse of ``to_dict``. Raises ``UserError`` naming ``source`` and the first field that is not valid."""
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or values.keys() != set(names):
             raise UserError(f"{source} must have a policy with exactly the fields {', '.join(names)}; draw a new plan.")
         for name in names:
             if not _is_possible(name, values[name]):
-                raise UserError(f"{source} has the policy {name} {values[name]!r}, which no plan has; draw a new plan.")
+                raise UserError(f"{source}: the policy's {name} {values[name]!r} is not valid; draw a new plan.")
         return cls(**{**values, **{name: tuple(values[name]) for name in ("train", "freeze")}})
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Policy:
         return self.level if self.selection == "random" else self.selection
 
     def describe(self) -> str:
-        """The policy in words for the log; counting, pairing, rotation and freezes only where not at their default."""
+        """Description for the log; counting, pairing, rotation and freezes only where not at their default."""
         selection = f"random by {self.level}" if self.selection == "random" else self.selection
         words = [f"ratio {self.ratio}", f"selection {selection}", f"seed {self.seed}"]
         words += [
@@ -125,14 +125,14 @@ class Policy:
 
 
 def check_choice(name: str, value: Any) -> None:
-    """Raises ValueError where the field ``name`` of a policy can't be ``value``."""
+    """Raises ValueError where ``value`` is not valid for the field ``name`` of a policy."""
     option = declared(HFTConfig)[f"hft_{name}"]
     if not option.allows(value):
         raise ValueError(f"{name}={value!r} must be {option.expected}.")
 
 
 def _is_possible(name: str, value: Any) -> bool:
-    """Whether a field read from a file can have this value."""
+    """Return whether a field read from a file may have this value."""
     if name in ("train", "freeze"):
         return isinstance(value, list) and all(isinstance(pattern, str) for pattern in value)
     return declared(HFTConfig)[f"hft_{name}"].allows(value)

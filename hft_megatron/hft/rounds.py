@@ -1,4 +1,4 @@
-"""When rounds begin and end. Pure arithmetic over iterations; the switch itself is the training loop's."""
+"""First and last iterations of rounds. Pure arithmetic; the switch itself is the training loop's."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ class RoundSchedule:
     """``stage`` (the stage is one round), ``epoch``, or a number of iterations, as in ``--hft-round-interval``."""
     train_iters: int
     epoch_starts: Sequence[int]
-    """How many samples come before each epoch, up to and with the first number that the iterations don't go beyond.
-    Read for ``epoch`` alone."""
+    """Number of samples before each epoch, up to and including the first number that the iterations don't exceed. Used
+    for ``epoch`` alone."""
     batches: BatchSizes
     first_round: int = 0
-    """Number of the stage's first round: how many rounds the stages before it had."""
+    """Number of the stage's first round: the count of rounds in the stages before it."""
 
     def round_of(self, iteration: int) -> int:
         """The round of the iteration that is about to run, and after the last iteration the last round.

@@ -22,7 +22,7 @@ class SelectionRule(ABC):
         rank."""
 
     def cycle(self, units: Sequence[Unit], ratio: Fraction) -> int | None:
-        """Rounds after which the learning rate moves, where it doesn't with every iteration."""
+        """Rounds between changes of the learning rate; None where it changes with every iteration."""
         return None
 
 
@@ -31,9 +31,9 @@ RULES: dict[str, SelectionRule] = {}
 
 
 def register(name: str, rule: SelectionRule, selection: Selection | None = None) -> None:
-    """Adds a rule under a name of its own, which is then a value of --hft-selection.
+    """Adds a rule under its name, which is then a value of --hft-selection.
 
-    ``selection`` is what options and rounds must know of it; None for a level of random draws.
+    ``selection`` has the properties that options and rounds need; None for a level of random draws.
     """
     RULES[name] = rule
     if selection is not None:
@@ -43,12 +43,12 @@ def register(name: str, rule: SelectionRule, selection: Selection | None = None)
 
 @dataclass(frozen=True, kw_only=True)
 class _Quota:
-    """How much of one category each layer trains, in matrices or in parameters."""
+    """Amount of one category that each layer trains, in matrices or in parameters."""
 
     low: int
     high: int
     layers_with_high: int
-    """So many layers train ``high``, the others ``low``."""
+    """Number of layers that train ``high``; the others train ``low``."""
 
 
 class CategoryRule(SelectionRule):
@@ -203,7 +203,7 @@ class ModelRule(SelectionRule):
 
 
 def _closest_prefix(sizes: Sequence[int], ratio: Fraction) -> int:
-    """How many of the first ``sizes`` add up closest to ``ratio`` of all."""
+    """Number of leading ``sizes`` whose sum is closest to ``ratio`` of all."""
     sums = [0, *accumulate(sizes)]
     return min(range(len(sums)), key=lambda count: (abs(sums[count] - ratio * sums[-1]), -count))
 
@@ -212,7 +212,7 @@ class HiftRule(SelectionRule):
     """Round r trains group r mod groups of the blocks embedding | layer 0 | ... | last layer | final norm and head.
 
     Source: HiFT (Liu et al., arXiv 2401.15207), bottom-up order. A group has max(1, floor(ratio x blocks + 1/2))
-    blocks, the last group what remains. A tied head trains with the embedding, being one unit.
+    blocks, the last group the remaining ones. A tied head trains with the embedding, being one unit.
     """
 
     def select(
@@ -225,7 +225,7 @@ class HiftRule(SelectionRule):
         return frozenset(name for block in blocks[first : first + size] for name in block)
 
     def cycle(self, units: Sequence[Unit], ratio: Fraction) -> int:
-        """Rounds of one full cycle, after which every block has trained once and the learning rate moves."""
+        """Rounds of one full cycle, after which every block has trained once and the learning rate changes."""
         blocks = len(_blocks(units))
         return _groups(blocks, _group_size(blocks, ratio))
 
@@ -288,7 +288,7 @@ register(
     "lisa",
     LayerRule(),
     Selection(
-        what="draws whole layers anew in every round",
+        what="redraws whole layers in every round",
         without=("hft_level", "hft_counting", "hft_pairing", "hft_rotation"),
         is_of_rounds=True,
     ),

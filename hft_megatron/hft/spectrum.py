@@ -1,4 +1,4 @@
-"""Scores for ``--hft-selection spectrum``: how far a matrix's singular values stand out of noise. Once per run.
+"""Scores for ``--hft-selection spectrum``: a matrix's singular values above its noise. Computed once per run.
 
 No matrix is scored on two ranks: singular values differ in their last bits between machines and thread counts, and
 ranks that rank differently would train different units.
@@ -58,8 +58,8 @@ def spectrum_scores(shape: ModelShape, read: Callable[[str], Tensor], *, device:
 def _score(name: str, weight: Tensor) -> float:
     if not bool(torch.isfinite(weight).all()):
         raise UserError(
-            f"--hft-selection spectrum: {name} of the --load-hf folder holds infinite or undefined numbers, which have "
-            "no singular values; use weights that are finite."
+            f"--hft-selection spectrum: {name} in the --load-hf folder has infinite or undefined entries, and so no "
+            "singular values; use weights that are finite."
         )
     return signal_to_noise(weight)
 

@@ -1,4 +1,4 @@
-"""What can be trained or rested: one unit per Hugging Face weight, in an order that never depends on a layout.
+"""Units, which are trained or frozen: one per Hugging Face weight, in an order that never depends on a layout.
 
 Pure: no torch, no ranks. Everything the method decides, it decides over these units.
 """
@@ -25,7 +25,7 @@ CATEGORIES: tuple[Category, ...] = (
 LAYER_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward", "norm")
 """The categories inside the transformer layers, which the method halves (Hui et al., arXiv 2404.18466)."""
 MATRIX_CATEGORIES: tuple[Category, ...] = ("attention", "feed_forward")
-"""Those of them whose units are matrices."""
+"""The categories inside the layers whose units are matrices."""
 
 EMBEDDING_NAME = "model.embed_tokens"
 FINAL_NORM_NAME = "model.norm"
@@ -35,7 +35,7 @@ ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """Names in a layer of the matrices that read the attention's input."""
 ATTENTION_OUT = "self_attn.o_proj"
 MLP_IN = ("mlp.gate_proj", "mlp.up_proj")
-"""Of those that read the feed-forward block's input."""
+"""Names in a layer of the matrices that read the feed-forward block's input."""
 MLP_OUT = "mlp.down_proj"
 NAMES_IN_LAYER = ("input_layernorm", *ATTENTION_IN, ATTENTION_OUT, "post_attention_layernorm", *MLP_IN, MLP_OUT)
 """All of a layer's units but adapters, in the order in which a forward pass meets them."""
@@ -43,7 +43,7 @@ NAMES_IN_LAYER = ("input_layernorm", *ATTENTION_IN, ATTENTION_OUT, "post_attenti
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """The smallest thing that trains or rests as a whole: one weight matrix, or one norm."""
+    """The smallest part that is trained or frozen as a whole: one weight matrix, or one norm."""
 
     name: str
     """Hugging Face's module name, such as ``model.layers.3.self_attn.q_proj``."""

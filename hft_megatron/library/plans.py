@@ -19,7 +19,7 @@ from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.policy import check_choice
 
 _FLAG = re.compile(r"(?<![\w/.-])--([a-z][a-z0-9-]*)")
-"""Not within a path: a folder of Hugging Face's cache is called models--ORGANISATION--NAME."""
+"""An option in a sentence, but not within a path: Hugging Face's cache has folders like models--ORGANISATION--NAME."""
 
 
 class HasConfig(Protocol):
@@ -47,13 +47,13 @@ def draw_plan(
     freeze: str | Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Draws which weight matrices of a LLaMA train in one round; the others stay exactly as they are.
+    """Draws the weight matrices of a LLaMA that train in one round; the others stay frozen, bit for bit.
 
     ``model`` is a transformers config, the contents or the path of a ``config.json`` (or its folder), or a shape. The
     other arguments are the ``--hft-`` options of the command line, which draws the same plan from the same values;
-    ``train`` and ``freeze`` are patterns over Hugging Face's module names, and ``scores`` (a number by module name, of
-    every attention and feed-forward matrix) are what ``selection="spectrum"`` ranks by. Source of the method: Hui et
-    al., arXiv 2404.18466. Raises ValueError for a model that is no LLaMA, and for arguments that don't go together.
+    ``train`` and ``freeze`` are patterns over Hugging Face's module names, and ``scores`` (a number by module name, for
+    every attention and feed-forward matrix) is the ranking of ``selection="spectrum"``. Source of the method: Hui et
+    al., arXiv 2404.18466. Raises ValueError for a model that is not a LLaMA, and for arguments that don't fit together.
     """
     choice = {
         "ratio": ratio,
@@ -71,7 +71,7 @@ def draw_plan(
     if not isinstance(round, int) or round < 0:
         raise ValueError(f"round={round!r} must be a whole number of at least 0.")
     if SELECTIONS[selection].needs_scores and scores is None:
-        raise ValueError(f"selection={selection!r} ranks the matrices; give their scores.")
+        raise ValueError(f"selection={selection!r} ranks the matrices by scores; give them as scores.")
     patterns = {
         name: (value if isinstance(value, str) else ",".join(value)) or None
         for name, value in (("train", train), ("freeze", freeze))
@@ -87,8 +87,8 @@ def draw_plan(
 
 
 def in_arguments(sentence: str, *, of_plans: bool = False) -> str:
-    """A sentence about options of the command line as one about arguments: ``--hft-ratio`` is ``hft_ratio``, and of
-    plans ``ratio``."""
+    """A sentence about options of the command line as one about arguments: ``--hft-ratio`` becomes ``hft_ratio``, or
+    ``ratio`` for plans."""
     return _FLAG.sub(lambda flag: flag[1].removeprefix("hft-" if of_plans else "").replace("-", "_"), sentence)
 
 
@@ -101,11 +101,11 @@ def _shape_of(model: HasConfig | Mapping[str, Any] | str | PathLike[str] | Model
         try:
             return ModelShape.from_hf_config(json.loads(file.read_text(encoding="utf-8")), str(file))
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} can't be read as a {HF_CONFIG_FILE}: {error}.") from None
+            raise ValueError(f"{file} cannot be read as a {HF_CONFIG_FILE}: {error}.") from None
     if isinstance(model, Mapping):
         return ModelShape.from_hf_config(model, "the config")
     if hasattr(model, "to_dict"):
         return ModelShape.from_hf_config(model.to_dict(), "the config")
     raise ValueError(
-        f"a {type(model).__name__} is no config; give model.config, a folder with a {HF_CONFIG_FILE}, or a shape."
+        f"a {type(model).__name__} is not a config; give model.config, a folder with a {HF_CONFIG_FILE}, or a shape."
     )

@@ -1,4 +1,4 @@
-"""The trainer as a library: a run's options as arguments, and hooks of the user's around its steps."""
+"""The trainer as a library: a run's options as arguments, and the user's hooks around its steps."""
 
 import sys
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from hft_megatron.trainer.saving import Signals
 class Trainer:
     """One run of a method: ``Trainer("sft", load_hf=..., train_data_path=..., hooks=[...]).train()``.
 
-    Every option of the command line is an argument by its name with underscores, and means the same. torchrun starts
-    the program that makes it on more than one rank. ``hooks`` are objects of classes that extend
-    ``hft_megatron.Hook``: they run on every rank, before checkpoints are written.
+    Every option of the command line is an argument of the same name with underscores and the same meaning. For more
+    than one rank start the program with torchrun. ``hooks`` are objects of classes that extend ``hft_megatron.Hook``:
+    they run on every rank, before checkpoints are written.
     """
 
     def __init__(self, method: MethodName = "sft", *, hooks: Sequence[Hook] = (), **options: Any) -> None:
-        """Raises ValueError, before a model is built, for arguments that are none or don't go together."""
+        """Raises ValueError, before a model is built, for unknown arguments and for those that don't fit together."""
         if method not in known(MethodName):
             raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, known(MethodName)))}.")
         for hook in hooks:
@@ -43,11 +43,11 @@ class Trainer:
         self._method, self._hooks = METHODS[method], tuple(hooks)
 
     def train(self) -> None:
-        """Trains to the end, from where ``load`` stands, and saves and exports what the options ask for.
+        """Trains to the end, from the checkpoint in ``load`` if there is one, and saves and exports by the options.
 
         Raises ValueError for a mistake in the data or folders, and ``hft_megatron.errors.Stopped`` where a signal or a
-        time limit ended the run. Where a host is lost, the process ends. However it ends otherwise, handlers of signals
-        and the environment are then as they were.
+        time limit ended the run. Where a host is lost, the process ends. In all other cases signal handlers and the
+        environment are restored.
         """
         signals = Signals()
         try:
@@ -66,7 +66,7 @@ class Trainer:
         finally:
             signals.close()
             if self._ranks == 1:
-                stop_groups()  # of a run that failed; ranks that others wait for leave theirs as they are
+                stop_groups()  # of a failed run; on several ranks others may still wait for this one's groups
 
 
 def _say(line: str) -> None:

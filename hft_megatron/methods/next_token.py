@@ -14,25 +14,25 @@ from hft_megatron.trainer.method import LossFunction, MicroBatch, Objective
 
 
 def forward(chunk: torch.nn.Module, micro_batch: MicroBatch, embedded: Tensor | None = None) -> Any:
-    """One model chunk's output: token losses (b, s) on the last stage, or what it is asked for in their place, and
+    """One model chunk's output: token losses (b, s) on the last stage, or the output asked for in their place, and
     hidden states (s, b, h) before it.
 
     ``micro_batch`` holds ``tokens`` and ``labels`` (b, s) int64, and ``cu_seqlens`` where the sequence is packed;
-    ``embedded`` (s / tp or s, b, h) is what the first stage's layers get in place of the tokens' embeddings.
+    ``embedded`` (s / tp or s, b, h) replaces the tokens' embeddings as input of the first stage's layers.
     """
     device = next(chunk.parameters()).device
     packed = packed_seq_params(micro_batch["cu_seqlens"], device) if "cu_seqlens" in micro_batch else None
     tokens, labels = (micro_batch[name].to(device, non_blocking=True) for name in ("tokens", "labels"))
-    # Megatron-core asks for positions and doesn't read them: rotary ones follow from the packing alone.
+    # megatron-core takes positions and doesn't read them: rotary ones follow from the packing alone.
     positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
-    # No attention mask: it is causal in the attention itself, and padding stands on the right or is a segment.
+    # No attention mask: it is causal in the attention itself, and padding is on the right or is a segment.
     given = {} if embedded is None else {"decoder_input": embedded}
     return chunk(tokens, positions, None, labels=labels, packed_seq_params=packed, **given)
 
 
 def segment_lengths(micro_batch: MicroBatch) -> list[int]:
-    """Positions of each example, or stretch of padding, in the order in which they lie in memory: of the
-    rows, or where a sequence is packed of the segments."""
+    """Positions of each example, or stretch of padding, in memory order: of the rows, or where a sequence is packed of
+    the segments."""
     if "cu_seqlens" in micro_batch:
         lengths: list[int] = micro_batch["cu_seqlens"].diff().tolist()
         return lengths
@@ -41,7 +41,7 @@ def segment_lengths(micro_batch: MicroBatch) -> list[int]:
 
 
 def segment_sums(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(n,) -> (segments,), the sum of each. Of slices: adding by index is not deterministic on CUDA."""
+    """(n,) -> (segments,), the sum of each. Uses slices: adding by index is not deterministic on CUDA."""
     return torch.stack([segment.sum() for segment in values.split(list(lengths))])
 
 

@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Declaration:
-    """What is known of a method before torch is imported."""
+    """Declaration of a method, before torch is imported."""
 
     name: MethodName
-    """Of its command, and in a file of --stages."""
+    """Name of its command, and of the method in a file of --stages."""
     summary: str
-    """What the command does, in a line."""
+    """Description of the command, in a line."""
     groups: Mapping[str, type]
     """Groups of its own options, by name: a group of a run, or for one of that name a class with some of its fields."""
     rules: tuple[Rule, ...]
-    """About its data and its own options."""
+    """Rules for its data and its own options."""
     first: tuple[str, ...] = ()
     """Names of options that --help shows beside those of every run, the data above all; without any it shows all."""
     measures: Mapping[str, bool] = field(default_factory=dict)
-    """What its validation measures that --save-hf-best can go by: names of the log, and whether higher is better."""
+    """Validation metrics that --save-hf-best can use: names of the log, and whether higher is better."""
     load: "Callable[[], Method]"
-    """Imports what it trains with."""
+    """Imports its code."""
 
 
 DECLARED: dict[MethodName, Declaration] = {}
-"""By name."""
+"""Declared methods by name."""
 
 
 def register(declaration: Declaration) -> None:
@@ -55,7 +55,7 @@ def register(declaration: Declaration) -> None:
 
 
 class _Loaded(Mapping[MethodName, "Method"]):
-    """The methods themselves, each imported when it is asked for."""
+    """The methods themselves, each imported on first use."""
 
     def __getitem__(self, name: MethodName) -> "Method":
         return _load(DECLARED[name].load)
@@ -82,14 +82,14 @@ SUPERVISED_RULES: tuple[Rule, ...] = (
     data.packing_is_asked_for,
     data.validation_has_data,
 )
-"""What every method asks that trains on records."""
+"""Rules of every method that trains on records."""
 
 
 RECORDS_FIRST = ("train-data-path", "valid-data-path", "chat-template", "packing", "train-epochs")
-"""Of a method that trains on records, the options that --help shows."""
+"""Options that --help shows for a method that trains on records."""
 
 OF_SFT_ALONE: tuple[Rule, ...] = (ewc.nothing_is_held, objectives.examples_are_learned_as_they_are)
-"""What other methods refuse, which have it from options of all stages."""
+"""Rules of the other methods, which refuse SFT's own options where all stages share theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Low-rank adapters beside column- and row-parallel matrices: W x + alpha / r x B A x (Hu et al., arXiv 2106.09685).
 
 An A has its matrix's columns and a B its rows, so one of the two is cut over tensor-parallel ranks as the matrix is and
-every rank holds the other whole. Of a column-parallel matrix A is one more matrix over the shared input, which is
-gathered once for all of them; of a row-parallel one B A x of this rank's columns is added before the sum over ranks,
-which is then one sum for both. What is whole has on each rank a part of its gradient, which
+every rank holds the other whole. The A of a column-parallel matrix is one more matrix over the shared input, which is
+gathered once for all of them; for a row-parallel one, B A x of this rank's columns is added before the sum over ranks,
+which is then one sum for both. A whole factor has a part of its gradient on each rank, which
 ``optimizer.whole_gradients`` adds up once in a step.
 """
 
@@ -22,11 +22,11 @@ from hft_megatron.model.linear import RowParallel, SharedInputColumnParallel, pr
 from hft_megatron.parallel.groups import Placement
 
 PARTIAL_MARK = "gradient_is_partial"
-"""Attribute of a parameter that all tensor-parallel ranks hold, and each has a part of the gradient of."""
+"""Attribute of a parameter that all tensor-parallel ranks hold, and of whose gradient each has a part."""
 
 
 class _Factor(torch.nn.Module):
-    """An A or a B, which whoever multiplies by it calls, because of --overlap-param-gather (see ``linear._Member``)."""
+    """An A or a B, called by its user because of --overlap-param-gather (see ``linear._Member``)."""
 
     def __init__(self, rows: int, columns: int, like: Tensor, *, is_whole: bool) -> None:
         super().__init__()
@@ -48,18 +48,18 @@ class LowRank(torch.nn.Module):
         self.lora_B = _Factor(rows, adapters.rank, weight, is_whole=cut == 1)
         self.scale, self.probability, self.is_on = adapters.scale, adapters.dropout, True
         self._cut = cut
-        # Of one input all ranks leave out the same, and of different columns each its own.
+        # All ranks drop the same entries of one input, and each its own of different columns.
         self._salt = tensor_rank if cut == 1 else 0
 
     @property
     def drops(self) -> bool:
-        """Whether a forward pass leaves out some of the input now."""
+        """True if a forward pass drops some of the input now."""
         return self.training and self.probability > 0
 
     def dropped(self, hidden: Tensor) -> Tensor:
-        """(s, b, columns) -> the same, with the share ``dropout`` of the entries left out in training.
+        """(s, b, columns) -> the same, with the share ``dropout`` of the entries dropped in training.
 
-        The draw begins at torch's generator of the host, which recomputed layers have back as it was.
+        The draw begins at torch's generator of the host, which recomputed layers restore.
         """
         if not self.drops:
             return hidden
@@ -75,7 +75,7 @@ class LowRank(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str, sharded_offsets: Any, metadata: Any, tp_group: torch.distributed.ProcessGroup
     ) -> dict[str, Any]:
-        """For dist_checkpointing, under the names of the parameters."""
+        """Description for dist_checkpointing, under the names of the parameters."""
         cut = ADAPTER_PARTS[1 - self._cut]
         described: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -105,8 +105,8 @@ def add_adapters(layers: Iterable[torch.nn.Module], adapters: Adapters, tensor_r
 
 
 def seed_dropout(adapters: Adapters | None, *, seed: int, iteration: int, placement: Placement) -> None:
-    """Has the draws of one step's dropout depend on the run's seed, the iteration and the rank's place alone, so that a
-    resumed run draws what it would have drawn; tensor-parallel ranks begin alike."""
+    """Makes the draws of one step's dropout depend on the run's seed, the iteration and the rank's place alone, so that
+    a resumed run draws what it would have drawn; tensor-parallel ranks begin alike."""
     if adapters is None or adapters.dropout == 0:
         return
     words = f"dropout|{seed}|{iteration}|{placement.data_rank}|{placement.pipeline_rank}"
@@ -116,7 +116,7 @@ def seed_dropout(adapters: Adapters | None, *, seed: int, iteration: int, placem
 
 @contextlib.contextmanager
 def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Within it a model computes what it would without its adapters."""
+    """Disables the adapters: within it a model computes what it would without them."""
     found = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LowRank)]
     for adapter in found:
         adapter.is_on = False

@@ -54,7 +54,7 @@ def _draw(slot: ParameterSlot, shape: ModelShape, seed: int) -> torch.Tensor:
 def initialize_adapters(chunks: Sequence[LlamaModel], shape: ModelShape, *, seed: int, placement: Placement) -> None:
     """Fills every A from U(-1 / sqrt(columns), 1 / sqrt(columns)), and every B with zero; other parameters stay.
 
-    That is Kaiming's uniform draw with a = sqrt(5), which PEFT has. The same seed gives the same adapters on every
+    This is Kaiming's uniform draw with a = sqrt(5), which PEFT uses. The same seed gives the same adapters on every
     layout.
     """
     for slot in parameter_slots(chunks):
@@ -75,7 +75,7 @@ def _generator(slot: ParameterSlot, seed: int) -> torch.Generator:
 def transformer_config(
     shape: ModelShape, parallel: ParallelConfig, training: TrainingConfig, *, dtype: torch.dtype
 ) -> TransformerConfig:
-    """megatron-core's configuration of this model; every CUDA-only fusion that lacks a fallback is off."""
+    """megatron-core's configuration of this model; every CUDA-only fusion without a fallback is off."""
     std = shape.init_method_std
     virtual_size = virtual_pipeline_size(parallel, shape.num_layers)
     return TransformerConfig(
@@ -99,8 +99,8 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         transformer_impl=training.transformer_impl,
         pipeline_dtype=dtype,
-        # Under the interleaved schedule of two stages a rank's neighbours before and after it are one rank, and in one
-        # batch of sends and receives between them activations would be taken for gradients: each goes on its own.
+        # Under the interleaved schedule of two stages a rank's neighbours before and after it are one rank. In one
+        # batch of sends and receives between them activations would be taken for gradients: each is sent on its own.
         batch_p2p_comm=virtual_size is None,
         overlap_p2p_comm=virtual_size is not None and parallel.overlap_p2p_communication,
         # It would wait for the whole device after every transfer, for the sake of torch before 2.0.

@@ -52,21 +52,21 @@ class _NoGradient(torch.autograd.Function):
 
 
 def without_gradient(output: Tensor, weight: Parameter) -> Tensor:
-    """``output`` (..., h) as one of the embedding's whose gradient by it is zero: the weight has its gradient in every
+    """``output`` (..., h) as an output of the embedding with a gradient of zero: the weight has its gradient in every
     step, and layers above compute one of their input."""
     found: Tensor = _NoGradient.apply(output, weight)
     return found
 
 
 class TokenEmbedding(VocabParallelEmbedding):
-    """megatron-core's embedding, made of the one that ``GPTModel`` makes, with its weight and marks.
+    """megatron-core's embedding, made from the one that ``GPTModel`` makes, with its weight and marks.
 
     forward: tokens (b, s) -> (b, s, h), or with sequence parallelism (s / tp, b, h).
     """
 
     def __init__(self, made: VocabParallelEmbedding, *, is_head: bool) -> None:
-        """``is_head`` is whether the same stage has the weight as its head, too."""
-        # Not megatron-core's, which would make a second weight.
+        """``is_head`` is true if the same stage also uses the weight as its head."""
+        # Not megatron-core's constructor, which would make a second weight.
         torch.nn.Module.__init__(self)
         self.__dict__.update(made.__dict__)
         self.is_head = is_head

@@ -1,4 +1,4 @@
-"""The output matrix and the token losses behind it, whose logits are never whole in memory where there are many.
+"""The output matrix and its token losses; where there are many tokens, logits are never whole in memory.
 
 Both are one autograd function that works through chunks of tokens. Logits of all tokens would be the largest tensor of
 a step: at 8,192 tokens and 128k rows 4 GiB in fp32, which the backward pass needs again as a softmax.
@@ -12,7 +12,7 @@ Each chunk adds its part to the weight gradient, and so reads and writes the who
 allows and not as small as possible. The loss itself is megatron-core's ``VocabParallelCrossEntropy``: in fp32, with the
 same bits.
 
-What an objective needs of a token's distribution beside its loss is taken from the same chunks (``Beside``).
+Values of a token's distribution that an objective needs beside the loss come from the same chunks (``Beside``).
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ from hft_megatron.model.linear import WeightGradient, gather_sequence, reduce_in
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """This tensor rank's part of the vocabulary, and how its input is laid out."""
+    """This tensor rank's part of the vocabulary, and the layout of its input."""
 
     group: dist.ProcessGroup
     sequence_parallel: bool
     real_rows: int
-    """Rows of the weight that are tokens; those behind them only pad the vocabulary."""
+    """Rows of the weight that are tokens; those after them only pad the vocabulary."""
 
 
 def hide_padded_rows(logits: Tensor, real_rows: int) -> None:
@@ -50,7 +50,7 @@ def hide_padded_rows(logits: Tensor, real_rows: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedModel:
-    """Another model's last hidden states, behind its final norm, and its head."""
+    """Another model's last hidden states, after its final norm, and its head."""
 
     hidden: Tensor
     """(s / tp or s, b, h), of the same tokens."""
@@ -60,22 +60,22 @@ class ComparedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """What is asked of each token's distribution beside its loss."""
+    """Values of each token's distribution to compute beside its loss."""
 
     entropy_of: int = 0
-    """How many of the likeliest tokens the entropy is of; 0: none is asked."""
+    """Number of the likeliest tokens that the entropy is of; 0: no entropy."""
     compared: ComparedModel | None = None
-    """The model that the KL divergence is from; None: none is asked."""
+    """The model that the KL divergence is from; None: no divergence."""
 
 
 class TokenValues(NamedTuple):
-    """Of every token, each (s, b) or (b, s), fp32, in nats."""
+    """Values of every token, each (s, b) or (b, s), fp32, in nats."""
 
     losses: Tensor
     entropies: Tensor | None
-    """Of the likeliest tokens, their probabilities renormalised; no gradient goes through."""
+    """Entropies of the likeliest tokens, their probabilities renormalised; no gradient flows through."""
     divergences: Tensor | None
-    """KL(compared || this model); a gradient goes to this model alone."""
+    """KL(compared || this model); a gradient flows to this model alone."""
 
     def by_sequence(self) -> "TokenValues":
         """(s, b) -> (b, s)."""
@@ -84,8 +84,8 @@ class TokenValues(NamedTuple):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """hidden (s / tp or s, b, h), weight (rows, h), labels (s, b) -> losses (s, b), fp32; with something asked beside
-    them the three of ``TokenValues``."""
+    """hidden (s / tp or s, b, h), weight (rows, h), labels (s, b) -> losses (s, b), fp32; with ``Beside`` the three
+    of ``TokenValues``."""
 
     @staticmethod
     def forward(
@@ -116,7 +116,7 @@ class _TokenLosses(torch.autograd.Function):
             )
             of_tokens.append((elsewhere, column, maximum, predicted, total))
             kept = exponentials if ctx.is_kept else None
-            del logits, exponentials  # one memory, and room for the next chunk's
+            del logits, exponentials  # frees their memory for the next chunk's
         elsewhere, column, maximum, predicted, total = (torch.cat(parts) for parts in zip(*of_tokens, strict=True))
         sums = torch.stack([predicted, total])
         _all_reduce(sums, dist.ReduceOp.SUM, share.group)
@@ -155,13 +155,13 @@ class _TokenLosses(torch.autograd.Function):
             grad_logits = (grad_logits if pull is None else grad_logits.add_(pull)).to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden.flatten(0, 1)[of_chunk])
-                if of_chunk.stop >= total.size(0):  # travels while the last weight gradient is computed
+                if of_chunk.stop >= total.size(0):  # sent while the last weight gradient is computed
                     result, reduced = reduce_input_gradient(grad_hidden, ctx.share.group, ctx.share.sequence_parallel)
             if grad_weight is not None:
                 assert flat is not None
                 _wait_for(gathered)
                 grad_weight.add(grad_logits, flat[of_chunk])
-            del exponentials, softmax, pull, grad_logits  # room for the next chunk's
+            del exponentials, softmax, pull, grad_logits  # frees memory for the next chunk's
         _wait_for(reduced)
         return result, None if grad_weight is None else grad_weight.for_autograd(), None, None, None
 
@@ -172,7 +172,7 @@ def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.Process
 
 
 def _whole_sequence(hidden: Tensor, share: _Share) -> tuple[Tensor, dist.Work | None]:
-    """(s / tp or s, b, h) -> (s x b, h), and what to wait for before it is read."""
+    """(s / tp or s, b, h) -> (s x b, h), and the handle to wait for before it is read."""
     gathered = None
     if share.sequence_parallel:
         hidden, gathered = gather_sequence(hidden, share.group)
@@ -204,7 +204,7 @@ def _logit_gradients(softmax: Tensor, elsewhere: Tensor, column: Tensor, grad_lo
 
 def _entropy_of_likeliest(logits: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     """(tokens, rows) fp32 of this rank -> the entropy (nats) of the ``count`` likeliest tokens of the whole vocabulary
-    with their probabilities renormalised, (tokens,). Ranks exchange ``count`` logits of a token, and not its row."""
+    with their probabilities renormalised, (tokens,). Ranks exchange ``count`` logits per token, not whole rows."""
     likeliest = logits.topk(min(count, logits.size(1)), dim=1).values
     if group.size() > 1:
         ranks = [torch.empty_like(likeliest) for _ in range(group.size())]
@@ -229,7 +229,7 @@ class _Divergence:
         self._flat: Tensor | None = None
 
     def begin(self) -> None:
-        """Before the chunks of a pass, forward or backward: the other model's hidden states of the whole sequence."""
+        """Starts the chunks of a pass, forward or backward: the other model's hidden states of the whole sequence."""
         self._flat, gathered = _whole_sequence(self._compared.hidden, self._share)
         _wait_for(gathered)
 
@@ -250,7 +250,7 @@ class _Divergence:
         self._of_tokens.append((largest, weighted, other.sum(dim=1)))
 
     def values(self, total: Tensor) -> Tensor:
-        """Of all tokens; ``total`` (tokens,) is t. Behind the last chunk of the forward pass."""
+        """Divergences of all tokens; ``total`` (tokens,) is t. Called after the last chunk of the forward pass."""
         self._largest, weighted, other = (torch.cat(parts) for parts in zip(*self._of_tokens, strict=True))
         sums = torch.stack([weighted, other])
         _all_reduce(sums, dist.ReduceOp.SUM, self._share.group)
@@ -271,11 +271,11 @@ class _Divergence:
 class VocabularyHead(ColumnParallelLinear):
     """megatron-core's output matrix, which can give token losses in place of logits.
 
-    It takes over the weight of the one that ``GPTModel`` makes, with the marks that are set on it; there is none where
-    the embedding of the same stage is used.
+    It takes over the weight of the one that ``GPTModel`` makes, with the marks set on it; there is none where the
+    embedding of the same stage is used.
 
     forward: (s / tp or s, b, h) -> logits (s, b, rows), or with labels (s, b) losses in nats (s, b), fp32; and None.
-    With something asked beside the losses they are the first of ``TokenValues``.
+    With ``Beside`` the first result is ``TokenValues``, whose losses come first.
     """
 
     def __init__(self, made: ColumnParallelLinear, config: ModelParallelConfig, *, real_rows: int) -> None:

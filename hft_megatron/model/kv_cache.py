@@ -1,8 +1,8 @@
-"""Keys and values of the tokens that a batch of sequences has had, so that generation computes each token once.
+"""Keys and values of the tokens that a batch of sequences has so far, so that generation computes each token once.
 
 megatron-core has inference contexts for this. Between 0.16 and 0.19 they differ in what a layer passes them and in what
-they ask of the device, and both refuse the interleaved schedule; nothing of them is used. Here the cache travels with
-the description of the packed sequence, which every layer passes to its core attention as it is.
+they need of the device, and both refuse the interleaved schedule, so they are not used. Here the cache travels with
+the description of the packed sequence, which every layer passes unchanged to its core attention.
 """
 
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ from hft_megatron.model.torch_attention import PackedSegments, packed_attention,
 
 @dataclass(kw_only=True)
 class KeyValueCache:
-    """For each layer of this rank the keys and values of a batch: (rows, groups / tp, room, d) both.
+    """Keys and values of a batch for each layer of this rank, both (rows, groups / tp, room, d).
 
     A layer's memory is made with its first tokens.
     """
 
     room: int
-    """Most tokens that a row can have."""
+    """Maximum number of tokens of a row."""
     lengths: Tensor
-    """(rows,) int64 on the device: the tokens that each row has, without those of the step that is being computed."""
+    """(rows,) int64 on the device: the tokens of each row, without those of the step that is being computed."""
     longest: int
     """The largest of ``lengths``, known without asking the device."""
     _layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def fill(self, layer: int, key: Tensor, value: Tensor, segments: Sequence[int]) -> None:
         """Takes the first tokens of every row: key and value (tokens, groups / tp, d), rows one after the other."""
-        # Zeros, because what a mask leaves out still is multiplied by 0, and whatever lay there may be no number.
+        # Zeros, because masked entries are still multiplied by 0, and uninitialised memory may hold NaN.
         keys, values = (t.new_zeros((len(segments), t.size(1), self.room, t.size(2))) for t in (key, value))
         for whole, packed in ((keys, key), (values, value)):
             for row, part in enumerate(packed[: sum(segments)].split(list(segments))):
@@ -40,14 +40,14 @@ class KeyValueCache:
         self._layers[layer] = keys, values
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes one more token of every row, (rows, groups / tp, d) both; the keys and values up to the longest row."""
+        """Takes one more token of every row, both (rows, groups / tp, d); the keys and values up to the longest row."""
         keys, values = self._layers[layer]
         rows = torch.arange(key.size(0), device=key.device)
         keys[rows, :, self.lengths], values[rows, :, self.lengths] = key, value
         return keys[:, :, : self.longest + 1], values[:, :, : self.longest + 1]
 
     def advance(self) -> None:
-        """Every row has one token more."""
+        """Counts one more token for every row."""
         self.lengths = self.lengths + 1
         self.longest += 1
 
@@ -55,7 +55,7 @@ class KeyValueCache:
         """Drops all rows but these, of which the longest has ``longest`` tokens."""
         index = torch.tensor(rows, device=self.lengths.device)
         self.lengths, self.longest = self.lengths[index], longest
-        # One after the other, so that no more than one layer is there twice.
+        # One after the other, so that at most one layer is in memory twice.
         for layer, (keys, values) in self._layers.items():
             self._layers[layer] = keys[index], values[index]
 
@@ -66,9 +66,9 @@ class CachedSegments(PackedSegments):
 
     cache: KeyValueCache
     rows: int
-    """Segments that are rows of the cache; one behind them is padding."""
+    """Segments that are rows of the cache; one after them is padding."""
     is_there: Tensor | None = None
-    """Of one more token of each row, which keys it sees: (rows, 1, 1, keys). None where whole sequences begin."""
+    """Keys that one more token of each row sees: (rows, 1, 1, keys). None where whole sequences begin."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Query (t, heads / tp, d), key and value (t, groups / tp, d) of a layer -> (t, heads / tp, d)."""
@@ -88,8 +88,7 @@ class CachedSegments(PackedSegments):
 def first_tokens(
     lengths: Sequence[int], cache: KeyValueCache | None, padding: int, device: torch.device
 ) -> PackedSegments:
-    """Describes whole sequences that stand one after the other, with ``padding`` tokens behind them; into ``cache``
-    where there is one."""
+    """Describes whole sequences one after the other, then ``padding`` tokens; they go into ``cache`` if given."""
     starts = torch.tensor([0, *lengths, *([padding] if padding else [])], dtype=torch.int32).cumsum(
         0, dtype=torch.int32
     )
@@ -100,7 +99,7 @@ def first_tokens(
 
 
 def next_tokens(cache: KeyValueCache, padding: int) -> CachedSegments:
-    """Describes one more token of every row of ``cache``, with ``padding`` tokens behind them."""
+    """Describes one more token of every row of ``cache``, followed by ``padding`` tokens."""
     rows = cache.lengths.size(0)
     positions = F.pad(cache.lengths, (0, padding))
     is_there = torch.arange(cache.longest + 1, device=cache.lengths.device) <= cache.lengths[:, None]

@@ -20,7 +20,7 @@ from hft_megatron.model.torch_attention import PackedSegments
 
 
 class RotaryTable(RotaryEmbedding):
-    """Stands in the place of ``GPTModel``'s rotary embedding, and gives cosines and sines instead of angles.
+    """Replaces ``GPTModel``'s rotary embedding, and gives cosines and sines instead of angles.
 
     megatron-core computes them from the angles again in every layer, for queries and for keys; of a packed sequence it
     reads the lengths back from the device each time, which waits for all work queued on it.
@@ -41,7 +41,7 @@ class RotaryTable(RotaryEmbedding):
         transformer_config: Any,
         packed_seq_params: PackedSegments | None = None,
     ) -> Any:
-        """What ``GPTModel`` then hands to ``forward``: a length, or the positions of a packed sequence."""
+        """The value that ``GPTModel`` passes to ``forward``: a length, or the positions of a packed sequence."""
         if packed_seq_params is not None:
             return packed_seq_params.positions
         return super().get_rotary_seq_len(inference_context, transformer, transformer_input, transformer_config)
@@ -101,7 +101,7 @@ def scaled_inverse_frequencies(inverse_frequencies: Tensor, scaling: Llama3RopeS
     blend = blend.clamp(0.0, 1.0)
     stretched = inverse_frequencies / scaling.factor
     mixed = (1 - blend) * stretched + blend * inverse_frequencies
-    # Outside the band the exact values stand: the mix would round them.
+    # Outside the band the exact values are kept: the mix would round them.
     mixed = torch.where(blend == 0.0, stretched, mixed)
     return torch.where(blend == 1.0, inverse_frequencies, mixed)
 
@@ -173,7 +173,7 @@ class CategorySelfAttention(Attention):
             init_method=config.init_method,
             tp_group=self.pg_collection.tp,
         )
-        # Read by the base class's forward pass; LLaMA norms neither queries nor keys.
+        # Read by the base class's forward pass; LLaMA doesn't normalise queries or keys.
         self.q_layernorm = self.k_layernorm = None
 
     def forward(
@@ -181,7 +181,7 @@ class CategorySelfAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """(s, b, h) -> (s, b, h) and no bias; ``rotary_pos_emb`` is ``RotaryTable``'s.
 
-        The base class hands ``key_value_states``, which self-attention has no use for, to
+        The base class passes ``key_value_states``, which self-attention doesn't use, to
         ``get_query_key_value_tensors`` as they are, and rotates nothing where it gets no angles.
         """
         output: tuple[Tensor, Tensor | None] = super().forward(

@@ -1,8 +1,8 @@
-"""Linear layers whose matrices share their input, each of which trains or not; and how they make weight gradients.
+"""Linear layers whose matrices share their input, each trainable or frozen; and how they compute weight gradients.
 
-With weights in half precision the gradients are collected in fp32, and on CUDA no product is rounded on its way there.
+With weights in half precision gradients are accumulated in fp32, and on CUDA no product is rounded on its way there.
 
-One autograd function owns the group: the input is gathered once per direction, kept only if some member trains, and the
+One autograd function owns the group: the input is gathered once per direction, kept only if a member trains, and the
 input gradients of all members are summed before one collective.
 """
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from hft_megatron.model.adapters import LowRank
 
 AddProduct = Callable[[Tensor, Tensor, Tensor, int], object]
-"""``add(total, left, right, beta)``: total (m, n) becomes beta x total + left (m, k) @ right (k, n), with beta 1, or 0
-where what was in it is not to be read."""
+"""``add(total, left, right, beta)``: total (m, n) becomes beta x total + left (m, k) @ right (k, n). beta is 1, or 0
+to ignore its former content."""
 HALF = (torch.bfloat16, torch.float16)
 TORCH_RELEASE: tuple[int, int] = tuple(int(part) for part in torch.__version__.split(".")[:2])  # type: ignore[assignment]
 
@@ -50,7 +50,7 @@ def add_fp32_product(total: Tensor, left: Tensor, right: Tensor, beta: int) -> o
 
 
 def add_rounded_product(total: Tensor, left: Tensor, right: Tensor, beta: int) -> object:
-    """The product, rounded to its own dtype, and an addition: no CPU kernel goes from half precision into fp32."""
+    """The product, rounded to its own dtype, and an addition: no CPU kernel adds half precision to fp32."""
     product = left.mm(right)
     return total.add_(product) if beta else total.copy_(product)
 
@@ -73,9 +73,9 @@ def addition(
 class WeightGradient:
     """The gradient of one weight, as a sum of products.
 
-    It goes straight into the weight's ``main_grad`` where ``DistributedDataParallel`` made one. The first product of a
-    step is written over what is there, which then needs no clearing, where the weight is in the set of
-    ``weight.unwritten_gradients``.
+    It is added directly to the weight's ``main_grad`` where ``DistributedDataParallel`` made one. If the weight is in
+    the set ``weight.unwritten_gradients``, the first product of a step overwrites the buffer, which then needs no
+    clearing.
     """
 
     def __init__(self, weight: Parameter) -> None:
@@ -90,24 +90,24 @@ class WeightGradient:
         add(self._total, grad_output.t(), total_input, 0 if self._begins() else 1)
 
     def add_rows(self, rows: Tensor, gradients: Tensor) -> None:
-        """Adds ``gradients`` (tokens, in) to ``rows`` (tokens,), of which some may be there more than once; in the same
-        order, and to the same bits, in every run."""
+        """Adds ``gradients`` (tokens, in) to ``rows`` (tokens,), of which some may repeat; in the same order, and to
+        the same bits, in every run."""
         if self._begins():
             self._total.zero_()
         self._total.index_put_((rows,), gradients.to(self._total.dtype), accumulate=True)
 
     def _begins(self) -> bool:
-        """Whether this is the first that the step writes."""
+        """True if this is the first gradient that the step writes."""
         unwritten: set[Tensor] = getattr(self._weight, "unwritten_gradients", set())
         begins = self._weight in unwritten
         unwritten.discard(self._weight)
         return begins
 
     def for_autograd(self) -> Tensor:
-        """What a backward pass returns for the weight, never None: DDP's hook asserts a gradient under overlapped
-        reduction, and None would keep the bucket from being sent.
+        """The gradient that a backward pass returns for the weight, never None: DDP's hook asserts a gradient under
+        overlapped reduction, and None would keep the bucket from being sent.
 
-        Where ``main_grad`` has the sum already, this is a tensor that the hook drops, with whatever its memory holds.
+        Where ``main_grad`` has the sum already, this is a tensor with arbitrary content that the hook drops.
         """
         if not self.is_main_grad:
             return self._total.to(self._weight.dtype)
@@ -153,7 +153,7 @@ class _SharedInput(torch.autograd.Function):
             assert group is not None
             total, gathered = gather_sequence(input, group)
             gathered.wait()
-        # As matrices: matmul may take each token for a batch of its own where a dimension of one has an odd stride.
+        # As matrices: matmul may treat each token as a batch of its own where a dimension of one has an odd stride.
         flat = total.reshape(-1, total.size(-1))
         return tuple(flat.mm(weight.t()).view(*total.shape[:-1], -1) for weight in weights)
 
@@ -206,15 +206,15 @@ def product(input: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Adapted(torch.nn.Module):
-    """A matrix of megatron-core's that ``adapters.add_adapters`` may put an adapter beside."""
+    """A megatron-core matrix that ``adapters.add_adapters`` may put an adapter beside."""
 
     weight: Parameter
     adapter: LowRank
     is_adapted = False
-    """Whether there is one."""
+    """True if there is one."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """megatron-core's, in which the adapter's two matrices are cut in their own ways."""
+        """megatron-core's description, in which the adapter's two matrices are cut in their own ways."""
         described: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         if self.is_adapted:
             group: Any = self.tp_group
@@ -225,7 +225,7 @@ class _Adapted(torch.nn.Module):
 class RowParallel(_Adapted, RowParallelLinear):
     """megatron-core's row-parallel matrix (o_proj, down_proj), whose product is ``product``.
 
-    Its weight gradient then goes straight into ``main_grad``, and no input gradient is computed that nothing needs.
+    Its weight gradient is added directly to ``main_grad``, and no unneeded input gradient is computed.
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
@@ -236,10 +236,10 @@ class RowParallel(_Adapted, RowParallelLinear):
 
 
 class _Member(_Adapted, ColumnParallelLinear):
-    """Gives the group its weight when called, and does no product of its own.
+    """Gives the group its weight when called, and computes no product of its own.
 
     It must be called: under --overlap-param-gather the hook that waits for a weight's all-gather runs before the
-    forward pass of the very module that owns the weight, and a weight that is merely read may be the last step's.
+    forward pass of the module that owns the weight, and a weight that is merely read may be the last step's.
     """
 
     def forward(self) -> Parameter:
@@ -294,7 +294,7 @@ class SharedInputColumnParallel(MegatronModule):
         adapters = {i: one.adapter for i, one in enumerate(members) if one.is_adapted and one.adapter.is_on}
         inner: Sequence[Tensor]
         if any(adapter.drops for adapter in adapters.values()):
-            # Each leaves out other entries, of a whole input that is then kept as such.
+            # Each drops other entries, of a whole input that is then kept as such.
             total = _whole_input(hidden_states, self.tp_group, splits)
             outputs = list(_SharedInput.apply(total, None, False, *weights))
             inner = [product(adapter.dropped(total), adapter.lora_A()) for adapter in adapters.values()]

@@ -35,10 +35,10 @@ from hft_megatron.parallel.groups import Placement
 
 
 def check_implementation(implementation: TransformerImpl, *, bf16: bool) -> None:
-    """UserError where transformer-engine is asked for and its attention and norms can't run.
+    """Raises UserError where transformer-engine is asked for and its attention and norms can't run.
 
-    megatron-core's own finding counts, because a package that is there but can't be imported is no use. In fp32
-    transformer-engine has no attention that leaves the score matrix out.
+    megatron-core's own finding counts, because an installed package that can't be imported is no use. In fp32
+    transformer-engine has no attention without a score matrix in memory.
     """
     if implementation == "local":
         return
@@ -128,10 +128,10 @@ class LlamaModel(GPTModel):
             self.output_layer: VocabularyHead = VocabularyHead(self.output_layer, config, real_rows=real_rows)
 
     def hidden_states(self, tokens: Tensor, segments: PackedSegments) -> Tensor:
-        """This chunk's output for packed sequences, before the head makes anything of it.
+        """Returns this chunk's output for packed sequences, before the head.
 
-        Tokens (t,) -> (t / tp or t, 1, h), on the last stage behind the final norm. A chunk that is not the first reads
-        what ``set_input_tensor`` was given instead.
+        Tokens (t,) -> (t / tp or t, 1, h), on the last stage after the final norm. A chunk that is not the first reads
+        the value of ``set_input_tensor`` instead.
         """
         with self.keeping_hidden_states():
             positions = segments.positions.unsqueeze(0)
@@ -147,7 +147,7 @@ class LlamaModel(GPTModel):
 
     @contextlib.contextmanager
     def keeping_hidden_states(self) -> Iterator[None]:
-        """Within it the last stage's output, too, is hidden states (s / tp or s, b, h), those behind the final norm."""
+        """Makes the last stage's output hidden states as well, (s / tp or s, b, h), those after the final norm."""
         self._keeps_hidden_states = True
         try:
             yield
@@ -156,7 +156,7 @@ class LlamaModel(GPTModel):
 
     @contextlib.contextmanager
     def giving_beside_losses(self, beside: Beside) -> Iterator[None]:
-        """Within it the last stage's output for labels is ``TokenValues``, each (b, s)."""
+        """Makes the last stage's output for labels ``TokenValues``, each (b, s)."""
         self._beside = beside
         try:
             yield
@@ -164,14 +164,14 @@ class LlamaModel(GPTModel):
             self._beside = None
 
     def mixed_embeddings(self, tokens: Tensor, others: Tensor, share: float) -> Tensor:
-        """``(1 - share) E(tokens) + share E(others)`` of two times (b, s) tokens, (s / tp or s, b, h): what the first
-        stage's layers may be given in place of the embedding's output. No gradient reaches the embedding."""
+        """``(1 - share) E(tokens) + share E(others)`` of two times (b, s) tokens, (s / tp or s, b, h): an input for the
+        first stage's layers in place of the embedding's output. No gradient reaches the embedding."""
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         with torch.no_grad():
             own, other = (self.embedding(input_ids=ids, position_ids=positions) for ids in (tokens, others))
             mixed: Tensor = own.lerp(other, share)
         table = self.embedding.word_embeddings
-        # DDP waits for a gradient of all that trains; the head's comes where it is the same weight on the same stage.
+        # DDP waits for a gradient of every trainable weight; the head's comes where both are one weight on one stage.
         if table.weight.requires_grad and torch.is_grad_enabled() and not table.is_head:
             return without_gradient(mixed, table.weight)
         if self.config.recompute_granularity == "full":
@@ -182,16 +182,16 @@ class LlamaModel(GPTModel):
         """(s, 1, h) with the strides of a tensor made in that shape; the same memory.
 
         megatron-core transposes (b, s, h), which leaves the dimension of one sequence with a stride that no memory
-        has. Torch's matmul then takes each token for a batch of its own where the weight needs no gradient: in bf16 on
-        CPU a resting matrix costs several times what a training one does.
+        has. Torch's matmul then treats each token as a batch of its own where the weight needs no gradient: in bf16 on
+        CPU a frozen matrix costs several times what a trainable one does.
         """
         return output.squeeze(1).unsqueeze(1) if output.size(1) == 1 else output
 
     def _let_recomputed_layers_train(self, module: torch.nn.Module, inputs: object, output: Tensor) -> None:
-        """Has the output of a resting embedding require a gradient where recomputed layers would not train without.
+        """Makes the output of a frozen embedding require a gradient where recomputed layers would not train without it.
 
         megatron-core's ``CheckpointFunction`` sees a layer's inputs and not its weights: when no input needs a gradient
-        neither does its output, and the weights inside never train, in silence. Elsewhere the flag stays off, so that
+        neither does its output, and the weights inside silently never train. Elsewhere the flag stays off, so that
         autograd computes no input gradient below the lowest weight that trains.
         """
         if not torch.is_grad_enabled() or output.requires_grad:
@@ -202,8 +202,8 @@ class LlamaModel(GPTModel):
             output.requires_grad_()
 
     def _postprocess(self, *, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor | TokenValues:
-        """Hidden states before the last stage; there logits (b, s, rows), or with labels (b, s) losses (b, s), or what
-        is asked for in their place."""
+        """Hidden states before the last stage; there logits (b, s, rows), or with labels (b, s) losses (b, s), or the
+        values asked for in their place."""
         if self._keeps_hidden_states:
             return hidden_states
         if labels is None or not self.post_process:

@@ -1,4 +1,4 @@
-"""The one table between megatron-core's parameter names and Hugging Face's, and what a rank of a layout holds.
+"""The table between megatron-core's parameter names and Hugging Face's, and the parameters that a rank holds.
 
 Imports no torch, so that a plan's costs are known without building a model.
 """
@@ -40,7 +40,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+?)(?:\.adapter\.(lora_[AB]))?")
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterName:
-    """What one parameter of a chunk is a part of."""
+    """The name and place of one parameter of a chunk."""
 
     local_name: str
     """megatron-core's name in its chunk, without the ``module.`` of a wrapper; layers count from 0 in every chunk."""
@@ -49,24 +49,24 @@ class ParameterName:
     cut: int | None
     """Dimension cut over tensor ranks, None when every rank holds the whole."""
     is_vocab: bool
-    """Whether dimension 0 is the vocabulary, padded beyond Hugging Face's rows."""
+    """True if dimension 0 is the vocabulary, padded beyond Hugging Face's rows."""
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is one of an adapter's two matrices, which no Hugging Face folder of a model has."""
+        """True for one of an adapter's two matrices, which no Hugging Face folder of a model has."""
         return adapted_unit(self.unit) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkPlace:
-    """Where one model chunk (a pipeline stage, or a virtual stage of it) lies in the model."""
+    """Place of one model chunk (a pipeline stage, or a virtual stage of it) in the model."""
 
     first_layer: int
     layers: int
     is_first: bool
-    """Whether it holds the embedding."""
+    """True if it holds the embedding."""
     is_last: bool
-    """Whether it holds the final norm and the head."""
+    """True if it holds the final norm and the head."""
 
 
 def name_of(local_name: str, *, first_layer: int, tie_embeddings: bool) -> ParameterName:
@@ -105,7 +105,7 @@ def chunk_places(shape: ModelShape, parallel: ParallelConfig, pipeline_rank: int
 
 
 def chunk_parameters(place: ChunkPlace, shape: ModelShape) -> Iterator[ParameterName]:
-    """Every parameter of a chunk in the order of ``named_parameters()``; a chunk with both tied ends holds one."""
+    """The parameters of a chunk in the order of ``named_parameters()``; a chunk with both tied ends holds one."""
     modules = [
         f"decoder.layers.{layer}.{module}"
         for layer in range(place.layers)

@@ -12,7 +12,7 @@ from hft_megatron.parallel.groups import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSlot(ParameterName):
-    """One local parameter and what it is a part of."""
+    """One local parameter with its name and place."""
 
     parameter: torch.nn.Parameter
 
@@ -22,7 +22,7 @@ class ParameterSlot(ParameterName):
 
 
 def parameter_slots(chunks: Sequence[LlamaModel]) -> Iterator[ParameterSlot]:
-    """Every parameter of this rank, in the chunks' order. A parameter that the table does not know is a KeyError."""
+    """The parameters of this rank, in the chunks' order. Raises KeyError for one that the table does not know."""
     for chunk in chunks:
         # A layer knows its place in the whole model (from 1), its index only that in the chunk.
         first_layer = chunk.decoder.layers[0].layer_number - 1
@@ -32,7 +32,7 @@ def parameter_slots(chunks: Sequence[LlamaModel]) -> Iterator[ParameterSlot]:
 
 
 def local_range(slot: ParameterSlot, whole: int, placement: Placement) -> tuple[int, int]:
-    """(start, length) of this tensor rank's part of ``whole`` entries; what lies beyond pads the vocabulary."""
+    """(start, length) of this tensor rank's part of ``whole`` entries; entries beyond that pad the vocabulary."""
     assert slot.cut is not None
     size = slot.parameter.size(slot.cut)
     start = min(placement.tensor_rank * size, whole)
@@ -42,7 +42,7 @@ def local_range(slot: ParameterSlot, whole: int, placement: Placement) -> tuple[
 
 
 def local_slice(whole: torch.Tensor, slot: ParameterSlot, placement: Placement) -> torch.Tensor:
-    """This tensor rank's part of a whole Hugging Face tensor; rows that pad the vocabulary come back zero."""
+    """This tensor rank's part of a whole Hugging Face tensor; rows that pad the vocabulary are zero."""
     if slot.cut is None:
         return whole
     start, real = local_range(slot, whole.size(slot.cut), placement)

@@ -1,4 +1,4 @@
-"""What the head says of hidden states when nothing is trained: logits, scores of tokens, and how two models differ.
+"""The head's output for hidden states when nothing is trained: logits, token scores, and divergences of two models.
 
 The vocabulary is cut over tensor ranks as in training, and logits are in memory for a chunk of tokens at a time.
 All functions are collective over tensor ranks of the last stage, and give every one of them the same.
@@ -44,8 +44,8 @@ class Readout:
         return torch.cat(parts, dim=1)[:, : self._vocab_size]
 
     def likeliest(self, hidden: Tensor) -> Tensor:
-        """(n, h) -> the token with the largest logit, the first of several, (n,) int64; -1 where that is no finite
-        number."""
+        """(n, h) -> the token with the largest logit, the first of several, (n,) int64; -1 where that logit is not
+        finite."""
         found = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
         for _, logits in self._chunks(hidden):
             largest, column = logits.max(dim=1)
@@ -54,9 +54,9 @@ class Readout:
         return torch.cat(found)
 
     def token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (nats, fp32) of ``targets`` (n,), and whether each is what greedy generation would choose.
+        """Log-probabilities (nats, fp32) of ``targets`` (n,), and whether greedy generation would choose each of them.
 
-        Of several largest logits that is the first, as with ``argmax`` over the whole vocabulary.
+        Of several largest logits it chooses the first, as ``argmax`` over the whole vocabulary does.
         """
         scores, greedy = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
         for chunk, logits in self._chunks(hidden):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 @cache
 def varlen_kernel() -> Callable[..., Any] | None:
-    """torch's ``varlen_attn`` where it can be causal; not imported before it is asked for, because torch's compiler
-    comes with it."""
+    """torch's ``varlen_attn`` where it can be causal; imported only on request, because it brings torch's compiler
+    with it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
@@ -28,17 +28,17 @@ def varlen_kernel() -> Callable[..., Any] | None:
 
 
 def has_causal_window(function: Callable[..., Any]) -> bool:
-    """Whether a ``varlen_attn`` can be causal by ``window_size``, as from torch 2.11 on."""
+    """True if a ``varlen_attn`` can be causal by ``window_size``, as from torch 2.11 on."""
     return "window_size" in inspect.signature(function).parameters
 
 
 @dataclass(kw_only=True)
 class PackedSegments(PackedSeqParams):
-    """megatron-core's description of a packed sequence, and what else its segments are known by without asking the
-    device for it."""
+    """megatron-core's description of a packed sequence, with further facts about its segments, so that the device need
+    not be asked for them."""
 
     lengths: tuple[int, ...]
-    """Of the segments, on the host."""
+    """Lengths of the segments, on the host."""
     positions: Tensor
     """(tokens,) on the device: each token's place in its segment."""
 
@@ -86,7 +86,7 @@ class TorchAttention(MegatronModule):
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, PackedSegments)
             return packed_seq_params.attend(self.layer_number, query, key, value, self.softmax_scale).flatten(1)
-        # Padding stands on the right, where a causal mask already hides it from every real token.
+        # Padding is on the right, where a causal mask already hides it from every real token.
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = causal_attention(q, k, v, self.softmax_scale)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
@@ -112,8 +112,8 @@ def packed_seq_params(cu_seqlens: Tensor, device: torch.device) -> PackedSegment
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, params: PackedSegments, scale: float | None) -> Tensor:
     """Query (t, heads, d), key and value (t, groups, d) -> (t, heads, d).
 
-    By torch's variable-length flash kernel where it is there (CUDA, half precision); elsewhere example by example,
-    which computes no scores between examples and needs no mask in memory.
+    Uses torch's variable-length flash kernel where there is one (CUDA, half precision), else computes example by
+    example, without scores between examples and without a mask in memory.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         function = varlen_kernel()
@@ -131,7 +131,7 @@ def by_varlen_kernel(
     if query.size(1) != key.size(1):
         if "enable_gqa" in inspect.signature(function).parameters:
             groups = {"enable_gqa": True}
-        else:  # torch 2.11: nothing says that its kernel takes groups
+        else:  # torch 2.11: undocumented whether its kernel takes groups
             key, value = (t.repeat_interleave(query.size(1) // t.size(1), dim=1) for t in (key, value))
     causal = (-1, 0)
     starts, longest = params.cu_seqlens_q, params.max_seqlen_q
@@ -153,7 +153,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Te
     """
     grouped = q.size(1) != k.size(1)
     if grouped and q.is_cuda and q.dtype == torch.float32:
-        # There only the flash and the math kernel know groups, flash refuses fp32, and math materialises scores.
+        # Here only the flash and the math kernel take groups, flash refuses fp32, and math materialises scores.
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)

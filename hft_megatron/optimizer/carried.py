@@ -1,8 +1,8 @@
 """Optimizer state outside the optimizer, whole per parameter, so that no bucket layout matters.
 
-On its way from one round to the next: under ``--hft-moments carry`` AdamW's moments (and, for bf16, the fp32 master)
-of a unit outlive the buffers of a round: those of units that go on training always, those of units that rest only
-where ``--hft-resting-moments host`` asks. And on its way into checkpoints and back.
+From one round to the next: under ``--hft-moments carry`` AdamW's moments (and, for bf16, the fp32 master) of a unit
+outlive the buffers of a round: always for units that continue to train, and for units that become frozen under
+``--hft-frozen-moments host``. Also on the way into checkpoints and back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +25,12 @@ class CarriedState:
     """Updates that each unit's moments have seen; the same on every rank, whoever holds the unit."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """unit -> name -> (elements,) fp32 of the units that this data-parallel rank keeps, the part of its tensor-parallel
-    rank: in host memory, but in a switch of rounds on the device if the unit goes on training. Names are those of the
+    rank: in host memory, or in a switch of rounds on the device if the unit continues to train. Names are those of the
     optimizer's state: ``exp_avg``, ``exp_avg_sq`` and, for bf16, ``param``."""
 
     @property
     def bytes(self) -> int:
-        """Memory of what this rank keeps."""
+        """Memory of the tensors that this rank keeps."""
         return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
 
@@ -40,12 +40,12 @@ def take_state(
     units: frozenset[str],
     group: dist.ProcessGroup,
     *,
-    going_on: frozenset[str],
+    continuing: frozenset[str],
 ) -> CarriedState:
     """Moves the state of the training ``units`` out of the optimizer, which cannot step after that.
 
-    Collective over the data-parallel ``group``, of which each rank keeps about its share; ``slots`` are all of this
-    rank's parameters. What is of units ``going_on`` stays on the device, the rest goes to host memory.
+    Collective over the data-parallel ``group``, of which each rank keeps about an equal share; ``slots`` are all of
+    this rank's parameters. State of the ``continuing`` units stays on the device, other state goes to host memory.
     """
     carried = CarriedState(steps={unit: steps for unit in units if (steps := optimizer.steps_of(unit)) > 0})
     by_unit = keepers(slots, group)
@@ -53,7 +53,7 @@ def take_state(
         if slot.unit not in carried.steps:
             continue
         for name, whole in gathered_state(optimizer, slot.parameter, by_unit[slot.unit], group):
-            kept = whole if slot.unit in going_on else in_host_memory(whole)
+            kept = whole if slot.unit in continuing else in_host_memory(whole)
             carried.tensors.setdefault(slot.unit, {})[name] = kept
         optimizer.drop_shard(slot.parameter)
     return carried
@@ -64,8 +64,8 @@ def give_state(
 ) -> None:
     """Moves the state of units that train now from ``carried`` into a fresh optimizer; collective like ``take_state``.
 
-    One parameter at a time passes through device memory. ``slots`` are those that ``keepers`` had. What is left in
-    ``carried`` belongs to resting units.
+    One parameter at a time passes through device memory. ``slots`` are those that ``keepers`` had. The state that is
+    left in ``carried`` belongs to frozen units.
     """
     units = frozenset(carried.steps) & optimizer.plan.training
     optimizer.begin({unit: carried.steps.pop(unit) for unit in units})
@@ -94,7 +94,7 @@ def keepers(slots: Sequence[ParameterSlot], group: dist.ProcessGroup) -> dict[st
 
 
 def spread(kept: Tensor | None, parameter: Parameter, keeper: int, group: dist.ProcessGroup) -> Tensor:
-    """What the keeper has ``kept`` of a parameter, (elements,) fp32, on every rank's device; collective over the
+    """A parameter's state that its keeper has ``kept``, (elements,) fp32, on every rank's device; collective over the
     data-parallel ``group``."""
     if kept is None:
         whole = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
@@ -122,7 +122,7 @@ def gathered_state(
 def gathered_whole(
     shard: Tensor | None, held: slice | None, parameter: Parameter, keeper: int, group: dist.ProcessGroup
 ) -> Tensor | None:
-    """The whole (elements,) fp32 of which this rank has a ``shard``, the elements ``held``: on the keeper, None
+    """The whole (elements,) fp32 tensor of which this rank has a ``shard``, the elements ``held``: on the keeper, None
     elsewhere. Collective over the data-parallel ``group``. On a group of one it is the shard itself."""
     if group.size() == 1:
         assert shard is not None
@@ -135,6 +135,6 @@ def gathered_whole(
 
 
 def in_host_memory(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned where there is a GPU: it goes back to the device some day."""
+    """A copy in host memory, pinned where there is a GPU, since it will return to the device."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
     return copy.copy_(tensor)

@@ -1,4 +1,4 @@
-"""The distributed optimizer of a round: holds the plan, refuses resting shards, counts what it holds."""
+"""The distributed optimizer of a round: holds the plan, refuses frozen shards, counts its bytes."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ from hft_megatron.optimizer.penalty import QuadraticPenalty
 class NonFiniteNorm(Exception):
     """The norm of a step's gradients, or a loss that was noted beside them, is infinite or undefined.
 
-    Raised on every rank before anything is updated; ``training.nonfinite`` catches it and looks for the cause.
+    Raised on every rank before anything is updated; ``trainer.nonfinite`` catches it and looks for the cause.
     """
 
     def __init__(self, norm: float) -> None:
@@ -32,8 +32,8 @@ class NonFiniteNorm(Exception):
 class HFTDistributedOptimizer(DistributedOptimizer):
     """megatron-core's ``DistributedOptimizer`` for one plan, whose state can be read and set by parameter.
 
-    Every unit has a step count of its own, because moments that were carried over from earlier rounds are older than
-    those of units that rested: under an old count the first update of a fresh unit would be about 3 times too large.
+    Every unit has a step count of its own, because moments carried over from earlier rounds are older than those of
+    units that were frozen: under an old count the first update of a fresh unit would be about 3 times too large.
     """
 
     def __init__(self, *args: Any, plan: Plan, unit_of: dict[Parameter, str], **kwargs: Any) -> None:
@@ -42,14 +42,14 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         self.updates = 0
         """Optimizer steps taken since the wrapping, or since a checkpoint was loaded into it."""
         self.start_steps: dict[str, int] = {}
-        """Updates that a unit's moments had seen before those; 0 for units that are not in it."""
+        """Updates in a unit's moments before those; 0 for units that are not in it."""
         self.penalty: QuadraticPenalty | None = None
         """Added to the gradients of every step, whose norm and clipping it is part of; None costs nothing."""
         self._unit_of = unit_of
         self._flags = [unit in plan.training for unit in unit_of.values()]
         self._loss_term: Tensor | None = None
         self._last_state_bytes: tuple[int, int] | None = None
-        self._refuse_resting_shards(unit_of)
+        self._refuse_frozen_shards(unit_of)
 
     @classmethod
     @torch.no_grad()
@@ -58,18 +58,18 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         # their .grad is read, and loading a checkpoint into them is refused.
         return super()._build_model_and_main_param_groups(*args, **kwargs)
 
-    def _refuse_resting_shards(self, unit_of: dict[Parameter, str]) -> None:
+    def _refuse_frozen_shards(self, unit_of: dict[Parameter, str]) -> None:
         in_buckets = {p for buffer in self._live_buffers() for bucket in buffer.buckets for p in bucket.params}
-        resting = sorted(unit_of[p] for p in in_buckets if not self.plan.trains(unit_of[p]))
-        assert not resting, f"resting units in gradient buckets: {resting}"
+        frozen = sorted(unit_of[p] for p in in_buckets if not self.plan.trains(unit_of[p]))
+        assert not frozen, f"frozen units in gradient buckets: {frozen}"
         missing = sorted(unit for p, unit in unit_of.items() if self.plan.trains(unit) and p not in in_buckets)
-        assert not missing, f"training units in no gradient bucket: {missing}"
+        assert not missing, f"trainable units in no gradient bucket: {missing}"
 
     def check_flags(self) -> None:
         """Asserts that every parameter still has the ``requires_grad`` that the plan gave it before wrapping.
 
-        One flipped later would cost what it cost before and still decay (frozen), or never train (unfrozen), in silence
-        or in a bare assertion deep inside the reduction of gradients.
+        A parameter flipped later would keep its cost and still decay (frozen), or never train (unfrozen), in silence or
+        with a bare assertion deep inside the reduction of gradients.
         """
         # In every step: without Python for each parameter as long as all is well.
         assert list(map(attrgetter("requires_grad"), self._unit_of)) == self._flags, (
@@ -85,7 +85,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
     @torch.no_grad()
     def note_losses(self, losses: list[Tensor]) -> None:
-        """Has the next norm of all ranks be undefined where one of this rank's ``losses`` is not finite.
+        """Makes the next norm undefined on all ranks if one of this rank's ``losses`` is not finite.
 
         On the device, by a term of 0 or NaN in the sum that the ranks make anyway, so that a loss costs no collective
         and no wait of its own and is known before the update.
@@ -107,12 +107,12 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         return norm
 
     def nonfinite_gradients(self) -> list[str]:
-        """Units of whose gradient this rank holds a part that is infinite or undefined; reads every one of them."""
+        """Units whose gradient has infinite or undefined entries on this rank; reads every gradient."""
         gradients = {self._unit_of[p]: main.grad for p, main in self._updated_parameters().items()}
         return [unit for unit, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
 
     def updated_shards(self) -> dict[Parameter, Tensor]:
-        """What this rank updates, by whole parameter: (elements,) fp32 values, the newest there are; live tensors."""
+        """Values that this rank updates, by whole parameter: (elements,) fp32, the newest ones, live tensors."""
         return {p: main.detach() for p, main in self._updated_parameters().items()}
 
     def _updated_parameters(self) -> dict[Parameter, Tensor]:
@@ -144,7 +144,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
             super()._copy_main_params_to_model_params()
 
     def begin(self, steps: dict[str, int]) -> None:
-        """Counts from here on; ``steps`` are the updates that units' moments have seen before, 0 where left out."""
+        """Counts updates from here on; ``steps`` are the updates in units' moments so far, 0 where left out."""
         self.start_steps, self.updates = steps, 0
         self._last_state_bytes = None
 
@@ -152,7 +152,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         """AdamW's step count of a training unit; the same on every rank, whether it holds the unit or not."""
         return self.start_steps.get(unit, 0) + self.updates
 
-    # --- what it holds, measured on the live buffers and state
+    # --- its bytes, measured on the live buffers and state
 
     @property
     def gradient_bytes(self) -> int:
@@ -171,8 +171,8 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
     @property
     def _state_bytes(self) -> tuple[int, int]:
-        """Of masters and of moments. Asked for in every step, and so tensor by tensor only until an update has made all
-        that there are."""
+        """Bytes of masters and of moments. Read in every step, so they are summed only until an update has created all
+        of them."""
         if self._last_state_bytes is not None:
             return self._last_state_bytes
         if self.is_stub_optimizer:
@@ -188,7 +188,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """What a parameter's state consists of; an fp32 parameter is its own master."""
+        """Names of a parameter's state; an fp32 parameter is its own master."""
         return ("exp_avg", "exp_avg_sq", "param") if self.config.bf16 else ("exp_avg", "exp_avg_sq")
 
     def _main_param(self, model_param: Parameter) -> tuple[dict[str, Any], Tensor]:
@@ -197,7 +197,7 @@ class HFTDistributedOptimizer(DistributedOptimizer):
         return group, group["params"][order]
 
     def shard_of(self, model_param: Parameter) -> tuple[int, dict[str, Tensor]] | None:
-        """Where this rank's shard starts in the flat parameter, and its state; None where this rank holds none of it.
+        """Start of this rank's shard in the flat parameter, and its state; None where this rank holds none of it.
 
         The state are (elements,) fp32 tensors by ``state_names``, the optimizer's own; moments are zero before the
         first update, which is what AdamW would start from.
@@ -255,10 +255,10 @@ class HFTDistributedOptimizer(DistributedOptimizer):
 
 @contextlib.contextmanager
 def _norm_on_the_device(loss_term: Tensor | None) -> Iterator[None]:
-    """Within it, megatron-core's norm has ``loss_term`` in it, () of 0 or NaN, where there is one.
+    """Within it, ``loss_term``, () of 0 or NaN, is added to megatron-core's norm, where there is one.
 
-    What megatron-core takes for a kernel of transformer-engine's or Apex' is not its own then: its own reads every
-    tensor's norm on the host. Those two packages' are left alone.
+    megatron-core's own kernel, which reads every tensor's norm on the host, is replaced; those of transformer-engine
+    and Apex are left alone.
     """
     found, norm_of = clip_grads.l2_norm_impl, optimizer.get_grad_norm_fp32
     kernel = _l2_norm if found is local_multi_tensor_l2_norm else found
@@ -266,7 +266,7 @@ def _norm_on_the_device(loss_term: Tensor | None) -> Iterator[None]:
     if loss_term is not None:
         clip_grads.l2_norm_impl = _with_term(kernel, loss_term)
         alone = [loss_term.float().reshape(1)]
-        # A rank without gradients would not come to the kernel.
+        # A rank without gradients would not call the kernel.
         optimizer.get_grad_norm_fp32 = lambda gradients, **options: norm_of(gradients or alone, **options)
     try:
         yield
@@ -283,6 +283,6 @@ def _with_term(kernel: Callable[..., Any], term: Tensor) -> Callable[..., Any]:
 
 
 def _l2_norm(chunk: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
-    """In the place of Apex' ``multi_tensor_l2norm``: (1,), the 2-norm of all tensors of the one list."""
+    """Stand-in for Apex's ``multi_tensor_l2norm``: (1,), the 2-norm of all tensors of the one list."""
     [gradients] = tensors
     return get_total_norm(gradients).reshape(1), None

@@ -1,9 +1,9 @@
-"""MoFO: of every matrix only the entries with the largest first moments move (Chen et al., arXiv 2407.20999).
+"""MoFO: only the entries of a matrix with the largest first moments are updated (Chen et al., arXiv 2407.20999).
 
-AdamW's moments and weight decay go on for all entries, and of a matrix with n entries those with |m| >= the k-th
-largest |m|, k = int(n x fraction), get AdamW's update besides. The threshold is that of the whole matrix as Hugging
-Face has it, whoever holds which part of it: the k-th largest is found exactly, digit by digit of its bits, from counts
-that all ranks of a pipeline stage add up. No state of its own: a checkpoint doesn't know of it.
+AdamW's moments and weight decay apply to all entries. In a matrix with n entries those with |m| >= the k-th largest
+|m|, k = int(n x fraction), also get AdamW's update. The threshold is that of the whole matrix as Hugging Face has it,
+however it is sharded: the k-th largest is found exactly, digit by digit of its bits, from counts that all ranks of a
+pipeline stage add up. It has no state of its own: a checkpoint doesn't know of it.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -23,11 +23,11 @@ from hft_megatron.optimizer.distributed import HFTDistributedOptimizer
 DIGITS = (11, 10, 10)
 """Bits of a magnitude that one count settles, from the highest down: all 31 beside the sign."""
 MAGNITUDE = 0x7FFFFFFF
-"""Of an fp32 number's bits: as whole numbers these are in the order of the absolute values."""
+"""Bits of an fp32 number but for the sign: as whole numbers they are in the order of the absolute values."""
 MOST_ELEMENTS = 1 << 28
 """Elements of the parameters whose weights are held a second time, 1 GiB, unless one alone has more."""
 CHUNK = 1 << 22
-"""Elements whose bits are looked at together, which bounds the memory for that."""
+"""Elements whose bits are processed together, which bounds the memory for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +37,28 @@ class Matrix:
     moving: int
     """Entries of the whole matrix that move, where no two are equal."""
     elements: int
-    """Of this tensor-parallel rank's part."""
+    """Entries of this tensor-parallel rank's part."""
     shard: Tensor | None
     """(elements,) fp32, which the optimizer updates; None where other data-parallel ranks hold all of it."""
 
 
 class MomentumFilteredAdamW(torch.optim.AdamW):
-    """torch's AdamW (fused where that is asked for), whose update of a matrix reaches its largest moments alone.
+    """torch's AdamW (fused on request), whose update of a matrix applies to its largest moments alone.
 
-    What is no matrix (norms) is updated in full. ``step`` is collective.
+    Norms, which are no matrices, are updated in full. ``step`` is collective.
     """
 
     _parts: Sequence[Sequence[Matrix]] | None = None
     _group: dist.ProcessGroup
 
     def filter(self, matrices: Sequence[Matrix], group: dist.ProcessGroup) -> None:
-        """Says what is filtered, before the first step; ``group`` are the ranks that hold parts of the matrices."""
+        """Sets the filtered matrices, before the first step; ``group`` are the ranks that hold parts of them."""
         self._parts, self._group = list(_parts_of(matrices)), group
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         assert closure is None
-        assert self._parts is not None, "what is filtered was not said"
+        assert self._parts is not None, "filter() comes before the first step"
         group_of = {id(shard): group for group in self.param_groups for shard in group["params"]}
         matrices = {id(one.shard) for part in self._parts for one in part if one.shard is not None}
         self._update(group_of.keys() - matrices)
@@ -89,7 +89,7 @@ class MomentumFilteredAdamW(torch.optim.AdamW):
 
 
 def _parts_of(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
-    """In parts that are alike on all ranks, by the size that all of them know."""
+    """The matrices in parts that are equal on all ranks, by the size that all of them know."""
     part: list[Matrix] = []
     for one in matrices:
         if part and sum(other.elements for other in part) + one.elements > MOST_ELEMENTS:
@@ -131,8 +131,8 @@ def kth_largest(moments: Sequence[Tensor | None], ranks: Sequence[int], group: d
 
 
 def _digit_counts(values: Tensor, higher: Tensor, below: int, digits: int) -> Tensor:
-    """(digits,) int64: how often each digit above the lowest ``below`` bits comes behind the digits ``higher``."""
-    # What begins otherwise is counted below them or above, which costs less than picking out the rest.
+    """(digits,) int64: counts of each digit above the lowest ``below`` bits that follows the digits ``higher``."""
+    # Values with other higher digits are counted below or above the range, which costs less than picking out the rest.
     digit = _magnitudes(values).bitwise_right_shift_(below).sub_(higher * digits - 1).clamp_(0, digits + 1)
     return torch.bincount(digit, minlength=digits + 2)[1:-1]
 
@@ -144,12 +144,12 @@ def _magnitudes(values: Tensor) -> Tensor:
 def filter_updates(
     shards: HFTDistributedOptimizer, slots: Sequence[ParameterSlot], shape: ModelShape, fraction: float
 ) -> None:
-    """Has an optimizer that was built on ``MomentumFilteredAdamW`` move this fraction of every matrix.
+    """Makes an optimizer that was built on ``MomentumFilteredAdamW`` update this fraction of every matrix.
 
-    ``slots`` are all of this rank's parameters. At least one entry of a matrix moves.
+    ``slots`` are all of this rank's parameters. At least one entry of a matrix is updated.
     """
     if shards.is_stub_optimizer:
-        return  # Of a pipeline stage where nothing trains, on none of its ranks.
+        return  # A pipeline stage where nothing trains, on none of its ranks.
     adam, matrices = shards.optimizer, []
     assert isinstance(adam, MomentumFilteredAdamW)
     for slot in slots:

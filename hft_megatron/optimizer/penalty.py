@@ -12,27 +12,27 @@ from torch.nn import Parameter
 
 @dataclass(kw_only=True)
 class QuadraticPenalty:
-    """``strength / 2 * sum_i curvature_i * (weight_i - anchor_i)^2``, as if it stood in the loss.
+    """``strength / 2 * sum_i curvature_i * (weight_i - anchor_i)^2``, as if it were part of the loss.
 
     Every rank of a run has one or none has: those that update nothing have one without shards.
     """
 
     strength: float
     curvature: Mapping[Parameter, Tensor]
-    """By whole parameter, of this rank's shard: (elements,) fp32."""
+    """Curvature of this rank's shard, by whole parameter: (elements,) fp32."""
     anchor: Mapping[Parameter, Tensor]
-    """Likewise: what each weight is held to."""
+    """Values that each weight is pulled towards, likewise."""
     _value: Tensor | None = field(default=None, init=False)
 
     @property
     def bytes(self) -> int:
-        """Memory of what this rank holds."""
+        """Memory of the tensors that this rank holds."""
         return sum(tensor.nbytes for held in (self.curvature, self.anchor) for tensor in held.values())
 
     @torch.no_grad()
     def add_gradient(self, weights: Mapping[Parameter, Tensor]) -> None:
-        """Adds its gradient, ``strength * curvature * (weight - anchor)``, to that of each of the ``weights``: this
-        rank's fp32 shards by whole parameter, those that the optimizer updates."""
+        """Adds its gradient, ``strength * curvature * (weight - anchor)``, to the gradients of the ``weights``: this
+        rank's fp32 shards that the optimizer updates, by whole parameter."""
         assert weights.keys() == self.curvature.keys() == self.anchor.keys()
         total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
         for parameter, weight in weights.items():
@@ -46,7 +46,7 @@ class QuadraticPenalty:
         self._value = total * (self.strength / 2)
 
     def value(self) -> float:
-        """Of the whole model, before the last step; collective over all ranks of the run."""
+        """The penalty of the whole model before the last step; collective over all ranks of the run."""
         assert self._value is not None, "no step has been taken"
         total = self._value.clone()
         torch.distributed.all_reduce(total)

@@ -26,8 +26,8 @@ class Span:
 
     length: int
     position: Callable[[int], int]
-    """Steps that are done when so many iterations of the run are, without those of iterations that made no update: as
-    in Megatron the rate waits for updates and not for iterations."""
+    """Steps done after a number of iterations of the run. Iterations without an update don't count: as in Megatron the
+    rate follows updates, not iterations."""
 
 
 def span_of_round(
@@ -38,13 +38,13 @@ def span_of_round(
     cycle: int | None,
     skipped_iterations: Sequence[int] = (),
 ) -> Span:
-    """The schedule that a round follows: the run's, of which it may have but a part (--lr-schedule-iters), or
-    (--hft-lr-schedule round) one of its own, as long as the first round: a last round that is cut short is the
+    """The schedule that a round follows: the run's, possibly a part of a longer one (--lr-schedule-iters), or under
+    --hft-lr-schedule round one of its own, as long as the first round. A last round that is cut short follows the
     beginning of one.
 
-    ``cycle`` is how many rounds HiFT's groups take, whose rate moves along the run's schedule only when all of them
-    have trained once (arXiv 2401.15207); None for other selections. ``skipped_iterations`` (from 1) are those that
-    --skip-nonfinite-steps has left out so far.
+    ``cycle`` is the number of rounds of HiFT's groups, whose rate changes along the run's schedule only when all of
+    them have trained once (arXiv 2401.15207); None for other selections. ``skipped_iterations`` (from 1) are those
+    that --skip-nonfinite-steps has skipped so far.
     """
 
     def steps(start: int, stop: int) -> int:
@@ -75,7 +75,7 @@ class LearningRate:
     """
 
     def __init__(self, optimizer: MegatronOptimizer, options: OptimizerConfig, span: Span, iteration: int) -> None:
-        """``iteration`` counts the run's finished iterations; ``span`` says where in the schedule each stands."""
+        """``iteration`` counts the run's finished iterations; ``span`` gives their positions in the schedule."""
         self._span = span
         self._decoupled: dict[str, float] | None = None
         if options.decoupled_lr is not None:
@@ -99,15 +99,15 @@ class LearningRate:
         )
         self._scheduler.step(increment=span.position(iteration))
         self.last, self.last_decoupled = self._current()
-        """The rate of the newest update, or of the coming one before the first; and that of embedding and head, where
-        it is another one (--decoupled-lr). Those of the schedule: a rank may hold neither."""
+        """Rate of the newest update, or of the coming one before the first; and the rate of embedding and head under
+        --decoupled-lr. They are read from the schedule, since a rank may hold neither."""
 
     def _current(self) -> tuple[float, float | None]:
         rate = float(self._scheduler.get_lr({}))
         return rate, None if self._decoupled is None else float(self._scheduler.get_lr(self._decoupled))
 
     def advance(self, iteration: int) -> None:
-        """Moves on by the update of the iteration that so many came before."""
+        """Advances by the update of an iteration; ``iteration`` counts those before it."""
         self.last, self.last_decoupled = self._current()
         self._scheduler.step(increment=self._span.position(iteration + 1) - self._span.position(iteration))
 
@@ -126,18 +126,18 @@ def switch_round(
     """Unwraps the model and wraps it for ``plan``; ``wrapped`` is of no use after that.
 
     ``group`` are the data-parallel ranks; every rank must call it. Moments start at zero (``--hft-moments reset``), or
-    those of units that go on training, and on request of units that rest, are carried over. With reset, bf16 masters
-    start anew from the bf16 weights, as in a run started from a checkpoint's weights.
+    are carried over for units that continue to train, and on request for units that become frozen. With reset, bf16
+    masters start from the bf16 weights, as in a run started from a checkpoint's weights.
     """
     carries = hft.hft_moments == "carry"
     slots = list(parameter_slots(wrapped.modules))
     carried = CarriedState()
     if carries:
-        keeps_resting = hft.hft_resting_moments == "host"
-        units = wrapped.plan.training if keeps_resting else wrapped.plan.training & plan.training
-        fresh = take_state(wrapped.shards, slots, units, group, going_on=plan.training)
-        resting = wrapped.resting
-        carried = CarriedState(steps=resting.steps | fresh.steps, tensors=resting.tensors | fresh.tensors)
+        keeps_frozen = hft.hft_frozen_moments == "host"
+        units = wrapped.plan.training if keeps_frozen else wrapped.plan.training & plan.training
+        fresh = take_state(wrapped.shards, slots, units, group, continuing=plan.training)
+        frozen = wrapped.frozen
+        carried = CarriedState(steps=frozen.steps | fresh.steps, tensors=frozen.tensors | fresh.tensors)
     chunks = unwrap(wrapped)
     new = wrap(
         chunks,
@@ -150,5 +150,5 @@ def switch_round(
         traffic=wrapped.traffic,
     )
     give_state(new.shards, slots, carried, group)
-    new.resting.steps, new.resting.tensors = carried.steps, carried.tensors
+    new.frozen.steps, new.frozen.tensors = carried.steps, carried.tensors
     return new

@@ -1,4 +1,4 @@
-"""What data-parallel ranks send and how long it holds a rank up, measured where megatron-core calls the collectives."""
+"""Bytes that data-parallel ranks send and the time a rank waits for it, measured around megatron-core's collectives."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ class Traffic:
     """Counts a run's bytes and times its waits, over all rounds: the wrapper of a new round is given the old one's.
 
     Bytes are those passed to ``reduce_scatter_tensor`` and ``all_gather_into_tensor`` on data-parallel groups of more
-    than one rank; on a group of one both are local copies and count nothing. Times go to ``clock``: what a rank is held
-    up by the start and the end of a collective, which without overlap is all of its time and with overlap the wait
-    that is left. Checking and scaling gradients before a reduction is not part of it.
+    than one rank; on a group of one both are local copies and don't count. Times go to ``clock``: the time that a rank
+    is held up in the start and the end of a collective. Without overlap that is all of its time, with overlap the
+    remaining wait. Checking and scaling gradients before a reduction is not part of it.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Traffic:
     def lending_bucket_groups(self) -> Iterator[None]:
         """Within it, ``DistributedDataParallel`` is built with bucket groups that report here.
 
-        megatron-core names its class outright and has no hook for another, so it is lent ours meanwhile.
+        megatron-core names its class and has no hook for another, so ours takes its place meanwhile.
         """
         original = param_and_grad_buffer._ParamAndGradBucketGroup
 
@@ -56,11 +56,11 @@ class Traffic:
             param_and_grad_buffer._ParamAndGradBucketGroup = original
 
 
-# The class is bound here, before anything is lent.
+# The class is bound here, before anything is replaced.
 class _MeteredBucketGroup(param_and_grad_buffer._ParamAndGradBucketGroup):
     """A bucket group whose collectives are counted and timed.
 
-    Both start functions are called by whoever finishes what was not started, so that overriding them sees it all.
+    The functions that finish a collective call both start functions if needed, so overriding these covers everything.
     """
 
     def __init__(self, *args: Any, traffic: Traffic, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Sums of gradients over tensor-parallel ranks that all hold a weight whole, and of its gradient a part each.
+"""Sums of gradients over tensor-parallel ranks that each hold the whole weight, but only a part of its gradient.
 
 megatron-core has such sums for norms under sequence parallelism; the matrices of adapters need them without it, too.
 """
@@ -16,9 +16,9 @@ from hft_megatron.model.adapters import PARTIAL_MARK
 
 
 def finalize_gradients(model: Sequence[torch.nn.Module], *others: Any, **options: Any) -> None:
-    """megatron-core's ``finalize_model_grads``, and one all-reduce of what is marked with ``PARTIAL_MARK``.
+    """megatron-core's ``finalize_model_grads``, and one all-reduce of gradients marked with ``PARTIAL_MARK``.
 
-    Behind it, because the data-parallel sums are there by then; a rank's part of these alone is of use afterwards.
+    It comes afterwards, when the data-parallel sums are complete; only a rank's own part of these is used later.
     """
     finalize_model_grads(list(model), *others, **options)
     group = parallel_state.get_tensor_model_parallel_group()

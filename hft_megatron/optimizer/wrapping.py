@@ -36,7 +36,7 @@ from hft_megatron.optimizer.traffic import Traffic
 from hft_megatron.optimizer.whole_gradients import finalize_gradients
 
 MARKS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad", "unwritten_gradients")
-"""What a parameter has while it is trained, beside its values."""
+"""Attributes of a parameter while it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +46,18 @@ class WrappedModel:
     plan: Plan
     chunks: tuple[DistributedDataParallel, ...]
     optimizer: MegatronOptimizer
-    """What the loop steps; megatron-core's chain around ``shards``."""
+    """The optimizer that the loop steps; megatron-core's chain around ``shards``."""
     shards: HFTDistributedOptimizer
     traffic: Traffic
-    """What the run has sent and where its time goes; the next round's wrapper goes on with it."""
-    resting: CarriedState = field(default_factory=CarriedState)
-    """State of units that rest in this round; empty unless --hft-resting-moments host."""
+    """Bytes that the run has sent and its times; the next round's wrapper continues with it."""
+    frozen: CarriedState = field(default_factory=CarriedState)
+    """State of units that are frozen in this round; empty unless --hft-frozen-moments host."""
 
     @property
     def unit_steps(self) -> dict[str, int]:
-        """Updates that the moments of every unit have seen, where there are any; the same on every rank."""
+        """Updates in the moments of every unit that has any; the same on every rank."""
         training = {unit: self.shards.steps_of(unit) for unit in self.plan.training}
-        return {unit: steps for unit, steps in (training | self.resting.steps).items() if steps > 0}
+        return {unit: steps for unit, steps in (training | self.frozen.steps).items() if steps > 0}
 
     @property
     def modules(self) -> tuple[LlamaModel, ...]:
@@ -70,9 +70,9 @@ class WrappedModel:
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:
-        """Within it every rank holds the newest parameters: overlapped gathers are finished and their hooks rest.
+        """Within it every rank holds the newest parameters: overlapped gathers are finished and their hooks disabled.
 
-        Within another one it changes nothing.
+        Nested uses change nothing.
         """
         overlapped = self.chunks[0].ddp_config.overlap_param_gather
         overlapped = overlapped and len(self.chunks[0].remove_forward_pre_hook_handles) > 0
@@ -87,7 +87,7 @@ class WrappedModel:
                     chunk.enable_forward_pre_hook()
 
     def zero_gradients(self) -> None:
-        """Makes ready for a step. Asserts that what trains is still what the model was wrapped for."""
+        """Prepares a step. Asserts that ``requires_grad`` is as the model was wrapped."""
         self.shards.check_flags()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -105,12 +105,12 @@ def wrap(
     steps_per_unit: bool = False,
     traffic: Traffic | None = None,
 ) -> WrappedModel:
-    """Applies the plan, then builds gradient buffers and optimizer state for its training units only.
+    """Applies the plan, then builds gradient buffers and optimizer state for its trainable units only.
 
-    Adam is torch's, or under --transformer-impl transformer_engine what megatron-core finds of transformer-engine's and
-    Apex's; with ``steps_per_unit`` (for carried moments) torch's always, because those count steps by parameter group,
-    and under --mofo-fraction, which extends it.
-    ``traffic`` is the last round's, whose counts go on; None for the first round of a run.
+    Adam is torch's, or under --transformer-impl transformer_engine that of transformer-engine or Apex, whichever
+    megatron-core finds. With ``steps_per_unit`` (for carried moments) it is always torch's, because the others count
+    steps by parameter group; so it is under --mofo-fraction, which extends it.
+    ``traffic`` is the last round's, whose counts continue; None for the first round of a run.
     """
     traffic = traffic or Traffic()
     slots = list(parameter_slots(chunks))
@@ -124,7 +124,7 @@ def wrap(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size or default_bucket_size(elements, data_size),
-        # The optimizer looks at the norm of all gradients, once; here the host would wait for every bucket, twice.
+        # The optimizer checks the norm of all gradients, once; here the host would wait for every bucket, twice.
         check_for_nan_in_grad=False,
     )
     config = chunks[0].config
@@ -151,9 +151,9 @@ def wrap(
 class _FewerPasses(DistributedDataParallel):
     """megatron-core's wrapper, which goes over its gradient buffers less often.
 
-    A step does not clear them: the first gradient of each parameter is written over the last step's. And of the sums it
-    scales only what this rank updates, since nothing reads the others any more. transformer-engine's kernels, which
-    add, find them cleared.
+    A step does not clear them: the first gradient of each parameter overwrites the last step's. It scales only the sums
+    that this rank updates, since nothing reads the others any more. For transformer-engine's kernels, which add, the
+    buffers are cleared.
     """
 
     def __init__(self, config: Any, ddp_config: DistributedDataParallelConfig, module: LlamaModel, **options: Any):
@@ -170,14 +170,14 @@ class _FewerPasses(DistributedDataParallel):
         hook = super()._make_backward_post_hook(param)
 
         def clear_and_add(*unused: Any) -> None:
-            """What is in ``_unwritten`` here has its gradient in ``grad``, which is added."""
+            """Clears the buffer of a parameter in ``_unwritten``, whose gradient is in ``grad`` and is added."""
             if param in self._unwritten:
                 self._clear(param)
             hook(*unused)
 
         return clear_and_add
 
-    # Either may be the first to send: pipeline schedules start a chunk's reductions of their own accord.
+    # Either may be the first to send: pipeline schedules start a chunk's reductions themselves.
     def start_grad_sync(self, *args: Any, **kwargs: Any) -> None:
         self._clear_unwritten()
         super().start_grad_sync(*args, **kwargs)
@@ -187,7 +187,7 @@ class _FewerPasses(DistributedDataParallel):
         super().finish_grad_sync(*args, **kwargs)
 
     def _clear_unwritten(self) -> None:
-        """Of parts of the model that this step did without."""
+        """Clears the gradients of parts of the model that this step did not use."""
         for parameter in tuple(self._unwritten):
             self._clear(parameter)
 
@@ -203,8 +203,8 @@ class _FewerPasses(DistributedDataParallel):
 
 
 class _ClippingInPlace(ChainedOptimizer):
-    """megatron-core's chain, whose clipping takes no copy of the gradients where neither transformer-engine's kernel
-    nor Apex' is there."""
+    """megatron-core's chain, whose clipping takes no copy of the gradients without the kernels of transformer-engine or
+    Apex."""
 
     def step(self) -> Any:
         found = clip_grads.multi_tensor_scale_impl
@@ -217,7 +217,7 @@ class _ClippingInPlace(ChainedOptimizer):
 
 
 def _scale_in_place(chunk: int, overflow: Tensor, tensors: list[list[Tensor]], scale: float) -> None:
-    """In the place of ``multi_tensor_scale``, for what is written where it was read."""
+    """Stand-in for ``multi_tensor_scale`` for tensors that are scaled in place."""
     read, written = tensors
     assert len(read) == len(written)
     assert all(map(is_, read, written))
@@ -250,9 +250,9 @@ def _optimizer_config(
 def _building_hft_optimizers(
     plan: Plan, slots: Sequence[ParameterSlot], torch_adam: type[torch.optim.AdamW] | None
 ) -> Iterator[None]:
-    """``get_megatron_optimizer`` names its classes outright and has no hook for others: lend it ours meanwhile.
+    """Within it, ``get_megatron_optimizer``, which names its classes and has no hook for others, builds ours.
 
-    ``torch_adam`` is None where it may take transformer-engine's Adam, or Apex's, if they are there.
+    ``torch_adam`` is None where it may take the Adam of transformer-engine or Apex, if they are installed.
     """
     unit_of = {slot.parameter: slot.unit for slot in slots}
 
@@ -263,7 +263,7 @@ def _building_hft_optimizers(
         torch_adam = torch.optim.AdamW
     lent: dict[str, Any] = {"DistributedOptimizer": build, "ChainedOptimizer": _ClippingInPlace}
     if torch_adam is not None:
-        # megatron-core passes no options on to torch's AdamW, so it takes ours for Apex'.
+        # megatron-core passes no options on to torch's AdamW, so ours poses as Apex's.
         lent |= {"USING_PYTORCH_OPTIMIZER": False, "Adam": partial(_torch_adamw, torch_adam)}
     own = {name: getattr(megatron_optimizer, name) for name in lent}
     try:
@@ -276,14 +276,14 @@ def _building_hft_optimizers(
 def _torch_adam(
     implementation: TransformerImpl, options: OptimizerConfig, steps_per_unit: bool
 ) -> type[torch.optim.AdamW] | None:
-    """torch's AdamW or what extends it; None where another one may take its place."""
+    """torch's AdamW or its extension; None where another Adam may take its place."""
     if options.mofo_fraction is not None:
         return MomentumFilteredAdamW
     return torch.optim.AdamW if steps_per_unit or implementation == "local" else None
 
 
 def _torch_adamw(kind: type[torch.optim.AdamW], params: Any, *, adam_w_mode: bool, **options: Any) -> torch.optim.AdamW:
-    """torch's fused AdamW in the place of Apex': the default needs temporaries as large as its masters, and on a CPU
+    """torch's fused AdamW in the place of Apex's: the default needs temporaries as large as its masters, and on a CPU
     three times as long."""
     assert adam_w_mode
     return kind(params, fused=True, **options)
@@ -299,11 +299,11 @@ def _only_hft_optimizer(optimizer: MegatronOptimizer) -> HFTDistributedOptimizer
 
 
 def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
-    """Gives the parameters memory of their own again and takes off everything that belongs to the round.
+    """Gives the parameters memory of their own again and removes everything that belongs to the round.
 
-    ``wrapped`` is of no use after that: its parts are emptied, so that buffers and state are free whoever still refers
-    to them. The trained values are there twice meanwhile. Overlapped gathers are finished here, and the next wrapper's
-    first forward pass makes them once more: one all-gather of a round beyond those of its steps.
+    ``wrapped`` is of no use after that: its parts are emptied, so that buffers and state are freed whoever still refers
+    to them. The trained values are in memory twice meanwhile. Overlapped gathers are finished here, and the next
+    wrapper's first forward pass makes them once more: one all-gather per round beyond those of its steps.
     """
     chunks, config = wrapped.modules, wrapped.modules[0].config
     for chunk in wrapped.chunks:
@@ -322,7 +322,7 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
         setattr(config, name, None)
     for part in (*wrapped.chunks, wrapped.optimizer, wrapped.shards):
         vars(part).clear()
-    # Last, so that the weights which are there twice take the place of gradients and state.
+    # Last, so that the second copies of the weights take the place of gradients and state.
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.data = parameter.data.clone()
@@ -330,9 +330,9 @@ def unwrap(wrapped: WrappedModel) -> tuple[LlamaModel, ...]:
 
 
 def adam_in_use(implementation: TransformerImpl, options: OptimizerConfig, *, steps_per_unit: bool) -> str:
-    """Whose Adam ``wrap`` takes: torch's, or what megatron-core found at import (transformer-engine's or Apex's)."""
+    """Package of the Adam that ``wrap`` takes: torch, or what megatron-core found (transformer-engine or Apex)."""
     if options.mofo_fraction is not None:
-        return f"torch (MoFO: {options.mofo_fraction:g} of every matrix moves)"
+        return f"torch (MoFO: {options.mofo_fraction:g} of every matrix is updated)"
     if _torch_adam(implementation, options, steps_per_unit) is not None:
         return "torch"
     module = megatron_optimizer.Adam.__module__
@@ -340,7 +340,7 @@ def adam_in_use(implementation: TransformerImpl, options: OptimizerConfig, *, st
 
 
 def _connect_schedules(config: Any, wrapped: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Tells the pipeline schedules when to hold back, start and finish gradient and parameter traffic."""
+    """Gives the pipeline schedules the functions that hold back, start and finish gradient and parameter traffic."""
 
     def one_or_all(functions: list[Any]) -> Any:
         return functions[0] if len(functions) == 1 else functions

@@ -1,4 +1,4 @@
-"""Values and mistakes of single ranks, known to all of them: what one rank raises, every rank raises.
+"""Values and errors of single ranks, shared with all: an error of one rank is raised on every rank.
 
 A rank that raised alone would leave the others waiting in their next collective. All functions here are collective.
 """
@@ -12,7 +12,7 @@ from hft_megatron.errors import RunFailed, UserError
 
 T = TypeVar("T")
 Failure = UserError | RunFailed
-"""What is known to all ranks as soon as one of them has it."""
+"""Errors that are shared with all ranks."""
 
 
 def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -23,8 +23,8 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """What ``work`` returns on every rank, in their order; the UserError or RunFailed of the first that has one on all
-    of them."""
+    """Results of ``work`` on every rank, in their order. Raises the first rank's UserError or RunFailed on all of
+    them."""
     outcomes = gathered(_outcome(work))
     for outcome in outcomes:
         if isinstance(outcome, Failure):
@@ -33,7 +33,7 @@ def together(work: Callable[[], T]) -> list[T]:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, which alone does it; its UserError or RunFailed on all ranks."""
+    """Result of ``work``, which runs on rank 0 alone, on all ranks; likewise its UserError or RunFailed."""
     outcomes: list[T | Failure | None] = [_outcome(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcomes, src=0)
     if isinstance(outcomes[0], Failure):

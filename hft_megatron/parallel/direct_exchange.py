@@ -1,12 +1,12 @@
 """Reduce-scatter and all-gather of gloo groups, by sends and receives between every two ranks.
 
-gloo makes a reduce-scatter of a copy of the whole buffer, an all-reduce and another copy, and an all-gather of copies
-into and out of temporaries. Here a rank sends each other rank what that one keeps, once, and receives where it is used:
-(n - 1) / n of a buffer of n ranks goes out of each of them, half of what gloo's reduce-scatter sends.
+gloo implements a reduce-scatter by copying the whole buffer, an all-reduce and another copy, and an all-gather by
+copies into and out of temporaries. Here a rank sends each other rank the part that it keeps, once, and receives in
+place: each of n ranks sends (n - 1) / n of a buffer, half of gloo's reduce-scatter.
 
-A sum is made in the order of the ranks, in the data type of the buffer, so that its bits depend on neither the shard's
-owner nor on who was first. What is received for a sum stands in blocks of ``BLOCK_BYTES`` that are used again: memory
-that is taken and given back in every step costs a page fault for each 4 KB.
+Sums are made in the order of the ranks, in the data type of the buffer, so that their bits depend neither on the
+shard's owner nor on the order of arrival. Received parts are stored in blocks of ``BLOCK_BYTES`` that are reused:
+allocating and freeing memory in every step would cost a page fault for each 4 KB.
 """
 
 from collections import deque
@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 BLOCK_BYTES = 1 << 20
-"""Of one message of a sum."""
+"""Size of one message of a sum."""
 BLOCKS_AHEAD = 8
-"""Of each other rank, that are on their way while a rank waits for the first; in the background all of them are."""
+"""Blocks in flight from each other rank while a rank waits for the first; in the background all of them are."""
 
 _free_blocks: list[Tensor] = []
 
 
 def is_direct(group: dist.ProcessGroup) -> bool:
-    """Whether the group's collectives are made here: gloo's are."""
+    """Return whether the group's collectives are implemented here: those of gloo are."""
     return dist.get_backend(group) == "gloo"
 
 
@@ -33,11 +33,11 @@ def _others(group: dist.ProcessGroup) -> list[int]:
 
 
 class ReduceScatter:
-    """A sum over ranks that is under way: on rank r of ``group`` that of the r-th part of every rank's ``input``."""
+    """A running sum over ranks: on rank r of ``group`` the sum of the r-th part of every rank's ``input``."""
 
     def __init__(self, output: Tensor, input: Tensor, group: dist.ProcessGroup, *, ahead: int | None = None) -> None:
         """``output`` (elements,) may be its part of ``input`` (ranks x elements,), untouched until ``wait``
-        returns. ``ahead`` is how many blocks of each rank are received at once; None means all."""
+        returns. ``ahead`` is the number of blocks of each rank that are received at once; None means all."""
         assert input.numel() == group.size() * output.numel()
         assert input.is_contiguous()
         assert output.is_contiguous()
@@ -93,7 +93,7 @@ class ReduceScatter:
 
 
 class AllGather:
-    """A gather that is under way: the r-th part of ``output`` is rank r's ``input``."""
+    """A running gather: the r-th part of ``output`` is rank r's ``input``."""
 
     def __init__(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
         """``input`` (elements,) may be its part of ``output`` (ranks x elements,); neither may be touched before
@@ -109,7 +109,7 @@ class AllGather:
         self._works += [group.send([mine], rank, 0) for rank in _others(group)]
 
     def wait(self) -> None:
-        """Returns when all parts are there and on their way. RuntimeError where another rank is gone."""
+        """Returns when all parts are received and sent. RuntimeError where another rank is gone."""
         while self._works:
             self._works.pop().wait()
 
@@ -121,14 +121,14 @@ class Exchanges:
         self._started: list[ReduceScatter | AllGather] = []
 
     def reduce_scatter(self, output: Tensor, input: Tensor, group: dist.ProcessGroup, *, in_background: bool) -> None:
-        """Starts one; it is over when this returns unless it runs ``in_background``."""
+        """Starts one, which is complete when this returns unless it runs ``in_background``."""
         if in_background:
             self._started.append(ReduceScatter(output, input, group))
         else:
             ReduceScatter(output, input, group, ahead=BLOCKS_AHEAD).wait()
 
     def all_gather(self, output: Tensor, input: Tensor, group: dist.ProcessGroup, *, in_background: bool) -> None:
-        """Starts one; it is over when this returns unless it runs ``in_background``."""
+        """Starts one, which is complete when this returns unless it runs ``in_background``."""
         gather = AllGather(output, input, group)
         if in_background:
             self._started.append(gather)
@@ -136,6 +136,6 @@ class Exchanges:
             gather.wait()
 
     def wait(self) -> None:
-        """Returns when all that run in the background are over. RuntimeError where another rank is gone."""
+        """Returns when all that run in the background are complete. RuntimeError where another rank is gone."""
         while self._started:
             self._started.pop(0).wait()

@@ -1,4 +1,4 @@
-"""Starts the process groups of a run and says where this rank stands in them."""
+"""Starts the process groups of a run and gives this rank's place in them."""
 
 import gc
 import os
@@ -27,17 +27,17 @@ _ENVIRONMENT = {
 
 
 def make_deterministic() -> None:
-    """Must run before CUDA and NCCL start. Variables that the user set stay as they are."""
+    """Makes torch and NCCL deterministic; must run before CUDA and NCCL start. Variables set by the user are kept."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
-    # It would fill every tensor that is made empty, and everything here writes before it reads.
+    # It would fill every empty tensor, but everything here writes before it reads.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where this rank stands. ``virtual_stages`` is 1 without the interleaved schedule."""
+    """Place of this rank in the layout. ``virtual_stages`` is 1 without the interleaved schedule."""
 
     rank: int
     world_size: int
@@ -60,32 +60,32 @@ class Placement:
 
     @property
     def is_last_rank(self) -> bool:
-        """The rank that prints and records losses, as in Megatron: it stands on the last pipeline stage."""
+        """True on the rank that prints and records losses, as in Megatron: it is on the last pipeline stage."""
         return self.rank == self.world_size - 1
 
 
 def start_backend(parallel: ParallelConfig, meeting: Meeting | None = None) -> None:
     """Joins the default process group, at ``meeting`` or a new one; without CUDA turns the CPU backend on.
 
-    A default group that exists is left as it is. Raises what ``meet`` does.
+    An existing default group is kept. Raises the errors of ``meet``.
     """
     has_cuda = torch.cuda.is_available()
     interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
     if parallel.distributed_backend == "nccl" and not has_cuda:
         raise UserError(
-            "--distributed-backend nccl needs a CUDA device, and torch finds none; use gloo or leave it out."
+            "--distributed-backend nccl needs a CUDA device, but torch finds none; use gloo or leave it out."
         )
     if parallel.distributed_backend == "gloo" and has_cuda:
         raise UserError(
-            "--distributed-backend gloo lacks collectives for CUDA tensors, and torch finds a CUDA device; use nccl or "
-            "leave it out (with CUDA_VISIBLE_DEVICES= in the environment the run is on CPU)."
+            "--distributed-backend gloo lacks collectives for CUDA tensors, but torch finds a CUDA device; use nccl or "
+            "leave it out (to run on CPU, set CUDA_VISIBLE_DEVICES= in the environment)."
         )
     if has_cuda:
         local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= devices:
             raise UserError(
-                f"torchrun's --nproc-per-node starts local rank {local_rank}, but here are {devices} CUDA devices; "
-                f"start at most {devices} ranks on it."
+                f"torchrun's --nproc-per-node starts local rank {local_rank}, but this host has {devices} CUDA "
+                f"devices; start at most {devices} ranks on it."
             )
         torch.cuda.set_device(local_rank)
     else:
@@ -98,8 +98,8 @@ def start_backend(parallel: ParallelConfig, meeting: Meeting | None = None) -> N
             rank=meeting.rank,
             world_size=meeting.world_size,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-            # NCCL then connects its ranks at once, and knows whose device a rank's barrier is on. Sends and receives
-            # that are not batched, those of the interleaved schedule, would then wait for each other in one stream.
+            # NCCL then connects its ranks at once, and knows the device of a rank's barrier. Sends and receives that
+            # are not batched, those of the interleaved schedule, would then wait for each other in one stream.
             device_id=torch.device("cuda", torch.cuda.current_device()) if has_cuda and not interleaved else None,
         )
 
@@ -131,8 +131,8 @@ def start_groups(parallel: ParallelConfig, num_layers: int, seed: int) -> Placem
 
 
 def leave_groups() -> None:
-    """Destroys megatron-core's groups and keeps the default group, for a next model; every rank calls it."""
-    # A group that goes away on one rank breaks a neighbour which is still receiving.
+    """Destroys megatron-core's groups and keeps the default group, for another model; every rank calls it."""
+    # Destroying a group on one rank breaks a neighbour that is still receiving.
     dist.barrier()
     parallel_state.destroy_model_parallel()
     # destroy_model_parallel only forgets its groups; each would keep its sockets and threads.
@@ -151,5 +151,5 @@ def stop_groups() -> None:
 
 
 def host_name() -> str:
-    """This machine's name, for messages that point at a rank."""
+    """This machine's name, for messages about a rank."""
     return socket.gethostname()

@@ -1,4 +1,4 @@
-"""What torchrun tells a process about its place, the same for one that nobody launched, and the hosts of a run."""
+"""A process's place from torchrun's variables, the same for one without a launcher, and the hosts of a run."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 from hft_megatron.errors import EXIT_CODES_VARIABLE, EXIT_OK, EXIT_STOPPED, UserError
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that a launched process has."""
+"""Variables of a launched process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """A machine, or what a launcher calls a node, and the ranks that run on it."""
+    """A machine, or a launcher's node, and the ranks that run on it."""
 
     name: str
     ranks: tuple[int, ...]
@@ -50,17 +50,17 @@ def numbers_in_words(ranks: Sequence[int]) -> str:
 
 
 def rank(environment: MutableMapping[str, str] = os.environ) -> int:
-    """Global rank of this process; 0 when nobody launched it."""
+    """Global rank of this process; 0 without a launcher."""
     return _number(environment, "RANK", default=0)
 
 
 def local_rank(environment: MutableMapping[str, str] = os.environ) -> int:
-    """Rank of this process among those of its node; 0 when nobody launched it."""
+    """Rank of this process among those of its node; 0 without a launcher."""
     return _number(environment, "LOCAL_RANK", default=0)
 
 
 def world_size(environment: MutableMapping[str, str] = os.environ) -> int:
-    """Ranks of the run over all nodes; 1 when nobody launched it. UserError when WORLD_SIZE is not a number above 0."""
+    """Ranks of the run over all nodes; 1 without a launcher. UserError when WORLD_SIZE is not a number above 0."""
     size = _number(environment, "WORLD_SIZE", default=1)
     if size < 1:
         raise UserError(f"WORLD_SIZE={size} in the environment must be at least 1.")
@@ -68,10 +68,10 @@ def world_size(environment: MutableMapping[str, str] = os.environ) -> int:
 
 
 def place_this_process(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Give a process that nobody launched the environment of a run of one rank, so that it needs no torchrun.
+    """Gives a process without a launcher the environment of a run of one rank, so that it needs no torchrun.
 
-    A launched process is left alone. UserError when only a part of torchrun's variables is there: such a
-    process would wait for others that never come.
+    A launched process is left alone. UserError when only some of torchrun's variables are set: such a process would
+    wait for others that never come.
     """
     if "RANK" not in environment and world_size(environment) == 1:
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -80,14 +80,14 @@ def place_this_process(environment: MutableMapping[str, str] = os.environ) -> No
     missing = [name for name in _PLACE if name not in environment]
     if missing:
         raise UserError(
-            f"{missing[0]} is missing from the environment although other variables of torchrun are set; "
-            f"start with torchrun, or unset RANK and WORLD_SIZE to run on one process."
+            f"{missing[0]} is missing from the environment, but other variables of torchrun are set; "
+            f"start with torchrun, or unset RANK and WORLD_SIZE to run one process."
         )
 
 
 @contextlib.contextmanager
 def placed_process(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
-    """``place_this_process`` for as long as it is entered: what follows finds the environment as it was."""
+    """``place_this_process`` within it; the environment is restored afterwards."""
     names = (*_PLACE, "LOCAL_WORLD_SIZE")
     before = {name: environment[name] for name in names if name in environment}
     place_this_process(environment)
@@ -102,9 +102,9 @@ def placed_process(environment: MutableMapping[str, str] = os.environ) -> Iterat
 
 
 def forget_exit_code(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Remove what this rank has left before torchrun started it again: an earlier end is not that of this start.
+    """Removes the exit code that this rank left before torchrun restarted it.
 
-    The number of restarts in the file's name would not do: torchrun doesn't count those after a host came or went.
+    The number of restarts in the file's name would not do: torchrun doesn't count restarts after a host came or went.
     """
     file = _exit_code_file(environment)
     if file is not None:
@@ -113,9 +113,9 @@ def forget_exit_code(environment: MutableMapping[str, str] = os.environ) -> None
 
 
 def leave_exit_code(code: int, environment: MutableMapping[str, str] = os.environ) -> int:
-    """Leave a rank's exit code for ``parallel.start_ranks``, if that started it; returns what the process ends with.
+    """Leaves a rank's exit code for ``parallel.start_ranks``, if that started it; returns the process's own exit code.
 
-    Under --max-restarts that is 0 for a run that stopped as it was asked to, which torchrun would start again.
+    Under --max-restarts that is 0 for a run that was stopped on request, which torchrun would otherwise restart.
     """
     file = _exit_code_file(environment)
     if file is None:
@@ -129,7 +129,7 @@ def leave_exit_code(code: int, environment: MutableMapping[str, str] = os.enviro
 
 
 def _exit_code_file(environment: MutableMapping[str, str]) -> Path | None:
-    """Where this process leaves its exit code; None unless ``parallel.start_ranks`` started it."""
+    """File in which this process leaves its exit code; None unless ``parallel.start_ranks`` started it."""
     folder = environment.get(EXIT_CODES_VARIABLE)
     return None if folder is None or "LOCAL_RANK" not in environment else Path(folder, environment["LOCAL_RANK"])
 
@@ -144,5 +144,5 @@ def _free_port() -> int:
 def _number(environment: MutableMapping[str, str], name: str, default: int) -> int:
     value = environment.get(name, str(default))
     if not value.isdecimal():
-        raise UserError(f"{name}={value} in the environment is not a whole number; torchrun sets it.")
+        raise UserError(f"{name}={value} in the environment is not a whole number; let torchrun set it, or unset it.")
     return int(value)

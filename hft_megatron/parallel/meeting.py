@@ -1,11 +1,11 @@
-"""Where the ranks of a run meet: torchrun's key-value store, and a part of it that no earlier start has written to.
+"""Rendezvous of the ranks of a run: torchrun's key-value store, and a part of it that no earlier start has written to.
 
-A rank that waits for it inside a collective is aborted after --distributed-timeout-minutes. Here it waits for as long
-as it takes. That a rank of this host has died is seen here: torchrun may leave the others minutes to end. A host that
-is gone is the watchdog's.
+Also a barrier without a time limit: inside a collective a waiting rank is aborted after --distributed-timeout-minutes.
+It notices when a rank of this host has died, since torchrun may give the others minutes to end. Lost hosts are left to
+the watchdog.
 
-torchrun may keep one store over its restarts (with --master-addr always). The ranks that it starts anew would then
-read the addresses of dead ones, and try to reach them: "Gloo connectFullMesh failed".
+torchrun may keep one store over its restarts (always with --master-addr). Restarted ranks would then read the addresses
+of dead ones, and try to reach them: "Gloo connectFullMesh failed".
 """
 
 import functools
@@ -26,21 +26,21 @@ from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.launch import numbers_in_words
 
 ARRIVALS = "hft_megatron/arrivals"
-"""The store's key for how often any rank has come to a barrier."""
+"""The store's key for the number of arrivals of all ranks at barriers."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.5
-"""Between two looks."""
+"""Seconds between two checks."""
 _GROWTH = 1.25
-"""Of the pauses: nobody waits for a quarter longer than the last rank takes."""
+"""Growth of the pauses: nobody waits more than a quarter longer than the last rank takes."""
 
 
 def wait_for_all_ranks() -> None:
-    """Returns when all ranks of the default group have called it; has no time limit.
+    """Returns when all ranks of the default group have called it, without a time limit.
 
     Raises PeersLost where another rank of this host has died. A process's first call is a collective.
     """
     others = _ranks_of_this_host()
     store, ranks = dist.distributed_c10d._get_default_store(), dist.get_world_size()
-    # Nobody comes to the next barrier before all have come to this one, so that one count serves them all.
+    # No rank reaches the next barrier before all have reached this one, so one count serves them all.
     arrived = store.add(ARRIVALS, 1)
     all_here = -(-arrived // ranks) * ranks
     pause = FIRST_PAUSE_S
@@ -48,13 +48,13 @@ def wait_for_all_ranks() -> None:
         time.sleep(pause)
         pause = min(_GROWTH * pause, LONGEST_PAUSE_S)
         _check_lives(others)
-    # By now a matter of half a second. Without it a rank that goes on, and ends, may take the store away from others.
+    # By now a matter of half a second. Without it a rank that continues and ends may take the store away from others.
     dist.barrier()
 
 
 @functools.cache
 def _ranks_of_this_host() -> dict[int, int]:
-    """rank -> process id of the ranks whose processes this one can see."""
+    """Process ids, by rank, of the ranks whose processes this one can see."""
     place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino)
     return {rank: pid for rank, (theirs, pid) in enumerate(gathered((place, os.getpid()))) if theirs == place}
 
@@ -66,7 +66,7 @@ def _check_lives(processes: dict[int, int]) -> None:
         except psutil.NoSuchProcess:
             is_dead = True
         if is_dead:
-            raise PeersLost(f"rank {rank} (process {pid} of this host) has died while others waited for it")
+            raise PeersLost(f"rank {rank} (process {pid} on this host) died while others waited for it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +76,13 @@ class Meeting:
     address: str
     port: int
     minutes: float
-    """How long anything is waited for."""
+    """Time limit of every wait."""
     rank: int
     world_size: int
     store: Store
-    """Empty at the start, whatever came before."""
+    """Key-value store, empty at the start whatever came before."""
     prefix: str
-    """In front of its keys, in the store at ``address``."""
+    """Prefix of its keys in the store at ``address``."""
 
     @property
     def timeout(self) -> timedelta:
@@ -90,9 +90,9 @@ class Meeting:
 
 
 def meet(minutes: float) -> Meeting:
-    """Reaches the store that torchrun's environment names, and agrees with all other ranks on a new start.
+    """Connects to the store that torchrun's environment names, and agrees with all other ranks on a new start.
 
-    Raises PeersLost when the store, or another rank, has not come after ``minutes``.
+    Raises PeersLost when the store, or another rank, cannot be reached within ``minutes``.
     """
     deadline = time.monotonic() + 60.0 * minutes
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -116,18 +116,18 @@ def meet(minutes: float) -> Meeting:
 
 
 def did_not_meet(minutes: float, reason: str) -> PeersLost:
-    """The error of ranks that wait for others in vain."""
+    """The error of ranks that waited for others in vain."""
     return PeersLost(
         f"the ranks did not all meet at the rendezvous endpoint {os.environ['MASTER_ADDR']}:"
-        f"{os.environ['MASTER_PORT']} within --distributed-timeout-minutes {minutes:g} ({reason.rstrip('.')}); look at "
-        f"that host, at the network to it, and at what the other hosts say"
+        f"{os.environ['MASTER_PORT']} within --distributed-timeout-minutes {minutes:g} ({reason.rstrip('.')}); check "
+        f"that host, the network to it, and the logs of the other hosts"
     )
 
 
 def _call(store: Store, rank: int, world_size: int, deadline: float) -> str:
-    """What rank 0 does: it makes a start, which takes the place of all before, and its name when all ranks are there.
+    """The part of rank 0: it creates a start, which replaces all earlier ones, and names it when all ranks are there.
 
-    Whenever any rank is started anew so is rank 0, sooner or later.
+    Whenever any rank is restarted so is rank 0, sooner or later.
     """
     number, others = store.add("hft_megatron/starts", 1), range(1, world_size)
     for pause in _pauses(deadline):
@@ -137,12 +137,12 @@ def _call(store: Store, rank: int, world_size: int, deadline: float) -> str:
             return name
         time.sleep(pause)
     missing = [other for other in others if not store.check([_joined(number, other)])]
-    raise dist.DistStoreError(f"{numbers_in_words(missing)} did not come")
+    raise dist.DistStoreError(f"{numbers_in_words(missing)} did not arrive")
 
 
 def _answer(store: Store, rank: int, world_size: int, deadline: float) -> str:
-    """What the others do: they join the newest start, if this rank's number has not joined it before: that start's
-    ranks have died then, and rank 0 will make another."""
+    """The part of the others: they join the newest start. If this rank's number has joined it before, the ranks of that
+    start have died, and rank 0 will create another."""
     joined = 0
     for pause in _pauses(deadline):
         newest = store.add("hft_megatron/starts", 0)
@@ -151,11 +151,11 @@ def _answer(store: Store, rank: int, world_size: int, deadline: float) -> str:
         if joined and store.check([_name(joined)]):
             return str(store.get(_name(joined)).decode())
         time.sleep(pause)
-    raise dist.DistStoreError("rank 0 did not come" if joined == 0 else "rank 0 waits for others")
+    raise dist.DistStoreError("rank 0 did not arrive" if joined == 0 else "rank 0 is waiting for others")
 
 
 def _pauses(deadline: float) -> Iterator[float]:
-    """Seconds between two looks, longer and longer, until ``deadline``."""
+    """Seconds between two checks, growing, until ``deadline``."""
     pause = 0.01
     while time.monotonic() < deadline:
         yield pause

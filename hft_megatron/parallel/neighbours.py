@@ -1,8 +1,8 @@
-"""Notices that another rank of this host has ended, and says how, as far as a neighbour can know.
+"""Notices that another rank of this host has ended, and reports how, as far as a neighbour can know.
 
-A collective whose partner has died fails with a word about a connection, or on a GPU waits for its time-out. The kernel
-tells the end of a process at once, to whoever holds a descriptor of it (Linux 5.3 and newer), and its exit status for
-as long as the launcher has not asked for it: about a tenth of a second under torchrun.
+A collective whose partner has died fails with an error about a connection, or on a GPU waits for its time-out. The
+kernel reports the end of a process at once to every holder of its descriptor (Linux 5.3 and newer), and its exit status
+until the launcher collects it: about a tenth of a second under torchrun.
 """
 
 import ctypes
@@ -19,19 +19,19 @@ from typing import Any
 from hft_megatron.errors import EXIT_FAILURE, EXIT_USAGE, PeersLost
 
 GRACE_KILLED_S, GRACE_ENDED_S = 1.0, 5.0
-"""Before a thread speaks of a neighbour that a signal has ended, or that ended by itself: the error that this rank's
-own work fails with, which may be the same for all ranks and then says more, comes first."""
+"""Delays before a thread reports a neighbour that a signal has killed, or that ended by itself: an error of this rank's
+own work, which may be the same on all ranks and more specific, comes first."""
 _PIDFD_OPEN = 434
-"""The system call's number on x86, Arm, POWER and s390."""
+"""Number of the system call on x86, Arm, POWER and s390."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """The process that a rank is."""
+    """The process of a rank."""
 
     pid: int
     namespace: str
-    """Processes of one namespace can be seen by their numbers."""
+    """Process namespace; processes of the same one can see each other."""
 
     @staticmethod
     def own() -> "Process":
@@ -55,7 +55,7 @@ class Neighbours:
         }
         self._descriptors: dict[int, int] = {}
         self._ended: dict[int, int | None] = {}
-        """The exit status of neighbours that have ended, in the order in which it was seen; None where nobody knows."""
+        """Exit status of neighbours that have ended, in the order of observation; None where it is unknown."""
         self._seen = threading.Event()
         self._lock = threading.Lock()
         self._over = self._ending = False
@@ -63,8 +63,8 @@ class Neighbours:
         self._thread = threading.Thread(target=self._watch, name="neighbours", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch. Until another handler is set, SIGTERM, which torchrun sends to the ranks that are left, has
-        them say which one is not."""
+        """Begins to watch. Until another handler is set, a rank that gets SIGTERM, which torchrun sends to the
+        remaining ranks, reports the one that ended."""
         if not self._pids:
             return
         for rank, pid in self._pids.items():
@@ -78,7 +78,7 @@ class Neighbours:
         self._change_sigterm(signal.SIG_DFL, self._on_sigterm)
 
     def stop(self) -> None:
-        """Ends the watch: this rank ends by itself. Does not return where the watch ends it."""
+        """Ends the watch, because this rank ends by itself. Does not return if the watch is already ending it."""
         with self._lock:
             self._over, ending = True, self._ending
         if ending:
@@ -87,9 +87,10 @@ class Neighbours:
         self._change_sigterm(self._on_sigterm, signal.SIG_DFL)
 
     def loss(self, wait_s: float) -> PeersLost | None:
-        """The word about the first neighbour that has ended, or ends within ``wait_s``; None where none does.
+        """The error about the first neighbour that has ended, or ends within ``wait_s``; None where none does.
 
-        Where there is something the caller says it, and the watch is over. Does not return if its thread is at it.
+        The caller reports it, and the watch is over. Does not return if the watch's thread is already reporting it and
+        will exit the process.
         """
         if not self._seen.wait(wait_s):
             return None
@@ -98,16 +99,16 @@ class Neighbours:
         return self._in_words()
 
     def _in_words(self) -> PeersLost:
-        # The launcher ends those that are left, and errors follow a death: of several the earliest, and a signal first.
+        # The launcher ends the remaining ranks, and errors follow a death: take a signal first, then the earliest.
         rank, status = min(self._ended.items(), key=lambda one: not _is_killed(one[1]))
-        # Others that have ended by themselves have had their say.
+        # Others that have ended by themselves have reported it.
         silent = {rank, *(other for other, status in self._ended.items() if _is_killed(status))}
         speaker = min({self._rank, *self._pids} - silent)
         place = f"rank {rank} on {self._host} (process {self._pids[rank]})"
         return PeersLost(f"{place} {_how(status)}", speaks=self._rank == speaker and not _has_spoken(status))
 
     def _change_sigterm(self, old: Any, new: Any) -> None:
-        """Training has a handler of its own, which stays."""
+        """Sets a handler of SIGTERM in place of ``old``; another one, such as training's own, is kept."""
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old:
             signal.signal(signal.SIGTERM, new)
 
@@ -119,7 +120,7 @@ class Neighbours:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # ---- what the thread does ------------------------------------------------------------------------------------
+    # ---- the thread ----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._over and not self._ended:
@@ -153,7 +154,7 @@ class Neighbours:
 
 
 def _descriptor_of(pid: int) -> int:
-    """A file descriptor that tells of the end of process ``pid``; OSError where there is none.
+    """A file descriptor that reports the end of process ``pid``; OSError where there is none.
 
     ``os.pidfd_open`` is missing where Python was built with an old C library's headers, as conda's is.
     """
@@ -167,17 +168,18 @@ def _descriptor_of(pid: int) -> int:
 
 
 def _exit_status(pid: int) -> int | None:
-    """As ``os.waitpid`` gives it to the launcher; None where that has asked, or this process may not know."""
+    """Exit status as ``os.waitpid`` gives it to the launcher; None where the launcher has collected it, or this process
+    may not read it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
-    # Field 52 of proc(5); the first behind the name is the third. 0 is also what others than the owner read.
+    # Field 52 of proc(5); the first behind the name is the third. Users other than the owner also read 0.
     return (int(fields[49]) or None) if fields[0] == "Z" else None
 
 
 def _is_killed(status: int | None) -> bool:
-    """By another signal than the launcher's own."""
+    """Return whether a signal other than the launcher's own killed the process."""
     return status is not None and os.WIFSIGNALED(status) and not _is_stopped(status)
 
 
@@ -186,17 +188,17 @@ def _is_stopped(status: int) -> bool:
 
 
 def _has_spoken(status: int | None) -> bool:
-    """Whether it was the command itself that ended the process, with a sentence or a traceback of its own."""
+    """Return whether the command itself ended the process, with a sentence or a traceback."""
     return status is not None and os.WIFEXITED(status) and os.WEXITSTATUS(status) in (EXIT_FAILURE, EXIT_USAGE)
 
 
 def _how(status: int | None) -> str:
     if status is None:
-        return "has ended; the launcher says how"
+        return "has ended; see the launcher's log for the reason"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         killer = (
-            "; the kernel does that to a process when memory runs out, and then dmesg says so" if number == 9 else ""
+            "; the kernel does this when memory runs out, in which case dmesg shows it" if number == 9 else ""
         )
-        return f"was ended by signal {number} ({signal.Signals(number).name}){killer}"
-    return f"ended with exit code {os.WEXITSTATUS(status)}; what it said is in the log of its host"
+        return f"was killed by signal {number} ({signal.Signals(number).name}){killer}"
+    return f"ended with exit code {os.WEXITSTATUS(status)}; its output is in the log of its host"

@@ -1,4 +1,4 @@
-"""The other ranks of a command: when they meet, on which hosts they are, and that none of those is lost in silence."""
+"""The other ranks of a command: their rendezvous, their hosts, and a watch for lost hosts and ranks."""
 
 import contextlib
 import json
@@ -16,15 +16,15 @@ from hft_megatron.parallel.neighbours import Neighbours, Process
 from hft_megatron.parallel.watchdog import Watchdog
 
 CONNECTION_WAIT_S = 5.0
-"""How long after a connection is lost the end of the other process is waited for."""
+"""Seconds to wait for the end of the other process after a connection is lost."""
 
 
 @contextlib.contextmanager
 def peers(minutes: float, on_loss: OnLoss) -> Iterator["Peers"]:
-    """Meets the other ranks, for which ``minutes`` are waited; an error within ends this rank's watch.
+    """Meets the other ranks, waiting for ``minutes``; an error within ends this rank's watch.
 
-    ``on_loss`` gets the word about a lost host or rank, on another thread, and the process ends after it. Raises
-    PeersLost, also in the place of the error that a collective gives where a rank has ended.
+    ``on_loss`` gets the error about a lost host or rank, on another thread, and the process ends after it. Raises
+    PeersLost, also in the place of a collective's error where a rank has ended.
     """
     company = Peers(None if dist.is_initialized() else meet(minutes), on_loss)
     try:
@@ -38,12 +38,12 @@ def peers(minutes: float, on_loss: OnLoss) -> Iterator["Peers"]:
 
 
 class Peers:
-    """What ``peers`` yields."""
+    """The other ranks, as ``peers`` yields them."""
 
     def __init__(self, meeting: Meeting | None, on_loss: OnLoss) -> None:
-        """Begins to watch; collective. Raises PeersLost where not all ranks come.
+        """Begins to watch; collective. Raises PeersLost where not all ranks arrive.
 
-        ``meeting`` is None where the default process group exists already: it is then not ours to watch over.
+        ``meeting`` is None where the default process group exists already: it is then not watched here.
         """
         self.hosts: tuple[Host, ...] = ()
         self._meeting = meeting
@@ -59,16 +59,16 @@ class Peers:
             self._neighbours.start()
 
     def join(self, parallel: ParallelConfig) -> None:
-        """Makes the default process group; collective. One that exists is left as it is.
+        """Creates the default process group; collective. An existing one is kept.
 
-        Raises UserError where a rank can't have a device, PeersLost where not all ranks come.
+        Raises UserError where a rank has no device, PeersLost where not all ranks arrive.
         """
         if self._meeting is None or not dist.is_initialized():
             with _in_time(parallel.distributed_timeout_minutes):
                 start_backend(parallel, self._meeting)
 
     def leave(self) -> None:
-        """Ends the watch when all ranks have come here, at the end of their work."""
+        """Ends the watch when all ranks have called it, at the end of their work."""
         if self._neighbours is not None:
             wait_for_all_ranks()
             self._neighbours.stop()
@@ -76,16 +76,16 @@ class Peers:
             self._watchdog.leave()
 
     def abandon(self) -> None:
-        """Ends the watch on this rank; where it is about to name a host or rank it has lost, this does not return."""
+        """Ends the watch on this rank; does not return if the watch is already reporting a lost host or rank."""
         if self._neighbours is not None:
             self._neighbours.stop()
         if self._watchdog is not None:
             self._watchdog.abandon()
 
     def loss_behind(self, error: BaseException) -> PeersLost | None:
-        """The word about the rank whose end this rank's ``error`` comes from; None for an error of its own.
+        """The error about the rank whose end caused this rank's ``error``; None for an error of its own.
 
-        Of a rank on another host that host's ranks know, or the watchdog: this then does not return.
+        A rank on another host is reported by that host's ranks, or by the watchdog: this then does not return.
         """
         is_known = isinstance(error, PeersLost)
         if self._neighbours is None or not (is_known or _is_of_a_connection(error)):
@@ -99,7 +99,7 @@ class Peers:
         return loss
 
     def _end(self, loss: PeersLost) -> None:
-        """On the neighbours' thread."""
+        """Reports the loss and ends the process, on the neighbours' thread."""
         if self._watchdog is not None:
             self._watchdog.tell(loss)
         self._on_loss(loss)
@@ -107,7 +107,7 @@ class Peers:
 
 
 def _is_of_a_connection(error: BaseException) -> bool:
-    """Whether a collective or the store says that it can't reach others: gloo's errors have no type of their own."""
+    """Return whether a collective or the store can't reach others: gloo's errors have no type of their own."""
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
@@ -121,7 +121,7 @@ def _in_time(minutes: float) -> Iterator[None]:
 
 
 def _places(meeting: Meeting) -> tuple[tuple[Host, ...], dict[int, Process]]:
-    """Hosts, and every rank's process. By way of the store: a collective would wait for a lost host without a watch."""
+    """Hosts, and every rank's process, through the store: a collective would wait for a lost host without a watch."""
     store, own = meeting.store, Process.own()
     place = [host_name(), os.environ.get("GROUP_RANK", ""), own.pid, own.namespace]
     store.set(_place_of(meeting.rank), json.dumps(place))
@@ -139,7 +139,7 @@ def _place_of(rank: int) -> str:
 
 def _started(watchdog: Watchdog, meeting: Meeting) -> Watchdog:
     watchdog.connect()
-    # Every host must have counted once before any rank looks at them.
+    # Every host must have counted once before any rank checks it.
     if meeting.store.add("ranks that count", 1) == meeting.world_size:
         meeting.store.set("all count", "1")
     meeting.store.wait(["all count"])

@@ -1,8 +1,8 @@
-"""``python -m hft_megatron.parallel.start_ranks``: torchrun, for scripts that pass a run's exit code on.
+"""``python -m hft_megatron.parallel.start_ranks``: torchrun, for scripts that pass on a run's exit code.
 
-It takes torchrun's words and starts ranks by torchrun's own code. torchrun ends with 1 and with a trace of forty lines
-whatever happened; this process ends with the code that the ranks have left, and what they said is the last word. Those
-that could say nothing themselves, such as killed ones, get a line that says how they ended.
+It takes torchrun's arguments and starts ranks with torchrun's own code. torchrun always ends with 1 and a traceback of
+forty lines; this process ends with the exit code of the ranks, and their messages come last. Ranks that could not
+report themselves, such as killed ones, get a line about how they ended.
 """
 
 import logging
@@ -18,13 +18,13 @@ from typing import Protocol
 from hft_megatron import errors
 
 TOLD = (errors.EXIT_USAGE, errors.EXIT_STOPPED, errors.EXIT_INTERRUPTED)
-"""Exit codes whose ranks have said all there is to say."""
+"""Exit codes whose ranks have reported the reason themselves."""
 PASSED_ON = ("Sending process %s closing signal", "Received %s death signal", "Got termination signal")
-"""How torchrun's lines about a signal that it passes on begin."""
+"""Beginnings of torchrun's lines about signals that it passes on."""
 
 
 class Failure(Protocol):
-    """What is read of torchrun's ``ProcessFailure``."""
+    """The part of torchrun's ``ProcessFailure`` that is used here."""
 
     local_rank: int
     pid: int
@@ -33,9 +33,9 @@ class Failure(Protocol):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Start ranks by ``words``, or those of the command line; returns the exit code of this node's ranks."""
+    """Starts ranks with the arguments ``words``, or the command line's; returns the exit code of this node's ranks."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _stop_without_ranks)  # until torchrun's code starts some, and listens itself
+        signal.signal(number, _stop_without_ranks)  # until torchrun's code starts ranks, and listens itself
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import determine_local_world_size, parse_args, run
@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ[errors.EXIT_CODES_VARIABLE] = folder
     try:
         run(options)
-        return worst(_left_codes(folder).values())  # under --max-restarts a stopped run ends well for torchrun
+        return worst(_left_codes(folder).values())  # under --max-restarts a stopped run is a success for torchrun
     except ChildFailedError as error:
         lines, code = judged(error.failures.values())
         print("".join(f"hft-megatron: {line}\n" for line in lines), end="", file=sys.stderr)
@@ -60,14 +60,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def worst(codes: Iterable[int]) -> int:
-    """The code that stands for all ranks: a mistake explains failures of others, and a failure counts before a stop."""
+    """The exit code for all ranks: a user's mistake explains other failures, and a failure counts before a stop."""
     found = set(codes)
     order = (errors.EXIT_USAGE, errors.EXIT_FAILURE, errors.EXIT_INTERRUPTED, errors.EXIT_STOPPED)
     return next((code for code in order if code in found), errors.EXIT_OK)
 
 
 def judged(failures: Iterable[Failure]) -> tuple[list[str], int]:
-    """Lines about the ranks that ended by something else than a code of the run's, and the exit code of all."""
+    """Lines about the ranks that ended without an exit code of the run's own, and the exit code for all."""
     # torchrun itself ends the others by SIGTERM when one has failed.
     failed = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or list(failures)
     untold = [failure for failure in failed if failure.exitcode not in (*TOLD, errors.EXIT_FAILURE)]
@@ -78,7 +78,7 @@ def judged(failures: Iterable[Failure]) -> tuple[list[str], int]:
 
 
 def code_after_signal(left: Mapping[int, int], ranks: int) -> int | None:
-    """What the ranks left after a signal; None where they ended without a word, before they could save.
+    """Exit code of the ranks after a signal; None where they ended without one, before they could save.
 
     0 where all have finished: the signal came in the last iteration, or later.
     """
@@ -88,7 +88,7 @@ def code_after_signal(left: Mapping[int, int], ranks: int) -> int | None:
 
 def _end_of(failure: Failure) -> str:
     if failure.exitcode < 0:
-        return f"was ended by {signal.Signals(-failure.exitcode).name}"
+        return f"was killed by {signal.Signals(-failure.exitcode).name}"
     return f"ended with exit code {failure.exitcode}"
 
 
@@ -97,13 +97,13 @@ def _stop_without_ranks(number: int, frame: object) -> None:
 
 
 def _stopped_too_early(number: signal.Signals) -> int:
-    sentence = f"{number.name} stopped the run before it could save; start it again, and it resumes from its newest "
-    print(f"hft-megatron: {sentence}checkpoint, if it has one", file=sys.stderr, flush=True)
+    sentence = f"{number.name} stopped the run before it could save; run the command again to resume from its newest "
+    print(f"hft-megatron: {sentence}checkpoint, if there is one", file=sys.stderr, flush=True)
     return errors.EXIT_INTERRUPTED if number == signal.SIGINT else errors.EXIT_STOPPED
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of torchrun's says what nothing else does."""
+    """Return whether a line of torchrun's adds to the other messages."""
     text = str(record.msg)
     if text.startswith("failed (exitcode") and isinstance(record.args, tuple):
         return record.args[0] not in TOLD
@@ -111,7 +111,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _left_codes(folder: str) -> dict[int, int]:
-    """By local rank."""
+    """Exit codes by local rank."""
     return {int(file.name): int(file.read_text()) for file in Path(folder).iterdir()}
 
 

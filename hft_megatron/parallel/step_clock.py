@@ -1,4 +1,4 @@
-"""Where the time of a step goes: each moment belongs to one section, so that the sections add up to at most the step.
+"""Times of a step by section: each moment belongs to one section, so that they add up to at most the step.
 
 On CUDA the times are the stream's, from events that are read once the step is over; elsewhere the host's.
 """
@@ -22,8 +22,8 @@ ALL_GATHER_WAIT = "all-gather wait"
 OPTIMIZER = "optimizer"
 SECTIONS = (FORWARD, BACKWARD, REDUCE_SCATTER_WAIT, ALL_GATHER_WAIT, OPTIMIZER)
 OTHER = "other"
-"""What no section covers: assembling the batch, clearing, checking and scaling gradients, pipeline waits, the loss over
-ranks. With overlapped reduction gradients are checked and scaled within the backward pass, and are its time."""
+"""Time outside all sections: assembling the batch, clearing, checking and scaling gradients, pipeline waits, the loss
+over ranks. With overlapped reduction gradients are checked and scaled within the backward pass, and count there."""
 
 _MEGATRON_NAMES: Mapping[str, str] = {"forward-compute": FORWARD, "backward-compute": BACKWARD}
 """megatron-core's timers of one micro-batch on one model chunk, as its schedules call them."""
@@ -34,20 +34,20 @@ class StepTimes:
     """Milliseconds of one step on this rank."""
 
     total: float
-    """By the host's clock, from an idle device to an idle device."""
+    """Time by the host's clock, from an idle device to an idle device."""
     sections: Mapping[str, float]
-    """One entry for each of ``SECTIONS``."""
+    """Times of each of ``SECTIONS``."""
     in_collectives: float = 0.0
-    """Of forward and backward: in collectives of tensor-parallel ranks, which is mostly waiting for them."""
+    """Part of forward and backward in collectives of tensor-parallel ranks, mostly waiting for them."""
 
     @property
     def compute(self) -> float:
-        """This rank's own forward and backward work, whatever it waits for."""
+        """Time of this rank's own forward and backward work, without waits for others."""
         return self.sections[FORWARD] + self.sections[BACKWARD] - self.in_collectives
 
     @property
     def other(self) -> float:
-        """What no section covers."""
+        """Time outside all sections."""
         return self.total - sum(self.sections.values())
 
 
@@ -61,15 +61,15 @@ class StepClock:
     def __init__(self) -> None:
         self._on_stream = torch.cuda.is_available()
         self._marks: list[tuple[str, bool, Any]] = []
-        """From each moment on, the section that time belongs to, and whether it is spent in a collective of it."""
+        """Section from each moment on, and whether the time is spent in one of its collectives."""
         self._open: list[str] = []
         self._begun: float | None = None
         self.annotates = False
-        """Whether sections are also ranges of their names in the trace of a profiler, which costs time."""
+        """True if sections are also named ranges in a profiler's trace, which costs time."""
         self._ranges: list[Any] = []
 
     def begin(self) -> None:
-        """Starts a step. An earlier one that an exception cut short is forgotten."""
+        """Starts a step, and discards an earlier one that an exception cut short."""
         self._wait_for_device()
         self._marks, self._open, self._ranges = [], [], []
         self._begun = time.perf_counter()
@@ -103,7 +103,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
-        """Time within it stays the open section's; of a forward or backward pass it is noted as not its own work."""
+        """Time within it stays in the open section; in a forward or backward pass it counts as time in collectives."""
         open = self._open[-1] if self._open else OTHER
         if self._begun is None or open not in (FORWARD, BACKWARD):
             yield
@@ -142,12 +142,12 @@ class StepClock:
         self._marks.append((section, collective, moment))
 
     def megatron_timers(self, name: str, log_level: int | None = None) -> "_MegatronTimer":
-        """What megatron-core's ``config.timers`` is called as; timers of other things than micro-batches do nothing."""
+        """Function for megatron-core's ``config.timers``; timers of anything but micro-batches do nothing."""
         return _MegatronTimer(self, _MEGATRON_NAMES.get(name))
 
 
 class _MegatronTimer:
-    """One timer in megatron-core's interface; never a barrier, which would be a part of what is measured."""
+    """One timer in megatron-core's interface; never with a barrier, which would be measured, too."""
 
     def __init__(self, clock: StepClock, section: str | None) -> None:
         self._clock = clock
@@ -169,11 +169,12 @@ _FUNCTIONS: tuple[tuple[ModuleType, str], ...] = (
     # Bound when megatron-core was imported.
     *((module, name) for module in (layers, mappings) for name in ("dist_all_gather_func", "dist_reduce_scatter_func")),
 )
-"""Through which forward and backward passes of megatron-core, and of this package, talk to tensor-parallel ranks."""
+"""Functions through which forward and backward passes of megatron-core and of this package reach tensor-parallel
+ranks."""
 
 
 class TimedHandle:
-    """A launched collective, to be waited for, with a context in which that is done."""
+    """A launched collective, whose wait happens inside a context."""
 
     def __init__(self, wait: Callable[[], Any], timed: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         self._wait = wait
@@ -187,7 +188,7 @@ class TimedHandle:
 
 @contextlib.contextmanager
 def timed_collectives(clock: StepClock, group: dist.ProcessGroup) -> Iterator[None]:
-    """Within it, what collectives on ``group`` hold this rank up is noted by ``clock``; others are left alone.
+    """Within it, ``clock`` records the time of collectives on ``group``; others are left alone.
 
     The functions are swapped meanwhile, not for good: other users of torch in this process keep theirs.
     """

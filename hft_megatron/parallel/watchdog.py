@@ -1,15 +1,15 @@
 """Ends this process when a host of the run, or the rendezvous store, has gone silent.
 
 A collective whose partner's host is gone waits until the process group's time-out, and can't be interrupted. So a
-thread of every rank adds to its host's counter in the store and looks whether the others' go on. Ranks of the first
-host look at all hosts and write down whom they miss; all others look at the first host and at that verdict, so that a
-round costs the store little on a thousand ranks. A second thread notices when the store itself does not answer.
+thread of every rank increments its host's counter in the store and checks that the others' counters increase. Ranks of
+the first host check all hosts and write down the missing one; all others check the first host and that verdict, so that
+a round costs the store little on a thousand ranks. A second thread notices when the store itself does not answer.
 
-A host is its ranks together: it is missed when none of them has counted for the limit, so that one which holds the
-interpreter's lock for long is not taken for lost. Silence is counted while this process runs, and a long pause between
-two looks counts as a short one: what was stopped, or suspended, does not blame the others.
+A host counts as silent when none of its ranks has counted for the limit, so that a rank which holds the interpreter's
+lock for long is not taken for lost. Silence is measured while this process runs, and a long pause between two checks
+counts as a short one: a process that was stopped or suspended does not blame the others.
 
-A rank that has ended is seen by the others of its host (``neighbours``), and the watchdog passes their word on.
+A rank that has ended is noticed by the others of its host (``neighbours``), and the watchdog passes their report on.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from hft_megatron.parallel.launch import Host
 from hft_megatron.parallel.meeting import Meeting
 
 LONGEST_LIMIT_S = 120.0
-"""Far above a network that is away for seconds, and TCP's longer and longer pauses before it tries again."""
+"""Far above a network outage of seconds, and TCP's growing pauses between retries."""
 LOOKS_PER_LIMIT = 12
 LONGEST_PAUSE_S = 5.0
-"""Between two looks."""
+"""Seconds between two checks."""
 FIRST_PAUSE_AT_THE_END_S, LONGEST_PAUSE_AT_THE_END_S = 0.02, 1.0
-"""Nearly always all ranks come to the end together; one that exports may keep the others waiting."""
+"""Pauses between checks at the end: nearly always all ranks end together, but an export may keep others waiting."""
 SAY_WITHIN_S = 5.0
-"""The status file may lie on the host that is gone."""
+"""Time limit for the report, since the status file may be on the lost host."""
 
 
 def limit_of(minutes: float) -> float:
-    """Seconds of silence that count as lost: at most half of --distributed-timeout-minutes, so that the sentence
+    """Seconds of silence after which a host is lost: at most half of --distributed-timeout-minutes, so that the message
     comes before the collectives' own error."""
     return min(LONGEST_LIMIT_S, 30.0 * minutes)
 
@@ -67,7 +67,7 @@ class Watchdog:
         self._lost_rank: PeersLost | None = None
         self._store: Store | None = None
         self._awake = self._answered = 0.0
-        """Seconds that this process ran, and when the store answered last; each is written by one thread."""
+        """Seconds that this process has run, and those at the store's last answer; each is written by one thread."""
         self._leaving, self._all_left = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._over = False
@@ -76,7 +76,7 @@ class Watchdog:
         self._judging = threading.Thread(target=self._judge_store, name="watchdog-store", daemon=True)
 
     def connect(self) -> None:
-        """Counts for the first time. Raises torch's DistNetworkError or DistStoreError."""
+        """Connects and counts for the first time. Raises torch's DistNetworkError or DistStoreError."""
         self._store = self._connect()
         self._store.add(counter_of(self._mine), 1)
 
@@ -86,36 +86,37 @@ class Watchdog:
         self._judging.start()
 
     def leave(self) -> None:
-        """Returns when every rank has come here, for one that leaves early would be missed; watches on until then."""
+        """Returns when every rank has called it, since one that leaves early would be missed; watches until then."""
         self._leaving.set()
         while self._exchanging.is_alive() and not self._all_left.wait(LONGEST_PAUSE_AT_THE_END_S):
             pass
         self.abandon()
 
     def abandon(self) -> None:
-        """Ends the watch on this rank alone: it is about to end by itself. Does not return where the watch ends it."""
+        """Ends the watch on this rank alone, which is about to end by itself. Does not return if the watch is already
+        ending it."""
         with self._lock:
             self._over = True
             ending = self._ending
         if ending:
             threading.Event().wait()
-        # A thread that comes back from torch while Python shuts down would abort the process.
+        # A thread that returns from torch while Python shuts down would abort the process.
         self._leaving.set()
         self._exchanging.join(LONGEST_PAUSE_AT_THE_END_S)
 
     def tell(self, loss: PeersLost) -> None:
-        """Ends the run on all hosts with the word about a rank of this one; does not return."""
+        """Ends the run on all hosts with the error about a rank of this one; does not return."""
         self._lost_rank = loss
         threading.Event().wait()
 
     def wait_for_verdict(self) -> None:
-        """Returns where no host or rank is found missing although this rank, on its main thread, has lost a connection,
-        and when the launcher, which starts ranks anew after a death, ends this one."""
+        """Waits, after a lost connection, for the watch to report a missing host or rank; returns where none is found,
+        and when the launcher, which restarts ranks after a death, ends this one. For the main thread."""
         ended = threading.Event()
         signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
         ended.wait(self._limit + 3 * self._pause)
 
-    # ---- what the first thread does -----------------------------------------------------------------------------
+    # ---- the first thread ---------------------------------------------------------------------------------------
 
     def _exchange(self) -> None:
         last, pause = time.monotonic(), FIRST_PAUSE_AT_THE_END_S
@@ -151,7 +152,7 @@ class Watchdog:
             self._say_goodbye(store)
 
     def _say_goodbye(self, store: Store) -> None:
-        """In two steps, because rank 0 may hold the store: it goes when all others know that they may go."""
+        """Leaves in two steps, because rank 0 may hold the store: it leaves when all others know that they may."""
         rank, others = self._meeting.rank, range(1, self._meeting.world_size)
         store.set(f"rank {rank} leaves", "1")
         if rank == 0 and store.check([f"rank {other} leaves" for other in others]):
@@ -166,7 +167,7 @@ class Watchdog:
             self._all_left.set()
 
     def _connect(self) -> Store:
-        """A connection of its own: the process group's may be busy, or wait for a key, on another thread."""
+        """A separate connection: the process group's may be busy, or wait for a key, on another thread."""
         meeting = self._meeting
         store = TCPStore(
             meeting.address,
@@ -178,16 +179,16 @@ class Watchdog:
         return PrefixStore(f"{meeting.prefix}/watch", store)
 
     def _reconnect(self) -> Store | None:
-        """To the store that was there before: another run's, at the same address, has no counter for this host."""
+        """Reconnects to the same store: another run's, at the same address, has no counter for this host."""
         try:
-            # torch's client would write a page about every attempt that fails.
+            # torch's client would print a page about every failed attempt.
             socket.create_connection((self._meeting.address, self._meeting.port), timeout=self._pause).close()
         except OSError:
             return None
         store = self._connect()
         return store if store.check([counter_of(self._mine)]) else None
 
-    # ---- what the second thread does ----------------------------------------------------------------------------
+    # ---- the second thread --------------------------------------------------------------------------------------
 
     def _judge_store(self) -> None:
         last = time.monotonic()
@@ -205,18 +206,18 @@ class Watchdog:
         endpoint = f"{self._meeting.address}:{self._meeting.port}"
         return (
             f"the rendezvous endpoint {endpoint} has not answered {self._hosts[self._mine]} for {self._limit:g} s: "
-            f"that host (rank 0 is on {self._hosts[0].name}), or the network to it, is gone"
+            f"that host (rank 0 is on {self._hosts[0].name}) or the network to it is down"
         )
 
     def _miss(self, place: int) -> str:
         if place == self._mine:
             return (
-                f"the other hosts have not heard of {self._hosts[place]} for {self._limit:g} s and have ended the run: "
-                f"this host was stopped, or cut off"
+                f"the other hosts have not heard from {self._hosts[place]} for {self._limit:g} s and have ended the "
+                f"run: this host was suspended, or lost its network"
             )
         return (
-            f"nothing has been heard of {self._hosts[place]} for {self._limit:g} s: that host, its processes, or the "
-            f"network to it are gone"
+            f"no sign of {self._hosts[place]} for {self._limit:g} s: that host, its processes or the network to it are "
+            f"down"
         )
 
     def _end(self, loss: PeersLost) -> None:
@@ -226,7 +227,7 @@ class Watchdog:
             self._over = self._ending = True
         speaker = threading.Thread(target=self._on_loss, args=(loss,), daemon=True)
         speaker.start()
-        # Whoever leaves takes its connections, and perhaps the store, with it: the others must have read the verdict.
+        # A rank that leaves takes its connections, and perhaps the store, with it: first the others read the verdict.
         time.sleep(2 * self._pause)
         speaker.join(SAY_WITHIN_S)
         os._exit(EXIT_FAILURE)

@@ -1,4 +1,4 @@
-"""How a bill looks on a terminal."""
+"""Text of a bill for a terminal."""
 
 from collections.abc import Mapping
 from statistics import mean
@@ -10,6 +10,8 @@ from hft_megatron.parallel.step_clock import ALL_GATHER_WAIT, REDUCE_SCATTER_WAI
 from hft_megatron.report.tables import table_lines
 from hft_megatron.tracking.tracker import TOKENS_PER_SECOND
 
+FROZEN_STATE = "resting"
+"""Key in bill.json of the state of frozen units in host memory: their name in earlier versions."""
 _BYTE_ROWS = (
     ("reduced", "reduced per step"),
     ("gathered", "gathered per step"),
@@ -17,7 +19,7 @@ _BYTE_ROWS = (
     ("gradients", "held as gradients"),
     ("masters", "held as masters"),
     ("moments", "held as moments"),
-    ("resting", "kept on the host"),
+    (FROZEN_STATE, "kept on the host"),
 )
 
 
@@ -26,20 +28,20 @@ def bill_line(bill: Mapping[str, Any], folder: str | None) -> str:
     shares = [
         f"{_share(bill['total_bytes'][name])} of the bytes {label}"
         for name, label in _BYTE_ROWS
-        if name not in ("wire", "resting") and bill["total_bytes"][name]["full"]
+        if name not in ("wire", FROZEN_STATE) and bill["total_bytes"][name]["full"]
     ]
     step = mean(rank["milliseconds"]["step"] for rank in bill["ranks"])
-    place = f"; all of it is in {folder}/{BILL_FILE}" if folder is not None else ""
+    place = f"; details are in {folder}/{BILL_FILE}" if folder is not None else ""
     return (
         f"> the bill: {bill['steps']} steps of {step:,.1f} ms, {bill['throughput'][TOKENS_PER_SECOND]:,.1f} "
-        f"tokens/s/GPU; next to full fine-tuning {', '.join(shares)}{place}"
+        f"tokens/s/GPU; relative to full fine-tuning: {', '.join(shares)}{place}"
     )
 
 
 def render_bill(bill: Mapping[str, Any], *, of: str | None = None) -> str:
     """The table of a bill.json's contents: bytes of the largest rank and of all ranks, milliseconds over ranks.
 
-    ``of`` is what it is the bill of; its iterations when None.
+    ``of`` names the subject of the bill; its iterations when None.
     """
     layout = " x ".join(
         f"{short} {bill[size]}"
@@ -50,7 +52,7 @@ def render_bill(bill: Mapping[str, Any], *, of: str | None = None) -> str:
         )
     )
     of = of or f"iterations {bill['first_iteration']} to {bill['last_iteration']}"
-    title = f"> the bill of {of}, measured on {layout}; what full fine-tuning would cost is by formula"
+    title = f"> the bill of {of}, measured on {layout}; the costs of full fine-tuning are by formula"
     rows = [*_byte_rows(bill), *_time_rows(bill)]
     rows += [[name, f"{value:,.1f}"] for name, value in bill["throughput"].items() if name != "formula"]
     rows += _peak_rows(bill)

@@ -9,24 +9,24 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hft_megatron.evaluation.matrix import is_of_hundred
 from hft_megatron.report.evaluation import counted
-from hft_megatron.report.plan_picture import INK, MARGIN, PAPER, RESTS, ROUND_COLOURS, Box, Colour, fill
+from hft_megatron.report.plan_picture import FROZEN, INK, MARGIN, PAPER, ROUND_COLOURS, Box, Colour, fill
 from hft_megatron.report.tables import table_lines
 
 Contents = Mapping[str, Any]
-"""What ``ScoreMatrix.contents`` gives."""
+"""Contents of a score matrix, from ``ScoreMatrix.contents``."""
 
 CELL_HEIGHT = 24
 PADDING = 8
 """Pixels left and right of the longest word of a column."""
 GENERAL_GAP = 14
 FULL: Colour = ROUND_COLOURS[0]
-"""Of 100; 0 is white."""
+"""Colour of a score of 100; 0 is white."""
 NOT_EVALUATED = "-"
 NO_NUMBER = "no number"
 
 
 def matrix_text(contents: Contents, *, trained_share: float | None = None) -> str:
-    """The matrix, what each task lost, and the scores of the sequence.
+    """The matrix, the loss of each task, and the scores of the sequence.
 
     ``trained_share`` is the share of the model's weights (0 to 1) that trained in at least one of the tasks.
     """
@@ -61,7 +61,7 @@ def _in_words(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
 
 
 def _counts(contents: Contents) -> list[str]:
-    """Answers that came to no end of their own, and the like: a score may say more about those than about the task."""
+    """Lines about answers without an end of their own and the like, which a score may reflect more than the task."""
     lines = []
     for column in (*contents["tasks"], *contents["general"]):
         cells = [row["cells"][column["name"]] for row in contents["rows"] if column["name"] in row["cells"]]
@@ -87,7 +87,7 @@ def _summary_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
     lines = [f"{', '.join(scores)}, T = {tasks}"]
     if summary["general_delta"] is not None:
-        lines.append(f"general ability {summary['general_delta']:+.4g}, the mean of what is on the scale of 0 to 100")
+        lines.append(f"general ability {summary['general_delta']:+.4g}, the mean over scores from 0 to 100")
     for name, kl in summary["kl"].items():
         both = f"KL(base || tuned) {_number(kl['kl_base_tuned'])}, KL(tuned || base) {_number(kl['kl_tuned_base'])}"
         lines.append(f"{name}: {both} nats per token")
@@ -95,8 +95,8 @@ def _summary_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def draw_matrix(contents: Contents, path: Path) -> None:
-    """Writes the matrix as PNG: the darker a cell, the higher its score; the score in a task right behind its own
-    training has a frame, and grey is what was not evaluated.
+    """Writes the matrix as PNG: the darker a cell, the higher its score; the score in a task right after its own
+    training has a frame, and cells that were not evaluated are grey.
 
     Raises OSError when the file cannot be written.
     """
@@ -130,7 +130,7 @@ def draw_matrix(contents: Contents, path: Path) -> None:
 
 
 def _spans(left: int, widths: Sequence[int], tasks: int) -> list[tuple[int, int]]:
-    """Left and right of each column; a gap is between the tasks and what is beside them."""
+    """Left and right of each column; a gap separates the tasks from the general ones."""
     spans = []
     for number, width in enumerate(widths):
         left += GENERAL_GAP if number == tasks else 0
@@ -141,7 +141,7 @@ def _spans(left: int, widths: Sequence[int], tasks: int) -> list[tuple[int, int]
 
 def _colour(cell: Mapping[str, Any] | None, column: Mapping[str, Any]) -> Colour:
     if cell is None:
-        return RESTS
+        return FROZEN
     if cell["value"] is None or not is_of_hundred(column["measure"]):
         return PAPER
     red, green, blue = (round(low + (high - low) * cell["value"] / 100) for low, high in zip(PAPER, FULL, strict=True))

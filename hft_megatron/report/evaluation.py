@@ -1,4 +1,4 @@
-"""How the results of an evaluation look on a terminal."""
+"""Text of the results of an evaluation for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from math import isinf
@@ -14,7 +14,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def results_text(models: Sequence[Mapping[str, Any]], records: Mapping[tuple[str, str], Records]) -> str:
-    """The values of all models, which are those of a result file, and how every later one differs from the first.
+    """The values of all models, as in a result file, and the difference of every later model from the first.
 
     ``records`` are the examples by model and task. Intervals are 95 %, by resampling examples.
     """
@@ -54,17 +54,17 @@ def _with_unit(name: str) -> str:
 
 
 def _weights(model: Mapping[str, Any]) -> list[str]:
-    """How far a model is from its base, where that was measured."""
+    """The change of a model's weights from its base, where it was measured."""
     if "weight_changes" not in model:
         return []
     changes = model["weight_changes"]
-    relative = "more than can be said" if changes["relative"] is None else f"{changes['relative']:.4g}"
+    relative = "an undefined share" if changes["relative"] is None else f"{changes['relative']:.4g}"
     share = f"{100 * changes['changed_share']:.4g} %"
     return [f"{model['name']}: {share} of the parameters differ from the base's, by {relative} of their norm"]
 
 
 def _are_cut_otherwise(first: Mapping[str, Any], model: Mapping[str, Any], task: str) -> bool:
-    """Whether two models of one tokenizer read other windows or other ends of prompts, as their contexts differ."""
+    """Return whether two models of one tokenizer read different windows or ends of prompts, by their contexts."""
     asked = {next(one["questions"] for one in each["tasks"] if one["name"] == task) for each in (first, model)}
     return len(asked) > 1 and bool(model["tokenizer_digest"] == first["tokenizer_digest"])
 
@@ -85,7 +85,7 @@ def in_words(interval: Interval) -> str:
 
 
 def _counts(model: Mapping[str, Any]) -> list[str]:
-    """Lines about what was cut, left out or never ended."""
+    """Lines about examples that were cut or left out, and answers that never ended."""
     lines = []
     for task in model["tasks"]:
         if any(task["counts"].values()):
@@ -94,7 +94,7 @@ def _counts(model: Mapping[str, Any]) -> list[str]:
 
 
 def counted(counts: Mapping[str, int], examples: int) -> str:
-    """What there is of each, of so many examples."""
+    """The counts in words, of a number of examples."""
     found = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items() if count)
     return f"{found}, of {examples:,} examples"
 
@@ -110,7 +110,7 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def frontier_text(frontier: Frontier, learning: str, forgetting: str) -> str:
-    """The least forgetting of every method at levels of learning, and what that is."""
+    """The least forgetting of every method at levels of learning, and its definition."""
     kind = "change since iteration 0" if frontier.is_change else "value"
     about = (
         f"least {kind} of {forgetting} among the validations of a method's runs that have learned at least as much, "

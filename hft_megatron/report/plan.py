@@ -1,4 +1,4 @@
-"""The contents of a plan's report: its rounds, what every rank holds and sends, and with --memory whether that fits."""
+"""The contents of a plan's report: rounds, memory and traffic of every rank, and with --memory whether it fits."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from hft_megatron.model.parameter_names import chunk_places
 from hft_megatron.report.tables import table_lines
 
 StageCosts = tuple[tuple[RankCosts, ...], ...]
-"""By pipeline stage, then by data-parallel rank; tensor-parallel ranks are alike."""
+"""Costs by pipeline stage, then by data-parallel rank; tensor-parallel ranks are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class PlanReport:
     model: CostModel
     by_round: tuple[StageCosts, ...]
     full: StageCosts
-    """Of full fine-tuning on the same layout."""
+    """Costs of full fine-tuning on the same layout."""
     half: StageCosts | None = None
-    """Of half fine-tuning by the default draw, beside adapters; else None."""
+    """Costs of half fine-tuning with the default draw, for a model with adapters; else None."""
 
     @property
     def shape(self) -> ModelShape:
@@ -59,7 +59,7 @@ class PlanReport:
 
 
 def make_report(plans: Sequence[Plan], model: CostModel) -> PlanReport:
-    """Works out the costs of every plan and of full fine-tuning; ``plans`` must fit the model."""
+    """Computes the costs of every plan and of full fine-tuning; ``plans`` must fit the model."""
 
     def all_stages(of: CostModel, trains: Callable[[str], bool]) -> StageCosts:
         stages = range(model.parallel.pipeline_model_parallel_size)
@@ -85,19 +85,19 @@ _ROWS = ("weights", "gradients", "optimizer", "before_activations", "activations
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """What ``--memory`` adds to a plan."""
+    """Memory of a plan, for ``--memory``."""
 
     device_bytes: int
     model: MemoryModel
     plan: Verdict
-    """Of the round that holds most."""
+    """Verdict on the round with the most memory."""
     full: Verdict
     bf16_here: bool
-    """Whether a run on this machine chooses bf16 where --bf16 isn't given."""
+    """True if a run on this machine chooses bf16 without --bf16."""
 
 
 def memory_size(text: str) -> int:
-    """Bytes of ``80GB`` (decimal) or ``80GiB``; UserError for anything else, and for nothing."""
+    """Bytes of ``80GB`` (decimal) or ``80GiB``; UserError for anything else, and for 0."""
     match = _SIZE.fullmatch(text.strip())
     size = round(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
     if size == 0:
@@ -106,7 +106,7 @@ def memory_size(text: str) -> int:
 
 
 def memory_report(model: MemoryModel, plans: Sequence[Plan], device_bytes: int, *, bf16_here: bool) -> MemoryReport:
-    """Judges the plans, and full fine-tuning beside them."""
+    """Verdicts on the plans, and on full fine-tuning."""
     largest = max(plans, key=lambda plan: model.largest(plan.trains).total)
     without_adapters = replace(model, costs=replace(model.costs, shape=model.costs.shape.base))
     return MemoryReport(
@@ -122,8 +122,8 @@ def memory_text(report: MemoryReport) -> Iterator[str]:
     """The lines of the report."""
     batch, recompute = report.model.micro_batch, report.model.training.recompute_granularity or "no"
     yield (
-        f"memory of the rank that holds most, micro-batches of {batch.sequences} x {batch.seq_length:,} tokens, "
-        f"{recompute} recomputation; CUDA's own 1 GB or so comes on top:"
+        f"memory of the rank with the most, micro-batches of {batch.sequences} x {batch.seq_length:,} tokens, "
+        f"{recompute} recomputation; CUDA itself needs about 1 GB more:"
     )
     judged = (report.plan, report.full)
     rows = [[name.replace("_", " "), *(in_bytes(_bytes_of(one.memory, name)) for one in judged)] for name in _ROWS]
@@ -131,7 +131,7 @@ def memory_text(report: MemoryReport) -> Iterator[str]:
     for name, one in (("the plan", report.plan), ("full fine-tuning", report.full)):
         yield from _verdict_lines(name, one, report.device_bytes)
     given, chosen = (("bf16" if bf16 else "fp32") for bf16 in (report.model.costs.bf16, report.bf16_here))
-    yield f"weights are counted in {given}; without --bf16 or --no-bf16 a run on this machine chooses {chosen}"
+    yield f"weights are in {given}; without --bf16 or --no-bf16 a run on this machine chooses {chosen}"
 
 
 def _verdict_lines(name: str, judged: Verdict, room: int) -> Iterator[str]:
@@ -145,13 +145,13 @@ def _verdict_lines(name: str, judged: Verdict, room: int) -> Iterator[str]:
     for proposal in judged.options:
         yield f"  it fits with {proposal.words} ({in_bytes(proposal.total)})"
     if not judged.layouts:
-        yield "  with these options it fits on no layout"
+        yield "  with these options it fits in no layout"
     for proposal in judged.layouts:
-        yield f"  a smallest layout: {proposal.words} ({in_bytes(proposal.total)})"
+        yield f"  smallest layout: {proposal.words} ({in_bytes(proposal.total)})"
 
 
 def memory_record(report: MemoryReport) -> dict[str, Any]:
-    """As JSON has it, in bytes."""
+    """The report for JSON, in bytes."""
     batch = report.model.micro_batch
     return {
         "device_bytes": report.device_bytes,

@@ -19,8 +19,8 @@ ROUND_COLOURS: tuple[Colour, ...] = (
     (213, 94, 0),
     (86, 180, 233),
 )
-"""Told apart by people who see fewer colours (Okabe and Ito's palette); later rounds begin again."""
-RESTS: Colour = (228, 228, 228)
+"""Colours that colour-blind people can distinguish (Okabe and Ito's palette); later rounds repeat them."""
+FROZEN: Colour = (228, 228, 228)
 INK: Colour = (40, 40, 40)
 PAPER: Colour = (255, 255, 255)
 
@@ -32,12 +32,12 @@ GAP = 2
 CATEGORY_GAP = 14
 LEFT, TOP, MARGIN = 90, 62, 12
 STAGE_LEFT = 60
-"""Where a layer's pipeline stage stands, right of the layer's number."""
+"""Left edge of a layer's pipeline stage, right of the layer's number."""
 TITLES = ("attention", "feed-forward", "norm")
 
 
 def draw_picture(report: PlanReport, path: Path) -> None:
-    """Write the picture as PNG. A cell has one strip per round, coloured where the unit trains, grey where it rests.
+    """Write the picture as PNG. A cell has one strip per round, coloured where the unit trains, else grey.
 
     Raises OSError when the file cannot be written.
     """
@@ -48,7 +48,7 @@ def draw_picture(report: PlanReport, path: Path) -> None:
     _draw_words(draw, report, boxes)
     for unit, box in boxes.items():
         for index, plan in enumerate(report.plans):
-            colour = ROUND_COLOURS[index % len(ROUND_COLOURS)] if plan.trains(unit) else RESTS
+            colour = ROUND_COLOURS[index % len(ROUND_COLOURS)] if plan.trains(unit) else FROZEN
             fill(draw, strip(box, index, rounds), colour)
     image.save(path, format="PNG")
 

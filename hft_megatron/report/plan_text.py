@@ -23,7 +23,7 @@ UNIT_LETTERS: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 """The columns of the grid, by category: letter and module of a layer."""
 OUTER_ROWS = (("embedding", EMBEDDING_NAME), ("final norm", FINAL_NORM_NAME), ("lm_head", LM_HEAD_NAME))
-TRAINS, RESTS, ADAPTED = "#", ".", "a"
+TRAINABLE, FROZEN, ADAPTED = "#", ".", "a"
 LINE_WIDTH = 100
 """Columns that the grids of several rounds may fill side by side; fixed, so that output can be compared."""
 MOST_ROWS_PER_STAGE = 4
@@ -37,8 +37,8 @@ def report_text(
     time: TimeReport | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """Everything about the plans, for a person: ``notes`` on the model, plans in words, grid, costs, and what --memory
-    and --time ask for."""
+    """Everything about the plans, for a person: ``notes`` on the model, plans in words, grid, costs, and the results of
+    --memory and --time."""
     lines = [
         *notes,
         *_setting(report),
@@ -72,8 +72,8 @@ def _setting(report: PlanReport) -> Iterator[str]:
 
 
 def _legend(report: PlanReport) -> Iterator[str]:
-    adapters = "" if report.shape.adapters is None else f", {ADAPTED} frozen, with an adapter that trains"
-    yield f"{TRAINS} trains, {RESTS} rests{adapters}"
+    adapters = "" if report.shape.adapters is None else f", {ADAPTED} frozen, with a trainable adapter"
+    yield f"{TRAINABLE} trainable, {FROZEN} frozen{adapters}"
     for category in UNIT_LETTERS:
         yield "  " + ", ".join(f"{letter} {module}" for letter, module in category)
 
@@ -117,7 +117,7 @@ def _cells(plan: Plan | None, layer: int) -> str:
 def _mark(plan: Plan, unit: str) -> str:
     if f"{unit}.{ADAPTER_PARTS[0]}" in plan.training:
         return ADAPTED
-    return TRAINS if plan.trains(unit) else RESTS
+    return TRAINABLE if plan.trains(unit) else FROZEN
 
 
 def _table(report: PlanReport, costs: StageCosts) -> Iterator[str]:
@@ -131,10 +131,10 @@ def _table(report: PlanReport, costs: StageCosts) -> Iterator[str]:
 
 
 def _alike(ranks: Sequence[RankCosts], full: Sequence[RankCosts]) -> list[tuple[str, RankCosts, RankCosts]]:
-    """(data-parallel ranks, their costs, those of full fine-tuning) of ranks that have both in common.
+    """(data-parallel ranks, their costs, those of full fine-tuning) for groups of ranks that have both in common.
 
-    Only optimizer bytes differ between the ranks of a stage, by where buffers are padded. When that makes more kinds
-    than a person wants to read, the largest stands for all; the JSON has every rank.
+    Only optimizer bytes differ between the ranks of a stage, because of padding. With too many groups to read, the
+    largest represents all; the JSON has every rank.
     """
     groups: dict[tuple[RankCosts, RankCosts], list[int]] = {}
     for number, pair in enumerate(zip(ranks, full, strict=True)):
@@ -170,8 +170,8 @@ def report_json(
     time: TimeReport | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """The report as JSON. ``digest`` is that of the first round, which a run that begins with it writes to its log;
-    ``ranks`` are in the order of ranks, with bytes of one rank and step."""
+    """The report as JSON. ``digest`` is that of the first round, which a run also writes to its log; ``ranks`` are in
+    the order of ranks, with bytes of one rank and step."""
     model, parallel = report.model, report.parallel
     record: dict[str, Any] = {
         "digest": report.plans[0].digest,
@@ -224,7 +224,8 @@ def _category(count: CategoryCount) -> dict[str, Any]:
 
 
 def _ranks(report: PlanReport, costs: StageCosts) -> Iterator[dict[str, int]]:
-    """Ranks count over tensor, then data, then pipeline places (megatron-core's order ``tp-cp-ep-dp-pp``)."""
+    """Costs of every rank, numbered over tensor, then data, then pipeline parallelism (megatron-core's order
+    ``tp-cp-ep-dp-pp``)."""
     tensor_size, rank = report.parallel.tensor_model_parallel_size, 0
     for stage, replicas in enumerate(costs):
         for replica, one in enumerate(replicas):
@@ -234,7 +235,7 @@ def _ranks(report: PlanReport, costs: StageCosts) -> Iterator[dict[str, int]]:
 
 
 def _compact(value: Any, indent: str = "") -> str:
-    """JSON with one line for whatever holds no object: a rank, a layer, a list of names."""
+    """JSON with one line for each value without objects in it: a rank, a layer, a list of names."""
     if not _holds_objects(value):
         return json.dumps(value)
     inner = indent + "  "

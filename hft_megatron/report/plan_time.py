@@ -1,4 +1,4 @@
-"""What ``hft-megatron plan --time`` says: an estimated step of the plan beside one of full fine-tuning."""
+"""Text of ``hft-megatron plan --time``: an estimated step of the plan beside one of full fine-tuning."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,22 +12,22 @@ from hft_megatron.report.tables import table_lines
 
 @dataclass(frozen=True, kw_only=True)
 class TimeReport:
-    """What ``--time`` adds to a plan."""
+    """Step time of a plan, for ``--time``."""
 
     model: StepTimeModel
     plan: StepTime
-    """Of the round that takes longest."""
+    """Step time of the slowest round."""
     full: StepTime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a step time makes of a batch."""
+    """Rates that follow from a step time."""
 
     tokens_per_second: float
-    """Of all devices together."""
+    """Tokens per second of all devices together."""
     model_tflops: float
-    """Of one device: model FLOPs, which don't depend on what trains, in 1e12 per second."""
+    """Model FLOPs of one device, which don't depend on what trains, in 1e12 per second."""
 
 
 def time_report(model: StepTimeModel, plans: Sequence[Plan]) -> TimeReport:
@@ -71,7 +71,7 @@ def time_text(report: TimeReport) -> Iterator[str]:
         ["model TFLOP/s per device", *(f"{rate.model_tflops:,.4g}" for rate in rates)],
     ]
     yield from table_lines([["part (ms)", "the plan", "full"], *rows])
-    yield f"a step of the plan takes {report.plan.total / report.full.total:.2f} of one of full fine-tuning"
+    yield f"a step of the plan takes {report.plan.total / report.full.total:.2f} of the time of full fine-tuning"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -79,7 +79,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def time_record(report: TimeReport) -> dict[str, Any]:
-    """As JSON has it: milliseconds, and what they were estimated from."""
+    """The report for JSON: milliseconds, and the inputs of the estimate."""
     model = report.model
     device = {name: value for name, value in asdict(model.device).items() if value is not None and math.isfinite(value)}
     return {

@@ -9,16 +9,16 @@ from jinja2 import Environment, StrictUndefined
 from hft_megatron.data.shown_examples import ShownSource, VisibleToken
 
 MARKS = ("{+", "+}")
-"""Around what is trained, where there are no colours."""
+"""Marks around trained text, without colours."""
 TRAINED_SHADES = ("\x1b[30;48;5;114m", "\x1b[30;48;5;157m")
-RESTING_SHADES = ("\x1b[38;5;250;48;5;236m", "\x1b[38;5;250;48;5;239m")
-"""Two of each in turn, so that neighbouring tokens are told apart."""
+UNTRAINED_SHADES = ("\x1b[38;5;250;48;5;236m", "\x1b[38;5;250;48;5;239m")
+"""Two alternating shades of each, so that neighbouring tokens can be distinguished."""
 RESET = "\x1b[0m"
 
 
 def data_text(sources: Sequence[ShownSource], notes: Sequence[str] = (), *, colours: bool) -> str:
     """Notes about the tokenizer, counts and examples. A line end within an example is also shown as ↵."""
-    legend = f"{TRAINED_SHADES[0]}trained{RESET} {RESTING_SHADES[0]}not trained{RESET}"
+    legend = f"{TRAINED_SHADES[0]}trained{RESET} {UNTRAINED_SHADES[0]}not trained{RESET}"
     lines = [legend if colours else f"{MARKS[0]}trained{MARKS[1]}"]
     lines += [line for note in notes for line in ("", note)]
     for source in sources:
@@ -30,8 +30,8 @@ def data_text(sources: Sequence[ShownSource], notes: Sequence[str] = (), *, colo
 
 def _coloured(tokens: Sequence[VisibleToken]) -> Iterator[str]:
     for number, token in enumerate(tokens):
-        shade = (TRAINED_SHADES if token.trained else RESTING_SHADES)[number % 2]
-        # A colour that is on at a line end would fill the rest of the line.
+        shade = (TRAINED_SHADES if token.trained else UNTRAINED_SHADES)[number % 2]
+        # A colour that is still on at a line end would fill the rest of the line.
         yield "\n".join(f"{shade}{line}{RESET}" if line else "" for line in with_line_ends(token.text).split("\n"))
 
 
@@ -47,9 +47,9 @@ def with_line_ends(text: str) -> str:
 
 
 FIRST_LINE = "<!doctype html><!-- hft-megatron show-data -->"
-"""How a page of ours is known again, so that only such a one is written over."""
+"""First line by which a page of this command is recognised, so that no other file is overwritten."""
 PAGE = """\
-<html lang="en"><head><meta charset="utf-8"><title>What is trained</title>
+<html lang="en"><head><meta charset="utf-8"><title>Trained tokens</title>
 <style>
 body { font-family: sans-serif; margin: 2em; max-width: 60em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; border: 1px solid #ccc; padding: 0.6em; }
@@ -84,7 +84,7 @@ span:nth-child(even) { background: #ddd; }
 
 
 def is_data_page(path: Path) -> bool:
-    """Whether ``path`` may be written: it holds nothing, or a page of this command."""
+    """Return whether ``path`` may be written: it is empty or missing, or a page of this command."""
     try:
         with path.open("rb") as file:
             return file.readline().rstrip() in (b"", FIRST_LINE.encode())

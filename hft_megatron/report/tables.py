@@ -5,7 +5,7 @@ from itertools import zip_longest
 
 
 def table_lines(rows: Sequence[Sequence[str]], *, left: int = 1) -> Iterator[str]:
-    """Yields a line per row. Columns are as wide as their longest cell, the first ``left`` of them ranged left and the
+    """Yields a line per row. Columns are as wide as their longest cell, the first ``left`` of them aligned left and the
     others right; a row may end early."""
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a person sees: Megatron's log lines, and a progress bar when someone watches."""
+"""Output for people: Megatron's log lines, and a progress bar on a terminal."""
 
 import math
 import os
@@ -82,8 +82,8 @@ _FIELDS: tuple[tuple[str, str], ...] = (
 A round's plan, with its counts and its digest, has lines of its own where the round begins.
 """
 _ALWAYS: Metrics = {LOSS_SCALE: 1.0, SKIPPED_ITERATIONS: 0, NAN_ITERATIONS: 0}
-"""Fields that Megatron's line always has and its parsers look for, where they are not measured: no loss is scaled, and
-without --skip-nonfinite-steps the run ends where a step can't be taken."""
+"""Values of fields that Megatron's line always has and its parsers expect, where they are not measured: no loss is
+scaled, and without --skip-nonfinite-steps the run ends where a step can't be taken."""
 _TIMERS = (
     ("all-grads-sync", REDUCE_SCATTER_WAIT),
     ("params-all-gather", ALL_GATHER_WAIT),
@@ -91,7 +91,7 @@ _TIMERS = (
     ("forward-compute", FORWARD_TIME),
     ("backward-compute", BACKWARD_TIME),
 )
-"""Megatron's timers and what is measured under them, in its order."""
+"""Megatron's timers and their metrics, in its order."""
 _BAR_FORMAT = "{n_fmt}/{total_fmt}|{bar}| {remaining} left{postfix}"
 _BAR_FIELDS = (
     (LOSS, "loss {:.4f}"),
@@ -100,14 +100,14 @@ _BAR_FIELDS = (
     (GRAD_NORM, "norm {:.3g}"),
     (TOKENS_PER_SECOND, "{:,.0f} tok/s/GPU"),
 )
-"""Short, so that all fit on a terminal of 80 columns, hours left included; a narrower one cuts off the last."""
+"""Fields of the bar, short enough for 80 columns, hours left included; a narrower terminal cuts off the last."""
 
 _LARGEST_EXPONENT = 20.0
 """Megatron's bound on the loss in a perplexity."""
 
 
 def iteration_line(step: int, train_iters: int, metrics: Metrics, *, now: datetime) -> str:
-    """Megatron's line of one iteration, with the fields that were measured; other metrics are not on it.
+    """Megatron's line of one iteration, with the measured fields; other metrics are not on it.
 
     It ends with the time left in hours, minutes and seconds.
     """
@@ -119,7 +119,7 @@ def iteration_line(step: int, train_iters: int, metrics: Metrics, *, now: dateti
 
 
 def timer_lines(metrics: Metrics) -> str:
-    """Megatron's lines of what --timing-log-level measured over ranks; empty where it measured nothing.
+    """Megatron's lines of the times of --timing-log-level over ranks; empty where none were measured.
 
     As in Megatron a timer that never ran has no line.
     """
@@ -132,7 +132,7 @@ def timer_lines(metrics: Metrics) -> str:
 
 
 def validation_line(step: int, metrics: Metrics) -> str:
-    """Megatron's line of one validation, with everything that was measured; a loss in nats per token comes with its
+    """Megatron's line of one validation, with all measured values; a loss in nats per token comes with its
     perplexity."""
     fields = []
     for name, value in metrics.items():
@@ -145,7 +145,7 @@ def validation_line(step: int, metrics: Metrics) -> str:
 
 
 def tasks_line(step: int, metrics: Metrics) -> str:
-    """One line of the values that tasks have after an iteration."""
+    """One line of the values of tasks after an iteration."""
     values = (f"{name.removeprefix(OF_TASKS)}: {float(value):.4g}" for name, value in metrics.items())
     return f" tasks at iteration {step} | {' | '.join(values)} | "
 
@@ -160,9 +160,9 @@ def _columns(terminal: TextIO) -> int:
 class ConsoleTracker:
     """Prints the lines to standard output, or shows a progress bar on standard error.
 
-    The bar is shown when standard error is a terminal that says how wide it is: a container's, for one, may say 0
-    columns, where a bar would break over many lines. The lines are printed unless the bar stands on the same
-    screen (both are terminals), so that ``> train.log`` keeps them and a person is not flooded.
+    The bar is shown when standard error is a terminal with a known width: a container's, for example, may report 0
+    columns, where a bar would break over many lines. The lines are printed unless the bar is on the same screen (both
+    are terminals), so that ``> train.log`` keeps them and the terminal is not flooded.
     """
 
     is_dashboard: ClassVar[bool] = False
@@ -181,7 +181,7 @@ class ConsoleTracker:
         progress = progress or sys.stderr
         self._bar = None
         if train_iters > 0 and progress.isatty() and _columns(progress) > 0:
-            from tqdm import tqdm  # only when a person watches
+            from tqdm import tqdm  # only on a terminal
 
             self._bar = tqdm(
                 total=train_iters,
@@ -193,7 +193,7 @@ class ConsoleTracker:
         self._prints_lines = self._bar is None or not self._output.isatty()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Print a training record, a validation or values of tasks, told apart by the names in it."""
+        """Print a training record, a validation or values of tasks, depending on the names in it."""
         if all(name.startswith(OF_TASKS) for name in metrics):
             self._print(tasks_line(step, metrics))
             return

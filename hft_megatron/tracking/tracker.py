@@ -1,6 +1,6 @@
-"""The one interface through which a run reports, and the names of what it reports.
+"""The one interface through which a run reports, and the names of its metrics.
 
-The loop logs into one tracker and never asks where the numbers go.
+The loop logs into one tracker and does not know where the numbers go.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 Metrics = Mapping[str, float | int | str]
-"""One record: what was measured, by name. Text is for digests."""
+"""One record: measured values by name. Text is for digests and ranks."""
 
 FILE_NAME = "metrics.jsonl"
-"""In the save folder of a run: a line per record."""
+"""File in the save folder of a run, with a line per record."""
 ITERATION = "iteration"
-"""In each of these lines, beside the metrics."""
+"""Key of the iteration in each of these lines, beside the metrics."""
 
 CONSUMED_SAMPLES = "consumed samples"
 ITERATION_TIME = "elapsed time per iteration (ms)"
@@ -22,15 +22,15 @@ THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
 ACTUAL_THROUGHPUT = "actual throughput per GPU (TFLOP/s/GPU)"
 TOKENS_PER_SECOND = "tokens per GPU (tokens/s/GPU)"
 DEVICE_PEAK = "max allocated memory (GB)"
-"""Of a CUDA device, as torch's allocator counts it."""
+"""Peak memory of a CUDA device, as torch's allocator counts it."""
 PROCESS_PEAK = "max resident memory of the process (GB)"
-"""Where there is no such device."""
+"""Peak memory without such a device."""
 LEARNING_RATE = "learning rate"
 DECOUPLED_LEARNING_RATE = "decoupled learning rate"
 GLOBAL_BATCH_SIZE = "global batch size"
 LOSS = "lm loss"
 OBJECTIVE_LOSS = "objective loss"
-"""What is minimised, where that is not the plain loss, which stands beside it; ift's is a mean over examples."""
+"""Value of the objective, where it is not the plain loss, which is logged beside it; ift's is a mean over examples."""
 KL_TO_BASE = "kl to base"
 """KL(first weights || model), a mean over trained tokens, in nats, without its weight."""
 PREFERENCE_LOSS = "preference loss"
@@ -42,36 +42,36 @@ CHOSEN_LOG_PROBS = "logps/chosen"
 REJECTED_LOG_PROBS = "logps/rejected"
 KL = "kl"
 EWC_PENALTY = "ewc penalty"
-"""What elastic weight consolidation adds to the loss, in the loss's unit; the loss itself is logged without it."""
+"""Penalty of elastic weight consolidation, in the loss's unit; the loss itself is logged without it."""
 OF_VALIDATION = " validation"
-"""Behind the name of what was measured on the validation data; on one source of several a slash and its name follow."""
+"""Suffix of the names of validation metrics; for one source of several a slash and its name follow."""
 LOSS_SCALE = "loss scale"
 GRAD_NORM = "grad norm"
 NUM_ZEROS = "num zeros"
 PARAMS_NORM = "params norm"
 SKIPPED_ITERATIONS = "number of skipped iterations"
-"""Since the last record, as in Megatron."""
+"""Number of skipped iterations since the last record, as in Megatron."""
 NAN_ITERATIONS = "number of nan iterations"
-"""Those of them whose loss is infinite or undefined."""
+"""Number of them whose loss is infinite or undefined."""
 LOSS_SPIKE = "loss spike (robust z-score)"
-"""Only of an iteration that is one."""
+"""Score of a spike; absent for other iterations."""
 ROUND = "round"
 TRAINABLE_PARAMETERS = "trainable params"
 FROZEN_PARAMETERS = "frozen params"
 PLAN_DIGEST = "plan digest"
 ROUND_SWITCH_TIME = "round switch time (ms)"
 COMPUTE_TIME_MEDIAN = "compute time, median rank (ms)"
-"""Of forward and backward passes, without waits for other ranks."""
+"""Time of forward and backward passes, without waits for other ranks."""
 COMPUTE_TIME_WORST = "compute time, slowest rank (ms)"
 SLOWEST_RANK = "slowest rank"
-"""Only where it is far from the median."""
+"""Slowest rank; absent where it is close to the median."""
 FORWARD_TIME = "forward time (ms)"
 BACKWARD_TIME = "backward time (ms)"
 REDUCE_SCATTER_WAIT = "reduce-scatter wait (ms)"
 ALL_GATHER_WAIT = "all-gather wait (ms)"
 OPTIMIZER_TIME = "optimizer time (ms)"
 FASTEST, SLOWEST = ", fastest rank", ", slowest rank"
-"""Behind a section's name, of times that are gathered over ranks: ``optimizer time, slowest rank (ms)``."""
+"""Suffixes of times that are gathered over ranks: ``optimizer time, slowest rank (ms)``."""
 REDUCE_SCATTER_BYTES = "reduce-scatter bytes"
 ALL_GATHER_BYTES = "all-gather bytes"
 GRADIENT_BYTES = "gradient buffer bytes"
@@ -82,7 +82,7 @@ REFERENCE_BYTES = "reference bytes"
 
 
 OF_TASKS = "tasks/"
-"""Before the name of what was measured in a task of --eval-tasks: ``tasks/gsm8k/exact_match``."""
+"""Prefix of the names of values in a task of --eval-tasks: ``tasks/gsm8k/exact_match``."""
 
 
 def of_task(task: str, measure: str) -> str:
@@ -96,28 +96,28 @@ def over_ranks(name: str, which: str) -> str:
 
 
 def of_validation(name: str, source: str | None = None) -> str:
-    """The name of what was measured on all validation data, or on one ``source`` of several."""
+    """The name of a metric on all validation data, or on one ``source`` of several."""
     return f"{name}{OF_VALIDATION}" if source is None else f"{name}{OF_VALIDATION}/{source}"
 
 
 class Tracker(Protocol):
-    """Somewhere numbers go."""
+    """A destination of metrics."""
 
     is_dashboard: ClassVar[bool]
-    """Whether --tensorboard-log-interval says how often it gets a training record, instead of --log-interval."""
+    """True if it gets training records every --tensorboard-log-interval instead of --log-interval."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Record what was measured after iteration ``step`` (the first iteration is 1)."""
+        """Record the metrics after iteration ``step`` (the first iteration is 1)."""
         ...
 
     def close(self) -> None:
-        """Write what is pending and let go of files; nothing is logged afterwards."""
+        """Write pending records and close files; nothing is logged afterwards."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompositeTracker:
-    """Passes every record to each of its trackers, in order; with none it is the tracker that does nothing."""
+    """Passes every record to each of its trackers, in order; with none it does nothing."""
 
     is_dashboard: ClassVar[bool] = False
     trackers: Sequence[Tracker] = ()
@@ -150,8 +150,8 @@ DASHBOARD_NAMES: Mapping[str, tuple[str, float]] = {
     PARAMS_NORM: ("params-norm", 1),
     GLOBAL_BATCH_SIZE: ("batch-size", 1),
 }
-"""Names of the log line that Megatron spells differently in TensorBoard and wandb (or whose slashes wandb would take
-for folders), and the factor to the unit there: milliseconds become seconds, gigabytes bytes."""
+"""Names of the log line that Megatron spells differently in TensorBoard and wandb (or whose slashes wandb would read as
+folders), and the factor to the unit there: milliseconds become seconds, gigabytes bytes."""
 
 
 def dashboard_metrics(metrics: Metrics) -> dict[str, float | int | str]:

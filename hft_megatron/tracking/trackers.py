@@ -1,4 +1,4 @@
-"""The trackers of a run: metrics.jsonl, TensorBoard, wandb, and which of them its options ask for."""
+"""The trackers of a run: metrics.jsonl, TensorBoard and wandb, and the choice among them by its options."""
 
 import contextlib
 import json
@@ -18,18 +18,18 @@ from hft_megatron.tracking.tracker import FILE_NAME, ITERATION, CompositeTracker
 class JsonlTracker:
     """Appends each record as one object; floats are written so that they read back bit for bit.
 
-    A loss that is not a number is written as ``NaN``, which Python reads back and strict JSON does not know.
+    An undefined loss is written as ``NaN``, which Python reads back but strict JSON does not know.
     """
 
     is_dashboard: ClassVar[bool] = False
 
     def __init__(self, path: Path, *, kept_until: float) -> None:
-        """Open ``path`` for a run that goes on after the iteration ``kept_until``: 0 for a fresh run, or -1 where that
-        validates before its first step; infinite for what is no run.
+        """Open ``path`` for a run that resumes after the iteration ``kept_until``: 0 for a fresh run, or -1 if that
+        validates before its first step; infinite for a command that is no run.
 
         Lines of later iterations are dropped first: the run that wrote them died before its next checkpoint, and
-        they come again. Raises ``UserError`` naming the line when the file is not a record of ours, and where it
-        can't be written.
+        repeats them. Raises ``UserError`` naming the line when the file is not in this format, and where it can't be
+        written.
         """
         self._path = path
         try:
@@ -38,7 +38,9 @@ class JsonlTracker:
                 _drop_lines_after(path, kept_until)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path} can't be written: {error}; make room, or choose another --save folder.") from error
+            raise UserError(
+                f"{path} cannot be written: {error}; free some space, or choose another --save folder."
+            ) from error
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line and hand it to the operating system, so that a killed run loses nothing.
@@ -50,10 +52,10 @@ class JsonlTracker:
             self._file.write(json.dumps({ITERATION: step, **metrics}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise RunFailed(f"iteration {step} can't be written to {self._path}: {error}") from error
+            raise RunFailed(f"iteration {step} cannot be written to {self._path}: {error}") from error
 
     def close(self) -> None:
-        """Close the file; ``log`` has said already what could not be written."""
+        """Close the file; ``log`` has already reported failed writes."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -61,7 +63,7 @@ class JsonlTracker:
 def _drop_lines_after(path: Path, iteration: float) -> None:
     """Keep the lines up to ``iteration``; replace the file in one step, so that a kill here loses nothing.
 
-    It is left alone where all lines are kept: another process may be writing on.
+    It is left alone where all lines are kept: another process may still be writing.
     """
     found = lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
@@ -90,9 +92,9 @@ class TensorBoardTracker:
     is_dashboard: ClassVar[bool] = True
 
     def __init__(self, folder: str, *, kept_until: float) -> None:
-        """Write event files into ``folder``; a run that is resumed after ``kept_until`` hides the events of iterations
-        it does again."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only when asked for
+        """Write event files into ``folder``; a run that resumes after ``kept_until`` hides the events of iterations
+        that it repeats."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only on demand
 
         purge_step = int(kept_until) + 1 if 0 < kept_until < math.inf else None
         self._writer = SummaryWriter(log_dir=folder, purge_step=purge_step)
@@ -116,9 +118,9 @@ class WandbTracker:
     def __init__(self, *, project: str, name: str | None, folder: str | None, config: Mapping[str, Any]) -> None:
         """Start a run of ``project``; its files go to ``folder``/wandb (./wandb when None).
 
-        Raises ``UserError`` when wandb refuses, which online it does without a login or a connection.
+        Raises ``UserError`` when wandb refuses: online without a login or a connection.
         """
-        import wandb  # starts threads on import: only when asked for
+        import wandb  # starts threads on import: only on demand
 
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ class WandbTracker:
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"--wandb-project {project}: wandb does not start ({reason}): "
+                f"--wandb-project {project}: wandb did not start ({reason}); "
                 "run `wandb login`, or set WANDB_MODE=offline."
             ) from error
 
@@ -143,13 +145,13 @@ class WandbTracker:
 
 
 def check_tracking_packages(logging: LoggingConfig) -> None:
-    """Raise ``UserError`` when an option asks for a package that is not installed; the same on every rank."""
+    """Raise ``UserError`` when an option needs a package that is not installed; the same on every rank."""
     for option, value, package in (
         ("--tensorboard-dir", logging.tensorboard_dir, "tensorboard"),
         ("--wandb-project", logging.wandb_project, "wandb"),
     ):
         if value is not None and find_spec(package) is None:
-            raise UserError(f"{option} {value} needs the package {package}: run `pip install {package}`.")
+            raise UserError(f"{option} {value} needs the package {package}; run `pip install {package}`.")
 
 
 def build_tracker(
@@ -162,12 +164,11 @@ def build_tracker(
     resolved_config: Mapping[str, Any],
     is_writer: bool,
 ) -> CompositeTracker:
-    """The trackers of this rank: on the writing rank the console, metrics.jsonl (with --save) and what was asked for.
+    """The trackers of this rank: on the writing rank the console, metrics.jsonl (with --save) and those of the options.
 
-    ``start_iteration`` is the last iteration of the loaded checkpoint, 0 for a fresh run; ``kept_until``
-    is the last one whose records stay (infinite: all). ``resolved_config`` is what
-    wandb shows as the run's options; it must hold options only, nothing from the environment. Raises ``UserError`` on
-    every rank when a package is missing.
+    ``start_iteration`` is the last iteration of the loaded checkpoint, 0 for a fresh run; ``kept_until`` is the last
+    one whose records are kept (infinite: all). ``resolved_config`` are the run's options for wandb; it must hold
+    options only, nothing from the environment. Raises ``UserError`` on every rank when a package is missing.
     """
     check_tracking_packages(logging)
     if not is_writer:
@@ -183,6 +184,6 @@ def build_tracker(
                 project=logging.wandb_project, name=logging.wandb_exp_name, folder=save, config=resolved_config
             )
         )
-    # Last, so that no bar stands on the screen when another tracker refuses.
+    # Last, so that no bar is on the screen when another tracker fails.
     trackers.append(ConsoleTracker(train_iters=train_iters, start_iteration=start_iteration))
     return CompositeTracker(trackers=tuple(trackers))

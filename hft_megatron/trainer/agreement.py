@@ -1,4 +1,4 @@
-"""Whether all ranks have read the same, which they find out before one of them waits for another."""
+"""Checks that all ranks have read the same inputs, before one of them waits for another."""
 
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -13,7 +13,7 @@ from hft_megatron.trainer.inputs import Inputs
 
 
 def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
-    """Raises the same UserError on every rank when one of them read another checkpoint, plan, model, data or option.
+    """Raises the same UserError on every rank when a rank has another checkpoint, plan, model, data or option.
 
     Such ranks would wait for each other in different collectives until the time-out. Collective over all ranks.
     """
@@ -22,14 +22,14 @@ def check_inputs_agree(inputs: Inputs, placement: Placement) -> None:
         difference = _first_difference(everyone[0][1], theirs)
         if difference is not None:
             raise UserError(
-                f"rank {rank} on {where} found other inputs than rank 0: {difference}; every rank must see the same "
-                f"--save, --load, model, plan and data and get the same options: use storage that all hosts share."
+                f"rank {rank} on {where} found other inputs than rank 0: {difference}; every rank needs the same "
+                f"options and must see the same --save, --load, model, plan and data: use storage that all hosts share."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """What one rank tells the others about what it read."""
+    """Description of the inputs of one rank, for the others."""
 
     options: dict[str, dict[str, object]]
     checkpoints: tuple[str, ...]
@@ -39,7 +39,7 @@ class _Read:
     valid: tuple[str, ...]
     """Sources of the validation data, with their digests."""
     tasks: tuple[str, ...]
-    """Of --eval-tasks, with their digests."""
+    """Tasks of --eval-tasks, with their digests."""
 
 
 def _read_by(inputs: Inputs) -> _Read:
@@ -56,7 +56,7 @@ def _read_by(inputs: Inputs) -> _Read:
 
 
 def _first_difference(mine: _Read, theirs: _Read) -> str | None:
-    """What is there, in words, instead of what is here."""
+    """The first difference in words: the value there instead of the value here."""
     for group, options in mine.options.items():
         for name, value in options.items():
             other = theirs.options[group][name]

@@ -34,9 +34,9 @@ def run_training(
     environment.
 
     Raises UserError for a user's mistake before a model is built, PeersLost where the ranks do not meet, Stopped after
-    a signal or a time limit and the checkpoint. A host that is lost later is named to ``on_loss``, on another
-    thread, and the process ends. ``hooks`` are a user's own. ``signals`` listen while it trains and exports, and
-    after a failure until the caller closes them, which a process that then ends need not do.
+    a signal or a time limit, once the checkpoint is saved. A host that is lost later is named to ``on_loss``, on
+    another thread, and the process ends. ``hooks`` are a user's own. ``signals`` listen while it trains and exports,
+    and after a failure until the caller closes them, which a process that then ends need not do.
     """
     with peers(options.parallel.distributed_timeout_minutes, on_loss) as company:
         train_and_export(method, options, shape, world_size, company, hooks=hooks, signals=signals)
@@ -57,9 +57,9 @@ def train_and_export(
     signals: Signals | None = None,
     of_a_stage: bool = False,
 ) -> int:
-    """``run_training``, with the process groups left as they are, for a stage that follows; returns the last round.
+    """``run_training`` that keeps the process groups, for a stage that follows; returns the last round.
 
-    ``after_saving`` are hooks that run behind those that save. ``of_a_stage``, it ends with a line instead of its whole
+    ``after_saving`` are hooks that run after those that save. ``of_a_stage``: it ends with a line instead of the whole
     bill.
     """
     inputs = read_inputs(method, options, shape, world_size)
@@ -80,7 +80,7 @@ def train_and_export(
 
 
 def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Hook]], signals: Signals) -> int:
-    """Builds the model, trains it or measures it as it is, and exports; returns the last round."""
+    """Builds the model, trains or validates it, and exports; returns the last round."""
     inputs, placement, announce, config = start.inputs, start.placement, start.announce, start.config
     chunks = starting_model(inputs, placement, announce)
     reference = None
@@ -127,17 +127,17 @@ def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Ho
         if not start.trains:
             start.validate(chunks, reference, state.iteration)
         exporter.export_at_end(chunks, start.rounds.trained_until(state.round), state.iteration)
-    signals.close()  # not before, so that what is trained is exported, and not after a failure
+    signals.close()  # not before, so that a trained model is exported, and not after a failure
     return state.round
 
 
 def _train(run: Run, start: Prepared, hooks_of: Callable[..., Sequence[Hook]]) -> None:
-    """Trains to the end, and closes the tracker however that comes."""
+    """Trains to the end, and closes the tracker whatever happens."""
     if run.is_complete:
-        run.announce(f"> the run has reached iteration {run.state.iteration} of {run.length}: no step is left")
+        run.announce(f"> the run is complete: iteration {run.state.iteration} of {run.length}, no steps left")
     outputs = run.config.checkpoint
     if outputs.save is outputs.save_hf is outputs.save_lora is None:
-        run.announce("> neither --save nor --save-hf is given: nothing of this training will be kept")
+        run.announce("> neither --save nor --save-hf is given: the trained weights will not be kept")
     try:
         loaded = run.state.iteration if start.inputs.resumes else None
         base = starting_base(start.inputs, run.placement)

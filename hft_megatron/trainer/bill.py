@@ -1,4 +1,4 @@
-"""How fast a run is, and its bill: what every rank sent, held and waited for, next to full fine-tuning by formula."""
+"""Speed of a run, and its bill: bytes sent and held and times of every rank, beside full fine-tuning by formula."""
 
 import json
 import resource
@@ -19,19 +19,19 @@ from hft_megatron.costs.flops import FORMULA, StepFlops, step_flops
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.step_clock import OTHER, SECTIONS
-from hft_megatron.report.bill import bill_line, render_bill
+from hft_megatron.report.bill import FROZEN_STATE, bill_line, render_bill
 from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.run import Run
 from hft_megatron.trainer.step import StepResult
 
 RECENT_STEPS = 100
-"""Of their times the median is taken for the time left: a slow step now and then doesn't show in it."""
+"""Steps whose median time gives the time left: a slow step now and then doesn't show in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What all ranks together did in a step, or in several."""
+    """Work of all ranks together in a step, or in several."""
 
     tokens: int
     """Positions that examples fill, trained or not; padding is not counted."""
@@ -44,7 +44,7 @@ class Work:
 
 
 def flops_of(run: Run) -> StepFlops:
-    """The counts of a step under the run's present plan, whose micro-batches are as long as they can be."""
+    """The counts of a step under the run's current plan, whose micro-batches have the full length."""
     config = run.config
     shape, plan = run.wrapped.modules[0].shape, run.wrapped.plan
     sequences = config.training.micro_batch_size * run.sequences_per_sample
@@ -60,7 +60,7 @@ def flops_of(run: Run) -> StepFlops:
 
 
 def work_of(result: StepResult, flops: StepFlops) -> Work:
-    """What a step that took place under ``flops`` did."""
+    """The work of a step that was taken under ``flops``."""
     return Work(
         tokens=result.tokens,
         model_flops=flops.model.of(result.tokens, result.squared_lengths),
@@ -81,10 +81,10 @@ def rates(steps: Sequence[Work], world_size: int) -> dict[str, float]:
 
 
 def peak_memory() -> dict[str, float]:
-    """Gigabytes (1e9) that this rank held at most since it started, under the name that says of what.
+    """Peak memory of this rank since it started in gigabytes (1e9), under its name in the log.
 
-    Of the device what tensors took, without the allocator's reserve and CUDA's own; elsewhere of the whole process.
-    Asks the host alone.
+    On a device the memory of tensors, without the allocator's reserve and CUDA's own; elsewhere that of the whole
+    process. Read on the host alone.
     """
     if torch.cuda.is_available():
         return {names.DEVICE_PEAK: torch.cuda.max_memory_allocated() / 1e9}
@@ -94,53 +94,52 @@ def peak_memory() -> dict[str, float]:
 
 @dataclass
 class TimeLeft:
-    """Estimates how long the samples that are left will take; validations and checkpoints are not in it."""
+    """Estimates the time for the remaining samples, without validations and checkpoints."""
 
     _recent: "deque[float]" = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
-    """Milliseconds of a sample in the newest steps, whose batches may be of different sizes."""
+    """Milliseconds per sample in the newest steps, whose batches may differ in size."""
 
     def add(self, result: StepResult, run: Run) -> None:
-        """The run's newest step is done."""
+        """Adds the run's newest step."""
         self._recent.append(result.times.total / run.rounds.schedule.batches.of(run.state.iteration - 1))
 
     def seconds(self, run: Run) -> float:
-        """From the run's iteration to its last."""
+        """Seconds from the run's iteration to its last."""
         left = run.rounds.schedule.batches.samples_before(run.length) - run.state.consumed_samples
         return left * median(self._recent) / 1e3
 
 
 WARM_UP_STEPS = 2
-"""Left out of the times: moments are made in the first step, and its reductions do not overlap yet."""
+"""Steps left out of the times: moments are created in the first step, and its reductions do not overlap yet."""
 STEP = "step"
 SUMS = ("reduced", "gathered", "wire")
-"""Bytes that the bill adds up over the steps: of the buffers that are summed and filled, and what of them a rank sends
-to others."""
-HELD = ("gradients", "masters", "moments", "resting")
-"""Bytes held after a step, of which the bill has the most: of a rank over all rounds, and of all ranks in one round.
-``resting`` are states of resting units in host memory."""
+"""Bytes that the bill adds up over the steps: of the buffers that are summed and filled, and those that a rank sends to
+others."""
+HELD = ("gradients", "masters", "moments", FROZEN_STATE)
+"""Bytes held after a step, whose peak is in the bill: of a rank over all rounds, and of all ranks in one round."""
 
 
 @dataclass
 class Bill(Hook):
-    """Keeps account of the steps that this process takes; at the end prints a table and writes bill.json.
+    """Accounts for the steps of this process; at the end prints a table and writes bill.json.
 
-    Ranks' accounts are gathered once, at the end. A run that a signal stops writes none: the run that goes on with it
-    writes one of its own steps.
+    Ranks' accounts are gathered once, at the end. A run that is stopped by a signal writes none: the run that resumes
+    it writes the bill of its own steps.
     """
 
     folder: str | None
     """The --save folder; without one the table is only printed."""
     of_a_stage: bool = False
-    """Say one line instead of the table: all of it follows after the last stage."""
+    """Print one line instead of the table, which follows after the last stage."""
     _sent: dict[str, int] = field(default_factory=lambda: {"reduced": 0, "gathered": 0})
     _held: dict[int, dict[str, int]] = field(default_factory=dict)
-    """round -> what was held in it at most."""
+    """round -> peak bytes held in it."""
     _switch_ms: list[float] = field(default_factory=list)
     _flops: StepFlops = field(init=False)
     _first: int | None = None
     """Iteration of the first step; later ones may have been skipped."""
     _work: list[Work] = field(default_factory=list)
-    """Of each step that the times may leave out, and then of all others together."""
+    """Work of each warm-up step, and then of all others together."""
     _times: "dict[str, array[float]]" = field(
         default_factory=lambda: {name: array("d") for name in (STEP, *SECTIONS, OTHER)}
     )
@@ -159,7 +158,7 @@ class Bill(Hook):
             "gradients": shards.gradient_bytes,
             "masters": shards.master_bytes,
             "moments": shards.moment_bytes,
-            "resting": run.wrapped.resting.bytes,
+            FROZEN_STATE: run.wrapped.frozen.bytes,
         }
         before = self._held.setdefault(run.state.round, dict.fromkeys(HELD, 0))
         self._held[run.state.round] = {name: max(before[name], size) for name, size in held.items()}
@@ -175,7 +174,7 @@ class Bill(Hook):
 
     def at_end(self, run: Run) -> None:
         steps = len(self._times[STEP])
-        if self._first is None:  # a finished run that was started again
+        if self._first is None:  # a complete run that was started again
             return
         accounts = gathered(self._account(run, steps))
         bill = _bill_of(run, accounts, first=self._first, steps=steps, timed_steps=steps - _warm_up(steps))
@@ -189,7 +188,7 @@ class Bill(Hook):
         if self.folder is not None and run.placement.rank == 0:
             try:
                 write_atomically(Path(self.folder) / BILL_FILE, json.dumps(bill, indent=2) + "\n")
-            except OSError as error:  # no reason to lose what follows: the export
+            except OSError as error:  # no reason to lose the export, which follows
                 run.announce(f"> the bill could not be written: {error}")
 
     def _account(self, run: Run, steps: int) -> dict[str, Any]:
@@ -211,7 +210,7 @@ class Bill(Hook):
 
 
 def _full_bytes(run: Run, steps: int) -> dict[str, int]:
-    """What this rank would have sent in all ``steps`` and held if every unit trained, by formula."""
+    """Bytes that this rank would have sent in all ``steps`` and held if every unit trained, by formula."""
     config, placement = run.config, run.placement
     bf16 = config.training.bf16 is True
     model = CostModel(
@@ -231,26 +230,26 @@ def _full_bytes(run: Run, steps: int) -> dict[str, int]:
         "gradients": costs.gradient_bytes,
         "masters": masters,
         "moments": costs.optimizer_bytes - masters,
-        "resting": 0,
+        FROZEN_STATE: 0,
     }
 
 
 def wire_bytes(buffers: int, ranks: int) -> int:
-    """What each of ``ranks`` sends of buffers that are reduce-scattered or all-gathered: all parts but one, once. So do
-    NCCL's rings and ``parallel.direct_exchange``."""
+    """Bytes that each of ``ranks`` sends of buffers that are reduce-scattered or all-gathered: all parts but one, once,
+    as in NCCL's rings and ``parallel.direct_exchange``."""
     return buffers * (ranks - 1) // ranks
 
 
 def _warm_up(steps: int) -> int:
-    """How many first steps the times leave out; the last step is always timed."""
+    """Number of first steps that the times leave out; the last step is always timed."""
     return min(WARM_UP_STEPS, steps - 1)
 
 
 def _bill_of(run: Run, accounts: list[dict[str, Any]], *, first: int, steps: int, timed_steps: int) -> dict[str, Any]:
-    """What bill.json holds; ``first`` is the iteration of the first step.
+    """Contents of bill.json; ``first`` is the iteration of the first step.
 
     Bytes reduced and gathered are those of all ``steps``; times are means over the timed steps, so that a step's parts
-    add up to it.
+    add up to the whole.
     """
     config, placement, plan = run.config, run.placement, run.wrapped.plan
     totals = {
@@ -259,7 +258,7 @@ def _bill_of(run: Run, accounts: list[dict[str, Any]], *, first: int, steps: int
     }
     by_round = [one.pop("held_by_round") for one in accounts]
     for name in HELD:
-        # Ranks hold their most in different rounds: what all hold together is the most of one round.
+        # Ranks may peak in different rounds: the peak of all together is that of one round.
         totals[name]["measured"] = max(sum(rounds[round][name] for rounds in by_round) for round in by_round[0])
     return {
         "first_iteration": first,
@@ -284,10 +283,10 @@ def _bill_of(run: Run, accounts: list[dict[str, Any]], *, first: int, steps: int
 
 
 def announce_bill_of_stages(folders: Sequence[Path], announce: Announce) -> None:
-    """Prints the bill of all stages together, from those that they left in their ``folders``.
+    """Prints the bill of all stages together, from the bills in their ``folders``.
 
-    A stage's bill is of its steps since its last start. The first line counts the stages whose bills are in it: those
-    that left one in the last one's layout. One that can't be read counts as none.
+    A stage's bill covers its steps since its last start. The first line counts the stages in it: those with a readable
+    bill in the layout of the last one.
     """
     bills = [bill for bill in map(_left_bill, folders) if bill is not None]
     alike = [bill for bill in bills if _layout_of(bill) == _layout_of(bills[-1])]
@@ -305,8 +304,8 @@ def _left_bill(folder: Path) -> dict[str, Any] | None:
 
 
 def together(bills: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One bill of several runs of the same layout, one after the other: bytes sent add up, of those held the most,
-    times and rates are means over all timed steps."""
+    """One bill of successive runs in the same layout: bytes sent are summed, of bytes held the peak is taken, times and
+    rates are means over all timed steps."""
     steps = [bill["timed_steps"] for bill in bills]
     times = [bill["ranks"][0]["milliseconds"][STEP] * count for bill, count in zip(bills, steps, strict=True)]
 
@@ -333,7 +332,7 @@ def together(bills: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _layout_of(bill: dict[str, Any]) -> list[Any]:
-    """What must be alike for ranks to be compared; bills of earlier versions have other means."""
+    """Values that must be equal for ranks to be compared; bills of earlier versions have other means."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
     overlap = ("overlap_grad_reduce", "overlap_param_gather", "device", "bf16")
     layout = [*(bill[name] for name in (*sizes, *overlap)), sorted(bill["switches"])]
@@ -344,7 +343,7 @@ def _layout_of(bill: dict[str, Any]) -> list[Any]:
 def _bytes_together(bytes: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
     return {
         name: {kind: (sum if name in SUMS else max)(one[name][kind] for one in bytes) for kind in ("measured", "full")}
-        # Bills of earlier versions know less.
+        # Bills of earlier versions have fewer values.
         for name in bytes[0]
         if all(name in one for one in bytes)
     }

@@ -42,9 +42,9 @@ def convert_checkpoint(
 ) -> None:
     """Exports a checkpoint of the run in ``load`` to the new folder ``save_hf``, tensor by tensor.
 
-    The result is what the run's own --save-hf would have written there. Where the folder that the run started from is
-    gone, the weights are written as the checkpoint has them, and a line says so. With ``check`` the logits of both are
-    compared. Raises UserError for a folder that can't be read, RunFailed when the logits differ.
+    The result equals the run's own --save-hf export. Where the folder that the run started from is gone, the weights
+    are written as the checkpoint has them, and the log says so. With ``check`` the logits of both are compared. Raises
+    UserError for a folder that can't be read, RunFailed when the logits differ.
     """
     run = SavedRun.read(load, iteration)
     shape, source = run.identity.shape, run.source()
@@ -93,9 +93,9 @@ def check_model_folder(load_hf: str, announce: Announce) -> None:
 
 
 def units_trained(run: SavedRun) -> frozenset[str]:
-    """Units that the run may have changed until this checkpoint, those with an adapter by its training.
+    """Units that the run may have changed until this checkpoint, units with an adapter through its training.
 
-    UserError when the options (a plan file, scores) don't give the checkpoint's own plan any more.
+    UserError when the options (a plan file, scores) no longer give the checkpoint's own plan.
     """
     shape = run.identity.shape
     file = run.checkpoint / PLAN_FILE
@@ -114,7 +114,7 @@ def rounds_of_saved(folder: Path, config: RunConfig, shape: ModelShape) -> Round
     hft = config.hft
     needs_scores = SELECTIONS[hft.hft_selection].needs_scores
     return rounds_of_run(
-        # Without iterations, as in any conversion: lengths of rounds, which epochs may decide, are not looked at.
+        # Without iterations, as in any conversion: lengths of rounds, which may depend on epochs, are not needed.
         replace(config, training=replace(config.training, train_iters=0)),
         shape,
         world_size=1,
@@ -126,21 +126,21 @@ def rounds_of_saved(folder: Path, config: RunConfig, shape: ModelShape) -> Round
 
 def _without_source(run: SavedRun, dtype: torch.dtype) -> str:
     started_from = run.config.model.load_hf
-    why = "the run started from random weights" if started_from is None else f"--load-hf {started_from} is not there"
+    why = "the run started from random weights" if started_from is None else f"--load-hf {started_from} does not exist"
     return f"> {why}: all tensors are the checkpoint's ({dtype}), and config.json is made from the run's shape"
 
 
 def _tokenizer(run: SavedRun, announce: Announce) -> Tokenizer | None:
     tokenizer = run.tokenizer()
     if tokenizer is None:
-        announce("> the run's tokenizer is not there: the folder will have none")
+        announce("> the run's tokenizer no longer exists: the folder will have none")
     return tokenizer
 
 
 def _coarsest_rounding(run_dtype: torch.dtype, written: torch.dtype, *, has_source: bool) -> torch.dtype:
-    """The data type that one side's weights went through and the other's did not; fp32 where both have one's values.
+    """The data type that only one side's weights were rounded to; fp32 where both have the same values.
 
-    A source of finer values is copied where it rested, so that there the checkpoint is the rounded side.
+    Frozen units are copied from a source of higher precision, so for these the checkpoint is the rounded side.
     """
     finer = torch.promote_types(run_dtype, written)
     if written == run_dtype or (finer == written and not has_source):

@@ -1,4 +1,4 @@
-"""What happens around steps: log lines and validation here, and the list of all hooks of a run."""
+"""Hooks around steps: log lines and validation, and the list of all hooks of a run."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -28,25 +28,25 @@ from hft_megatron.trainer.validation import validate
 from hft_megatron.trainer.weight_checks import AuditRounds, CheckReplicas, params_norm
 
 WINDOW = 100
-"""Finished iterations that a loss is compared with; a run that is resumed begins to gather them anew."""
+"""Finished iterations that a loss is compared with; a resumed run collects them afresh."""
 FEWEST = 20
-"""With fewer nothing is judged: losses fall fast at the start, and a median of a few says little."""
+"""Fewest iterations to compare with: losses fall fast at the start, and a median of a few says little."""
 SIGMAS_PER_DEVIATION = 1.4826
-"""Of a normal distribution the standard deviation over the median absolute deviation (Hampel 1974)."""
+"""Standard deviation over median absolute deviation of a normal distribution (Hampel 1974)."""
 
 
 @dataclass
 class LossSpikes:
-    """Tells spikes by the robust z-score, |loss - median| / (1.4826 x median absolute deviation)."""
+    """Finds spikes by the robust z-score, |loss - median| / (1.4826 x median absolute deviation)."""
 
     threshold: float | None
     """Smallest score of a spike; None finds none."""
     _recent: "deque[float]" = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def score(self, loss: float) -> float | None:
-        """The z-score of an iteration's loss where it is a spike, else None; from then on it is one of the window's.
+        """The z-score of an iteration's loss where it is a spike, else None; adds the loss to the window.
 
-        None too where the window has no spread, and for a loss that is no number, which the window is spared.
+        Also None where the window has no spread, and for a loss that is not finite, which is not added.
         """
         if self.threshold is None or not isfinite(loss):
             return None
@@ -61,7 +61,7 @@ class LossSpikes:
 
 
 NAMED_FROM = 1.3
-"""Times the median of all ranks from which the slowest one is named."""
+"""Ratio to the median of all ranks from which the slowest rank is named."""
 
 
 @dataclass
@@ -73,13 +73,13 @@ class ComputeTimes:
     _places: list[str] = field(default_factory=list)
 
     def add(self, result: StepResult) -> None:
-        """A step is done."""
+        """Adds a finished step."""
         self._milliseconds += result.times.compute
         self._steps += 1
 
     def take(self, run: Run) -> dict[str, float | str]:
-        """Median and worst of all ranks per step, and who is the slowest, by their names in the log, since the last
-        call; nothing of a run of one rank, or where no step was added. Collective: 8 bytes of every rank."""
+        """Median and worst time of all ranks per step since the last call, and the slowest rank, by their names in the
+        log; empty for a run of one rank, or where no step was added. Collective: 8 bytes of every rank."""
         placement = run.placement
         if self._steps == 0:
             return {}
@@ -95,7 +95,7 @@ class ComputeTimes:
 
 
 def in_words(times: list[float], places: list[str]) -> dict[str, float | str]:
-    """Milliseconds of every rank, and where each is -> what the log has."""
+    """Milliseconds and place of every rank -> entries of the log."""
     middle, worst = median(times), max(times)
     found: dict[str, float | str] = {names.COMPUTE_TIME_MEDIAN: middle, names.COMPUTE_TIME_WORST: worst}
     if worst >= NAMED_FROM * middle > 0:
@@ -104,8 +104,8 @@ def in_words(times: list[float], places: list[str]) -> dict[str, float | str]:
 
 
 def over_all_ranks(times: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Times of this rank in milliseconds, by their names in the log -> the least and the most of all ranks. Collective:
-    16 bytes for each."""
+    """Times of this rank in milliseconds, by their names in the log -> the smallest and the largest of all ranks.
+    Collective: 16 bytes for each."""
     mine = torch.tensor(list(times.values()), dtype=torch.float64, device=device)
     # The largest of the negatives is the smallest: one collective for both.
     both = torch.stack([-mine, mine])
@@ -137,9 +137,9 @@ TIMED_AT = {
 class LogSteps(Hook):
     """Records one line every ``interval`` steps.
 
-    What the objective measures, times, rates and bytes sent are means over those steps, as in Megatron; times, bytes
-    and sizes are the last rank's. Steps that were left out have their times and bytes, and no loss or norm. The record
-    of a spike of the loss comes at once, without what ranks would have to gather.
+    Measures of the objective, times, rates and bytes sent are means over those steps, as in Megatron; times, bytes and
+    sizes are the last rank's. Skipped steps have times and bytes, but no loss or norm. A spike of the loss is recorded
+    at once, without the values that ranks would have to gather.
     """
 
     interval: int
@@ -150,7 +150,7 @@ class LogSteps(Hook):
     _pending: list[StepResult] = field(default_factory=list)
     _since_gathered: list[StepResult] = field(default_factory=list)
     _gathered: dict[str, float | int | str] = field(default_factory=dict)
-    """What a record is still to have: none comes where all that followed a spike was skipped."""
+    """Values that wait for a record: there is none where all steps after a spike were skipped."""
     _gradients_are_there: bool = False
     _work: list[Work] = field(default_factory=list)
     _compute: ComputeTimes = field(default_factory=ComputeTimes)
@@ -176,11 +176,11 @@ class LogSteps(Hook):
 
     def after_iteration(self, run: Run) -> None:
         due = run.state.iteration % self.interval == 0 or run.is_complete
-        # On all ranks: the record of a spike, which the last stage alone sees, is no place for a collective.
+        # On all ranks: a spike is seen by the last stage alone, so its record can't include a collective.
         if due:
             self._gathered |= self._gather(run)
         spike, self._spike = self._spike, None
-        # Where every iteration since the last record was skipped there is nothing to say.
+        # Where every iteration since the last record was skipped there is nothing to record.
         if self._pending and (due or spike is not None):
             record = {**self._record(run), **self._gathered}
             self._gathered = {}
@@ -189,16 +189,16 @@ class LogSteps(Hook):
             self._work.clear()
 
     def _gather(self, run: Run) -> dict[str, float | int | str]:
-        """What all ranks together have to measure; collective."""
+        """Values that all ranks measure together; collective."""
         found: dict[str, float | int | str] = {**self._compute.take(run)}
-        # Not those that a record waits for, which are fewer on the rank that has logged a spike.
+        # Not the pending steps, which are fewer on the rank that has logged a spike.
         steps, self._since_gathered = self._since_gathered, []
         if not steps:
             return found
         if sections := TIMED_AT[self.options.timing_log_level]:
             times = {SECTION_METRICS[one]: mean(step.times.sections[one] for step in steps) for one in sections}
             found |= over_all_ranks(times, run.placement.device)
-        # They lie there until the next step, or round, begins.
+        # Gradients stay in memory until the next step, or round, begins.
         if self.options.log_num_zeros_in_grad and self._gradients_are_there:
             found[names.NUM_ZEROS] = int(run.wrapped.optimizer.count_zeros())
         if self.options.log_params_norm:
@@ -248,8 +248,8 @@ class LogSteps(Hook):
 
 @dataclass
 class Validate(Hook):
-    """Records what validation measures every --eval-interval steps and at the end, and before the first step where
-    --eval-on-start asks for it."""
+    """Records validations every --eval-interval steps and at the end, and with --eval-on-start before the first
+    step."""
 
     interval: int | None
     on_start: bool
@@ -257,7 +257,7 @@ class Validate(Hook):
     _measured: dict[str, float] = field(default_factory=dict)
 
     def measured_after_step(self, run: Run) -> dict[str, float]:
-        """By name what was measured after this step on all validation data, on every rank; empty where nothing was.
+        """Values measured after this step on all validation data, by name, on every rank; empty without a validation.
         Collective."""
         if self._last != run.state.iteration:
             return {}
@@ -287,7 +287,7 @@ class Validate(Hook):
 
 
 def _logging_hooks(run: Run) -> list[LogSteps]:
-    """One for everything, or another one for dashboards, where they have an interval of their own."""
+    """One hook for everything, or a second one for dashboards where they have an interval of their own."""
     options, counts_skipped = run.config.logging, run.config.training.skip_nonfinite_steps > 0
     dashboards = options.tensorboard_log_interval or options.log_interval
     parts: list[tuple[int, Tracker]] = [(options.log_interval, run.tracker)]
@@ -313,11 +313,11 @@ def build_hooks(
     signals: Signals,
     of_a_stage: bool = False,
 ) -> Sequence[Hook]:
-    """The hooks that the options ask for, in the order they run, with a user's ``own`` before any that save, and
-    ``after_saving`` behind all others: evaluations among them, so that one that fails takes no checkpoint with it.
+    """The hooks of the options, in the order they run, with a user's ``own`` before any that save, and
+    ``after_saving`` last: these include evaluations, so that a failing one costs no checkpoint.
 
-    ``loaded_iteration`` is that of the checkpoint the run goes on from, ``base`` what --save-trained-only starts with;
-    ``exporter`` writes under --save-hf-interval. ``of_a_stage``, the run ends with a line instead of its whole bill.
+    ``loaded_iteration`` is that of the checkpoint the run resumes from, ``base`` the first base of --save-trained-only;
+    ``exporter`` writes under --save-hf-interval. ``of_a_stage``: the run ends with a line instead of the whole bill.
     """
     config = run.config
     hooks: list[Hook] = [*_logging_hooks(run)]

@@ -1,4 +1,4 @@
-"""What a run starts from: tokenizer, data, checkpoint and scores, the same on every rank."""
+"""Inputs of a run: tokenizer, data, checkpoint and scores, the same on every rank."""
 
 import json
 from collections.abc import Mapping
@@ -40,62 +40,63 @@ from hft_megatron.trainer.rounds import Rounds, round_schedule, rounds_of_run
 from hft_megatron.trainer.task_evaluation import tasks_of_run
 
 _ROUNDS_DRAWN_AHEAD = 100
-"""Enough for a full cycle of HiFT's groups in every LLaMA; at 70B they take less than a second."""
+"""Rounds whose plans are drawn before the start: a full cycle of HiFT's groups in every LLaMA; at 70B they take less
+than a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What was read, the same on every rank."""
+    """Everything that was read, the same on every rank."""
 
     method: Method
     config: RunConfig
-    """Resolved; ``bf16`` may be unset until ranks have met: the machines decide it."""
+    """Resolved options; ``bf16`` may be unset until ranks have met: the machines decide it."""
     shape: ModelShape
     tokenizer: Tokenizer | None
     """None only where a model without tokenizer files is converted."""
     data: RunData | None
     """None where nothing is trained or validated on."""
     epochs: int | None
-    """Those of --train-epochs; ``config`` has the iterations that they are."""
+    """Value of --train-epochs; ``config`` has it in iterations."""
     identity: RunIdentity
     found: Checkpoints | None
-    """What the --load folder holds."""
+    """Checkpoints in the --load folder."""
     finetune_has_begun: bool
-    """Whether --finetune was given and --save holds a checkpoint already, which the run goes on from."""
+    """True if --finetune was given and --save already holds a checkpoint, from which the run resumes."""
     checkpoint: Path | None
-    """The newest one there, that the run goes on from, or takes its first weights from."""
+    """The newest one, from which the run resumes or takes its first weights."""
     tasks: tuple[ReadTask, ...] = ()
-    """Of --eval-tasks."""
+    """Tasks of --eval-tasks."""
     plans: tuple[Plan, ...] = ()
-    """Of --hft-plan, one per round; empty where plans are drawn."""
+    """Plans of --hft-plan, one per round; empty where plans are drawn."""
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on from its checkpoint; with --finetune it only takes its first weights from one."""
+        """Return whether the run resumes from its checkpoint; --finetune only takes its first weights from one."""
         return self.checkpoint is not None and not self.config.checkpoint.finetune
 
     @property
     def is_over(self) -> bool:
-        """Whether the run resumes at its last iteration, so that its options can't change what was trained."""
+        """Return whether the run resumes at its last iteration, so that options can't change the result."""
         length = derived.train_iters(self.config.training)
         return self.resumes and 0 < length <= self.position.iteration
 
     @property
     def carries_moments(self) -> bool:
-        """Whether a run that takes its first weights from another goes on with its moments, as between two rounds."""
+        """Return whether a run that takes its first weights from another also takes its moments, as between rounds."""
         hft, options = self.config.hft, self.config.checkpoint
         is_next_round = options.finetune and hft.hft_first_round is not None and hft.hft_moments == "carry"
         return self.checkpoint is not None and is_next_round and options.load_optim
 
     @property
     def position(self) -> TrainState:
-        """Where the run goes on."""
+        """Position at which the run starts or resumes."""
         if self.checkpoint is not None and self.resumes:
             return TrainState.read(self.checkpoint)
         return TrainState(round=self.config.hft.hft_first_round or 0)
 
     def round_schedule(self, world_size: int) -> RoundSchedule:
-        """When each round of this run begins."""
+        """First iterations of the rounds of this run."""
         return round_schedule(self.config, world_size, None if self.data is None else self.data.samples)
 
     def rounds(self, world_size: int, scores: Mapping[str, float] | None = None) -> Rounds:
@@ -110,12 +111,12 @@ class Inputs:
         )
 
     def describe(self) -> list[str]:
-        """Lines for the log: what is trained on, and where from."""
+        """Lines for the log about the data and the starting point."""
         parallel = self.config.parallel
         folders = (self.config.model.load_hf, self.config.dpo.dpo_reference_model)
         lines = [note for folder in folders if folder is not None for note in notes_on_folder(folder)]
         if parallel.sequence_parallel and not derived.splits_sequences(parallel):
-            lines.append("--sequence-parallel is off: there are no tensor-parallel ranks to split activations over")
+            lines.append("--sequence-parallel is off: without tensor parallelism there is nothing to split")
         lines += [] if self.tokenizer is None else self.tokenizer.facts.notes
         lines += self.method.notes(self.config)
         if self.data is not None:
@@ -125,22 +126,22 @@ class Inputs:
         lines += [note for one in self.tasks for note in one.read.notes]
         lines += self._leaves_random()
         if self.finetune_has_begun:
-            lines.append(f"--finetune: --save {self.config.checkpoint.save} holds this run already: going on with it")
+            lines.append(f"--finetune: --save {self.config.checkpoint.save} already holds this run; resuming it")
         if self.found is not None:
             lines += self.found.notes()
             if self.found.is_empty:
-                lines.append(f"--load {self.found.folder} holds no checkpoint yet: starting from the beginning")
+                lines.append(f"--load {self.found.folder} holds no checkpoint yet: starting a new run")
         return lines
 
     def _leaves_random(self) -> list[str]:
-        """A warning where weights that nothing has trained stay as they were drawn, to the end of the run."""
+        """A warning where random weights stay frozen for the whole run."""
         hft, is_random = self.config.hft, self.config.model.load_hf is None and self.checkpoint is None
         trains = self.config.training.train_iters != 0
         if not (is_random and trains and hft.hft_ratio < 1 and hft.hft_round_interval == "stage"):
             return []
         return [
-            f"warning: the model starts from random weights, and --hft-ratio {hft.hft_ratio} leaves what it freezes "
-            "random for the whole run; --hft-ratio 1 trains everything, --hft-round-interval N other weights in turn"
+            f"warning: the model starts from random weights, and with --hft-ratio {hft.hft_ratio} the frozen ones stay "
+            "random for the whole run; use --hft-ratio 1 to train all, or --hft-round-interval N to alternate"
         ]
 
 
@@ -152,7 +153,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     check_tracking_packages(options.logging)
     tokenizer, shape = tokenizer_and_shape(options, shape)
     given = options.checkpoint
-    options = _going_on(options)
+    options = _resuming_finetune(options)
     found = _checkpoints_to_load(options)
     checkpoint = None if found is None else found.newest
     saved = None
@@ -167,7 +168,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         data = method.read_data(config, tokenizer, shape, world_size)
         if data.samples is not None:
             config = with_iterations(config, data.samples, world_size)
-            # Epochs are iterations now, which decide whether an export of the last one is there already.
+            # Epochs are iterations now, which decide whether the final export already exists.
             nothing_is_overwritten(config, shape, world_size)
     identity = run_identity(
         config,
@@ -182,7 +183,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     )
     identity = _checked_with_held_runs(config, identity)
     if checkpoint is not None and saved is not None:
-        _check_goes_on(config, saved, checkpoint, world_size)
+        _check_can_resume(config, saved, checkpoint, world_size)
     inputs = Inputs(
         method=method,
         config=config,
@@ -201,43 +202,43 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
     return inputs
 
 
-def _going_on(options: RunConfig) -> RunConfig:
-    """With --finetune, a run that has begun goes on: beginning it again would throw away what it has learned."""
+def _resuming_finetune(options: RunConfig) -> RunConfig:
+    """With --finetune, a run that has begun is resumed: starting again would discard its training."""
     checkpoint = options.checkpoint
     if not checkpoint.finetune or checkpoint.save is None:
         return options
     found = find_checkpoints(checkpoint.save)
     if found.is_empty:
         return options
-    # --no-load-optim was about the weights of --finetune, and not about every restart of the run.
+    # --no-load-optim concerned the weights of --finetune, not every restart of the run.
     return replace(options, checkpoint=replace(checkpoint, load=checkpoint.save, finetune=False, load_optim=True))
 
 
 def _checkpoints_to_load(options: RunConfig) -> Checkpoints | None:
-    """What --load holds; UserError where that is nothing and something is asked for."""
+    """Checkpoints in --load; UserError where there is none and one is required."""
     found = None if options.checkpoint.load is None else find_checkpoints(options.checkpoint.load)
     if options.checkpoint.finetune:
         check_not_discarded(found)
         _check_weights_are_there(options, found)
     if options.checkpoint.exit_on_missing_checkpoint and found is not None and found.is_empty:
         raise UserError(
-            f"--load {found.folder} holds no checkpoint, and --exit-on-missing-checkpoint asks for one; give the "
-            f"--save folder of a run that saved one, or leave it out to start fresh."
+            f"--load {found.folder} holds no checkpoint, but --exit-on-missing-checkpoint requires one; give the "
+            f"--save folder of a run that saved one, or leave --exit-on-missing-checkpoint out to start fresh."
         )
     return found
 
 
 def check_not_discarded(found: Checkpoints | None) -> None:
-    """UserError where the --load folder held a run that nothing can resume or start from any more."""
+    """Raise UserError where --continual-discard deleted the checkpoints of the --load folder."""
     if found is not None and discarded(found.folder) is not None:
         raise UserError(
-            f"--load {found.folder} holds a task that is over, whose checkpoints --continual-discard deleted; give the "
+            f"--load {found.folder} holds a finished task whose checkpoints --continual-discard has deleted; give the "
             f"folder of another run."
         )
 
 
 def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> None:
-    """A new run without the weights it should start from would start from others, in silence."""
+    """Raise UserError where --finetune has no weights to start from."""
     if found is None or found.is_empty:
         raise UserError(
             f"--finetune takes the weights of --load {options.checkpoint.load}, which holds no complete checkpoint; "
@@ -245,9 +246,9 @@ def _check_weights_are_there(options: RunConfig, found: Checkpoints | None) -> N
         )
 
 
-def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: Path, world_size: int) -> None:
-    """A run keeps its precision and can't end before where it goes on; its export would have the name of an iteration
-    that it is not of."""
+def _check_can_resume(config: RunConfig, saved: RunConfig, checkpoint: Path, world_size: int) -> None:
+    """A resumed run keeps its precision, and doesn't end before its checkpoint: its export would be named after another
+    iteration."""
     folder = config.checkpoint.load
     asked, reached = derived.train_iters(config.training), iteration_of(checkpoint)
     if 0 < asked < reached:
@@ -269,8 +270,8 @@ def _check_goes_on(config: RunConfig, saved: RunConfig, checkpoint: Path, world_
 
 
 def _check_rounds(inputs: Inputs, world_size: int) -> None:
-    """Draws plans, so that whatever is wrong with the method's options is found before ranks start."""
-    # Of spectrum's scores it is enough here that there are some.
+    """Draws plans, so that mistakes in the method's options are found before ranks start."""
+    # Any scores will do here in place of spectrum's.
     rounds = inputs.rounds(world_size, scores=dict.fromkeys((unit.name for unit in units_of(inputs.shape)), 0.0))
     if inputs.config.hft.hft_plan is not None:
         check_enough_rounds(inputs.plans, rounds.schedule.rounds, inputs.config.hft.hft_plan)
@@ -305,7 +306,7 @@ def _read_tokenizer(options: RunConfig) -> Tokenizer | None:
 
 
 def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIdentity:
-    """With digests of all weights, and with what held runs know of their start and data.
+    """The identity with digests of all weights, and with the start and data of the runs in --save and --load.
 
     UserError where --save or --load holds another run, or with --finetune another model."""
     own: list[tuple[str, str, RunIdentity]] = []
@@ -349,7 +350,7 @@ def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | No
         assert inputs.checkpoint is not None
         file = inputs.checkpoint.parent / SPECTRUM_FILE
         return on_rank_0(lambda: read_scores(file, inputs.shape))
-    assert config.model.load_hf is not None, "the rules of the options ask for it"
+    assert config.model.load_hf is not None, "the rules of the options require it"
     with HuggingFaceWeights(config.model.load_hf) as weights:
         return spectrum_scores(inputs.shape, weights.read, device=placement.device)
 
@@ -364,6 +365,6 @@ def read_scores(file: Path, shape: ModelShape) -> dict[str, float]:
         mistake = str(error)
     if mistake is not None:
         raise UserError(
-            f"--load {file.parent}: {SPECTRUM_FILE} can't be used ({mistake}); copy the run's folder again."
+            f"--load {file.parent}: {SPECTRUM_FILE} cannot be used ({mistake}); copy the run's folder again."
         )
     return scores

@@ -21,27 +21,27 @@ from hft_megatron.trainer.step import StepResult, train_step
 
 
 class Hook:
-    """Runs on every rank, at the points that it overrides."""
+    """A hook, which runs on every rank; its methods do nothing unless overridden."""
 
     def at_round_start(self, run: Run) -> None:
-        """Before the first step, and after every switch to another round."""
+        """Called before the first step, and after every switch to another round."""
 
     def after_step(self, run: Run, result: StepResult) -> None:
-        """After every optimizer step."""
+        """Called after every optimizer step."""
 
     def after_iteration(self, run: Run) -> None:
-        """After every iteration, with a step or (--iterations-to-skip) without one."""
+        """Called after every iteration, with a step or (--iterations-to-skip) without one."""
 
     def at_round_end(self, run: Run) -> None:
-        """Before every switch to another round, and after the last step."""
+        """Called before every switch to another round, and after the last step."""
 
     def at_end(self, run: Run) -> None:
-        """After the last step."""
+        """Called after the last step."""
 
 
 def train(run: Run, hooks: Sequence[Hook]) -> None:
     """Steps until --train-iters; every rank calls it. Raises RunFailed where the last step left a weight that is not
-    finite, and what hooks raise."""
+    finite, and the errors of hooks."""
     with collected_by_hand(run.config.training):
         for hook in hooks:
             hook.at_round_start(run)
@@ -65,7 +65,7 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
 
 
 def next_step(run: Run, hooks: Sequence[Hook] = ()) -> StepResult:
-    """One optimizer step, in a new round where one begins with it."""
+    """One optimizer step, after a switch to a new round where one begins with it."""
     enter_round(run, hooks)
     return _take_step(run)
 
@@ -79,9 +79,9 @@ def _take_step(run: Run) -> StepResult:
 
 
 def skip_iteration(run: Run) -> None:
-    """Passes over the coming iteration and its samples, of which nothing is made."""
+    """Skips the coming iteration and its samples, without an update."""
     run.announce(
-        f"> iteration {run.state.iteration + 1} is left out (--iterations-to-skip); its samples are "
+        f"> iteration {run.state.iteration + 1} is skipped (--iterations-to-skip); its samples are "
         f"{run.batches.names(run.coming_samples)}"
     )
     run.advance(updated=False)
@@ -99,7 +99,7 @@ def enter_round(run: Run, hooks: Sequence[Hook]) -> None:
 
 
 def begin_round(run: Run, round: int) -> None:
-    """Switches the run to another round's plan, which all ranks must hold alike; every rank calls it."""
+    """Switches the run to another round's plan, which must be equal on all ranks; every rank calls it."""
     start = time.perf_counter()
     plan = run.rounds.agreed_plan(round, run.placement)
     rewrap(run, plan, run.config.hft)
@@ -111,7 +111,7 @@ def begin_round(run: Run, round: int) -> None:
 
 
 def rewrap(run: Run, plan: Plan, hft: HFTConfig) -> None:
-    """Has the run's model train another plan; ``hft`` says what of the optimizer's state lives on. Collective."""
+    """Rewraps the run's model for another plan; ``hft`` decides which optimizer state is kept. Collective."""
     config = run.config
     run.wrapped = switch_round(
         run.wrapped,
@@ -128,7 +128,7 @@ def rewrap(run: Run, plan: Plan, hft: HFTConfig) -> None:
 def learning_rate(wrapped: WrappedModel, rounds: Rounds, config: RunConfig, state: TrainState) -> LearningRate:
     """The learning rate of the round that ``state`` is in, from there on."""
     plan = wrapped.plan
-    # The plan's word and not the option's: a plan file may hold the rounds of HiFT too.
+    # By the plan and not by the option: a plan file may hold the rounds of HiFT too.
     cycle = RULES[plan.policy.rule].cycle(plan.units, plan.policy.exact_ratio)
     span = span_of_round(config, rounds.schedule, state.round, cycle=cycle, skipped_iterations=state.skipped_iterations)
     return LearningRate(wrapped.optimizer, config.optimizer, span, state.iteration)

@@ -1,4 +1,4 @@
-"""What a method (sft, pretrain and so on) gives a run: its data, its objective, and how that is put through a step."""
+"""Parts that a method (sft, pretrain and so on) gives a run: its data and its objective; and passes through a model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,26 +24,25 @@ if TYPE_CHECKING:
 
 MicroBatch = Mapping[str, Tensor]
 LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""The last stage's output -> what is minimised, summed; what that is divided by over the global batch (int); and what
-is kept for the log."""
+"""The last stage's output -> the loss, summed; its divisor over the global batch (int); and values for the log."""
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Any, LossFunction]]
 Measure = Callable[[list[dict[str, Tensor]], torch.distributed.ProcessGroup, Any], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised, as megatron-core's schedules call it, and the numbers that the log shows of it."""
+    """The function that is minimised, in the form of megatron-core's schedules, and its numbers in the log."""
 
     loss_name: str
-    """Of the loss, in the log and among the numbers of ``measure``."""
+    """Name of the loss in the log and among the numbers of ``measure``."""
     forward_step: ForwardStep
-    """One micro-batch through one model chunk: its output, and the function that makes the loss of it."""
+    """One micro-batch through one model chunk: its output, and the function that computes the loss from it."""
     measure: Measure
-    """Means by name, of the reports of this rank's micro-batches, the data-parallel group and the device; on the last
+    """Means by name, from the reports of this rank's micro-batches, the data-parallel group and the device; on the last
     stage."""
     unweighted: "Objective | None" = None
-    """What stands in its place where a model is only measured (validation, Fisher information), and where nothing is
-    attached to micro-batches beforehand; None: itself."""
+    """Objective in its place where a model is only measured (validation, Fisher information) and nothing is attached to
+    micro-batches beforehand; None: itself."""
 
 
 def run_schedule(
@@ -67,7 +66,7 @@ def run_schedule(
 def forward_pass(
     forward_step: ForwardStep, chunks: Sequence[torch.nn.Module], batch: StepBatch
 ) -> list[dict[str, Tensor]]:
-    """``run_schedule`` without gradients, of models that are not in training mode meanwhile."""
+    """``run_schedule`` without gradients, with the models in evaluation mode."""
     training = [chunk.training for chunk in chunks]
     with torch.no_grad():
         for chunk in chunks:
@@ -79,14 +78,14 @@ def forward_pass(
 
 
 def means_of(objective: Objective, reports: list[dict[str, Tensor]], placement: Placement) -> dict[str, float]:
-    """What the objective measures over the reports of all ranks, by name; empty off the last stage. Collective."""
+    """The objective's means over the reports of all ranks, by name; empty off the last stage. Collective."""
     if placement.pipeline_rank < placement.pipeline_size - 1:
         return {}
     return objective.measure(reports, placement.groups.dp, placement.device)
 
 
 class RunData(Protocol):
-    """What a run trains and validates on, the same on every rank."""
+    """Training and validation data of a run, the same on every rank."""
 
     @property
     def digest(self) -> str | None:
@@ -94,19 +93,19 @@ class RunData(Protocol):
 
     @property
     def valid_digests(self) -> Mapping[str, str]:
-        """sha256 of what is validated on, by the names of the sources; all ranks must have the same."""
+        """sha256 of the validation data, by the names of the sources; equal on all ranks."""
 
     @property
     def order_digest(self) -> str | None:
-        """Of the order of the training samples, where seed and data alone don't decide it."""
+        """Digest of the order of the training samples, where seed and data alone don't decide it."""
 
     @property
     def samples(self) -> SampleStream | None:
-        """The training samples in their order, where epochs can be told apart in it."""
+        """The training samples in their order, where it has epochs."""
 
     @property
     def uses_chat_template(self) -> bool:
-        """Whether the chat template has rendered any of the training data."""
+        """Return whether the chat template has rendered any of the training data."""
 
     def describe(self) -> list[str]:
         """Lines for the log."""
@@ -127,15 +126,16 @@ class Method:
 
     name: MethodName
     objective: Callable[[RunConfig], Objective]
-    """What the options of the method make of it."""
+    """Builds the objective from the options."""
     read_data: ReadData
     """Takes the resolved options, tokenizer, shape and world size; UserError for a mistake in the data."""
     notes: Callable[[RunConfig], list[str]] = lambda config: []
     """Lines for the log about its options."""
     sequences_per_sample: int = 1
-    """What the model is given of a sample, for the memory of a micro-batch: a pair is two."""
+    """Sequences of a sample that the model is given, for the memory of a micro-batch: a pair is two."""
     reference: "Callable[..., Reference | None] | None" = None
-    """What is asked before the passes of a step, where there is such a thing: takes the run's inputs, model chunks,
-    rounds, share of a batch, placement and announcer, before a checkpoint fills the chunks; collective."""
+    """Builds the reference that is used before the passes of a step, for a method with one: takes the run's inputs,
+    model chunks, rounds, share of a batch, placement and announcer, before a checkpoint fills the chunks;
+    collective."""
     last_hooks: "Callable[[Inputs, Placement], Sequence[Hook]]" = lambda inputs, placement: ()
-    """Hooks that run behind all others, a run's last checkpoint included; collective, before a model is built."""
+    """Builds the hooks that run after all others and the last checkpoint; collective, before a model is built."""

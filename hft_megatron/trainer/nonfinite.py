@@ -1,8 +1,8 @@
-"""Infinite and undefined numbers: where a step first had them, and whether the run ends with it or leaves it out.
+"""Infinite and undefined numbers: where a step first had them, and whether the run ends or skips the step.
 
-Nothing is looked at in a step but the norm of the gradients, in which the losses have a term. Only when it is not
-finite do ranks look at every tensor, in the order of cause: weights, losses of micro-batches and the activations that
-they come from, gradients from the head down. Weights are looked at before every checkpoint and at the end as well.
+A step checks only the norm of the gradients, in which the losses have a term. Only when it is not finite do ranks check
+every tensor, in the order of cause: weights, losses of micro-batches and the activations that they come from, gradients
+from the head down. Weights are checked before every checkpoint and at the end as well.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from hft_megatron.trainer.method import run_schedule
 from hft_megatron.trainer.run import Run
 
 _WEIGHT, _LOSS, _GRADIENT = range(3)
-"""In the order of cause."""
+"""Kinds of findings, in the order of cause."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -35,8 +35,8 @@ class _Finding:
 
     kind: int
     place: int
-    """Of a weight or an activation its unit's place in the forward pass, of a gradient in the backward pass; of a loss
-    the number of its micro-batch."""
+    """Position of a weight's or an activation's unit in the forward pass, of a gradient's in the backward pass; the
+    number of a loss's micro-batch."""
     rank: int
     where: str
     unit: str = ""
@@ -44,10 +44,10 @@ class _Finding:
 
 
 def leave_out_or_fail(run: Run, batch: StepBatch, reports: Sequence[dict[str, Tensor]], norm: float) -> None:
-    """Says where the step's infinite or undefined number is, and returns if the step may be left out; collective.
+    """Announces where the step's infinite or undefined number is, if the step may be skipped; collective.
 
     ``reports`` are those of this rank's micro-batches, ``norm`` is that of the gradients. Raises the same RunFailed on
-    every rank where --skip-nonfinite-steps has no step left, and where the weights themselves are lost.
+    every rank where --skip-nonfinite-steps is used up, and where the weights themselves are not finite.
     """
     first = _first_of_all([*_of_weights(run), *_of_losses(run, reports), *_of_gradients(run)])
     found, samples = _in_words(run, batch, first, norm), run.batches.names(_samples(run, first))
@@ -57,26 +57,26 @@ def leave_out_or_fail(run: Run, batch: StepBatch, reports: Sequence[dict[str, Te
         raise RunFailed(f"iteration {iteration}: {found}; {_weights_are_lost(run)}")
     if skipped < allowed:
         run.announce(
-            f"> iteration {iteration} is left out ({skipped + 1} of --skip-nonfinite-steps {allowed}): {found}; "
+            f"> iteration {iteration} is skipped ({skipped + 1} of --skip-nonfinite-steps {allowed}): {found}; "
             f"its samples are {samples}"
         )
         return
-    advice = f"try a lower --lr, or --skip-nonfinite-steps {allowed + 1} to leave such steps out"
+    advice = f"try a lower --lr, or --skip-nonfinite-steps {allowed + 1} to skip such steps"
     if skipped:
         advice = (
-            f"as all {skipped} of --skip-nonfinite-steps are used up, the model itself may be ill: go back to an "
+            f"since all {skipped} of --skip-nonfinite-steps are used up, training may have diverged: resume from an "
             "earlier checkpoint with a lower --lr"
         )
     raise RunFailed(
-        f"iteration {iteration}: {found}, and no update was made, because it would destroy the model; look at "
-        f"{samples} and at the losses before this iteration, and {advice}."
+        f"iteration {iteration}: {found}, so no update was made, which would have destroyed the model; check "
+        f"{samples} and the losses before this iteration, and {advice}."
     )
 
 
 def check_weights(run: Run) -> None:
     """Raises the same RunFailed on every rank where a weight is infinite or undefined; collective, one read per rank.
 
-    Of weights that are gathered later each rank sees at least the part that it has updated.
+    Where the gather of weights is still pending, each rank checks at least the part that it has updated.
     """
     largest = get_total_norm([slot.parameter.detach() for slot in parameter_slots(run.wrapped.modules)], torch.inf)
     first = _first_of_all([] if bool(largest.isfinite()) else _of_weights(run))
@@ -89,11 +89,11 @@ def check_weights(run: Run) -> None:
 
 def _weights_are_lost(run: Run) -> str:
     folder = run.config.checkpoint.save
-    kept = "" if folder is None else f" (of the checkpoints, {newest_in_words(folder)})"
+    kept = "" if folder is None else f" ({newest_in_words(folder)})"
     return f"resume from a checkpoint of an earlier iteration{kept}, with a lower --lr."
 
 
-# --- what this rank finds
+# --- findings of this rank
 
 
 def _of_weights(run: Run) -> list[_Finding]:
@@ -121,7 +121,7 @@ def _first_of_all(mine: Sequence[_Finding]) -> _Finding | None:
     return min((one for one in gathered(min(mine, default=None)) if one is not None), default=None)
 
 
-# --- how it is said
+# --- wording
 
 
 def _in_words(run: Run, batch: StepBatch, first: _Finding | None, norm: float) -> str:
@@ -139,7 +139,7 @@ def _in_words(run: Run, batch: StepBatch, first: _Finding | None, norm: float) -
 
 
 def _samples(run: Run, first: _Finding | None) -> range | list[int]:
-    """The run's samples that the finding may come from: of a micro-batch where its loss is found, else the step's."""
+    """The run's samples that the finding may come from: those of its micro-batch for a loss, else the step's."""
     consumed = run.state.consumed_samples
     share = run.batches.share.after(consumed)
     if first is None or first.kind != _LOSS:
@@ -153,9 +153,9 @@ def _samples(run: Run, first: _Finding | None) -> range | list[int]:
 
 
 def _of_activations(run: Run, batch: StepBatch, loss: _Finding) -> list[_Finding]:
-    """Units whose output is the first on this rank that is not finite, in another forward pass of the micro-batch."""
+    """Units whose output is the first on this rank that is not finite, in a second forward pass of the micro-batch."""
     placement, units = run.placement, list[str]()
-    # The interleaved schedule asks for a multiple of the stages.
+    # The interleaved schedule needs a multiple of the stages.
     repeats = placement.pipeline_size if placement.virtual_stages > 1 else 1
     again = replace(batch, micro_batches=[batch.micro_batches[loss.place]] * repeats)
     with run.wrapped.gathered_parameters(), _watched(run, units), torch.no_grad():
@@ -167,7 +167,7 @@ def _of_activations(run: Run, batch: StepBatch, loss: _Finding) -> list[_Finding
 
 @contextlib.contextmanager
 def _watched(run: Run, found: list[str]) -> Iterator[None]:
-    """Within it, units are added to ``found`` whose output is not finite where their input is."""
+    """Within it, units with a finite input and an output that is not finite are added to ``found``."""
 
     def looking_for(units: Sequence[str]) -> Any:
         def look(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

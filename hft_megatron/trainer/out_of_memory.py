@@ -1,4 +1,4 @@
-"""Explains that a rank ran out of memory: its need by formula, and the options that need less."""
+"""Explains an allocation that failed: the rank's need by formula, and the options that need less."""
 
 import contextlib
 import os
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
 
 _ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* ?\w+)")
 _BY_TEXT = ("can't allocate memory", "not enough memory", "out of memory")
-"""Of torch's allocator for CPUs, and of CUDA and NCCL where their errors have no type of their own."""
+"""Texts of torch's allocator for CPUs, and of CUDA and NCCL where their errors have no type of their own."""
 _LESS = 0.9
-"""Of what the options need by formula: it did not fit, whatever the formula says, so less is looked for."""
+"""Share of the need by formula that advice must come below: the options did not fit, whatever the formula says."""
 
 
 @contextlib.contextmanager
 def memory_errors_in_words(
     inputs: "Inputs", placement: Placement, *, plan: Callable[[], Plan], when: Callable[[], str]
 ) -> Iterator[None]:
-    """Within it, an allocation that fails is RankFailed, with one sentence for this rank.
+    """Within it, a failed allocation raises RankFailed, with one sentence for this rank.
 
-    ``plan`` is that of the round and ``when`` says how far the run has come,
-    both at the time of the failure.
+    ``plan`` is that of the round and ``when`` describes the position of the run, both at the time of the failure.
     """
     with memory_errors_with_advice(placement, when=when, advice=lambda: _advice(inputs, placement, plan())):
         yield
@@ -43,12 +42,12 @@ def memory_errors_in_words(
 def memory_errors_with_advice(
     placement: Placement, *, when: Callable[[], str], advice: Callable[[], str]
 ) -> Iterator[None]:
-    """As ``memory_errors_in_words``, where something else needs less than the options of training; ``advice`` ends the
+    """Like ``memory_errors_in_words``, for memory that other options than those of training reduce; ``advice`` ends the
     sentence."""
 
     def sentence(error: BaseException) -> str:
         where = f"rank {placement.rank} on {host_name()} ({placement.coordinates})"
-        return f"{where} ran out of memory {when()}{_asked_for(error)}; {advice()}"
+        return f"{where} ran out of memory {when()}{_requested(error)}; {advice()}"
 
     with memory_errors_as(sentence):
         yield
@@ -56,7 +55,7 @@ def memory_errors_with_advice(
 
 @contextlib.contextmanager
 def memory_errors_as(sentence: Callable[[BaseException], str]) -> Iterator[None]:
-    """Within it, an allocation that fails is RankFailed with the ``sentence`` of its error."""
+    """Within it, a failed allocation raises RankFailed with the ``sentence`` of its error."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -66,15 +65,15 @@ def memory_errors_as(sentence: Callable[[BaseException], str]) -> Iterator[None]
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on the device or on the host."""
+    """Return whether the error is a failed allocation, on the device or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _BY_TEXT)
 
 
-def _asked_for(error: BaseException) -> str:
+def _requested(error: BaseException) -> str:
     asked = _ASKED.search(str(error))
-    return f" ({asked[1]} more were asked for)" if asked else ""
+    return f" (allocating {asked[1]} failed)" if asked else ""
 
 
 def _advice(inputs: "Inputs", placement: Placement, plan: Plan) -> str:
@@ -92,7 +91,7 @@ def _advice(inputs: "Inputs", placement: Placement, plan: Plan) -> str:
     ways = [proposal.words for proposal in (*judged.options[:2], *judged.layouts[:1])]
     less = f"use {', or '.join([*ways, 'a smaller --seq-length'])}"
     if memory.total <= room:
-        less += ", or look at what else holds memory there (`hft-megatron doctor` does)"
+        less += ", or check what else uses memory there (see `hft-megatron doctor`)"
     batch = model.micro_batch
     return (
         f"by formula (`plan --memory`) it needs {in_bytes(memory.total)} of {in_bytes(room)}: weights "

@@ -1,4 +1,4 @@
-"""A run before its model is built: its ranks in groups, agreed on what they read, with the plan they start with."""
+"""Preparation of a run before its model is built: process groups, agreement on the inputs, and the first plan."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,19 +30,19 @@ from hft_megatron.trainer.validation import measure_sources
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run is built from, on this rank."""
+    """Parts that a run is built from, on this rank."""
 
     inputs: Inputs
     placement: Placement
     announce: Callable[[str], None]
     """Prints one line on rank 0."""
     scores: dict[str, float] | None
-    """Of --hft-selection spectrum, by unit."""
+    """Scores of --hft-selection spectrum, by unit."""
     rounds: Rounds
     plan: Plan
-    """Of the round that the run starts in."""
+    """Plan of the round that the run starts in."""
     trains: bool
-    """Whether there is anything but a conversion, or a validation of the weights as they are."""
+    """False for a conversion, or a validation of the weights as they are."""
     tracker: CompositeTracker | None
     """None where nothing is trained or validated on."""
 
@@ -64,7 +64,7 @@ class Prepared:
         )
 
     def evaluations(self) -> list[Hook]:
-        """The hook that puts --eval-tasks to the model, where there are some."""
+        """The hook that evaluates --eval-tasks, where there are some."""
         return evaluations(self.inputs.tasks, self.inputs.tokenizer, self.config)
 
     def training_steps(self) -> PrefetchedSteps:
@@ -74,9 +74,9 @@ class Prepared:
         return PrefetchedSteps(self.inputs.data.training(self.share), stop=stop)
 
     def validate(self, chunks: Sequence[LlamaModel], reference: Reference | None, iteration: int) -> None:
-        """Records what validation measures on weights that nothing trains, and closes the tracker; collective.
+        """Validates weights without training, records the result and closes the tracker; collective.
 
-        Does nothing where there is nothing to validate on. ``chunks`` must hold their weights whole.
+        Does nothing without validation data. ``chunks`` must hold their weights whole.
         """
         if self.tracker is None:
             return
@@ -102,8 +102,8 @@ class Prepared:
 
 
 def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
-    """Collective over all ranks; raises the same UserError on every rank where they read different things, or where
-    the checkpoint, its plan or a tracker can't be used, and PeersLost where they don't meet."""
+    """Prepares a run; collective over all ranks. Raises the same UserError on every rank where their inputs differ, or
+    where the checkpoint, its plan or a tracker can't be used, and PeersLost where they don't meet."""
     if inputs.config.training.deterministic_mode:
         make_deterministic()
     company.join(inputs.config.parallel)
@@ -140,16 +140,16 @@ def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
 
 
 def _with_dtype(inputs: Inputs) -> Inputs:
-    """Settles bf16 where nothing said otherwise: only if every rank's processor is fast at it."""
+    """Decides bf16 where the options don't: only if every rank's processor is fast at it."""
     training = inputs.config.training
-    # Also asked of ranks that were told: those that were not would wait for them.
+    # Collective, so ranks with the option take part, too.
     fast = all(gathered(cpu_backend.has_fast_bf16()))
     bf16 = fast if training.bf16 is None else training.bf16
     return replace(inputs, config=replace(inputs.config, training=replace(training, bf16=bf16)))
 
 
 def _tracker(inputs: Inputs, placement: Placement, *, trains: bool) -> CompositeTracker:
-    """The trackers of this rank; what one rank is refused (a dashboard, a file), all ranks raise."""
+    """The trackers of this rank; a failure on one rank (a dashboard, a file) is raised on all."""
     mine: list[CompositeTracker] = []
     kept_until: float = inputs.position.iteration
     if not trains:

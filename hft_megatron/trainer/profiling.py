@@ -16,13 +16,13 @@ from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.run import Run
 
 FOLDER = "torch_profile"
-"""Of traces, in the folder of --save or --tensorboard-dir."""
+"""Folder for traces, inside --save or --tensorboard-dir."""
 
 
 def trace_folder(config: RunConfig) -> Path | None:
-    """Where the options want traces; None where nsys keeps what is profiled, or nothing is.
+    """Folder for the traces; None where nsys keeps the profile, or nothing is profiled.
 
-    UserError where there is no CUDA that nsys could capture, and no folder for traces instead.
+    UserError without CUDA for nsys to capture and without a folder for traces instead.
     """
     options = config.logging
     if not options.profile or (torch.cuda.is_available() and not options.use_pytorch_profiler):
@@ -30,18 +30,18 @@ def trace_folder(config: RunConfig) -> Path | None:
     parent = config.checkpoint.save or options.tensorboard_dir
     if parent is None:
         raise UserError(
-            "--profile: without CUDA nsys captures nothing, and torch's profiler needs a folder for its traces; give "
-            "--save or --tensorboard-dir."
+            "--profile without CUDA uses torch's profiler, which needs a folder for its traces; give --save or "
+            "--tensorboard-dir."
         )
     return Path(parent) / FOLDER
 
 
 @dataclass
 class Profile(Hook):
-    """Profiles those iterations after --profile-step-start up to --profile-step-end that this process does.
+    """Profiles the iterations of this process after --profile-step-start up to --profile-step-end.
 
     In a trace each is a range ``iteration 11``, with its hooks; the sections of its step are ranges within it. A run
-    that ends or is stopped before the last one still has a trace.
+    that ends or is stopped before the last one still writes a trace.
     """
 
     before_first: int
@@ -49,7 +49,7 @@ class Profile(Hook):
     last: int
     ranks: tuple[int, ...]
     folder: Path | None
-    """Of traces; None leaves them to nsys."""
+    """Folder for traces; None leaves them to nsys."""
     _running: ExitStack | None = None
     _iteration: ExitStack = field(default_factory=ExitStack)
     _begun: int = 0
@@ -95,11 +95,11 @@ class Profile(Hook):
         try:
             self._running.close()
         except (OSError, RuntimeError) as error:  # the second is torch's
-            run.failure = f"the trace of rank {run.placement.rank} can't be written to {self.folder}: {error}"
+            run.failure = f"the trace of rank {run.placement.rank} cannot be written to {self.folder}: {error}"
         run.wrapped.traffic.clock.annotates = False
         self._running = None
         if self.folder is not None:
-            run.announce(f"> profiled: {self.folder}/{self._name(run, '*')} (Perfetto opens them)")
+            run.announce(f"> profiles written to {self.folder}/{self._name(run, '*')} (open them with Perfetto)")
 
     def _name(self, run: Run, rank: int | str) -> str:
         return f"iterations-{self._begun + 1}-{run.state.iteration}.rank-{rank}.json.gz"
@@ -116,7 +116,7 @@ class Profile(Hook):
 
 @contextmanager
 def _captured_by_nsys() -> Iterator[None]:
-    """What ``nsys profile --capture-range=cudaProfilerApi`` captures, with torch's operators as ranges."""
+    """Within it, ``nsys profile --capture-range=cudaProfilerApi`` captures, with torch's operators as ranges."""
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(runtime.cudaProfilerStart())
     with emit_nvtx(record_shapes=True):

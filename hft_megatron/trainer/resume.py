@@ -1,6 +1,6 @@
-"""Where a run stands when it starts: a checkpoint's position and state, and options that differ from its own.
+"""The start of a run: a checkpoint's position and state, and options that differ from its own.
 
-A checkpoint notes the values of its command; Megatron's two options choose where those of a resuming command differ.
+A checkpoint records the values of its command; Megatron's two options choose between them and the resuming command's.
 """
 
 import os
@@ -47,7 +47,7 @@ _COUNTED = {"iters": "iterations", "samples": "samples"}
 
 
 def schedule_to_note(config: RunConfig, span: int) -> dict[str, Any]:
-    """The values that a checkpoint of this run notes; ``span`` is how many steps one pass of the schedule has."""
+    """The values that a checkpoint of this run records; ``span`` is the number of steps in one pass of the schedule."""
     unit = derived.schedule_unit(config.training)
     return {
         **asdict(config.optimizer),
@@ -59,29 +59,29 @@ def schedule_to_note(config: RunConfig, span: int) -> dict[str, Any]:
 
 
 def _length(noted: Noted) -> tuple[int | None, str]:
-    """The length of the run, in iterations or samples, and which of them; None of a checkpoint that notes none."""
+    """The length of the run and its unit, iterations or samples; None for a checkpoint that records none."""
     samples = noted.get(_SAMPLES)
     return (noted.get(_ITERATIONS), "iters") if samples is None else (samples, "samples")
 
 
 def resumed_schedule(config: RunConfig, noted: Noted, span: int, *, iteration: int) -> tuple[RunConfig, list[str]]:
-    """The options that a run which resumes at ``iteration`` goes by, and lines for the log about all that differs.
+    """The options of a run that resumes at ``iteration``, and lines for the log about all differences.
 
-    ``noted`` is what the checkpoint notes, empty for one of an earlier version. Raises UserError where its values are
-    asked for and it has none.
+    ``noted`` are the checkpoint's values, empty for one of an earlier version. Raises UserError where its values are
+    required and it has none.
     """
     from_checkpoint = config.checkpoint.use_checkpoint_opt_param_scheduler
     if not noted:
         if from_checkpoint:
             raise UserError(
                 f"{_USE_CHECKPOINT}: iteration {iteration} in --load {config.checkpoint.load} was saved by an earlier "
-                f"version and notes no schedule; leave it out, and give --lr and the others as that run had them."
+                f"version, which recorded no schedule; leave it out, and give --lr and the others as in that run."
             )
         return config, [
-            f"iteration {iteration} was saved by an earlier version, which noted no schedule: this command's --lr, "
-            f"decay and optimizer options are used and can't be compared"
+            f"iteration {iteration} was saved by an earlier version, which recorded no schedule: this command's --lr, "
+            f"decay and optimizer options are used without a comparison"
         ]
-    # What runs did before an option existed is its default.
+    # An option's default is what runs did before it existed.
     noted = {**asdict(OptimizerConfig()), _SAMPLES: None, **noted}
     new = schedule_to_note(config, span)
     lengths = _ITERATIONS, _SAMPLES
@@ -91,13 +91,13 @@ def resumed_schedule(config: RunConfig, noted: Noted, span: int, *, iteration: i
         saved = f"{_USE_CHECKPOINT}: iteration {iteration} in --load {config.checkpoint.load}"
         if counted != unit:
             raise UserError(
-                f"{saved} has a schedule that counts {_COUNTED[counted]}, and this command's counts {_COUNTED[unit]}; "
+                f"{saved} has a schedule in {_COUNTED[counted]}, but this command's is in {_COUNTED[unit]}; "
                 f"give the length as --train-{counted}, or leave {_USE_CHECKPOINT} out."
             )
         config = _with_values(config, noted)
         if had not in (None, asked) and _decay_of_weights_spans_the_run(config):
             raise UserError(
-                f"{saved} has a weight decay that reaches --end-weight-decay after {had} {_COUNTED[unit]}, and this "
+                f"{saved} has a weight decay that reaches --end-weight-decay after {had} {_COUNTED[unit]}, but this "
                 f"run has {asked}; give --train-{unit} {had}, or leave {_USE_CHECKPOINT} out."
             )
     lines = [_choice(config, noted, new, differing, iteration)] if differing else []
@@ -119,14 +119,14 @@ def _choice(config: RunConfig, noted: Noted, new: Noted, differing: list[str], i
     pairs = ", ".join(f"{_called(name)} {noted[name]} -> {new[name]}" for name in differing)
     listed = f"(checkpoint -> this command): {pairs}"
     if iteration >= new[_ITERATIONS]:
-        return f"warning: iteration {iteration} is the last, and these options change nothing any more {listed}"
+        return f"warning: iteration {iteration} is the last, so these options have no effect {listed}"
     if config.checkpoint.use_checkpoint_opt_param_scheduler:
         return f"{_USE_CHECKPOINT}: the values of iteration {iteration} are used where they differ {listed}"
     if config.checkpoint.override_opt_param_scheduler:
-        return f"{_OVERRIDE}: this command's values are used where iteration {iteration} has others {listed}"
+        return f"{_OVERRIDE}: this command's values are used where those of iteration {iteration} differ {listed}"
     return (
-        f"warning: the learning-rate schedule or optimizer is not that of iteration {iteration}, and this command's "
-        f"values are used {listed}; {_USE_CHECKPOINT} would keep the checkpoint's, {_OVERRIDE} says that this is meant"
+        f"warning: the learning rate schedule or optimizer differs from iteration {iteration}; this command's values "
+        f"are used {listed}; give {_USE_CHECKPOINT} to keep the checkpoint's, or {_OVERRIDE} to confirm"
     )
 
 
@@ -134,13 +134,13 @@ def _other_length(config: RunConfig, noted: Noted, new: Noted, span: int, iterat
     (had, counted), (asked, unit) = _length(noted), _length(new)
     assert asked is not None
     before = f"{had}" if counted == unit else f"{had} {_COUNTED[counted]}"
-    line = f"the run has {asked} {_COUNTED[unit]} now, and had {before} when iteration {iteration} was saved"
+    line = f"the run now has {asked} {_COUNTED[unit]}; it had {before} when iteration {iteration} was saved"
     optimizer = config.optimizer
     end = derived.decay_steps(optimizer, span) - optimizer.lr_schedule_start
     if config.hft.hft_lr_schedule == "run" and optimizer.lr_decay_style != "constant" and end < asked:
         line += f"; warning: from {_COUNTED[unit][:-1]} {end} on the learning rate is --min-lr {optimizer.min_lr}"
         if optimizer.min_lr == 0:
-            line += f", so that these {_COUNTED[unit]} change nothing"
+            line += f", so these {_COUNTED[unit]} change nothing"
     if _decay_of_weights_spans_the_run(config):
         line += f"; warning: the weight decay reaches --end-weight-decay after {asked} {_COUNTED[unit]} instead"
     return line
@@ -158,8 +158,8 @@ def _called(name: str) -> str:
 
 
 def with_sound_checkpoint(inputs: Inputs, placement: Placement, announce: Announce) -> Inputs:
-    """The inputs with the newest checkpoint that is what was saved; collective. UserError where the newest is not,
-    unless --load-fallback allows an older one, and where the --load-hf folder is not what the checkpoint was based on.
+    """The inputs with the newest intact checkpoint; collective. UserError where the newest checkpoint is damaged,
+    unless --load-fallback allows an older one, and where --load-hf is not the folder that the checkpoint was based on.
     """
     options = inputs.config.checkpoint
     if inputs.found is None:
@@ -177,19 +177,19 @@ def with_sound_checkpoint(inputs: Inputs, placement: Placement, announce: Announ
 
 
 def _check_base(inputs: Inputs, checkpoint: Path, placement: Placement) -> None:
-    """What the chain of checkpoints leaves out must be in the --load-hf folder, byte for byte."""
+    """Weights that the chain of checkpoints leaves out must be in the --load-hf folder, byte for byte."""
     end = end_of_chain(checkpoint)
     if not end.is_based_on_model:
         return
     where, folder = f"--load {inputs.config.checkpoint.load}", inputs.config.model.load_hf
-    needed = f"iteration {iteration_of(checkpoint)} holds only what its round trained (--save-trained-only)"
+    needed = f"iteration {iteration_of(checkpoint)} holds only the weights trained in its round (--save-trained-only)"
     if folder is None:
-        raise UserError(f"{where}: {needed}; add --load-hf with the model that it was trained from.")
+        raise UserError(f"{where}: {needed}; add --load-hf with the model that the run started from.")
     found = _digest_of_model(folder, placement)
     if found != end.base_digest:
         raise UserError(
-            f"{where}: {needed}, on a model with the digest {str(end.base_digest)[:12]}, and --load-hf {folder} has "
-            f"{found[:12]}; give the folder that it was trained from, unchanged."
+            f"{where}: {needed}, on top of a model with the digest {str(end.base_digest)[:12]}, but --load-hf {folder} "
+            f"has {found[:12]}; give the folder that the run started from, unchanged."
         )
 
 
@@ -199,8 +199,8 @@ def _digest_of_model(folder: str, placement: Placement) -> str:
 
 
 def with_schedule(inputs: Inputs, world_size: int, announce: Announce) -> Inputs:
-    """The inputs with the schedule and optimizer options that the run goes on with, where those differ from the
-    checkpoint's, and lines about all that does. UserError where the checkpoint's are asked for and it notes none.
+    """The inputs with the schedule and optimizer options of the resumed run; announces where they differ from the
+    checkpoint's. UserError where the checkpoint's are required and it records none.
     """
     if not inputs.resumes or train_iters(inputs.config.training) == 0:
         return inputs
@@ -213,15 +213,15 @@ def with_schedule(inputs: Inputs, world_size: int, announce: Announce) -> Inputs
 
 
 def idle_skips(inputs: Inputs) -> list[str]:
-    """A line about iterations that are to be skipped and that this run doesn't come to."""
+    """A line about iterations of --iterations-to-skip that this run doesn't reach."""
     training, position = inputs.config.training, inputs.position
     here = range(position.iteration + 1, derived.train_iters(training) + 1)
     idle = [one for one in training.iterations_to_skip if one not in {*here, *position.skipped_iterations}]
     if not idle:
         return []
     return [
-        f"warning: --iterations-to-skip {' '.join(map(str, idle))}: this run goes from iteration {here.start} to "
-        f"{here.stop - 1}; they change nothing"
+        f"warning: --iterations-to-skip {' '.join(map(str, idle))} has no effect: this run trains iterations "
+        f"{here.start} to {here.stop - 1}"
     ]
 
 
@@ -232,8 +232,8 @@ def _span(inputs: Inputs, world_size: int) -> int:
 
 
 def check_plan(inputs: Inputs, plan: Plan) -> None:
-    """UserError where a resumed run's checkpoint was trained by another plan, and where a run takes moments over from
-    one of another data type."""
+    """Raise UserError where a resumed run's checkpoint was trained with another plan, and where a run would take over
+    moments of another data type."""
     if inputs.resumes:
         assert inputs.checkpoint is not None
         check_saved_plan(inputs.checkpoint, plan, inputs.shape)
@@ -242,7 +242,7 @@ def check_plan(inputs: Inputs, plan: Plan) -> None:
         if not _is_of_this_precision(inputs, inputs.checkpoint):
             raise UserError(
                 f"--hft-moments carry: --load {inputs.checkpoint.parent} was trained in another data type, whose "
-                f"moments don't fit; train both in one, or start this run with --no-load-optim."
+                f"moments don't fit; train both in the same one, or start this run with --no-load-optim."
             )
 
 
@@ -252,7 +252,7 @@ def _is_of_this_precision(inputs: Inputs, checkpoint: Path) -> bool:
 
 
 def starting_model(inputs: Inputs, placement: Placement, announce: Announce) -> list[LlamaModel]:
-    """This rank's model chunks, with the weights of the --load-hf folder, of the run that --finetune names, or drawn;
+    """This rank's model chunks, with weights from the --load-hf folder, from the run of --finetune, or random;
     collective."""
     config = inputs.config
     chunks = build_model(
@@ -271,18 +271,18 @@ def starting_model(inputs: Inputs, placement: Placement, announce: Announce) -> 
         _start_adapters(inputs, chunks, placement, announce)
     if inputs.checkpoint is not None and not inputs.resumes:
         load_weights(inputs.checkpoint, chunks)
-        announce(f"  successfully loaded the weights of {inputs.checkpoint}: a new run starts from them")
+        announce(f"  successfully loaded the weights of {inputs.checkpoint}; starting a new run from them")
     return chunks
 
 
 def _start_adapters(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Placement, announce: Announce) -> None:
-    """Draws them, or takes those of --lora-adapter; collective."""
+    """Initialises the adapters at random, or from --lora-adapter; collective."""
     config, folder = inputs.config, inputs.config.lora.lora_adapter
     adapters = inputs.shape.adapters
     assert adapters is not None
     announce(f"> adapters: {adapters}")
     if adapters.dropout > 0:
-        announce("> --lora-dropout is drawn by iteration, data-parallel and pipeline rank: another layout draws others")
+        announce("> --lora-dropout depends on the data-parallel and pipeline rank: another layout drops other entries")
     initialize_adapters(chunks, inputs.shape, seed=config.training.seed, placement=placement)
     if folder is not None:
         load_adapter(folder, chunks, placement)
@@ -290,7 +290,7 @@ def _start_adapters(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Pla
 
 
 def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, announce: Announce) -> TrainState:
-    """The beginning, or what the run's checkpoint holds, loaded into the model; collective."""
+    """State at the beginning, or that of the run's checkpoint, loaded into the model; collective."""
     state = TrainState(
         round=inputs.position.round,
         tensor_model_parallel_size=placement.tensor_size,
@@ -300,9 +300,9 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
     )
     if inputs.carries_moments:
         assert inputs.checkpoint is not None
-        keeps_resting = inputs.config.hft.hft_resting_moments == "host"
-        units = load_moments(inputs.checkpoint, wrapped, placement, keeps_resting=keeps_resting)
-        announce(f"> --hft-moments carry: moments of {units} units go on from {inputs.checkpoint}")
+        keeps_frozen = inputs.config.hft.hft_frozen_moments == "host"
+        units = load_moments(inputs.checkpoint, wrapped, placement, keeps_frozen=keeps_frozen)
+        announce(f"> --hft-moments carry: moments of {units} units continue from {inputs.checkpoint}")
     if not inputs.resumes:
         return state
     assert inputs.checkpoint is not None
@@ -311,8 +311,8 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
     announce(f"  successfully loaded checkpoint from {inputs.checkpoint} at iteration {loaded.iteration}")
     if not takes_optimizer:
         announce(
-            "> --no-load-optim: moments start at zero and masters from the weights; data and learning rate go on where "
-            "they stood"
+            "> --no-load-optim: moments start at zero and masters from the weights; data and learning rate resume at "
+            "the checkpoint's position"
         )
     return replace(
         state,
@@ -325,13 +325,13 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
 
 
 def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
-    """What the first checkpoints under --save-trained-only may be based on; collective."""
+    """Base of the first checkpoints under --save-trained-only; collective."""
     options = inputs.config.checkpoint
     if not options.save_trained_only:
         return None
     if not inputs.resumes:
         round, folder = inputs.position.round, inputs.config.model.load_hf
-        # Adapters are in every checkpoint, and what is frozen beside them never changes.
+        # Adapters are in every checkpoint, and the frozen weights beside them never change.
         if inputs.checkpoint is not None and inputs.shape.adapters is None:
             return _base_in_run(inputs, inputs.checkpoint, round)
         return None if folder is None else Base(round=round, digest=_digest_of_model(folder, placement))
@@ -348,10 +348,10 @@ def starting_base(inputs: Inputs, placement: Placement) -> Base | None:
 
 
 def _base_in_run(inputs: Inputs, checkpoint: Path, round: int) -> Base | None:
-    """The checkpoint of another run that --finetune took the weights of; None where that run has another precision, in
-    which a frozen weight has other bits."""
+    """The checkpoint of another run whose weights --finetune took; None where that run has another precision, in which
+    a frozen weight has other bits."""
     save = inputs.config.checkpoint.save
-    assert save is not None, "the rules of the options ask for it"
+    assert save is not None, "the rules of the options require it"
     if not _is_of_this_precision(inputs, checkpoint):
         return None
     folder = os.path.relpath(checkpoint.parent.resolve(), Path(save).resolve())

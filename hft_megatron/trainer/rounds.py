@@ -1,4 +1,4 @@
-"""The rounds of a run: which plan each iteration trains under."""
+"""The rounds of a run: the plan of each iteration."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -18,11 +18,11 @@ from hft_megatron.optimizer.rounds import span_of_round
 from hft_megatron.parallel.groups import Placement
 
 _OF_SEVERAL_ROUNDS = {"hft_rotation": "independent", "hft_moments": "reset", "hft_lr_schedule": "run"}
-"""Options that say what happens from one round to the next, and what they are when nothing is asked for."""
+"""Options about the change from one round to the next, with their defaults."""
 
 
 class Rounds:
-    """When each round begins, and its plan, which is drawn when it is asked for."""
+    """Schedule of the rounds, and their plans, which are drawn on demand."""
 
     def __init__(self, schedule: RoundSchedule, draw: Callable[[int], Plan]) -> None:
         """``draw`` makes the plan of a round, the same one whenever it is called."""
@@ -39,14 +39,14 @@ class Rounds:
         return self._newest[1]
 
     def agreed_plan(self, round: int, placement: Placement) -> Plan:
-        """The plan of a round, after all ranks have found that theirs is the same; UserError where it isn't."""
+        """The plan of a round, which all ranks compare; UserError where they differ."""
         plan = self.plan(round)
         check_agreement(plan, coordinates=placement.coordinates)
         return plan
 
     def trained_until(self, round: int) -> frozenset[str]:
-        """Units that some round up to and with this one trains; rounds asked for must not go back."""
-        assert round + 1 >= self._rounds_counted, "rounds only go on"
+        """Units that any round up to and including this one trains; rounds must not decrease between calls."""
+        assert round + 1 >= self._rounds_counted, "rounds only increase"
         for earlier in range(self._rounds_counted, round + 1):
             self._trained |= self.plan(earlier).training
         self._rounds_counted = round + 1
@@ -54,7 +54,7 @@ class Rounds:
 
 
 def round_schedule(config: RunConfig, world_size: int, samples: SampleStream | None) -> RoundSchedule:
-    """When each round of a run begins; ``samples`` as for ``rounds_of_run``."""
+    """First iterations of the rounds of a run; ``samples`` as for ``rounds_of_run``."""
     train_iters, batches = derived.train_iters(config.training), derived.batch_sizes(config, world_size)
     stop = batches.samples_before(train_iters)
     by_epoch = samples is not None and config.hft.hft_round_interval == "epoch"
@@ -78,8 +78,8 @@ def rounds_of_run(
 ) -> Rounds:
     """The rounds of a run: with the plans ``loaded`` from a file, or drawn where there are none.
 
-    ``samples`` say when epochs begin; None for a run that trains nothing. ``scores`` are those of ``--hft-selection
-    spectrum``. Raises UserError for options that don't fit these rounds.
+    ``samples`` fix the beginnings of epochs; None for a run that trains nothing. ``scores`` are those of
+    ``--hft-selection spectrum``. Raises UserError for options that don't fit these rounds.
     """
     schedule = round_schedule(config, world_size, samples)
 
@@ -98,7 +98,7 @@ def rounds_of_run(
 
 
 def _check_warmup(config: RunConfig, schedule: RoundSchedule, plan: Plan) -> None:
-    """A rate that is zero throughout, or that never becomes what was asked for."""
+    """Refuse a learning rate that would be zero throughout, or never reach --lr."""
     per_round, unit = config.hft.hft_lr_schedule == "round", derived.schedule_unit(config.training)
     counts = "iterations" if unit == "iters" else unit
     length = span_of_round(config, schedule, schedule.first_round, cycle=None).length
@@ -108,18 +108,18 @@ def _check_warmup(config: RunConfig, schedule: RoundSchedule, plan: Plan) -> Non
     if by_cycle and warmup > 0:
         raise UserError(
             f"A warm-up of {warmup} {counts} (--lr-warmup-{unit}, --lr-warmup-fraction) would keep the first cycle "
-            f"of --hft-selection {selection} at a learning rate of 0, because the rate moves only after a full cycle; "
-            "leave it out."
+            f"of --hft-selection {selection} at a learning rate of 0, because the rate changes only after a full "
+            "cycle; leave it out."
         )
     if by_cycle and per_round:
         raise UserError(
-            f"--hft-lr-schedule round has no meaning for the rounds of --hft-selection {selection}, whose rate "
-            "moves after a full cycle; leave --hft-lr-schedule out."
+            f"--hft-lr-schedule round has no effect with --hft-selection {selection}, whose learning rate changes "
+            "after a full cycle of rounds; leave --hft-lr-schedule out."
         )
     if per_round and warmup >= length:
         raise UserError(
             f"--lr-warmup-{unit} {warmup} must be below the {length} {counts} of a round under "
-            f"--hft-lr-schedule round, or the full learning rate is never reached."
+            f"--hft-lr-schedule round; otherwise the full learning rate is never reached."
         )
     end, room = derived.wsd_decay_steps(config.optimizer), derived.decay_steps(config.optimizer, length) - warmup
     if per_round and end is not None and end > room:
@@ -130,19 +130,19 @@ def _check_warmup(config: RunConfig, schedule: RoundSchedule, plan: Plan) -> Non
 
 
 def _check_growing_batches(config: RunConfig, schedule: RoundSchedule) -> None:
-    """Batches that outgrow an epoch would pass over its round."""
+    """Refuse batches larger than an epoch, which would skip its round."""
     ramp, full = config.training.rampup_batch_size, schedule.batches.full
     shortest = min((stop - start for start, stop in pairwise(schedule.epoch_starts)), default=full)
     if ramp and shortest < full:
         raise UserError(
             f"--rampup-batch-size {' '.join(map(str, ramp))}: under --hft-round-interval epoch no batch may be larger "
-            f"than an epoch, and --global-batch-size is {full} and an epoch has {shortest} samples; give the "
+            f"than an epoch, but --global-batch-size is {full} and an epoch has {shortest} samples; give the "
             f"iterations of a round instead."
         )
 
 
 def _check_single_round(config: RunConfig, loaded: Sequence[Plan], selection: str) -> None:
-    """What speaks of several rounds would do nothing, in silence, in a run that has one."""
+    """Refuse options about several rounds in a run that has one, where they would do nothing in silence."""
     hft = config.hft
     if hft.hft_round_interval != "stage" or hft.hft_first_round is not None:
         return  # several rounds, or one of those of several runs
@@ -157,6 +157,6 @@ def _check_single_round(config: RunConfig, loaded: Sequence[Plan], selection: st
         given.append(f"--hft-plan {hft.hft_plan}, which has {len(loaded)} rounds,")
     if given:
         raise UserError(
-            f"{given[0]} is about several rounds, and with --hft-round-interval stage the run has one; give the "
+            f"{given[0]} needs several rounds, but with --hft-round-interval stage the run has one; give the "
             "iterations of a round, such as --hft-round-interval 50, or leave the option out."
         )

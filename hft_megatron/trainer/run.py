@@ -1,4 +1,4 @@
-"""One run as a value: what the loop and its hooks work on."""
+"""One run as a value, for the loop and its hooks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,25 +18,25 @@ from hft_megatron.trainer.rounds import Rounds
 
 
 class Reference(Protocol):
-    """What is asked before the passes of a step: the model that is compared with, or the trained one itself."""
+    """The model that objectives compare with, used before the passes of a step: another one, or the trained one."""
 
     @property
     def held_bytes(self) -> int:
-        """What it keeps in this rank's memory."""
+        """Bytes that it keeps in this rank's memory."""
 
     @property
     def forward_passes(self) -> int:
-        """Those that it makes of every batch."""
+        """Number of forward passes that it makes of every batch."""
 
     def attach(self, batch: StepBatch) -> None:
-        """Give each micro-batch what its objective reads: of pairs their ``reference``, (pairs, 2) fp64, the
-        log-probabilities of the answers in nats."""
+        """Adds to each micro-batch the values that its objective reads: for pairs their ``reference``, (pairs, 2) fp64,
+        the log-probabilities of the answers in nats."""
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A wrapped model, its data and where it stands. With every step ``state`` changes, with every round the rest of
-    what belongs to its plan: ``wrapped`` and ``learning_rate``."""
+    """A wrapped model, its data and its position. ``state`` changes with every step, ``wrapped`` and ``learning_rate``
+    with every round."""
 
     config: RunConfig
     placement: Placement
@@ -45,9 +45,9 @@ class Run:
     objective: Objective
     batches: TrainingSteps
     validation: Mapping[str, ValidationSteps]
-    """By the names of the sources."""
+    """Validation data by the names of the sources."""
     reference: Reference | None = None
-    """None where a batch has all that its objective reads."""
+    """None where a batch has everything that its objective reads."""
     sequences_per_sample: int = 1
     """See ``Method``."""
     learning_rate: LearningRate
@@ -56,9 +56,9 @@ class Run:
     """Prints one line on rank 0."""
     state: TrainState
     switch_ms: float | None = None
-    """How long the switch to this round took; None in the round that the run started in."""
+    """Milliseconds of the switch to this round; None in the round that the run started in."""
     failure: str | None = None
-    """Why this rank can't go on; the others learn of it after the step."""
+    """Error for which this rank cannot continue; the others learn of it after the step."""
 
     @property
     def length(self) -> int:
@@ -67,22 +67,22 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no step is left."""
+        """Return whether no step is left."""
         return self.state.iteration >= self.length
 
     @property
     def coming_samples(self) -> range:
-        """The run's samples that the coming iteration takes."""
+        """The run's samples in the coming iteration."""
         consumed = self.state.consumed_samples
         return range(consumed, consumed + self.batches.share.sizes.after(consumed))
 
     @property
     def is_to_skip(self) -> bool:
-        """Whether --iterations-to-skip names the coming iteration."""
+        """Return whether --iterations-to-skip names the coming iteration."""
         return self.state.iteration + 1 in self.config.training.iterations_to_skip
 
     def advance(self, *, updated: bool) -> None:
-        """One step is done, or was left out."""
+        """Counts one step, which was taken or skipped."""
         iteration = self.state.iteration + 1
         skipped, asked = self.state.skipped_iterations, self.state.asked_to_skip
         self.state = replace(
@@ -94,8 +94,8 @@ class Run:
         )
 
     def log(self, metrics: Metrics, tracker: Tracker | None = None) -> None:
-        """Records what was measured after this iteration, in one tracker or in all; where that can't be written, notes
-        the failure."""
+        """Records values measured after this iteration, in one tracker or in all; notes the failure where they can't be
+        written."""
         try:
             (tracker or self.tracker).log(self.state.iteration, metrics)
         except RunFailed as failure:

@@ -42,13 +42,13 @@ from hft_megatron.trainer.weight_checks import AuditRounds
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Where the weights are that are frozen in a round, so that checkpoints of that round can leave them out."""
+    """Source of the weights that are frozen in a round, so that checkpoints of that round can leave them out."""
 
     round: int
     iteration: int | None = None
     """A whole checkpoint in the save folder, or one of the run in ``folder``; None is the --load-hf folder."""
     folder: str | None = None
-    """As ``TrainState.base_folder``."""
+    """Same as ``TrainState.base_folder``."""
     digest: str
 
 
@@ -61,9 +61,9 @@ class SaveCheckpoints(Hook):
     last: int | None
     """Iteration of the newest checkpoint in the folder."""
     base: Base | None = None
-    """Used under --save-trained-only; a round without one makes its first checkpoint whole, which is its base."""
+    """Base under --save-trained-only; in a round without one the first checkpoint is whole and becomes the base."""
     audit: AuditRounds | None = None
-    """Asked before every save: the next run would take what a checkpoint holds for the truth."""
+    """Audit before every save, so that no checkpoint holds damaged weights."""
 
     def after_iteration(self, run: Run) -> None:
         interval = self.options.save_interval
@@ -76,12 +76,12 @@ class SaveCheckpoints(Hook):
         self.save_and_wait(run)
 
     def save_and_wait(self, run: Run) -> None:
-        """Saves, and returns when the checkpoint is complete, however it is written."""
+        """Saves, and returns when the checkpoint is complete, also under --async-save."""
         self.save(run)
         self._report(run, self.writer.finish(wait=True))
 
     def save(self, run: Run) -> None:
-        """Saves unless this iteration is saved already; a save before that is finished first."""
+        """Saves unless this iteration is already saved; finishes an earlier save first."""
         self._report(run, self.writer.finish(wait=True))
         if self.last == run.state.iteration:
             return
@@ -93,7 +93,7 @@ class SaveCheckpoints(Hook):
         )
         state, left_out, base = run.state, frozenset[str](), self.base
         if self.options.save_trained_only and (base is None or base.round != state.round):
-            run.announce(f"  it is whole, and what others of round {state.round} are based on (--save-trained-only)")
+            run.announce(f"  it is whole: the base of later checkpoints of round {state.round} (--save-trained-only)")
         if self.options.save_trained_only and base is not None and base.round == state.round:
             state = replace(state, base_iteration=base.iteration, base_folder=base.folder, base_digest=base.digest)
             left_out = frozenset(unit.name for unit in run.wrapped.plan.units) - run.wrapped.plan.training
@@ -109,7 +109,7 @@ class SaveCheckpoints(Hook):
             f"  successfully saved checkpoint from iteration {state.iteration:7d} to {self.options.save} "
             f"[ t {state.tensor_model_parallel_size}, p {state.pipeline_model_parallel_size} ]: "
             f"{saved.tensor_bytes / 1e6:,.1f} MB in {saved.total_s * 1e3:,.0f} ms, "
-            f"training stood still for {saved.stall_s * 1e3:,.0f} ms"
+            f"training paused for {saved.stall_s * 1e3:,.0f} ms"
         )
         for path in saved.deleted:
             run.announce(f"  deleted {path}")
@@ -124,10 +124,11 @@ class Signals:
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     ONE_SIGNAL_S = 1.0
-    """Signals this close together are one: a scheduler signals every process, and torchrun then passes its own on."""
+    """Signals this close together count as one: a scheduler signals every process, and torchrun then passes its own
+    on."""
 
     def __init__(self) -> None:
-        """Takes the handlers that are set by now for those that ``close`` sets again."""
+        """Records the current handlers, which ``close`` restores."""
         self.received = 0
         self._before = {number: signal.getsignal(number) for number in self.NUMBERS}
         self._hears: int | None = None
@@ -136,7 +137,7 @@ class Signals:
         """Begins to note signals, from the main thread."""
         for number in self._before:
             signal.signal(number, self._receive)
-        # A rank that waits in a collective runs no handler; the thread hears of signals all the same.
+        # A rank that waits in a collective runs no handler; the thread still receives signals.
         heard, self._hears = os.pipe()
         os.set_blocking(self._hears, False)
         self._woken_before = signal.set_wakeup_fd(self._hears)
@@ -147,7 +148,7 @@ class Signals:
         self.received = number
 
     def close(self) -> None:
-        """From here on signals do what they did when it was made; may be called again, and without ``listen``."""
+        """Restores the handlers from the construction; may be called again, and without ``listen``."""
         if self._hears is not None:
             signal.set_wakeup_fd(self._woken_before)
             os.close(self._hears)
@@ -159,10 +160,10 @@ class Signals:
 
 
 class StopEarly(Hook):
-    """A signal, --exit-duration-in-mins or --exit-interval: finish the step, save, and end. What comes in the last
-    iteration, or after it, changes nothing.
+    """A signal, --exit-duration-in-mins or --exit-interval: finish the step, save, and end. In or after the last
+    iteration they change nothing.
 
-    Ends it without saving where a rank can't write its log.
+    Ends the run without saving where a rank can't write its log.
     """
 
     def __init__(
@@ -199,17 +200,17 @@ class StopEarly(Hook):
         if self._before_stop is not None:
             self._before_stop(run)
         if self._saver is None:
-            raise Stopped(f"{stopped}; without --save it is lost")
+            raise Stopped(f"{stopped}; its training is lost, because --save was not given")
         self._saver.save_and_wait(run)
-        again = f"start it again with --load {self._saver.options.save}"
-        raise Stopped(f"{stopped}; {'give the same command again to resume' if self._of_a_stage else again}")
+        again = f"resume it with --load {self._saver.options.save}"
+        raise Stopped(f"{stopped}; {'run the same command again to resume it' if self._of_a_stage else again}")
 
     def _fail_if_any(self, run: Run) -> None:
         failure = next((failure for failure in gathered(run.failure) if failure is not None), None)
         if failure is None:
             return
         if self._saver is not None:
-            failure += f"; of the checkpoints, {newest_in_words(str(self._saver.options.save))}."
+            failure += f"; {newest_in_words(str(self._saver.options.save))}."
         raise RunFailed(failure)
 
     def _time_is_up(self) -> bool:
@@ -231,7 +232,7 @@ def _end_at_second_signal(heard: int, one_signal_s: float) -> None:
 
 
 def exports_of(options: CheckpointConfig) -> ExportFolder | None:
-    """The --save-hf folder where a run exports during training; None where it exports at the end alone."""
+    """The --save-hf folder of a run that exports during training; None where it exports at the end alone."""
     if options.save_hf is None or options.save_hf_interval is None:
         return None
     metric = best_metric(options)
@@ -258,7 +259,7 @@ class Exporter:
         asked, adapted = self.options.save_dtype, self.inputs.shape.adapters
         rules = ExportRules(
             source=self.inputs.config.model.load_hf,
-            # Also of a run that trains nothing, and merges the adapter that it was given.
+            # Also for a run that trains nothing, and merges the adapter that it was given.
             trained=trained if adapted is None else self._matrices_with(adapted),
             adds_template=self.inputs.identity.uses_chat_template or self.inputs.config.data.chat_template is not None,
             save_dtype=None if asked is None else getattr(torch, asked),
@@ -269,7 +270,7 @@ class Exporter:
         )
 
     def export_at_end(self, chunks: Sequence[LlamaModel], trained: frozenset[str], iteration: int) -> None:
-        """Exports to --save-lora and to --save-hf itself, where they are given; to --save-hf not again where a finished
+        """Exports to --save-lora and to --save-hf itself, where they are given; to --save-hf not again when a complete
         run is started again."""
         if self.options.save_lora is not None:
             target = NewFolder(target=Path(self.options.save_lora))
@@ -279,7 +280,7 @@ class Exporter:
             return
         folder = exports_of(self.options)
         if on_rank_0(lambda: folder is not None and folder.has_final()):
-            self.announce(f"> --save-hf {self.options.save_hf} holds the export of iteration {iteration} already")
+            self.announce(f"> --save-hf {self.options.save_hf} already holds the export of iteration {iteration}")
             return
         destination: Destination = NewFolder(target=Path(self.options.save_hf))
         if folder is not None:
@@ -291,7 +292,7 @@ class Exporter:
         return frozenset(unit.name for unit in units if has_adapter(unit.name, adapters))
 
     def _say_once(self, line: str) -> None:
-        """What is said of every export, such as that its tokenizer files are not the source's, is said of the first."""
+        """Announces a line that every export would repeat, such as one about tokenizer files, only once."""
         if line not in self._said:
             self._said.add(line)
             self.announce(line)
@@ -299,17 +300,17 @@ class Exporter:
 
 @dataclass
 class ExportModels(Hook):
-    """Exports every --save-hf-interval steps, with what was measured on the validation data after that step.
+    """Exports every --save-hf-interval steps, with the values of the validation after that step.
 
-    Before the checkpoint of the same step, so that a run which goes on from a checkpoint lacks no export before it.
-    Where one can't be written the run ends after that checkpoint.
+    It runs before the checkpoint of the same step, so that a run that resumes from a checkpoint lacks no earlier
+    export. Where an export can't be written the run ends after that checkpoint.
     """
 
     exporter: Exporter
     folder: ExportFolder
     interval: int
     measured: Callable[[Run], Mapping[str, float]] | None
-    """Gives what was validated after this step, by name, on every rank, collective; None where nothing is."""
+    """Returns the values of the validation after this step, by name, on every rank, collective; None without one."""
     audit: AuditRounds | None
 
     def after_iteration(self, run: Run) -> None:
@@ -326,11 +327,11 @@ class ExportModels(Hook):
                 self.exporter.export(destination, run.wrapped.modules, trained)
         except RunFailed as failure:
             run.failure = str(failure)
-        run.announce(f"  training stood still for {(time.perf_counter() - begun) * 1e3:,.0f} ms")
+        run.announce(f"  training paused for {(time.perf_counter() - begun) * 1e3:,.0f} ms")
 
 
 def write_run_files(inputs: Inputs, scores: dict[str, float] | None, announce: Announce) -> None:
-    """What the --save and --save-hf folders hold before the first step; what rank 0 can't write is UserError on all."""
+    """Writes the files of --save and --save-hf from before the first step; UserError on all ranks if rank 0 can't."""
 
     def write() -> None:
         identity = replace(inputs.identity, run_id=inputs.identity.run_id or secrets.token_hex(8))
@@ -346,7 +347,7 @@ def write_run_files(inputs: Inputs, scores: dict[str, float] | None, announce: A
                     announce(f"> {line}")
         except OSError as error:
             raise UserError(
-                f"{option} {target} can't be written: {error}; make room, or choose another folder."
+                f"{option} {target} cannot be written: {error}; free some space, or choose another folder."
             ) from error
 
     on_rank_0(write)
@@ -355,7 +356,7 @@ def write_run_files(inputs: Inputs, scores: dict[str, float] | None, announce: A
 def _fill_save_folder(folder: Path, inputs: Inputs, identity: RunIdentity, scores: dict[str, float] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / RESOLVED_CONFIG_FILE
-    # Of a run that is over the file says what it was trained with, whatever this command has.
+    # For a complete run the file records the options of its training, whatever this command has.
     if not (inputs.is_over and config.exists()):
         write_resolved(inputs.config, config)
     if scores is not None:

@@ -33,7 +33,7 @@ Methods = Mapping[MethodName, Method]
 
 
 def check_inputs(method: Method, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
-    """Reads tokenizer, data and the saved run, and prints what was found; UserError for the first mistake."""
+    """Reads tokenizer, data and the saved run, and prints a summary; UserError for the first mistake."""
     inputs = read_inputs(method, config, shape, world_size)
     check_not_discarded(inputs.found)
     for line in inputs.describe():
@@ -42,9 +42,9 @@ def check_inputs(method: Method, config: RunConfig, shape: ModelShape | None, wo
 
 
 def check_stages(stages: Sequence[Stage], world_size: int, methods: Methods) -> tuple[list[str], list[int]]:
-    """Reads the tokenizer and the data of every stage; lines that say what was found, and the iterations of each.
+    """Reads the tokenizer and the data of every stage; returns lines with a summary, and the iterations of each.
 
-    UserError for the first mistake, so that a later stage's is not met after the training of an earlier one.
+    UserError for the first mistake, so that one in a later stage is not found after the training of an earlier one.
     """
     lines, iterations = [], []
     for number, stage in enumerate(with_rounds_in_turn(stages)):
@@ -65,8 +65,8 @@ def run_stages(
 ) -> None:
     """Trains every stage that isn't done; every rank calls it under torchrun's environment.
 
-    Raises what ``run_training`` does. Each stage takes the weights of the one before from its last checkpoint, and its
-    rounds are numbered on.
+    Raises the errors of ``run_training``. Each stage takes the weights of the one before from its last checkpoint, and
+    continues the numbers of its rounds.
     """
     minutes = stages[0].config.parallel.distributed_timeout_minutes
     with peers(minutes, on_loss) as company:
@@ -88,7 +88,7 @@ def run_what_is_left(
     when_over: Callable[[int], None] = lambda number: None,
 ) -> None:
     """``run_stages`` among ranks that have met, with ``hooks`` of a stage, by its number, before those that save, and
-    behind them. ``when_over`` is called on every rank when all of a stage is done."""
+    ``after_saving`` after them. ``when_over`` is called on every rank when a stage is complete."""
     rank, first_round, next_round = int(os.environ["RANK"]), 0, 0
     for number, stage in enumerate(stages):
         following = stages[number + 1] if number + 1 < len(stages) else None
@@ -119,7 +119,7 @@ def run_what_is_left(
 
 
 def _is_over(stage: Stage, following: Stage | None) -> bool:
-    """Whether another stage has begun from its last weights, so that it can't train on."""
+    """Return whether another stage has started from its last weights, so that its training can't continue."""
     if discarded(stage.folder) is not None:
         return True
     return following is not None and (
@@ -130,27 +130,28 @@ def _is_over(stage: Stage, following: Stage | None) -> bool:
 def _where_it_ended(
     stage: Stage, method: Method, following: Stage | None, shape: ModelShape | None, world_size: int
 ) -> Reached:
-    """Of a stage that is over; UserError where it is not what its options describe any more, or where it is gone."""
+    """Last position of a stage that is over; UserError where its options describe another length, or where it is
+    gone."""
     begun = "a later stage" if following is None else str(following.folder)
     ended = reached(stage.folder)
     if ended is None:
         raise UserError(
-            f"{stage.folder} holds no complete checkpoint, and {begun} has begun from one; put it back, or give "
+            f"{stage.folder} holds no complete checkpoint, but {begun} has started from one; put it back, or choose "
             f"another --save."
         )
     config = stage.config
     if discarded(stage.folder) is not None:
-        # Nothing is to be loaded: neither its own checkpoints nor those that it started from need be there.
+        # Nothing is loaded: neither its own checkpoints nor those that it started from need exist.
         own = replace(config.checkpoint, load=str(stage.folder), finetune=False, exit_on_missing_checkpoint=False)
         config = replace(config, checkpoint=own)
         identity = RunIdentity.read("--save", str(stage.folder))
-        # What the command leaves unset is what the run had, as where its checkpoint is there.
+        # Unset options take the run's values, as with a checkpoint.
         saved = read_resolved(stage.folder / RESOLVED_CONFIG_FILE)
         config = derived.resolve(config, identity.shape, world_size, saved)
     asked = derived.train_iters(read_inputs(method, config, shape, world_size).config.training)
     if asked != ended.iteration:
         raise UserError(
-            f"{stage.folder} ended at iteration {ended.iteration}, from where {begun} has begun, and the options "
-            f"give it {asked} now; give {ended.iteration}, or another --save."
+            f"{stage.folder} ended at iteration {ended.iteration}, from which {begun} has started, but the options now "
+            f"give it {asked} iterations; give {ended.iteration}, or choose another --save."
         )
     return ended

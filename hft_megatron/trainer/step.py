@@ -16,36 +16,36 @@ from hft_megatron.trainer.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step measured on this rank."""
+    """Measurements of one step on this rank."""
 
     updated: bool
-    """False for a step that --skip-nonfinite-steps left out: its loss or gradients are infinite or undefined."""
+    """False for a step that --skip-nonfinite-steps skipped: its loss or gradients are infinite or undefined."""
     loss: float | None
     """Mean over the global batch, per trained token (nats) or per pair; None off the last pipeline stage."""
     measured: Mapping[str, float]
-    """The objective's means over the global batch, by their names in the log, and where the optimizer has a penalty its
-    value before the step; empty off the last stage."""
+    """The objective's means over the global batch, by their names in the log, and the value of the optimizer's penalty
+    before the step, if it has one; empty off the last stage."""
     grad_norm: float
-    """Before clipping, over training parameters; with the penalty's gradient."""
+    """Norm of the gradients of trainable parameters before clipping, with the penalty's gradient."""
     tokens: int
     """Positions of the global batch that examples fill; padding is not counted."""
     squared_lengths: int
     """Sum of the examples' squared positions over the global batch."""
     times: StepTimes
-    """The whole step, with the assembly of its batch and the sum of the loss over ranks, and where it went."""
+    """Times of the whole step, with the assembly of its batch and the sum of the loss over ranks, and of its parts."""
     reduce_scatter_bytes: int
-    """Passed to reduce-scatter over data-parallel ranks since the step before ended."""
+    """Bytes passed to reduce-scatter over data-parallel ranks since the step before ended."""
     all_gather_bytes: int
-    """Filled by all-gather over data-parallel ranks since the step before ended.
+    """Bytes filled by all-gather over data-parallel ranks since the step before ended.
 
     A gather that a validation or a checkpoint forces between two steps counts for the second, which then needs none.
     """
 
 
 def train_step(run: Run) -> StepResult:
-    """Takes the next global batch, accumulates its gradients, reduces them and updates what the plan trains.
+    """Takes the next global batch, accumulates its gradients, reduces them and updates the trainable units.
 
-    Raises RunFailed where its loss or gradients are infinite or undefined, unless such a step is left out.
+    Raises RunFailed where its loss or gradients are infinite or undefined, unless such a step is skipped.
     """
     traffic = run.wrapped.traffic
     traffic.clock.begin()

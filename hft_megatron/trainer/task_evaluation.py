@@ -1,4 +1,4 @@
-"""Evaluation tasks during training: put to the weights as they are, in the run's own layout, without a copy of them."""
+"""Evaluation tasks during training, on the run's own weights and layout, without a copy."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -31,15 +31,15 @@ def tasks_of_run(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape) -> 
     generated = [task.name for task in tasks if task.kind == "generate"]
     if generated and config.training.transformer_impl != "local":
         raise UserError(
-            f"--eval-tasks {file}: {generated[0]} generates, for which keys and values are kept by the attention of "
-            f"--transformer-impl local; choose that one, or evaluate the checkpoints with `hft-megatron evaluate`."
+            f"--eval-tasks {file}: {generated[0]} generates text, which needs the key-value cache of "
+            f"--transformer-impl local; choose it, or evaluate the checkpoints with `hft-megatron evaluate`."
         )
     return tuple(read_task(task, tokenizer, shape.max_position_embeddings) for task in tasks)
 
 
 @contextmanager
 def model_of(run: Run) -> Iterator[ModelInPlace]:
-    """The run's own weights as they are, for reading alone."""
+    """The run's own model in place, for reading only."""
     model = ModelInPlace(chunks=run.wrapped.modules, placement=run.placement)
     with collected_around_validation(run.config.training), run.wrapped.gathered_parameters():
         for chunk in model.chunks:
@@ -51,10 +51,10 @@ def model_of(run: Run) -> Iterator[ModelInPlace]:
 
 @dataclass
 class EvaluateTasks(Hook):
-    """Records the values of all tasks every ``interval`` iterations, at the end of every round and of the run, and
-    before the first step where --eval-on-start asks for it; not again where a run that is resumed has them.
+    """Records the values of all tasks every ``interval`` iterations, at the end of every round and of the run, and with
+    --eval-on-start before the first step; a resumed run does not repeat recorded values.
 
-    Behind the checkpoint of the same iteration: what a run that ended in between did not record, the resumed one does.
+    It runs after the checkpoint of the same iteration: a resumed run records what a run that ended in between did not.
     """
 
     tasks: Sequence[ReadTask]
@@ -87,7 +87,7 @@ class EvaluateTasks(Hook):
         self._evaluate(run)
 
     def _has_record(self, run: Run) -> bool:
-        """Whether the save folder has this iteration's values of all tasks; collective."""
+        """Return whether the save folder has this iteration's values of all tasks; collective."""
         save, iteration = run.config.checkpoint.save, run.state.iteration
         found = False
         # The rank that writes it.
@@ -103,8 +103,8 @@ class EvaluateTasks(Hook):
         self._last = run.state.iteration
         when = f"while evaluating tasks after iteration {run.state.iteration}"
         advice = (
-            f"make --eval-tasks-batch-size less than {self.batch_size}, or leave --eval-tasks out and put the tasks to "
-            f"the checkpoints with `hft-megatron evaluate`."
+            f"give an --eval-tasks-batch-size below {self.batch_size}, or leave --eval-tasks out and evaluate the "
+            f"checkpoints with `hft-megatron evaluate`."
         )
         with memory_errors_with_advice(run.placement, when=lambda: when, advice=lambda: advice), model_of(run) as model:
             values = self._values(run, model)
@@ -120,7 +120,7 @@ class EvaluateTasks(Hook):
             except NotFinite:
                 run.announce(
                     f"> warning: iteration {run.state.iteration} has no values of the task {name}, because the model's "
-                    f"logits are no numbers, or infinite"
+                    f"logits are not finite"
                 )
                 continue
             values |= {of_task(name, measure): value for measure, value in outcome.values.items()}

@@ -1,7 +1,7 @@
-"""Validation: what the objective measures on all validation data, and on each of its sources where there are several.
+"""Validation: the objective's measures on all validation data, and on each of its sources where there are several.
 
-Batches hold examples of one source alone. What is measured on it is therefore what a run measures that validates on
-nothing else, and what is measured on all of them is the mean over all their tokens (or pairs).
+Batches hold examples of one source alone. The measures of a source are therefore the same as without other sources, and
+those of all sources together are means over all their tokens (or pairs).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from hft_megatron.trainer.run import Reference, Run
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one validation measured, by the objective's names; empty off the last pipeline stage."""
+    """Values of one validation, by the objective's names; empty off the last pipeline stage."""
 
     together: dict[str, float]
     by_source: Mapping[str, dict[str, float]]
-    """By the name of the source; empty where there is only one."""
+    """Values by the name of the source; empty where there is only one."""
 
     def metrics(self) -> dict[str, float]:
-        """By the names that trackers get."""
+        """Values by their names in trackers."""
         found = {of_validation(name): value for name, value in self.together.items()}
         for source, measured in self.by_source.items():
             found |= {of_validation(name, source): value for name, value in measured.items()}
@@ -35,7 +35,7 @@ class Measured:
 
 
 def validate(run: Run) -> Measured:
-    """Validates the run's weights as they are after its iteration; collective."""
+    """Validates the run's current weights; collective."""
     with collected_around_validation(run.config.training), run.wrapped.gathered_parameters():
         return measure_sources(
             run.validation,
@@ -56,8 +56,8 @@ def measure_sources(
     *,
     iteration: int,
 ) -> Measured:
-    """Puts all batches of the sources (or --eval-iters of each) through ``chunks``, whose weights must be there whole;
-    collective. A weighted objective is measured without its weights, and asks no ``reference``."""
+    """Measures the objective on all batches of the sources (or --eval-iters of each) with ``chunks``, which must hold
+    their weights whole; collective. A weighted objective is measured without its weights and without ``reference``."""
     if objective.unweighted is not None:
         objective, reference = objective.unweighted, None
     reports: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sources}

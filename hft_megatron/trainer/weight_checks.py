@@ -1,7 +1,7 @@
-"""Looks at weights while a run trains: frozen ones as they were, replicated ones alike, and the norm of all.
+"""Checks of weights during training: frozen ones are unchanged, replicated ones equal; and the norm of all.
 
-What is replicated follows from the names alone: a tensor-parallel part of a unit is on every data-parallel rank, a norm
-on every tensor-parallel rank as well, and a tied embedding on the first and on the last pipeline stage.
+Replication follows from the names alone: a tensor-parallel part of a unit is on every data-parallel rank, a norm also
+on every tensor-parallel rank, and a tied embedding on the first and on the last pipeline stage.
 """
 
 import math
@@ -25,7 +25,7 @@ from hft_megatron.trainer.run import Run
 
 @dataclass
 class AuditRounds(Hook):
-    """Verifies that resting shards keep their bits: at the end of every round, and every ``interval`` steps."""
+    """Verifies that frozen shards keep their bits: at the end of every round, and every ``interval`` steps."""
 
     interval: int | None
     _audit: Audit | None = None
@@ -39,10 +39,10 @@ class AuditRounds(Hook):
 
     def at_round_end(self, run: Run) -> None:
         self.verify(run)
-        run.announce(f"audit of round {run.state.round}: every resting shard has the bits it had at its start")
+        run.announce(f"audit of round {run.state.round}: no frozen shard has changed since the round began")
 
     def verify(self, run: Run) -> None:
-        """Raises RunFailed on every rank when a resting shard has changed."""
+        """Raises RunFailed on every rank when a frozen shard has changed."""
         assert self._audit is not None
         self._audit.verify(coordinates=run.placement.coordinates)
 
@@ -83,7 +83,7 @@ def check_replicas(run: Run) -> None:
         lowest[rows, columns] = highest[rows, columns] = found
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    # What no rank holds, as the other parts of a norm, has the lowest above the highest.
+    # Parts that no rank holds, as the other parts of a norm, have the lowest above the highest.
     differing: list[list[int]] = (lowest < highest).nonzero().tolist()
     if not differing:
         return
@@ -93,8 +93,8 @@ def check_replicas(run: Run) -> None:
     holders = {rank: found for rank, (found, _) in enumerate(held) if found is not None}
     raise RunFailed(
         f"iteration {run.state.iteration}: {odd_ones(holders, [where for _, where in held])} of "
-        f"{units[unit].name}{_more(len({unit for unit, _ in differing}) - 1)}; memory or a collective failed, and the "
-        f"replicas no longer train one model: resume from a checkpoint of an earlier iteration, without that device."
+        f"{units[unit].name}{_more(len({unit for unit, _ in differing}) - 1)}; memory or a collective failed, so the "
+        f"replicas no longer train the same model: resume from an earlier checkpoint, without that device."
     )
 
 
@@ -107,8 +107,8 @@ def _fingerprints(run: Run) -> dict[Part, int]:
 
 
 def odd_ones(holders: Mapping[int, int], where: Sequence[str]) -> str:
-    """``rank 1 on node-a (TP 0, PP 0, DP 1) holds other bits than ranks 0, 2``: rank -> fingerprint, and words for
-    every rank of the run. Without a majority all are named."""
+    """``rank 1 on node-a (TP 0, PP 0, DP 1) holds other bits than ranks 0, 2``, from rank -> fingerprint and the place
+    of every rank of the run. Without a majority all are named."""
     (common, count), *_ = Counter(holders.values()).most_common()
     if 2 * count <= len(holders):
         return f"{' and '.join(where[rank] for rank in holders)} hold different bits"
@@ -124,7 +124,7 @@ def _more(units: int) -> str:
 def params_norm(run: Run) -> float:
     """2-norm of every weight of the model, counted once each, the same on all ranks; collective, 8 bytes.
 
-    Of trainable weights the fp32 values that the optimizer updates, of frozen ones the weights themselves: nothing has
+    It uses the fp32 values that the optimizer updates for trainable weights, and frozen weights themselves: nothing has
     to be gathered. Each tensor's norm is taken in fp32, their sum in fp64.
     """
     placement, trained = run.placement, run.wrapped.shards.updated_shards()
@@ -145,5 +145,5 @@ def params_norm(run: Run) -> float:
 
 
 def _is_copy(slot: ParameterSlot) -> bool:
-    """Whether it is the head of a tied embedding, which the first pipeline stage holds too."""
+    """Return whether it is the head of a tied embedding, which the first pipeline stage holds too."""
     return slot.unit == "model.embed_tokens" and slot.local_name.startswith("output_layer")

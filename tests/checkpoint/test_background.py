@@ -1,4 +1,4 @@
-"""--async-save writes a snapshot while training goes on; what fails fails on all ranks. Run: pytest tests/checkpoint"""
+"""--async-save writes a snapshot while training continues; what fails fails on all ranks. Run: pytest tests/checkpoint"""
 
 import errno
 import os
@@ -118,7 +118,7 @@ def test_what_one_rank_cannot_write_is_one_sentence_on_all(
     assert first == second
     assert f"the checkpoint of iteration 4 can't be written to {tmp_path}: rank {guilty}: " in first["said"]
     assert "No space left on device" in first["said"]
-    assert first["said"].endswith(f"{tmp_path / 'iter_0000002'} is the newest complete one.")
+    assert first["said"].endswith(f"the newest complete checkpoint is {tmp_path / 'iter_0000002'}.")
     assert find_checkpoints(str(tmp_path)).newest == tmp_path / "iter_0000002"
 
 
@@ -147,13 +147,13 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
 
 
 @pytest.mark.slow
-def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+def test_a_run_stops_when_its_time_is_up_and_resumes(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     """The time counts from the start of the process, which for a rank of the pool is long ago."""
     words = words_for(inputs, "--save", tmp_path, "--load", tmp_path)
     whole = ranks(2).run(run_sft_words, words=words_for(inputs))
     first = ranks(2).run(run_sft_words, words=[*words, "--exit-duration-in-mins", "0.001"])
     assert first[0]["stopped"] == (
-        f"--exit-duration-in-mins 0.001 stopped the run at iteration 1; start it again with --load {tmp_path}"
+        f"--exit-duration-in-mins 0.001 stopped the run at iteration 1; resume it with --load {tmp_path}"
     )
     second = ranks(2).run(run_sft_words, words=[*words, "--exit-duration-in-mins", "1e6"])
     for rank in range(2):
@@ -161,7 +161,7 @@ def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: P
 
 
 @pytest.mark.slow
-def test_a_run_stops_at_the_next_multiple_of_an_interval_and_goes_on(
+def test_a_run_stops_at_the_next_multiple_of_an_interval_and_resumes(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     """Also after a start between two of them, and not at the last iteration, after which nothing is left."""
@@ -172,7 +172,7 @@ def test_a_run_stops_at_the_next_multiple_of_an_interval_and_goes_on(
         ranks(1).run(run_sft_words, words=[*saved, "--exit-interval", interval, "--train-iters", length])[0]
         for interval, length in (("4", "3"), ("2", "6"), ("3", "6"))
     ]
-    stopped = f"--exit-interval 2 stopped the run at iteration 4; start it again with --load {tmp_path}"
+    stopped = f"--exit-interval 2 stopped the run at iteration 4; resume it with --load {tmp_path}"
     assert [part["stopped"] for part in parts] == [None, stopped, None]
     assert [step for part in parts for step in part["steps"]] == whole["steps"]
     assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == ["iter_0000003", "iter_0000004", "iter_0000006"]

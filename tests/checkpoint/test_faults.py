@@ -49,7 +49,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def words(inputs: Path, save: Path, *options: object) -> list[str]:
-    """A run that goes on until something happens to it."""
+    """A run that continues until something happens to it."""
     base = ("--tensor-model-parallel-size", 2, "--micro-batch-size", 2, "--train-iters", 5000, "--save", save)
     return words_for(
         inputs, *base, "--load", save, "--save-interval", INTERVAL, "--lr-decay-style", "constant", *options
@@ -61,7 +61,7 @@ def unfinished(save: Path) -> list[Path]:
 
 
 def freeze_between_saves(run: Launched, save: Path) -> tuple[Path, Callable[[], None]]:
-    """The newest checkpoint, and what lets both ranks go on; until then nobody writes on the disk."""
+    """The newest checkpoint, and a call that lets both ranks continue; until then nobody writes on the disk."""
     tracker = save / CHECKPOINT_TRACKER_FILE  # The last file of a save.
     while True:
         run.wait_for(lambda: tracker.exists() and not unfinished(save))
@@ -166,24 +166,24 @@ FULL = {
 
 
 @pytest.mark.parametrize("case", FULL)
-def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_run_goes_on(
+def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_run_resumes(
     case: str, inputs: Path, disk: Disk, tmp_path: Path, record_property: Record
 ) -> None:
     options, room = FULL[case]
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", mounts_of=disk.holder) as run:
-        first, go_on = freeze_between_saves(run, save)
+        first, resume = freeze_between_saves(run, save)
         disk.leave_free(room(first))
-        go_on()
+        resume()
         ended(run, record_property, EXIT_FAILURE)
     kept, lost = int(first.name[5:]), int(first.name[5:]) + INTERVAL
     [sentence] = run.sentences()
     # Tensors are written by every rank, the rest by rank 0 for all.
     whose = r"rank \d: " if case.startswith("in the") else ""
     assert re.fullmatch(
-        rf"hft-megatron: error: the checkpoint of iteration {lost} can't be written to {folder}: {whose}"
-        rf"\[Errno 28\] No space left on device.*; {folder / first.name} is the newest complete one\.",
+        rf"hft-megatron: error: the checkpoint of iteration {lost} cannot be written to {folder}: {whose}"
+        rf"\[Errno 28\] No space left on device.*; the newest complete checkpoint is {folder / first.name}\.",
         sentence,
     )
     assert not own_traces(run)
@@ -211,14 +211,14 @@ def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_roo
     save = disk.seen(folder)
     command = words(inputs, folder, "--save-interval", 50)
     with launched(command, log=tmp_path / "log", mounts_of=disk.holder) as run:
-        newest, go_on = freeze_between_saves(run, save)
+        newest, resume = freeze_between_saves(run, save)
         disk.leave_free(0)
-        go_on()
+        resume()
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.match(
-        rf"hft-megatron: error: iteration \d+ can't be written to {folder}/metrics.jsonl: \[Errno 28\] No space left "
-        rf"on device; of the checkpoints, {folder / newest.name} is the newest complete one\.$",
+        rf"hft-megatron: error: iteration \d+ cannot be written to {folder}/metrics.jsonl: \[Errno 28\] No space left "
+        rf"on device; the newest complete checkpoint is {folder / newest.name}\.$",
         sentence,
     )
     assert not own_traces(run)
@@ -228,7 +228,7 @@ def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_roo
         run.wait_for(run.sentences)
         ended(run, record_property, EXIT_USAGE)
     [sentence] = run.sentences()
-    assert sentence.startswith(f"hft-megatron: error: {folder}/metrics.jsonl can't be written: [Errno 28] No space")
+    assert sentence.startswith(f"hft-megatron: error: {folder}/metrics.jsonl cannot be written: [Errno 28] No space")
     assert is_whole(find_checkpoints(str(save)).newest)
 
 
@@ -239,14 +239,14 @@ def test_a_folder_that_becomes_read_only_is_one_sentence(
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", mounts_of=disk.holder) as run:
-        _, go_on = freeze_between_saves(run, save)
+        _, resume = freeze_between_saves(run, save)
         disk.become_read_only(folder)
-        go_on()
+        resume()
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.match(
-        rf"hft-megatron: error: the checkpoint of iteration \d+ can't be written to {folder}: \[Errno 30\] Read-only "
-        rf"file system: .*; {folder}/iter_\d+ is the newest complete one\.$",
+        rf"hft-megatron: error: the checkpoint of iteration \d+ cannot be written to {folder}: \[Errno 30\] Read-only "
+        rf"file system: .*; the newest complete checkpoint is {folder}/iter_\d+\.$",
         sentence,
     )
     assert not own_traces(run)
@@ -268,8 +268,8 @@ def test_a_folder_that_is_read_only_from_the_start_is_one_sentence_before_a_mode
     print(f"ended after {seconds:.1f} s")
     assert code == EXIT_USAGE
     assert log.read_text() == (
-        f"hft-megatron: error: --save {folder} can't be written: {disk.mount_point / 'run'} is not a folder this user "
-        f"may write to; choose another.\n"
+        f"hft-megatron: error: --save {folder} cannot be written: {disk.mount_point / 'run'} is not a folder that "
+        f"this user may write to; choose another folder.\n"
     )
 
 
@@ -288,7 +288,7 @@ def test_a_rank_that_is_killed_while_it_saves_ends_the_run_and_leaves_the_checkp
     assert found.newest == before
     assert is_whole(found.newest)
     [left] = found.unfinished
-    assert found.notes() == [f"{left} is skipped: it is not complete"]
+    assert found.notes() == [f"skipping {left}: it is incomplete"]
 
 
 def test_a_writer_in_the_background_that_is_killed_is_one_sentence(
@@ -305,8 +305,8 @@ def test_a_writer_in_the_background_that_is_killed_is_one_sentence(
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.search(
-        r"the checkpoint of iteration \d+ can't be written to .*: rank 1: the process that wrote in the background was "
-        r"killed; .* is the newest complete one\.$",
+        r"the checkpoint of iteration \d+ cannot be written to .*: rank 1: the background writer process was killed; "
+        r"the newest complete checkpoint is .*\.$",
         sentence,
     )
     assert not own_traces(run)
@@ -347,7 +347,7 @@ def test_a_signal_inside_a_save_lets_it_end_saves_once_more_and_reports_3(
     assert newest is not None
     reached = int(newest.name[5:])
     [sentence] = run.sentences()
-    expected = f"{number.name} stopped the run at iteration {reached}; start it again with --load {save}"
+    expected = f"{number.name} stopped the run at iteration {reached}; resume it with --load {save}"
     assert sentence == f"hft-megatron: {expected}"
     assert status_of(save) == {"exit_code": EXIT_STOPPED, "state": "stopped", "message": expected}
     assert [line["iteration"] for line in read_metrics(save)] == list(range(1, reached + 1))
@@ -381,7 +381,7 @@ def test_a_run_that_lasts_as_long_as_it_may_saves_and_reports_3(
     assert newest is not None
     [sentence] = run.sentences()
     assert sentence == (
-        f"hft-megatron: --exit-duration-in-mins 0.05 stopped the run at iteration {int(newest.name[5:])}; start it "
-        f"again with --load {save}"
+        f"hft-megatron: --exit-duration-in-mins 0.05 stopped the run at iteration {int(newest.name[5:])}; resume "
+        f"it with --load {save}"
     )
     assert status_of(save)["exit_code"] == EXIT_STOPPED

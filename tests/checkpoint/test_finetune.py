@@ -19,7 +19,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def first_run(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps, with the exported model beside the run; its checkpoint leaves resting weights out."""
+    """Six steps, with the exported model beside the run; its checkpoint leaves frozen weights out."""
     folder = tmp_path_factory.mktemp("first")
     words = words_for(inputs, "--save", folder / "run", "--save-hf", folder / "model", "--save-trained-only")
     ranks(2).run(run_sft_words, words=words)
@@ -44,11 +44,11 @@ def test_a_new_run_starts_with_the_weights_alone_at_any_layout_and_ratio(
     for rank in range(2):
         assert found[rank]["steps"] == whole[rank]["steps"]
         assert found[rank]["state"] == whole[rank]["state"]
-    assert "a new run starts from them" in "\n".join(found[0]["said"])
+    assert "starting a new run from them" in "\n".join(found[0]["said"])
 
 
 @pytest.mark.slow
-def test_a_new_run_that_has_begun_goes_on_and_does_not_begin_again(
+def test_a_new_run_that_has_begun_resumes_and_does_not_begin_again(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:
     words = new_run(inputs, first_run, "--finetune", "--save", tmp_path / "run")
@@ -57,7 +57,7 @@ def test_a_new_run_that_has_begun_goes_on_and_does_not_begin_again(
     [second] = ranks(1).run(run_sft_words, words=words)
     assert first["steps"] + second["steps"] == whole["steps"]
     assert second["state"] == whole["state"]
-    assert any("holds this run already: going on with it" in line for line in second["said"])
+    assert any("already holds this run; resuming it" in line for line in second["said"])
 
 
 def test_what_another_run_changed_is_exported_and_the_source_has_only_what_both_rested(
@@ -81,19 +81,19 @@ def test_a_new_run_whose_checkpoint_is_gone_is_not_begun_again(
     ranks(1).run(run_sft_words, words=words)
     (tmp_path / "run" / "iter_0000006" / "digests.json").unlink()
     [said] = ranks(1).run(run_refused, words=words)
-    assert "iter_0000006 is not complete (or of an earlier version)" in said
+    assert "is incomplete (or of an earlier version)" in said
     assert (tmp_path / "run" / "iter_0000006" / "common.pt").exists()
 
 
 @pytest.mark.slow
-def test_a_new_run_goes_on_only_with_the_weights_it_began_with(
+def test_a_new_run_resumes_only_with_the_weights_it_began_with(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:
     words = new_run(inputs, first_run, "--save", tmp_path / "run")
     ranks(1).run(run_sft_words, words=[*words, "--finetune"])
     other = [*words, "--finetune", "--load", str(tmp_path / "other")]
     [said] = ranks(1).run(run_refused, words=other)
-    assert f"its --load of --finetune is {first_run / 'run'}, and this command's is {tmp_path / 'other'}" in said
+    assert f"its --load of --finetune is {first_run / 'run'}, but this command's is {tmp_path / 'other'}" in said
     [again] = ranks(1).run(run_sft_words, words=[*words, "--load", str(tmp_path / "run")])
     assert again["steps"] == []
     [said] = ranks(1).run(run_refused, words=other)
@@ -110,18 +110,18 @@ def test_what_contradicts_the_checkpoint_is_one_sentence_with_both_values(
         return str(said)
 
     said = refusal("--hft-ratio", 0.25)
-    assert "its --hft-ratio is 0.5, and this command's is 0.25" in said
-    assert said.endswith(f"--load {run} --finetune, with another --save, starts a new run from its weights.")
+    assert "its --hft-ratio is 0.5, but this command's is 0.25" in said
+    assert said.endswith(f"to start a new run from its weights, give --load {run} --finetune with another --save.")
     said = refusal("--seq-length", 80)
-    assert "its --seq-length is 96, and this command's is 80" in said
+    assert "its --seq-length is 96, but this command's is 80" in said
     assert refusal("--load", inputs / "data.jsonl").endswith("data.jsonl is a file; give the --save folder of a run.")
     said = refusal("--load", run / "iter_0000006")
-    assert f"iter_0000006 is one checkpoint; give the folder of its run, {run}, whose newest one is loaded." in said
+    assert f"iter_0000006 is a single checkpoint; give the folder of its run, {run}, whose newest checkpoint" in said
     said = refusal("--train-data-path", write_data(tmp_path / "other.jsonl", 5))
     assert f"its training data is {inputs / 'data.jsonl'} (digest " in said
     other = make_inputs(tmp_path / "other", hidden_size=32)
     said = refusal("--load-hf", other / "model", "--finetune", "--save", tmp_path / "new")
-    assert "whose model's hidden size is 64, and this command's is 32; give the same model." in said
+    assert "whose model's hidden size is 64, but this command's is 32; give the same model." in said
 
 
 def test_another_tokenizer_is_refused_with_both_paths(
@@ -139,7 +139,7 @@ def test_another_tokenizer_is_refused_with_both_paths(
     words = words_for(inputs, "--load", first_run / "run", "--tokenizer-model", other)
     [said] = ranks(1).run(run_refused, words=words)
     assert f"its tokenizer is {inputs / 'model'} (digest " in said
-    assert f"and this command's is {other} (digest " in said
+    assert f"but this command's is {other} (digest " in said
 
 
 def test_without_a_checkpoint_to_take_weights_from_nothing_starts(
@@ -151,7 +151,7 @@ def test_without_a_checkpoint_to_take_weights_from_nothing_starts(
 
 
 CARRIED = {
-    "dp2 bf16, all of them": ["--bf16", "--hft-resting-moments", "host"],
+    "dp2 bf16, all of them": ["--bf16", "--hft-frozen-moments", "host"],
     # One norm's, of which the first stage has nothing.
     "pp2, few": [
         *("--no-bf16", "--pipeline-model-parallel-size", "2", "--hft-rotation", "complementary"),

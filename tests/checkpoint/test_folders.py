@@ -57,13 +57,13 @@ def test_a_checkpoint_that_the_tracker_names_and_that_is_gone_is_missing(tmp_pat
 @pytest.mark.parametrize("text", ["two", "", "-3"])
 def test_a_broken_tracker_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
-    with pytest.raises(UserError, match=f"holds '{text}', which is not an iteration number"):
+    with pytest.raises(UserError, match=f"holds '{text}', which is not an iteration"):
         find_checkpoints(str(tmp_path))
 
 
 def test_a_tracker_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\x00")
-    with pytest.raises(UserError, match="which is not an iteration number"):
+    with pytest.raises(UserError, match="which is not an iteration"):
         find_checkpoints(str(tmp_path))
 
 

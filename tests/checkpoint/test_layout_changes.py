@@ -10,7 +10,7 @@ from tests.support.models import LAYOUTS, flags
 from tests.support.ranks import RankPools
 from tests.support.runs import make_inputs, run_sft_words, words_for
 
-CARRIED = ["--hft-round-interval", "2", "--hft-moments", "carry", "--hft-resting-moments", "host"]
+CARRIED = ["--hft-round-interval", "2", "--hft-moments", "carry", "--hft-frozen-moments", "host"]
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 20000}
 PLACES = {
     "tp2 sp": (2, LAYOUTS["tp2_sp"]),

@@ -1,4 +1,4 @@
-"""--no-load-optim: a run goes on with its weights, position and rate, and with an optimizer that begins anew.
+"""--no-load-optim: a run resumes with its weights, position and rate, and with an optimizer that begins anew.
 
 Run: pytest tests/checkpoint/test_no_load_optim.py
 """
@@ -15,7 +15,7 @@ from tests.support.runs import make_inputs, run_sft_words, words_for
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 ROUNDS = ["--hft-round-interval", "3"]
-KEPT = [*ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"]
+KEPT = [*ROUNDS, "--hft-moments", "carry", "--hft-frozen-moments", "host"]
 ANEW = "--no-load-optim"
 
 
@@ -28,8 +28,8 @@ def stopped_at(ranks: RankPools, words: list[str], folder: Path, iteration: int)
     ranks(2).run(run_sft_words, words=[*words, "--save", str(folder)], kill_at=iteration)
 
 
-def going_on(ranks: RankPools, words: list[str], folder: Path, *options: str) -> list[dict[str, Any]]:
-    """What the ranks give that go on from a copy of ``folder``."""
+def resuming(ranks: RankPools, words: list[str], folder: Path, *options: str) -> list[dict[str, Any]]:
+    """Results of ranks that resume from a copy of ``folder``."""
     copy = folder.with_name(f"{folder.name}-{len(list(folder.parent.iterdir()))}")
     shutil.copytree(folder, copy)
     found: list[dict[str, Any]] = ranks(2).run(
@@ -47,7 +47,7 @@ def test_where_a_round_begins_anew_it_changes_nothing_and_within_a_round_it_does
     for iteration, changes in ((3, False), (2, True)):
         folder = tmp_path / str(iteration)
         stopped_at(ranks, words, folder, iteration)
-        usual, anew = going_on(ranks, words, folder), going_on(ranks, words, folder, ANEW)
+        usual, anew = resuming(ranks, words, folder), resuming(ranks, words, folder, ANEW)
         for one, other in zip(usual, anew, strict=True):
             assert (one["state"] != other["state"]) == changes
             assert (one["steps"] != other["steps"]) == changes
@@ -65,20 +65,20 @@ def test_moments_of_frozen_units_are_gone_too_and_another_layout_takes_the_same_
 ) -> None:
     words, folder = words_for(inputs, *KEPT), tmp_path / "run"
     stopped_at(ranks, words, folder, 4)
-    usual, anew = going_on(ranks, words, folder), going_on(ranks, words, folder, ANEW)
-    elsewhere = going_on(ranks, [*words, *TP2], folder, ANEW)
+    usual, anew = resuming(ranks, words, folder), resuming(ranks, words, folder, ANEW)
+    elsewhere = resuming(ranks, [*words, *TP2], folder, ANEW)
     steps = [json.loads(found[0]["state"]["unit steps"]) for found in (usual, anew, elsewhere)]
     assert max(steps[0].values()) == 6
     assert set(steps[1].values()) == {2}
     assert steps[2] == steps[1]
     assert len(steps[1]) < len(steps[0])
-    assert not any(name.startswith("resting.") for name in anew[0]["state"])
+    assert not any(name.startswith("frozen.") for name in anew[0]["state"])
     for one, other in zip(anew[0]["steps"], elsewhere[0]["steps"], strict=True):
         assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_new_run_from_other_weights_keeps_its_own_moments_when_it_goes_on(
+def test_a_new_run_from_other_weights_keeps_its_own_moments_when_it_resumes(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs)

@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped, beyond the rows of tests/trainer/test_run_matrix.py."""
+"""A run that stops and resumes is the run that never stopped, beyond the rows of tests/trainer/test_run_matrix.py."""
 
 import json
 import os
@@ -58,7 +58,7 @@ ROUNDS = ["--hft-round-interval", "2"]
 HIFT = ["--hft-selection", "hift", "--hft-ratio", "0.3", "--lr-warmup-iters", "0"]
 RISING = ["--weight-decay-incr-style", "cosine", "--start-weight-decay", "0", "--end-weight-decay", "0.5"]
 ROUND_CASES: dict[str, tuple[int, list[str]]] = {
-    "groups in turn, so that one stage rests": (2, [*ROUNDS, *HIFT, *PP2]),
+    "groups in turn, so that one stage is frozen": (2, [*ROUNDS, *HIFT, *PP2]),
     "scores computed once": (2, [*ROUNDS, "--hft-selection", "spectrum", "--hft-rotation", "complementary"]),
     "a rate of their own for embedding and head": (
         2,
@@ -70,7 +70,7 @@ ROUND_CASES: dict[str, tuple[int, list[str]]] = {
 """World size and options of what tests/trainer/test_run_matrix.py has no column for."""
 
 
-QUICK = ["groups in turn, so that one stage rests", "a rate of its own in every round"]
+QUICK = ["groups in turn, so that one stage is frozen", "a rate of its own in every round"]
 
 
 @pytest.mark.parametrize("case", quick(ROUND_CASES, QUICK))
@@ -115,7 +115,7 @@ def test_a_run_whose_batches_grow_resumes_at_its_sample_also_at_another_data_par
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_to_another_number_of_iterations(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+def test_a_run_continues_to_another_number_of_iterations(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--lr-decay-style", "constant")
     saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
     [whole] = ranks(1).run(run_sft_words, words=words)
@@ -142,7 +142,7 @@ def interrupted(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPat
 def lengthened(
     ranks: RankPools, inputs: Path, interrupted: tuple[Path, Any], folder: Path, *options: object
 ) -> tuple[Any, list[str]]:
-    """What the run gave that goes on from the second iteration, and its lines about the schedule."""
+    """Results of the run that resumes after the second iteration, and its lines about the schedule."""
     if not folder.exists():
         shutil.copytree(interrupted[0], folder)
     words = words_for(inputs, *SCHEDULE, "--save", folder, "--load", folder, "--train-iters", 6, *options)
@@ -161,15 +161,15 @@ def test_a_run_that_is_made_longer_says_that_its_learning_rates_are_others(
         "--adam-beta2 0.999 -> 0.99"
     )
     assert said == [
-        "> warning: the learning-rate schedule or optimizer is not that of iteration 2, and this command's values are "
-        f"used {differing}; {KEEP} would keep the checkpoint's, {OVERRIDE} says that this is meant",
-        "> the run has 6 iterations now, and had 4 when iteration 2 was saved",
+        "> warning: the learning rate schedule or optimizer differs from iteration 2; this command's values are "
+        f"used {differing}; give {KEEP} to keep the checkpoint's, or {OVERRIDE} to confirm",
+        "> the run now has 6 iterations; it had 4 when iteration 2 was saved",
     ]
     _, again = lengthened(ranks, inputs, interrupted, tmp_path / "run", *longer)
     assert again == [], "the checkpoint of iteration 6 notes what it was trained with"
     meant, said = lengthened(ranks, inputs, interrupted, tmp_path / "meant", *longer, OVERRIDE)
     assert meant["steps"] == found["steps"]
-    assert said[0] == f"> {OVERRIDE}: this command's values are used where iteration 2 has others {differing}"
+    assert said[0] == f"> {OVERRIDE}: this command's values are used where those of iteration 2 differ {differing}"
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def run_and_die_while_saving(words: list[str], where: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("where", "left"), [("sharded_state", 2), ("write_digests", 2), ("write_atomically", 4)])
-def test_a_run_that_dies_while_saving_goes_on_from_the_newest_complete_checkpoint(
+def test_a_run_that_dies_while_saving_resumes_from_the_newest_complete_checkpoint(
     where: str, left: int, ranks: RankPools, tmp_path: Path
 ) -> None:
     words = words_for(make_inputs(tmp_path), "--train-iters", 5)
@@ -55,8 +55,8 @@ def test_a_run_that_dies_while_saving_goes_on_from_the_newest_complete_checkpoin
     assert newest is not None
     assert newest.name == f"iter_{left:07d}"
     [resumed] = ranks(1).run(run_sft_words, words=saved)
-    skipped = [line for line in resumed["said"] if "is skipped: it is not complete" in line]
-    behind = [line for line in resumed["said"] if "is newer than iteration 2" in line]
+    skipped = [line for line in resumed["said"] if "skipping" in line and "it is incomplete" in line]
+    behind = [line for line in resumed["said"] if "is complete and newer than iteration 2" in line]
     assert (len(skipped), len(behind)) == ((1, 0) if left == 2 else (0, 1))
     assert resumed["steps"] == whole["steps"][left:]
     assert resumed["state"] == whole["state"]

@@ -1,4 +1,5 @@
-"""Checkpoints that leave out what rests: small, exact on resume, tied to their base. Run: pytest tests/checkpoint"""
+"""Checkpoints that leave out frozen weights: small, exact on resume, tied to their base. Run: pytest tests/checkpoint
+"""
 
 import shutil
 from hashlib import sha256
@@ -51,7 +52,7 @@ def bases(run: Path) -> dict[int, int | str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_saved_without_its_resting_weights_goes_on_to_the_same_bits(
+def test_a_run_saved_without_its_frozen_weights_resumes_to_the_same_bits(
     layout: str, ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, *LAYOUTS[layout], *ROUNDS)
@@ -95,7 +96,7 @@ def two_rounds(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPath
     return run
 
 
-def going_on(inputs: Path, run: Path, *options: object) -> list[str]:
+def resuming(inputs: Path, run: Path, *options: object) -> list[str]:
     return words_for(inputs, *ROUNDS, "--lr-decay-style", "constant", "--train-iters", 7, "--load", run, *options)
 
 
@@ -105,12 +106,12 @@ def test_a_base_that_is_gone_damaged_or_another_one_is_named(
     def refusal(name: str, harm: Any) -> str:
         run = shutil.copytree(two_rounds, tmp_path / name)
         harm(run / "iter_0000004")
-        [said, _] = ranks(2).run(run_refused, words=going_on(inputs, run))
+        [said, _] = ranks(2).run(run_refused, words=resuming(inputs, run))
         return str(said)
 
     assert "its base" in (said := refusal("gone", shutil.rmtree))
-    assert said.endswith("the newest good checkpoint is iter_0000003: add --load-fallback to go on from it.")
-    assert "iter_0000004/common.pt is not what was saved" in refusal(
+    assert said.endswith("the newest intact checkpoint is iter_0000003: add --load-fallback to resume from it.")
+    assert "iter_0000004/common.pt is not as it was saved" in refusal(
         "damaged", lambda base: flip_a_bit(base / "common.pt")
     )
 
@@ -185,13 +186,13 @@ def test_damage_in_the_base_of_a_base_is_found_and_named(
     damaged = folder / "first" / "iter_0000004"
     flip_a_bit(damaged / "common.pt")
     [said, _] = ranks(2).run(run_refused, words=words)
-    assert f"{damaged}/common.pt is not what was saved" in said
-    with pytest.raises(UserError, match=r"first/iter_0000004/common.pt is not what was saved"):
+    assert f"{damaged}/common.pt is not as it was saved" in said
+    with pytest.raises(UserError, match=r"first/iter_0000004/common.pt is not as it was saved"):
         CheckpointTensors(folder / "third" / "iter_0000002", SavedRun.read(str(folder / "third"), None).identity.shape)
     shutil.rmtree(folder / "first")
     [said, _] = ranks(2).run(run_refused, words=words)
-    assert f"its base {folder}/first/iter_0000006 is not there" in said
-    with pytest.raises(UserError, match=r"--load .*/third: .*its base .*/first/iter_0000006 is not there .*; put that"):
+    assert f"its base {folder}/first/iter_0000006 cannot be read" in said
+    with pytest.raises(UserError, match=r"--load .*/third: .*its base .*/first/iter_0000006 cannot be read .*; put that"):
         SavedRun.read(str(folder / "third"), None).source()
 
 
@@ -217,7 +218,7 @@ def test_another_model_folder_than_the_base_is_refused_with_both_digests(
     weights = load_file(other / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"][-1, -1] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    [said, _] = ranks(2).run(run_refused, words=going_on(inputs, run, "--load-hf", other))
+    [said, _] = ranks(2).run(run_refused, words=resuming(inputs, run, "--load-hf", other))
     assert f"and --load-hf {other} has " in said
-    [answer, _] = ranks(2).run(run_sft_words, words=going_on(inputs, run))
+    [answer, _] = ranks(2).run(run_sft_words, words=resuming(inputs, run))
     assert [step["iteration"] for step in answer["steps"]] == [4, 5, 6, 7]

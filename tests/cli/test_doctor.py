@@ -70,7 +70,7 @@ def test_rank_0_shows_what_all_ranks_found_and_all_end_well(ranks: RankPools, in
 def test_a_rank_with_another_torch_is_named_and_the_command_fails(ranks: RankPools) -> None:
     first, second = ranks(2).run(run_doctor, words=["--json"], other_version_on=1)
     assert (first["code"], second["code"]) == (errors.EXIT_FAILURE, errors.EXIT_FAILURE)
-    assert first["err"] == "hft-megatron: error: something is wrong with torch; the report says what to do.\n"
+    assert first["err"] == "hft-megatron: error: preflight checks failed: torch; the report shows the fixes.\n"
     [odd] = [check for check in json.loads(first["out"])["checks"] if check["status"] == "wrong"]
     assert (odd["what"], odd["value"]) == ("torch", "0.0.1")
     assert odd["where"].startswith("rank 1 on ")
@@ -110,7 +110,7 @@ def test_the_table_has_the_fix_below_what_is_not_ok() -> None:
         "wrong  disk   full (rank 1 on b)",
         "              Make room.",
         "",
-        "Of 2 checks 1 is wrong and none has a warning; what to do stands below each.",
+        "Of 2 preflight checks 1 is wrong and none has a warning; the fix is below each.",
     ]
 
 

@@ -137,7 +137,7 @@ def test_sigterm_ends_a_process_of_its_own_with_a_sentence_and_leaves_a_rank_as_
     before = signal.getsignal(signal.SIGTERM)
     training.outcome = lambda: os.kill(os.getpid(), signal.SIGTERM)
     assert main(options) == errors.EXIT_STOPPED
-    sentence = "SIGTERM stopped it before its end; give the same command again"
+    sentence = "stopped by SIGTERM before the end; run the same command again"
     assert capsys.readouterr().err == f"hft-megatron: {sentence}\n"
     assert status(tmp_path) == {"exit_code": errors.EXIT_STOPPED, "state": "stopped", "message": sentence}
     for name, value in zip(LAUNCH_VARIABLES, ("0", "2", "0", "2", "127.0.0.1", "29500"), strict=True):

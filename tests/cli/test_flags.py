@@ -49,7 +49,7 @@ def test_listing_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_log_begins_with_what_is_done_anyway_on_rank_0(
+def test_the_log_begins_with_flags_without_effect_on_rank_0(
     rank: str,
     model_folder: Path,
     training: Training,
@@ -62,7 +62,7 @@ def test_the_log_begins_with_what_is_done_anyway_on_rank_0(
     monkeypatch.setenv("MASTER_PORT", "29500")
     words = ["--load-hf", str(model_folder), "--train-data-path", "d.jsonl", "--swiglu", "--ckpt-format", "torch_dist"]
     assert main(["sft", *words]) == EXIT_OK
-    lines = {"0": ["> done anyway, or without effect here: --swiglu, --ckpt-format torch_dist"], "1": []}
+    lines = {"0": ["> accepted without effect here: --swiglu, --ckpt-format torch_dist"], "1": []}
     assert capsys.readouterr().out.splitlines() == lines[rank]
     assert len(training.calls) == 1
 
@@ -72,7 +72,7 @@ def test_several_refusals_are_one_error_with_a_line_for_each(
 ) -> None:
     assert main(["pretrain", "--fp16", "--spec", "a", "b", "--lr", "1"]) == EXIT_USAGE
     assert capsys.readouterr().err.splitlines() == [
-        "hft-megatron: error: 2 options can't be had as they are:",
+        "hft-megatron: error: 2 options are not valid:",
         "  --fp16: 16-bit training is in bf16; give --bf16.",
         "  --spec a b: layers are LLaMA's; leave it out.",
     ]

@@ -47,6 +47,7 @@ GOOD_COMMANDS = [
     (1, f"{GOOD} --objective eaft --kl-to-base 0.1 --kl-reference model"),
     (1, f"{GOOD} --objective ift --hft-freeze-embedding --ift-weights detached"),
     (1, f"{GOOD} --objective ift --hft-freeze model.embed*"),
+    (1, f"{GOOD} --objective ift --lora-rank 4"),
     (1, "--load-hf MODEL --train-iters 0 --save-hf OUT --save-dtype bfloat16"),
     (1, f"{GOOD} {EXPORTS} --save-hf-keep 2 --valid-data-path valid.jsonl --eval-interval 2"),
     (
@@ -80,7 +81,7 @@ MISTAKES = [
     (
         4,
         f"{GOOD} --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 1",
-        "--decoder-first-pipeline-num-layers 1 leaves 7 of the model's 8 layers, no equal shares for the other 3",
+        "--decoder-first-pipeline-num-layers 1 leaves 7 of the model's 8 layers, which the other 3",
         "--decoder-first-pipeline-num-layers 2 fits (4 x 2 layers)",
     ),
     (
@@ -98,7 +99,7 @@ MISTAKES = [
         2,
         f"{GOOD} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 5 "
         "--num-layers-per-virtual-pipeline-stage 1",
-        "--num-layers-per-virtual-pipeline-stage 1 interleaves stages of equal size",
+        "--num-layers-per-virtual-pipeline-stage 1 needs stages of equal size",
     ),
     (
         2,
@@ -128,10 +129,10 @@ MISTAKES = [
     (
         1,
         f"{GOOD} --kl-to-base 0.1 --kl-reference precompute",
-        "--kl-reference precompute keeps a number for each answer",
+        "--kl-reference precompute keeps one number per answer",
         "choose shared or model",
     ),
-    (1, f"{GOOD} --kl-reference model", "nothing is compared with them; leave it out, or add --kl-to-base 0.1"),
+    (1, f"{GOOD} --kl-reference model", "the first weights for --kl-to-base, which is 0; leave it out, or add"),
     (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of --objective ift", "this is dft"),
     (1, f"{GOOD} --objective ift", "gives the input embedding no gradient", "add --hft-freeze-embedding"),
     (
@@ -147,7 +148,7 @@ MISTAKES = [
         "--profile-step-end 12 must be above --profile-step-start 12, after which",
         "give at least 13",
     ),
-    (2, f"{GOOD} --profile --profile-ranks 1 2", "--profile-ranks 2: the run's ranks are 0 to 1; name one of them"),
+    (2, f"{GOOD} --profile --profile-ranks 1 2", "--profile-ranks 2: this run has ranks 0 to 1; give one of them"),
     (1, f"{GOOD} --profile --profile-ranks all", "--profile-ranks all: the value must be one or more whole numbers"),
     (1, f"{GOOD} --profile --use-pytorch-profiler", "--use-pytorch-profiler needs a folder", "--tensorboard-dir"),
     # not built yet
@@ -158,30 +159,30 @@ MISTAKES = [
     # the batch
     (1, f"{GOOD} --rampup-batch-size 4 4", "--rampup-batch-size 4 4: must be three whole numbers of at least 1"),
     (1, f"{GOOD} --rampup-batch-size 4 x 4", "--rampup-batch-size 4 x 4: the value must be one or more whole numbers"),
-    (1, f"{GOOD} --train-samples 9 --rampup-batch-size 1 1 4", "1 1 4 leads up to --global-batch-size; add it."),
-    (1, f"{RAMPED} --rampup-batch-size 8 4 9", "--global-batch-size 8 must be START 8 and one or more times INCREMENT"),
+    (1, f"{GOOD} --train-samples 9 --rampup-batch-size 1 1 4", "1 1 4 needs --global-batch-size, the size that it ends at; add it."),
+    (1, f"{RAMPED} --rampup-batch-size 8 4 9", "--global-batch-size 8 must be START 8 plus a multiple of INCREMENT"),
     (1, f"{RAMPED} --rampup-batch-size 2 4 9", "--rampup-batch-size 2 4 9: --global-batch-size 8", "that fits is 10."),
     (
         2,
         f"{RAMPED} --micro-batch-size 2 --rampup-batch-size 4 2 9",
-        "--rampup-batch-size: INCREMENT 2 is not a multiple of the 4 sequences that the ranks take at least in a step",
+        "--rampup-batch-size: INCREMENT 2 is not a multiple of 4, the fewest sequences of a step",
     ),
     (
         2,
         f"{RAMPED} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
         "--rampup-batch-size 1 7 9",
-        "--rampup-batch-size: START 1 is not a multiple of the 2 sequences",
+        "--rampup-batch-size: START 1 is not a multiple of 2, the fewest sequences",
     ),
     (
         1,
         f"{GOOD} --global-batch-size 8 --rampup-batch-size 4 4 9",
-        "--rampup-batch-size 4 4 9 needs the length of the run as --train-samples; give it",
+        "--rampup-batch-size 4 4 9 needs the length of the run in samples; give it",
     ),
-    (1, f"{RAMPED} --rampup-batch-size 4 4 40", "--train-samples 40 ends before the full batch", "more than 40"),
+    (1, f"{RAMPED} --rampup-batch-size 4 4 40", "--train-samples 40 ends before --rampup-batch-size", "more than 40"),
     (
         1,
         f"{RAMPED} --rampup-batch-size 4 4 9 --hft-round-interval 2 --hft-lr-schedule round",
-        "--hft-lr-schedule round has one schedule for all of them; leave one of the two out",
+        "--hft-lr-schedule round has one schedule for all rounds; leave one of the two out",
     ),
     (
         2,
@@ -197,15 +198,15 @@ MISTAKES = [
     ),
     (1, f"{GOOD} --seq-length 129", "--seq-length 129", "128 positions"),
     # records
-    (1, f"{GOOD} --data-keys prompt=question", "'question' is no key that a format has", "such as question=prompt"),
-    (1, f"{GOOD} --prompt-separator \\x", "--prompt-separator \\x: a \\ stands before n, t or another"),
+    (1, f"{GOOD} --data-keys prompt=question", "'question' is not a key of any format", "such as question=prompt"),
+    (1, f"{GOOD} --prompt-separator \\x", "--prompt-separator \\x: a \\ must be followed by n, t or another"),
     # recomputation
     (1, f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
     (
         1,
         f"{GOOD} --recompute-activations --recompute-granularity full --recompute-method block "
         "--recompute-num-layers 1",
-        "--recompute-activations recomputes attention alone, and --recompute-granularity full whole layers; keep one",
+        "--recompute-activations recomputes attention alone, but --recompute-granularity full whole layers; keep one",
     ),
     (1, f"{GOOD} --recompute-activations --recompute-num-layers 2", "and --recompute-num-layers 2 whole layers"),
     (1, f"{GOOD} --empty-unused-memory-level 3", "--empty-unused-memory-level 3: the value must be one of 0, 1, 2"),
@@ -232,8 +233,8 @@ MISTAKES = [
     (1, f"{GOOD} --hft-ratio -0.1", "--hft-ratio -0.1: must be a number between 0 and 1"),
     (1, f"{GOOD} --hft-ratio nan", "--hft-ratio nan: must be a number between 0 and 1"),
     # the method
-    (1, f"{GOOD} --hft-selection lisa --hft-level layer", "--hft-level layer has no meaning with --hft-selection lisa"),
-    (1, f"{GOOD} --hft-round-interval 0", "--hft-round-interval 0 must be stage, epoch or"),
+    (1, f"{GOOD} --hft-selection lisa --hft-level layer", "--hft-level layer has no effect with --hft-selection lisa"),
+    (1, f"{GOOD} --hft-round-interval 0", "--hft-round-interval 0 must be stage, epoch, or"),
     (1, f"{GOOD} --hft-plan absent.json", "--hft-plan absent.json is not a readable file"),
     # more numbers
     (1, f"{GOOD} --micro-batch-size 0", "--micro-batch-size 0: must be a whole number of at least 1"),
@@ -259,9 +260,9 @@ MISTAKES = [
     (
         1,
         f"{GOOD} --train-samples 9 --lr-decay-style WSD --lr-wsd-decay-samples 9 --lr-warmup-samples 1",
-        "--lr-wsd-decay-samples 9 is more than the 8 of the decay after the warm-up; give at most 8",
+        "--lr-wsd-decay-samples 9 is longer than the decay after the warm-up, 8; give at most 8",
     ),
-    (1, f"{GOOD} --no-bf16 --grad-reduce-in-bf16", "--no-accumulate-allreduce-grads-in-fp32 adds up"),
+    (1, f"{GOOD} --no-bf16 --grad-reduce-in-bf16", "--no-accumulate-allreduce-grads-in-fp32 sums"),
     (1, f"{GOOD} --use-precision-aware-optimizer", "masters and moments are fp32; other types take"),
     (1, f"{GOOD} --packing --packing-window 0", "--packing-window 0: must be a whole number of at least 1"),
     (1, f"{GOOD} --packing-window 50", "--packing-window 50 needs --packing; add it"),
@@ -284,7 +285,7 @@ MISTAKES = [
     (
         1,
         f"{GOOD} --train-iters 5 --lr-schedule-iters 7 --lr-schedule-start 3",
-        "--lr-schedule-start 3 and --train-iters 5 go beyond --lr-schedule-iters 7; give at least 8",
+        "--lr-schedule-start 3 plus --train-iters 5 is more than --lr-schedule-iters 7; give at least 8",
     ),
     (1, f"{GOOD} --train-samples 9 --lr-schedule-iters 99", "--lr-schedule-iters 99 counts iterations"),
     (
@@ -304,18 +305,18 @@ MISTAKES = [
     (
         1,
         f"{GOOD} --decoupled-lr 1e-6 --hft-freeze-embedding --hft-freeze-head",
-        "--decoupled-lr 1e-06 is the rate of embedding and head, and --hft-freeze-embedding and",
+        "--decoupled-lr 1e-06 is the learning rate of embedding and head, but --hft-freeze-embedding and",
     ),
     (1, f"{GOOD} --lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
-    (1, f"{GOOD} --lr-wsd-decay-iters 5", "--lr-wsd-decay-iters 5 needs --lr-decay-style WSD, and it is cosine"),
+    (1, f"{GOOD} --lr-wsd-decay-iters 5", "--lr-wsd-decay-iters 5 needs --lr-decay-style WSD, but it is cosine"),
     (1, f"{GOOD} --lr-wsd-decay-style linear", "--lr-wsd-decay-style linear needs --lr-decay-style WSD"),
     (
         1,
         f"{GOOD} --lr-decay-style WSD --lr-wsd-decay-iters 91 --lr-warmup-iters 10",
-        "--lr-wsd-decay-iters 91 is more than the 90 of the decay after the warm-up; give at most 90",
+        "--lr-wsd-decay-iters 91 is longer than the decay after the warm-up, 90; give at most 90",
     ),
-    (1, f"{GOOD} --lr-decay-style inverse-square-root", "has no meaning without a warm-up; give --lr-warmup-iters"),
-    (1, f"{GOOD} --lr-warmup-init 1e-6", "--lr-warmup-init 1e-06 is the rate that a warm-up begins at, and there is"),
+    (1, f"{GOOD} --lr-decay-style inverse-square-root", "is not defined without a warm-up; give --lr-warmup-iters"),
+    (1, f"{GOOD} --lr-warmup-init 1e-6", "--lr-warmup-init 1e-06 is the learning rate at the start of a warm-up, but there is"),
     (1, f"{GOOD} --lr-warmup-iters 5 --lr-warmup-init 1", "--lr-warmup-init 1.0 is above --lr 1e-05"),
     (1, f"{GOOD} --end-weight-decay 1", "--end-weight-decay 1.0 needs --weight-decay-incr-style linear or cosine"),
     (
@@ -326,7 +327,7 @@ MISTAKES = [
     (
         1,
         f"{GOOD} --weight-decay-incr-style cosine --start-weight-decay 1 --end-weight-decay 0.5",
-        "--end-weight-decay 0.5 is below --start-weight-decay 1.0, and weight decay only rises; give at least 1.0",
+        "--end-weight-decay 0.5 is below --start-weight-decay 1.0, but weight decay can only rise; give at least 1.0",
     ),
     (1, f"{GOOD} --save-interval 0", "--save-interval 0: must be a whole number of at least 1"),
     # the model
@@ -345,7 +346,7 @@ MISTAKES = [
     (1, FROM_FLAGS.replace("--tokenizer-model tok", "--train-iters 0"), "--tokenizer-model is missing"),
     (1, f"{GOOD} --train-data-path 1 a.jsonl b.jsonl", "--train-data-path: b.jsonl has no weight, but other paths do"),
     (1, f"{GOOD} --train-data-path 0 a.jsonl", "--train-data-path: the weight 0 must be a number above 0"),
-    (1, f"{GOOD} --valid-data-path 2 a.jsonl", "--valid-data-path 2 a.jsonl: validation sees every example exactly"),
+    (1, f"{GOOD} --valid-data-path 2 a.jsonl", "--valid-data-path 2 a.jsonl: validation uses every example exactly"),
     (1, f"{GOOD} --loss-on users", "--loss-on users: the value must be one of assistant, all, last"),
     (1, f"{GOOD} --data-format csv", "--data-format csv: the value must be one of messages, preference, sharegpt"),
     (1, f"{GOOD} --eval-interval 5", "--eval-interval 5 needs --valid-data-path"),
@@ -358,14 +359,14 @@ MISTAKES = [
     (1, f"{GOOD} --save-retain-interval 2", "--save-retain-interval 2 needs --save"),
     (1, f"{GOOD} --async-save", "--async-save needs --save; add it or leave --async-save out"),
     (1, f"{GOOD} --save-trained-only", "--save-trained-only needs --save"),
-    (1, f"{GOOD} --load MODEL", "--load MODEL is a Hugging Face folder, which --load-hf takes"),
+    (1, f"{GOOD} --load MODEL", "--load MODEL is a Hugging Face folder; give it as --load-hf"),
     (1, f"{GOOD} --load-fallback", "--load-fallback needs --load"),
     (1, f"{GOOD} --finetune", "--finetune needs --load"),
     (1, f"{GOOD} --override-opt_param-scheduler", "--override-opt-param-scheduler needs --load"),
     (
         1,
         f"{GOOD} --load RUN --override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
-        "--override-opt-param-scheduler uses this command's schedule and --use-checkpoint-opt-param-scheduler the",
+        "--override-opt-param-scheduler uses this command's schedule, but --use-checkpoint-opt-param-scheduler the",
     ),
     (1, f"{GOOD} --finetune --load RUN --save RUN", "--finetune starts a new run", "choose another --save folder"),
     (
@@ -393,7 +394,7 @@ MISTAKES = [
     (1, f"{GOOD} --save-hf OUT --save-hf-keep 2", "--save-hf-keep 2 needs --save-hf-interval; add it"),
     (1, f"{GOOD} --save-hf OUT --save-hf-best loss", "--save-hf-best loss needs --save-hf-interval; add it"),
     (1, f"{GOOD} {EXPORTS} --save-hf-keep 0", "--save-hf-keep 0: must be a whole number of at least 1"),
-    (1, f"{GOOD} {EXPORTS} --train-iters 0", "--save-hf-interval 4 exports during training, and --train-iters 0"),
+    (1, f"{GOOD} {EXPORTS} --train-iters 0", "--save-hf-interval 4 exports during training, but --train-iters 0"),
     (1, f"{GOOD} {EXPORTS} --save-hf-best loss", "--save-hf-best loss needs --eval-interval", "--eval-interval 4."),
     (
         1,
@@ -403,7 +404,7 @@ MISTAKES = [
     (
         1,
         f"{GOOD} {EXPORTS} --save-hf-best valid_loss --valid-data-path v.jsonl --eval-interval 2",
-        "--save-hf-best valid_loss is no validation metric of sft to choose by; choose lm loss.",
+        "--save-hf-best valid_loss is not a validation metric of sft; choose lm loss.",
     ),
     (1, f"{GOOD} --save-hf MODEL --save-hf-interval 2", "--save-hf MODEL is not empty"),
     (1, f"{GOOD} --wandb-exp-name x", "--wandb-exp-name x needs --wandb-project"),
@@ -476,7 +477,7 @@ def test_a_folder_with_checkpoints_is_not_written_over_unless_it_is_resumed(
     (run / "latest_checkpointed_iteration.txt").write_text("100")
     save = [*words(GOOD, model_folder), "--save", str(run)]
     assert main(save) == EXIT_USAGE
-    assert f"add --load {run} to go on with it" in capsys.readouterr().err
+    assert f"add --load {run} to resume it" in capsys.readouterr().err
     assert main([*save, "--load", f"{run}/"]) == EXIT_OK
 
 

@@ -70,7 +70,7 @@ def mistake_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 DATA_MISTAKES: list[tuple[list[object], list[str]]] = [
     ([GOOD, "{not json}"], ["data.jsonl:2: the line is not valid JSON"]),
     ([GOOD, "", "[1, 2]"], ["data.jsonl:3: the record is a list"]),
-    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "in it since ", "data.jsonl:1; put"]),
+    ([GOOD, {"text": "no"}], ["data.jsonl:2: the record has the keys `text`", "the file since ", "data.jsonl:1; put"]),
     ([{"question": "a"}], ["data.jsonl:1: the record has the keys `question`, which is no known format: `messages`"]),
     (
         [{"question": "a", "answer": "b"}],
@@ -131,7 +131,7 @@ def test_a_compressed_file_that_is_cut_off_is_named(
     whole = gzip.compress((tmp_path / "data.jsonl").read_bytes())
     (tmp_path / "valid.jsonl.gz").write_bytes(whole[:-5])
     message = mistake_of([*command, "--valid-data-path", str(tmp_path / "*.gz")], capsys)
-    assert "valid.jsonl.gz:2: the compressed data is cut off or damaged" in message
+    assert "valid.jsonl.gz:2: the compressed data is truncated or damaged" in message
 
 
 def test_a_chat_template_without_a_tokenizer_is_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,12 +270,12 @@ def saved_run(command: list[str], tmp_path: Path) -> Path:
 
 
 OTHER_RUNS: list[tuple[str, list[str]]] = [
-    ("--hft-ratio 0.25", ["its --hft-ratio is 0.5, and this command's is 0.25"]),
-    ("--hft-ratio 1", ["its --hft-ratio is 0.5, and this command's is 1.0"]),
-    ("--hft-seed 7", ["its --hft-seed is 1234, and this command's is 7"]),
-    ("--seed 7", ["its --seed is 1234, and this command's is 7"]),
-    ("--seq-length 64", ["its --seq-length is ", "and this command's is 64"]),
-    ("--global-batch-size 2", ["its --global-batch-size is 1, and this command's is 2"]),
+    ("--hft-ratio 0.25", ["its --hft-ratio is 0.5, but this command's is 0.25"]),
+    ("--hft-ratio 1", ["its --hft-ratio is 0.5, but this command's is 1.0"]),
+    ("--hft-seed 7", ["its --hft-seed is 1234, but this command's is 7"]),
+    ("--seed 7", ["its --seed is 1234, but this command's is 7"]),
+    ("--seq-length 64", ["its --seq-length is ", "but this command's is 64"]),
+    ("--global-batch-size 2", ["its --global-batch-size is 1, but this command's is 2"]),
 ]
 
 
@@ -300,7 +300,7 @@ def test_other_data_is_another_run(command: list[str], saved_run: Path, tmp_path
 def test_another_model_is_another_run(command: list[str], saved_run: Path, model: Path, capsys: Any) -> None:
     set_config(num_hidden_layers=4)(model)
     message = mistake_of([*command, "--save", str(saved_run), "--load", str(saved_run)], capsys)
-    assert "holds another run: its model's num layers is 8, and this command's is 4" in message
+    assert "holds another run: its model's num layers is 8, but this command's is 4" in message
 
 
 def test_a_model_with_other_weights_is_another_run(
@@ -323,7 +323,7 @@ def test_a_run_whose_checkpoints_were_discarded_is_neither_begun_again_nor_taken
     message = mistake_of(
         [*command, "--load", str(saved_run), "--save", str(saved_run.with_name(name)), *others], capsys
     )
-    assert f"--load {saved_run} holds a task that is over, whose checkpoints --continual-discard deleted" in message
+    assert f"--load {saved_run} holds a finished task whose checkpoints --continual-discard has deleted" in message
 
 
 @pytest.mark.usefixtures("no_weights_needed")

@@ -21,9 +21,9 @@ def test_check_names_unknown_keys_and_files_that_are_passed_over(
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(["sft", *words_for(tmp_path), "--check"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    start = f"{model}/config.json: keys that are not known and not read: use_depth_scaling ("
+    start = f"{model}/config.json: unknown keys are ignored: use_depth_scaling ("
     assert [line for line in lines if line.startswith(start)]
-    assert f"{model}: not read, because its files are not there: model.safetensors.index.json" in lines
+    assert f"{model}: not read, because its files are missing: model.safetensors.index.json" in lines
 
 
 def test_check_says_that_a_shared_reference_has_no_use_for_a_cache(

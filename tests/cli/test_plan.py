@@ -24,7 +24,7 @@ from hft_megatron.costs.step_time import StepTimeModel
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.plan_file import load_plans
 from hft_megatron.report.plan import make_report
-from hft_megatron.report.plan_picture import RESTS, ROUND_COLOURS, strip, unit_boxes
+from hft_megatron.report.plan_picture import FROZEN, ROUND_COLOURS, strip, unit_boxes
 from hft_megatron.report.plan_text import report_text
 from tests.cli.conftest import SHAPE
 
@@ -88,7 +88,7 @@ def test_keys_of_the_config_that_nobody_knows_are_named_as_a_run_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | {"mystery": 1, "pretraining_tp": 2}))
-    note = f"{tmp_path}/config.json: keys that are not known and not read: mystery (a LLaMA is computed without them)"
+    note = f"{tmp_path}/config.json: unknown keys are ignored: mystery (LLaMA is computed without them)"
     assert main(["plan", "--load-hf", str(tmp_path)]) == errors.EXIT_OK
     assert capsys.readouterr().out.splitlines()[0] == note
     assert main(["plan", "--load-hf", str(tmp_path), "--json"]) == errors.EXIT_OK
@@ -141,7 +141,7 @@ def test_the_smallest_layouts_may_have_uneven_stages(tmp_path: Path, capsys: pyt
     assert (full["fits"], full["total"]) == (True, proposed[0]["total"])
 
 
-def test_rounds_that_fill_a_line_go_on_below(plan: Run) -> None:
+def test_rounds_that_fill_a_line_continue_below(plan: Run) -> None:
     text = plan("--rounds", "20")
     headings = [line.split("round ")[1:] for line in text.splitlines() if line.strip().startswith("round 0  ")]
     assert headings
@@ -236,11 +236,11 @@ def test_an_edited_plan_is_never_written_over(
     edited = file.read_text().replace('"trains": true', '"trains": false', 1)
     file.write_text(edited)
     assert main(["plan", "--load-hf", str(model_folder), "--save", str(file)]) == errors.EXIT_USAGE
-    assert f"--save {file} holds something else already" in capsys.readouterr().err
+    assert f"--save {file} already exists with other contents" in capsys.readouterr().err
     assert file.read_text() == edited
 
 
-def test_the_picture_colours_what_trains_in_a_round_and_greys_what_rests(plan: Run, tmp_path: Path) -> None:
+def test_the_picture_colours_what_trains_in_a_round_and_greys_what_is_frozen(plan: Run, tmp_path: Path) -> None:
     file = tmp_path / "plan.png"
     plan("--rounds", "3", "--hft-freeze-head", "--png", str(file))
     drawn = plans(3, hft_freeze_head=True)
@@ -250,7 +250,7 @@ def test_the_picture_colours_what_trains_in_a_round_and_greys_what_rests(plan: R
         for unit, box in boxes.items():
             for index, one in enumerate(drawn):
                 left, top, right, bottom = strip(box, index, 3)
-                expected = ROUND_COLOURS[index] if one.trains(unit) else RESTS
+                expected = ROUND_COLOURS[index] if one.trains(unit) else FROZEN
                 corners = [(left, top), (right - 1, bottom - 1)]
                 assert [image.getpixel(corner) for corner in corners] == [expected] * 2, (unit, index)
     assert boxes["lm_head"][1] > boxes["model.norm"][1] > boxes["model.layers.7.mlp.up_proj"][1]
@@ -335,7 +335,7 @@ def test_the_memory_in_json_has_every_part_and_a_smallest_layout_that_fits_where
 def test_where_nothing_helps_the_plan_says_so(plan: Run) -> None:
     text = plan("--memory", "0.01MB", "--micro-batch-size", "2")
     assert text.count("neither recomputation nor a smaller micro-batch makes it fit") == 2
-    assert text.count("with these options it fits on no layout") == 2
+    assert text.count("with these options it fits in no layout") == 2
 
 
 def test_the_data_type_that_a_run_here_would_choose_is_said(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +346,7 @@ def test_the_data_type_that_a_run_here_would_choose_is_said(plan: Run, monkeypat
         assert (
             plan("--memory", "1GB", "--no-bf16")
             .rstrip()
-            .endswith(f"weights are counted in fp32; without --bf16 or --no-bf16 a run on this machine chooses {dtype}")
+            .endswith(f"weights are in fp32; without --bf16 or --no-bf16 a run on this machine chooses {dtype}")
         )
 
 
@@ -432,7 +432,7 @@ MISTAKES = [
         "--recompute-granularity full needs --recompute-method",
     ),
     ("--load-hf MODEL --time", "--time needs --global-batch-size, the sequences of a step"),
-    ("--load-hf MODEL --time --global-batch-size 8", "--time needs --device-tflops, the TFLOP/s of matrix products"),
+    ("--load-hf MODEL --time --global-batch-size 8", "--time needs --device-tflops, the sustained TFLOP/s of matrix products"),
     ("--load-hf MODEL --time --global-batch-size 8 --device-tflops 1", "--time needs --memory-bandwidth, the GB/s"),
     (f"--load-hf MODEL --world-size 2 {TIME}", "--time needs --node-bandwidth, the GB/s"),
     (f"--load-hf MODEL --world-size 16 --node-bandwidth 1 {TIME}", "8 is not a multiple"),
@@ -441,10 +441,10 @@ MISTAKES = [
     (f"--load-hf MODEL {TIME} --seq-length 129", "--seq-length 129 is beyond the model's 128 positions"),
     (f"--load-hf MODEL {TIME} --device-tflops 0", "--device-tflops 0.0: must be a number above 0"),
     (f"--load-hf MODEL {TIME} --devices-per-node 0", "--devices-per-node 0: must be a whole number of at least 1"),
-    ("--load-hf MODEL --memory-bandwidth 8", "--memory-bandwidth 8 is for --time; add it"),
+    ("--load-hf MODEL --memory-bandwidth 8", "--memory-bandwidth 8 needs --time; add it"),
     ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png can't be written: No such file"),
     ("--load-hf MODEL --lr 1", "--lr is not an option"),
-    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: here --lr."),
+    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: give --lr 1."),
     (SHAPE_FLAGS, "--vocab-size is missing: a plan reads no tokenizer"),
     ("", "No model is given"),
 ]

@@ -87,7 +87,7 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_sa
         time.sleep(0.05)
     assert not (tmp_path / "killed.idx").exists()
     again = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert number is signal.SIGKILL or "going on behind " in again.stdout
+    assert number is signal.SIGKILL or "resuming after " in again.stdout
     assert contents(tmp_path / "killed") == contents(whole / "whole")
 
 
@@ -105,7 +105,7 @@ def any_in_group(group: int) -> bool:
         (["--workers", "0"], "--workers 0: must be a whole number of at least 1."),
         (["--seq-length", "0"], "--seq-length 0: must be a whole number of at least 1."),
         (["--input", "absent.jsonl"], "--input absent.jsonl: there is no such file."),
-        (["--input", "2", "rows.jsonl"], "--input 2 rows.jsonl: weights are of training, which takes them before the"),
+        (["--input", "2", "rows.jsonl"], "--input 2 rows.jsonl: weights belong to training, which takes them"),
         (["--output-prefix", "rows.jsonl/x"], "--output-prefix rows.jsonl/x can't be written: Not a directory."),
         (["--tokenizer-model", "absent"], "--tokenizer-model absent does not exist; name a Hugging Face folder"),
         (

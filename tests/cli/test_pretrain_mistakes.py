@@ -53,34 +53,34 @@ def mistake_of(options: str, folder: Path, capsys: pytest.CaptureFixture[str], *
 OPTIONS: list[tuple[int, str, list[str]]] = [
     (1, "--load-hf MODEL", ["--data-path is missing: give the prefix of .bin and .idx files, --mock-data"]),
     (1, f"{GOOD} --mock-data", ["--mock-data and --data-path ", "both given"]),
-    (1, f"{GOOD} --data-path 0.5 CORPUS 0.5", ["--data-path: the weight 0.5 has no path behind it"]),
+    (1, f"{GOOD} --data-path 0.5 CORPUS 0.5", ["--data-path: no path follows the weight 0.5"]),
     (1, f"{GOOD} --data-path 0.5 CORPUS CORPUS", ["corpus has no weight, but other paths do"]),
-    (1, f"{GOOD} --data-path 0.5 0.5", ["--data-path: the weight 0.5 has no path behind it"]),
+    (1, f"{GOOD} --data-path 0.5 0.5", ["--data-path: no path follows the weight 0.5"]),
     (1, f"{GOOD} --data-path 0 CORPUS", ["--data-path: the weight 0 must be a number above 0"]),
     *(
-        (1, f"{GOOD} --split {split}", [f"--split {split}: must be up to three numbers"])
+        (1, f"{GOOD} --split {split}", [f"--split {split}: must be one to three numbers"])
         for split in ("90/10", "a,b,c", "90,10,5,5", "90,,10", "-1,2", "9e1,1", "nan", ",")
     ),
     (1, f"{GOOD} --split 0,1", ["--split 0,1 leaves nothing to train on"]),
     (1, f"{GOOD} --split 0", ["--split 0 leaves nothing to train on"]),
-    (1, f"{GOOD} --reset-position-ids", ["--reset-position-ids needs --reset-attention-mask: rotary positions begin"]),
+    (1, f"{GOOD} --reset-position-ids", ["--reset-position-ids needs --reset-attention-mask: rotary positions restart"]),
     (1, f"{GOOD} --train-epochs 2", ["--train-epochs 2: a corpus ", "give --train-iters"]),
     (1, f"{GOOD} --hft-round-interval epoch", ["--hft-round-interval epoch: a corpus ", "--hft-round-interval 50"]),
     (1, f"{GOOD} --eval-interval 5", ["--eval-interval 5 needs --eval-iters"]),
-    (1, f"{GOOD} --split 1 --eval-iters 5", ["--eval-iters 5 needs a part for validation, and --split 1 has none"]),
+    (1, f"{GOOD} --split 1 --eval-iters 5", ["--eval-iters 5 needs a part for validation, but --split 1 has none"]),
     (
         2,
         f"{GOOD} --seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel",
-        ["--seq-length 15 is no multiple of --tensor-model-parallel-size 2", "that fits is 14"],
+        ["--seq-length 15 is not a multiple of --tensor-model-parallel-size 2", "that fits is 14"],
     ),
     (1, f"{GOOD} --hft-ratio 2", ["--hft-ratio 2.0: must be a number between 0 and 1"]),
     # options of fine-tuning
-    (1, f"{GOOD} --chat-template tulu", ["--chat-template tulu: `hft-megatron sft` and `dpo` have it"]),
+    (1, f"{GOOD} --chat-template tulu", ["--chat-template tulu: it is an option of `hft-megatron sft` and `dpo`"]),
     (1, f"{GOOD} --packing", ["--packing is not an option of this command"]),
     # sources of their own for training and validation
     (1, f"{GOOD} --train-data-path x", ["--data-path ", "corpus and --train-data-path x are both given; keep one"]),
     (1, "--load-hf MODEL --mock-data --train-data-path x", ["--mock-data and --train-data-path x are both given"]),
-    (1, f"{APART} --split 9,1", ["--split 9,1 divides --data-path and not --train-data-path"]),
+    (1, f"{APART} --split 9,1", ["--split 9,1 splits --data-path, not --train-data-path"]),
     (1, f"{APART} --valid-data-path x", ["--valid-data-path x needs --eval-iters; add it"]),
     (1, f"{APART} --eval-on-start", ["--eval-on-start needs --eval-iters; add it"]),
     (1, f"{APART} --eval-iters 2", ["--eval-iters 2 needs --valid-data-path beside --train-data-path"]),
@@ -89,8 +89,8 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
         f"{APART} --train-data-path 0.5 CORPUS CORPUS",
         ["--train-data-path: ", "corpus has no weight, but other paths"],
     ),
-    (1, f"{APART} --valid-data-path 0.5 --eval-iters 1", ["--valid-data-path: the weight 0.5 has no path behind it"]),
-    (1, f"{GOOD} --valid-data-path x --eval-iters 1", ["--valid-data-path x goes with --train-data-path; give both"]),
+    (1, f"{APART} --valid-data-path 0.5 --eval-iters 1", ["--valid-data-path: no path follows the weight 0.5"]),
+    (1, f"{GOOD} --valid-data-path x --eval-iters 1", ["--valid-data-path x needs --train-data-path; give both"]),
 ]
 
 
@@ -135,7 +135,7 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no folder for indices": (
         lambda f: (f / "absent").touch(),
         f"{GOOD} --data-cache-path ABSENT",
-        ["--data-cache-path ", "absent can't be used: File exists; name a folder that can be written"],
+        ["--data-cache-path ", "absent can't be used: File exists; name a writable folder"],
     ),
     "ids beyond the model": (
         lambda f: write_corpus(f / "corpus", [[5] * 30, [VOCAB_SIZE]]),
@@ -145,13 +145,13 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no end of a document": (
         lambda f: None,
         f"{GOOD} --reset-attention-mask",
-        ["--reset-attention-mask goes by the token", "corpus.bin has none; make the corpus with it (--append-eod)"],
+        ["--reset-attention-mask needs the token", "corpus.bin has none; make the corpus with it (--append-eod)"],
     ),
-    "no end that could be left out": (lambda f: None, f"{GOOD} --eod-mask-loss", ["--eod-mask-loss goes by the token"]),
+    "no end that could be left out": (lambda f: None, f"{GOOD} --eod-mask-loss", ["--eod-mask-loss needs the token"]),
     "shorter than a sample": (
         lambda f: write_corpus(f / "corpus", [[5] * 8] * 2),
         f"{GOOD} --split 1",
-        ["leaves 16 tokens in 2 documents for training, and one sample needs 17"],
+        ["leaves 16 tokens in 2 documents for training, but one sample needs 17"],
     ),
     "no document to train on": (lambda f: None, f"{GOOD} --split 1,999", ["leaves 0 tokens in 0 documents for train"]),
     "nothing to validate on": (lambda f: None, f"{GOOD} --split 999,1 --eval-iters 1", ["0 documents for validation"]),

@@ -129,7 +129,7 @@ def test_what_is_not_learned_stands_under_the_counts(show_data: Show, tmp_path: 
     notes = [
         f"{path}: 1 of 4 answers are empty: only their end token is trained",
         f"{path}: keys that are not read: id (3)",
-        f"{path}: keys passed over by --ignore-keys: label (3)",
+        f"{path}: keys ignored by --ignore-keys: label (3)",
     ]
     assert show_data(*words).splitlines()[3:] == notes
     page = tmp_path / "keys.html"
@@ -184,7 +184,7 @@ def test_only_a_page_of_its_own_is_written_over(
     page.write_text("mine")
     options = ["--tokenizer-model", str(model), "--train-data-path", str(tmp_path / "a.jsonl"), "--html", str(page)]
     assert main(["show-data", *options]) == EXIT_USAGE
-    assert f"--html {page} holds something else already; choose another name" in capsys.readouterr().err
+    assert f"--html {page} already exists with other contents; choose another name" in capsys.readouterr().err
     assert page.read_text() == "mine"
 
 
@@ -248,7 +248,7 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
     ("words", "sentence"),
     [
         ("--tokenizer-model MODEL", "--train-data-path is missing: name the data to show."),
-        ("--train-data-path DATA", "--tokenizer-model is missing: name a tokenizer, or the model folder by --load-hf."),
+        ("--train-data-path DATA", "--tokenizer-model is missing: name a tokenizer, or a model folder with --load-hf."),
         ("--load-hf absent --train-data-path DATA", "--load-hf absent: there is no such folder"),
         ("--load-hf SMALL --train-data-path DATA", "has ids up to 333, but the model's vocabulary has 300 rows"),
         ("--load-hf MODEL --train-data-path DATA", "DATA:4: the example has "),
@@ -265,7 +265,7 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
         ("--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html", "--html /absent/x.html can't be writ"),
         (
             "--tokenizer-model MODEL --train-data-path DATA --data-keys a=b",
-            "--data-keys a=b: 'b' is no key that a format",
+            "--data-keys a=b: 'b' is not a key of any format",
         ),
         (
             "--tokenizer-model MODEL --train-data-path DATA --data-keys a=text",
@@ -273,12 +273,12 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
         ),
         (
             "--tokenizer-model MODEL --train-data-path DATA --prompt-separator \\x",
-            "--prompt-separator \\x: a \\ stands",
+            "--prompt-separator \\x: a \\ must be followed",
         ),
         ("--tokenizer-model MODEL --train-data-path DATA --lr 1", "--lr is not an option"),
         ("--tokenizer-model MODEL --train-data-path PAIRS", "PAIRS:2: `chosen` and `rejected` are the same; correct"),
-        ("--tokenizer-model MODEL --train-data-path PAIRS --loss-on all", "--loss-on all would compare the prompts"),
-        ("--tokenizer-model MODEL --train-data-path PAIRS --long-examples split", "--long-examples split cuts an ans"),
+        ("--tokenizer-model MODEL --train-data-path PAIRS --loss-on all", "--loss-on all would also compare the prompts"),
+        ("--tokenizer-model MODEL --train-data-path PAIRS --long-examples split", "--long-examples split would cut an ans"),
         ("--tokenizer-model MODEL --train-data-path DATA PAIRS", "3 records (PAIRS:1, PAIRS:2, ...): the record is"),
     ],
 )

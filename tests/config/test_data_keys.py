@@ -22,10 +22,10 @@ def test_keys_are_mapped_in_one_order_however_they_are_written() -> None:
         ("question", "'question' is not KEY=NAME"),
         ("question=", "'question=' is not KEY=NAME"),
         ("a=prompt,,b=text", "'' is not KEY=NAME"),
-        ("a=b", "'b' is no key that a format has; choose one of messages, conversations, prompt, "),
+        ("a=b", "'b' is not a key of any format; choose one of messages, conversations, prompt, "),
         ("prompt=question", "text, such as question=prompt: the record's key comes first."),
         ("a=prompt,a=text", "'a' is there twice"),
-        ("a=prompt,b=prompt", "'prompt' is there twice; every key means one thing."),
+        ("a=prompt,b=prompt", "'prompt' is given twice; map every key once."),
     ],
 )
 def test_words_that_map_nothing_are_named(words: str, sentence: str) -> None:
@@ -43,5 +43,5 @@ def test_a_separator_has_line_ends_and_tabs() -> None:
     written = {"": "", " ": " ", r"\n": "\n", r"\n\nA:\t": "\n\nA:\t", r"\\n": r"\n", "\n": "\n", "é": "é"}
     assert {words: prompt_separator(words) for words in written} == written
     for words in ("\\", r"\x", "a\\\\\\"):
-        with pytest.raises(UserError, match=r"a \\ stands before n, t or another"):
+        with pytest.raises(UserError, match=r"a \\ must be followed by n, t or another"):
             prompt_separator(words)

@@ -18,10 +18,10 @@ def test_words_are_paths_or_weights_and_paths_in_turn() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("0.5", "--x: the weight 0.5 has no path behind it; write ./0.5 for a file of that name."),
-        ("a 1", "--x: the weight 1 has no path behind it"),
-        ("1 2 a", "--x: the weight 1 has no path behind it"),
-        ("1 a b", "--x: b has no weight, but other paths do; give all of them one, or none."),
+        ("0.5", "--x: no path follows the weight 0.5; write ./0.5 for a file of that name."),
+        ("a 1", "--x: no path follows the weight 1"),
+        ("1 2 a", "--x: no path follows the weight 1"),
+        ("1 a b", "--x: b has no weight, but other paths do; give every path one, or none."),
         ("a 1 b", "--x: a has no weight"),
         ("0 a 1 b", "--x: the weight 0 must be a number above 0"),
         ("-1 a", "--x: the weight -1 must be a number above 0"),

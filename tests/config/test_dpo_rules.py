@@ -43,11 +43,11 @@ def test_options_that_go_together_are_accepted(options: dict[str, Any]) -> None:
     ("options", "sentence"),
     [
         ({"label_smoothing": 0.1, "loss": "ipo"}, "defined for --dpo-loss sigmoid and not for ipo"),
-        ({"reference_model": "m", "reference": "shared"}, "--dpo-reference shared shares the weights that rest"),
+        ({"reference_model": "m", "reference": "shared"}, "--dpo-reference shared shares the frozen weights"),
         ({"reference_cache": __file__}, "is a file, not a folder"),
         ({"data": {"data_format": "messages"}}, "--data-format messages has no pairs"),
-        ({"data": {"loss_on": "all"}}, "--loss-on all would compare the prompts"),
-        ({"data": {"long_examples": "split"}}, "--long-examples split cuts an answer from its prompt"),
+        ({"data": {"loss_on": "all"}}, "--loss-on all would also compare the prompts"),
+        ({"data": {"long_examples": "split"}}, "--long-examples split would cut an answer from its prompt"),
     ],
 )
 def test_a_contradiction_is_one_sentence(options: dict[str, Any], sentence: str) -> None:

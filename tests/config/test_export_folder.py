@@ -56,7 +56,7 @@ def test_exports_that_a_run_went_back_before_are_not_another_runs_to_take(tmp_pa
     noted = folder.noted()
     assert noted is not None
     assert noted.exports == {}
-    with pytest.raises(UserError, match="holds exports of another run than --save None"):
+    with pytest.raises(UserError, match="holds exports of a run other than the one in --save None"):
         check_filled_export_folder(config)
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_goes_back_keeps_later_exports_until_it_comes_to_them_again(t
         exported(folder, iteration, m=1.0 / iteration)
     (tmp_path / ".iter_0000008.unfinished").mkdir()
     (tmp_path / ".iter_0000004.old.unfinished").mkdir()
-    assert folder.begin("run", 4) == [f"{tmp_path}/iter_0000006 is written again at its iteration"]
+    assert folder.begin("run", 4) == [f"{tmp_path}/iter_0000006 will be overwritten at its iteration"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exports.json", "iter_0000006"]
     assert best(folder) == (None, None, None)
     exported(folder, 5, m=0.5)

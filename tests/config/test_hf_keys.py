@@ -108,7 +108,7 @@ def test_a_harmless_key_changes_nothing_and_is_not_named() -> None:
 
 def test_unknown_keys_are_one_line_and_null_ones_are_absent() -> None:
     [line] = note_unknown_keys({**TINY, "z_scale": 2, "a_switch": False, "nothing": None}, "DIR/config.json")
-    assert line.startswith("DIR/config.json: keys that are not known and not read: a_switch, z_scale (")
+    assert line.startswith("DIR/config.json: unknown keys are ignored: a_switch, z_scale (")
 
 
 def test_all_keys_that_transformers_itself_writes_are_known() -> None:

@@ -84,5 +84,5 @@ def test_mistral_is_accepted_without_its_window_alone() -> None:
         with pytest.raises(UserError, match=said):
             refuse_other_models({**MISTRAL, **change}, "config.json")
     absent = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
-    with pytest.raises(UserError, match=r"sliding_window = 4096 \(what Mistral has when the key is absent\)"):
+    with pytest.raises(UserError, match=r"sliding_window = 4096 \(Mistral.s default when the key is absent\)"):
         refuse_other_models(absent, "config.json")

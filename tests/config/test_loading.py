@@ -17,7 +17,7 @@ from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 
-NO_OPTION = "belongs to no option: options start with --, and --help-all says which take several values."
+NO_OPTION = "belongs to no option; options start with --, and --help-all shows which take several values."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def test_switches_turn_on_and_off_and_three_state_ones_stay_unset() -> None:
     assert load("--no_bf16").training.bf16 is False
 
 
-def test_the_last_of_a_repeated_option_wins() -> None:
+def test_the_last_of_a_repeated_option_counts() -> None:
     assert load("--lr", "1", "--seed", "5", "--lr", "2").optimizer.lr == 2.0
 
 
@@ -92,7 +92,7 @@ def test_recompute_activations_is_the_selective_kind_from_a_file_too(tmp_path: P
     assert load().training.recompute_granularity is None
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         "lr: 1e-3\n"  # YAML itself reads this as text
@@ -198,7 +198,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
             "run.yaml:1: train-data-path holds a list or a mapping; the value must be one or more words.",
         ),
         ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number of at least 0."),
-        ("lr: 1\nseed: 2\noptimizer:\n  lr: 3\n", "run.yaml:4: lr is set twice; the other is {0}run.yaml:1: lr."),
+        (
+            "lr: 1\nseed: 2\noptimizer:\n  lr: 3\n",
+            "run.yaml:4: lr is set twice, first at {0}run.yaml:1: lr; leave one of them out.",
+        ),
         ("- lr\n", "run.yaml: the file must hold `option: value` lines."),
         ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML: expected ',' or ']', but got '<stream end>'."),
         ("? [lr]\n: 1\n", "run.yaml:1: a key must be the name of an option or of a group."),
@@ -206,7 +209,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("config: other.yaml\n", "run.yaml:1: config is not an option; --help-all lists all of them."),
         ("swiglu: false\n", "run.yaml:1: swiglu false: the feed-forward layers are SwiGLU; leave it out."),
         ("swiglu: 1\n", "run.yaml:1: swiglu 1: the value must be true or false."),
-        ("fp16: false\nmodel:\n  fp16: true\n", "run.yaml:3: fp16 is set twice; the other is {0}run.yaml:1: fp16."),
+        (
+            "fp16: false\nmodel:\n  fp16: true\n",
+            "run.yaml:3: fp16 is set twice, first at {0}run.yaml:1: fp16; leave one of them out.",
+        ),
         (
             "hidden_dropout: 0.1\n",
             "run.yaml:1: hidden_dropout 0.1: nothing is dropped; leave it out, or give 0.0.",

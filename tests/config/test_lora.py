@@ -73,7 +73,7 @@ def test_the_plan_of_a_model_with_adapters_trains_them_all_and_nothing_else() ->
         ({"lora_rank": 4, "hft_selection": "lisa"}, "--hft-selection lisa chooses"),
         ({"lora_rank": 4, "hft_plan": "plan.json"}, "--hft-plan plan.json chooses"),
         ({"lora_rank": 4, "hft_round_interval": "50"}, "--hft-round-interval 50 begins rounds"),
-        ({"lora_rank": 4, "load_hf": None}, "name its folder with --load-hf"),
+        ({"lora_rank": 4, "load_hf": None}, "give its folder with --load-hf"),
         ({"lora_rank": 4, "ewc_lambda": 2.0}, "--ewc-lambda 2 holds the model's own weights"),
     ],
 )

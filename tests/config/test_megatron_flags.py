@@ -121,14 +121,14 @@ def test_what_is_said_of_options_is_still_true() -> None:
     assert [name for name, value in MEGATRON_DEFAULTS.items() if str(defaults[name]) == value] == []
 
 
-def test_what_is_done_anyway_is_accepted_and_noted_in_one_line() -> None:
+def test_a_flag_without_effect_is_accepted_and_noted_in_one_line() -> None:
     notes: list[str] = []
     words = (
         "--swiglu --lr 1 --attention_dropout=0 --cp-comm-type p2p a2a --normalization RMSNorm --encoder-num-layers 3"
     )
     options = load_options(TrainingOptions, words.split(), notes.append)
     assert notes == [
-        "> done anyway, or without effect here: --swiglu, --attention-dropout 0, --cp-comm-type p2p a2a, "
+        "> accepted without effect here: --swiglu, --attention-dropout 0, --cp-comm-type p2p a2a, "
         "--normalization RMSNorm"
     ]
     assert (options.optimizer.lr, options.model.num_layers) == (1.0, 3)
@@ -141,14 +141,14 @@ def test_all_that_cannot_be_had_is_listed_at_once(tmp_path: Path) -> None:
     file.write_text("fp16: true\nswiglu: true\nlrr: 1\nmoe_grouped_gemm: false\n")
     words = "--num-experts 8 a b --trian-iters 5 c --swiglu --hidden-dropout 0.1 --bf16 true d --lr"
     assert said_of("sft", ["--config", str(file), *words.split()]) == [
-        "8 options can't be had as they are:",
+        "8 options are not valid:",
         f"  {file}:1: fp16: 16-bit training is in bf16; give --bf16.",
         f"  {file}:3: lrr is not an option; the nearest is --lr.",
         "  --num-experts 8: mixtures of experts are not built; only dense LLaMA models train.",
         "  --trian-iters is not an option; the nearest is --train-iters.",
         "  --hidden-dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
         "  --bf16 true: a switch takes no value; write --bf16.",
-        "  The word 'd' belongs to no option: options start with --, and --help-all says which take several values.",
+        "  The word 'd' belongs to no option; options start with --, and --help-all shows which take several values.",
         "  --lr needs a value: a number of at least 0.",
     ]
 
@@ -160,7 +160,7 @@ def test_a_value_given_later_takes_an_earlier_one_back(tmp_path: Path) -> None:
     words = "--attention-dropout 0.0 --context-parallel-size 1 --hidden-dropout 0.1 --hidden-dropout 0"
     load_options(TrainingOptions, ["--config", str(file), *words.split()], notes.append)
     assert notes == [
-        "> done anyway, or without effect here: --attention-dropout 0.0, --context-parallel-size 1, --hidden-dropout 0"
+        "> accepted without effect here: --attention-dropout 0.0, --context-parallel-size 1, --hidden-dropout 0"
     ]
     words += " --attention-dropout 0.2"
     assert said_of("sft", words.split())[0].startswith("--attention-dropout 0.2: nothing is dropped")
@@ -220,7 +220,7 @@ def test_a_published_script_is_told_at_once_exactly_what_cannot_be_had(script: s
     method, refused = SCRIPTS[script]
     lines = said_of(method, shlex.split(getattr(published_scripts, script)))
     if len(refused) > 1:
-        assert lines.pop(0) == f"{len(refused)} options can't be had as they are:"
+        assert lines.pop(0) == f"{len(refused)} options are not valid:"
     assert names_of(lines) == refused
 
 
@@ -235,7 +235,7 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
     assert options.model.num_query_groups == 8
     assert options.corpus.split == "99,1,0"
     assert notes == [
-        "> done anyway, or without effect here: --use-mcore-models, --group-query-attention, "
+        "> accepted without effect here: --use-mcore-models, --group-query-attention, "
         "--position-embedding-type rope, --rotary-percent 1.0, --attention-dropout 0.0, --hidden-dropout 0.0, "
         "--swiglu, --normalization RMSNorm, --attention-backend fused, --disable-bias-linear, "
         "--cross-entropy-loss-fusion, --calculate-per-token-loss, --use-distributed-optimizer, "
@@ -261,8 +261,8 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
         (
             "sft",
             "--lr -- --check",
-            "2 options can't be had as they are:|  --lr needs a value: a number of at least 0.|  The word '--' belongs "
-            "to no option: options start with --, and --help-all says which take several values.",
+            "2 options are not valid:|  --lr needs a value: a number of at least 0.|  The word '--' belongs "
+            "to no option; options start with --, and --help-all shows which take several values.",
         ),
         ("plan", "--beta 3", "--beta is not an option; --help-all lists all of them."),
         ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help-all lists all of them."),
@@ -290,7 +290,7 @@ def test_all_stages_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 3
     file.write_text("- method: sft\n  swiglu: true\n- method: dpo\n  lr: 1\n")
     assert [method for method, _, _ in stages_of_file(file, RunConfig(), notes.append)] == ["sft", "dpo"]
-    assert notes == ["> done anyway, or without effect here: --swiglu"]
+    assert notes == ["> accepted without effect here: --swiglu"]
 
 
 def test_the_model_of_a_run_is_taken_where_the_command_names_none(tmp_path: Path) -> None:

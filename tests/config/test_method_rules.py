@@ -34,7 +34,7 @@ def check(*, tied: bool = False, base: RunConfig = BASE, **options: Any) -> None
         {"selection": "spectrum", "rotation": COMPLEMENTARY},
         {"selection": "lisa", "round_interval": "20"},
         {"selection": "hift", "ratio": 0.1, "round_interval": "epoch"},
-        {"moments": "carry", "resting_moments": "host", "round_interval": "1"},
+        {"moments": "carry", "frozen_moments": "host", "round_interval": "1"},
         {"audit": True, "audit_interval": 5},
         {"train": "model.norm, *.q_proj", "freeze": "*.0.*"},
         {"freeze_embedding": True},
@@ -51,43 +51,43 @@ def test_what_goes_together_passes(options: dict[str, Any]) -> None:
     [
         (
             {"pairing": COMPLEMENTARY, "ratio": 0.25},
-            "--hft-pairing complementary needs --hft-ratio 0.5, and it is 0.25",
+            "--hft-pairing complementary needs --hft-ratio 0.5, but it is 0.25",
         ),
         (
             {"rotation": COMPLEMENTARY, "ratio": 0.6},
-            "--hft-rotation complementary needs --hft-ratio 0.5, and it is 0.6",
+            "--hft-rotation complementary needs --hft-ratio 0.5, but it is 0.6",
         ),
         (
             {"pairing": COMPLEMENTARY, "level": "layer"},
-            "--hft-pairing complementary pairs the draws of single layers, and --hft-level layer has none",
+            "--hft-pairing complementary pairs the draws of single layers, but --hft-level layer has none",
         ),
-        ({"selection": "lisa", "level": "layer"}, "--hft-level layer has no meaning with --hft-selection lisa"),
+        ({"selection": "lisa", "level": "layer"}, "--hft-level layer has no effect with --hft-selection lisa"),
         (
             {"selection": "hift", "rotation": "fixed"},
-            "--hft-rotation fixed has no meaning with --hft-selection hift, which takes one group of layers",
+            "--hft-rotation fixed has no effect with --hft-selection hift, which takes one group of layers",
         ),
-        ({"selection": "hift", "counting": "parameters"}, "--hft-counting parameters has no meaning"),
+        ({"selection": "hift", "counting": "parameters"}, "--hft-counting parameters has no effect"),
         (
             {"selection": "spectrum", "pairing": COMPLEMENTARY},
-            "--hft-pairing complementary has no meaning with --hft-selection spectrum",
+            "--hft-pairing complementary has no effect with --hft-selection spectrum",
         ),
         (
             {"selection": "spectrum", "base": RunConfig()},
-            "--hft-selection spectrum ranks the matrices of a trained model; name its folder with --load-hf.",
+            "--hft-selection spectrum ranks the matrices of a trained model; give its folder with --load-hf.",
         ),
         (
             {"tied": True, "freeze_embedding": True},
-            "--hft-freeze-embedding alone can't be had: the model's embedding and head are tied and so one weight; "
+            "--hft-freeze-embedding cannot be used alone: the model's embedding and head are tied and so one weight; "
             "add --hft-freeze-head, or leave --hft-freeze-embedding out.",
         ),
-        ({"tied": True, "freeze_head": True}, "--hft-freeze-head alone can't be had"),
+        ({"tied": True, "freeze_head": True}, "--hft-freeze-head cannot be used alone"),
         ({"train": "a,,b"}, "--hft-train 'a,,b' has an empty pattern"),
         ({"freeze": ""}, "--hft-freeze '' has an empty pattern"),
-        ({"round_interval": "0"}, "--hft-round-interval 0 must be stage, epoch or a whole number of iterations"),
+        ({"round_interval": "0"}, "--hft-round-interval 0 must be stage, epoch, or a number of iterations"),
         ({"round_interval": "Epoch"}, "--hft-round-interval Epoch must be"),
         ({"round_interval": "-5"}, "--hft-round-interval -5 must be"),
         ({"round_interval": "1.5"}, "--hft-round-interval 1.5 must be"),
-        ({"resting_moments": "host"}, "--hft-resting-moments host needs --hft-moments carry"),
+        ({"frozen_moments": "host"}, "--hft-frozen-moments host needs --hft-moments carry"),
         ({"audit_interval": 5}, "--hft-audit-interval 5 needs --hft-audit"),
         ({"plan": "absent.json"}, "--hft-plan absent.json is not a readable file"),
     ],
@@ -120,7 +120,7 @@ def test_a_plan_file_leaves_no_room_for_options_of_the_draw(
 ) -> None:
     path = tmp_path / "plan.json"
     path.write_text("{}")
-    with pytest.raises(UserError, match="is an option of the draw, and --hft-plan") as error:
+    with pytest.raises(UserError, match="is an option of the draw, but --hft-plan") as error:
         check(plan=str(path), **options)
     assert str(error.value).startswith(f"{named} is an option")
 

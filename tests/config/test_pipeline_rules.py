@@ -99,7 +99,7 @@ def test_what_is_proposed_fits_and_is_even_where_it_can_be() -> None:
 
 REFUSALS = [
     (uneven(2), 3, "--pipeline-model-parallel-size 2 does not divide the model's 3 layers; --decoder-first-"),
-    (uneven(4), 3, "4 is more than the model's 3 layers, and every stage needs one; the largest size that fits is 3"),
+    (uneven(4), 3, "4 is more than the model's 3 layers, but every stage needs one; the largest size that fits is 3"),
     (uneven(1, first=3), 3, "--decoder-first-pipeline-num-layers 3 needs --pipeline-model-parallel-size of at least 2"),
     (
         uneven(2, last=3),
@@ -109,12 +109,12 @@ REFUSALS = [
     (
         uneven(2, 1, 1),
         3,
-        "1 are 2 layers for both stages, and the model has 3; --decoder-first-pipeline-num-layers 1 --",
+        "1 give the two stages 2 layers, but the model has 3; --decoder-first-pipeline-num-layers 1 --",
     ),
     (
         uneven(4, 4),
         30,
-        "4 leaves 26 of the model's 30 layers, no equal shares for the other 3 stages; --decoder-first-",
+        "4 leaves 26 of the model's 30 layers, which the other 3 stages cannot share equally; --decoder-first-",
     ),
     (uneven(4, 4), 30, "--decoder-first-pipeline-num-layers 3 fits (3 + 3 x 9 layers)"),
 ]

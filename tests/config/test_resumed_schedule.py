@@ -39,7 +39,7 @@ def test_behind_the_last_iteration_an_option_that_differs_changes_nothing_any_mo
     other = replace(RUN, optimizer=replace(RUN.optimizer, lr=7.0))
     _, [line] = resumed_schedule(other, NOTED, 8, iteration=8)
     assert line == (
-        "warning: iteration 8 is the last, and these options change nothing any more (checkpoint -> this command): "
+        "warning: iteration 8 is the last, so these options have no effect (checkpoint -> this command): "
         "--lr 0.001 -> 7.0"
     )
 
@@ -59,7 +59,7 @@ def test_a_given_length_of_the_decay_leaves_only_another_length_of_the_run_to_sa
     longer = replace(
         RUN, training=TrainingConfig(train_iters=iterations), optimizer=replace(RUN.optimizer, lr_decay_iters=20)
     )
-    expected = f"the run has {iterations} iterations now, and had 8 when iteration 4 was saved"
+    expected = f"the run now has {iterations} iterations; it had 8 when iteration 4 was saved"
     assert resumed_schedule(longer, noted, iterations, iteration=4) == (longer, [expected])
 
 
@@ -69,7 +69,7 @@ def test_a_weight_decay_that_rises_over_another_length_is_said_and_cannot_be_kep
     longer = RunConfig(training=TrainingConfig(train_iters=12), optimizer=replace(rising, lr_decay_iters=20))
     _, [line] = resumed_schedule(longer, noted, 12, iteration=4)
     assert line.endswith("; warning: the weight decay reaches --end-weight-decay after 12 iterations instead")
-    with pytest.raises(UserError, match="after 8 iterations, and this run has 12; give --train-iters 8, or leave"):
+    with pytest.raises(UserError, match="after 8 iterations, but this run has 12; give --train-iters 8, or leave"):
         resumed_schedule(replace(longer, checkpoint=KEEPS), noted, 12, iteration=4)
 
 
@@ -79,7 +79,7 @@ def test_a_part_of_a_longer_schedule_that_gets_another_length_ends_where_all_of_
     noted = schedule_to_note(part, 20)
     assert noted["lr_decay_iters"] == 20
     longer = replace(part, training=TrainingConfig(train_iters=10))
-    expected = "the run has 10 iterations now, and had 8 when iteration 4 was saved"
+    expected = "the run now has 10 iterations; it had 8 when iteration 4 was saved"
     assert resumed_schedule(longer, noted, 20, iteration=4) == (longer, [expected])
     of_a_longer_one = replace(part, optimizer=replace(part.optimizer, lr_schedule_iters=30))
     _, [line] = resumed_schedule(of_a_longer_one, noted, 30, iteration=4)
@@ -96,13 +96,13 @@ def test_a_schedule_in_samples_is_another_one_than_in_iterations() -> None:
     assert config.optimizer.lr_decay_samples == 70
     assert "length of the decay in samples 70 -> 71" in lines[0]
     assert lines[1].startswith(
-        "the run has 71 samples now, and had 70 when iteration 4 was saved; warning: from sample"
+        "the run now has 71 samples; it had 70 when iteration 4 was saved; warning: from sample"
     )
     _, lines = resumed_schedule(RUN, noted, 8, iteration=4)
     assert "length of the decay in iterations None -> 8, length of the decay in samples 70 -> None" in lines[0]
-    assert lines[1] == "the run has 8 iterations now, and had 70 samples when iteration 4 was saved"
+    assert lines[1] == "the run now has 8 iterations; it had 70 samples when iteration 4 was saved"
     with pytest.raises(
-        UserError, match=r"counts samples, and this command's counts iterations; give .* --train-samples"
+        UserError, match=r"in samples, but this command's is in iterations; give .* --train-samples"
     ):
         resumed_schedule(replace(RUN, checkpoint=KEEPS), noted, 8, iteration=4)
 
@@ -120,6 +120,6 @@ def test_an_option_that_came_after_a_checkpoint_had_its_default() -> None:
 
 def test_the_schedule_of_a_checkpoint_that_notes_none_cannot_be_kept() -> None:
     _, [line] = resumed_schedule(RUN, {}, 8, iteration=4)
-    assert "iteration 4 was saved by an earlier version, which noted no schedule" in line
-    with pytest.raises(UserError, match="--load run was saved by an earlier version and notes no schedule; leave it"):
+    assert "iteration 4 was saved by an earlier version, which recorded no schedule" in line
+    with pytest.raises(UserError, match="--load run was saved by an earlier version, which recorded no schedule; leave it"):
         resumed_schedule(replace(RUN, checkpoint=KEEPS), {}, 8, iteration=4)

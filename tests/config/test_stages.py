@@ -64,14 +64,14 @@ def test_stages_with_one_schedule_have_their_parts_of_it(tmp_path: Path) -> None
         with_one_schedule(stages, (4, 1))
     for training, sentence in (
         (TrainingConfig(train_samples=9, global_batch_size=2), "--train-samples 9 makes a schedule of samples"),
-        (TrainingConfig(), "--global-batch-size is missing: one schedule over all tasks is as long as"),
+        (TrainingConfig(), "--global-batch-size is missing: one schedule over all tasks needs"),
     ):
         stages = read_stages(str(tmp_path / "s.yaml"), replace(BASE, training=training))
         with pytest.raises(UserError, match=sentence):
             with_one_schedule(stages, (4, 6))
 
 
-def test_without_a_run_to_go_on_with_the_first_stage_starts_where_the_run_does(tmp_path: Path) -> None:
+def test_without_a_run_to_resume_the_first_stage_starts_where_the_run_does(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("- method: dpo\n")
     fresh = replace(BASE, checkpoint=replace(BASE.checkpoint, load=None))
     [stage] = read_stages(str(tmp_path / "s.yaml"), fresh)
@@ -100,20 +100,20 @@ def test_curves_of_stages_have_names_of_their_own(tmp_path: Path) -> None:
         ("- method: sft\n  lrr: 1\n", r"stages.yaml:2: lrr is not an option; the nearest is --lr"),
         ("- method: sft\n  lr: fast\n", r"stages.yaml:2: lr fast: the value must be a number"),
         ("- method: sft\n  lr: 1\n  lr: 2\n", r"stages.yaml:3: lr is set twice"),
-        ("- method: sft\n  save: here\n", r"stages.yaml:1: save can't be set for one stage; give --save for all"),
+        ("- method: sft\n  save: here\n", r"stages.yaml:1: save cannot be set for one stage; give --save for all"),
         (
             "- method: sft\n  save_dtype: bfloat16\n",
-            r"stages.yaml:1: save_dtype can't be set for one stage; .*or save_hf",
+            r"stages.yaml:1: save_dtype cannot be set for one stage; .*or save_hf",
         ),
         (
             "- method: sft\n  save_hf: a\n- method: sft\n  save_hf: ./a\n",
-            r"stages.yaml:3: save_hf ./a is where an earl",
+            r"stages.yaml:3: save_hf ./a is the export folder of an earl",
         ),
         (
             "- method: sft\n- method: dpo\n  train_iters: 0\n",
             r"stages.yaml:2: a stage with --train-iters 0 leaves no w",
         ),
-        ("- method: sft\n  load_hf: other\n", r"stages.yaml:1: a stage can't have a model of its own"),
+        ("- method: sft\n  load_hf: other\n", r"stages.yaml:1: a stage cannot have a model of its own"),
         ("- method: sft\n bad\n", r"stages.yaml:\d+ is not valid YAML"),
     ],
 )
@@ -125,5 +125,5 @@ def test_a_mistake_in_the_file_is_one_sentence_with_its_line(tmp_path: Path, tex
 def test_stages_need_a_folder_and_number_their_rounds_themselves(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs --save"):
         stages_of(tmp_path, "- method: sft\n", RunConfig(model=ModelConfig(load_hf="model")))
-    with pytest.raises(UserError, match="--hft-first-round 1 is what --stages numbers itself"):
+    with pytest.raises(UserError, match="--hft-first-round 1 : --stages numbers the rounds itself"):
         stages_of(tmp_path, "- method: sft\n", replace(BASE, hft=HFTConfig(hft_first_round=1)))

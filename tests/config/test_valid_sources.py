@@ -97,9 +97,9 @@ GENERAL = "- name: general\n  path: a.txt\n"
         ("- name: b\n  path: []", "FILE:1: the source has no path"),
         ("- name: b\n  path: [a, [b]]", "FILE:1: the source has no path"),
         ("- name: b\n  path: null", "FILE:1: the source has no path"),
-        (f"{GENERAL}{GENERAL}", "FILE:1: another source is named general, too; give every source its own."),
-        (f"{GENERAL}  paht: b", "FILE:3: paht is no key of a source; choose from name, path, data_format"),
-        (f"{GENERAL}  packing: true", "FILE:3: packing is no key of a source"),
+        (f"{GENERAL}{GENERAL}", "FILE:1: another source has the name general as well; give every source its own name."),
+        (f"{GENERAL}  paht: b", "FILE:3: paht is not a key of a source; choose from name, path, data_format"),
+        (f"{GENERAL}  packing: true", "FILE:3: packing is not a key of a source"),
         (f"{GENERAL}  path: b", "FILE:3: path is set twice in one source"),
         (f"{GENERAL}  loss_on: users", "FILE:3: loss_on users: the value must be one of assistant, all, last."),
         (f"{GENERAL}  train_on_eos: 2", "FILE:3: train_on_eos 2: the value must be true or false."),
@@ -118,7 +118,7 @@ def test_a_mistake_in_a_file_of_sources_is_a_sentence_with_its_place(tmp_path: P
 
 def test_what_pairs_have_no_use_for_is_found_in_an_entry(tmp_path: Path) -> None:
     file = listed(tmp_path, f"{GENERAL}  loss_on: all")
-    with pytest.raises(UserError, match=rf"^{file}:1: --loss-on all would compare the prompts of a pair"):
+    with pytest.raises(UserError, match=rf"^{file}:1: --loss-on all would also compare the prompts of a pair"):
         check_pair_sources(DataConfig(valid_data_path=(file,)))
 
 

@@ -66,9 +66,9 @@ def test_after_training_what_rested_is_the_source_and_what_trained_is_in_its_dty
         name = f"{unit.name}.weight"
         assert torch.equal(before[name], after[name]) != plan.trains(unit.name), name
     said = [line for line in report["said"] if line.startswith("export:")]
-    resting = len(plan.units) - len(plan.training)
+    frozen = len(plan.units) - len(plan.training)
     assert len(said) == 1
-    assert f"{resting} resting tensors are copied from {source}" in said[0]
+    assert f"{frozen} frozen tensors are copied from {source}" in said[0]
 
 
 def test_the_exported_folder_is_complete_for_transformers(
@@ -126,7 +126,7 @@ def test_a_published_folder_comes_out_with_the_ids_that_were_trained(
     words += ["--train-iters", 2, "--global-batch-size", 4, "--lr-warmup-iters", 1, "--no-bf16"]
     [report] = ranks(1).run(run_sft_words, words=[*map(str, words), "--save-hf", str(tmp_path / "out")])
     assert len(report["steps"]) == 2
-    assert any("takes its place, also in the export" in line for line in report["said"]) == extra
+    assert any("replaces it, also in the export" in line for line in report["said"]) == extra
     assert any(line.startswith("tokenizer files written") for line in report["said"]) == (name not in COPIED)
     assert TransformersView(tmp_path / "out").difference(tokenizer) is None
     written = json.loads((tmp_path / "out/config.json").read_text())
@@ -228,7 +228,7 @@ def test_one_command_on_one_process_converts_a_folder(tmp_path: Path) -> None:
 
 
 def test_what_any_round_trained_is_exported_and_not_the_last_ones_alone(ranks: RankPools, tmp_path: Path) -> None:
-    """In bf16 a tensor that rests in the last round would else be copied from the fp32 source, its training lost."""
+    """In bf16 a tensor frozen in the last round would otherwise be copied from the fp32 source, its training lost."""
     inputs = make_inputs(tmp_path / "inputs")
     rounds = ["--hft-round-interval", 2, "--hft-rotation", "complementary", "--lr-warmup-iters", 0, "--train-iters", 4]
     save = ["--save", tmp_path / "run", "--load", tmp_path / "run"]

@@ -22,16 +22,16 @@ KEPT = {
 LEFT_OUT = {
     ".gitattributes": ("", "hidden"),
     ".git/HEAD": ("", "hidden"),
-    "checkpoint-500/notes.txt": ("", "of the source's own making"),
-    "exports.json": ("{}", "of the source's own making"),
-    "iter_0000004/config.json": ("", "of the source's own making"),
+    "checkpoint-500/notes.txt": ("", "specific to the source"),
+    "exports.json": ("{}", "specific to the source"),
+    "iter_0000004/config.json": ("", "specific to the source"),
     "large.txt": ("x" * (LARGEST_BYTES + 1), "above 10 MB"),
     "model.gguf": ("", "weights"),
-    "original/params.json": ("{}", "of the source's own making"),
+    "original/params.json": ("{}", "specific to the source"),
     "other/weights.pth": ("", "a folder with weights"),
     "pytorch_model.bin.index.json": ("{}", "weights"),
-    "trainer_state.json": ("{}", "of the source's own making"),
-    "training_args.bin": ("", "of the source's own making"),
+    "trainer_state.json": ("{}", "specific to the source"),
+    "training_args.bin": ("", "specific to the source"),
     **dict.fromkeys(
         (
             "adapter_config.json",
@@ -46,7 +46,7 @@ LEFT_OUT = {
             "training_loss.png",
             "zero_to_fp32.py",
         ),
-        ("{}", "of the source's own making"),
+        ("{}", "specific to the source"),
     ),
 }
 
@@ -70,11 +70,11 @@ def test_every_small_file_is_kept_and_what_is_left_out_is_said_with_the_reason(t
     found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
     assert found == KEPT | {"link": "mine", "config.json": "new"}
     kept, _, left = line.partition("; left out: ")
-    assert kept == f"export: of {source}, also taken over: " + ", ".join(
+    assert kept == f"export: from {source}, also copied: " + ", ".join(
         sorted({name.partition("/")[0] + "/" * ("/" in name) for name in (*KEPT, "link")})
     )
     reasons = {name.partition("/")[0]: reason for name, (_, reason) in LEFT_OUT.items()}
-    reasons |= {"gone": "no file", "elsewhere": "a link to a folder"}
+    reasons |= {"gone": "not a file", "elsewhere": "a link to a folder"}
     listed = [f"{name} ({reasons[name]})" for name in sorted(reasons)]
     assert left == f"{', '.join(listed[:12])} and {len(listed) - 12} more"
 
@@ -121,9 +121,9 @@ def test_a_run_and_the_conversion_of_its_checkpoint_keep_what_the_folder_had(
     generation = json.loads((out / "generation_config.json").read_text())
     assert (generation["temperature"], generation["do_sample"], "pad_token_id" in generation) == (0.6, True, False)
     assert json.loads((out / "config.json").read_text()).get("pad_token_id") is None
-    [kept] = [line for line in report["said"] if line.startswith("export: of ")]
+    [kept] = [line for line in report["said"] if line.startswith("export: from ")]
     assert "USE_POLICY.md" in kept
-    assert "left out: original (of the source's own making)" in kept
+    assert "left out: original (specific to the source)" in kept
     assert any("chat_template.jinja is added" in line for line in report["said"]) == rendered
     assert (out / "chat_template.jinja").exists() == rendered
     convert(tmp_path / "run", tmp_path / "converted")

@@ -62,7 +62,7 @@ def average(pair: Path, output: Path, coefficient: float) -> list[str]:
 
 @pytest.mark.parametrize("variant", ["gqa", "tied"])
 @pytest.mark.parametrize("level", ["category", "layer", "model"])
-def test_training_units_are_the_tuned_models_and_resting_ones_the_bases(
+def test_trainable_units_are_the_tuned_models_and_frozen_ones_the_bases(
     variant: str, level: str, pairs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pair = pairs(variant)
@@ -199,7 +199,7 @@ def test_another_data_type_of_the_base_is_said_and_rounded_to_the_tuned_models(t
     plan, said = reset(pair, tmp_path / "reset")
     assert said[0] == (
         f"{len(base)} of {len(base)} tensors have another data type in --base (model.embed_tokens.weight: "
-        "torch.float32) than in --tuned (torch.bfloat16), which the output has; values are rounded to it"
+        "torch.float32) than in --tuned (torch.bfloat16); the output uses that of --tuned, and values are rounded to it"
     )
     merged = read_weights(tmp_path / "reset")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}

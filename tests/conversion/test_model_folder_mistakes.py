@@ -106,7 +106,7 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str]]] = [
     (empty_the_file, [f"{WEIGHTS} can't be read"]),
     (
         keep_only_a_pickle,
-        [f"neither {WEIGHTS} nor {INDEX} is there", "found: pytorch_model.bin", "only safetensors are read"],
+        [f"neither {WEIGHTS} nor {INDEX} is there", "found: pytorch_model.bin", "only safetensors under these names"],
     ),
     (name_a_missing_shard, ["names model-00002-of-00002.safetensors, and it is missing"]),
     (break_the_index, [f"{INDEX} can't be read"]),

@@ -31,7 +31,7 @@ def run_round_trip(
 ) -> list[str]:
     """Loads ``source`` at ``layout`` in ``dtype``, multiplies units by ``scale``, writes ``output``.
 
-    Multiplied are those that the run ``trained``, and resting ones that it took ``from_another_run``.
+    Multiplied are those that the run ``trained``, and frozen ones that it took ``from_another_run``.
     """
     from hft_megatron.conversion import save
     from hft_megatron.model.parameters import parameter_slots
@@ -108,7 +108,7 @@ def test_an_fp32_run_holds_fp16_and_bf16_files_and_copies_nothing(
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 @pytest.mark.parametrize("source_dtype", ["float16", "float32"])
-def test_a_source_that_bf16_cannot_hold_keeps_its_resting_tensors_and_its_dtype(
+def test_a_source_that_bf16_cannot_hold_keeps_its_frozen_tensors_and_its_dtype(
     source_dtype: str, layout: str, ranks: RankPools, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     source = sources["float16" if source_dtype == "float16" else "odd_vocab"]
@@ -121,7 +121,7 @@ def test_a_source_that_bf16_cannot_hold_keeps_its_resting_tensors_and_its_dtype(
         expected[name] = (expected[name].bfloat16() * 2).to(getattr(torch, source_dtype))
     assert_same_bits(found, expected)
     assert len(said) == 1
-    assert f"{len(expected) - 3} resting tensors are copied from {source}" in said[0]
+    assert f"{len(expected) - 3} frozen tensors are copied from {source}" in said[0]
     assert f"trained ones are written as {source_dtype}" in said[0].replace("torch.", "")
 
 
@@ -134,7 +134,7 @@ def test_what_rested_on_another_runs_weights_is_not_replaced_by_the_sources(
     expected = tensors(source)
     expected[f"{unit}.weight"] = (expected[f"{unit}.weight"].bfloat16() * 2).half()
     assert_same_bits(tensors(tmp_path), expected)
-    assert f"{len(expected) - 1} resting tensors are copied" in said
+    assert f"{len(expected) - 1} frozen tensors are copied" in said
 
 
 @pytest.mark.parametrize("save_dtype", ["bfloat16", "float16", "float32"])

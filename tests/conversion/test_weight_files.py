@@ -41,9 +41,9 @@ def write_names(folder: Path, files: Iterable[str], indexed: Iterable[str] | Non
         ([SINGLE_FILE, "pytorch_model.bin", "consolidated.safetensors"], None, (SINGLE_FILE,), []),
         ([*TWO, "pytorch_model.bin", "consolidated.safetensors"], TWO, TWO, []),
         # What transformers does too, but here it is said.
-        ([SINGLE_FILE], TWO, (SINGLE_FILE,), [f"not read, because its files are not there: {INDEX_FILE}"]),
-        ([SINGLE_FILE, TWO[1]], None, (SINGLE_FILE,), [f"not read, because {SINGLE_FILE} has the weights: {TWO[1]}"]),
-        ([*TWO, THREE[0]], TWO, TWO, [f"not read, because {TWO[0]} to {TWO[1]} has the weights: {THREE[0]}"]),
+        ([SINGLE_FILE], TWO, (SINGLE_FILE,), [f"not read, because its files are missing: {INDEX_FILE}"]),
+        ([SINGLE_FILE, TWO[1]], None, (SINGLE_FILE,), [f"not read, because {SINGLE_FILE} holds the weights: {TWO[1]}"]),
+        ([*TWO, THREE[0]], TWO, TWO, [f"not read, because {TWO[0]} to {TWO[1]} holds the weights: {THREE[0]}"]),
     ],
 )
 def test_the_one_set_is_found_and_what_is_passed_over_is_said(
@@ -69,7 +69,7 @@ def test_the_one_set_is_found_and_what_is_passed_over_is_said(
         (TWO, TWO[:1], [f"both {TWO[0]} and the set {TWO[0]} to {TWO[1]}"]),
         ([TWO[0]], TWO, [f"{INDEX_FILE} names {TWO[1]}, and it is missing"]),
         ([THREE[1]], THREE, [f"names {THREE[0]}, {THREE[2]}, and they are missing"]),
-        (TWO, None, [f"all 2 shards ({TWO[0]} to {TWO[1]}) are there, and only {INDEX_FILE}", "is missing"]),
+        (TWO, None, [f"all 2 shards ({TWO[0]} to {TWO[1]}) are there, but {INDEX_FILE}", "is missing"]),
         ([TWO[1]], None, [f"{TWO[0]} and {INDEX_FILE} are missing"]),
         ([*TWO, THREE[1]], None, [f"shards of 2 sets ({TWO[0]} to {TWO[1]} and {THREE[1]})"]),
         (["pytorch_model.bin"], None, ["neither", "found: pytorch_model.bin, which is never opened"]),

@@ -20,7 +20,7 @@ from tests.costs.test_rank_costs import SHAPE
 from tests.support.models import LAYOUTS, make_llama
 from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run
-from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SECOND, SELECTIVE, UNIFORM
+from tests.trainer.test_frozen_bottom import BLOCK, EMBEDDING, FIRST, SECOND, SELECTIVE, UNIFORM
 
 LLAMA2_7B = ModelShape(
     num_layers=32,
@@ -43,20 +43,20 @@ CASES: dict[str, Case] = {
     "half, uniform": (1, "tp1", UNIFORM, {}),
     "half, block, uneven stages": (2, "pp2_uneven", {**BLOCK, "recompute_num_layers": 2}, {}),
     "half, selective": (1, "tp1", SELECTIVE, {}),
-    "bottom rests": (1, "tp1", {}, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
-    "bottom rests, selective": (1, "tp1", SELECTIVE, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
-    "bottom rests, two stages": (2, "pp2", {}, {"hft_freeze": f"{EMBEDDING},{FIRST},{SECOND},model.layers.2.*"}),
-    "bottom rests, uniform": (1, "tp1", UNIFORM, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
-    "all that is recomputed rests": (1, "tp1", BLOCK, {"hft_freeze": f"{EMBEDDING},{FIRST},{SECOND}"}),
+    "bottom frozen": (1, "tp1", {}, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
+    "bottom frozen, selective": (1, "tp1", SELECTIVE, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
+    "bottom frozen, two stages": (2, "pp2", {}, {"hft_freeze": f"{EMBEDDING},{FIRST},{SECOND},model.layers.2.*"}),
+    "bottom frozen, uniform": (1, "tp1", UNIFORM, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
+    "all recomputed layers frozen": (1, "tp1", BLOCK, {"hft_freeze": f"{EMBEDDING},{FIRST},{SECOND}"}),
     "o_proj is the lowest": (1, "tp1", {}, {"hft_ratio": 1.0, "hft_freeze": f"{EMBEDDING},{OUTPUT_OF_FIRST}"}),
-    "head rests": (1, "tp1", {}, {"hft_freeze_head": True}),
+    "head frozen": (1, "tp1", {}, {"hft_freeze_head": True}),
     "adapters": (2, "tp2_sp", {}, {"lora": {"lora_rank": 3}}),
     "a few adapters, uniform": (2, "pp2", UNIFORM, {"lora": {"lora_rank": 3, "lora_targets": "v_proj,o_proj"}}),
     "loss in chunks": (2, "tp2", {}, {"whole_bytes": 2**13}),
-    "loss in chunks, head rests": (1, "tp1", {}, {"whole_bytes": 2**13, "hft_freeze_head": True}),
+    "loss in chunks, head frozen": (1, "tp1", {}, {"whole_bytes": 2**13, "hft_freeze_head": True}),
 }
 """Ranks, layout, recomputation, and what trains."""
-QUICK = ["full", "half", "half, selective", "bottom rests, two stages", "head rests", "adapters", "loss in chunks"]
+QUICK = ["full", "half", "half, selective", "bottom frozen, two stages", "head frozen", "adapters", "loss in chunks"]
 
 
 def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[str, int]:

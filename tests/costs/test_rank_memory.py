@@ -19,7 +19,7 @@ from tests.support.probe import cost_model
 from tests.support.shapes import tiny_shape
 from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, make_run
-from tests.trainer.test_bottom_rests import BLOCK, EMBEDDING, FIRST, SELECTIVE, UNIFORM
+from tests.trainer.test_frozen_bottom import BLOCK, EMBEDDING, FIRST, SELECTIVE, UNIFORM
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 4}
 LLAMA_70B = ModelShape(
@@ -41,7 +41,7 @@ CASES: dict[str, Case] = {
     "half, uniform": (1, "tp1", {"bf16": True, **UNIFORM}, {}),
     "full, block": (1, "tp1", {"bf16": True, **BLOCK}, {"hft_ratio": 1.0}),
     "half, selective": (1, "tp1", {"bf16": True, **SELECTIVE}, {}),
-    "bottom rests": (1, "tp1", {"bf16": True}, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
+    "bottom frozen": (1, "tp1", {"bf16": True}, {"hft_freeze": f"{EMBEDDING},{FIRST}"}),
     "half, tensor parallel": (2, "tp2", {"bf16": True}, {}),
     "full, sequence parallel": (2, "tp2_sp", {"bf16": True}, {"hft_ratio": 1.0}),
     "half, sequence parallel, uniform": (2, "tp2_sp", {"bf16": True, **UNIFORM}, {}),
@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
     "adapters, sequence parallel": (2, "tp2_sp", {"bf16": True}, {"lora": {"lora_rank": 8, "lora_dropout": 0.1}}),
 }
 """Ranks, layout, options of training, and what trains."""
-QUICK = ["full", "half", "half, fp32", "half, selective", "bottom rests", "half, tensor parallel"]
+QUICK = ["full", "half", "half, fp32", "half, selective", "bottom frozen", "half, tensor parallel"]
 
 
 def run_measured(folder: str, layout: str, training: dict, hft: dict) -> list[int]:

@@ -51,7 +51,7 @@ def test_empty_answers_are_counted(tmp_path: Path, tokenizer: Tokenizer, format:
 @pytest.mark.parametrize("format", EMPTY)
 def test_a_source_of_empty_answers_alone_is_an_error(tmp_path: Path, tokenizer: Tokenizer, format: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [EMPTY[format][0]] * 3)
-    with pytest.raises(UserError, match=r"rows.jsonl: all 3 answers are empty, so that nothing but end tokens would"):
+    with pytest.raises(UserError, match=r"rows.jsonl: all 3 answers are empty, so only end tokens would"):
         load(path, tokenizer)
     prefix = tmp_path / "prefix"
     if format != "text":  # which has no end token there, unless it is asked for
@@ -80,14 +80,14 @@ def test_preprocessed_data_tell_the_same_as_the_files(tmp_path: Path, tokenizer:
         "turns not trained, by a key of their own: 275",
         "110 of 1,925 answers are empty: only their end token is trained",
         "keys that are not read: topic\\n (550), id (550)",
-        "keys passed over by --ignore-keys: label (220)",
+        "keys ignored by --ignore-keys: label (220)",
     ]
     assert read.describe()[1:] == [f"{path}: {note}" for note in notes]
     assert mapped.describe()[1:] == facts.counts.notes(str(prefix)) == [f"{prefix}: {note}" for note in notes]
     assert mapped.digest == read.digest
     assert mapped.parts[0].counts == read.parts[0].counts
     with pytest.raises(
-        UserError, match="was preprocessed with --ignore-keys label, but the run has unset; give the run"
+        UserError, match="was preprocessed with --ignore-keys label, but the run has unset; use the same"
     ):
         load(prefix, tokenizer)
 
@@ -102,7 +102,7 @@ def test_repeated_prompts_are_counted_in_files_and_in_preprocessed_data(tmp_path
     path, prefix = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "prefix"
     make(prefix, path, tokenizer)
     read, mapped = load(path, tokenizer), load(prefix, tokenizer)
-    note = "prompts that their completions repeated, which were taken off them: 2"
+    note = "prompts that completions repeated, removed from the completions: 2"
     assert read.describe()[1:] == [f"{path}: {note}"]
     assert mapped.describe()[1:] == [f"{prefix}: {note}"]
     assert read.example(1)[0].tolist() == read.example(2)[0].tolist()
@@ -129,7 +129,7 @@ def test_rendered_conversations_in_verbatim_texts_are_counted(
     path, prefix = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "prefix"
     make(prefix, path, tokenizer, append_eod=True)
     note = (
-        f"records with names of special tokens in their texts, where these are ordinary characters: {count}; give con"
+        f"records with names of special tokens in their texts, where they are ordinary characters: {count}; give con"
     )
     for source in (path, prefix):
         lines = load(source, tokenizer).describe()[1:]
@@ -149,7 +149,7 @@ def test_rendered_conversations_in_pairs_are_counted(tmp_path: Path) -> None:
     pairs = training_pairs(options, tokenizer, 512, "error")
     assert pairs is not None
     [line] = pairs.accounts()[0][1:]
-    assert "texts, where these are ordinary characters: 2; give conversations as messages" in line
+    assert "texts, where they are ordinary characters: 2; give conversations as messages" in line
 
 
 def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -166,7 +166,7 @@ def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenize
 def test_pairs_tell_their_keys(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = write_rows(tmp_path / "pairs.jsonl", [{**pair, "id": 1, "margin": 2}, pair])
-    notes = [f"{path}: keys that are not read: id (1)", f"{path}: keys passed over by --ignore-keys: margin (1)"]
+    notes = [f"{path}: keys that are not read: id (1)", f"{path}: keys ignored by --ignore-keys: margin (1)"]
     pairs = training_pairs(DataConfig(train_data_path=(str(path),), ignore_keys="margin"), tokenizer, 512, "error")
     assert pairs is not None
     assert pairs.accounts()[0][1:] == notes

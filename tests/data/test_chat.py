@@ -124,7 +124,7 @@ def test_the_end_token_is_trained_even_when_the_marked_span_leaves_it_out(tmp_pa
         (CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '<|im_end|>'+ m['role'] + '"), "text behind"),
         (CHATML.replace("{% for", "{{ messages | length }}{% for"), "doesn't render message 3"),
         (CHATML.replace("m['content']", "m['content'] | upper"), "doesn't render message 3"),
-        (CHATML.replace("<|im_end|>\\n", "\\n\\n"), "puts no special token right behind"),
+        (CHATML.replace("<|im_end|>\\n", "\\n\\n"), "puts no special token right after"),
         ("{{ raise_exception('no system turn') }}", "refuses the messages: no system turn"),
         ("{% for m in messages %}", "not valid jinja"),
         ("{{ messages[0].absent.more }}", "refuses the messages"),
@@ -180,7 +180,7 @@ def test_the_token_that_begins_the_next_turn_does_not_end_the_one_before_it(tmp_
     )
     _, chat = load(tmp_path, template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    with pytest.raises(ChatError, match="puts no special token right behind the assistant's text"):
+    with pytest.raises(ChatError, match="puts no special token right after the assistant's text"):
         chat.pieces(turns)
 
 
@@ -236,7 +236,7 @@ def test_a_template_that_prints_the_date_renders_the_same_every_day(tmp_path: Pa
 
 
 def swallowing(folder: Path, template: str, **loss: Any) -> ChatTemplate:
-    """A template's conversations where every special token takes the white space behind it, as Phi-3's do."""
+    """A template's conversations where every special token takes the white space after it, as Phi-3's do."""
     tokenizer, _ = load(folder, template)
     special = tuple(replace(token, strips_right=True) for token in tokenizer.facts.special_tokens)
     return ChatTemplate(replace(tokenizer.facts, special_tokens=special), LossRule(**loss))

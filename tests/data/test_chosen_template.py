@@ -94,7 +94,7 @@ def test_a_template_beside_a_model_file_is_used_without_a_config(tmp_path: Path,
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        ("", "chat_template is empty; write the template, remove it, or name one by --chat-template"),
+        ("", "chat_template is empty; write the template, remove it, or choose one with --chat-template"),
         ({"default": ""}, "chat_template named default is empty; write the template"),
         ({"default": {"a": 1}}, r'chat_template named default is \{"a": 1\}; give its text'),
         ([{"name": "default"}], "chat_template named default is null; give its text"),

@@ -336,5 +336,5 @@ def test_a_value_of_many_levels_is_one_sentence(folder: Path, kind: str) -> None
         elif level == 100:
             with pytest.raises(ChatError, match=r"^`calls` of message 1 has more than 100 .*--ignore-keys calls$"):
                 chat(folder, ALL_CALLS).pieces(answer("", calls=value)[1:])
-    with pytest.raises(ChatError, match=r"^`calls` of message 1 has more than 100 lists and objects inside each other"):
+    with pytest.raises(ChatError, match=r"^`calls` of message 1 has more than 100 levels of lists and objects"):
         chat(folder, ALL_CALLS).pieces(answer("", calls=value)[1:])

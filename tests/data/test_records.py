@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.data import DataKeys, data_keys
-from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import Chat, PassedOver
 from hft_megatron.data.formats.preference import Preference
@@ -184,7 +184,7 @@ ORCA = {"question": "a", "chosen": "b", "rejected": "c", "system": "s"}
     ("row", "keys", "sentence"),
     [
         (ORCA, {"question": "prompt"}, "with --data-keys question=instruction, or remove it"),
-        ({"input": "a", "output": "b", "q": "c"}, {"q": "prompt"}, "pass over it with --ignore-keys q "),
+        ({"input": "a", "output": "b", "q": "c"}, {"q": "prompt"}, "ignore it with --ignore-keys q "),
         ({"query": "Q", "chosen": [json.loads(ANSWER)], "rejected": [{"role": "assistant", "content": "c"}]}, {},
          "begin with the assistant; name the key that holds it with --data-keys query=prompt, or write a `prompt`"),
     ],
@@ -305,11 +305,11 @@ def test_a_record_that_is_no_pair_is_told_what_a_pair_has(tmp_path: Path, row: d
 def test_the_input_of_a_pair_without_another_prompt_is_read_as_proposed(tmp_path: Path) -> None:
     row = {"input": "a", "chosen": "b", "rejected": "c"}
     path = write_rows(tmp_path / "train.jsonl", [row])
-    with pytest.raises(UserError, match=r"`input` stands for the prompt of a pair, .* --data-keys input=prompt, or"):
+    with pytest.raises(UserError, match=r"`input` is the prompt of a pair, .* --data-keys input=prompt, or"):
         read(path)
     [(_, record)] = read(path, data_keys=(("input", "prompt"),))
     assert (record.prompt, record.chosen, record.rejected) == ("a", "b", "c")
-    with pytest.raises(UserError, match="`input` stands for another prompt"):
+    with pytest.raises(UserError, match="`input` means another prompt"):
         read(write_rows(path, [{**row, "prompt": "q"}]))
 
 

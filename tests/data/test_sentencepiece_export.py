@@ -95,8 +95,8 @@ def test_an_export_that_differs_says_so_and_claims_nothing(tmp_path: Path) -> No
     assert difference in note
     (tmp_path / "in/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     changed, differs = load_tokenizer(None, tmp_path / "in").export(tmp_path / "out", adds_template=False)
-    assert "gives the ids" not in changed
-    assert "tokenizer.json are not in every text those that were trained: it makes [" in differs
+    assert "gives the trained ids" not in changed
+    assert "tokenizer.json does not give the trained ids for every text: it makes [" in differs
     assert difference in differs
 
 

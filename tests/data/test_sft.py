@@ -205,7 +205,7 @@ def test_a_templates_own_words_end_with_one_stop(tmp_path: Path, words: str, end
     assert str(caught.value).endswith(f"refuses the messages: {end}")
     with pytest.raises(UserError) as caught:
         make(tmp_path / "prefix", path, tokenizer)
-    assert f"refuses the messages: {end[:-1]}; or pass over it with --on-bad-line skip." in str(caught.value)
+    assert f"refuses the messages: {end[:-1]}; or skip it with --on-bad-line skip." in str(caught.value)
 
 
 ANSWERED = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -340,7 +340,7 @@ def test_keys_and_separator_are_part_of_the_digest_and_stand_in_the_log(tmp_path
     ("options", "sentence"),
     [
         ({"data_keys": "titel=text"}, r"--data-keys titel=text: no record of --train-data-path has the key `titel`; "),
-        ({"prompt_separator": r"\n"}, r"--prompt-separator '\\n' stands between a prompt and an answer that are texts"),
+        ({"prompt_separator": r"\n"}, r"--prompt-separator '\\n' goes between a prompt and an answer that are texts"),
     ],
 )
 def test_an_option_about_records_that_does_nothing_is_named(
@@ -362,7 +362,7 @@ def test_an_option_about_records_that_does_nothing_is_named(
     ("entry", "sentence"),
     [
         ("path: absent.jsonl", "FILE:1: path FOLDER/absent.jsonl: there is no such file."),
-        ("path: [text.jsonl, made]", "FILE:1: path FOLDER/made is preprocessed, and so a source alone"),
+        ("path: [text.jsonl, made]", "FILE:1: path FOLDER/made is preprocessed and must be a source alone"),
         (
             "path: text.jsonl, chat_template: absent",
             "FILE:1: --chat-template FOLDER/absent is neither a file nor one of",
@@ -373,7 +373,7 @@ def test_an_option_about_records_that_does_nothing_is_named(
         ),
         (
             "path: text.jsonl, prompt_separator: b",
-            "FILE:1: --prompt-separator 'b' stands between a prompt and an answer",
+            "FILE:1: --prompt-separator 'b' goes between a prompt and an answer",
         ),
     ],
 )

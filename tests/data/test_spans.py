@@ -172,7 +172,7 @@ def test_a_call_that_is_printed_with_a_later_message_alone_is_an_error(make: Mak
 def test_a_call_behind_a_marked_text_does_not_end_it(make: Make) -> None:
     template = HEADED.replace("TURN", "{% generation %}{{ m.content }}{% endgeneration %}" + calls("<|tc|>"))
     assert trained(make(template), [ASK, SAY]) == " Let me. <|im_end|>"
-    with pytest.raises(ChatError, match="puts no special token right behind"):
+    with pytest.raises(ChatError, match="puts no special token right after"):
         make(template).pieces([ASK, {**SAY, **CALL}])
 
 

@@ -62,7 +62,7 @@ def test_a_bare_tiktoken_file_gives_tiktokens_ids_and_llama_3s_special_tokens(tm
     first = tokenizer.bos_id or 0
     assert (len(named), tokenizer.vocab_size) == (256, first + 256)
     assert (named["<|begin_of_text|>"], named["<|eot_id|>"]) == (first, first + 9)
-    assert "256 special tokens are taken" in tokenizer.facts.notes[0]
+    assert "256 special tokens are used" in tokenizer.facts.notes[0]
     tokenizer.export(tmp_path / "out")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded("the world<|eot_id|>").input_ids == [first, *reading("the world"), first + 9]

@@ -51,7 +51,7 @@ def test_what_one_process_has_made_another_maps(tmp_path: Path) -> None:
         assert found.store.example(1)[1].tolist() == [True, False]
         assert found.account == {"records": 2, "notes": ["two lines"]}
         assert isinstance(found.store.tokens, np.memmap)
-        assert found.note.startswith("tokens are taken from" if make is never else "tokens are kept in")
+        assert found.note.startswith("tokens are read from" if make is never else "tokens are cached in")
 
 
 def test_other_rules_other_code_and_other_libraries_are_other_entries(
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_used_is_named_where_it_was_given_and_else_done_
         assert ids_of(cache.tokenized(DECISIVE, lambda ids=ids: tokenized(*ids))) == [[ids[0]], [ids[1]]]  # type: ignore[misc]
 
 
-def test_without_room_for_an_entry_its_maker_goes_on_with_what_it_has(
+def test_without_room_for_an_entry_its_maker_continues_with_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:

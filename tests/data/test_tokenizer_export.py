@@ -67,7 +67,7 @@ def test_a_difference_is_a_line_with_an_example_and_after_export_there_is_none(
         tokenizer.pad_id,
     )
     if tokenizer.facts.exports_own_files:
-        assert "tokenizer files written so that transformers gives the ids that were trained" in lines[0]
+        assert "tokenizer files written so that transformers gives the trained ids" in lines[0]
     else:
         assert lines == []
         copied = [file for file in COPIED_FILES if (folder / file).exists()]
@@ -180,7 +180,7 @@ def test_a_pad_token_without_a_row_is_replaced_also_in_the_export(tmp_path: Path
     assert fit_tokenizer(tokenizer, 335) is tokenizer
     fitted = fit_tokenizer(tokenizer, 334)
     assert (fitted.vocab_size, fitted.pad_id) == (334, 333)
-    assert "the pad token <extra> has the id 334, for which the model's 334 rows have none" in fitted.facts.notes[-1]
+    assert "the pad token <extra> has the id 334, but the model has only 334 rows" in fitted.facts.notes[-1]
     assert fitted.encode("a<extra>") == tokenizer.encode("a<extra>")
     assert max(fitted.encode("a<extra>")) < 334
     [line] = fitted.export(tmp_path / "out", adds_template=False)

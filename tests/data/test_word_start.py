@@ -107,5 +107,5 @@ def test_data_tokenized_by_the_rule_of_before_is_another_tokenizers(
     made: Callable[[str, str], tuple[Tokenizer, RustTokenizer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marked, _ = made("always", "plain")
-    monkeypatch.setattr(ContinuingPipeline, "differs_behind_added", False)
+    monkeypatch.setattr(ContinuingPipeline, "differs_after_added", False)
     assert made("always", "plain")[0].facts.identity != marked.facts.identity

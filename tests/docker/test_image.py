@@ -1,4 +1,4 @@
-"""The images, built by a real engine and run as docker/README.md says, on a file system that can only be read."""
+"""The images, built by a real engine and run as docs/clusters.md says, on a file system that can only be read."""
 
 import hashlib
 import json

@@ -52,7 +52,7 @@ def test_a_wrong_sum_is_wrong_even_where_one_rank_alone_saw_it() -> None:
     seen = [speed("data", 0, 1, ms=9), speed("data", 0, 1, ms=1, is_right=False)]
     [row] = speed_findings([RankReport(rank=rank, host="a", speeds=(one,)) for rank, one in enumerate(seen)])
     assert row.finding.status == "wrong"
-    assert "The sum over ranks 0 to 1 on a came out wrong" in str(row.finding.fix)
+    assert "The sum over ranks 0 to 1 on a is wrong" in str(row.finding.fix)
 
 
 def test_tensor_ranks_on_several_hosts_are_a_warning_and_data_ranks_are_none() -> None:

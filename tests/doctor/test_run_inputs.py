@@ -144,9 +144,9 @@ def test_a_model_too_large_for_its_device_is_wrong_and_one_with_too_long_sequenc
     assert " x 96 tokens " in fits.value
     # 178,624 weights, half of them trained with 16 bytes in fp32.
     for room, status, fix in (
-        (3_400_000, "warning", "where sequences are as long as --seq-length allows: add --micro-batch-size 2"),
+        (3_400_000, "warning", "for sequences as long as --seq-length: add --micro-batch-size 2"),
         (2_000_000, "wrong", "It does not fit: use TP "),
-        (100_000, "wrong", "It does not fit: ask `hft-megatron plan --memory`"),
+        (100_000, "wrong", "It does not fit: use a smaller --seq-length, or see `hft-megatron plan --memory`"),
     ):
         monkeypatch.setattr(run_inputs, "device_memory", lambda local_ranks, room=room: room)
         found = look_at(*words)["memory of a rank"]

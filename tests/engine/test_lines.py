@@ -53,7 +53,7 @@ def test_a_release_of_no_line_is_refused_with_the_command_for_this_python(instal
     with pytest.raises(UserError) as refused:
         lines.engine_line()
     assert str(refused.value) == (
-        "megatron-core 0.17.1 is installed, and 0.16 (<0.17,>=0.16.1) and 0.19 "
+        "megatron-core 0.17.1 is installed, but only 0.16 (<0.17,>=0.16.1) and 0.19 "
         f"(<0.20,>=0.19) are supported; run `pip install 'megatron-core{wanted}'`."
     )
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_the_newer_line_is_refused_by_the_older_alone(installed:
     with pytest.raises(UserError) as refused:
         lines.refuse_if_unreadable(checkpoint, files)
     assert str(refused.value) == (
-        "--load run: iter_0000002 was saved under megatron-core 0.19 and can't be read under 0.16; resume with "
+        "--load run: iter_0000002 was saved with megatron-core 0.19 and cannot be read with 0.16; resume with "
         "Python 3.12 or newer, where pip installs 0.19."
     )
     lines.refuse_if_unreadable(checkpoint, [*files, "common.pt"])

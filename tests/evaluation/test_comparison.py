@@ -150,7 +150,7 @@ def test_with_other_tokenizers_and_nothing_else_measured_there_is_nothing_to_com
     second = write(tmp_path / "b.json", {"other": {"wiki": rows}}, tokenizer="u")
     assert refused(first, second) == (
         f"{first} and {second} have no measure that can be compared (wiki: perplexity: left out, because tokens are "
-        f"counted and the tokenizers differ); evaluate both with one that counts no tokens, such as bits_per_byte."
+        f"counted and the tokenizers differ); evaluate both with one that doesn't count tokens, such as bits_per_byte."
     )
 
 
@@ -181,8 +181,8 @@ def test_a_task_of_one_name_with_other_settings_or_examples_is_refused(tmp_path:
     first = write(tmp_path / "a.json", {"base": {"mmlu": hits(1, 1)}})
     second = write(tmp_path / "b.json", {"base": {"mmlu": hits(1, 1)}}, digests={"mmlu": "e" * 64})
     assert refused(first, second) == (
-        f"Task mmlu of {first} isn't that of {second}: its settings or files differ (digests dddddddddddd and "
-        f"eeeeeeeeeeee); evaluate both with the same --tasks and files."
+        f"Task mmlu of {first} differs from that of {second}: its settings or files have the digests dddddddddddd and "
+        f"eeeeeeeeeeee; evaluate both with the same --tasks and files."
     )
     third = write(tmp_path / "c.json", {"base": {"mmlu": hits(1, 1, 1)}})
     assert refused(first, third) == (
@@ -226,13 +226,13 @@ def test_a_damaged_line_is_named(tmp_path: Path, change: Mapping[str, str], sent
 def test_a_file_that_is_cut_is_named_within_a_line_and_between_lines(tmp_path: Path) -> None:
     lines, found = damaged_lines(tmp_path, {}, keep=-5)
     assert found.startswith(f"{lines}:3 is not JSON (")
-    assert found.endswith("): the file is cut or damaged; evaluate again.")
+    assert found.endswith("): the file is truncated or damaged; evaluate again.")
     whole = Path(write(tmp_path / "a.json", {"base": {"mmlu": hits(1, 0, 1)}})).with_suffix(".predictions.jsonl")
     last = len(whole.read_text(encoding="utf-8").splitlines(keepends=True)[-1])
     lines, found = damaged_lines(tmp_path, {}, keep=-last)
     assert found == (
-        f"{lines} has 2 examples of task mmlu by base, and {tmp_path / 'a.json'} says 3: it is cut or of another "
-        f"evaluation; evaluate again."
+        f"{lines} has 2 examples of task mmlu by base, and {tmp_path / 'a.json'} says 3: it is truncated or of "
+        f"another evaluation; evaluate again."
     )
 
 
@@ -241,11 +241,11 @@ def test_a_file_that_is_cut_is_named_within_a_line_and_between_lines(tmp_path: P
     [
         (
             '{\n "format": 1,\n "mod',
-            ":3 is not JSON (Unterminated string starting at): the file is cut or damaged; evaluate again.",
+            ":3 is not JSON (Unterminated string starting at): the file is truncated or damaged; evaluate again.",
         ),
         ("[]", " is not a JSON object; give a file that hft-megatron evaluate wrote."),
         ('{"format": 2}', " has results format 2, this version reads 1; evaluate again."),
-        ("{}", " is no result file of `hft-megatron evaluate --tasks`; name one that is."),
+        ("{}", " is not a result file of `hft-megatron evaluate --tasks`; name one."),
         ('{"format": 1, "models": [{"name": "a"}, {"name": "a"}]}', " lists a twice; evaluate again."),
         ('{"format": 1, "models": []}', " holds 0 models (); choose one of them, as in {path}:MODEL."),
         (

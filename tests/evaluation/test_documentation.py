@@ -23,7 +23,15 @@ def test_every_measure_has_its_row_under_its_kind() -> None:
     assert sorted(rows) == sorted((name, kind) for kind, each in KINDS.items() for name in each.metrics())
 
 
-NAMES = re.compile(r"(?<![\w./-])(base|runs/\w+(?:-5)?|my_tasks|tasks\.yaml|results\.json|harness\.json|tp2\.json)\b")
+FILES = re.compile(r"(?<![\w./-])(my_tasks|tasks\.yaml|results\.json|harness\.json|tp2\.json)\b")
+"""Those that the page names without a folder."""
+
+
+def within(folder: Path, command: str) -> str:
+    """The command with the page's places in ``folder``."""
+    for place, there in (("/models/Llama-2-7b-hf", "base"), ("/runs/", "runs/")):
+        command = command.replace(place, f"{folder}/{there}")
+    return FILES.sub(f"{folder}/\\1", command)
 
 
 @pytest.mark.slow(reason="each command is a process or two")
@@ -36,7 +44,7 @@ def test_the_commands_run(ranks: RankPools, tmp_path: Path) -> None:
     write_runs_and_a_task_of_the_harness(tmp_path)
     said = []
     for command in shell_commands():
-        program, *words = shlex.split(NAMES.sub(f"{tmp_path}/\\1", command))
+        program, *words = shlex.split(within(tmp_path, command))
         if program == "torchrun":
             assert words[:2] == ["--nproc-per-node", "2"]
             words = [*torchrun(2), *words[2:]]

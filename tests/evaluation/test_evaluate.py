@@ -203,7 +203,7 @@ def test_logits_that_are_no_numbers_fail_the_evaluation_in_words(
     output = tmp_path / "out" / "results.json"
     words = words_of(inputs / "tasks.yaml", output, tmp_path / "model", task_names=task)
     for answer in ranks(2).run(run_evaluate, words=words):
-        assert answer["failure"].startswith(f"{task}: the model's logits are no numbers, or infinite; read it as fp32")
+        assert answer["failure"].startswith(f"{task}: the model's logits are not finite; read the model as fp32")
     assert [path.name for path in output.parent.iterdir()] == ["results.json.unfinished.jsonl"]
 
 
@@ -259,4 +259,4 @@ def run_without_memory(words: list[str]) -> dict[str, Any]:
 def test_a_batch_that_is_too_large_for_the_memory_is_a_sentence(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_of(inputs / "tasks.yaml", tmp_path / "results.json", inputs / "model", batch_size=512)
     [answer] = ranks(1).run(run_without_memory, words=words)
-    assert answer["failure"].startswith("rank 0 ran out of memory at --batch-size 512; make that less, or spread the")
+    assert answer["failure"].startswith("rank 0 ran out of memory at --batch-size 512; give a smaller one, or spread the")

@@ -62,17 +62,17 @@ EARLY = [
     ("--tasks tasks.yaml", "--model is missing: name a Hugging Face folder or the --save folder of a run."),
     ("--model model", "--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml."),
     ("--model model --tasks absent.yaml", "--tasks absent.yaml"),
-    ("--model model model --tasks tasks.yaml", "--model model is there twice; name every model once."),
+    ("--model model model --tasks tasks.yaml", "--model model is given twice; name every model once."),
     ("--model absent --tasks tasks.yaml", "--model absent has neither config.json"),
     ("--model empty --tasks tasks.yaml", "--model empty has neither config.json (a Hugging Face folder) nor run_id"),
     ("--model weightless --tasks tasks.yaml", "--model weightless"),
-    ("--model model --base model --task-names texts", "--task-names texts needs --tasks, whose names they are"),
+    ("--model model --base model --task-names texts", "--task-names texts needs --tasks, the file of the tasks"),
     ("--model model --tasks tasks.yaml --task-names textes", "--task-names textes: --tasks tasks.yaml has no such tas"),
     ("--model model --tasks tasks.yaml --limit 0", "--limit 0"),
     ("--model model --tasks tasks.yaml --batch-size 0", "--batch-size 0"),
     (
         "--model model --tasks tasks.yaml --output there.json",
-        "there.json is there already; remove it, or choose another",
+        "there.json already exists; remove it, or choose another",
     ),
     (
         "--model model --tasks tasks.yaml --output results.txt",
@@ -86,16 +86,16 @@ EARLY = [
     ("--compare there.json", "--compare there.json: give two result files."),
     (
         "--compare there.json absent.json",
-        "there.json is no result file of `hft-megatron evaluate --ta",
+        "there.json is not a result file of `hft-megatron evaluate --ta",
     ),
-    ("--compare there.json there.json --limit 3", "--limit 3 can't be given with --compare"),
+    ("--compare there.json there.json --limit 3", "--limit 3 cannot be used with --compare"),
     (
         "--model model --tasks tasks.yaml --frontier-learning loss",
-        "--frontier-learning loss can't be given with --tasks",
+        "--frontier-learning loss cannot be used with --tasks",
     ),
     ("--model model --base absent --tasks tasks.yaml", "--base absent has neither config.json"),
     ("--model model --base small --tasks tasks.yaml", "can't be compared weight by weight"),
-    ("--compare there.json there.json --model model", "--model model can't be given with --compare"),
+    ("--compare there.json there.json --model model", "--model model cannot be used with --compare"),
 ]
 
 
@@ -114,7 +114,7 @@ IN_TASKS: list[tuple[dict[str, Any], str]] = [
     ({**TEXT, "metrics": "accuracy"}, "the metric accuracy is of the kind choose; text has perplexity"),
     ({**TEXT, "files": "absent.jsonl"}, "there is no such file"),
     ({**TEXT, "kind": "texts"}, "kind 'texts': the value must be"),
-    ({**GENERATE, "stopp": "x"}, "tasks.yaml:6: `stopp` is no setting of a task; the nearest is stop."),
+    ({**GENERATE, "stopp": "x"}, "tasks.yaml:6: `stopp` is not a setting of a task; the nearest is stop."),
 ]
 WHEN_READ: list[tuple[str, dict[str, Any], str]] = [
     ("model", {**TEXT, "text": "txt"}, "texts.jsonl:1: "),
@@ -182,17 +182,17 @@ def test_a_run_without_a_good_checkpoint_is_one_sentence(
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     for answer in ranks(2).run(run_evaluate, words=words):
-        assert f"--model {run}: {weights} is not what was saved (sha256 " in answer["mistake"]
+        assert f"--model {run}: {weights} is not as it was saved (sha256 " in answer["mistake"]
         assert answer["mistake"].endswith("; evaluate another checkpoint, or copy this one again.")
     position = run / "iter_0000001" / POSITION_FILE
     position.write_text(position.read_text().replace("1", "2", 1))
     older = words_of(folder / "tasks.yaml", tmp_path / "out" / "results.json", run / "iter_0000001")
     for answer in ranks(2).run(run_evaluate, words=older):
-        assert f"{position} is not what was saved (sha256 " in answer["mistake"]
+        assert f"{position} is not as it was saved (sha256 " in answer["mistake"]
     position.write_text(position.read_text().replace("iteration", "lteration", 1))
     assert f"--model {run}: iter_0000001/{POSITION_FILE} can't be read (" in mistake_of(older, capsys)
     (run / "iter_0000001" / DIGESTS_FILE).unlink()
-    assert f"{run / 'iter_0000001'} is no complete checkpoint; name another" in mistake_of(older, capsys)
+    assert f"{run / 'iter_0000001'} is not a complete checkpoint; name another" in mistake_of(older, capsys)
     for name in ("iter_0000001", "iter_0000002"):
         shutil.rmtree(run / name)
     assert f"--model {run} holds no complete checkpoint" in mistake_of(words, capsys)

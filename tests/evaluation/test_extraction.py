@@ -80,15 +80,15 @@ def test_cuts_of_the_trace_benchmark_are_rules(rule: str, text: str, answer: str
     [
         (
             "last_numbr",
-            "extract: last_numbr is no rule; the nearest of whole, stripped, first_line, first_token, first_letter, "
+            "extract: last_numbr is not a rule; the nearest of whole, stripped, first_line, first_token, first_letter, "
             "last_number, final_answer, boxed, regex:PATTERN is last_number.",
         ),
         (
             "regex:(a",
-            "extract: regex:(a is no regular expression of Python's (missing ), unterminated subpattern at position 0)"
+            "extract: regex:(a is not a regular expression of Python (missing ), unterminated subpattern at position 0)"
             "; correct it.",
         ),
-        ("regex:", "extract: regex: needs a pattern behind it, such as regex:answer is (.*)."),
+        ("regex:", "extract: regex: needs a pattern after it, such as regex:answer is (.*)."),
     ],
 )
 def test_a_rule_that_is_none_is_refused_in_a_sentence(rule: str, sentence: str) -> None:

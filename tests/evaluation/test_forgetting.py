@@ -132,5 +132,5 @@ def test_models_of_two_vocabularies_are_refused_with_both_names(tmp_path: Path) 
     check_one_vocabulary(("--base a", "--model b"), (96, 96), (ours, ours))
     with pytest.raises(UserError, match="--base a has a vocabulary of 96 rows and --model b one of 97"):
         check_one_vocabulary(("--base a", "--model b"), (96, 97), (ours, ours))
-    with pytest.raises(UserError, match="--base a and --model b have tokenizers that cut texts differently"):
+    with pytest.raises(UserError, match="--base a and --model b have tokenizers that split texts differently"):
         check_one_vocabulary(("--base a", "--model b"), (96, 96), (ours, others))

@@ -76,7 +76,7 @@ def test_shared_levels_end_where_the_last_method_ends() -> None:
     assert levels == pytest.approx((2.9, 2.8, 2.7, 2.6, 2.5))
     assert not any(value is None for values in frontier(curves, levels).forgetting.values() for value in values)
     with pytest.raises(
-        UserError, match=r"^none: learned no further than 3.2, and a run begins at 3: there is no level"
+        UserError, match=r"^none: learned no further than 3.2, but a run begins at 3: there is no level"
     ):
         shared_levels({**curves, "none": [curve((3.2, 0), (3.3, 1))]}, 5)
 
@@ -168,7 +168,7 @@ def test_what_gives_no_curve_is_refused(tmp_path: Path) -> None:
     late = saved(tmp_path / "late", {10: {LEARNING: 2.0, old: 0.5, "grad norm": 1.0}})
     assert refused(late, forgetting=old).endswith("run with a validation before the first step.")
     assert refused(late, forgetting="grad norm").startswith(
-        f"{late}: of grad norm it isn't known whether more is better; choose a value of one of accuracy, "
+        f"{late}: it isn't known whether more of grad norm is better; choose a value of one of accuracy, "
     )
     assert refused(str(tmp_path / "none")).endswith("give the --save folder of a run.")
 
@@ -179,6 +179,6 @@ def test_a_line_that_is_no_record_is_named_and_one_that_is_being_written_waits(t
     path.write_text(f"{record}\n{record[:20]}", encoding="utf-8")
     assert curve_of_run(str(tmp_path), LEARNING, FORGETTING).points == ((2.0, 1.0),)
     path.write_text(f"{record}\n{record[:20]}\n", encoding="utf-8")
-    assert refused(str(tmp_path)).startswith(f"{path}:2 is no record of a run (")
+    assert refused(str(tmp_path)).startswith(f"{path}:2 is not a record of a run (")
     path.write_text("[]\n", encoding="utf-8")
-    assert refused(str(tmp_path)).startswith(f"{path}:1 is no record of a run (")
+    assert refused(str(tmp_path)).startswith(f"{path}:1 is not a record of a run (")

@@ -134,7 +134,7 @@ def test_a_second_command_is_refused_while_the_first_one_writes(output: Path) ->
 def test_results_that_came_meanwhile_are_not_written_over(output: Path) -> None:
     output.write_text("{}")
     for refused in (lambda: Journal(output, SETTINGS), lambda: write_results(output, {"models": []}, {})):
-        with pytest.raises(UserError, match=r"--output .*results\.json is there already; remove it"):
+        with pytest.raises(UserError, match=r"--output .*results\.json already exists; remove it"):
             refused()
     assert output.read_text() == "{}"
     assert sorted(path.name for path in output.parent.iterdir()) == [output.name, journal_of(output).name]
@@ -150,7 +150,7 @@ def test_a_full_disk_is_a_sentence_and_what_was_written_resumes(output: Path) ->
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, limits[1]))
-        with pytest.raises(RankFailed, match=r"rank 0 can't write .*unfinished\.jsonl.*; make room, and give the"):
+        with pytest.raises(RankFailed, match=r"rank 0 can't write .*unfinished\.jsonl.*; make room, and run the"):
             journal.add("Ärger", "other", 0, ANSWERS[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -72,7 +72,7 @@ def test_without_a_begin_token_a_choice_needs_a_prompt(tmp_path: Path, tokenizer
     task, without = task_of(tmp_path, **CHOOSING), tokenizer.with_facts(bos_id=None)
     assert len(asked(task, tokenizer).examples) == 2
     with pytest.raises(
-        UserError, match=r"a\.jsonl:2: the prompt is empty, so that the first token of a choice can't be"
+        UserError, match=r"a\.jsonl:2: the prompt is empty, so the first token of a choice can't be"
     ):
         asked(task, without)
 
@@ -99,9 +99,9 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         r"the answer 1 is the text of choice 0 and the number of another;",
     ),
-    "no right one": ({"a": []}, {}, r"a\.jsonl:1: no choice is the right one"),
+    "no right one": ({"a": []}, {}, r"a\.jsonl:1: no choice is marked as right"),
     "an empty choice": ({"c": ["1", " "]}, {}, r"a\.jsonl:1: choice 2 of 2 is empty"),
-    "one choice": ({"c": ["two"]}, {}, r"`choices` has 1 text, but two are the least"),
+    "one choice": ({"c": ["two"]}, {}, r"`choices` has 1 text, but at least two are needed"),
     "no list": ({"c": "two"}, {}, r"a\.jsonl:1: `choices` is text, but it must be a list of texts"),
     "no column": (
         {},

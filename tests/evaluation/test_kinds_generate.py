@@ -112,7 +112,7 @@ def test_a_prompt_without_room_is_an_error_or_loses_its_beginning(folder: Path, 
     assert cut.examples[0].prompt.tolist() == [whole[0], *whole[2:]]
     assert cut.counts["prompts_cut"] == cut.counts["prompt_tokens_cut"] == 6
     assert cut.notes == ("made: prompts cut at their beginning: 6 of 6, by 6 tokens together",)
-    with pytest.raises(UserError, match="no prompt would be left"):
+    with pytest.raises(UserError, match="nothing would be left of the prompt"):
         asked(task_of(folder, **settings, cut_long_prompts=True), tokenizer, 11)
     with pytest.raises(UserError, match="max_new_tokens 10 of the task made leaves no token of the model's 10"):
         asked(task_of(folder, **settings), tokenizer, 10)
@@ -168,8 +168,8 @@ PLACES = {
     "fails": ({"prompt": "{{ 1 // 0 }}"}, r"a\.jsonl:1: the template of `prompt` fails: integer div"),
     "unsafe": ({"prompt": "{{ question.__class__ }}"}, r"a\.jsonl:1: the template of `prompt` fails: access to attri"),
     "nothing found": ({"extract_target": "final_answer"}, r"a\.jsonl:1: extract_target final_answer finds nothing in"),
-    "rows of lines": ({"rows": "examples"}, r"tasks\.yaml:1: rows examples is about \.json files, and .*a\.jsonl is n"),
-    "columns of lines": ({"columns": ["a"]}, r"tasks\.yaml:1: columns are about \.csv and \.tsv files, and .*a\.jsonl"),
+    "rows of lines": ({"rows": "examples"}, r"tasks\.yaml:1: rows examples is for \.json files, but .*a\.jsonl is n"),
+    "columns of lines": ({"columns": ["a"]}, r"tasks\.yaml:1: columns are for \.csv and \.tsv files, but .*a\.jsonl"),
 }
 
 

@@ -83,7 +83,7 @@ def test_a_text_file_is_one_document_or_several_with_a_separator(tmp_path: Path,
     with pytest.raises(UserError, match=r"tasks\.yaml:1: no line of .*a\.txt is the separator '<\|x\|>'"):
         scored_of(tmp_path, tokenizer, files="a.txt", separator="<|x|>")
     write_rows(tmp_path / "a.jsonl", [{"text": "x"}])
-    with pytest.raises(UserError, match=r"separator is about \.txt files, and .*a\.jsonl is none"):
+    with pytest.raises(UserError, match=r"separator is for \.txt files, but .*a\.jsonl is not one"):
         scored_of(tmp_path, tokenizer, files="a.jsonl", separator="<|x|>")
 
 

@@ -120,7 +120,7 @@ def test_the_measures_of_a_sequence_are_those_from_0_to_100() -> None:
 def test_a_task_that_is_there_twice_is_refused() -> None:
     for general in ([], [column("a")]):
         tasks = [column("a"), column("b")] if general else [column("a"), column("a")]
-        with pytest.raises(UserError, match="the task a is there twice in the sequence and beside it; rename one"):
+        with pytest.raises(UserError, match="the task a is used twice in the sequence or beside it; rename one"):
             ScoreMatrix(tasks, general)
 
 
@@ -157,7 +157,7 @@ def test_a_file_that_is_no_matrix_is_named(text: str, sentence: str, tmp_path: P
         ScoreMatrix.read(tmp_path / "none.json")
 
 
-def test_a_sequence_goes_on_with_other_tasks_behind_those_that_are_done() -> None:
+def test_a_sequence_resumes_with_other_tasks_after_those_that_are_done() -> None:
     held = matrix_of({place: value for place, value in SCORES.items() if place[0] < 2})
     tasks = [TASKS[0], column("d"), column("b", "rouge_l"), column("c", "sari", "other")]
     resumed, notes = held.resumed(tasks, [*GENERAL, column("more", "perplexity")], Path("matrix.json"))
@@ -181,7 +181,7 @@ def test_a_sequence_goes_on_with_other_tasks_behind_those_that_are_done() -> Non
             GENERAL,
             "was b with the measure rouge_l; restore",
         ),
-        (TASKS, GENERAL[:1], "the general task of matrix.json was text, and is not there any more; give it"),
+        (TASKS, GENERAL[:1], "the general task of matrix.json was text, and no longer exists; restore it"),
         (TASKS, [column("maths", "accuracy", "new"), GENERAL[1]], "was maths with other settings or files"),
     ],
 )

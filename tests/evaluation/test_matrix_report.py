@@ -8,7 +8,7 @@ from PIL import Image
 
 from hft_megatron.evaluation.matrix import Cell, Column, ScoreMatrix
 from hft_megatron.report.continual import draw_matrix, matrix_text
-from hft_megatron.report.plan_picture import INK, PAPER, RESTS, ROUND_COLOURS
+from hft_megatron.report.plan_picture import FROZEN, INK, PAPER, ROUND_COLOURS
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_general_ability_is_in_the_table_where_it_was_measured() -> None:
         matrix.put(after, name, Cell(value=value, examples=10))
     assert matrix_text(matrix.contents()).splitlines()[-2:] == [
         "  OP 90, BWT 0 (over T), - (over T - 1), T = 1",
-        "  general ability -2.5, the mean of what is on the scale of 0 to 100",
+        "  general ability -2.5, the mean over scores from 0 to 100",
     ]
 
 
@@ -66,10 +66,10 @@ def test_the_picture_has_a_shade_for_every_score(contents: dict[str, Any], tmp_p
     full = ROUND_COLOURS[0]
     half = tuple(round(255 + (high - 255) * 50.06 / 100) for high in full)
     three_quarters = tuple(round(255 + (high - 255) * 0.75) for high in full)
-    for colour in (full, half, three_quarters, PAPER, RESTS, INK):
+    for colour in (full, half, three_quarters, PAPER, FROZEN, INK):
         assert shades.get(colour, 0) > 300, colour
     # Six cells were not evaluated: of 24 rows of pixels each, and as wide as two words and more.
-    assert shades[RESTS] > 4 * shades[full] > 4 * 24 * 40
+    assert shades[FROZEN] > 4 * shades[full] > 4 * 24 * 40
 
 
 def test_the_pictures_of_equal_matrices_are_equal_and_of_others_are_not(

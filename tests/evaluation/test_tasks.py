@@ -84,7 +84,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "broken": ("- name: [", r"tasks\.yaml:\d+ is not valid YAML"),
     "code": ("- name: !!python/name:os.system ''", r":1 is not valid YAML: plain texts, numbers and lists alone"),
     "no kind": ("- name: a\n  files: a.jsonl", r":1: the task has no `kind`"),
-    "unknown key": ("- name: a\n  fewshots: 3", r":2: `fewshots` is no setting of a task; the nearest is fewshot\."),
+    "unknown key": ("- name: a\n  fewshots: 3", r":2: `fewshots` is not a setting of a task; the nearest is fewshot\."),
     "unknown kind": ("- name: a\n  kind: chose\n  files: a.jsonl", r":2: kind 'chose': the value must be one of gen"),
     "set twice": ("- name: a\n  name: b", r":2: `name` is set twice"),
     "a number for a text": ("- {name: 5, kind: text, files: a.jsonl}", r":1: name 5: the value must be text"),
@@ -121,7 +121,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "rule": (
         "- {name: a, kind: generate, files: a.jsonl, prompt: q, target: a,\n   extract: last_numbr}",
-        r":2: extract: last_numbr is no rule; .*last_number",
+        r":2: extract: last_numbr is not a rule; .*last_number",
     ),
     "keys": (
         "- {name: a, kind: preference, files: a.jsonl, data_keys: question}",
@@ -129,19 +129,19 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "system without chat": (
         "- {name: a, kind: generate, files: a.jsonl, prompt: q, target: a, system: s}",
-        r"`system` does nothing without chat: true",
+        r"`system` has no effect without chat: true",
     ),
     "seed of greedy": (
         "- {name: a, kind: generate, files: a.jsonl, prompt: q, target: a, top_k: 5}",
-        r"`top_k` does nothing without temperature above 0",
+        r"`top_k` has no effect without temperature above 0",
     ),
     "few-shot settings": (
         "- {name: a, kind: generate, files: a.jsonl, prompt: q, target: a, fewshot_seed: 5}",
-        r"`fewshot_seed` does nothing without fewshot",
+        r"`fewshot_seed` has no effect without fewshot",
     ),
     "split of a file": (
         "- {name: a, kind: text, files: a.jsonl, split: eval}",
-        r"`split` does nothing without the folder",
+        r"`split` has no effect without the folder",
     ),
     "stride": ("- {name: a, kind: text, files: a.jsonl, window: 8, stride: 9}", r"stride 9 is more than window 8"),
     "one name": (

@@ -50,7 +50,7 @@ def test_a_part_of_the_tasks_keeps_their_order(folder: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "eval", "test"])
 def test_a_missing_split_is_named(split: str, folder: Path) -> None:
     (folder / "FOMC" / f"{split}.json").unlink()
-    with pytest.raises(UserError, match=rf"--data .*trace: the task FOMC has no {split}.json; add it, or take"):
+    with pytest.raises(UserError, match=rf"--data .*trace: the task FOMC has no {split}.json; add it, or move"):
         find_trace("--data", folder)
 
 

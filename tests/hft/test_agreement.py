@@ -62,13 +62,13 @@ def test_equal_plans_pass(ranks: RankPools) -> None:
 
 def test_a_tampered_rank_of_two_is_named_with_host_coordinates_and_unit_on_both_ranks(ranks: RankPools) -> None:
     messages = check(ranks, 2, rank=1)
-    here, there = ("trains", "rests")
+    here, there = ("trainable", "frozen")
     if make_plan(SHAPE, HFTConfig(), default_seed=0).trains(UNIT):
         here, there = there, here
     assert messages[0] == messages[1]
     assert messages[0] == (
-        f"1 of 2 ranks hold another plan than rank 0: rank 1 on {socket.gethostname()} (TP 1, PP 0, DP 0) differs "
-        f"first in {UNIT}, which {here} there instead of {there}; "
+        f"1 of 2 ranks have another plan than rank 0: rank 1 on {socket.gethostname()} (TP 1, PP 0, DP 0) differs "
+        f"first in {UNIT}, which is {here} there instead of {there}; "
         "start every rank with the same options, files and version of hft_megatron."
     )
 
@@ -95,4 +95,4 @@ def test_a_subgroup_is_checked_alone(ranks: RankPools) -> None:
     messages = ranks(4).run(run_check, tampered_rank=3, tampering="unit", member_ranks=[0, 2, 3])
     assert messages[1] is None
     assert messages[0] == messages[2] == messages[3]
-    assert "1 of 3 ranks hold another plan than rank 0: rank 3 on" in messages[0]
+    assert "1 of 3 ranks have another plan than rank 0: rank 3 on" in messages[0]

@@ -47,7 +47,7 @@ def test_every_flag_says_what_the_plan_says(slots):
     assert len({*flags(slots)}) == 2
 
 
-def test_the_next_plan_takes_resting_units_back_into_training(slots):
+def test_the_next_plan_takes_frozen_units_back_into_training(slots):
     first, second = plan_of_round(0), plan_of_round(1)
     assert first.training - second.training
     assert second.training - first.training

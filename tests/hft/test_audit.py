@@ -45,8 +45,8 @@ def flip_a_bit(run: Any, unit: str) -> None:
     slot.parameter.detach().view(-1).view(torch.int32)[-1] ^= 1
 
 
-def resting(run: Any, layer: int) -> str:
-    """A resting matrix of a layer, of which every tensor-parallel rank holds a shard."""
+def frozen_matrix(run: Any, layer: int) -> str:
+    """A frozen matrix of a layer, of which every tensor-parallel rank holds a shard."""
     units = run.wrapped.plan.units
     return next(
         u.name for u in units if u.layer == layer and u.category != "norm" and not run.wrapped.plan.trains(u.name)
@@ -63,20 +63,20 @@ def run_with_a_flipped_bit(folder: str, layout: dict[str, Any], guilty: int, int
     for step in range(4):
         next_step(run, [hook])
         if step == 2 and run.placement.rank == guilty:
-            flip_a_bit(run, resting(run, 3))
+            flip_a_bit(run, frozen_matrix(run, 3))
         try:
             hook.after_iteration(run)
         except RunFailed as failure:
-            return {"failure": str(failure), "after": step, "unit": resting(run, 3)}
+            return {"failure": str(failure), "after": step, "unit": frozen_matrix(run, 3)}
     try:
         hook.at_round_end(run)
     except RunFailed as failure:
-        return {"failure": str(failure), "after": "the end", "unit": resting(run, 3)}
+        return {"failure": str(failure), "after": "the end", "unit": frozen_matrix(run, 3)}
     return {"failure": None}
 
 
 @pytest.mark.parametrize(("interval", "noticed"), [(None, "the end"), (1, 2)])
-def test_a_flipped_bit_in_a_resting_shard_is_named_on_every_rank(
+def test_a_flipped_bit_in_a_frozen_shard_is_named_on_every_rank(
     interval: int | None, noticed: int | str, ranks: RankPools, tmp_path: Any
 ) -> None:
     folder = str(make_llama(tmp_path / "model", "gqa", **TINY))
@@ -86,7 +86,7 @@ def test_a_flipped_bit_in_a_resting_shard_is_named_on_every_rank(
     assert len({result["failure"] for result in results}) == 1
     assert results[3]["after"] == noticed
     failure = results[0]["failure"]
-    assert "1 resting shard changed" in failure
+    assert "1 frozen shard changed" in failure
     assert results[3]["unit"] in failure
     assert "rank 3 on " in failure
     assert "TP 1, PP 1" in failure
@@ -101,18 +101,18 @@ def run_into_a_checkpoint(folder: str, save: str) -> str:
     audit.at_round_start(run)
     next_step(run)
     saver.after_iteration(run)
-    flip_a_bit(run, resting(run, 1))
+    flip_a_bit(run, frozen_matrix(run, 1))
     next_step(run)
     with pytest.raises(RunFailed) as caught:
         saver.after_iteration(run)
     return str(caught.value)
 
 
-def test_a_checkpoint_with_a_changed_resting_shard_is_not_written(ranks: RankPools, tmp_path: Any) -> None:
-    """The run that went on with it would take its bits for the right ones."""
+def test_a_checkpoint_with_a_changed_frozen_shard_is_not_written(ranks: RankPools, tmp_path: Any) -> None:
+    """A run that resumed from it would take its bits for the right ones."""
     folder = str(make_llama(tmp_path / "model", "gqa", **TINY))
     [said, _] = ranks(2).run(run_into_a_checkpoint, folder=folder, save=str(tmp_path / "run"))
-    assert "resting shard" in said
+    assert "frozen shard" in said
     assert not list(tmp_path.glob("run/iter_*"))
 
 
@@ -123,7 +123,7 @@ def run_audited(folder: str, layout: dict[str, Any]) -> int:
     )
     run.announce = lines.append
     train(run, [AuditRounds(1)])
-    return sum("every resting shard" in line for line in lines)
+    return sum("no frozen shard has changed" in line for line in lines)
 
 
 def test_an_untouched_run_passes_the_audit_of_each_round(ranks: RankPools, tmp_path: Any) -> None:

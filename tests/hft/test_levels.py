@@ -34,7 +34,7 @@ def by_category(plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("selection", [{"level": "layer"}, {"selection": "lisa"}], ids=str)
-def test_whole_layers_train_or_rest_and_their_total_is_exact(selection: dict[str, Any]) -> None:
+def test_whole_layers_train_or_stay_frozen_and_their_total_is_exact(selection: dict[str, Any]) -> None:
     for (num_layers, ratio), seed in itertools.product(CASES, range(3)):
         plan = draw(num_layers, ratio=ratio, seed=seed, **selection)
         # Eighths are exact in binary, so this float arithmetic is exact too.

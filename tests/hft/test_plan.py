@@ -49,7 +49,7 @@ def test_the_plan_of_a_known_seed_is_the_same_on_every_machine() -> None:
     assert PLAN.digest == GOLDEN_DIGEST
 
 
-def test_the_hft_seed_wins_over_the_default_seed() -> None:
+def test_the_hft_seed_overrides_the_default_seed() -> None:
     assert make_plan(SHAPE, HFTConfig(hft_seed=7), default_seed=1) == make_plan(SHAPE, HFTConfig(), default_seed=7)
 
 
@@ -170,8 +170,8 @@ def edit_policy(**fields: Any) -> Callable[[dict[str, Any]], object]:
         (lambda record: record["units"][3].update(trains="yes"), r"units\[3\] has trains 'yes'"),
         (lambda record: record["units"][3].update(category="mlp"), "v_proj is mlp of layer 0"),
         (lambda record: record["units"].append(record["units"][5]), "lists model.layers.0.mlp.gate_proj twice"),
-        (lambda record: record["units"].reverse(), "lm_head is not at its place"),
-        (lambda record: [row.update(trains=False) for row in record["units"]], "rests every unit"),
+        (lambda record: record["units"].reverse(), "lm_head is out of order"),
+        (lambda record: [row.update(trains=False) for row in record["units"]], "freezes every unit"),
     ],
 )
 def test_a_malformed_plan_is_refused_in_one_sentence(change: Callable[[dict[str, Any]], object], message: str) -> None:

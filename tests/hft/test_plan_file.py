@@ -73,7 +73,7 @@ def trains(value: Any) -> Callable[[dict[str, Any]], object]:
         ),
         (
             lambda record: [row["trains"].__setitem__(1, False) for row in record["units"]],
-            "rests every unit in round 1, so nothing would train",
+            "freezes every unit in round 1, so nothing would train",
         ),
         (lambda record: record.update(rounds=[0, 1, "2"]), "has rounds [0, 1, '2'], which must be a list of round"),
     ],
@@ -98,11 +98,11 @@ def test_a_file_of_another_model_or_none_at_all_is_refused(tmp_path: Path) -> No
 
 
 def test_a_file_of_several_rounds_is_not_the_plan_of_a_checkpoint() -> None:
-    with pytest.raises(UserError, match=r"^plan\.json has the plans of 3 rounds, and one is wanted here"):
+    with pytest.raises(UserError, match=r"^plan\.json has the plans of 3 rounds, but must have one"):
         Plan.from_json(plans_to_json(PLANS), shape=SHAPE, source="plan.json")
 
 
 def test_a_file_shorter_than_the_run_is_refused_with_both_numbers() -> None:
     check_enough_rounds(PLANS, 3, "plan.json")
-    with pytest.raises(UserError, match=r"^--hft-plan plan\.json has 3 rounds and the run needs 4; "):
+    with pytest.raises(UserError, match=r"^--hft-plan plan\.json has 3 rounds, but the run needs 4; "):
         check_enough_rounds(PLANS, 4, "plan.json")

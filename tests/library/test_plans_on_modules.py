@@ -100,8 +100,8 @@ def test_the_same_values_draw_the_plan_of_the_command_line(
         ({"level": "layers"}, "level='layers' must be one of category, layer, model."),
         ({"seed": -1}, "seed=-1 must be a whole number of at least 0."),
         ({"round": 1.5}, "round=1.5 must be a whole number"),
-        ({"pairing": "complementary", "ratio": 0.3}, "pairing complementary needs ratio 0.5, and it is 0.3;"),
-        ({"selection": "lisa", "level": "model"}, "level model has no meaning with selection lisa"),
+        ({"pairing": "complementary", "ratio": 0.3}, "pairing complementary needs ratio 0.5, but it is 0.3;"),
+        ({"selection": "lisa", "level": "model"}, "level model has no effect with selection lisa"),
         ({"train": ["*.z_proj"]}, "train *.z_proj matches no unit of the model;"),
         ({"selection": "spectrum"}, "give their scores"),
         ({"freeze": "*.q_proj,"}, "freeze '*.q_proj,' has an empty pattern"),
@@ -115,7 +115,7 @@ def test_a_mistake_is_told_in_terms_of_arguments(arguments: dict[str, Any], sent
 
 
 def test_what_is_no_llama_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a LlamaForCausalLM is no config; give model.config"):
+    with pytest.raises(ValueError, match=r"a LlamaForCausalLM is not a config; give model.config"):
         draw_plan(make_model())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model_type is 'gpt2'"):
         draw_plan({"model_type": "gpt2"})
@@ -181,7 +181,7 @@ def test_adapters_that_peft_adds_afterwards_are_not_trained_in_silence() -> None
     plan.apply(model)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     with pytest.raises(
-        RuntimeError, match=f"was trainable by plan {plan.short_digest} and no longer is: .* after PEFT"
+        RuntimeError, match=f"but something changed its requires_grad after plan.apply; .* after PEFT"
     ):
         step(adapted)
     plan.apply(adapted)
@@ -269,7 +269,7 @@ def test_a_plan_holds_under_fsdp_2_and_is_refused_on_a_model_that_ddp_has(ranks:
     make_model().save_pretrained(tmp_path)
     wanted = ",".join(sorted(weights(draw_plan(tmp_path))))
     for refused, trained, guarded in ranks(2).run(run_under_fsdp, folder=str(tmp_path)):
-        assert refused.startswith("DistributedDataParallel is around the model already")
+        assert refused.startswith("the model is already wrapped in DistributedDataParallel")
         assert trained == wanted
         assert "and no longer is" in guarded
 
@@ -308,13 +308,13 @@ def test_an_optimizer_that_holds_frozen_weights_is_refused() -> None:
 
 def test_a_model_that_is_not_the_plans_is_refused() -> None:
     model = make_model()
-    with pytest.raises(ValueError, match=r"model.layers.4.self_attn.q_proj, which is in the plan"):
+    with pytest.raises(ValueError, match=r"unit model.layers.4.self_attn.q_proj"):
         draw_plan({**model.config.to_dict(), "num_hidden_layers": 5}).apply(model)
     with pytest.raises(ValueError, match=r"the parameter model.layers.3.* belongs to no unit"):
         draw_plan({**model.config.to_dict(), "num_hidden_layers": 3}).apply(model)
     with pytest.raises(ValueError, match=r"gate_proj.weight has 1,536 parameters and 3,072 in the plan"):
         draw_plan({**model.config.to_dict(), "intermediate_size": 96}).apply(model)
-    with pytest.raises(ValueError, match=r"lm_head, which is in the plan; .* with its head"):
+    with pytest.raises(ValueError, match=r"unit lm_head; .* with its head"):
         draw_plan(model.config).apply(make_model(tie_word_embeddings=True))
 
 

@@ -84,7 +84,7 @@ def test_a_selection_rule_and_a_format_of_ones_own_work_in_help_plan_run_and_lib
     planned = json.loads(capsys.readouterr().out)
     words = ["--hft-selection", "lower-half", "--hft-level", "layer"]
     assert main(["plan", "--load-hf", str(inputs / "model"), *words]) == 2
-    assert "has no meaning with --hft-selection lower-half, which trains the lower half" in capsys.readouterr().err
+    assert "has no effect with --hft-selection lower-half, which trains the lower half" in capsys.readouterr().err
     drawn = draw_plan(inputs / "model", selection="lower-half")
     assert drawn.digest == planned["digest"]
     rows = [{"q": f"Say {number}", "a": f"{3 * number}"} for number in range(12)]
@@ -149,7 +149,7 @@ def test_the_doctor_asks_the_declaration_of_ones_own_method_what_data_it_takes(
     assert main(["doctor", "--load-hf", "model", "--data-path", "corpus"]) == 2
     assert "are options of pretrain and doubled; add --method pretrain" in capsys.readouterr().err
     assert main(["doctor", "--method", "doubled", "--load-hf", "model", "--train-data-path", "data.jsonl"]) == 2
-    assert "are no options of doubled; give --data-path." in capsys.readouterr().err
+    assert "are not options of doubled; give --data-path." in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("registries")

@@ -325,6 +325,8 @@ RUNS: dict[str, list[str]] = {
     "ift": ["--objective", "ift", *flags(LAYOUTS["pp2_vpp"]), "--micro-batch-size", "2"],
     "ift alone": ["--objective", "ift", "--overlap-grad-reduce", "--recompute-granularity", "full"],
     "talr": ["--objective", "talr", "--packing", *flags(LAYOUTS["tp2_sp"])],
+    "ift beside adapters": ["--objective", "ift", "--lora-rank", "4", *flags(LAYOUTS["tp2_sp"]), "--packing"],
+    "talr beside adapters": ["--objective", "talr", "--lora-rank", "4", *flags(LAYOUTS["pp2_vpp"])],
 }
 RESUMED = ("asft", "ift")
 """With a copy of weights, and with predictions that come back over the pipeline."""
@@ -333,13 +335,15 @@ RUNS["ift alone"] += ["--recompute-method", "uniform", "--recompute-num-layers",
 
 @pytest.mark.slow(reason="three runs each")
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_logs_the_plain_loss_too_validates_by_it_and_goes_on_to_the_last_bit(
+def test_a_run_logs_the_plain_loss_too_validates_by_it_and_resumes_to_the_last_bit(
     name: str, ranks: RankPools, tmp_path: Path
 ) -> None:
-    inputs = make_inputs(tmp_path, "gqa" if "--hft-freeze-embedding" in RUNS[name] else "tied", **TINY)
+    has_adapters = "--lora-rank" in RUNS[name]
+    untied = has_adapters or "--hft-freeze-embedding" in RUNS[name]
+    inputs = make_inputs(tmp_path, "gqa" if untied else "tied", **TINY)
     write_data(tmp_path / "valid.jsonl", 5)
     valid = ["--valid-data-path", tmp_path / "valid.jsonl", "--eval-on-start", "--train-iters", 4]
-    rounds = ["--hft-round-interval", 2, "--hft-rotation", "complementary"]
+    rounds = [] if has_adapters else ["--hft-round-interval", 2, "--hft-rotation", "complementary"]
     words = words_for(inputs, *valid, *rounds, *RUNS[name])
 
     def run(save: str, *options: object) -> list[dict[str, Any]]:

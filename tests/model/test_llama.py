@@ -76,7 +76,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run_with_resting_weights(folder: str) -> list[int]:
+def run_with_frozen_weights(folder: str) -> list[int]:
     """Batched products of a forward pass in which nothing trains, over one sequence and over two."""
     (model,), _, _ = build_from_folder(folder, {})
     model.requires_grad_(False)
@@ -89,8 +89,8 @@ def run_with_resting_weights(folder: str) -> list[int]:
     return counts
 
 
-def test_a_resting_matrix_multiplies_one_sequence_at_once_and_not_token_by_token(ranks, folders):
-    assert ranks(1).run(run_with_resting_weights, folder=str(folders["gqa"])) == [[0, 0]]
+def test_a_frozen_matrix_multiplies_one_sequence_at_once_and_not_token_by_token(ranks, folders):
+    assert ranks(1).run(run_with_frozen_weights, folder=str(folders["gqa"])) == [[0, 0]]
 
 
 @pytest.mark.parametrize(

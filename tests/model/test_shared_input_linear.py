@@ -1,4 +1,4 @@
-"""Matrices over one input against plain products in fp64: values, and the work and memory that resting saves."""
+"""Matrices over one input against plain products in fp64: values, and the work and memory that freezing saves."""
 
 import itertools
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ def run_subset(placement: Placement, sequence_parallel: bool, training: list[str
         "forward": forward,
         "backward": backward,
         "kept besides weights": kept,
-        "resting gradients": [name for name in ROWS if name not in training and weights[name].grad is not None],
+        "frozen gradients": [name for name in ROWS if name not in training and weights[name].grad is not None],
     }
 
 
@@ -139,7 +139,7 @@ def accounts(ranks):
 def test_outputs_and_gradients_equal_plain_products_for_every_subset_of_training_members(accounts, layout):
     for training, input_trains, row in accounts(layout):
         assert row["distance"] < 1e-12, (training, input_trains)
-        assert row["resting gradients"] == [], training
+        assert row["frozen gradients"] == [], training
         assert row["has graph"] == bool(training or input_trains)
 
 
@@ -151,7 +151,7 @@ def test_nothing_but_weights_is_kept_when_every_member_rests_and_else_only_this_
 
 
 @pytest.mark.parametrize("layout", WORLD_SIZE)
-def test_weight_gradients_of_resting_members_are_never_computed(accounts, layout):
+def test_weight_gradients_of_frozen_members_are_never_computed(accounts, layout):
     for training, input_trains, row in accounts(layout):
         assert row["forward"].count("product") == len(ROWS)
         assert row["backward"].count("product") == len(ROWS) * input_trains + len(training), (training, input_trains)

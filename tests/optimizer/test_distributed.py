@@ -33,13 +33,13 @@ def test_the_half_plan_sends_about_half_of_what_the_full_plan_sends_outside_the_
     assert 0.4 < share < 0.6
 
 
-def run_with_flags_that_differ_from_the_plan(folder: str, rests: bool) -> str:
-    """The refusal when one unit's flag says the opposite of the plan (``rests``: the unit rests by the plan)."""
+def run_with_flags_that_differ_from_the_plan(folder: str, is_frozen: bool) -> str:
+    """The refusal when one unit's flag says the opposite of the plan (``is_frozen``: the plan freezes the unit)."""
 
     def apply_wrongly(slots, plan):
         original(slots, plan)
-        wrong = next(slot for slot in slots if plan.trains(slot.unit) != rests)
-        wrong.parameter.requires_grad = rests
+        wrong = next(slot for slot in slots if plan.trains(slot.unit) != is_frozen)
+        wrong.parameter.requires_grad = is_frozen
 
     original = wrapping.apply_plan
     with patch.object(wrapping, "apply_plan", apply_wrongly):
@@ -51,11 +51,11 @@ def run_with_flags_that_differ_from_the_plan(folder: str, rests: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    ("rests", "refusal"), [(True, "resting units in gradient buckets"), (False, "training units in no gradient bucket")]
+    ("is_frozen", "refusal"), [(True, "frozen units in gradient buckets"), (False, "trainable units in no gradient bucket")]
 )
-def test_the_optimizer_refuses_buckets_that_do_not_match_the_plan(ranks, tmp_path, rests, refusal):
+def test_the_optimizer_refuses_buckets_that_do_not_match_the_plan(ranks, tmp_path, is_frozen, refusal):
     folder = str(make_llama(tmp_path / "model", **UNEVEN))
-    for answer in ranks(1).run(run_with_flags_that_differ_from_the_plan, folder=folder, rests=rests):
+    for answer in ranks(1).run(run_with_flags_that_differ_from_the_plan, folder=folder, is_frozen=is_frozen):
         assert answer.startswith(refusal)
 
 

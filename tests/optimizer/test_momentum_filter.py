@@ -79,13 +79,13 @@ def run_beside_the_rule(folder: str, layout: dict[str, Any], ratio: float, bf16:
             decay = OPTIMIZER.weight_decay
             if first.dim() == 1:
                 kept, decay = torch.ones_like(kept), 0.0
-            resting = before[unit][0] * (1 - rate * decay)
+            frozen = before[unit][0] * (1 - rate * decay)
             root = second.sqrt() / (1 - betas[1] ** count) ** 0.5 + OPTIMIZER.adam_eps
-            expected = torch.where(kept, resting - rate / (1 - betas[0] ** count) * first / root, resting)
-            assert torch.equal(after[~kept], resting[~kept]), unit
-            assert torch.equal(after != resting, kept & (first != 0)), unit
+            expected = torch.where(kept, frozen - rate / (1 - betas[0] ** count) * first / root, frozen)
+            assert torch.equal(after[~kept], frozen[~kept]), unit
+            assert torch.equal(after != frozen, kept & (first != 0)), unit
             assert float((after - expected).abs().max()) < 1e-6, unit
-            moved.setdefault(unit, []).append(float((after != resting).double().mean()))
+            moved.setdefault(unit, []).append(float((after != frozen).double().mean()))
     return moved
 
 
@@ -166,7 +166,7 @@ def test_a_whole_run_at_tp_2_and_dp_2_is_plain_pytorchs(ranks: RankPools, tmp_pa
     words = words_for(inputs, "--mofo-fraction", FRACTION, "--adam-eps", 1e-5, "--clip-grad", 1.0)
     layout = ["--tensor-model-parallel-size", "2", "--save-hf", str(tmp_path / "out")]
     answers = ranks(4).run(run_sft_words, words=[*words, *layout])
-    assert any("Adam by torch (MoFO: 0.15 of every matrix moves)" in line for line in answers[0]["said"])
+    assert any("Adam by torch (MoFO: 0.15 of every matrix is updated)" in line for line in answers[0]["said"])
     expected, full = plain_run("sft", words, ""), plain_run("sft", words_for(inputs, "--adam-eps", 1e-5), "")
     losses = [step["loss"] for step in answers[-1]["steps"]]
     assert losses == pytest.approx([step.loss for step in expected.steps], rel=1e-5)

@@ -1,4 +1,4 @@
-"""A switch of rounds inside the process: what trains, what rests, what is carried, and what is freed."""
+"""A switch of rounds inside the process: what trains, what is frozen, what is carried, and what is freed."""
 
 import gc
 import time
@@ -102,8 +102,8 @@ def test_fifty_switches_leave_memory_where_two_left_it(ranks: RankPools, folder:
 
 def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
     """Bytes alive before a switch and where it clones the first weight, and what went to host memory meanwhile."""
-    resting = {"hft_resting_moments": "host"} if moments == "carry" else {}
-    run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", **resting)
+    frozen = {"hft_frozen_moments": "host"} if moments == "carry" else {}
+    run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", **frozen)
     take_steps(run, 2)
     shards, plan = run.wrapped.shards, run.wrapped.plan
     answer: dict[str, Any] = {
@@ -126,13 +126,13 @@ def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
     with patch.object(torch.Tensor, "clone", look), patch.object(carried, "in_host_memory", count):
         begin_round(run, 1)
     answer["at the first clone"] = at_clone[0]
-    answer["resting"] = run.wrapped.resting.bytes
-    answer["go on"] = len(plan.training & run.wrapped.plan.training)
+    answer["frozen"] = run.wrapped.frozen.bytes
+    answer["continuing"] = len(plan.training & run.wrapped.plan.training)
     return answer
 
 
 @pytest.mark.parametrize(("world_size", "moments"), [(1, "carry"), (2, "carry"), (2, "reset")])
-def test_a_switch_frees_gradients_before_it_makes_anything_and_sends_to_the_host_what_rests(
+def test_a_switch_frees_gradients_before_it_makes_anything_and_sends_to_the_host_what_is_frozen(
     world_size: int, moments: str, ranks: RankPools, folder: str
 ) -> None:
     answers = ranks(world_size).run(run_a_switch_and_look, folder=folder, moments=moments)
@@ -141,6 +141,6 @@ def test_a_switch_frees_gradients_before_it_makes_anything_and_sends_to_the_host
     gone = sum(answer["gradients"] + (answer["state"] if moments == "reset" else 0) for answer in answers)
     assert freed >= 0.98 * gone
     for answer in answers:
-        assert answer["to the host"] == answer["resting"]
-        assert (answer["resting"] > 0) == (moments == "carry")
-        assert answer["go on"] > 0
+        assert answer["to the host"] == answer["frozen"]
+        assert (answer["frozen"] > 0) == (moments == "carry")
+        assert answer["continuing"] > 0

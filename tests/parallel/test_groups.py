@@ -51,7 +51,7 @@ def test_nccl_knows_the_device_of_this_rank_but_under_the_interleaved_schedule(w
 
 def test_more_ranks_than_devices_are_refused(with_cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="starts local rank 2, but here are 2 CUDA devices; start at most 2 ranks"):
+    with pytest.raises(UserError, match="starts local rank 2, but this host has 2 CUDA devices; start at most 2 ranks"):
         start_backend(ParallelConfig(), MEETING)
 
 

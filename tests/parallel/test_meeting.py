@@ -68,10 +68,10 @@ def test_rank_0_that_dies_before_all_have_come_does_not_lead_the_others_astray(s
 
 def test_rank_0_names_the_ranks_that_did_not_come(server: Store) -> None:
     lonely, other = Starting(server, 0, world_size=6, seconds=3), Starting(server, 3, world_size=6, seconds=3)
-    assert lonely.end().failure == "ranks 1 to 2, 4 to 5 did not come"
-    assert other.end().failure == "rank 0 waits for others"
+    assert lonely.end().failure == "ranks 1 to 2, 4 to 5 did not arrive"
+    assert other.end().failure == "rank 0 is waiting for others"
     assert Starting(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 1, seconds=0.5).end().failure == (
-        "rank 0 did not come"
+        "rank 0 did not arrive"
     )
 
 

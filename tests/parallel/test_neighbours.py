@@ -65,7 +65,7 @@ def test_a_neighbour_that_is_killed_is_named_with_the_signal_by_the_first_rank_t
     ranks.started[2].kill()
     loss = watch.loss(PROMISED_S)
     assert loss is not None
-    assert str(loss).startswith(f"rank 2 on node-a (process {ranks.started[2].pid}) was ended by signal 9 (SIGKILL); ")
+    assert str(loss).startswith(f"rank 2 on node-a (process {ranks.started[2].pid}) was killed by signal 9 (SIGKILL); ")
     assert loss.speaks
     assert ranks.said.empty()
     ranks.started[1].kill()
@@ -82,7 +82,7 @@ def test_a_python_without_pidfd_open_watches_all_the_same(ranks, monkeypatch):
     ranks.wait_for_end(2)
     loss = watch.loss(PROMISED_S)
     assert loss is not None
-    assert str(loss).startswith(f"rank 2 on node-a (process {ranks.started[2].pid}) was ended by signal 9 (SIGKILL); ")
+    assert str(loss).startswith(f"rank 2 on node-a (process {ranks.started[2].pid}) was killed by signal 9 (SIGKILL); ")
 
 
 def test_of_an_error_and_a_death_it_is_the_death_that_is_told(ranks):
@@ -115,7 +115,7 @@ def test_a_rank_that_waits_in_a_collective_is_ended_by_its_thread(ranks, monkeyp
     ranks.exit(1, code)
     loss = ranks.said.get(timeout=PROMISED_S)
     assert "rank 1 on node-a" in str(loss)
-    assert str(loss).endswith(f"ended with exit code {code}; what it said is in the log of its host")
+    assert str(loss).endswith(f"ended with exit code {code}; its output is in the log of its host")
     assert loss.speaks == speaks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -180,7 +180,7 @@ def test_a_rank_that_is_killed_in_training_is_named_in_one_sentence_within_the_p
         code, _ = run.end(within=60)
     [sentence] = run.sentences()
     assert sentence.startswith(f"hft-megatron: error: rank {killed} on ")
-    assert "was ended by signal 9 (SIGKILL)" in sentence
+    assert "was killed by signal 9 (SIGKILL)" in sentence
     assert said_after < PROMISED_S
     assert code == 1
     assert "gloo" not in run.text()

@@ -67,7 +67,7 @@ def test_ranks_that_could_say_nothing_get_a_line_and_those_that_torchrun_ended_n
     ends = [failure(-signal.SIGKILL, 3), failure(-signal.SIGTERM, 1), failure(1, 2), failure(9, 4)]
     lines, code = judged(ends)
     assert code == errors.EXIT_FAILURE
-    assert lines == ["local rank 3 (process 7) was ended by SIGKILL", "local rank 4 (process 7) ended with exit code 9"]
+    assert lines == ["local rank 3 (process 7) was killed by SIGKILL", "local rank 4 (process 7) ended with exit code 9"]
 
 
 def test_after_a_signal_a_run_has_finished_where_all_ranks_have() -> None:
@@ -140,7 +140,7 @@ def test_a_mistake_and_a_stop_are_one_sentence_with_their_code_and_no_trace_of_t
     assert said["mistake"].count("\n") == 1
     assert said["stopped"] == "hft-megatron: Saved.\n"
     assert "Traceback" not in said["killed"]
-    assert said["killed"].splitlines()[-1].endswith(") was ended by SIGKILL")
+    assert said["killed"].splitlines()[-1].endswith(") was killed by SIGKILL")
     assert said["broken"].count("Traceback") == said["broken"].count("RuntimeError: broken") == 1
     assert "failed (exitcode: 1) local_rank: 1 " in said["broken"], "whose trace that is"
 
@@ -169,6 +169,6 @@ def test_a_signal_that_ranks_have_no_answer_to_is_one_sentence(tmp_path: Path) -
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == errors.EXIT_STOPPED
     assert (tmp_path / "errors").read_text() == (
-        "hft-megatron: SIGTERM stopped the run before it could save; start it again, and it resumes from its newest "
-        "checkpoint, if it has one\n"
+        "hft-megatron: SIGTERM stopped the run before it could save; run the command again to resume from its newest "
+        "checkpoint, if there is one\n"
     )

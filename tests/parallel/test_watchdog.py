@@ -91,7 +91,7 @@ def test_a_host_whose_ranks_are_all_silent_is_named_on_every_other_host(watch: W
     for rank in (1, 2):
         watch.dogs[rank].abandon()
     (sentence,) = watch.wait_until_said_by(0, 3)
-    assert sentence.startswith(f"nothing has been heard of ranks 1 to 2 on node-b for {LIMIT_S:g} s")
+    assert sentence.startswith(f"no sign of ranks 1 to 2 on node-b for {LIMIT_S:g} s")
 
 
 def test_a_host_of_which_one_rank_still_counts_is_not_missed(watch: Watch) -> None:
@@ -109,7 +109,7 @@ def test_a_rank_that_its_host_has_lost_is_named_on_every_host(watch: Watch) -> N
 def test_the_first_host_is_missed_by_all_others(watch: Watch) -> None:
     watch.dogs[0].abandon()
     (sentence,) = watch.wait_until_said_by(1, 2, 3)
-    assert sentence.startswith("nothing has been heard of rank 0 on node-a")
+    assert sentence.startswith("no sign of rank 0 on node-a")
 
 
 def test_a_host_that_is_cut_off_names_the_endpoint_and_is_named_by_the_others(watch: Watch) -> None:
@@ -119,7 +119,7 @@ def test_a_host_that_is_cut_off_names_the_endpoint_and_is_named_by_the_others(wa
         f"the rendezvous endpoint 127.0.0.1:{watch.relays[3].port} has not answered rank 3 on node-c for {LIMIT_S:g} "
         "s: that host (rank 0 is on node-a)"
     )
-    assert all(watch.said[rank].startswith("nothing has been heard of rank 3 on node-c") for rank in (0, 1, 2))
+    assert all(watch.said[rank].startswith("no sign of rank 3 on node-c") for rank in (0, 1, 2))
 
 
 def test_a_store_that_is_silent_for_less_than_the_limit_is_waited_for(watch: Watch) -> None:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of storages that operators made within it and that are still alive, and the most there were at a time.
+    """Bytes of storages that operators made within it and that are still alive, and their peak.
 
     ``sizes``: bytes of every storage that was made, in order, whether it is alive or not.
     """
@@ -27,7 +27,7 @@ class Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            # Views and what is written in place are no new memory.
+            # Views and in-place writes are no new memory.
             if isinstance(leaf, Tensor) and _storage(leaf) not in given | self._alive:
                 self._note(leaf)
         return result

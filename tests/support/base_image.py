@@ -1,7 +1,7 @@
-"""What an image is built from where no registry can be reached: a base image made on the spot, and a folder of wheels.
+"""Inputs of image builds where no registry can be reached: a base image made on the spot, and a folder of wheels.
 
-Both come from where the machine gets its own packages, by the configurations of its apt and its pip, and are kept with
-what the engine keeps, under names that change with what they are made of.
+Both come from the machine's own package sources, by the configurations of its apt and its pip, and are kept with
+the engine's data, under names that change with their inputs.
 """
 
 import hashlib

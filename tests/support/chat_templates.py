@@ -1,4 +1,4 @@
-"""Chat templates with the structures of published families, written anew: what they do with turns, not their words."""
+"""Chat templates with the structures of published families, written anew: their treatment of turns, not their words."""
 
 LLAMA31 = """\
 {{- bos_token }}

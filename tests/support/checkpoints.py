@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def read_whole(folder: str) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole, by its name in the model; on a rank of a pool."""
+    """All tensors of a checkpoint, whole, by their names in the model; on a rank of a pool."""
     from megatron.core import dist_checkpointing
 
     found = dist_checkpointing.load_plain_tensors(folder)

@@ -59,7 +59,7 @@ PartitionName=high Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
 
 
 class Cluster:
-    """A running cluster. ``close`` ends it and removes all that it kept."""
+    """A running cluster. ``close`` ends it and removes all its files."""
 
     def __init__(self) -> None:
         skip_without("munged", "slurmctld", "slurmd", "sbatch")
@@ -103,7 +103,7 @@ class Cluster:
         return self._daemons[-1]
 
     def run(self, *words: str, check: bool = True, cwd: Path = REPOSITORY, **settings: str) -> str:
-        """What one of Slurm's commands says on standard output, without spaces at its ends."""
+        """Standard output of one of Slurm's commands, without spaces at its ends."""
         environment = {**self.environment, **settings}
         done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
@@ -115,7 +115,7 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in words)
 
     def wait_for(self, number: str, ready: Callable[[dict[str, str]], bool], output: Path, seconds: float) -> None:
-        """Waits until ``ready`` of ``job(number)``; ``output`` is shown when it does not come."""
+        """Waits until ``ready`` of ``job(number)``; ``output`` is shown on a time-out."""
         deadline = time.monotonic() + seconds
         while not ready(self.job(number)):
             said = output.read_text()[-4000:] if output.exists() else "nothing"
@@ -124,7 +124,7 @@ class Cluster:
 
     def close(self) -> None:
         if len(self._daemons) > 1:
-            # What a job has started is no child of a daemon, and a job that is stopped may come back: once more, then.
+            # Processes of a job are no children of a daemon, and a stopped job may come back: once more, then.
             deadline = time.monotonic() + 30
             while self.run("squeue", "--noheader", check=False) and time.monotonic() < deadline:
                 self.run("scancel", "--user", "root", check=False)
@@ -132,7 +132,7 @@ class Cluster:
         for daemon in reversed(self._daemons):
             daemon.end()
         for process in psutil.process_iter():
-            # Steps outlive the daemon that started them; this is by what they are known to be this cluster's.
+            # Steps outlive the daemon that started them; this identifies those of this cluster.
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
                     process.kill()
@@ -141,7 +141,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives to whoever asks, so that nobody has them before a daemon does."""
+    """Below the ports that the kernel gives out, so that nobody has them before a daemon does."""
     found: list[int] = []
     for port in random.sample(range(10_000, 20_000), 100):
         with socket.socket() as listener, contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 VOCAB_SIZE = 335
-"""Of ``tests.support.runs.make_inputs``."""
+"""The vocabulary of ``tests.support.runs.make_inputs``."""
 END = 332
 """The end token of its tokenizer."""
 

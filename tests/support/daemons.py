@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LIFETIME_S = 1500
-"""No daemon lives longer, whatever becomes of the tests."""
+"""Limit on a daemon's life, whatever becomes of the tests."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -16,7 +16,7 @@ from hft_megatron.data.tokenizer import Tokenizer
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """One row per line."""
+    """Writes one row per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -49,7 +49,7 @@ def load(
 
 
 def trained_text(dataset: SftDataset, tokenizer: Tokenizer, index: int) -> str:
-    """What the trained tokens add to the text of the tokens before them; the last one must be the end token."""
+    """The text that the trained tokens add to the tokens before them; the last one must be the end token."""
     ids, mask = dataset.example(index)
     first = int(mask.argmax())
     assert mask[first:].all()
@@ -61,9 +61,9 @@ def trained_text(dataset: SftDataset, tokenizer: Tokenizer, index: int) -> str:
 
 
 def trained_texts(dataset: SftDataset, tokenizer: Tokenizer, index: int, template: str) -> list[str]:
-    """What the tokens of each trained turn add to the text before them, Llama 2's two spaces taken off.
+    """The texts that the tokens of each trained turn add to the text before them, without Llama 2's two spaces.
 
-    Asserts that nothing but whole turns is trained, each with the template's end token.
+    Asserts that only whole turns are trained, each with the template's end token.
     """
     special = {token.id: token.content for token in tokenizer.facts.special_tokens}
     ends = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}

@@ -10,7 +10,7 @@ import pytest
 
 
 class Disk:
-    """What ``small_disk`` yields. Only what is started on the file systems of ``holder`` sees it at ``mount_point``."""
+    """A mounted small disk. Only processes on the file systems of ``holder`` see it at ``mount_point``."""
 
     def __init__(self, mount_point: Path, holder: int) -> None:
         self.mount_point = mount_point
@@ -19,22 +19,22 @@ class Disk:
         self._enter = ["nsenter", "--target", str(holder), "--mount", *user]
 
     def seen(self, path: Path) -> Path:
-        """The same path from out here."""
+        """The same path seen from outside."""
         return Path(f"/proc/{self.holder}/root{path}")
 
     def remount(self, options: str) -> None:
-        """Such as ``size=1m`` or ``ro``."""
+        """Remounts with options such as ``size=1m`` or ``ro``."""
         subprocess.run([*self._enter, "mount", "-o", f"remount,{options}", str(self.mount_point)], check=True)
 
     def become_read_only(self, folder: Path) -> None:
-        """From now on nothing can be opened to be written; a plain remount is refused while a file is open."""
+        """Forbids opening files for writing from now on; a plain remount is refused while a file is open."""
         for words in (["--bind", str(folder), str(folder)], ["-o", "remount,bind,ro", str(folder)]):
             subprocess.run([*self._enter, "mount", *words], check=True)
 
     def leave_free(self, size: int) -> None:
         """Shrinks or grows the disk so that ``size`` bytes (of whole pages of 4,096) are free.
 
-        Nobody may write meanwhile: a disk can't be made smaller than what is on it by then.
+        Nobody may write meanwhile: a disk can't become smaller than its content.
         """
         used = os.statvfs(self.seen(self.mount_point))
         pages = used.f_blocks - used.f_bfree + -(-size // used.f_frsize)

@@ -24,9 +24,9 @@ from tests.support.ranks import REPOSITORY
 CLIENT = "/usr/bin/docker"
 """Debian's client, which speaks the engine's protocol; another one may be first on PATH."""
 KEPT = Path.home() / ".cache" / "hft_megatron" / "docker-tests"
-"""Folder of what the next session need not make again; it may be removed at any time between two."""
+"""Folder of data that the next session reuses; it may be removed at any time between two sessions."""
 CACHE_LIMIT = "3gb"
-"""Of the build cache; the CPU image needs 1.5 GB of it, and every change of the code as much again."""
+"""Limit of the build cache; the CPU image needs 1.5 GB of it, and every change of the code as much again."""
 NETWORK_OFF = ("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none")
 
 
@@ -39,27 +39,27 @@ class Engine:
         KEPT.mkdir(parents=True, exist_ok=True)
         self._lock = (KEPT / "lock").open("w")
         self.kept = KEPT
-        """Where builds' inputs may stay as well."""
+        """Folder where builds' inputs may stay as well."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            # Two engines can't share it: another session has this one, and all is made anew.
+            # Two engines can't share it: another session uses this one, and everything is made anew.
             self.kept = self.folder
         reason = self._start()
         if reason and self.data.exists():
-            # What is kept may be damaged, which must not switch the tests off for ever.
+            # The kept data may be damaged, which must not disable the tests for ever.
             shutil.rmtree(self.data)
             reason = self._start()
         if reason:
             self.close()
             pytest.skip(f"a Docker engine does not start here: {reason}")
-        # Left by a session that was killed: names would be taken, and compose would go on with its run.
+        # Left by a killed session: names would be taken, and compose would resume its run.
         self._remove_containers()
         for kind in ("network", "volume", "image"):
             self.docker(kind, "prune", "--force")
 
     def _start(self) -> str:
-        """Why the engine did not start, or nothing."""
+        """Reason why the engine did not start, or an empty text."""
         words = ["dockerd", "--data-root", str(self.data), "--exec-root", f"{self.folder}/exec"]
         words += ["--pidfile", f"{self.folder}/pid", "--host", self.address, "--oom-score-adjust", "0", *NETWORK_OFF]
         self._daemon = Daemon(words, log=self.folder / "log")
@@ -72,7 +72,7 @@ class Engine:
 
     @property
     def data(self) -> Path:
-        """Every layer, every file written in a container, the build cache, all configurations and logs."""
+        """Folder with all layers, files written in containers, the build cache, configurations and logs."""
         return self.kept / "data"
 
     @property

@@ -1,4 +1,4 @@
-"""``hft-megatron evaluate`` on a rank of a pool, tasks of every kind for a tiny model, and what a command has left."""
+"""``hft-megatron evaluate`` on a rank of a pool, tasks of every kind for a tiny model, and the results of a command."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from unittest.mock import patch
 from tests.support.tasks import write_tasks
 
 COUNT = 7
-"""Rows of every task: no multiple of the batches, or of the replicas, of any test."""
+"""Rows of every task: not a multiple of the batches, or of the replicas, of any test."""
 
 
 def write_all_kinds(folder: Path) -> Path:
@@ -113,7 +113,7 @@ def words_of(tasks: Path, output: Path, *models: object, **options: object) -> l
 
 
 def results_of(output: Path) -> dict[str, Any]:
-    """The result file, as strictly as any reader of JSON would have it."""
+    """The result file, read as strictly as any JSON reader would."""
     found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"), parse_constant=_refuse)
     return found
 

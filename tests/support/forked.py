@@ -1,9 +1,9 @@
 """Python programs that start by fork from a process which has imported torch and megatron-core once.
 
 Imports are 6 s of CPU for every rank that is really started, most of what a short run costs. ``start`` takes the words
-of a ``python`` command and gives a process with a number, a session and an exit code of its own; a torchrun that is
-started so forks its ranks in turn. Two things differ from a real start: all share one seed of hashes, and a process
-ends without the interpreter's last clean-up. test_forked.py holds such a run against one that is really started.
+of a ``python`` command and gives a process with an id, a session and an exit code of its own; a torchrun started
+this way forks its ranks in turn. Two things differ from a real start: all share one seed of hashes, and a process
+ends without the interpreter's last clean-up. test_forked.py compares such a run with one that is really started.
 """
 
 import atexit
@@ -37,9 +37,9 @@ ENVIRONMENT = {
     # After it what stood there: another line of megatron-core than the one that is installed, for one.
     "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 }
-"""What a started program finds; libraries have read these when they were imported, all but the last."""
+"""Environment of a started program; libraries have read these when they were imported, all except the last."""
 RANK_NAME = "rank {}"
-"""The name in the process table of a rank that was forked: what stands there as its environment is the server's."""
+"""The name of a forked rank in the process table, which shows the server's environment."""
 _PR_SET_NAME, _CLONE_NEWNS, _CLONE_NEWUSER = 15, 0x00020000, 0x10000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -168,7 +168,7 @@ def _run_in_server_s_child(
 
 
 def _enter_mounts(pid: int) -> None:
-    """As ``nsenter --mount`` would; whoever isn't root owns the namespace only within the process's user namespace."""
+    """Does what ``nsenter --mount`` does; only root owns the namespace outside of the process's user namespace."""
     kinds = {"mnt": _CLONE_NEWNS} if os.geteuid() == 0 else {"user": _CLONE_NEWUSER, "mnt": _CLONE_NEWNS}
     namespaces = [(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY), flag) for kind, flag in kinds.items()]
     for opened, flag in namespaces:
@@ -179,7 +179,7 @@ def _enter_mounts(pid: int) -> None:
 
 
 class _ForkedRank:
-    """What torchrun keeps of a rank: the methods of ``Popen`` that it calls."""
+    """The methods of ``Popen`` that torchrun calls on a rank."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], streams: Mapping[int, Any]) -> None:
         self.returncode: int | None = None
@@ -192,7 +192,8 @@ class _ForkedRank:
 
     @staticmethod
     def _become_rank(words: Sequence[str], environment: Mapping[str, str], streams: Mapping[int, Any]) -> NoReturn:
-        # Nothing of torchrun's may be collected: its objects would close numbers that belong to other files by then.
+        # Nothing of torchrun's may be collected: its objects would close file descriptors that belong to other files by
+        # then.
         gc.freeze()
         os.setsid()
         for number in range(1, signal.NSIG):
@@ -223,7 +224,7 @@ class _ForkedRank:
 
 
 def _fork_rank(handler: Any, words: Sequence[str], environment: Mapping[str, str]) -> _ForkedRank:
-    """In place of the method with which torchrun starts a rank."""
+    """Replaces the method with which torchrun starts a rank."""
     assert words[:2] == (sys.executable, "-u"), words
     return _ForkedRank(words[2:], environment, {1: handler._stdout, 2: handler._stderr})
 
@@ -267,7 +268,8 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _exit_code_of(program: Callable[[], None]) -> int:
-    """As the interpreter would end: 0, the code of SystemExit, minus a signal's number, or a trace and 1."""
+    """The interpreter's exit code for the program: 0, the code of SystemExit, minus a signal's number, or 1 with a
+    trace."""
     try:
         program()
     except SystemExit as end:
@@ -283,7 +285,7 @@ def _exit_code_of(program: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def _no_way_back() -> Any:
-    """Whatever happens in a forked child, it must not go on in the code of its parent."""
+    """Prevents a forked child from continuing in its parent's code, whatever happens."""
     try:
         yield
     finally:

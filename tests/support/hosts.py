@@ -22,12 +22,12 @@ from tests.support.ranks import REPOSITORY
 NAMES = ("node-a", "node-b")
 ADDRESSES = ("10.123.7.1", "10.123.7.2")
 LIFETIME_S = 600
-"""No process on a host lives longer, whatever becomes of the tests."""
+"""Limit on the life of a process on a host, whatever becomes of the tests."""
 _MADE = itertools.count()
 
 
 class Node:
-    """What was started on one host."""
+    """A program started on one host."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self._process, self.log = process, log
@@ -47,7 +47,7 @@ class Node:
         return self.log.read_text(errors="replace")
 
     def sentences(self) -> list[str]:
-        """The lines that the command itself said on standard error."""
+        """The lines that the command itself wrote to standard error."""
         return [line for line in self.text().splitlines() if line.startswith("hft-megatron: ")]
 
     @property
@@ -55,7 +55,7 @@ class Node:
         return self._process.poll() is None
 
     def code(self, *, within: float) -> int:
-        """The exit code, for which at most ``within`` seconds are waited."""
+        """The exit code, after at most ``within`` seconds."""
         self._waiting.join(within)
         assert not self._waiting.is_alive(), f"has not ended in {within:g} s:\n{self.text()[-6000:]}"
         return int(self._process.returncode)
@@ -72,7 +72,7 @@ class Node:
 
 
 class TwoHosts:
-    """``close`` ends all that runs on them and removes them."""
+    """Two hosts. ``close`` ends all their processes and removes them."""
 
     def __init__(self) -> None:
         skip_without("ip", "unshare", "timeout")
@@ -155,7 +155,7 @@ def _ip(*words: str) -> str:
 
 
 def _settings_of(space: str) -> Path:
-    """``ip netns exec`` puts the files in it in the place of those in /etc."""
+    """Folder whose files ``ip netns exec`` puts in the place of those in /etc."""
     return Path("/etc/netns") / space
 
 

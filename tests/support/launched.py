@@ -1,4 +1,4 @@
-"""A run of ``hft-megatron sft`` under torchrun, seen from outside: its ranks, their writers, and how it ends."""
+"""A run of ``hft-megatron sft`` under torchrun, seen from outside: its ranks, their writers, and its end."""
 
 import contextlib
 import re
@@ -18,7 +18,7 @@ START_TIMEOUT = 180.0
 
 
 class Launched:
-    """What ``launched`` yields."""
+    """A launched run."""
 
     def __init__(self, words: Sequence[str], *, ranks: int | None, log: Path, mounts_of: int | None) -> None:
         self.log = log
@@ -47,7 +47,7 @@ class Launched:
         return None
 
     def wait_for(self, what: Callable[[], Found | None], seconds: float = START_TIMEOUT) -> Found:
-        """What ``what`` returns once that is true or a value; the run must live that long."""
+        """The value of ``what`` once it is true; the run must live that long."""
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert self._process.poll() is None, f"the run has ended:\n{self.said()}"
@@ -56,7 +56,7 @@ class Launched:
         return found
 
     def freeze(self, *processes: psutil.Process) -> bool:
-        """Stops processes where they are, and returns when they stand still; False where one has ended instead."""
+        """Stops processes where they are, and returns when they have stopped; False where one has ended instead."""
         try:
             for process in processes:
                 process.suspend()
@@ -67,13 +67,13 @@ class Launched:
             return False
 
     def resume(self, *processes: psutil.Process) -> None:
-        """Lets frozen processes go on."""
+        """Resumes frozen processes."""
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
     def end(self, *, within: float) -> tuple[int, float]:
-        """Waits until torchrun and all that it started are gone; its exit code and the seconds it took."""
+        """Waits until torchrun and all its processes are gone; its exit code and the seconds it took."""
         begun = time.monotonic()
         family = [member for member in self._family() if member != self.launcher]
         try:
@@ -86,7 +86,7 @@ class Launched:
         return code, took
 
     def kill(self) -> None:
-        """Kills everything that is left; torchrun gives each rank a session of its own."""
+        """Kills all remaining processes; torchrun gives each rank a session of its own."""
         for member in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
@@ -107,11 +107,11 @@ class Launched:
         return "\n".join(lines[-60:])
 
     def sentences(self) -> list[str]:
-        """The lines that the command itself said on standard error."""
+        """The lines that the command itself wrote to standard error."""
         return [line for line in self.text().splitlines() if line.startswith("hft-megatron: ")]
 
     def exit_codes(self) -> dict[int, int]:
-        """Of the ranks that torchrun saw fail; it says nothing of those that a signal to itself has ended."""
+        """Exit codes of the ranks that torchrun saw fail; it doesn't report those that a signal to itself has ended."""
         found = re.findall(r"^ +rank +: (\d+) .*\n +exitcode +: (-?\d+)", self.text(), re.MULTILINE)
         return {int(rank): int(code) for rank, code in found}
 
@@ -120,7 +120,7 @@ class Launched:
 def launched(
     words: Sequence[str], *, ranks: int | None = 2, log: Path, mounts_of: int | None = None
 ) -> Iterator[Launched]:
-    """Starts a run, on the file systems of the process ``mounts_of``, and leaves nothing of it behind."""
+    """Starts a run, on the file systems of the process ``mounts_of``, and leaves nothing behind."""
     run = Launched(words, ranks=ranks, log=log, mounts_of=mounts_of)
     try:
         yield run

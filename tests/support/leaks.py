@@ -1,4 +1,4 @@
-"""Whether a secret has got anywhere it must not be."""
+"""A search for secrets in places where they must not be."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ CHUNK = 1 << 24
 
 
 def files_with(words: Sequence[str], folders: Sequence[Path]) -> dict[str, list[Path]]:
-    """By word: every file below ``folders`` that holds it, byte for byte; links are not followed."""
+    """By word: the files below ``folders`` that hold it, byte for byte; links are not followed."""
     found: dict[str, list[Path]] = {word: [] for word in words}
     for folder in folders:
         for path in folder.rglob("*"):

@@ -1,4 +1,4 @@
-"""The most memory that the tensors of a piece of code hold at once, counted from its operators and not measured.
+"""The peak memory of the tensors of a piece of code, counted from its operators and not measured.
 
 Works on the meta device too, where nothing is computed: sizes are then those of a real run, and the count is instant.
 """
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """``peak``: bytes of storages that operators within made and that lived at the same time. What was there before
-    counts for nothing; nor does what one operator uses and frees."""
+    """``peak``: bytes of storages that operators within made and that lived at the same time. Earlier storages don't
+    count, nor does memory that one operator uses and frees."""
 
     def __init__(self) -> None:
         super().__init__()

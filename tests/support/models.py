@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, "sliding_window": None},
 }
-"""What differs from a 4-layer model with 4 heads in 2 groups and 96 tokens."""
+"""Differences from a 4-layer model with 4 heads in 2 groups and 96 tokens."""
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -104,7 +104,7 @@ def make_llama(folder: Path, variant: str = "gqa", dtype: torch.dtype = torch.fl
 
 
 def make_llama1(folder: Path) -> Path:
-    """A folder as LLaMA 1 was published: a config.json of few keys, fp16, rotary frequencies among the tensors."""
+    """A folder like LLaMA 1's: a config.json of few keys, fp16, rotary frequencies among the tensors."""
     from safetensors.torch import load_file, save_file
 
     make_llama(folder, "mha", torch.float16, rms_norm_eps=1e-6)

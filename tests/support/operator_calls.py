@@ -8,9 +8,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
-"""Of ``torch.Tensor``: what has the host wait for a tensor on a device."""
+"""Names in ``torch.Tensor`` that make the host wait for a tensor on a device."""
 READING_OPERATORS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"}
-"""Operators that do so, also where torch calls them by itself."""
+"""Operators that do the same, also where torch calls them by itself."""
 WITHOUT_KERNEL = {
     *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze"),
     *("t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"),
@@ -20,8 +20,8 @@ WITHOUT_KERNEL = {
 
 
 class OperatorCalls(TorchDispatchMode):
-    """``calls``: operators that compute or copy, by name. ``views``: those without a kernel, which take the host's time
-    alone. ``reads``: tensors that the host looked into, each once, by the function or operator that did."""
+    """``calls``: operators that compute or copy, by name. ``views``: operators without a kernel, which only take the
+    host's time. ``reads``: tensors that the host looked into, each once, by the function or operator that did."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.reads = reads
         self.is_reading = False
-        """Whether one is under way, whose operators are no further ones."""
+        """True while a read is in progress, whose operators don't count again."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")

@@ -40,7 +40,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one data type, shape and all bits in common; signed zeros differ."""
+    """True if two tensors have the same data type, shape and bits; signed zeros differ."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,12 +1,12 @@
-"""How much memory a piece of code holds at most, for tests of code that must not hold a whole model."""
+"""Peak memory of a piece of code, for tests of code that must not hold a whole model."""
 
 import threading
 from pathlib import Path
 
 
 class PeakMemory:
-    """The most anonymous memory above what the process had: what a merge holds, without pages of mapped files, which
-    the kernel drops when it needs room."""
+    """Peak of the anonymous memory above the process's earlier one: the memory of a merge, without pages of mapped
+    files, which the kernel drops when it needs room."""
 
     def __enter__(self) -> "PeakMemory":
         self._before = self._peak = _anonymous_bytes()

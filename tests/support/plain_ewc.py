@@ -13,7 +13,7 @@ from hft_megatron.hft.plan import Plan, make_plan
 from tests.support.plain_run import Example, learning_rate, parse, samples_of_files, token_loss
 
 LAMBDA, BATCHES, STEPS = 1000.0, 3, 5
-"""Of every task."""
+"""EWC's lambda, and batches and steps of every task."""
 
 
 def named(model: LlamaForCausalLM) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def plain_penalty(model: LlamaForCausalLM, fisher: Mapping[str, Tensor], anchor:
 
 @dataclass
 class PlainTask:
-    """One task by transformers and autograd on the penalised loss."""
+    """A single task by transformers and autograd on the penalised loss."""
 
     plan: Plan
     losses: list[float]

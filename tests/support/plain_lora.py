@@ -14,14 +14,14 @@ from tests.support.plain_run import learning_rate, parse, samples_of_files, toke
 
 
 def peft_model(base: Path, adapter: Path, *, trains: bool = False) -> PeftModel:
-    """Of the two folders, in fp32."""
+    """PEFT's model of the two folders, in fp32."""
     model = LlamaForCausalLM.from_pretrained(str(base), dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=trains)
 
 
 def peft_run(words: Sequence[str], adapter: Path) -> tuple[list[float], dict[str, Tensor]]:
-    """Trains as ``hft-megatron sft WORDS`` must from the adapter in a folder; the losses, and the adapter's weights by
-    the names of PEFT's files."""
+    """Trains like ``hft-megatron sft WORDS`` from the adapter in a folder. Returns the losses, and the adapter's
+    weights by the names of PEFT's files."""
     config = parse("sft", words)
     assert config.training.train_iters is not None
     folder, options = str(config.model.load_hf), config.optimizer

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from tests.support.plain_run import Answer
 
 Loss = Callable[[LlamaForCausalLM, LlamaForCausalLM, Sequence[Answer]], Tensor]
-"""Of the trained model, that of the first weights, and the examples of a batch."""
+"""Loss of the trained model, the first weights' model, and the examples of a batch."""
 
 
 def log_probs(model: LlamaForCausalLM, example: Answer) -> Tensor:
@@ -118,4 +118,4 @@ LOSSES: dict[str, tuple[list[str], Loss]] = {
         ift(0.5, 0.8, detached=True),
     ),
 }
-"""Options, and the loss that they ask for."""
+"""Options, and the loss that they select."""

@@ -1,6 +1,6 @@
 """The reference that a run must equal: a plain PyTorch loop over transformers' LLaMA, one example at a time.
 
-Nothing of ours is in it but the parsed options, the plan of each round, and the examples in their order.
+It uses none of our code except the parsed options, the plan of each round, and the examples in their order.
 """
 
 import math
@@ -36,7 +36,7 @@ from tests.support.corpora import END
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One sequence: ``tokens``, ``labels`` (int64) and ``mask`` (bool), each of shape (positions,)."""
+    """A single sequence: ``tokens``, ``labels`` (int64) and ``mask`` (bool), each of shape (positions,)."""
 
     tokens: Tensor
     labels: Tensor
@@ -49,15 +49,15 @@ Example = Answer | tuple[Answer, Answer]
 
 @dataclass(frozen=True, kw_only=True)
 class PlainStep:
-    """What one step of the reference did."""
+    """Results of one step of the reference."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     zeros: int
-    """Elements of the trained gradients that are 0."""
+    """Number of elements of the trained gradients that are 0."""
     params_norm: float
-    """Of all weights after the step: masters of what trains, what is frozen as it is."""
+    """Norm of all weights after the step: masters of trainable ones, frozen ones as they are."""
     rewards: tuple[float, float] | None
     """Mean of the chosen and of the rejected answers, of preference pairs."""
     plan: Plan
@@ -65,7 +65,7 @@ class PlainStep:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainRun:
-    """All steps, and what is there after them."""
+    """All steps, and the state after them."""
 
     steps: list[PlainStep]
     weights: dict[str, Tensor]
@@ -78,7 +78,7 @@ class PlainRun:
     updates: dict[str, int]
     """unit -> updates that its moments have seen, of units that have moments."""
     validated: dict[str, tuple[float, int]]
-    """Loss of the last weights, summed, and the tokens (or pairs) it is of, by the name of the validation's source."""
+    """Summed loss of the last weights, and its number of tokens (or pairs), by the name of the validation's source."""
 
 
 def parse(method: MethodName, words: Sequence[str]) -> RunConfig:
@@ -88,7 +88,7 @@ def parse(method: MethodName, words: Sequence[str]) -> RunConfig:
 
 
 def plain_run(method: MethodName, words: Sequence[str], cache: str) -> PlainRun:
-    """Trains as ``hft-megatron METHOD WORDS`` must. ``cache`` is a folder for megatron-core's indices of a corpus.
+    """Trains like ``hft-megatron METHOD WORDS``. ``cache`` is a folder for megatron-core's indices of a corpus.
 
     In bf16 it does the engine's arithmetic: bf16 weights and products, fp32 sums over micro-batches and fp32 masters.
     """
@@ -174,7 +174,7 @@ def _round_of(config: RunConfig, step: int) -> int:
 
 
 class _Optimizer:
-    """One AdamW over fp32 masters, whose weights take turns in having gradients."""
+    """A single AdamW over fp32 masters, whose weights take turns in having gradients."""
 
     def __init__(self, model: LlamaForCausalLM, config: RunConfig) -> None:
         self._named = {name.removesuffix(".weight"): p for name, p in model.named_parameters()}
@@ -192,11 +192,11 @@ class _Optimizer:
         self._training: frozenset[str] = frozenset()
 
     def begin_round(self, plan: Plan, *, is_first: bool) -> None:
-        """Moments and masters of what goes on training live on where they are carried, of what rests where kept."""
+        """Carries moments and masters of units that keep training, and keeps those of frozen units where asked for."""
         hft = self._config.hft
         for unit, parameter in self._named.items():
-            goes_on = unit in self._training and plan.trains(unit)
-            kept = hft.hft_moments == "carry" and (goes_on or hft.hft_resting_moments == "host")
+            keeps_training = unit in self._training and plan.trains(unit)
+            kept = hft.hft_moments == "carry" and (keeps_training or hft.hft_frozen_moments == "host")
             if not kept and not is_first:
                 self._adam.state.pop(self._masters[unit], None)
                 self._masters[unit].copy_(parameter.detach().float())
@@ -235,7 +235,8 @@ class _Optimizer:
         return norm, zeros
 
     def _take_back(self, before: dict[str, Tensor], fraction: float, rate: float) -> None:
-        """What MoFO's rule doesn't move has but decayed (arXiv 2407.20999, algorithm 1, and its authors' code)."""
+        """Undoes weight changes that MoFO's rule excludes, except decay (arXiv 2407.20999, algorithm 1, and its
+        authors' code)."""
         for unit, master in self._masters.items():
             if master.dim() > 1 and master.grad is not None:
                 size = self._adam.state[master]["exp_avg"].abs()
@@ -282,7 +283,7 @@ _softplus = torch.nn.functional.softplus
 
 
 def _log_probability(model: LlamaForCausalLM, example: Answer) -> Tensor:
-    """Of the trained labels together, in nats, fp64."""
+    """Log-probability of the trained labels together, in nats, fp64."""
     logits = model(example.tokens[None]).logits[0].float()
     of_labels = logits.log_softmax(dim=-1).gather(1, example.labels[:, None])[:, 0]
     return of_labels[example.mask].double().sum()
@@ -295,7 +296,7 @@ Samples = Callable[[int], list[list[Example]]]
 def samples_of_files(
     method: MethodName, config: RunConfig, shape: ModelShape
 ) -> tuple[Samples, dict[str, list[Example]]]:
-    """Those of training by the number of the step, and the examples of each source of the validation data."""
+    """Training samples by the number of the step, and the examples of each source of the validation data."""
     tokenizer = load_tokenizer(None, str(config.model.load_hf), None)
     data: Any = METHODS[method].read_data(config, tokenizer, shape, 1)
     train = data.train
@@ -327,7 +328,7 @@ def _shifted(ids: NDArray[Any], trained: NDArray[Any]) -> Answer:
 
 
 class _Alone:
-    """All that megatron-core's GPTDataset asks of a tokenizer."""
+    """The tokenizer interface that megatron-core's GPTDataset needs."""
 
     vocab_size, eod = 334, END
     unique_identifiers = ("alone",)

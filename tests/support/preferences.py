@@ -21,7 +21,7 @@ def make_pairs(folder: Path, variant: str = "gqa", **overrides: Any) -> Path:
 
 
 def write_pairs(path: Path, count: int, first: int = 0) -> Path:
-    """Every other pair is of messages; the chosen answer is polite."""
+    """Writes pairs, every other one of messages; the chosen answer is polite."""
     rows: list[dict[str, Any]] = []
     for i in range(first, first + count):
         prompt = f"Say {i}{'!' * (i % 7)}"
@@ -37,7 +37,7 @@ def write_pairs(path: Path, count: int, first: int = 0) -> Path:
 
 
 def words_for_pairs(inputs: Path, *options: object, kind: str = "precompute", cache: Path | None = None) -> list[str]:
-    """The words of a tuning; later options win. ``cache`` is one for the module's tests."""
+    """The words of a tuning; later options override. ``cache`` is one for the module's tests."""
     base = ["--load-hf", inputs / "model", "--train-data-path", inputs / "pairs.jsonl", "--seq-length", 96]
     base += ["--train-iters", 20, "--global-batch-size", BATCH, "--lr", LR, "--lr-decay-style", "constant"]
     base += ["--weight-decay", DECAY, "--clip-grad", CLIP, "--dpo-beta", 0.5]

@@ -57,7 +57,7 @@ def make(
 
 
 def contents(prefix: Path) -> dict[str, bytes]:
-    """All files of a prefix, by what stands behind it."""
+    """All files of a prefix, by the part of their names after it."""
     found = {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}*")}
     assert set(ENDS) <= found.keys()
     return found
@@ -104,5 +104,5 @@ def conversations(count: int) -> list[dict[str, Any]]:
 
 
 def dumped(rows: list[Any]) -> str:
-    """One row per line."""
+    """Rows as JSON Lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""What a run did on a rank, read off the live engine while it trains: bits, buffers, bytes, costs and times."""
+"""Observations of a run on a rank, from the live engine while it trains: bits, buffers, bytes, costs and times."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ Weights = dict[tuple[str, str], Tensor]
 
 
 def leftovers(slot: ParameterSlot, run: Run) -> list[str]:
-    """Whatever a frozen weight still costs."""
+    """Remaining costs of a frozen weight."""
     weight, shards = slot.parameter, run.wrapped.shards
     found = [name for name in MARKS if hasattr(weight, name)]
     found += ["requires_grad"] if weight.requires_grad else []
@@ -44,7 +44,7 @@ def padded_rows(slot: ParameterSlot, run: Run) -> Tensor:
 
 
 def live_costs(run: Run) -> dict[str, int]:
-    """What this rank holds, read off the live tensors."""
+    """Bytes that this rank holds, from the live tensors."""
     shards = run.wrapped.shards
     # A rank that owns nothing to train has megatron-core's stub, without buffers and groups.
     live = not shards.is_stub_optimizer
@@ -61,7 +61,7 @@ def live_costs(run: Run) -> dict[str, int]:
 
 
 def cost_model(run: Run) -> CostModel:
-    """What the costs of the run's ranks follow from, besides the plan."""
+    """The cost model of the run's ranks, which only lacks the plan."""
     return CostModel(
         shape=run.wrapped.modules[0].shape,
         parallel=run.config.parallel,
@@ -72,7 +72,7 @@ def cost_model(run: Run) -> CostModel:
 
 
 def costs_by_formula(run: Run) -> RankCosts:
-    """What this rank must hold and send in a step."""
+    """Bytes that this rank must hold and send in a step."""
     place = run.placement
     return cost_model(run).stage_costs(run.wrapped.plan.trains, place.pipeline_rank)[place.data_rank]
 
@@ -90,7 +90,7 @@ def parameters_by_table(run: Run) -> list[list[tuple[str, int]]]:
 
 
 class Probe(Recorder):
-    """A hook that looks at every step and both ends of every round. ``report`` is what it has seen, for JSON."""
+    """A hook that looks at every step and both ends of every round. ``report`` holds its observations, for JSON."""
 
     def __init__(self) -> None:
         super().__init__(kill_at=None, kill_rank=0)
@@ -101,7 +101,7 @@ class Probe(Recorder):
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """While this context lasts, what megatron-core really sends is counted."""
+        """Counts the bytes that megatron-core really sends within the context."""
         with sent_bytes() as self._counts:
             yield
 

@@ -1,6 +1,6 @@
 """config.json of published models of LLaMA's family, by their public values.
 
-Their keys are what matters here: those that a model's makers wrote, and not those that a test would think of.
+Their keys are the point: those that a model's makers wrote, and not those that a test would think of.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Tokenizer folders by the rules of published ones: their files, classes and settings, around small vocabularies.
 
-Which file a folder has, what its class is called and what its settings say decide how it is read; the vocabularies are
+The files of a folder, the name of its class and its settings decide how it is read; the vocabularies are
 trained on a few lines.
 """
 
@@ -35,7 +35,7 @@ PUTS_BEGIN = {
     "vicuna": True,
     "deepseek": True,
 }
-"""Every folder, and whether its tokenizer puts its begin token before a text."""
+"""All folders, and whether each tokenizer puts its begin token before a text."""
 
 
 class PublishedTokenizers:

@@ -88,7 +88,7 @@ class RankPool:
         ``target`` is a module-level function or ``"tests.part.cases:run_x"``; arguments and values travel as JSON, so
         tuples come back as lists and keys as strings. ``timeout`` is in seconds and does not count the start of the
         ranks. Raises RanksFailed with the traceback of every rank that raised and the stack of every rank that hung;
-        after that the group is gone, because ranks that failed may disagree about which collective comes next.
+        after that the group is ended, because ranks that failed may disagree about which collective comes next.
         """
         if not self._ranks:
             self._start()
@@ -110,7 +110,7 @@ class RankPool:
         raise RanksFailed(title, tracebacks, stacks, _tail(output))
 
     def _send(self, command: dict[str, Any]) -> None:
-        """To all ranks. Raises RanksFailed, and the group is gone, where one of them is."""
+        """Sends to all ranks. Raises RanksFailed, and ends the group, where one of them is gone."""
         try:
             for rank in self._ranks:
                 rank.send(command)

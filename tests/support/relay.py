@@ -34,11 +34,11 @@ class Relay:
             sink.shutdown(socket.SHUT_RDWR)
 
     def hold(self) -> None:
-        """From now on nothing arrives, as behind a pulled cable."""
+        """Stops all delivery from now on, like a pulled cable."""
         self._flows.clear()
 
     def let_go(self) -> None:
-        """What was held up arrives."""
+        """Delivers the data that was held."""
         self._flows.set()
 
     def drop(self) -> None:

@@ -22,7 +22,7 @@ from tests.support.models import make_llama
 from tests.support.tokenizers import make_byte_level
 
 VOCAB_SIZE = 335
-"""One more than the tokenizer's, and odd: TP 2 pads it."""
+"""Larger by one than the tokenizer's, and odd: TP 2 pads it."""
 
 State = dict[str, str]
 """sha256 of every tensor that a step changes, and every step count, by name."""
@@ -46,7 +46,7 @@ def write_data(path: Path, count: int) -> Path:
 
 
 def words_for(inputs: Path, *options: object) -> list[str]:
-    """The words of a short run on ``make_inputs``; later options win."""
+    """The words of a short run on ``make_inputs``; later options override."""
     base = ["--load-hf", inputs / "model", "--train-data-path", inputs / "data.jsonl", "--seq-length", 96]
     base += ["--train-iters", 6, "--global-batch-size", 4, "--lr", 5e-3, "--lr-warmup-iters", 2, "--weight-decay", 0.1]
     return [str(word) for word in (*base, "--no-bf16", *options)]
@@ -54,7 +54,7 @@ def words_for(inputs: Path, *options: object) -> list[str]:
 
 @dataclass
 class Recorder:
-    """A hook that notes what every step did, and can do something after one of them."""
+    """A hook that records every step, and can do something after one of them."""
 
     kill_at: int | None
     """After this iteration the rank sends itself SIGTERM, as a scheduler would."""
@@ -133,7 +133,7 @@ def run_recorded(method: MethodName, words: Sequence[str], recorder: Recorder, *
 
 @contextlib.contextmanager
 def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
-    """What a run must not do to a rank that lives on: end the process group, keep signals."""
+    """Suppresses actions that would harm a rank that lives on: ending the process group, keeping signals."""
     from hft_megatron.trainer import assembly, prepare, saving
 
     said: list[str] = []
@@ -162,7 +162,7 @@ def _inside_a_pool(recorder: Recorder) -> Iterator[list[str]]:
 
 
 def state_of(run: Any) -> State:
-    """Every bit of this rank that decides the next step: weights, masters, moments, step counts, rate."""
+    """All bits of this rank that decide the next step: weights, masters, moments, step counts, rate."""
     from hft_megatron.model.parameters import parameter_slots
 
     found: State = {}
@@ -178,8 +178,8 @@ def state_of(run: Any) -> State:
                 found[f"{name}.master"] = _hash(parameter)
                 for key, value in optimizer.optimizer.state[parameter].items():
                     found[f"{name}.{key}"] = _hash(value) if value.dim() else str(float(value))
-    for unit, tensors in run.wrapped.resting.tensors.items():
-        found |= {f"resting.{unit}.{name}": _hash(tensor) for name, tensor in tensors.items()}
+    for unit, tensors in run.wrapped.frozen.tensors.items():
+        found |= {f"frozen.{unit}.{name}": _hash(tensor) for name, tensor in tensors.items()}
     found["unit steps"] = json.dumps(run.wrapped.unit_steps, sort_keys=True)
     found["learning rate"] = repr(run.learning_rate.last)
     return found
@@ -245,6 +245,6 @@ def read_metrics(save: Path) -> list[dict[str, Any]]:
 
 
 def losses_in(save: Path) -> list[tuple[Any, ...]]:
-    """What two runs that are the same have alike in every line of metrics.jsonl."""
+    """The fields of metrics.jsonl that are equal in two equal runs, for every line."""
     keys = ("iteration", "consumed samples", "lm loss", "learning rate", "grad norm")
     return [tuple(line[key] for key in keys) for line in read_metrics(save)]

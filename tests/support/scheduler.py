@@ -18,7 +18,7 @@ with open({log!r}, "a") as log:
     log.write(json.dumps({{"command": name, "words": words, "environment": dict(os.environ)}}) + "\\n")
 
 def split(flags):
-    "Options with their values, and the command behind them."
+    "Options with their values, and the command after them."
     options, rest = {{}}, list(words)
     while rest and rest[0].startswith("--"):
         option, _, value = rest.pop(0).partition("=")

@@ -1,4 +1,4 @@
-"""Sequences of small tasks for ``hft-megatron continual``, and what such a command has left."""
+"""Sequences of small tasks for ``hft-megatron continual``, and the results of such a command."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ SEQUENCE = """
              metrics: edit_similarity}
 """
 IGNORED = ("--ignore-keys", "options")
-"""What the choices of the second task are to training."""
+"""Options of training for the choices of the second task."""
 GENERAL = "- {name: texts, kind: text, files: texts.jsonl}\n"
 WORDS = ("bridge", "river", "old house", "tree", "of the", "and", "say", "water")
 ROWS = 16
@@ -50,11 +50,11 @@ def write_sequence(folder: Path) -> Path:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """As JSON Lines."""
+    """Writes the rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def options_of(tasks: Path, save: Path, *words: object) -> ContinualOptions:
-    """The parsed options of a sequence; nothing is looked at."""
+    """The parsed options of a sequence, without checks."""
     given = ["--continual-tasks", tasks, "--save", save, *words]
     return load_options(ContinualOptions, [str(word) for word in given])

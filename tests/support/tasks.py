@@ -1,4 +1,4 @@
-"""Tasks made on the spot, and what they ask of a model."""
+"""Tasks made on the spot, and their questions."""
 
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ def write_tasks(folder: Path, *tasks: dict[str, Any]) -> Path:
 
 
 def task_of(folder: Path, **settings: Any) -> Task:
-    """The one task of a file with these settings."""
+    """The only task of a file with these settings."""
     (task,) = read_tasks(write_tasks(folder, {"name": "made", **settings}))
     return task
 
 
 def asked(task: Task, tokenizer: Tokenizer, window: int = 4096) -> TaskExamples:
-    """What the task asks of a model with this window."""
+    """The questions of the task for a model with this window."""
     return KINDS[task.kind].read(task, tokenizer, window)
 
 
@@ -37,7 +37,7 @@ def prompt_text(example: EvalExample, tokenizer: Tokenizer) -> str:
 
 
 def scored_texts(example: EvalExample, tokenizer: Tokenizer) -> list[str]:
-    """What the scored tokens of each sequence add to the text of those before them; they are the last ones."""
+    """The texts that the scored tokens of each sequence add to those before them; they are the last ones."""
     texts = []
     for ids, scored in example.sequences:
         first = int(scored.argmax())

@@ -87,7 +87,7 @@ def test_ranks_with_hash_seeds_of_their_own_train_as_forked_ones_do(tmp_path: Pa
     inputs = make_inputs(tmp_path)
     runs = {"forked": True, "started": False}
     for name, forks in runs.items():
-        rounds = ["--hft-round-interval", 2, "--hft-moments", "carry", "--hft-resting-moments", "host"]
+        rounds = ["--hft-round-interval", 2, "--hft-moments", "carry", "--hft-frozen-moments", "host"]
         words = words_for(
             inputs, *rounds, "--save", tmp_path / name, "--save-interval", 3, "--save-hf", f"{tmp_path}/{name}-hf"
         )

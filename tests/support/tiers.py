@@ -1,4 +1,5 @@
-"""Which cases of a table run in the quick tier: a few that differ much. The others are slow, and run in CI as well."""
+"""The cases of a table that run in the quick tier: a few that differ much. The others are slow, and run in CI as
+well."""
 
 from collections.abc import Iterable
 from typing import Any

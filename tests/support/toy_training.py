@@ -19,7 +19,7 @@ from hft_megatron.config.training import TrainingConfig
 from hft_megatron.data.batches import BatchesInOrder, BatchShare, ExampleBatches, ShuffledBatches
 from hft_megatron.data.dataset import ExamplesInMemory, SftDataset, SourcePart
 from hft_megatron.data.examples import SftCounts
-from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.order import PackedOrder, PackingRule, SampleOrder, SampleStream
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
@@ -38,7 +38,7 @@ SEED = 7
 PAD = 0
 LONGEST = 96
 OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=4, weight_decay=0.1, clip_grad=1.7)
-"""Fast enough to learn much in ``STEPS``."""
+"""Optimizer that is fast enough to learn much in ``STEPS``."""
 TINY = {"hidden_size": 32, "intermediate_size": 56}
 """Sizes for ``make_llama`` under which twenty steps take about a second."""
 

@@ -1,4 +1,4 @@
-"""What data-parallel ranks really exchange, counted by the tests themselves."""
+"""Bytes that data-parallel ranks really exchange, counted by the tests themselves."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ def sent_bytes() -> Iterator[dict[str, int]]:
 
 
 class Messages(TorchDispatchMode):
-    """``bytes``: what this rank hands to its process groups of more than one rank, by the name of their operator
-    (``send``, ``allreduce_``, ...); what it receives counts nothing."""
+    """``bytes``: bytes that this rank gives to its process groups of more than one rank, by the name of their operator
+    (``send``, ``allreduce_``, ...); received ones don't count."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One rank of a test group: torchrun starts it, it takes cases from a socket until the socket closes.
+"""The program of one rank in a test group, started by torchrun: takes cases from a socket until the socket closes.
 
 Usage: ``torchrun --nproc-per-node N tests/support/worker.py SOCKET_PATH``; ``ranks.RankPool`` is the other end.
 """
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from hft_megatron.engine import cpu_backend
 from tests.support.ranks import FORGET
 
-# Longer than any case: the launcher's own time-out must win, because only that one shows every rank's stack.
+# Longer than any case: the launcher's own time-out must come first, because only that one shows every rank's stack.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -38,8 +38,8 @@ def read_commands(stream: BinaryIO, commands: "queue.Queue[dict[str, Any]]") -> 
 def forget_case() -> None:
     """Drop the process groups of the last case, which every rank must have left.
 
-    A gloo group that goes away on one rank breaks a neighbour which is still receiving; one that stays has threads that
-    wake a hundred times a second for as long as the pool waits.
+    A gloo group that is destroyed on one rank breaks a neighbour which is still receiving; one that stays has threads
+    that wake a hundred times a second for as long as the pool waits.
     """
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
@@ -57,7 +57,7 @@ def run_case(target: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         module, _, name = target.partition(":")
         value = getattr(importlib.import_module(module), name)(**kwargs)
         json.dumps(value)
-    except BaseException:  # also SystemExit: a rank that leaves must be reported, not vanish
+    except BaseException:  # also SystemExit: a rank that leaves must be reported
         return {"traceback": traceback.format_exc()}
     return {"value": value}
 

@@ -65,7 +65,7 @@ def test_what_crashes_hangs_or_fails_is_noted_and_the_next_check_runs(tmp_path: 
     assert "two and two are five" in shown
 
 
-def test_a_run_that_is_cut_off_keeps_what_it_had_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_a_run_that_is_cut_off_keeps_its_results_and_resumes_from_there(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     lines = [
         HEADER,
@@ -74,10 +74,10 @@ def test_a_run_that_is_cut_off_keeps_what_it_had_and_goes_on_from_there(tmp_path
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"check": "thr')
     results = Results(file=file, header=HEADER)
-    results.go_on_from(file)
+    results.resume_from(file)
     assert [results.passed(name) for name in ("one", "two", "three")] == [True, False, False]
     other = Results(file=file, header=HEADER | {"card": "another"})
-    other.go_on_from(file)
+    other.resume_from(file)
     assert not other.passed("one")
 
 
@@ -139,7 +139,7 @@ def test_the_speed_part_runs_on_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(reason=TOY)
-def test_two_ranks_learn_what_one_does_and_a_killed_rank_goes_on(tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_does_and_a_killed_rank_resumes(tmp_path: Path) -> None:
     names = [check.name for check in checks_of("correctness", 2)[1:]]
     _, *checks = toy(tmp_path, "--ranks", "2", "--only", *names)
     assert [line["check"] for line in checks] == ["tp", "pp", "dp", "overlap", "async", "killed"]
@@ -167,7 +167,7 @@ def test_tp_2_x_pp_2_and_dp_2_have_the_reference_losses(
         ("weight_gradient", "is off by"),
         ("packed_attention", "the lm loss of step 1 is"),
         ("resume", "resumed after a sync save: a run that was not stopped has other losses"),
-        ("audit", "and not 1"),
+        ("audit", "instead of 1"),
     ],
 )
 def test_a_planted_fault_fails_its_check(tmp_path: Path, fault: str, sentence: str) -> None:

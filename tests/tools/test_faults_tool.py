@@ -43,6 +43,7 @@ PARTS = {
     "template span",
     "order of data",
     "torn checkpoint",
+    "largest moments of a whole matrix",
 }
 FAULTS = faults.read_faults(faults.FAULTS, [])
 FAILING = {

@@ -97,6 +97,6 @@ def test_a_refused_start_is_one_sentence_that_names_the_option_and_the_way_out(
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(
         UserError,
-        match=r"--wandb-project halves: wandb does not start \(no API key or no network\).*WANDB_MODE=offline",
+        match=r"--wandb-project halves: wandb did not start \(no API key or no network\).*WANDB_MODE=offline",
     ):
         WandbTracker(project="halves", name=None, folder=str(tmp_path), config={})

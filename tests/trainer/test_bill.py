@@ -209,7 +209,7 @@ def test_a_bill_that_cannot_be_written_is_a_line_of_the_log_and_the_export_follo
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_rested_on_the_host(ranks, tmp_path):
+def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_was_kept_on_the_host(ranks, tmp_path):
     """On two stages HiFT's groups train in turn: each stage's most added up was never held together."""
     inputs = make_inputs(tmp_path / "inputs")
     options = [
@@ -222,7 +222,7 @@ def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_rested_on_t
         "--train-iters",
         6,
     ]
-    hift = ["--hft-selection", "hift", "--hft-ratio", 0.3, "--hft-moments", "carry", "--hft-resting-moments", "host"]
+    hift = ["--hft-selection", "hift", "--hft-ratio", 0.3, "--hft-moments", "carry", "--hft-frozen-moments", "host"]
     save = tmp_path / "run"
     ranks(2).run(run_sft_words, words=words_for(inputs, *options, *hift, "--save", save))
     bill = json.loads((save / "bill.json").read_text())
@@ -238,6 +238,6 @@ def test_over_rounds_the_bill_has_what_was_held_at_one_time_and_what_rested_on_t
     ]
     assert max(map(sum, held)) < sum(max(stage) for stage in zip(*held, strict=True))
     earlier = {name for plan in plans[:2] for name in plan.training}
-    resting = sum(unit.parameters for unit in plans[0].units if unit.name in earlier - plans[2].training)
-    assert bill["total_bytes"]["resting"]["measured"] == 8 * resting > 0
+    kept = sum(unit.parameters for unit in plans[0].units if unit.name in earlier - plans[2].training)
+    assert bill["total_bytes"]["resting"]["measured"] == 8 * kept > 0
     assert bill["switches"]["count"] == 2

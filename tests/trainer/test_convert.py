@@ -35,7 +35,7 @@ CASES: dict[str, tuple[int, str, torch.dtype, list[str]]] = {
         2,
         "gqa",
         torch.float32,
-        ["--bf16", *ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"],
+        ["--bf16", *ROUNDS, "--hft-moments", "carry", "--hft-frozen-moments", "host"],
     ),
     "tp2 bf16, trained weights only": (2, "gqa", torch.float16, [*TP2, "--bf16", "--save-trained-only"]),
     "dp2 bf16, trained weights of rounds only": (
@@ -115,15 +115,15 @@ def test_without_the_source_the_weights_are_the_checkpoints_and_that_is_said(fp1
         said = convert(fp16_run / "run", tmp_path / "out")
     finally:
         aside.rename(source)
-    assert any(f"--load-hf {source} is not there" in line and "bfloat16" in line for line in said)
-    assert any("tokenizer is not there" in line for line in said)
+    assert any(f"--load-hf {source} does not exist" in line and "bfloat16" in line for line in said)
+    assert any("tokenizer no longer exists" in line for line in said)
     own, found = (load_file(folder / "model.safetensors") for folder in (fp16_run / "own", tmp_path / "out"))
     assert own.keys() == found.keys()
     plan = json.loads((fp16_run / "run" / "iter_0000004" / "plan.json").read_text())
     for unit in plan["units"]:
         name = f"{unit['name']}.weight"
         assert found[name].dtype == torch.bfloat16
-        # What trained was rounded to the source's fp16 in the run's export, what rested is the source's there.
+        # What trained was rounded to the source's fp16 in the run's export, what stayed frozen is the source's there.
         same = (
             torch.equal(found[name].half(), own[name])
             if unit["trains"]
@@ -186,15 +186,15 @@ def name_a_template_that_is_gone(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (change_the_source, "holds other weights now"),
+        (change_the_source, "which now holds other weights"),
         (remove_a_shard_file, ".distcp is missing"),
-        (change_the_index, ".metadata is not what was saved"),
-        (flip_a_bit_of_every_shard_file, ".distcp is not what was saved"),
+        (change_the_index, ".metadata is not as it was saved"),
+        (flip_a_bit_of_every_shard_file, ".distcp is not as it was saved"),
         (break_the_digests, "iter_0000004/digests.json can't be read"),
-        (remove_the_newest, "choose another iteration; there are: 2."),
-        (remove_the_identity, "run_identity.json, which says what run its checkpoints are of, can't be read"),
+        (remove_the_newest, "choose another iteration: 2."),
+        (remove_the_identity, "run_identity.json, the identity of the run, cannot be read"),
         (leave_no_digests, "holds no complete checkpoint"),
-        (name_a_template_that_is_gone, "trained with --chat-template gone.jinja, which is not there; put the file"),
+        (name_a_template_that_is_gone, "trained with --chat-template gone.jinja, which does not exist; put the file"),
     ],
 )
 def test_a_run_that_cannot_be_converted_is_one_sentence(
@@ -219,11 +219,11 @@ def test_what_was_left_out_of_a_checkpoint_must_be_where_it_was(ranks: RankPools
     for iteration in (1, 3, 4):
         convert(run, tmp_path / f"out{iteration}", iteration=iteration)
     shutil.rmtree(run / "iter_0000003")
-    gone = r"iter_0000004 holds only what its round trained .* its base \S+iter_0000003 is not there"
+    gone = r"iter_0000004 holds only the weights trained in its round .* its base \S+iter_0000003 cannot be read"
     with pytest.raises(UserError, match=gone):
         convert(run, tmp_path / "out")
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(UserError, match="iter_0000001 holds only what its round trained, and --load-hf"):
+    with pytest.raises(UserError, match="iter_0000001 holds only the weights trained in its round, but --load-hf"):
         convert(run, tmp_path / "out", iteration=1)
 
 
@@ -231,7 +231,7 @@ def test_what_was_left_out_of_a_checkpoint_must_be_where_it_was(ranks: RankPools
 def test_a_run_on_another_runs_weights_is_exported_with_them_also_when_it_was_resumed(
     ranks: RankPools, tmp_path: Path
 ) -> None:
-    """What rests in it is the source's where the other run rested it too, and the other run's elsewhere."""
+    """Frozen weights are the source's where they were frozen in the other run too, and the other run's elsewhere."""
     first, exported_first = train(ranks, tmp_path, "tp2 bf16 from fp16")
     options = ["--bf16", *TP2, "--lr-warmup-iters", 0, "--load", first, "--finetune", "--save", tmp_path / "second"]
     options += ["--hft-seed", 77, "--lr-decay-style", "constant"]
@@ -246,6 +246,6 @@ def test_a_run_on_another_runs_weights_is_exported_with_them_also_when_it_was_re
         assert files(tmp_path / f"out{iterations}") == files(tmp_path / f"own{iterations}")
         after = load_file(tmp_path / f"own{iterations}" / "model.safetensors")
         plan = json.loads((tmp_path / "second" / f"iter_000000{iterations}" / "plan.json").read_text())
-        resting = [f"{unit['name']}.weight" for unit in plan["units"] if not unit["trains"]]
-        assert all(torch.equal(after[name], middle[name]) for name in resting)
-        assert {torch.equal(after[name], before[name]) for name in resting} == {True, False}
+        frozen = [f"{unit['name']}.weight" for unit in plan["units"] if not unit["trains"]]
+        assert all(torch.equal(after[name], middle[name]) for name in frozen)
+        assert {torch.equal(after[name], before[name]) for name in frozen} == {True, False}

@@ -94,7 +94,7 @@ def test_a_folder_without_checkpoints_is_a_mistake_where_one_is_asked_for(
     words = words_for(inputs, "--save", tmp_path, "--load", tmp_path, "--train-iters", 1, "--lr-warmup-iters", 0)
     asked = [*words, "--exit-on-missing-checkpoint"]
     sentence = one_sentence(ranks, [asked, asked], [inputs, inputs])
-    assert sentence.startswith(f"--load {tmp_path} holds no checkpoint, and --exit-on-missing-checkpoint asks for one")
+    assert sentence.startswith(f"--load {tmp_path} holds no checkpoint, but --exit-on-missing-checkpoint requires one")
     assert not list(tmp_path.iterdir())
     for number, options in enumerate((words, asked)):
         [found, _] = ranks(2).run(run_sft_words, words=options)

@@ -59,7 +59,9 @@ def untrained(ranks: RankPools, words: list[str], folder: Path) -> Path:
 
 
 @pytest.mark.slow(reason="two runs, and PEFT's")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.engine) if case in ("tp2_sp", "pp2_vpp") else case for case in CASES]
+)
 def test_adapters_train_as_pefts_do_and_what_is_frozen_costs_nothing(
     ranks: RankPools, inputs: Path, tmp_path: Path, case: str
 ) -> None:
@@ -151,7 +153,7 @@ RESUMED: dict[str, list[Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", RESUMED)
-def test_a_stopped_run_with_dropout_goes_on_to_the_same_bits(
+def test_a_stopped_run_with_dropout_resumes_to_the_same_bits(
     ranks: RankPools, inputs: Path, tmp_path: Path, layout: str
 ) -> None:
     words = words_for(inputs, *TRAINING, "--lora-dropout", 0.2, *RESUMED[layout], "--train-iters", 6)
@@ -167,7 +169,7 @@ def test_a_stopped_run_with_dropout_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_pefts_folder_and_from_no_other_base(
+def test_a_run_continues_from_pefts_folder_and_from_no_other_base(
     ranks: RankPools, inputs: Path, trained: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, "--lora-adapter", trained / "lora", "--train-iters", 0, "--save-lora", tmp_path / "same")
@@ -220,7 +222,7 @@ def test_the_reference_of_a_tuning_is_the_model_without_its_adapters(
 
 
 @pytest.mark.slow
-def test_a_sequence_goes_on_with_the_adapters_of_the_task_before(
+def test_a_sequence_continues_with_the_adapters_of_the_task_before(
     ranks: RankPools, inputs: Path, trained: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, *TRAINING, "--finetune", "--load", trained / "run", "--save", tmp_path / "second")

@@ -123,14 +123,14 @@ def test_an_undefined_number_is_told_by_iteration_rank_unit_and_samples_alike_on
     stage = rank = 1 if layout == "pp2" else 0
     where, any_rank = WHERE.format(rank, stage), WHERE.format("[01]", stage)
     summed = ", summed over data-parallel ranks," if layout == "dp2" else ""
-    no_update = "and no update was made, because it would destroy the model"
-    unit, one = re.escape(UP), r"\S+data\.jsonl:\d+ and at"
+    no_update = "so no update was made, which would have destroyed the model"
+    unit, one = re.escape(UP), r"\S+data\.jsonl:\d+ and the losses"
     expected = {
         "activation": f"the loss of micro-batch 1 of 4 is not finite {where}, first in the output of {unit} {where}, "
-        f"{no_update}; look at {one}",
+        f"{no_update}; check {one}",
         "gradient": f"the gradient of {unit}{summed} is not finite {any_rank}, {no_update}; look at {SAMPLES}",
-        "loss": f"the loss of micro-batch 1 of 4 is not finite {where}, {no_update}; look at {one}",
-        "data": f"the loss of micro-batch 2 of 2 is not finite {where}, {no_update}; look at {one}",
+        "loss": f"the loss of micro-batch 1 of 4 is not finite {where}, {no_update}; check {one}",
+        "data": f"the loss of micro-batch 2 of 2 is not finite {where}, {no_update}; check {one}",
         "weight": f"the weight of {unit} is not finite since the step of iteration 2 {where}; resume from a checkpoint "
         "of an earlier iteration, with a lower --lr",
     }[fault]
@@ -199,10 +199,10 @@ def run_steps(folder: str, layout: dict[str, Any], training: dict[str, Any], lef
 
 LEFT_OUT = {
     "bad": (
-        r"> iteration 3 is left out \(1 of --skip-nonfinite-steps 1\): the loss of micro-batch 2 of \d is not finite "
+        r"> iteration 3 is skipped \(1 of --skip-nonfinite-steps 1\): the loss of micro-batch 2 of \d is not finite "
         r".*; its samples are toy:\d+, toy:\d+$"
     ),
-    "asked": r"> iteration 3 is left out \(--iterations-to-skip\); its samples are toy:\d+.*$",
+    "asked": r"> iteration 3 is skipped \(--iterations-to-skip\); its samples are toy:\d+.*$",
 }
 
 
@@ -244,7 +244,7 @@ def test_the_count_of_skipped_steps_survives_a_resume_and_one_more_than_allowed_
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     [ended] = ranks(1).run(run_spoiled, method="sft", words=words, fault="data", iterations=[5])
     assert ended["steps"] == []
-    assert "as all 1 of --skip-nonfinite-steps are used up, the model itself may be ill" in ended["failed"]
+    assert "since all 1 of --skip-nonfinite-steps are used up, training may have diverged" in ended["failed"]
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def test_weights_that_are_undefined_are_never_saved(ranks, inputs, tmp_path):
     first, second = ranks(2).run(run_saving_a_spoiled_weight, words=words)
     assert first == second
     assert re.match(rf"after iteration 2: the weight of {re.escape(UP)} is not finite {WHERE.format(1, 0)}; ", first)
-    assert first.endswith("iter_0000001 is the newest complete one), with a lower --lr.")
+    assert first.endswith(f"(the newest complete checkpoint is {tmp_path}/iter_0000001), with a lower --lr.")
     assert not (tmp_path / "iter_0000002").exists()
 
 

@@ -45,10 +45,10 @@ def test_an_allocation_that_fails_in_a_step_is_told_with_the_estimate_and_what_n
     words = words_for(inputs, "--micro-batch-size", 4, "--bf16")
     [said] = ranks(1).run(run_until_memory_is_gone, words=words, where="step")
     assert re.match(
-        r"rank 0 on \S+ \(TP 0, PP 0, DP 0\) ran out of memory in iteration 3 \(2.00 GiB more were asked for\); by "
+        r"rank 0 on \S+ \(TP 0, PP 0, DP 0\) ran out of memory in iteration 3 \(allocating 2.00 GiB failed\); by "
         r"formula \(`plan --memory`\) it needs [\d.]+ MB of [\d.]+ GB: weights 357.\d kB, gradients [\d.]+ kB, "
         r"optimizer [\d.]+ MB, activations and logits of 4 x 96 tokens [\d.]+ MB; use --micro-batch-size [12], or "
-        r".*, or a smaller --seq-length, or look at what else holds memory there \(`hft-megatron doctor` does\)\.$",
+        r".*, or a smaller --seq-length, or check what else uses memory there \(see `hft-megatron doctor`\)\.$",
         said,
     ), said
 

@@ -51,7 +51,7 @@ def test_a_trace_of_each_rank_has_the_iterations_and_the_sections_of_their_steps
     lines = [line for line in profiled[0]["said"] if line.startswith("> profil")]
     assert lines == [
         f"> profiling iterations 3 to 4 of ranks 0 to 1 for traces in {folder}",
-        f"> profiled: {folder}/iterations-3-4.rank-*.json.gz (Perfetto opens them)",
+        f"> profiles written to {folder}/iterations-3-4.rank-*.json.gz (open them with Perfetto)",
     ]
     traces = sorted(folder.iterdir())
     assert [trace.name for trace in traces] == [f"iterations-3-4.rank-{rank}.json.gz" for rank in range(2)]
@@ -83,11 +83,11 @@ def test_without_cuda_torch_profiles_anyway_and_as_much_as_there_is(
     # Iterations that are skipped are iterations.
     skipping = ["--iterations-to-skip", "2", "4", "9"] if start == 2 else []
     [report] = ranks(1).run(run_sft_words, words=[*words, *skipping])
-    idle = "> warning: --iterations-to-skip 9: this run goes from iteration 1 to 6; they change nothing"
+    idle = "> warning: --iterations-to-skip 9 has no effect: this run trains iterations 1 to 6"
     assert [line for line in report["said"] if line.startswith("> warning")] == [idle] * bool(skipping)
     folder = tmp_path / "tb" / "torch_profile"
     assert [trace.name for trace in folder.glob("*")] == names
-    assert any(line.startswith("> profiled: ") for line in report["said"]) == bool(names)
+    assert any(line.startswith("> profiles written to ") for line in report["said"]) == bool(names)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_run_that_is_stopped_leaves_the_trace_of_what_it_did(ranks: RankPools,
 def test_without_cuda_and_a_folder_there_is_no_place_for_a_trace(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Exception, match="--profile: without CUDA nsys captures nothing"):
+    with pytest.raises(Exception, match="--profile without CUDA uses torch's profiler"):
         ranks(1).run(run_sft_words, words=words_for(inputs, "--profile"))
 
 

@@ -34,11 +34,11 @@ def rounds(*, hft: dict[str, Any], optimizer: dict[str, Any] | None = None, trai
 @pytest.mark.parametrize(
     ("hft", "optimizer", "said"),
     [
-        ({"rotation": "complementary"}, {}, "--hft-rotation complementary is about several rounds"),
-        ({"moments": "carry"}, {}, "--hft-moments carry is about several rounds"),
-        ({"lr_schedule": "round"}, {}, "--hft-lr-schedule round is about several rounds"),
-        ({"selection": "lisa"}, {}, "--hft-selection lisa is about several rounds"),
-        ({"selection": "hift"}, {}, "--hft-selection hift is about several rounds"),
+        ({"rotation": "complementary"}, {}, "--hft-rotation complementary needs several rounds"),
+        ({"moments": "carry"}, {}, "--hft-moments carry needs several rounds"),
+        ({"lr_schedule": "round"}, {}, "--hft-lr-schedule round needs several rounds"),
+        ({"selection": "lisa"}, {}, "--hft-selection lisa needs several rounds"),
+        ({"selection": "hift"}, {}, "--hft-selection hift needs several rounds"),
         ({"selection": "hift", "round_interval": "2"}, {"lr_warmup_iters": 3}, "A warm-up of 3 iterations"),
         ({"selection": "hift", "round_interval": "2"}, {"lr_warmup_fraction": 0.5}, "A warm-up of 6 iterations"),
         (

@@ -2,7 +2,7 @@
 
 Run: ``python tools/bench/bill.py`` on a machine that does nothing else, or with ``--render`` to print the table only.
 Every run is ``torchrun ... -m hft_megatron sft`` as a person would start it, with random weights and the same data and
-seed; what is summarised is each run's own bill.json. Two ranks, DP 2 over gloo, in the machine's faster data type.
+seed; each run's own bill.json is summarised. Two ranks, DP 2 over gloo, in the machine's faster data type.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROW_CHARACTERS = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model, and how much of it a step does."""
+    """A model, and the size of its step."""
 
     name: str
     model: tuple[str, ...]
@@ -159,7 +159,7 @@ def measure(workloads: Iterable[Workload], overlaps: Iterable[str], pairs: int, 
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Machine and versions that the figures depend on."""
     return {
         "cores": os.cpu_count(),
         "processor": processor_name(),

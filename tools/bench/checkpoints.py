@@ -1,7 +1,7 @@
-"""Measures checkpoints (their size, their time, and how long training stands still) into results/checkpoints.json.
+"""Measures checkpoints (their size, their time, and the stall of training) into results/checkpoints.json.
 
 Run: ``python tools/bench/checkpoints.py`` on a machine that does nothing else, or with ``--render`` for the table.
-The runs are those of ``bill.py`` with its larger model; what is summarised is what each run says of its own saves.
+The runs are those of ``bill.py`` with its larger model; each run's own report of its saves is summarised.
 """
 
 import argparse
@@ -24,11 +24,11 @@ WAYS = {
     "half, --async-save": ("--async-save",),
     "half, --save-trained-only --async-save": ("--save-trained-only", "--async-save"),
 }
-SAID = re.compile(r"successfully saved .*: ([\d,.]+) MB in ([\d,]+) ms, training stood still for ([\d,]+) ms")
+SAID = re.compile(r"successfully saved .*: ([\d,.]+) MB in ([\d,]+) ms, training paused for ([\d,]+) ms")
 
 
 def measure_one(folder: Path, way: str, saves: int) -> list[tuple[float, ...]]:
-    """(MB, ms, ms of standing still) of one run's saves but the first, which makes things for the first time (and under
+    """(MB, ms, ms of stall) of one run's saves except the first, which makes things for the first time (and under
     --save-trained-only is whole), and the last, which the end of the run waits for."""
     log = folder / "runs.log"
     start = log.stat().st_size if log.exists() else 0

@@ -54,12 +54,12 @@ def make_model(folder: str, shape: dict[str, Any]) -> None:
 
 
 def prompts_of(vocabulary: int) -> list[list[int]]:
-    """Ids of the prompts; no padding and no end token is among them."""
+    """Ids of the prompts, without padding and end tokens."""
     return [[3 + (7 * length + 31 * place) % (vocabulary - 3) for place in range(length)] for length in LENGTHS]
 
 
 def by_transformers(folder: str, vocabulary: int, pipe: Connection) -> None:
-    """Generates as often as it is asked to, and sends seconds and ids."""
+    """Generates whenever it is asked to, and sends seconds and ids."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -113,7 +113,7 @@ def by_us(folder: str, vocabulary: int, pipe: Connection) -> None:
 
 
 class _NoTokenizer:
-    """Of ids no text is wanted here."""
+    """Tokenizer for ids whose text is not needed."""
 
     def decode(self, ids: list[int]) -> str:
         return ""

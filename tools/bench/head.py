@@ -2,7 +2,7 @@
 
 Run: ``python tools/bench/head.py`` on a machine that does nothing else, or with ``--render`` for the line only. One
 forward and backward pass on CPU in fp32 over 8,192 tokens, with 32,000 rows of the vocabulary (one chunk) and with
-131,072 (several). What either holds in memory is asserted in tests/model/test_head.py.
+131,072 (several). The memory of both is asserted in tests/model/test_head.py.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def measure(pairs: int) -> dict[str, Any]:
         passes = make_passes(rows, group)
         times: dict[str, list[float]] = {way: [] for way in WAYS}
         for way in WAYS:
-            passes[way]()  # the first pass has its memory yet to get
+            passes[way]()  # the first pass still has to allocate its memory
         for pair, way in in_turn(WAYS, pairs):
             start = time.perf_counter()
             passes[way]()

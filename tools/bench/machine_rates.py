@@ -1,7 +1,7 @@
-"""What each of two ranks sustains here, while both are at work: products, memory, and what they send to each other.
+"""Sustained rates of each of two ranks while both work: products, memory, and transfers to each other.
 
 A rank of ``torchrun``, started by ``step_time.py`` with its job as JSON: the local shapes of a layer's matrices and of
-the head's, tokens, and who exchanges (``data``, ``tensor`` or ``pipeline``); rank 0 writes what was found to a file.
+the head's, tokens, and who exchanges (``data``, ``tensor`` or ``pipeline``); rank 0 writes the rates to a file.
 """
 
 import json
@@ -15,37 +15,37 @@ from typing import Any
 from hft_megatron.costs.part_times import ATTENTION_BACKWARD
 
 LAYERS_APART = 4
-"""Weights of so many layers take turns, so that none waits in the cache for its next product."""
+"""Number of layers whose weights take turns, so that none waits in the cache for its next product."""
 ROUNDS = 3
-"""Of everything, behind one that isn't timed."""
+"""Timed repetitions of everything, after one that isn't timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is measured."""
+    """Sizes of a measurement."""
 
     layer: Sequence[tuple[int, int]]
     """(rows, columns) of each matrix of a layer, on one rank."""
     layers: int
-    """That the model has: the head's share of the products is one in so many."""
+    """Layers of the model: the head's share of the products is one in this many."""
     head: tuple[int, int]
     tokens: int
-    """Of a micro-batch, which is one sequence."""
+    """Tokens of a micro-batch, which is one sequence."""
     heads: int
-    """Of attention, on one rank."""
+    """Heads of attention on one rank."""
     channels: int
-    """Of a head."""
+    """Channels of a head."""
     memory_elements: int
-    """Of each of two tensors in the passes over memory."""
+    """Elements of each of two tensors in the passes over memory."""
     exchange: str
     buffer_elements: int
-    """Of the gradient buffer, for ``data``."""
+    """Elements of the gradient buffer, for ``data``."""
     message_elements: int
-    """Of hidden states, for the others."""
+    """Elements of hidden states, for the others."""
 
 
 def seconds_of(work: Callable[[], object], meet: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Mean of ``rounds``, which all ranks begin together."""
+    """Mean time of ``rounds``, which all ranks begin together."""
     work()
     taken = 0.0
     for _ in range(rounds):
@@ -79,7 +79,7 @@ def _products(job: Job, meet: Callable[[], object]) -> tuple[float, float]:
     """FLOP per second of a model's products: forward with input gradients, and for gradients of weights."""
     import torch
 
-    # Each shape with how often the model has it for once that it is multiplied here.
+    # Each shape with the number of times that the model has it per product here.
     shapes = [(*shape, job.layers / LAYERS_APART) for _ in range(LAYERS_APART) for shape in job.layer]
     shapes.append((*job.head, 1.0))
     flops, seconds = 0.0, [0.0, 0.0]

@@ -1,4 +1,4 @@
-"""One rank of one trainer of ``peers.py``: takes a step whenever it is told to, and says what that took.
+"""One rank of one trainer of ``peers.py``: takes a step on request, and reports its cost.
 
 Run by ``peers.py``, with its job as JSON in the first argument and a socket to it in the second.
 """
@@ -31,13 +31,13 @@ class Link:
         self._lines.flush()
 
     def wait(self) -> None:
-        """Returns when a step is asked for; ends the process when no more are."""
+        """Returns when a step is requested; ends the process when there are no more."""
         if self._lines.readline().strip() != "step":
             os._exit(0)
 
 
 def measured(step: Callable[[], Figures]) -> Figures:
-    """What a step returns, its wall and processor time (ms), and its page faults."""
+    """Figures of a step: its own, its wall and processor time (ms), and its page faults."""
     synchronize()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     processor, begun = time.process_time(), time.perf_counter()
@@ -68,7 +68,7 @@ def train_ours(job: Job, link: Link) -> None:
 
     try:
         loop: Any = import_module("hft_megatron.trainer.loop")
-    except ImportError:  # of the commit before
+    except ImportError:  # at the earlier commit
         loop = import_module("hft_megatron.training.loop")
 
     torch.set_num_threads(1)
@@ -96,7 +96,7 @@ def train_ours(job: Job, link: Link) -> None:
 
 
 def write_batches(run: Any, job: Job) -> None:
-    """What this rank trains on in every step, and, from rank 0, the units that train: for those that aren't ours."""
+    """Writes this rank's batches of every step and, on rank 0, the units that train: for the other trainers."""
     from safetensors.torch import save_file
 
     folder, batch_size = Path(job["folder"]), run.config.training.global_batch_size

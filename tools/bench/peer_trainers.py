@@ -1,4 +1,4 @@
-"""What people use instead, as trainers that take one step at a time: transformers under DDP, ZeRO-1 and FSDP2, and
+"""Alternatives that people use, as trainers that take one step at a time: transformers under DDP, ZeRO-1 and FSDP2, and
 megatron-core's own GPTModel. Each starts from the same Hugging Face folder."""
 
 import json
@@ -34,7 +34,7 @@ def groups_of(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
 
 
 class Transformers:
-    """``LlamaForCausalLM`` with its loss over the trained tokens of the global batch, as Hugging Face's Trainer has it:
+    """``LlamaForCausalLM`` with its loss over the trained tokens of the global batch, like Hugging Face's Trainer:
     ranks are averaged, the norm is clipped, and AdamW is torch's default or its fused one."""
 
     def __init__(self, job: Job) -> None:
@@ -72,7 +72,7 @@ class Transformers:
         return model
 
     def step(self, batch: list[MicroBatch]) -> dict[str, float]:
-        """One optimizer step over the micro-batches; the ``loss`` of the global batch."""
+        """One optimizer step over the micro-batches; returns the ``loss`` of the global batch."""
         counts = torch.tensor([sum(float(one["loss_mask"].sum()) for one in batch)], device=self._device)
         dist.all_reduce(counts)
         self._optimizer.zero_grad(set_to_none=True)
@@ -98,8 +98,8 @@ class Transformers:
 
 
 class Stock:
-    """megatron-core's ``GPTModel`` by its local layer specification, with torch's attention as the product has it (and
-    with --sequence-parallel the product's norm), and its own distributed optimizer: what one would have without this
+    """megatron-core's ``GPTModel`` by its local layer specification, with torch's attention like the product (and with
+    --sequence-parallel the product's norm), and its own distributed optimizer: the alternative without this
     project."""
 
     def __init__(self, job: Job) -> None:
@@ -183,7 +183,7 @@ class Stock:
             parameter.copy_(self._shard(whole, parameter, is_gated="linear_fc1" in name))
 
     def _shard(self, whole: Tensor, parameter: Tensor, *, is_gated: bool) -> Tensor:
-        """This tensor-parallel rank's part, of gate and up each where both stand in one matrix."""
+        """This tensor-parallel rank's part; of gate and up each where both are in one matrix."""
         if whole.shape == parameter.shape:
             return whole
         rank, size = self._placement.tensor_rank, self._placement.tensor_size
@@ -192,7 +192,7 @@ class Stock:
         return torch.cat([part.chunk(size, dim)[rank] for part in parts])
 
     def step(self, batch: list[MicroBatch]) -> dict[str, Any]:
-        """One optimizer step over the micro-batches; the ``loss`` of the global batch, and ``phases (ms)``."""
+        """One optimizer step over the micro-batches; returns the ``loss`` of the global batch, and ``phases (ms)``."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self._clock.begin()
@@ -233,7 +233,7 @@ def _stock_forward(batches: Any, model: Any) -> tuple[Tensor, Callable[[Tensor],
 
 
 def _stock_weight(name: str, weights: dict[str, Tensor], groups: int, per_group: int, channels: int) -> Tensor:
-    """A parameter of GPTModel out of Hugging Face's: projections of a query group stand together, gate above up."""
+    """A parameter of GPTModel from Hugging Face's: projections of a query group are together, gate above up."""
     outer = {
         "embedding.word_embeddings.weight": "model.embed_tokens.weight",
         "decoder.final_layernorm.weight": "model.norm.weight",

@@ -1,9 +1,9 @@
-"""Compares a step of half and full fine-tuning with what people use instead, and commits it to results/peers.json.
+"""Compares a step of half and full fine-tuning with alternatives that people use, and commits it to results/peers.json.
 
 Run: ``python tools/bench/peers.py`` on a machine that does nothing else, or with ``--render`` to print the tables only.
 A LLaMA of 98 M parameters on two ranks, DP 2 where nothing else is said, with one thread each over gloo (``--device
 cuda``: a rank for each GPU over NCCL). All trainers of a set are processes of their own that hold the same weights and
-take one step of the same batch in every round, in an order that changes; what is compared are ratios within rounds.
+take one step of the same batch in every round, in an order that changes; ratios within rounds are compared.
 ``full at 9d3f35c`` is this project before its collectives and its AdamW were changed.
 """
 
@@ -47,7 +47,7 @@ AGREE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How much of the model a step does on a rank."""
+    """The work of a step on a rank."""
 
     sequence: int
     micro_batches: int
@@ -65,7 +65,7 @@ LAYOUTS: Mapping[str, Mapping[str, int | bool]] = {
     "TP 2 + SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "PP 2": {"pipeline_model_parallel_size": 2},
 }
-"""Of the two ranks: the product's options, which are stock megatron-core's too."""
+"""Layouts of the two ranks: the product's options, which are stock megatron-core's too."""
 
 
 def ours(ratio: str, *options: str, before: bool = False) -> dict[str, Any]:
@@ -98,11 +98,11 @@ TRAINERS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Set:
-    """Trainers that are in memory together, 20 GB at most; the first is the one that writes the batches."""
+    """Trainers that are in memory together, 20 GB at most; the first one writes the batches."""
 
     trainers: Sequence[str]
     works: Sequence[str]
-    """Those that it is measured on where nothing else is asked for."""
+    """Default workloads to measure it on."""
     layout: str = USUAL_LAYOUT
 
     @property
@@ -175,11 +175,11 @@ class Trainer:
         found = [link.readline() for link in self._links]
         if not all(found):
             said = Path(self._log.name).read_text(encoding="utf-8").splitlines()
-            raise DemoError("\n".join([f"{self.name} ended; its folder goes, and its log ended with", *said[-30:]]))
+            raise DemoError("\n".join([f"{self.name} ended; its folder is removed; the end of its log:", *said[-30:]]))
         return [json.loads(line) for line in found]
 
     def step(self) -> dict[str, Any]:
-        """One step of both ranks: what the slower one took, and both's bytes on the wire."""
+        """One step of both ranks: the slower one's time, and the bytes of both on the wire."""
         sent = _loopback_bytes()
         for link in self._links:
             link.write("step\n")
@@ -207,7 +207,7 @@ class Trainer:
 
 
 def _loopback_bytes() -> int:
-    """What this machine has sent to itself, by the kernel's counter; nothing else should be at work."""
+    """Bytes that this machine has sent to itself, by the kernel's counter; nothing else should be at work."""
     return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""The result of ``peers.py`` as Markdown tables, and as a picture (SVG) of how long a step takes."""
+"""The result of ``peers.py`` as Markdown tables, and as a picture (SVG) of step times."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -16,10 +16,10 @@ TARGETS: Sequence[tuple[str, str, Mapping[str, float]]] = (
 USUAL_LAYOUT = "DP 2"
 OTHER_LAYOUTS = ("TP 2", "TP 2 + SP", "PP 2")
 PHASES = ("forward", "backward")
-"""Of those that tell them apart, with the waits for tensor-parallel ranks."""
+"""Phases of the trainers that report them, with the waits for tensor-parallel ranks."""
 FIGURES = ("step (ms)", "processor (ms)", "wire (MB per rank)", "page faults", "peak resident (MB)")
 BAR, LEFT, LINE = 260, 320, 22
-"""Pixels: of the longest bar, of the names, and of a line."""
+"""Pixels of the longest bar, of the names, and of a line."""
 OURS, THEIRS = "#2d7d6e", "#b9bec4"
 
 
@@ -51,7 +51,7 @@ def _words(ratio: Mapping[str, Any]) -> str:
 
 
 def _ratios(works: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """By trainers and work, of the first set that has both."""
+    """Ratios by trainers and work, of the first set that has both."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for work, sets in works.items():
         for one in sets.values():
@@ -73,7 +73,7 @@ def _at(name: str, one: Mapping[str, Any]) -> str:
 
 
 def picture(results: Mapping[str, Any]) -> str:
-    """Bars: what a step of each trainer takes in units of our half's, medians of ratios within rounds."""
+    """Bars: the step time of each trainer in units of our half's, medians of ratios within rounds."""
     ratios = {name: found for name, found in _ratios(results["works"]).items() if name.startswith("half / ")}
     names = [name for name in ratios if not name.endswith(OTHER_LAYOUTS)]
     works = list(results["works"])

@@ -1,4 +1,4 @@
-"""Measures whether preference tuning learns from real pairs what held-out ones confirm, into results/preferences.json.
+"""Measures whether preference tuning generalises from real pairs to held-out ones, into results/preferences.json.
 
 Run: ``python tools/bench/preferences.py --data FOLDER`` (15 minutes on two cores), or with ``--render`` for the table.
 FOLDER/preference holds released pairs: ``ultrafeedback_train``, ``ultrafeedback_eval``, ``hh_mixed_norm`` and
@@ -42,7 +42,7 @@ _AT_END = re.compile(r"validation loss at .*rewards/accuracies value: (\S+) .*re
 
 
 def read_pairs(data: Path) -> list[dict[str, Any]]:
-    """All pairs, without what else a row holds."""
+    """All pairs, without the other keys of a row."""
     rows = []
     for name in FILES:
         for line in (data / "preference" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
@@ -73,7 +73,7 @@ def _text(answer: str | list[dict[str, str]]) -> str:
 
 
 def tune(method: str, fold: int, folder: Path) -> dict[str, Any]:
-    """One tuning, and what it prefers of its held-out pairs. Raises DemoError when it fails."""
+    """One tuning, and its preferences on the held-out pairs. Raises DemoError when it fails."""
     place = folder / str(fold)
     save, log = place / method, place / f"{method}.log"
     command = [
@@ -91,7 +91,7 @@ def tune(method: str, fold: int, folder: Path) -> dict[str, Any]:
 def _only(pattern: re.Pattern[str], text: str, log: Path) -> Any:
     found = pattern.findall(text)
     if len(found) != 1:
-        raise DemoError(f"{log}: {len(found)} lines like {pattern.pattern!r}, and not one")
+        raise DemoError(f"{log}: {len(found)} lines like {pattern.pattern!r} instead of one")
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Measures what each kind of reference model holds and costs in preference tuning, into results/reference.json.
+"""Measures the memory and cost of each kind of reference model in preference tuning, into results/reference.json.
 
 Run: ``python tools/bench/reference.py`` on a machine that does nothing else, or with ``--render`` for the table only.
 The models and the text are those of ``bill.py``; a pair is two stretches of it, of one length.
@@ -21,7 +21,7 @@ STEP_TIME, HELD = "elapsed time per iteration (ms)", "reference bytes"
 
 
 def write_pairs(folder: Path) -> None:
-    """Has ``folder/train.jsonl`` hold pairs instead of the examples that ``bill.py`` wrote."""
+    """Replaces the examples that ``bill.py`` wrote to ``folder/train.jsonl`` by pairs."""
     path = folder / "train.jsonl"
     texts = [json.loads(line)["completion"] for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = [
@@ -40,7 +40,7 @@ def measure(workload: Workload, rounds: int, steps: int) -> dict[str, Any]:
         times: dict[str, list[float]] = {kind: [] for kind in KINDS}
         held: dict[str, int] = {}
         for number in range(rounds):
-            # Another one first each time: what drifts, drifts for all.
+            # Another one first each time, so that drift affects all.
             for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
                 print(f"round {number + 1}: {kind}", flush=True)
                 words = ["--dpo-reference", kind, "--dpo-bad-pairs", "skip"]

@@ -1,4 +1,4 @@
-"""What every benchmark's program does: figures go into a committed file, and from there to the terminal."""
+"""Common steps of every benchmark: figures are written to a committed file, and printed from there."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ Results = dict[str, Any]
 
 
 def in_turn(ways: Iterable[str], pairs: int) -> Iterator[tuple[int, str]]:
-    """(number from 1, way) of each run, the other way round in every second pair: what drifts, drifts for all."""
+    """(number from 1, way) of each run, in reverse order in every second pair, so that drift affects all."""
     order = tuple(ways)
     for pair in range(pairs):
         for way in order if pair % 2 == 0 else reversed(order):

@@ -1,4 +1,4 @@
-"""Measures what a switch of rounds costs next to a step, and commits it to results/rounds.json.
+"""Measures the cost of a switch of rounds relative to a step, and commits it to results/rounds.json.
 
 Run: ``python tools/bench/rounds.py`` on a machine that does nothing else, or with ``--render`` to print the table only.
 The runs are those of ``bill.py``: the same models, data and ranks, with a new round every three steps.
@@ -20,12 +20,12 @@ STEP_TIME, SWITCH_TIME = "elapsed time per iteration (ms)", "round switch time (
 MOMENTS = {
     "reset": (),
     "carry": ("--hft-moments", "carry"),
-    "carry, resting ones on the host": ("--hft-moments", "carry", "--hft-resting-moments", "host"),
+    "carry, resting ones on the host": ("--hft-moments", "carry", "--hft-frozen-moments", "host"),
 }
 
 
 def measure_one(folder: Path, workload: Workload, moments: str, switches: int) -> dict[str, Any]:
-    """Medians of one run, in milliseconds; of the steps without the first of each round, which makes moments anew."""
+    """Medians of one run, in milliseconds; without the first step of each round, which makes moments anew."""
     words = ("--hft-round-interval", str(INTERVAL), *MOMENTS[moments])
     _, metrics = run_once(folder, workload, words, INTERVAL * (switches + 1))
     switched = [line[SWITCH_TIME] for line in metrics if SWITCH_TIME in line]

@@ -1,8 +1,8 @@
 """Estimates steps of published models on up to 1,024 devices, by formula alone, into results/scale.json.
 
 Run: ``python tools/bench/scale.py``, in about a minute on any machine, or with ``--render`` to print the tables only,
-which stand in docs/scale.md. Nothing here is measured. For half and for full fine-tuning the fastest layout that fits
-is looked for among TP up to 8, every PP of a power of two, and the least recomputation that fits.
+which are in docs/scale.md. Nothing here is measured. For half and for full fine-tuning the fastest layout that fits
+is searched among TP up to 8, every PP of a power of two, and the least recomputation that fits.
 """
 
 import argparse
@@ -53,11 +53,11 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 """The keys of their config.json that matter here."""
 WORLDS = (8, 64, 256, 1024)
 SEQUENCE, SEQUENCES = 4096, 1024
-"""Of a step on all devices."""
+"""Length of a sequence, and sequences of a step on all devices."""
 DATA_SHEET = {"tflops": 989.0, "memory_bandwidth": 3350.0, "node_bandwidth": 450.0, "network_bandwidth": 50.0}
 """NVIDIA H100 SXM: dense bf16, HBM3, NVLink in one direction; and a link of 400 Gb/s to the network for each device."""
 SHARES = {"tflops": 0.6, "memory_bandwidth": 0.8, "node_bandwidth": 0.8, "network_bandwidth": 0.8}
-"""Assumed to be sustained. No GPU has confirmed them for this project."""
+"""Shares assumed to be sustained. No GPU has confirmed them for this project."""
 ROOM = 74 * 10**9
 """Bytes of 80 GB: CUDA, NCCL's buffers and the allocator's gaps take the rest, by assumption."""
 _UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -68,42 +68,42 @@ RECOMPUTATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """From the fastest to the one that needs least memory."""
 RECOMPUTED = {"none": "nothing", "selective": "attention", "full": "layers"}
-"""What the backward pass makes again, in words."""
+"""Names of the recomputed parts."""
 HALF, FULL = "half", "full"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a layout needs to fit, and what it gives."""
+    """A layout with the recomputation that it needs to fit, and its step time."""
 
     tensor: int
     pipeline: int
     data: int
     recomputation: str
-    """The least that fits."""
+    """The least recomputation that fits."""
     memory_gb: float
     step_s: float
 
     @property
     def words(self) -> str:
-        """``TP 2 x PP 1 x DP 4``, and the recomputation where there is some."""
+        """``TP 2 x PP 1 x DP 4``, and the recomputation if there is any."""
         again = "" if self.recomputation == "none" else f", {RECOMPUTED[self.recomputation]} recomputed"
         return f"{self.layout}{again}"
 
     @property
     def layout(self) -> str:
-        """Without it."""
+        """The words without the recomputation."""
         return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
 
 
 def device() -> Device:
-    """A device as it is assumed to be."""
+    """A device with the assumed rates."""
     sustained = {name: SHARES[name] * peak for name, peak in DATA_SHEET.items()}
     return Device(**sustained, devices_per_node=8, sends_beside_compute=True)
 
 
 def layouts(shape: ModelShape, world_size: int) -> Iterator[ParallelConfig]:
-    """Those that are looked at, with overlapped reduction and gathering, and sequence parallelism beside TP."""
+    """The searched layouts, with overlapped reduction and gathering, and sequence parallelism beside TP."""
     for tensor in (1, 2, 4, 8):
         for pipeline in (2**exponent for exponent in range(shape.num_layers.bit_length())):
             replicas, rest = divmod(world_size, tensor * pipeline)
@@ -120,7 +120,7 @@ def layouts(shape: ModelShape, world_size: int) -> Iterator[ParallelConfig]:
 
 
 def choices(shape: ModelShape, world_size: int, trains: Trains) -> Iterator[Choice]:
-    """Every layout that fits."""
+    """Yields every layout that fits."""
     for parallel in layouts(shape, world_size):
         for name, words in RECOMPUTATIONS.items():
             choice = fitting(shape, parallel, world_size, trains, name, TrainingConfig(**words))
@@ -150,7 +150,7 @@ def fitting(
 
 
 def one_case(name: str, world_size: int) -> dict[str, Any]:
-    """A model on so many devices: the fastest layouts, and what fits with half alone."""
+    """A model on a number of devices: the fastest layouts, and those that only half fits."""
     shape = ModelShape.from_hf_config(MODELS[name], source=name)
     plan = make_plan(shape, HFTConfig(), default_seed=TrainingConfig.seed, round=0)
     ways: Mapping[str, Trains] = {HALF: plan.trains, FULL: lambda unit: True}
@@ -187,7 +187,7 @@ def estimate(models: Sequence[str], worlds: Sequence[int]) -> dict[str, Any]:
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """Two Markdown tables: the fastest layouts, and what fits with half alone."""
+    """Two Markdown tables: the fastest layouts, and those that only half fits."""
     tokens = results["sequences"] * results["sequence"]
     steps = [["model", "devices", "half", "s", "tokens/s", "full", "s", "tokens/s", "half / full", "on full's layout"]]
     fits = [["model", "devices", "only half fits", "full recomputes more"]]

@@ -1,9 +1,9 @@
-"""Holds ``hft-megatron plan --time`` against real steps, into results/step_time.json.
+"""Compares ``hft-megatron plan --time`` with real steps, into results/step_time.json.
 
 Run: ``python tools/bench/step_time.py`` on a machine that does nothing else, or with ``--render`` for the tables only;
-less than eight minutes on two cores. Before each set of runs ``machine_rates.py`` measures what both ranks sustain
-together, at the shapes of these runs; the estimate gets those rates and nothing of the runs. The runs are those of
-``bill.py``: the product as a person would start it, with the model of 98 M parameters in fp32 over gloo.
+less than eight minutes on two cores. Before each set of runs ``machine_rates.py`` measures the rates of both ranks
+working together, at the shapes of these runs; the estimate uses only those rates. The runs are those of ``bill.py``:
+the product as a person would start it, with the model of 98 M parameters in fp32 over gloo.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RESULTS = HERE / "results" / "step_time.json"
 DOCUMENT = REPOSITORY / "docs" / "scale.md"
 BEGIN, END = "<!-- step-time-tables -->", "<!-- /step-time-tables -->"
 MEMORY_ELEMENTS = 64_000_000
-"""Of the passes over memory: more than a cache holds."""
+"""Elements of the passes over memory: more than a cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,15 @@ class Setting:
     """A layout of two ranks, and its batch."""
 
     exchange: str
-    """Which ranks send: ``data``, ``tensor`` or ``pipeline``."""
+    """Ranks that send: ``data``, ``tensor`` or ``pipeline``."""
     sequence: int
     micro_batches: int
     steps: int
-    """Of a run, of which the first two are not timed."""
+    """Steps of a run, of which the first two are not timed."""
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Of every run."""
+        """Options of every run."""
         replicas = RANKS if self.exchange == "data" else 1
         layout = () if self.exchange == "data" else (f"--{self.exchange}-model-parallel-size", str(RANKS))
         return (*layout, "--global-batch-size", str(replicas * self.micro_batches), "--no-bf16")
@@ -110,7 +110,7 @@ def _shape(options: PlanOptions) -> ModelShape:
 
 
 def rates_here(folder: Path, options: PlanOptions, setting: Setting) -> dict[str, float]:
-    """What ``machine_rates.py`` finds, by the names of ``Device``."""
+    """The rates that ``machine_rates.py`` measures, by the names of ``Device``."""
     shape, tensor_size = _shape(options), options.parallel.tensor_model_parallel_size
 
     def local(module: str, *, cut: int) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ def estimates(options: PlanOptions, setting: Setting, rates: Mapping[str, float]
 
 
 def milliseconds(bill: Mapping[str, Any]) -> dict[str, float]:
-    """Of a run's step and its sections: means over ranks and timed steps."""
+    """Milliseconds of a run's step and its sections: means over ranks and timed steps."""
     ranks = [rank["milliseconds"] for rank in bill["ranks"]]
     return {part: fmean(rank[part] for rank in ranks) for part in ranks[0]}
 
@@ -174,7 +174,7 @@ def milliseconds(bill: Mapping[str, Any]) -> dict[str, float]:
 def compared(
     measured: Mapping[str, Sequence[Mapping[str, float]]], estimated: Mapping[str, StepTime]
 ) -> dict[str, Any]:
-    """Both, and the relative error of the estimate, for each method and for half over full."""
+    """Measured and estimated times, and the estimate's relative error, for each method and for half over full."""
     found: dict[str, Any] = {}
     for method, runs in measured.items():
         means = {part: fmean(run[part] for run in runs) for part in runs[0]}
@@ -199,7 +199,7 @@ def compared(
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """Two Markdown tables: steps and errors, and what the estimate was made from."""
+    """Two Markdown tables: steps and errors, and the rates behind the estimate."""
     steps = [["measured / estimated", "HFT (ms)", "error", "full (ms)", "error", "HFT / full", "error"]]
     rates = [["on each rank", "GFLOP/s", "of weight gradients", "of attention", "memory (GB/s)", "sent (GB/s)"]]
     for label, one in results["settings"].items():

@@ -1,8 +1,8 @@
-"""What the best answer that doesn't look at the question scores in each task: the bar that a trained model must clear.
+"""Scores the best answer that ignores the question in each task: the bar that a trained model must clear.
 
-Run: ``python tools/continual/majority.py [--tasks runs/continual/tasks/tasks.yaml]``. In tasks of TRACE's shape the
-answer is one of those of train.json, the one with the highest score on test.json; where answers are classes, that is
-the share of the most frequent one.
+Run: ``python tools/continual/majority.py [--tasks runs/continual/tasks/tasks.yaml]``. In tasks of TRACE's shape this
+answer is the one of train.json with the highest score on test.json; where answers are classes, the score is the share
+of the most frequent one.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from launching import cpu_environment, exit_code_of, run_logged  # noqa: E402
 VOCABULARY = 768
 RANKS = 2
 BATCH = 32
-"""Packs of LENGTH tokens."""
+"""Packs of LENGTH tokens per step."""
 LENGTH = 128
 ROWS = 20_000
 MODEL_OPTIONS = (
@@ -85,7 +85,7 @@ def _write_tokenizer(path: Path, rows: list[Row], seed: int) -> None:
             model_type="bpe",
             character_coverage=1.0,
             normalization_rule_name="identity",
-            split_digits=True,  # so that no piece has the end of a prompt and the number behind it
+            split_digits=True,  # so that no piece has the end of a prompt and the number after it
             pad_id=3,
             num_threads=1,
             minloglevel=2,
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     arguments = parser.parse_args()
     if arguments.output.exists():
-        parser.error(f"--output {arguments.output} is there already; remove it, or name another folder")
+        parser.error(f"--output {arguments.output} already exists; remove it, or name another folder")
     return exit_code_of(lambda: make_base(arguments.output.resolve(), arguments.seed, arguments.steps))
 
 

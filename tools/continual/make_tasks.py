@@ -2,16 +2,16 @@
 
 Run: ``python tools/continual/make_tasks.py [--output runs/continual/tasks] [--seed 1] [--rows 500 100 100]``. The
 folder has, as TRACE's, ``<task>/{train,eval,test}.json``, arrays of ``{"prompt", "answer"}``; ``general.txt``, texts of
-the base model's own language, for what the sequence does to it; ``sequence.yaml`` and ``general.yaml``, which
+the base model's own language, to measure what the sequence does to it; ``sequence.yaml`` and ``general.yaml``, which
 ``hft-megatron continual`` reads, and ``tasks.yaml``, which ``hft-megatron evaluate`` does. No prompt is there twice, in
 no split. Pure Python, from the seed alone.
 
-The tasks are made up, and each stands in the place of one of TRACE's: a choice of a letter (attitude, policy), a
+The tasks are made up, and each replaces one of TRACE's: a choice of a letter (attitude, policy), a
 sentence to be found and copied (minutes), the next line of code (code), a letter with its reason (science), sums and
 differences told in words under one and the same instruction (sum, difference), and a rewriting (simple). They share
-words, people and letters, and give them other meanings, so that one disturbs the other: what is A in ``attitude`` is B
-in ``policy``. What the base knows (make_base.py) is the language: which verbs are for and against a thing, what is an
-animal, which plain word is behind a hard one, and to compute with numbers; the tasks' rules it has never seen.
+words, people and letters, and give them other meanings, so that one disturbs the other: A in ``attitude`` is B in
+``policy``. The base (make_base.py) knows the language: the verbs that are for and against a thing, the animals, the
+plain word for a hard one, and arithmetic; it has never seen the tasks' rules.
 """
 
 import argparse
@@ -71,12 +71,12 @@ LETTERS = "ABC"
 
 
 def sentence(rng: random.Random) -> str:
-    """One sentence about a person and a thing, as every text of this language has them."""
+    """One sentence about a person and a thing, as in every text of this language."""
     return f"{rng.choice(NAMES)} {rng.choice(VERBS)} the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}."
 
 
 def fact(rng: random.Random) -> str:
-    """One sentence of what the language knows."""
+    """One sentence of the language's facts."""
     name, noun, hard = rng.choice(NAMES), rng.choice(NOUNS), rng.choice(tuple(PLAIN))
     side = rng.choice(tuple(SIDES))
     return rng.choice(
@@ -89,7 +89,7 @@ def fact(rng: random.Random) -> str:
 
 
 def general_text(rng: random.Random, sentences: int) -> str:
-    """Sentences and facts, one behind the other."""
+    """Sentences and facts, one after the other."""
     return " ".join(rng.choice((sentence, fact))(rng) for _ in range(sentences))
 
 
@@ -114,7 +114,7 @@ def policy(rng: random.Random) -> Row:
 
 
 def minutes(rng: random.Random) -> Row:
-    """The one of three sentences behind which the word agreed stands."""
+    """The sentence among three that is followed by the word agreed."""
     sentences = [sentence(rng) for _ in range(3)]
     agreed = rng.randrange(3)
     said = [f"{one} {'Agreed.' if number == agreed else 'Next.'}" for number, one in enumerate(sentences)]
@@ -131,7 +131,7 @@ def code(rng: random.Random) -> Row:
 
 
 def science(rng: random.Random) -> Row:
-    """What a thing is, by its letter, and the reason."""
+    """The class of a thing, by its letter, and the reason."""
     noun = rng.choice(NOUNS)
     choices = "".join(f"{letter}. {kind}\n" for letter, kind in zip("ABCD", CLASSES, strict=True))
     question = f"{rng.choice(NAMES)} has a {rng.choice(ADJECTIVES)} {noun}. What is it?"
@@ -152,7 +152,7 @@ def addition(rng: random.Random) -> Row:
 
 
 def difference(rng: random.Random) -> Row:
-    """What is left of up to 9."""
+    """The remainder of a number up to 9."""
     name, noun = rng.choice(NAMES), rng.choice(NOUNS)
     one = rng.randint(2, 9)
     other = rng.randint(1, one - 1)
@@ -161,7 +161,7 @@ def difference(rng: random.Random) -> Row:
 
 
 def simple(rng: random.Random) -> Row:
-    """Hard words become plain ones, and what follows the comma goes."""
+    """Hard words become plain ones, and the part after the comma is dropped."""
     name, noun, other = rng.choice(NAMES), rng.choice(NOUNS), rng.choice(NOUNS)
     verb, adjective = rng.choice(tuple(PLAIN_VERBS)), rng.choice(tuple(PLAIN_ADJECTIVES))
     more = f"which {rng.choice(NAMES)} {rng.choice(SIDES['neutral'])} beside the {other}"
@@ -171,7 +171,7 @@ def simple(rng: random.Random) -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRule:
-    """One task of the sequence, and how its answers are scored."""
+    """One task of the sequence, and its scoring."""
 
     make: Callable[[random.Random], Row]
     measure: str = "exact_match"
@@ -190,12 +190,12 @@ TASKS: dict[str, TaskRule] = {
     "difference": TaskRule(make=difference),
     "simple": TaskRule(make=simple, measure="sari", max_new_tokens=16),
 }
-"""In the order of TRACE's tasks whose places they take."""
+"""Rules in the order of TRACE's tasks that they replace."""
 SPLITS = ("train", "eval", "test")
 
 
 def make_task(name: str, seed: int, sizes: tuple[int, ...]) -> dict[str, list[Row]]:
-    """The rows of each split; no prompt is there twice."""
+    """The rows of each split, without duplicate prompts."""
     rng, seen = random.Random(f"{name} {seed}"), set[str]()
     rows: list[Row] = []
     while len(rows) < sum(sizes):
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs=3, default=(500, 100, 100), metavar=("TRAIN", "EVAL", "TEST"))
     arguments = parser.parse_args()
     if arguments.output.exists():
-        parser.error(f"--output {arguments.output} is there already; remove it, or name another folder")
+        parser.error(f"--output {arguments.output} already exists; remove it, or name another folder")
     write_tasks(arguments.output, arguments.seed, tuple(arguments.rows))
 
 

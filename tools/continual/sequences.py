@@ -1,8 +1,8 @@
-"""Trains the eight made tasks one after the other, full and half, alone and with replay, and commits what came of it.
+"""Trains the eight made tasks one after the other, full and half, alone and with replay, and commits the results.
 
 Run: ``python tools/continual/sequences.py`` (under two hours on two cores), or with ``--render`` to rewrite the tables
-of docs/continual.md only. A second start goes on where the first was stopped. The seeds decide the order of the
-training rows, which of them are replayed, and which matrices HFT trains; tasks and base model are one.
+of docs/continual.md only. A second start resumes where the first was stopped. The seeds decide the order of the
+training rows, which of them are replayed, and which matrices HFT trains; tasks and base model are always the same.
 """
 
 import argparse
@@ -34,13 +34,13 @@ DOCUMENT = REPOSITORY / "docs" / "continual.md"
 AT_ONCE = 2
 """Sequences, each of one process with one thread: two processes of one sequence would wait for each other."""
 MADE_SEED, BASE_STEPS, SIZES = 1, 400, (500, 100, 100)
-"""Of the base model and the tasks."""
+"""Seed and steps of the base model, and sizes of the tasks."""
 TRAINING_OPTIONS = (
     *("--train-epochs", "5", "--global-batch-size", "32", "--micro-batch-size", "32", "--no-bf16"),
     *("--lr", "3e-4", "--lr-decay-style", "constant", "--adam-beta2", "0.95", "--weight-decay", "0"),
     *("--log-interval", "50", "--keep-last", "1", "--continual-batch-size", "64"),
 )
-"""As TRACE trains, but for epochs, batch and rate, which are a small model's."""
+"""Options as in TRACE, except for epochs, batch and rate, which are a small model's."""
 SETTINGS: dict[str, tuple[str, ...]] = {
     "sequential": (),
     "replay": ("--replay-ratio", "0.1"),
@@ -57,7 +57,7 @@ SINGLE_SEEDS = (1,)
 STUDENT_T = 4.303
 """The 97.5 % quantile of Student's t with two degrees of freedom, those of three seeds."""
 ENOUGH = 10.0
-"""Points above the best constant answer from which a task is learned."""
+"""Points above the best constant answer from which a task counts as learned."""
 PAPER = {
     ("sequential", "full"): (45.7, -10.2),
     ("sequential", "half, independent"): (51.3, -5.6),
@@ -69,13 +69,13 @@ PAPER = {
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one sequence of tasks came to."""
+    """The result of one sequence of tasks."""
 
     setting: str
     weights: str
     seed: int
     minutes: float
-    """Of this process, with its evaluations; less than all where a stopped sequence went on."""
+    """Minutes of this process, with its evaluations; incomplete where a stopped sequence was resumed."""
     scores: list[list[float | None]]
     """A row for the base and one after each task, a column for each task; None where nothing was asked."""
     general: list[float]
@@ -86,7 +86,7 @@ class Outcome:
 
     @property
     def own(self) -> list[float | None]:
-        """The score in each task right behind its own training."""
+        """The score in each task right after its own training."""
         return [row[task] for task, row in enumerate(self.scores[1:])]
 
     @property
@@ -97,7 +97,7 @@ class Outcome:
 
     @property
     def general_change(self) -> float | None:
-        """Bits per byte after the last task less the base's; of a model for each task there is no last."""
+        """Bits per byte after the last task minus the base's; None for a model per task, which has no last task."""
         return None if self.setting == "single" else self.general[-1] - self.general[0]
 
 
@@ -112,9 +112,9 @@ def planned() -> Iterator[tuple[str, str, int]]:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Everything that the result file holds; ``folder`` keeps what was trained. DemoError when a training fails."""
+    """Contents of the result file; ``folder`` keeps the trained models. Raises DemoError when a training fails."""
     tasks, base = folder / "tasks", folder / "base"
-    # What is written last; a stopped start may have left the rest.
+    # Written last; a stopped start may have left the other files.
     if not (tasks / "tasks.yaml").exists():
         shutil.rmtree(tasks, ignore_errors=True)
         write_tasks(tasks, MADE_SEED, SIZES)
@@ -135,7 +135,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def learn(folder: Path, setting: str, weights: str, seed: int) -> Outcome:
-    """One sequence, or what is left of it. Raises DemoError when it fails."""
+    """One sequence, or the remaining part of it. Raises DemoError when it fails."""
     name = f"{setting}_{weights.replace(', ', '_')}_seed_{seed}"
     save, done = folder / "sequences" / name, folder / "sequences" / f"{name}.json"
     if not done.exists():
@@ -158,7 +158,7 @@ def learn(folder: Path, setting: str, weights: str, seed: int) -> Outcome:
 
 
 def of_matrix(matrix: Mapping[str, Any], setting: str, weights: str, seed: int, minutes: float) -> Outcome:
-    """What is kept of the contents of matrix.json."""
+    """The outcome from the contents of matrix.json."""
     cells = [{name: cell["value"] for name, cell in row["cells"].items()} for row in matrix["rows"]]
     summary = matrix["summary"]
     return Outcome(
@@ -199,7 +199,7 @@ def _scores(outcomes: Sequence[Outcome]) -> str:
 
 
 def _differences(outcomes: Sequence[Outcome]) -> str:
-    """Of runs with the same seed."""
+    """Differences between runs with the same seed."""
     methods = _by_method(outcomes)
     lines = [["setting", "weights", *(f"{name}, less full" for name in MEASURED)]]
     for (setting, weights), some in methods.items():
@@ -215,7 +215,7 @@ def _differences(outcomes: Sequence[Outcome]) -> str:
 
 
 def _tasks(outcomes: Sequence[Outcome], bars: Mapping[str, float]) -> str:
-    """What each task gives by itself, beside what is to be had without learning it."""
+    """The score of each task alone, beside the best score without learning it."""
     methods = _by_method(outcomes)
     single = {weights: some for (setting, weights), some in methods.items() if setting == "single"}
     lines = [["task", "base", "best constant answer", *(f"alone, {weights}" for weights in single)]]
@@ -232,7 +232,7 @@ def _tasks(outcomes: Sequence[Outcome], bars: Mapping[str, float]) -> str:
 
 
 def _by_method(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """In the order of SETTINGS and WEIGHTS, each with its seeds in theirs."""
+    """Outcomes in the order of SETTINGS and WEIGHTS, each with its seeds in their order."""
     found: dict[tuple[str, str], list[Outcome]] = {}
     for setting in SETTINGS:
         for weights in WEIGHTS:
@@ -248,7 +248,7 @@ def _less(one: float | None, other: float | None) -> float | None:
 
 
 def _spread(values: Sequence[float | None], name: str, sign: str = "") -> str:
-    """The mean with the half width of its 95 % confidence interval over seeds, of one seed the value."""
+    """The mean with the half width of its 95 % confidence interval over seeds; of one seed the value."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return ""

@@ -1,4 +1,5 @@
-"""Compares half with full fine-tuning on one prepared folder: the same script, options, data and seed, but the ratio.
+"""Compares half with full fine-tuning on one prepared folder: the same script, options, data and seed, except the
+ratio.
 
 Both are measured at the same number of steps, and at the first evaluation where the new task is learned.
 """
@@ -35,7 +36,7 @@ METHODS = (HALF, FULL)
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Shares of exact matches after some steps, and where the model is."""
+    """Shares of exact matches after some steps, and the model's folder."""
 
     step: int
     new_task: float
@@ -45,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one method did on one seed. Bytes and times are those of one rank, as its metrics say."""
+    """The result of one method on one seed. Bytes and times are those of one rank, by its metrics."""
 
     method: str
     seed: int
@@ -53,14 +54,14 @@ class Outcome:
     step_ms: float
     """Median over the run's steps, TP 2."""
     optimizer_bytes: int
-    """Master weights, where there are any, and both moments."""
+    """Master weights, if there are any, and both moments."""
     gradient_bytes: int
     wire_bytes: int
     """Given to reduce-scatter and all-gather per step at TP 2 x DP 2."""
 
     @property
     def at_equal_steps(self) -> Evaluation:
-        """After ``FINE_TUNING_STEPS`` steps."""
+        """The evaluation after ``FINE_TUNING_STEPS`` steps."""
         return next(one for one in self.evaluations if one.step == settings.FINE_TUNING_STEPS)
 
     @property
@@ -69,7 +70,7 @@ class Outcome:
         return next((one for one in self.evaluations if one.new_task >= settings.ENOUGH), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The outcome in JSON types."""
         return asdict(self)
 
     @classmethod
@@ -124,7 +125,7 @@ def _fine_tune(
     export: Path | None = None,
     ranks: int = settings.RANKS,
 ) -> None:
-    """Train ``run`` up to ``steps``, going on from where it is, by the example script."""
+    """Train ``run`` up to ``steps`` with the example script, resuming from its last checkpoint."""
     command = ["bash", str(SCRIPT), *settings.FINE_TUNING_OPTIONS]
     command += ["--hft-ratio", method.ratio, "--seed", str(seed), "--train-iters", str(steps)]
     command += ["--micro-batch-size", str(settings.FINE_TUNING_BATCH * settings.RANKS // ranks)]
@@ -143,7 +144,7 @@ def _fine_tune(
 
 
 def evaluate(model: Path, step: int) -> Evaluation:
-    """Score an exported folder on both kinds of questions; ``step`` is how long it was fine-tuned."""
+    """Score an exported folder on both kinds of questions; ``step`` is its number of fine-tuning steps."""
     # Imported here because transformers takes seconds, and a mistake in the options should not wait for it.
     from scoring import ExportedModel, score_chat, score_statements
 

@@ -1,4 +1,4 @@
-"""What the demo's model knows and what it is then taught: made-up people with facts told in many wordings (the old
+"""The knowledge of the demo's model and its new task: made-up people with facts told in many wordings (the old
 knowledge), and phrases of an invented language to be translated on request (the new task). Pure Python, from a seed.
 """
 
@@ -47,7 +47,7 @@ class NewTask:
 
     rows: tuple[Row, ...]
     pairs: tuple[Row, ...]
-    """Of each row, the answer and one with the two words the wrong way round."""
+    """For each row, its answer and one with the two words swapped."""
     questions: tuple[Question, ...]
 
 
@@ -87,7 +87,7 @@ def pretraining_rows(knowledge: Knowledge, seed: int, sentences_per_row: int, re
 
 
 def translate(adjective: str, noun: str) -> str:
-    """Vellish says the noun first: ``translate("red", "boat")`` is ``"marka tamo"``."""
+    """The phrase in Vellish, which puts the noun first: ``translate("red", "boat")`` is ``"marka tamo"``."""
     return f"{NOUNS[noun]} {ADJECTIVES[adjective]}"
 
 
@@ -120,7 +120,7 @@ def chat_row(question: str, answer: str) -> Row:
 
 
 def pair_row(row: Row) -> Row:
-    """A ``chat_row`` as a preference: its answer is chosen, and its two words the other way round are rejected."""
+    """A ``chat_row`` as a preference: its answer is chosen, and its two words swapped are rejected."""
     question, answer = row["messages"]
     wrong = " ".join(reversed(answer["content"].split()))
     return {"prompt": [question], "chosen": [answer], "rejected": [{"role": "assistant", "content": wrong}]}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 LAST_LINES = 15
 SHOWN = (">", " [20", "hft-megatron: error")
-"""Beginnings of the lines worth a person's while: what is trained and how it goes, not the libraries' warnings."""
+"""Beginnings of the lines to show: training and its progress, not the libraries' warnings."""
 SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_")
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message is one sentence, perhaps with the last lines of a log."""
+    """The demo cannot continue; the message is one sentence, perhaps with the last lines of a log."""
 
 
 def cpu_environment(additions: Mapping[str, str]) -> dict[str, str]:
@@ -31,7 +31,7 @@ def run_logged(
     inherit: Sequence[int] = (),
     shows: bool = True,
 ) -> None:
-    """Run ``command`` in ``folder``, append its output to ``log``, and print the lines that tell how it goes.
+    """Run ``command`` in ``folder``, append its output to ``log``, and print its progress lines.
 
     ``inherit`` are file descriptors the command keeps open; without ``shows`` nothing is printed. Raises DemoError with
     the log's end when it fails.

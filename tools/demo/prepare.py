@@ -34,7 +34,7 @@ from launching import DemoError, cpu_environment, exit_code_of, run_logged
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFolder:
-    """What a prepared folder holds."""
+    """Paths of a prepared folder."""
 
     path: Path
 
@@ -87,7 +87,7 @@ def prepare(path: Path) -> DemoFolder:
     with _only_process_here(path) as lock:
         if folder.mark.exists():
             _refuse_other_settings(folder)
-            if not folder.pairs.exists():  # made by a version that had none
+            if not folder.pairs.exists():  # made by an earlier version
                 write_rows(folder.pairs, new_task().pairs)
             print(f"the demo's model and data are in {path}")
             return folder
@@ -123,7 +123,7 @@ def _only_process_here(path: Path) -> Iterator[int]:
 
 
 def _settings() -> dict[str, Any]:
-    """What decides the folder's contents: a folder made with other values is not this demo's."""
+    """Settings that decide the folder's contents: a folder made with other values is not this demo's."""
     return {
         "knowledge seed": settings.KNOWLEDGE_SEED,
         "people": settings.PEOPLE,
@@ -177,7 +177,7 @@ def _write_tokenizer(path: Path, corpus: list[str]) -> None:
 
 
 def _pretrain(folder: DemoFolder, lock: int) -> None:
-    """Teach the old knowledge; what an earlier, interrupted call has trained is gone on from."""
+    """Teach the old knowledge, resuming an earlier, interrupted call's training."""
     if folder.model.exists():
         shutil.rmtree(folder.model)  # without the mark it may be half an export
     run = str(folder.path / "pretraining")

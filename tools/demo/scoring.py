@@ -20,7 +20,7 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How many questions were answered exactly."""
+    """Number of questions that were answered exactly."""
 
     correct: int
     asked: int
@@ -70,7 +70,7 @@ def _score(given: Sequence[str], questions: Sequence[Question]) -> Score:
 
 @torch.inference_mode()
 def _continue(exported: ExportedModel, prompts: Sequence[list[int]]) -> list[str]:
-    """What greedy decoding adds to each prompt, without the end token; padding is on the left and masked."""
+    """The continuation of each prompt by greedy decoding, without the end token; padding is on the left and masked."""
     texts: list[str] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = exported.tokenizer.pad({"input_ids": prompts[start : start + BATCH_SIZE]}, return_tensors="pt")

@@ -1,7 +1,7 @@
 """Repeats the demo's comparison over three seeds and commits the spread to a file; the README's table is made from it.
 
 Run: ``python tools/demo/seeds.py`` (about 20 minutes on two cores), or with ``--render`` to rewrite the table only.
-The seeds decide the order of the training rows and which matrices HFT trains; the pretrained model is one.
+The seeds decide the order of the training rows and which matrices HFT trains; the pretrained model is always the same.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Every number of the demo: what is known, how large the model is, and how both trainings run."""
+"""Every number of the demo: the knowledge, the model's size, and both trainings."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ ENOUGH = 0.9
 KNOWLEDGE_SEED = 1
 PEOPLE = 120
 SENTENCES_PER_ROW = 6
-"""As many as fit 64 tokens, which is what a batch is padded to."""
+"""Number of sentences that fit 64 tokens, the padded length of a batch."""
 NEW_TASK_QUESTIONS = 96
 VOCABULARY = 1024
 
@@ -46,13 +46,13 @@ FINE_TUNING_STEPS = 150
 """The number of steps at which both methods are compared."""
 EVALUATION_INTERVAL = 50
 LONGEST_FINE_TUNING = 4 * FINE_TUNING_STEPS
-"""How long half fine-tuning may go on until it has learned the new task as well."""
+"""Limit of half fine-tuning's steps until it has learned the new task as well."""
 FINE_TUNING_BATCH = 32
 FINE_TUNING_OPTIONS = (
     *("--global-batch-size", str(FINE_TUNING_BATCH)),
     *("--seq-length", "64"),
     *("--lr", "5e-4"),
-    *("--lr-decay-style", "constant"),  # so that a run can go on beyond its last step
+    *("--lr-decay-style", "constant"),  # so that a run can continue beyond its last step
     *("--lr-warmup-fraction", "0"),
     *("--log-interval", "10"),
 )

@@ -34,7 +34,7 @@ def render(before: Evaluation, outcomes: Sequence[Outcome]) -> str:
 
 
 def replace_table(text: str, table: str, start: str = README_START, end: str = README_END) -> str:
-    """The text of a document, the README, with ``table`` between two marks that it has."""
+    """The text of a document, the README, with ``table`` between its two marks."""
     head, found, rest = text.partition(start)
     _, found_end, tail = rest.partition(end)
     assert all((found, found_end)), f"no place between {start} and {end}"

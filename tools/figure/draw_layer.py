@@ -15,7 +15,7 @@ TARGET = Path(__file__).with_name("hft_layers.svg")
 SEED = 0
 """A draw with two feed-forward matrices in one layer and one in the other, as the rule has it."""
 WIDTH, HEIGHT = 880, 330
-INK, FAINT, TRAINS, RESTS = "#1f2933", "#8a949e", "#1f7a6d", "#eef0f2"
+INK, FAINT, TRAINS, FROZEN = "#1f2933", "#8a949e", "#1f7a6d", "#eef0f2"
 
 # (module of the layer, label, left edge, width): in the order the tokens pass them.
 BLOCKS = (
@@ -31,7 +31,7 @@ BLOCKS = (
 )
 LEGEND = (
     (True, "trains", "weight gradient, gradient buffer, reduce-scatter, all-gather, fp32 master, two moments"),
-    (False, "rests", "forward and input gradient only; its bits do not change, and bf16 costs 2 bytes per weight"),
+    (False, "frozen", "forward and input gradient only; its bits do not change, and bf16 costs 2 bytes per weight"),
 )
 
 
@@ -74,7 +74,7 @@ def _layer(plan: Plan, layer: int, top: int) -> Iterator[str]:
 
 
 def _block(left: int, top: int, width: int, height: int, label: str, trains: bool) -> Iterator[str]:
-    fill, edge = (TRAINS, TRAINS) if trains else (RESTS, FAINT)
+    fill, edge = (TRAINS, TRAINS) if trains else (FROZEN, FAINT)
     dashes = "" if trains else ' stroke-dasharray="4 3"'
     yield (
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" rx="5" fill="{fill}" stroke="{edge}"{dashes}/>'

@@ -4,8 +4,8 @@ Run: ``python tools/gpu/acceptance.py --part correctness`` and ``--part speed``,
 ``--ranks 2`` runs the correctness part on two. ``--toy`` runs the same code on CPU. Exit code 0 only if all passed.
 README.md beside this file says what each check asserts.
 
-This process imports neither torch nor the product: what crashes, hangs or runs out of memory is a worker, which is
-killed with all it started, and the checks that are left go on in a new one.
+This process imports neither torch nor the product: a worker may crash, hang or run out of memory, and is then
+killed with all its processes, and the remaining checks continue in a new one.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from working_site import REPOSITORY
 
 HERE = Path(__file__).resolve().parent
 INSTALLED = HERE / "installed"
-"""Where check 0 puts the wheels: the machine's own packages stay as they are."""
+"""Folder for the wheels of check 0: the machine's own packages stay as they are."""
 START_S = 60.0
-"""For a worker to begin its first check."""
+"""Time-out for a worker to begin its first check."""
 TOY_PATIENCE = 8
-"""Toys run where other work may go on, and no speed is asserted of them."""
+"""Factor on the limits of toys, which run beside other work; no speed is asserted of them."""
 PAUSE_S = 0.05
 LAST_LINES = 25
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -41,10 +41,10 @@ DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 class Acceptance:
-    """One run of this program: starts workers, and notes what becomes of each check."""
+    """One run of this program: starts workers, and records the outcome of each check."""
 
     def __init__(self, results: Results, folder: Path, *, ranks: int = 1, toy: bool = False) -> None:
-        """``folder`` is for what checks and workers write."""
+        """``folder`` is for the files of checks and workers."""
         self._results, self._folder, self._ranks, self._toy = results, folder, ranks, toy
         self._workers = 0
 
@@ -132,7 +132,7 @@ class Acceptance:
 
 
 def environment(*, toy: bool) -> dict[str, str]:
-    """Of every program that needs the product."""
+    """Environment of every program that needs the product."""
     path = [str(INSTALLED), str(REPOSITORY), str(HERE), os.environ.get("PYTHONPATH", "")]
     changes = {**DETERMINISTIC, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     if toy:
@@ -141,7 +141,7 @@ def environment(*, toy: bool) -> dict[str, str]:
 
 
 def _whole_lines(file: Any) -> Iterator[dict[str, Any]]:
-    """Those that have come since the last call; half of a line is left for the next one."""
+    """Whole lines added since the last call; half a line is left for the next one."""
     while line := file.readline():
         if not line.endswith(b"\n"):
             file.seek(-len(line), os.SEEK_CUR)
@@ -150,20 +150,20 @@ def _whole_lines(file: Any) -> Iterator[dict[str, Any]]:
 
 
 def _kill_family(process: "subprocess.Popen[bytes]") -> None:
-    """Kills what the worker started too: torchrun gives each rank a session of its own, and all others share one."""
+    """Kills the worker's processes too: torchrun gives each rank a session of its own, and all others share one."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
         for member in [*launcher.children(recursive=True), launcher]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-    # What a worker leaves behind that has ended by itself.
+    # Processes left behind by a worker that has ended by itself.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 if all checks have passed, 1 if not, 2 for a mistake in the options."""
+    """Exit code: 0 if all checks have passed, 1 if not, 2 for an error in the options."""
     # Its workers live in sessions of their own, and must not outlive it.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -181,13 +181,13 @@ def _run(options: argparse.Namespace) -> int:
     known = checks_of(options.part, options.ranks)
     unknown = set(options.only) - {check.name for check in known}
     if unknown:
-        raise WrongUse(f"--only {min(unknown)} is none of {', '.join(check.name for check in known)}.")
+        raise WrongUse(f"--only {min(unknown)} is not one of {', '.join(check.name for check in known)}.")
     chosen = [check for check in known if not options.only or check.name in options.only]
     header = what_it_runs_on(part=options.part, ranks=options.ranks, toy=options.toy, packages=INSTALLED)
     file = options.output or options.resume or default_file(header)
     results = Results(file=file, header=header)
     if options.resume is not None:
-        results.go_on_from(options.resume)
+        results.resume_from(options.resume)
     results.begin()
     with tempfile.TemporaryDirectory(prefix="acceptance-") as folder:
         run = Acceptance(results, Path(folder), ranks=options.ranks, toy=options.toy)

@@ -1,4 +1,4 @@
-"""Checks 6 and 7: which kernels a step launches and how often it waits for the device; how weight gradients add up."""
+"""Checks 6 and 7: the kernels of a step and its waits for the device; the sums of weight gradients."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from product import clean_up, run
 from working_site import Site, expect
 
 LAYERS, BATCHES = (1, 2), (1, 2)
-"""Of models, and micro-batches of a step: what differs between all four is what one more of both costs."""
+"""Layers of models, and micro-batches of a step: the differences between all four give the cost of one more of both."""
 PROFILED_STEP = 3
 KERNELS_PER_LAYER = 130
 """Forward and backward of a micro-batch, at ratio 1; 127 were counted on CPU before anything was fused."""
@@ -50,25 +50,25 @@ def kernels(site: Site) -> dict[str, Any]:
 
 
 def _of_one_more(count: dict[tuple[int, int], int]) -> int:
-    """What one more layer costs in one more micro-batch, by counts for (layers, micro-batches): the optimizer's part,
-    and that of embedding and head, fall out."""
+    """Cost of one more layer in one more micro-batch, by counts for (layers, micro-batches): the optimizer's part, and
+    that of embedding and head, cancel out."""
     return (count[2, 2] - count[2, 1]) - (count[1, 2] - count[1, 1])
 
 
 class _Step:
-    """What one step did."""
+    """Counts of one step."""
 
     def __init__(self) -> None:
         self.kernels: Counter[str] = Counter()
-        """On CPU operators, with those that they are made of."""
+        """Kernels by name; on CPU operators, including nested ones."""
         self.launched = 0
-        """On CPU the outermost operators: what they are made of is no choice of ours."""
+        """Kernel launches; on CPU the outermost operators, because the nested ones are not our choice."""
         self.waits = 0
-        """Of the host for the device; none are counted on CPU."""
+        """Waits of the host for the device; none are counted on CPU."""
 
     @property
     def softmax(self) -> int:
-        """Kernels of a softmax that is no part of an attention kernel; the loss has some too."""
+        """Softmax kernels outside of attention kernels; the loss has some too."""
         names = [name for name in self.kernels if SOFTMAX.search(name) and not ATTENTION.search(name)]
         return sum(self.kernels[name] for name in names)
 
@@ -88,7 +88,7 @@ def _profile(site: Site, layers: int, batches: int, rows: int, *options: object)
 
 @contextlib.contextmanager
 def _profiling(found: _Step) -> Iterator[None]:
-    """Within it the third step of a run is profiled, and the fourth one's waits are counted."""
+    """Profiles the third step of a run within the context, and counts the fourth one's waits."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -131,7 +131,7 @@ def _profiling(found: _Step) -> Iterator[None]:
 
 
 def weight_gradient(site: Site) -> dict[str, Any]:
-    """Check 7: gradients of a layer's matrices, added up over micro-batches, against an exact product of them all."""
+    """Check 7: gradients of a layer's matrices, summed over micro-batches, against an exact product of them all."""
     import torch
 
     from hft_megatron.config.model import ModelConfig
@@ -142,7 +142,7 @@ def weight_gradient(site: Site) -> dict[str, Any]:
     from hft_megatron.parallel.groups import start_backend, start_groups
     from hft_megatron.parallel.launch import place_this_process
 
-    # No CPU kernel goes from bf16 into fp32.
+    # No CPU kernel adds bf16 to fp32.
     dtype = torch.float32 if site.toy else torch.bfloat16
     size, inner, tokens = (64, 112, 32) if site.toy else (1024, 2816, 512)
     shape = shape_of(
@@ -200,7 +200,7 @@ def _gradient_error(module: Any, tokens: int) -> float:
         gradients = [draw(*output.shape) for output in outputs]
         torch.autograd.backward(outputs, gradients)
         for weight, total, gradient in zip(weights, exact, gradients, strict=True):
-            # As DDP's hook does with what autograd returns.
+            # Like DDP's hook with the gradient from autograd.
             if not weight.grad_added_to_main_grad:
                 weight.main_grad.add_(weight.grad)
             weight.grad, weight.grad_added_to_main_grad = None, False

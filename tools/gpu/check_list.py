@@ -1,4 +1,4 @@
-"""What is checked, in order, and how long each check may take. Imports neither torch nor the product."""
+"""The checks, in order, with their time limits. Imports neither torch nor the product."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ class Check:
     """One row of the table at the end."""
 
     name: str
-    """What ``--only`` takes."""
+    """Its name for ``--only``."""
     title: str
     limit_s: float
-    """Seconds on a card; what hangs is killed after them."""
+    """Seconds on a GPU, after which a hanging check is killed."""
     target: str
-    """``module:function``; the function gets a ``Site``, returns what it measured, and raises where that is wrong."""
+    """``module:function``; the function takes a ``Site``, returns its measurements, and raises where they are wrong."""
     alone: bool = False
     """In a process of its own, also with several ranks."""
     least_ranks: int = 1
@@ -33,7 +33,7 @@ ONE_CARD = {
         INSTALL,
         Check(name="1", title="logits against transformers", limit_s=30, target="check_numbers:logits"),
         Check(name="2", title="20 steps against the CPU's losses", limit_s=90, target="check_losses:losses"),
-        Check(name="3", title="bf16, audit, resting weights", limit_s=30, target="check_numbers:bf16_and_audit"),
+        Check(name="3", title="bf16, audit, frozen weights", limit_s=30, target="check_numbers:bf16_and_audit"),
         Check(name="4", title="save, resume, SIGTERM, export", limit_s=85, target="check_saving:saving"),
         Check(name="5", title="deterministic mode twice", limit_s=35, target="check_numbers:deterministic"),
         Check(name="6", title="kernels and host syncs of a step", limit_s=35, target="check_kernels:kernels"),
@@ -49,7 +49,7 @@ ONE_CARD = {
         Check(name="12", title="save and load 1B", limit_s=60, target="check_memory:checkpoint"),
     ),
 }
-"""Parts of a run on one card; each stays under seven minutes also where all limits are reached."""
+"""Parts of a run on one GPU; each stays under seven minutes even if all limits are reached."""
 MORE_CARDS = (
     INSTALL,
     Check(name="tp", title="20 steps at TP 2", limit_s=60, target="check_ranks:tensor_parallel", least_ranks=2),
@@ -68,11 +68,11 @@ MORE_CARDS = (
         name="killed", title="a killed rank, and the restart", limit_s=90, target="check_ranks:killed", least_ranks=2
     ),
 )
-"""The correctness part under torchrun on several cards."""
+"""The correctness part under torchrun on several GPUs."""
 
 
 def checks_of(part: str, ranks: int) -> tuple[Check, ...]:
-    """The checks of a part on so many ranks, in order."""
+    """The checks of a part on this number of ranks, in order."""
     if ranks == 1:
         return ONE_CARD[part]
     return tuple(check for check in MORE_CARDS if check.least_ranks <= ranks)

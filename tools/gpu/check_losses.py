@@ -1,7 +1,7 @@
-"""Checks 2 and 13: what is learned is what the CPU learns, step by step. As a program it writes ``reference.json``.
+"""Checks 2 and 13: the same losses as on the CPU, step by step. As a program it writes ``reference.json``.
 
 Run: ``python tools/gpu/acceptance.py --write-reference``. The losses are those of a CPU in fp32 with everything plain;
-every other way to run, layout, device and line of megatron-core must come to the same ones.
+every other way to run, layout, device and version of megatron-core must give the same ones.
 """
 
 import json
@@ -28,9 +28,9 @@ SERIES: Mapping[str, tuple[object, ...]] = {
     "plain": (),
     "packed": ("--packing", "--micro-batch-size", 1),
     "rounds, reset": (*ROUNDS, "--hft-moments", "reset"),
-    "rounds, carried": (*ROUNDS, "--hft-moments", "carry", "--hft-resting-moments", "host"),
+    "rounds, carried": (*ROUNDS, "--hft-moments", "carry", "--hft-frozen-moments", "host"),
 }
-"""What decides the losses; each has a reference."""
+"""Options that decide the losses; each series has a reference."""
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 4000)
 FULL_RECOMPUTE = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
@@ -45,9 +45,9 @@ WAYS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "rounds, reset": ("rounds, reset", OVERLAP),
     "rounds, carried": ("rounds, carried", ()),
 }
-"""name -> (its series, what must not change the losses)."""
+"""name -> (its series, options that must not change the losses)."""
 NORM_TOLERANCE_RATIO = 10.0
-"""A gradient's norm may be off by this many times what its loss may be."""
+"""Ratio of a gradient norm's tolerance to a loss's."""
 
 
 def losses(site: Site) -> dict[str, Any]:
@@ -88,11 +88,11 @@ def compare(site: Site, found: Run, series: str) -> float:
         expect(len(values) == STEPS, f"{series}: {len(values)} of {STEPS} steps have a {name}")
         far = [abs(one - other) / other for one, other in zip(values, reference[name], strict=True)]
         worst[name] = max(far)
-        # So that a loss which is not a number is off too.
+        # So that a NaN loss is off too.
         first = next((step for step, off in enumerate(far) if not off <= tolerance), None)
         if first is not None:
             raise CheckFailed(
-                f"{series}: the {name} of step {first + 1} is {values[first]!r} and not {reference[name][first]!r}, "
+                f"{series}: the {name} of step {first + 1} is {values[first]!r} instead of {reference[name][first]!r}, "
                 f"off by {far[first]:.2g} where {tolerance:g} is tolerated; the largest difference is {max(far):.2g}"
             )
     return worst[LOSS]

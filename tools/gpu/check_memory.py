@@ -1,4 +1,4 @@
-"""Checks 11 and 12: what round switches and checkpoints of a 1B model cost in time and memory."""
+"""Checks 11 and 12: time and memory of round switches and checkpoints of a 1B model."""
 
 import re
 import time
@@ -15,9 +15,9 @@ from working_site import Site, expect
 
 ROUNDS, STEPS_PER_ROUND = 6, 3
 GROWTH = 1.05
-"""Of the memory that torch reserves, from the second round to the last."""
+"""Limit on the growth of the memory that torch reserves, from the second round to the last."""
 SWITCH = "round switch time (ms)"
-SAVED = re.compile(r"([\d,.]+) MB in ([\d,]+) ms, training stood still for ([\d,]+) ms")
+SAVED = re.compile(r"([\d,.]+) MB in ([\d,]+) ms, training paused for ([\d,]+) ms")
 
 
 def rounds(site: Site) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def rounds(site: Site) -> dict[str, Any]:
     switches: list[_Memory] = []
     switch = loop.begin_round
     with patch.object(loop, "begin_round", lambda *given: _noting(switches, lambda: switch(*given))):
-        options = ("--hft-round-interval", STEPS_PER_ROUND, "--hft-moments", "carry", "--hft-resting-moments", "host")
+        options = ("--hft-round-interval", STEPS_PER_ROUND, "--hft-moments", "carry", "--hft-frozen-moments", "host")
         found = _train(site, ROUNDS * STEPS_PER_ROUND, *options)
     milliseconds = found.values(SWITCH)
     expect(len(milliseconds) == len(switches) == ROUNDS - 1, f"{ROUNDS} rounds have {len(milliseconds)} switches")
@@ -42,7 +42,7 @@ def rounds(site: Site) -> dict[str, Any]:
 
 
 def checkpoint(site: Site) -> dict[str, Any]:
-    """Check 12: saves, and loads in a run that goes on for two steps."""
+    """Check 12: saves, and loads in a run that continues for two steps."""
     from hft_megatron.checkpoint.writer import CheckpointWriter
     from hft_megatron.trainer import assembly
 
@@ -57,10 +57,10 @@ def checkpoint(site: Site) -> dict[str, Any]:
     ):
         resumed = _train(site, 4, "--load", folder, save=folder)
     said = SAVED.search(first.said)
-    expect(said is not None, f"the run does not say how long its checkpoint took: {first.said[-600:]}")
+    expect(said is not None, f"the run does not report the time of its checkpoint: {first.said[-600:]}")
     assert said is not None
     megabytes, took, stall = (float(text.replace(",", "")) for text in said.groups())
-    expect([line["iteration"] for line in resumed.metrics] == [1, 2, 3, 4], "the resumed run did not go on from step 2")
+    expect([line["iteration"] for line in resumed.metrics] == [1, 2, 3, 4], "the run did not resume from step 2")
     return {
         "GB": megabytes / 1e3,
         "save GB/s": megabytes / max(took, 1.0),
@@ -74,7 +74,7 @@ def checkpoint(site: Site) -> dict[str, Any]:
 
 
 class _Memory:
-    """Bytes before, at most within, and reserved after a piece of a run; on CPU those of the device are 0."""
+    """Bytes before, at most within, and reserved after a part of a run; on CPU those of the device are 0."""
 
     def __init__(self) -> None:
         self.before = self.peak = self.reserved = self.host_peak = 0
@@ -85,7 +85,7 @@ def _noting(notes: list[_Memory], work: Callable[[], Any]) -> Any:
     import torch
 
     on_card, note = torch.cuda.is_available(), _Memory()
-    # 5 sets the peak of the process's resident memory back to what it is now.
+    # 5 resets the peak of the process's resident memory to its current value.
     Path("/proc/self/clear_refs").write_text("5")
     host_before = _resident_peak()
     if on_card:

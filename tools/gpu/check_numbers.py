@@ -1,4 +1,4 @@
-"""Checks 1, 3 and 5: logits as transformers', bf16 near fp32, resting weights that rest, and equal bits twice."""
+"""Checks 1, 3 and 5: logits as transformers', bf16 near fp32, frozen weights that stay, and equal bits twice."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from working_site import REPOSITORY, Site, expect
 
 CONVERT = REPOSITORY / "tools" / "convert_checkpoint.py"
 BF16_TOLERANCE = 2e-2
-"""Of a loss, relative to fp32's."""
+"""Tolerance of a loss, relative to fp32's."""
 SHORT = ("--train-iters", 6)
 
 
@@ -23,7 +23,7 @@ def logits(site: Site) -> dict[str, Any]:
     for name, settings in VARIANTS.items():
         folder = make_model(site.new_folder(name), **settings)
         code = _code_of(CONVERT, "--load-hf", str(folder), "--check")
-        expect(code == 0, f"{name}: the logits are not transformers' (exit code {code}); the log says by how much")
+        expect(code == 0, f"{name}: the logits differ from transformers' (exit code {code}); the log says by how much")
     return {"models": len(VARIANTS)}
 
 
@@ -39,7 +39,7 @@ def _code_of(program: Path, *words: str) -> int:
 
 
 def bf16_and_audit(site: Site) -> dict[str, Any]:
-    """Check 3: losses in bf16, under the audit; then a resting weight is changed, and the audit must say so."""
+    """Check 3: losses in bf16, under the audit; then a frozen weight is changed, and the audit must report it."""
     model, data = inputs(site)
     words = ("--load-hf", model, "--train-data-path", data, *RECIPE, "--hft-audit")
     folder = site.new_folder("audited")
@@ -49,18 +49,16 @@ def bf16_and_audit(site: Site) -> dict[str, Any]:
     expect(len(values) == STEPS, f"{len(values)} of {STEPS} steps have a loss")
     far = max(abs(one - other) / other for one, other in zip(values, reference, strict=True))
     expect(far <= BF16_TOLERANCE, f"bf16's losses are off by {far:.2g}, more than {BF16_TOLERANCE:g}")
-    expect("every resting shard has the bits" in found.said, "the audit of the round has not said that all is well")
-    rests = _resting_bits(folder, model)
-    with _writing_to_a_resting_weight():
+    expect("no frozen shard has changed" in found.said, "the audit of the round has reported nothing")
+    frozen = _frozen_bits(folder, model)
+    with _writing_to_a_frozen_weight():
         refused = run(site, "sft", *words, "--bf16", *SHORT, exit_code=1)
-    expect(
-        "the audit found 1 resting shard changed" in refused.said, f"the audit missed a change: {refused.said[-600:]}"
-    )
-    return {"bf16 off by": far, "resting matrices": rests}
+    expect("1 frozen shard changed" in refused.said, f"the audit missed a change: {refused.said[-600:]}")
+    return {"bf16 off by": far, "frozen matrices": frozen}
 
 
-def _resting_bits(folder: Path, model: Path) -> int:
-    """How many units rested in a run, each of which has the bits of the model rounded to bf16."""
+def _frozen_bits(folder: Path, model: Path) -> int:
+    """Number of units that were frozen in a run, each with the bits of the model rounded to bf16."""
     import torch
     from safetensors.torch import load_file
 
@@ -75,15 +73,15 @@ def _resting_bits(folder: Path, model: Path) -> int:
     units = [unit.name for unit in units_of(saved.identity.shape)]
     for unit in units:
         is_same = torch.equal(tensors.read(unit).cpu(), before[f"{unit}.weight"].bfloat16())
-        expect(is_same or unit in trained, f"{unit} rested and is not what it was")
+        expect(is_same or unit in trained, f"{unit} was frozen but has changed")
         # The few weights of a norm are near 1, where a whole step can be less than half of bf16's.
         is_norm = before[f"{unit}.weight"].dim() == 1
-        expect(not is_same or unit not in trained or is_norm, f"{unit} trained and is what it was")
+        expect(not is_same or unit not in trained or is_norm, f"{unit} trained but has not changed")
     return len(units) - len(trained)
 
 
-def _writing_to_a_resting_weight() -> Any:
-    """Within it every step of a run adds to one resting weight, as a bug in the engine would."""
+def _writing_to_a_frozen_weight() -> Any:
+    """Adds to one frozen weight in every step of a run within the context, as a bug in the engine would."""
     import torch
 
     from hft_megatron.model.parameters import parameter_slots

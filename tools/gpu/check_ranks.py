@@ -1,4 +1,4 @@
-"""The correctness part on several cards: every layout learns what one CPU learns, and what is killed goes on."""
+"""The correctness part on several GPUs: every layout has one CPU's losses, and a killed run resumes."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from working_site import Site, expect
 TP = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
 PP = ("--pipeline-model-parallel-size", 2)
 SPLIT = ("--micro-batch-size", 1)
-"""Two micro-batches and more for a pipeline, and a batch that two data-parallel ranks share."""
+"""At least two micro-batches for a pipeline, and a batch that two data-parallel ranks share."""
 HALFWAY = STEPS // 2
 BEFORE_KILL = 3
 END_S = 60.0
-"""For the ranks that are left to end, and to say why."""
+"""Time-out for the remaining ranks to end, and to report the reason."""
 
 
 def tensor_parallel(site: Site) -> dict[str, Any]:
@@ -59,19 +59,19 @@ def _learn(site: Site, ways: Mapping[str, tuple[str, Sequence[object]]]) -> dict
 
 
 def resume_elsewhere(site: Site) -> dict[str, Any]:
-    """Saves in the background at DP, goes on at TP 2, and still learns what one CPU learns."""
+    """Saves in the background at DP, resumes at TP 2, and still has one CPU's losses."""
     model, data = inputs(site)
     words = ("--load-hf", model, "--train-data-path", data, *RECIPE, *SPLIT, "--no-bf16")
     folder = site.new_folder("async")
     with _stopping_at(HALFWAY):
         run(site, "sft", *words, "--async-save", "--save-interval", HALFWAY // 2, save=folder, exit_code=3)
     resumed = run(site, "sft", *words, *TP, "--load", folder, save=folder)
-    expect(f"iteration {HALFWAY}" in resumed.said or site.rank != 0, f"it did not go on from {HALFWAY}: {resumed.said}")
+    expect(f"iteration {HALFWAY}" in resumed.said or site.rank != 0, f"did not resume from {HALFWAY}: {resumed.said}")
     return {"resumed at TP 2": compare(site, resumed, "plain")}
 
 
 def _stopping_at(step: int) -> Any:
-    """Within it a run gets SIGTERM, as from a scheduler, in its step with this number."""
+    """Sends a run SIGTERM within the context, as a scheduler would, in its step with this number."""
     from hft_megatron.trainer import loop
 
     take_step = vars(loop)["train_step"]
@@ -85,7 +85,7 @@ def _stopping_at(step: int) -> Any:
 
 
 def killed(site: Site) -> dict[str, Any]:
-    """Kills one rank of a started run: the others end, and the same command goes on from the newest checkpoint."""
+    """Kills one rank of a started run: the others end, and the same command resumes from the newest checkpoint."""
     model, data = inputs(site)
     folder = site.new_folder("killed")
     constant = ("--deterministic-mode", "--lr-decay-style", "constant", "--lr-warmup-iters", 0)
@@ -99,7 +99,7 @@ def killed(site: Site) -> dict[str, Any]:
     whole = run(site, "sft", *words, "--train-iters", last)
     expect(
         resumed.bits == whole.bits,
-        f"what goes on has other losses: {json.dumps(resumed.bits)} and {json.dumps(whole.bits)}",
+        f"the resumed run has other losses: {json.dumps(resumed.bits)} and {json.dumps(whole.bits)}",
     )
     return stopped
 
@@ -110,14 +110,14 @@ def _kill_a_rank(site: Site, words: Sequence[object], folder: Any) -> dict[str, 
     with started(begin, log, ranks=site.ranks) as process:
         wait_for_steps(process, folder, BEFORE_KILL, log)
         ranks = [child for child in psutil.Process(process.pid).children() if "hft_megatron" in child.cmdline()]
-        expect(len(ranks) == site.ranks, f"torchrun has {len(ranks)} ranks and not {site.ranks}")
+        expect(len(ranks) == site.ranks, f"torchrun has {len(ranks)} ranks instead of {site.ranks}")
         ranks[-1].kill()
         begun = time.monotonic()
         _, alive = psutil.wait_procs(ranks, timeout=END_S)
         code = process.wait(END_S)
         took = time.monotonic() - begun
     said = log.read_text(encoding="utf-8", errors="replace")
-    expect(not alive, f"{len(alive)} ranks live on {END_S:g} s after another was killed")
-    expect(code == 1, f"torchrun's exit code is {code} and not 1")
+    expect(not alive, f"{len(alive)} ranks are still alive {END_S:g} s after another was killed")
+    expect(code == 1, f"torchrun's exit code is {code} instead of 1")
     expect("exitcode  : -9" in said or "SIGKILL" in said, f"torchrun does not name the killed rank: {said[-1500:]}")
     return {"ended after (s)": round(took, 1)}

@@ -1,4 +1,4 @@
-"""Check 4: a run that is stopped goes on to the same bits, however it was saved and stopped; its export can be used."""
+"""Check 4: a stopped run resumes to the same bits, however it was saved and stopped; its export works."""
 
 import json
 import signal
@@ -14,9 +14,10 @@ LONG = 100_000
 BEFORE_SIGNAL = 3
 WORDS = (
     *(*RECIPE, "--no-bf16", "--deterministic-mode", "--lr-decay-style", "constant", "--lr-warmup-iters", 0),
-    *("--hft-round-interval", 3, "--hft-moments", "carry", "--hft-resting-moments", "host"),
+    *("--hft-round-interval", 3, "--hft-moments", "carry", "--hft-frozen-moments", "host"),
 )
-"""Constant rates, so that a run can go on beyond its last step; the stop is within a round, and another one follows."""
+"""Constant rates, so that a run can continue beyond its last step; the stop is within a round, and another one
+follows."""
 
 
 def saving(site: Site) -> dict[str, Any]:
@@ -46,14 +47,14 @@ def _same(found: Run, whole: Run, what: str) -> None:
 
 
 def _stop_by_signal(site: Site, words: tuple[object, ...]) -> int:
-    """SIGTERM to a started run: exit code 3, and what goes on from it has the steps of a run that nobody stopped."""
+    """SIGTERM to a started run: exit code 3, and the resumed run has the steps of an uninterrupted one."""
     folder, log = site.new_folder("stopped"), site.folder / "stopped.log"
     with started(["sft", *words, "--train-iters", LONG, "--save", folder], log) as process:
         wait_for_steps(process, folder, BEFORE_SIGNAL, log)
         process.send_signal(signal.SIGTERM)
         code = process.wait()
     said = log.read_text(encoding="utf-8", errors="replace")
-    expect(code == 3, f"after SIGTERM the exit code is {code} and not 3: {said[-600:]}")
+    expect(code == 3, f"after SIGTERM the exit code is {code} instead of 3: {said[-600:]}")
     status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     expect(status["exit_code"] == 3, f"status.json says {status}")
     stopped_at = int(read_metrics(folder)[-1]["iteration"])
@@ -64,7 +65,7 @@ def _stop_by_signal(site: Site, words: tuple[object, ...]) -> int:
 
 
 def _use(export: Any) -> None:
-    """transformers loads the export, and what it computes is a distribution over the tokens."""
+    """transformers loads the export, and its output is a distribution over the tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

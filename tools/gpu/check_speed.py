@@ -1,4 +1,4 @@
-"""Checks 8 to 10: how fast it trains, beside transformers, as a whole 7B model, and on long and packed sequences."""
+"""Checks 8 to 10: training speed, compared with transformers, as a whole 7B model, and on long and packed sequences."""
 
 import gc
 import math
@@ -15,12 +15,12 @@ from working_site import Site, expect
 
 STEPS = 8
 FLOOR_TFLOPS = 350.0
-"""Of model FLOPs, full fine-tuning, on an H100 or H200."""
+"""Lowest model FLOPs of full fine-tuning, on an H100 or H200."""
 PACKED_SHARE = 0.85
-"""Of the unpacked tokens per second."""
+"""Lowest share of the unpacked tokens per second."""
 PER_PACK = 20
 FULL_NEEDS_BYTES = 130e9
-"""Of a card's memory, for all of 7B to train: 121 GB of state, and activations."""
+"""Memory of a GPU that all of 7B needs to train: 121 GB of state, and activations."""
 Figures = dict[str, Any]
 
 
@@ -90,7 +90,7 @@ def _pretrain(site: Site, shape: Shape, length: int, *options: object) -> Run:
 
 
 def _packed(site: Site, shape: Shape, length: int, steps: int, *options: object) -> Run:
-    """Packs of ``PER_PACK`` examples that fill them."""
+    """Packs filled by ``PER_PACK`` examples."""
     data = site.folder / f"even-{length}.jsonl"
     if not data.exists():
         write_even_examples(data, tokens=length // PER_PACK, count=50 * PER_PACK)

@@ -1,7 +1,7 @@
 """The process in which checks run one after the other; ``acceptance.py`` starts it, and kills it where a check hangs.
 
 It adds a JSON line to the file of events when a check begins and when it has ended, and itself ends with the first
-check that fails: what a failure leaves behind must not be the next one's trouble.
+check that fails: leftovers of a failure must not disturb the next check.
 """
 
 import importlib
@@ -45,7 +45,7 @@ def run_checks(checks: list[Mapping[str, str]], site: Site, events: Path) -> int
 
 
 def add_event(events: Path, event: Mapping[str, Any]) -> None:
-    """One line, written at once and whole, whichever rank writes it."""
+    """Writes one line at once and whole, from any rank."""
     with events.open("ab", buffering=0) as file:
         file.write(json.dumps(event).encode() + b"\n")
 
@@ -56,7 +56,7 @@ def _function(target: str) -> Any:
 
 
 def _prepare(site: Site) -> None:
-    """As the command would, before torch is imported; of a real run asks for the device."""
+    """Prepares like the command, before torch is imported; checks the device for a real run."""
     from hft_megatron.engine.start import prepare_engine
 
     prepare_engine()
@@ -66,7 +66,7 @@ def _prepare(site: Site) -> None:
 
 
 def main() -> int:
-    """The one word is JSON: ``checks``, ``events``, ``folder``, ``toy`` and ``ranks``."""
+    """Runs the task in the only argument, JSON with ``checks``, ``events``, ``folder``, ``toy`` and ``ranks``."""
     task = json.loads(sys.argv[1])
     site = Site(
         folder=Path(task["folder"]),
@@ -82,5 +82,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: threads that a failed check has left behind would be waited for.
+    # Not sys.exit, which would wait for threads that a failed check has left behind.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Check 0: what a bare machine lacks, from the wheels beside this file, and what doctor says of machine and ranks."""
+"""Check 0: installs missing packages from the wheels beside this file, and runs doctor on machine and ranks."""
 
 import subprocess
 import sys

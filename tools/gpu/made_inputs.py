@@ -15,7 +15,7 @@ import numpy as np
 BYTES = 256
 SPECIAL = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 VOCABULARY = BYTES + len(SPECIAL) + 2
-"""Of the small models: more than the tokenizer's, and odd, so that TP 2 pads it."""
+"""Vocabulary of the small models: larger than the tokenizer's, and odd, so that TP 2 pads it."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -29,7 +29,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "llama3_rope": {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE},
 }
-"""What differs from 4 layers of 4 heads in 2 groups."""
+"""Differences from 4 layers of 4 heads in 2 groups."""
 EXAMPLES = 24
 
 
@@ -113,7 +113,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 
 def write_examples(path: Path) -> Path:
-    """Prompts and completions of very different lengths, of which something can be learned."""
+    """Prompts and completions of very different lengths, with something to learn."""
     rows = [
         {"prompt": f"Say {number}{'!' * (number % 7)}", "completion": f" {3 * number} {'bridge ' * (1 + number % 5)}"}
         for number in range(EXAMPLES)
@@ -122,7 +122,7 @@ def write_examples(path: Path) -> Path:
 
 
 def write_even_examples(path: Path, *, tokens: int, count: int) -> Path:
-    """Examples of exactly so many tokens each, begin and end included, for measuring packed sequences."""
+    """Examples of exactly this many tokens each, begin and end included, for measuring packed sequences."""
     rows = []
     for number in range(count):
         prompt = f"{number}:"

@@ -1,4 +1,4 @@
-"""Tokens and FLOPs per second of a run, by shapes; the shapes of cards and of toys."""
+"""Tokens and FLOPs per second of a run, by shapes; the shapes for GPUs and for toys."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -7,9 +7,9 @@ from typing import Any
 from product import STEP_MS, Run
 
 WARM_UP_STEPS = 3
-"""Their kernels are chosen, and moments are made."""
+"""Steps in which kernels are chosen, and moments are made."""
 ACTUAL = "actual throughput per GPU (TFLOP/s/GPU)"
-"""What the product itself says, with skipped products left out and recomputed ones counted."""
+"""The product's own figure, without skipped products and with recomputed ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Shape:
 
     @property
     def matrix_parameters(self) -> int:
-        """Of all products with weights; the embedding is looked up."""
+        """Parameters of all products with weights; the embedding is looked up."""
         kv = self.groups * (self.hidden // self.heads)
         layer = 2 * self.hidden * (self.hidden + kv) + 3 * self.hidden * self.inner
         return self.layers * layer + self.hidden * self.vocabulary
@@ -59,7 +59,7 @@ def speed_of(run: Run, shape: Shape, *, tokens: int, example: int) -> dict[str, 
 
 
 def figures_of(milliseconds: float, shape: Shape, *, tokens: int, example: int) -> dict[str, Any]:
-    """Of a step that takes so long."""
+    """Figures of a step of this time."""
     per_second = tokens / milliseconds * 1e3
     return {
         "ms": milliseconds,

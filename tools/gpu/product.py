@@ -1,4 +1,4 @@
-"""Drives the product by its command line, in this process or in one started for it, and reads what it leaves."""
+"""Runs the product by its command line, in this process or in one started for it, and reads its results."""
 
 import contextlib
 import gc
@@ -18,24 +18,24 @@ from unittest.mock import patch
 from working_site import REPOSITORY, Site, expect
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a process that nobody launched gives itself for a run; the next run gets a port of its own."""
+"""Variables that a process sets itself for a run without a launcher; the next run gets a port of its own."""
 SET_BY_TORCHRUN = (*PLACE, "GROUP_", "ROLE_", "TORCHELASTIC_")
 LOSS, GRAD_NORM = "lm loss", "grad norm"
 STEP_MS = "elapsed time per iteration (ms)"
 SAME_BITS = ("iteration", "consumed samples", LOSS, GRAD_NORM, "learning rate")
-"""What two runs that are the same have alike in every line of metrics.jsonl."""
+"""Fields of metrics.jsonl that are equal in two equal runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a finished run left."""
+    """Results of a finished run."""
 
     metrics: list[dict[str, Any]]
-    """A record per step, as in metrics.jsonl; of a run that went on, of all its steps."""
+    """A record per step, as in metrics.jsonl; of a resumed run, for all its steps."""
     said: str
-    """What rank 0 printed."""
+    """Output of rank 0."""
     peak_bytes: int
-    """Of the device's memory; 0 on CPU."""
+    """Peak of the device's memory; 0 on CPU."""
 
     def values(self, name: str) -> list[float]:
         return [line[name] for line in self.metrics if name in line]
@@ -49,7 +49,7 @@ class Run:
 def run(site: Site, method: str, *words: object, save: Path | None = None, exit_code: int = 0) -> Run:
     """``hft-megatron METHOD WORDS`` on this rank; every rank calls it. With ``save`` it saves, at its end too.
 
-    Raises CheckFailed for another exit code than the one that is expected.
+    Raises CheckFailed for an unexpected exit code.
     """
     import torch
 
@@ -62,7 +62,8 @@ def run(site: Site, method: str, *words: object, save: Path | None = None, exit_
     peak, said = torch.cuda.max_memory_allocated() if on_card else 0, heard.getvalue()
     clean_up()
     expect(
-        code == exit_code, f"`hft-megatron {' '.join(arguments)}` ended with {code} and not {exit_code}: {said[-600:]}"
+        code == exit_code,
+        f"`hft-megatron {' '.join(arguments)}` ended with {code} instead of {exit_code}: {said[-600:]}",
     )
     metrics = _of_last_rank(site, records) if save is None else _written(site, save)
     return Run(metrics=metrics, said=said, peak_bytes=peak)
@@ -75,7 +76,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _of_last_rank(site: Site, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What it logged: the last pipeline stage has the losses."""
+    """Records of the last pipeline stage, which has the losses."""
     if site.ranks == 1:
         return records
     file = site.new_folder("records")
@@ -93,7 +94,7 @@ def _written(site: Site, save: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[list[dict[str, Any]]]:
-    """What runs log within it, as metrics.jsonl would have it; that comes only with a checkpoint, and 7B's is large."""
+    """Records that runs log within the context, as in metrics.jsonl, which needs a checkpoint, and 7B's is large."""
     from hft_megatron.trainer.run import Run as ProductRun
 
     records: list[dict[str, Any]] = []
@@ -108,7 +109,7 @@ def _logged() -> Iterator[list[dict[str, Any]]]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, without the half of one that a run is about to write; none before the first."""
+    """The lines of ``metrics.jsonl``, without an incomplete one at the end; none before the first."""
     file = folder / "metrics.jsonl"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -116,7 +117,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _heard() -> Iterator[io.StringIO]:
-    """Standard output and errors also go where they went."""
+    """Captures standard output and errors, which also go to their usual places."""
     said = io.StringIO()
 
     class Both(io.TextIOBase):
@@ -138,7 +139,7 @@ def _heard() -> Iterator[io.StringIO]:
 
 
 def clean_up() -> None:
-    """What the end of a process would do, and a run leaves to it."""
+    """Cleans up what a run leaves to the end of its process."""
     import torch
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
@@ -161,7 +162,7 @@ def clean_up() -> None:
 
 @contextlib.contextmanager
 def started(words: Sequence[object], log: Path, *, ranks: int = 1) -> "Iterator[subprocess.Popen[bytes]]":
-    """``python -m hft_megatron WORDS`` as a process, under torchrun on several ranks; nothing of it is left behind."""
+    """``python -m hft_megatron WORDS`` as a process, under torchrun on several ranks; leaves nothing behind."""
     import psutil
 
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -182,12 +183,12 @@ def started(words: Sequence[object], log: Path, *, ranks: int = 1) -> "Iterator[
 
 
 def _own_environment() -> Mapping[str, str]:
-    """This process's without the place that torchrun gave it."""
+    """This process's environment without torchrun's variables."""
     return {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_TORCHRUN)}
 
 
 def wait_for_steps(process: "subprocess.Popen[bytes]", folder: Path, steps: int, log: Path) -> None:
-    """Returns when a started run has taken so many steps. Raises CheckFailed where it ends before."""
+    """Returns when a started run has taken this many steps. Raises CheckFailed where it ends before."""
     while len(read_metrics(folder)) < steps:
         said = log.read_text(encoding="utf-8", errors="replace")
         expect(process.poll() is None, f"the started run ended with exit code {process.poll()}: {said[-600:]}")

@@ -1,4 +1,4 @@
-"""The results file: a JSON line per start of ``acceptance.py`` that says what it ran on, and one per finished check."""
+"""The results file: a JSON line per start of ``acceptance.py`` with its environment, and one per finished check."""
 
 import json
 import platform
@@ -17,15 +17,15 @@ from working_site import REPOSITORY
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "megatron-core", "transformers", "triton", "numpy", "tyro")
 SAME_SETTING = ("card", "part", "ranks", "toy")
-"""What earlier results must have in common with a run that goes on from them."""
+"""Fields that earlier results must share with a run that resumes from them."""
 
 
 class WrongUse(Exception):
-    """A mistake in the options; the message is a sentence."""
+    """An error in the options; the message is a sentence."""
 
 
 def what_it_runs_on(*, part: str, ranks: int, toy: bool, packages: Path) -> dict[str, Any]:
-    """The header of a run. ``packages`` is where the wheels are installed, before this Python's own."""
+    """The header of a run. ``packages`` is the folder of the installed wheels, before this Python's own."""
     card, driver, memory = _card() if not toy else ("cpu", None, None)
     path = [str(packages), *sys.path]
     versions = {name: next(_versions(name, path), None) for name in PACKAGES}
@@ -59,7 +59,7 @@ def _card() -> tuple[str, str | None, str | None]:
 
 
 def _commit() -> str | None:
-    """None where this is a copy of the files and no checkout; with a plus where files differ from the commit."""
+    """The commit; None for a copy of the files without git; with a plus where files differ from the commit."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -75,7 +75,7 @@ def default_file(header: Mapping[str, Any]) -> Path:
 
 @dataclass(kw_only=True)
 class Results:
-    """What is known of each check by now, in memory and on disk."""
+    """Outcomes of the checks so far, in memory and on disk."""
 
     file: Path
     header: Mapping[str, Any]
@@ -83,12 +83,13 @@ class Results:
     """The newest outcome of each check: ``passed``, ``seconds``, ``measured`` or ``why``."""
 
     def begin(self) -> None:
-        """Writes the header, below what is in the file already."""
+        """Writes the header, below the existing content of the file."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._write(self.header)
 
-    def go_on_from(self, file: Path) -> None:
-        """Takes over what passed in ``file`` on this card, part and ranks. Raises WrongUse for another file."""
+    def resume_from(self, file: Path) -> None:
+        """Takes over the checks that passed in ``file`` on this card, part and ranks. Raises WrongUse for another
+        file."""
         header: Mapping[str, Any] | None = None
         for line in _lines(file):
             if "header" in line:
@@ -101,7 +102,7 @@ class Results:
             del self.by_name[name]
 
     def add(self, outcome: Mapping[str, Any]) -> None:
-        """Notes a finished check, on disk before this returns, and shows the line."""
+        """Records a finished check, on disk before this returns, and shows the line."""
         line = {**outcome, "commit": self.header["commit"]}
         self.by_name[line["check"]] = line
         self._write(line)
@@ -117,7 +118,7 @@ class Results:
 
 
 def _lines(file: Path) -> Iterable[dict[str, Any]]:
-    """The whole lines: a run that was cut off may have left half of one at the end."""
+    """The whole lines: an interrupted run may have left half of one at the end."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -132,7 +133,7 @@ def _lines(file: Path) -> Iterable[dict[str, Any]]:
 
 
 def table(checks: Iterable[tuple[str, str]], results: Results) -> str:
-    """A row per (name, title): passed or not, seconds, and what was measured or why it failed."""
+    """A row per (name, title): passed or not, seconds, and the measurements or the reason of the failure."""
     rows = []
     for name, title in checks:
         line = results.by_name.get(name)

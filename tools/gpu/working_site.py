@@ -1,4 +1,4 @@
-"""Where a check runs: its folder, its ranks, and whether it is a toy. Imports neither torch nor the product."""
+"""The environment of a check: its folder, its ranks, and whether it is a toy. Imports neither torch nor the product."""
 
 import time
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class CheckFailed(Exception):
-    """What was measured is not what must be; the message is a sentence."""
+    """A measurement is wrong; the message is a sentence."""
 
 
 def expect(holds: bool, otherwise: str) -> None:
@@ -19,32 +19,32 @@ def expect(holds: bool, otherwise: str) -> None:
 
 @dataclass(kw_only=True)
 class Site:
-    """What every check function gets."""
+    """The argument of every check function."""
 
     folder: Path
-    """For what the checks write; the same for all ranks, which are on one machine."""
+    """Folder for files of the checks; the same for all ranks, which are on one machine."""
     toy: bool
     """On CPU, with small shapes and without floors for speed."""
     ranks: int = 1
-    """Of the runs."""
+    """Number of ranks of the runs."""
     processes: int = 1
-    """Of this worker: one per rank, or only this one, which starts the ranks itself."""
+    """Processes of this worker: one per rank, or only this one, which starts the ranks itself."""
     rank: int = 0
     _meetings: int = field(default=0, init=False)
     _names: int = field(default=0, init=False)
 
     @property
     def tolerance(self) -> float:
-        """Of a loss after 20 steps in fp32, relative to the reference."""
+        """Tolerance of a loss after 20 steps in fp32, relative to the reference."""
         return 1e-5 if self.toy else 1e-4
 
     def new_folder(self, name: str) -> Path:
-        """A path that is not there yet, the same on all ranks, which call this in the same order."""
+        """A new path, the same on all ranks, which call this in the same order."""
         self._names += 1
         return self.folder / f"{self._names:03d}-{name}"
 
     def meet(self) -> None:
-        """Returns when every process has come here; by files, because it is called between process groups."""
+        """Returns when every process has arrived; uses files, because it is called between process groups."""
         if self.processes == 1:
             return
         self._meetings += 1

@@ -1,1 +1,1 @@
-"""Data files as rows: which files a path means, how they are compressed, and where each row stands."""
+"""Data files as rows: the files that a path means, their compression, and the place of each row."""

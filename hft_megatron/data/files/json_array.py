@@ -22,11 +22,11 @@ CHUNK_BYTES = 2**20
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"
 _LONGEST_WORD = 16
-"""Longer than any JSON word or escape: an error this far from the end of the text isn't for want of more text."""
+"""Longer than any JSON word or escape: an error this far from the end of the text isn't due to missing text."""
 
 
 def find_in_array_or_lines(path: Path) -> Iterator[Found]:
-    """The records of an array, or, where the file doesn't begin with ``[``, of JSON Lines, which many call .json too.
+    """The records of an array, or, where the file doesn't begin with ``[``, of JSON Lines, often called .json as well.
 
     Raises UserError naming file, line and record.
     """
@@ -42,7 +42,7 @@ def find_in_array_or_lines(path: Path) -> Iterator[Found]:
 
 
 class _Array:
-    """The text of an array that has been read and not yet parsed."""
+    """The text of an array that has been read but not yet parsed."""
 
     def __init__(self, stream: DataStream, head: bytes) -> None:
         self._stream = stream
@@ -66,7 +66,7 @@ class _Array:
             mark = self._skip_space()
             if mark not in (",", "]"):
                 found = repr(mark) if mark else "the end of the file"
-                raise UserError(f"{self._place}: after record {number} comes {found} instead of a comma or a ].")
+                raise UserError(f"{self._place}: record {number} is followed by {found} instead of a comma or a ].")
             if mark == "]":
                 break
             self._position += 1
@@ -77,7 +77,7 @@ class _Array:
             raise UserError(f"{self._place}: {rest!r} follows the end of the array; a .json file holds one array.")
 
     def _next_value(self, place: str) -> tuple[Any, int]:
-        """The next record and the number of its characters."""
+        """The next record and its number of characters."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._position)
@@ -86,7 +86,7 @@ class _Array:
                     raise UserError(f"{place}: not valid JSON ({_reason(error)}); correct the record.") from error
                 if len(self._text) - self._position > MAX_RECORD_BYTES:
                     raise too_long(place, "record") from error
-                # Twice as much each time: a long record is tried a few times only.
+                # Twice as much each time, so that a long record is tried only a few times.
                 self._read(max(CHUNK_BYTES, len(self._text) - self._position))
                 continue
             if end - self._position > MAX_RECORD_BYTES:
@@ -119,7 +119,7 @@ class _Array:
         try:
             more = self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise UserError(f"{self._place}: what follows is not UTF-8; data files are text in UTF-8.") from error
+            raise UserError(f"{self._place}: the text after it is not UTF-8; data files are text in UTF-8.") from error
         self._ended = not data
         self._text, self._position = self._text[self._position :] + more, 0
 
@@ -129,12 +129,12 @@ class _Array:
 
 
 def _is_definite(error: Exception, length: int) -> bool:
-    """Whether more text can't make a value of what isn't one."""
+    """True if more text can't make the text a value."""
     if not isinstance(error, json.JSONDecodeError):
         return True
     return not error.msg.startswith("Unterminated string") and error.pos + _LONGEST_WORD < length
 
 
 def _reason(error: Exception) -> str:
-    """Without the decoder's line and column, which count from the part of the file that is in memory."""
+    """The reason without the decoder's line and column, which count from the part of the file in memory."""
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

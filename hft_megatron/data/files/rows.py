@@ -1,4 +1,4 @@
-"""Rows of text files, one a line: JSON Lines and plain text; and the bytes that rows of any file are read from."""
+"""Rows of text files, one per line: JSON Lines and plain text; and the bytes of files of any kind."""
 
 import gzip
 import json
@@ -19,35 +19,35 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One record as plain values: what ``json.loads`` gives."""
+    """One record as plain values, as ``json.loads`` gives them."""
 
     place: str
-    """``file:line`` or the like, which stands in front of a sentence about the row."""
+    """``file:line`` or the like, the beginning of messages about the row."""
     value: Any
     kind: Literal["json", "parquet", "table"] = "json"
-    """How the file writes what is missing: without its key, as a null at any depth, or as an empty cell."""
+    """The way the file writes a missing value: without its key, as a null at any depth, or as an empty cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of a text file that is not parsed yet, so that another process may do it, or pass over a bad one."""
+    """An unparsed line of a text file, so that another process may parse it, or skip a bad one."""
 
     place: str
     raw: bytes
-    """With its end; cut behind the longest that a line may have."""
+    """Bytes with the line end; cut after the longest that a line may have."""
     plain: bool = False
-    """Whether it is a document's text and not JSON."""
+    """True for a document's text, False for JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A row where its file makes it one, else a line."""
+    """A row where the file gives rows, else a line."""
 
     item: Row | Line
     size: int
-    """Bytes that it takes, about."""
+    """Approximate bytes that it takes."""
     position: int
-    """Bytes of the file that were read for it and all before it."""
+    """Bytes of the file that were read for it and everything before it."""
 
 
 def find_lines(path: Path) -> Iterator[Found]:
@@ -76,7 +76,7 @@ def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
             if number == 1:
                 _refuse_json(raw, path)
             ends = end is None or raw.strip() == end
-            # Of a document that is too long only so much is kept that its reader sees it is.
+            # Of a document that is too long only so much is kept that its reader sees its length.
             if not (ends and end is not None) and size <= MAX_RECORD_BYTES:
                 parts.append(raw)
             size += len(raw)
@@ -89,7 +89,7 @@ def find_documents(path: Path, separator: str | None) -> Iterator[Found]:
 
 
 def holds_separator(path: Path, separator: str) -> bool:
-    """Whether a line of the file holds nothing else. Raises UserError naming file and line."""
+    """True if a line of the file holds nothing else. Raises UserError naming file and line."""
     stream, end = DataStream(path), separator.encode()
     try:
         return any(raw.strip() == end for _, raw in stream.lines())
@@ -104,7 +104,7 @@ def _document(path: Path, line: int, parts: list[bytes], size: int, position: in
 
 
 def _refuse_json(raw: bytes, path: Path) -> None:
-    """JSON Lines under the wrong name would be trained as they stand, braces and all."""
+    """Refuse JSON Lines under the wrong name, which would be trained as they are, braces and all."""
     try:
         is_record = raw.lstrip().startswith(b"{") and isinstance(json.loads(raw), dict)
     except (ValueError, RecursionError):
@@ -114,7 +114,7 @@ def _refuse_json(raw: bytes, path: Path) -> None:
 
 
 def row_of(item: Row | Line) -> Row:
-    """The row, parsed where it isn't yet. Raises UserError naming the place of a line that isn't one."""
+    """The row, parsed if necessary. Raises UserError naming the place of a line that isn't valid."""
     if isinstance(item, Row):
         return item
     if item.plain:
@@ -146,16 +146,16 @@ def _parse(text: str, place: str) -> Any:
         if "\\u" in text:
             check_text(value, place)
     except (ValueError, RecursionError) as error:
-        # Not the decoder's own line, which counts from this one.
+        # Not the decoder's own line number, which counts from this line.
         reason = f"{error.msg}, character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
         raise UserError(f"{place}: the line is not valid JSON ({reason}); every line is one JSON object.") from error
     return value
 
 
 def check_text(value: Any, place: str) -> None:
-    """Refuse half of a surrogate pair: valid JSON, but no Unicode text, and tokenizers stop at it.
+    """Refuse half of a surrogate pair: valid JSON, but not Unicode text, and tokenizers fail on it.
 
-    Only an escape (``\\ud800``) can bring one, for UTF-8 itself has none.
+    Only an escape (``\\ud800``) can produce one, for UTF-8 itself has none.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -168,7 +168,7 @@ class DataStream:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # A cut-off stream is an EOFError in both libraries; other damage has a class of its own in each.
+        # A truncated stream is an EOFError in both libraries; other damage has a class of its own in each.
         self._errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
         self._compressed = path.suffix.lower() in (".gz", ".zst")
         try:
@@ -189,16 +189,16 @@ class DataStream:
 
     @property
     def position(self) -> int:
-        """Bytes of the file, as it lies on the disk, that have been read."""
+        """Bytes of the file on the disk that have been read."""
         return self._raw.tell()
 
     def read(self, size: int, *, place: str) -> bytes:
-        """Up to ``size`` bytes, none at the end. ``place`` is where the file has been read to, for the error."""
+        """Up to ``size`` bytes, none at the end. ``place`` is the position read so far, for errors."""
         return self._checked(self._file.read, size, place)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Each line with its end and its number, from 1, without a byte order mark; of one that is longer than
-        MAX_RECORD_BYTES only so much that its reader sees it is."""
+        """Yields each line with its end and its number, from 1, without a byte order mark; a line longer than
+        MAX_RECORD_BYTES is cut so that its reader sees its length."""
         number = 1
         while raw := self._read_line(number):
             yield number, raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
@@ -207,7 +207,7 @@ class DataStream:
             number += 1
 
     def _read_line(self, number: int) -> bytes:
-        # Without its mark, too, the first line must be seen to be too long.
+        # Without its mark, too, the first line must show that it is too long.
         size = MAX_RECORD_BYTES + 1 + len(BYTE_ORDER_MARK)
         return self._checked(self._file.readline, size, f"{self.path}:{number}")
 
@@ -221,25 +221,25 @@ class DataStream:
             data: bytes = read(size)
         except self._errors as error:
             reason = " ".join(str(error).split())
-            kind = "compressed data is cut off or damaged" if self._compressed else "file can't be read on"
+            kind = "compressed data is truncated or damaged" if self._compressed else "file can't be read any further"
             raise UserError(f"{place}: the {kind} ({reason}); fetch or write the file again.") from error
         return data
 
 
 def too_long(place: str, what: str) -> UserError:
-    """The sentence for a record beyond the limit."""
+    """The error for a record beyond the limit."""
     return UserError(
-        f"{place}: the {what} is longer than {MAX_RECORD_BYTES // 2**20} MiB, the most that one may have; split it."
+        f"{place}: the {what} is longer than {MAX_RECORD_BYTES // 2**20} MiB, the maximum; split it."
     )
 
 
 def missing_package(path: Path, package: str) -> UserError:
-    """The sentence for a file whose reader is an optional package that isn't installed."""
+    """The error for a file whose reader is an optional package that isn't installed."""
     return UserError(f"the data file {path} needs the package {package}; run `pip install {package}`.")
 
 
 def _zstd_library(path: Path) -> Any:
-    """Python's own, or its backport. Not ``zstandard``: that takes a cut-off file for a complete one."""
+    """Python's own, or its backport. Not ``zstandard``, which accepts a truncated file as complete."""
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd

@@ -22,18 +22,18 @@ class SourceFiles:
     """One source of a mixture."""
 
     path: str
-    """As written; of several paths that are one source, its name."""
+    """Path as written; for several paths that are one source, its name."""
     weight: float | None
     files: tuple[Path, ...]
-    """At least one, of a glob in the order of their names; none of preprocessed data."""
+    """Files, at least one, of a glob in the order of their names; none for preprocessed data."""
     prefix: str | None = None
-    """What the names of preprocessed data begin with."""
+    """Prefix of the names of preprocessed data."""
 
 
 def find_sources(option: str, words: Sequence[str], split: str) -> tuple[SourceFiles, ...]:
-    """The sources that the words of --train-data-path or --valid-data-path name, with their files.
+    """The sources that --train-data-path or --valid-data-path names, with their files.
 
-    ``split`` is the file that is meant by a TRACE task's folder. Raises UserError where a source has no file.
+    ``split`` is the file to take from a TRACE task's folder. Raises UserError where a source has no file.
     """
     return tuple(_find_source(source, option, split) for source in data_sources(option, words))
 
@@ -57,21 +57,21 @@ def find_valid_source(source: ValidSource) -> SourceFiles:
         return found[0]
     for one in found:
         if one.prefix is not None:
-            raise UserError(f"{option} {one.path} is preprocessed, and so a source alone; give it its own entry.")
+            raise UserError(f"{option} {one.path} is preprocessed and must be a source alone; give it its own entry.")
     return SourceFiles(path=source.name, weight=None, files=tuple(file for one in found for file in one.files))
 
 
 def find_input(option: str, words: Sequence[str], split: str) -> tuple[Path, ...]:
-    """The files of all ``words`` in order. Raises UserError where one has a weight, or is preprocessed already."""
+    """The files of all ``words`` in order. Raises UserError where one has a weight, or is already preprocessed."""
     sources = find_sources(option, words, split)
     for source in sources:
         if source.weight is not None:
             raise UserError(
-                f"{option} {source.weight:g} {source.path}: weights are of training, which takes them before the "
+                f"{option} {source.weight:g} {source.path}: weights belong to training, which takes them before the "
                 f"prefix; leave {source.weight:g} out."
             )
         if source.prefix is not None:
-            raise UserError(f"{option} {source.path} is preprocessed already; name the files that it was made of.")
+            raise UserError(f"{option} {source.path} is already preprocessed; name the files that it was made from.")
     return tuple(file for source in sources for file in source.files)
 
 
@@ -81,7 +81,7 @@ def _find_files(path: str, option: str, split: str) -> tuple[Path, ...]:
         return (_split_of_folder(place, option, split),)
     if place.exists():
         if place.suffix in (".bin", ".idx"):
-            raise UserError(f"{option} {path} is a part of preprocessed data; name them without {place.suffix}.")
+            raise UserError(f"{option} {path} is a part of preprocessed data; leave out {place.suffix}.")
         return (_regular(place, option),)
     if not glob.has_magic(path):
         raise UserError(f"{option} {path}: there is no such file.")
@@ -92,9 +92,9 @@ def _find_files(path: str, option: str, split: str) -> tuple[Path, ...]:
 
 
 def _regular(place: Path, option: str) -> Path:
-    """``place``, if it isn't a pipe or a device: every rank reads the data, and once more for their digest."""
+    """``place``, if it isn't a pipe or a device: every rank reads the data, and once more for the digest."""
     if place.exists() and not place.is_file():
-        raise UserError(f"{option} {place} is a pipe or a device, which can't be read twice; write a file of it.")
+        raise UserError(f"{option} {place} is a pipe or a device, which can't be read twice; write it to a file.")
     return place
 
 
@@ -108,7 +108,7 @@ def _split_of_folder(folder: Path, option: str, split: str) -> Path:
             f"'{folder}/*/{split}'."
         )
     raise UserError(
-        f"{option} {folder} is a folder without {split}, so it is no TRACE task; name a file, or files with a glob "
+        f"{option} {folder} is a folder without {split}, so it is not a TRACE task; name a file, or files with a glob "
         f"such as '{folder}/*.jsonl'."
     )
 
@@ -116,11 +116,11 @@ def _split_of_folder(folder: Path, option: str, split: str) -> Path:
 FACTS, LOSS_MASK, BOUNDARIES = "_preprocessed.json", "_loss_mask", "_boundaries"
 """The companions of PREFIX.bin and PREFIX.idx; the last two are .bin and .idx as well."""
 UNFINISHED, BAD_LINES = "_unfinished", "_bad_lines.jsonl"
-"""The folder of what isn't complete, and the records that were passed over."""
+"""The folder of incomplete data, and the records that were skipped."""
 
 
 def is_prefix(path: str) -> bool:
-    """Whether the names of preprocessed data, complete or not, begin so."""
+    """True if the path is the prefix of preprocessed data, complete or not."""
     return any(Path(f"{path}{end}").exists() for end in (".idx", ".bin", FACTS, UNFINISHED))
 
 
@@ -128,9 +128,9 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a file in its order: Parquet, a JSON array (``.json``), ``.csv``, ``.tsv``, text (``.txt``), or JSON
     Lines under any other name.
 
-    ``.gz`` and ``.zst`` behind the name are decompressed. ``columns`` are the names of those of a ``.csv`` or ``.tsv``
-    file without a line that has them. Raises UserError naming the place for a file that can't be opened or read, or
-    isn't what its name says.
+    ``.gz`` and ``.zst`` after the name are decompressed. ``columns`` names the columns of a ``.csv`` or ``.tsv`` file
+    without a header line. Raises UserError naming the place for a file that can't be opened or read, or that isn't what
+    its name says.
     """
     kind = kind_of_file(path)
     rows = find_in_delimited(path, DELIMITERS[kind], columns) if columns else find_rows(path)
@@ -139,7 +139,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def find_rows(path: Path, separator: str | None = None) -> Iterator[Found]:
-    """What ``read_rows`` reads, lines not parsed yet; ``separator`` is the line between the documents of a text."""
+    """The rows of ``read_rows``, lines not parsed yet; ``separator`` is the line between the documents of a text."""
     kind = kind_of_file(path)
     if kind == ".parquet":
         return find_in_parquet(path)
@@ -154,7 +154,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def kind_of_file(path: Path) -> str:
-    """The suffix that says how the file is read, in small letters: what compresses it is left out."""
+    """The suffix that decides how the file is read, in lower case and without that of the compression."""
     return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 

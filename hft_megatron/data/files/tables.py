@@ -20,15 +20,15 @@ from hft_megatron.errors import UserError
 
 
 def find_in_delimited(path: Path, delimiter: str, names: Sequence[str] = ()) -> Iterator[Found]:
-    """Each row that isn't blank, with the line that it begins in; cells in quotes may hold line ends.
+    """Yields each row that isn't blank, with the line that it begins in; cells in quotes may hold line ends.
 
-    ``names`` are those of the columns of a file whose first line is a row already; otherwise the first line has them.
-    Raises UserError naming file and line: for two columns of one name, for a row with more or fewer cells than there
-    are columns, for a wrong quote, for a tab or a line end within quotes where tabs stand between cells, and for a cell
-    as long as no record may be.
+    ``names`` are the columns of a file whose first line is already a row; otherwise the first line has them. Raises
+    UserError naming file and line: for two columns of one name, for a row with more or fewer cells than columns, for a
+    wrong quote, for a tab or a line end within quotes in a tab-separated file, and for a cell beyond the limit of a
+    record.
     """
     stream = DataStream(path)
-    # It is the process's own limit: the default of 128 KiB is less than a document may have.
+    # This is the process's own limit: the default of 128 KiB is less than a document may have.
     csv.field_size_limit(MAX_RECORD_BYTES)
     reader = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
     columns = list(names)
@@ -63,16 +63,16 @@ _ADVICE = {
 
 
 def _check_cells(cells: Sequence[str], place: str) -> None:
-    """Raise UserError for a cell of a ``.tsv`` that goes on behind a tab or a line end.
+    """Raise UserError for a cell of a ``.tsv`` that continues after a tab or a line end.
 
-    Some programs put such cells in quotes, and for others a quote is a character as any, so that two cells whose texts
-    begin and end with one would become one, together with all between them.
+    Some programs put such cells in quotes, and for others a quote is an ordinary character, so that two cells whose
+    texts begin and end with one would become one, together with everything between them.
     """
     for number, cell in enumerate(cells, start=1):
         if any(end in cell for end in "\t\r\n"):
             raise UserError(
-                f"{place}: cell {number} begins with a quote and would go on behind a tab or a line end, to "
-                f"{cell[-20:]!r}; where that is meant, write the table as .csv or JSON Lines, else put the "
+                f"{place}: cell {number} begins with a quote and would continue after a tab or a line end, to "
+                f"{cell[-20:]!r}; if that is meant, write the table as .csv or JSON Lines, else put the "
                 f"cell in quotes with its own quotes doubled."
             )
 
@@ -89,7 +89,7 @@ def _next(reader: Any, place: str) -> list[str] | None:
         if "field limit" in str(error):
             raise too_long(place, "cell") from error
         raise UserError(
-            f"{place}: the row can't be read ({error}); a cell that holds a quote stands in quotes, with the quote "
+            f"{place}: the row can't be read ({error}); put a cell that holds a quote in quotes, with the quote "
             f"doubled."
         ) from error
     return row
@@ -98,7 +98,7 @@ def _next(reader: Any, place: str) -> list[str] | None:
 def _checked_columns(names: list[str], place: str) -> list[str]:
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{place}: {count} columns have the name {name!r}; the first line gives each one of its own.")
+        raise UserError(f"{place}: {count} columns have the name {name!r}; give each column its own name.")
     return names
 
 
@@ -106,8 +106,8 @@ ROWS_PER_READ = 256
 
 
 def find_in_parquet(path: Path) -> Iterator[Found]:
-    """Each row with its number, from 1. Raises UserError for a file that pyarrow can't read, for a row
-    as long as no line may be, and without pyarrow."""
+    """Yields each row with its number, from 1. Raises UserError for a file that pyarrow can't read, for a row beyond
+    the limit of a line, and without pyarrow."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -131,7 +131,7 @@ def find_in_parquet(path: Path) -> Iterator[Found]:
 
 
 def _check_sizes(batch: Any, path: Path, before: int) -> None:
-    """Raise UserError for a row beyond the limit; ``before`` is the number of rows in front of the batch."""
+    """Raise UserError for a row beyond the limit; ``before`` is the number of rows before the batch."""
     if batch.nbytes <= MAX_RECORD_BYTES:
         return
     for number in range(batch.num_rows):

@@ -1,1 +1,1 @@
-"""Rows as records: one module per layout that data comes in, and the table that tells them apart."""
+"""Rows as records: one module per data layout, and the table that tells them apart."""

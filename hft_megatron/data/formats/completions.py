@@ -1,6 +1,6 @@
-"""Prompts and completions, of which the second is learned: as texts, or as lists of messages.
+"""Prompts and completions, of which the completion is learned: as texts, or as lists of messages.
 
-A prompt that its completion repeats is taken off it, as it is off the answers of pairs, unless it is but a greeting.
+A prompt that its completion repeats is removed from it, as from the answers of pairs, unless it is only a greeting.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ from hft_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A prompt and what should follow it, both as they are: nothing is put between them."""
+    """A prompt and its completion, both as they are: nothing is put between them."""
 
     place: str
     prompt: str
     completion: str
     repeated: bool = False
-    """Whether the completion repeated the prompt, and it was taken off."""
+    """True if the completion repeated the prompt, which was removed from it."""
     keys: PassedOver = NOTHING
 
 
@@ -72,9 +72,9 @@ def _completion(row: Mapping[str, Any], place: str, asked: str, answered: str) -
 
 
 def split_completion(prompt: str, completion: str) -> tuple[str, str, bool]:
-    """A prompt, what follows it, and whether the prompt was taken off the completion, which repeated it.
+    """A prompt, its completion, and whether the prompt was removed from the completion, which repeated it.
 
-    A completion that is nothing but the prompt stays: it is an answer that gives a text back, as corrections may.
+    A completion that equals the prompt stays: it is an answer that returns a text, as corrections may.
     """
     repeated = repeated_prompt(prompt, completion)
     rest = completion[len(repeated) :]
@@ -86,8 +86,8 @@ def split_completion(prompt: str, completion: str) -> tuple[str, str, bool]:
 def split_completion_messages(
     prompt: Sequence[Message], completion: Sequence[Message]
 ) -> tuple[list[Message], list[Message], bool]:
-    """A prompt, the messages that follow it, and whether the completion repeated it: the end of the prompt, or a whole
-    conversation that has the prompt in it."""
+    """A prompt, the messages after it, and whether the completion repeated it: the end of the prompt, or a whole
+    conversation that contains the prompt."""
     if size := overlap(prompt, completion):
         return list(prompt), list(completion[size:]), True
     if completion[0]["role"] != "assistant":
@@ -98,34 +98,34 @@ def split_completion_messages(
 
 
 _CUES = (":", "\uff1a", "=", ">", "]")
-"""What a prompt ends with that asks for an answer right behind it: a colon, an equals sign, a template's last token."""
+"""Endings of a prompt that ask for an answer right after them: a colon, an equals sign, a template's last token."""
 _MOST_WORDS_OF_A_GREETING = 4
 
 
 def repeated_prompt(prompt: str, answer: str) -> str:
-    """The prompt as the answer begins with it, without white space at its end where the answer has other there; empty
-    where the answer doesn't."""
+    """The prompt as the answer begins with it, without trailing white space if the answer has other white space
+    there; empty if the answer doesn't begin with it."""
     forms = [prompt, prompt.rstrip()] if prompt.strip() else []
     return next((form for form in forms if _stands_in_front(form, answer)), "")
 
 
 def _stands_in_front(prompt: str, answer: str) -> bool:
-    """Whether the answer is the prompt and what follows it, and not a longer word, or a sentence that goes on."""
+    """True if the answer is the prompt and a continuation, and not a longer word or a longer sentence."""
     rest = answer[len(prompt) :]
     return answer.startswith(prompt) and (not prompt[-1].isalnum() or not rest or rest[0].isspace())
 
 
 def is_more_than_a_greeting(prompt: str) -> bool:
-    """Whether no answer begins with these words by itself, as one to "Hi" or "Good morning!" may.
+    """True unless an answer may begin with these words by itself, as one to "Hi" or "Good morning!" may.
 
-    Those are left: what both answers begin with is learned of neither, and an answer without its first word would be
-    another text.
+    Such a prompt stays in the answers: a common beginning is learned from neither, and an answer without its first word
+    would be another text.
     """
     ends_in_cue = prompt[-1].isspace() or prompt.endswith(_CUES)
     return ends_in_cue or "\n" in prompt or len(prompt.split()) > _MOST_WORDS_OF_A_GREETING
 
 
 def overlap(prompt: Sequence[Message], answer: Sequence[Message]) -> int:
-    """Messages at the end of the prompt that the answer begins with again, and doesn't consist of; the most."""
+    """Largest number of messages at the end of the prompt that the answer repeats at its beginning and exceeds."""
     sizes = range(min(len(prompt), len(answer) - 1), 0, -1)
     return next((size for size in sizes if list(prompt[-size:]) == list(answer[:size])), 0)

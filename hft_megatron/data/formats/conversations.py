@@ -1,6 +1,6 @@
-"""Conversations: ``messages``, ShareGPT's turns and Alpaca's records, and what turns say of their own training.
+"""Conversations: ``messages``, ShareGPT's turns and Alpaca's records, and turns' own keys about training.
 
-The options of a run say what is trained of all records; a turn's own key can only take it out.
+The options of a run decide what is trained in all records; a turn's own key can only exclude it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from hft_megatron.data.formats.keys import TURN_MASKS, TURN_SWITCHES, TURN_WEIGH
 from hft_megatron.errors import UserError
 
 ROLES = ("system", "user", "assistant", "developer", "tool", "ipython", "function", "observation")
-"""Those that published chat templates know. Which of them a run's template has is seen when it renders them."""
+"""Roles of published chat templates. A run's template decides when it renders them which of them it has."""
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassedOver:
-    """Keys of one record, or of its messages, that nothing is made of."""
+    """Keys of one record, or of its messages, that are not read."""
 
     unread: tuple[str, ...] = ()
-    """Those that are harmless, or that no trainer is known to read."""
+    """Keys that are harmless, or that no known trainer reads."""
     ignored: tuple[str, ...] = ()
-    """Those that --ignore-keys names."""
+    """Keys named by --ignore-keys."""
 
 
 NOTHING = PassedOver()
@@ -36,11 +36,11 @@ class Chat:
     """``file:line`` or the like, for errors."""
     messages: tuple[Message, ...]
     given: int = 0
-    """Messages at the beginning that are a prompt: what the assistant says there is not what is learned."""
+    """Messages at the beginning that are a prompt: the assistant's turns there are not learned."""
     untrained: frozenset[int] = frozenset()
-    """Indices of messages that the record itself takes out of what is learned."""
+    """Indices of messages that the record itself excludes from training."""
     repeated: bool = False
-    """Whether the completion repeated the prompt, and it was taken off."""
+    """True if the completion repeated the prompt, which was removed from it."""
     keys: PassedOver = NOTHING
 
 
@@ -76,8 +76,8 @@ SHAREGPT_ROLES = {
 }
 """ShareGPT's names of speakers; data sets made of it use Hugging Face's as well.
 
-A ``function_call`` is what the assistant says and is trained as its text stands, where LLaMA-Factory would put it into
-the form that a model's tools have: a data set that wants one has it in the text, or ``tool_calls`` in ``messages``.
+A ``function_call`` is a turn of the assistant and trained as its text is, where LLaMA-Factory would convert it to the
+tool format of a model: a data set that wants one has it in the text, or ``tool_calls`` in ``messages``.
 """
 
 
@@ -112,14 +112,14 @@ def _check_layout(turns: object, key: str, name: str, other_key: str, other_name
         return
     if all(isinstance(turn, dict) and other_name in turn and name not in turn for turn in turns):
         raise UserError(
-            f"{place}: the turns of `{key}` have `{other_name}` and no `{name}`, which is the form of `{other_key}`; "
+            f"{place}: the turns of `{key}` have `{other_name}` but no `{name}`, which is the form of `{other_key}`; "
             f"read it with --data-keys {key}={other_key}."
         )
 
 
 def parse_alpaca(row: Mapping[str, Any], place: str) -> Chat:
-    """The user says the instruction and, on the next line, the input, or the one of them that isn't empty; the output
-    is the answer.
+    """The user's message is the instruction and, on the next line, the input, or the one of them that isn't empty; the
+    output is the answer.
 
     ``system`` (a text) and ``history`` (earlier pairs of question and answer) are optional, as in LLaMA-Factory.
     """
@@ -128,7 +128,7 @@ def parse_alpaca(row: Mapping[str, Any], place: str) -> Chat:
 
 
 def alpaca_prompt(row: Mapping[str, Any], place: str) -> list[Message]:
-    """The messages that the output answers, the user's with the instruction last."""
+    """The messages before the output, the user's with the instruction last."""
     instruction = text_of(row, "instruction", place)
     given = optional_text_of(row, "input", place)
     system = optional_text_of(row, "system", place)
@@ -151,14 +151,14 @@ def _history(pairs: object, place: str) -> list[tuple[str, str]]:
 
 
 def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: str) -> tuple[Message, ...]:
-    """The messages behind the row's ``system`` text, where it has one, once. Raises UserError where they begin with
+    """The messages after the row's ``system`` text, where it has one, once. Raises UserError where they begin with
     another one."""
     system = optional_text_of(row, "system", place)
     if not system or (messages and messages[0]["role"] == "system" and messages[0]["content"] == system):
         return tuple(messages)
     if messages and messages[0]["role"] == "system":
         raise UserError(
-            f"{place}: `system` is another text than the system message of the conversation; keep one of them."
+            f"{place}: `system` differs from the system message of the conversation; keep one of them."
         )
     return ({"role": "system", "content": system}, *messages)
 
@@ -185,7 +185,7 @@ def checked_messages(messages: object, place: str, *, key: str = "messages") -> 
         content = message.get("content")
         if isinstance(content, list) and content:
             content = _joined_parts(content, f"{place}: the `content` of message {number}{of}")
-        # What OpenAI writes beside a call: the template gets it as it is.
+        # OpenAI writes a null beside a call: the template gets it unchanged.
         is_call_alone = content is None and any(message.get(key) for key in ("tool_calls", "function_call"))
         if not isinstance(content, str) and not is_call_alone:
             kind = kind_of(content) if "content" in message else "missing"
@@ -196,7 +196,7 @@ def checked_messages(messages: object, place: str, *, key: str = "messages") -> 
 
 def _joined_parts(parts: Sequence[object], whose: str) -> str:
     """The text of OpenAI's and TRL's ``{"type": "text", "text"}``, with nothing between the parts, as templates print
-    them. Raises UserError for a part of another type, or with more in it."""
+    them. Raises UserError for a part of another type, or with further keys."""
     texts = []
     for number, part in enumerate(parts, start=1):
         if not isinstance(part, dict):
@@ -216,19 +216,19 @@ def _joined_parts(parts: Sequence[object], whose: str) -> str:
 
 
 def chat(place: str, messages: Sequence[Message]) -> Chat:
-    """A conversation to learn from. Raises UserError where no turn is the assistant's."""
+    """A conversation to learn from. Raises UserError if no turn is the assistant's."""
     if all(message["role"] != "assistant" for message in messages):
-        raise UserError(f"{place}: the conversation has no assistant turn, so there is nothing to learn; remove it.")
+        raise UserError(f"{place}: the conversation has no assistant turn, so nothing can be learned; remove it.")
     return Chat(place=place, messages=tuple(messages))
 
 
 def check_seam(prompt: Sequence[Message], answer: Sequence[Message], place: str, key: str, answer_key: str) -> None:
-    """Raise UserError where an answer would be a second turn of the assistant's behind the prompt's last one."""
+    """Raise UserError where an answer would be a second turn of the assistant in a row after the prompt."""
     if prompt and prompt[-1]["role"] == answer[0]["role"] == "assistant":
         raise UserError(
             f"{place}: the last message of `{key}` is the assistant's, and `{answer_key}` begins with the assistant, "
-            f"too, which makes two turns in a row; take that message out of `{key}`, and put its text in front of "
-            f"`{answer_key}` where the answer continues it."
+            f"too, which makes two turns in a row; remove that message from `{key}`, and put its text before "
+            f"`{answer_key}` if the answer continues it."
         )
 
 
@@ -246,7 +246,7 @@ def optional_text_of(row: Mapping[str, Any], key: str, place: str) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls the value's type, with its article; Parquet has more types than JSON."""
+    """JSON's name of the value's type, with its article; Parquet has more types than JSON."""
     if value is None:
         return "null"
     if isinstance(value, list):
@@ -256,13 +256,13 @@ def kind_of(value: object) -> str:
 
 
 def list_within_text(value: object) -> str:
-    """What to add where a list was asked for and ``value`` is a text that holds one; empty for anything else."""
+    """Advice where a list was asked for and ``value`` is a text that holds one; empty for anything else."""
     is_json = isinstance(value, str) and value.lstrip().startswith("[")
     return "; the text holds JSON: write the list itself, in a file of JSON Lines" if is_json else ""
 
 
 def shortened(value: object) -> str:
-    """The value as Python writes it, cut to 40 characters."""
+    """The value in Python's notation, cut to 40 characters."""
     shown = repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
@@ -287,7 +287,7 @@ def weighed_messages(
 
 
 def _is_nothing(key: str, value: object) -> bool:
-    """Whether the key is left out: templates ask whether one is there. An empty text stays, whose type they ask for."""
+    """True if the key is left out: templates ask whether one is there. An empty text stays, because of its type."""
     return key not in ("role", "content") and is_empty(value) and not isinstance(value, str)
 
 
@@ -300,13 +300,13 @@ def _is_trained(message: Message, key: str, named: str) -> bool:
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise UserError(
             f"{named} is {shortened(value)}, but it must be 0 or 1, or false or true: the loss has no weights between "
-            f"them; correct it, or pass over it with --ignore-keys {key}."
+            f"them; correct it, or ignore it with --ignore-keys {key}."
         )
     if key in TURN_MASKS:
         value = not value
     if value and key not in TURN_WEIGHTS and message["role"] != "assistant":
         raise UserError(
-            f"{named} asks for the {message['role']}'s turn to be trained, but only the assistant's are; remove it, or "
-            f"pass over it with --ignore-keys {key} and train everything with --loss-on all."
+            f"{named} asks to train the {message['role']}'s turn, but only the assistant's turns are trained; remove "
+            f"it, or ignore it with --ignore-keys {key} and train everything with --loss-on all."
         )
     return bool(value)

@@ -1,7 +1,7 @@
-"""The keys of records and messages that mean something to some trainer, and what is made of them here.
+"""The keys of records and messages that mean something to some trainer, and their treatment here.
 
-A record's key that stands neither here nor in its format is passed over and named in the log; a message's must be
-printed by the chat template. docs/data.md shows this table, and a test holds that it does.
+A record's key that is neither here nor in its format is not read and named in the log; a message's must be printed by
+the chat template. docs/data.md shows this table, and a test compares the two.
 """
 
 from dataclasses import dataclass
@@ -18,23 +18,23 @@ class Key:
 
     names: tuple[str, ...]
     meaning: str
-    """As a noun."""
+    """Meaning as a noun."""
     peers: str
-    """Who reads it."""
+    """Trainers that read it, or ``none``."""
     treatment: Literal["honoured", "printed", "refused", "harmless"]
-    """Read; an error unless the chat template prints it; an error; passed over and named in the log."""
+    """Read; an error unless the chat template prints it; an error; ignored and named in the log."""
     formats: tuple[DataFormat, ...] = ()
-    """Of the records that this is about; empty for all whose format doesn't read the key."""
+    """Formats of the records that this is about; empty for all whose format doesn't read the key."""
     roles: tuple[str, ...] = ()
-    """Of the messages that this is about; empty for all others."""
+    """Roles of the messages that this is about; empty for all others."""
     fix: str = "remove it"
-    """What to do about a refused key, besides passing over it."""
+    """Advice for a refused key, besides ignoring it."""
     neutral: tuple[object, ...] = ()
-    """Values that change nothing, with which a refused key is harmless."""
+    """Values with which a refused key is harmless, because they change nothing."""
     may_be_a_copy: bool = False
-    """Whether a refused key is harmless where its texts are among the record's other texts."""
+    """True if a refused key is harmless where its texts are among the record's other texts."""
     may_be_within: bool = False
-    """Whether it is also harmless where another text of the record holds all of its texts."""
+    """True if it is also harmless where another text of the record contains all of its texts."""
 
 
 TOOL_ROLES = ("tool", "ipython", "function", "observation")
@@ -131,12 +131,12 @@ MESSAGE_KEYS = (
 
 
 def is_empty(value: object) -> bool:
-    """Whether the value is one that columns without a value hold, here or there: its key might as well be missing."""
+    """True if the value is one that columns without a value hold in some data: its key might as well be missing."""
     return value in (None, "", "[]", "{}", "null", [], {})
 
 
 def refusal_of(key: str, value: object, format: DataFormat) -> Key | None:
-    """The row by which a record of ``format`` must not have ``key`` with this value, None where it may."""
+    """The row that forbids a record of ``format`` to have ``key`` with this value, None where it may."""
     for row in RECORD_KEYS:
         if key in row.names and row.treatment == "refused" and (not row.formats or format in row.formats):
             return None if is_empty(value) or value in row.neutral else row
@@ -144,5 +144,5 @@ def refusal_of(key: str, value: object, format: DataFormat) -> Key | None:
 
 
 def message_row(key: str, role: str) -> Key | None:
-    """The row about a key of a message of this role, None for one that no trainer is known to read."""
+    """The row about a key of a message of this role, None for one that no known trainer reads."""
     return next((row for row in MESSAGE_KEYS if key in row.names and (not row.roles or role in row.roles)), None)

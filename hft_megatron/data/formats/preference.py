@@ -1,8 +1,8 @@
 """Preference pairs: ``chosen`` and ``rejected``, and a prompt in any of the forms that data sets have it in.
 
-What a prompt and both answers share is the prompt's, and stands once. The rules follow TRL's ``extract_prompt`` where a
-prompt is missing. Unlike there, what a given prompt and both answers begin with is taken off the answers, unless it is
-but a greeting, and a text is cut at a turn and not wherever its letters begin to differ.
+The common part of a prompt and both answers is the prompt's, and kept once. The rules follow TRL's ``extract_prompt``
+where a prompt is missing. Unlike there, a given prompt that both answers begin with is removed from the answers, unless
+it is only a greeting, and a text is cut at a turn and not wherever its letters begin to differ.
 """
 
 import os.path
@@ -29,9 +29,9 @@ from hft_megatron.data.formats.conversations import (
 from hft_megatron.errors import UserError
 
 PromptForm = Literal["given", "stripped", "found", "in one answer", "in both answers"]
-"""Where the prompt of a pair was: on its own; on its own and again in front of both answers, where it was taken off; in
-front of both answers alone; on its own and again in front of one answer, which was left as it is; on its own and again
-in front of both, which were left because answers may begin with such a prompt themselves."""
+"""Place of a pair's prompt: on its own; on its own and again before both answers, where it was removed; before both
+answers alone; on its own and again before one answer, which was left as it is; on its own and again before both, which
+were left because answers may begin with such a prompt themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +43,19 @@ class Preference:
     chosen: str | tuple[Message, ...]
     rejected: str | tuple[Message, ...]
     form: PromptForm = "given"
-    fault: str | None = None
-    """Why these are no two answers to one prompt, as a clause; None where they are."""
+    problem: str | None = None
+    """Reason why these are not two answers to one prompt, as a clause; None where they are."""
     keys: PassedOver = NOTHING
 
 
 PROMPT_NAMES = ("prompt", "question", "query", "problem")
 COMPLETION_NAMES = ("completion", "answer", "response", "solution")
-"""What GSM8K, MetaMath and others call the halves of ``prompt-completion``. No format, since as often they mean a
-conversation."""
+"""Names that GSM8K, MetaMath and others give the halves of ``prompt-completion``. Not a format, since they mean a
+conversation as often."""
 
 
 def only_one_of(names: Iterable[str], keys: Iterable[str]) -> str | None:
-    """The one of ``names`` that is among ``keys``; None where none or several are."""
+    """The single one of ``names`` that is among ``keys``; None where none or several are."""
     found = set(names) & set(keys)
     return found.pop() if len(found) == 1 else None
 
@@ -64,11 +64,12 @@ _Prompt = str | tuple[Message, ...] | None
 
 
 def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
-    """Answers are two texts, two messages, or two lists of them. The prompt is ``prompt`` (text or messages), what both
-    answers begin with, LLaMA-Factory's ``conversations``, or Alpaca's ``instruction``, ``input`` and ``history``.
+    """Answers are two texts, two messages, or two lists of them. The prompt is ``prompt`` (text or messages), the
+    common beginning of both answers, LLaMA-Factory's ``conversations``, or Alpaca's ``instruction``, ``input`` and
+    ``history``.
 
-    A ``system`` text stands in front of the messages. Raises UserError where the parts are of the wrong or of different
-    kinds. A record in which they are right, and the answers don't belong to one prompt, is a pair with a fault.
+    A ``system`` text comes before the messages. Raises UserError where the parts have wrong or different types. If only
+    the answers don't belong to one prompt, the record is a pair with a problem.
     """
     chosen, rejected = _answer(row, "chosen", place), _answer(row, "rejected", place)
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -101,7 +102,7 @@ def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
 def _pair_of_texts(row: Mapping[str, Any], place: str, prompt: str | None, chosen: str, rejected: str) -> Preference:
     if optional_text_of(row, "system", place):
         raise UserError(
-            f"{place}: `system` has no place beside a prompt and answers of text; make them a conversation with "
+            f"{place}: `system` can't be used with a prompt and answers of text; make them a conversation with "
             f"--data-keys {_prompt_name(row)}=instruction, or remove it."
         )
     pair = split_texts(place, prompt, chosen, rejected)
@@ -127,9 +128,9 @@ def _answer(row: Mapping[str, Any], key: str, place: str) -> str | tuple[Message
 
 
 def prompt_keys(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The keys of the row that are read next to its answers: those of the first form there is of a prompt.
+    """The keys of the row that are read beside its answers: those of the first form of a prompt that it has.
 
-    A conversation is one only where the answers begin with the assistant: others hold their prompts, and the
+    A conversation counts only where the answers begin with the assistant: other answers hold their prompts, and the
     conversation beside them is often one of them.
     """
     if "prompt" in row:
@@ -141,7 +142,7 @@ def prompt_keys(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_answer_alone(answer: object) -> bool:
-    """Whether an answer doesn't begin with its prompt, as far as roles say: a text may."""
+    """True if an answer doesn't begin with its prompt, as far as roles show it: a text may."""
     first = answer[0] if isinstance(answer, list) and answer else answer
     if not isinstance(first, dict):
         return isinstance(first, str)
@@ -169,9 +170,9 @@ def _messages(value: object, key: str, place: str) -> tuple[Message, ...]:
 
 
 HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
-"""How a transcript such as hh-rlhf's begins its turns."""
+"""Beginnings of turns in a transcript such as hh-rlhf's."""
 _TURN = re.compile(f"{HUMAN_TURN}|{ASSISTANT_TURN}")
-_BEGIN_DIFFERENTLY = "`chosen` and `rejected` begin differently, so they are no answers to one prompt"
+_BEGIN_DIFFERENTLY = "`chosen` and `rejected` begin differently, so they don't answer one prompt"
 
 
 def split_texts(place: str, prompt: str | None, chosen: str, rejected: str) -> Preference | None:
@@ -188,19 +189,19 @@ def split_texts(place: str, prompt: str | None, chosen: str, rejected: str) -> P
         form: PromptForm = "in both answers" if all(repeats) else "in one answer" if any(repeats) else "given"
         return Preference(place=place, prompt=prompt, chosen=chosen, rejected=rejected, form=form)
     if ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected:
-        return Preference(place=place, prompt="", chosen=chosen, rejected=rejected, fault=_BEGIN_DIFFERENTLY)
+        return Preference(place=place, prompt="", chosen=chosen, rejected=rejected, problem=_BEGIN_DIFFERENTLY)
     return None
 
 
 def _is_turn_of(transcript: str, asked: str) -> bool:
-    """Whether it is one whole turn of the transcript or several, with or without the names of who speaks."""
+    """True if ``asked`` is one or several whole turns of the transcript, with or without the speakers' names."""
     turns, mine = ([turn.strip() for turn in _TURN.split(f"\n\n{text.strip()}")] for text in (transcript, asked))
     mine = mine if mine[0] else mine[1:]
     return any(turns[at : at + len(mine)] == mine for at in range(len(turns)))
 
 
 def _transcript_prompt(chosen: str, rejected: str) -> str:
-    """What both transcripts begin with, up to the last turn of the assistant's that both begin; empty without one."""
+    """The common beginning of both transcripts, up to the last assistant's turn that both begin; empty without one."""
     shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - characters are meant
     before, turn, _ = shared.rpartition(ASSISTANT_TURN)
     return before + turn
@@ -208,10 +209,10 @@ def _transcript_prompt(chosen: str, rejected: str) -> str:
 
 def _cut_texts(place: str, prompt: str, chosen: str, rejected: str, form: PromptForm) -> Preference:
     answers = chosen[len(prompt) :], rejected[len(prompt) :]
-    fault = None
+    problem = None
     if prompt.endswith(ASSISTANT_TURN) and any(HUMAN_TURN in answer for answer in answers):
-        fault = "the answers differ before the last turn of the assistant's, and a turn of the human's is in one"
-    return Preference(place=place, prompt=prompt, chosen=answers[0], rejected=answers[1], form=form, fault=fault)
+        problem = "the answers differ before the last turn of the assistant's, and a turn of the human's is in one"
+    return Preference(place=place, prompt=prompt, chosen=answers[0], rejected=answers[1], form=form, problem=problem)
 
 
 def split_messages(
@@ -223,10 +224,10 @@ def split_messages(
         prompt = [{"role": "user", "content": prompt}]
     shared = _common(chosen, rejected)
     if prompt is None or isinstance(prompt, str):
-        fault = None if shared else _BEGIN_DIFFERENTLY
+        problem = None if shared else _BEGIN_DIFFERENTLY
         if prompt and shared and all(prompt != message["content"] for message in shared):
-            fault = "`prompt` is none of the messages that `chosen` and `rejected` begin with"
-        return _cut(place, shared, len(shared), chosen, rejected, "found", fault)
+            problem = "`prompt` is none of the messages that `chosen` and `rejected` begin with"
+        return _cut(place, shared, len(shared), chosen, rejected, "found", problem)
     # First, because a person may ask the same thing twice.
     if shared[-len(prompt) :] == list(prompt):
         return _cut(place, shared, len(shared), chosen, rejected, "stripped")
@@ -235,8 +236,8 @@ def split_messages(
         return _cut(place, prompt, min(repeated), chosen, rejected, "stripped")
     if max(repeated) > 0:
         one, other = ("chosen", "rejected") if repeated[0] else ("rejected", "chosen")
-        fault = f"`{one}` repeats the prompt, and `{other}` doesn't"
-        return _cut(place, prompt, 0, chosen, rejected, "in one answer", fault)
+        problem = f"`{one}` repeats the prompt, and `{other}` doesn't"
+        return _cut(place, prompt, 0, chosen, rejected, "in one answer", problem)
     if any(shared[at : at + len(prompt)] == list(prompt) for at in range(len(shared))):
         return _cut(place, shared, len(shared), chosen, rejected, "stripped")
     return _cut(place, prompt, 0, chosen, rejected, "given")
@@ -249,7 +250,7 @@ def _cut(
     chosen: Sequence[Message],
     rejected: Sequence[Message],
     form: PromptForm,
-    fault: str | None = None,
+    problem: str | None = None,
 ) -> Preference:
     return Preference(
         place=place,
@@ -257,12 +258,12 @@ def _cut(
         chosen=tuple(chosen[start:]),
         rejected=tuple(rejected[start:]),
         form=form,
-        fault=fault,
+        problem=problem,
     )
 
 
 def _common(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
-    """What both conversations begin with, without the last message of either, also of equal ones."""
+    """The common beginning of both conversations, without the last message of either, also of equal ones."""
     most = min(len(chosen), len(rejected)) - 1
     common = next((turn for turn in range(most) if chosen[turn] != rejected[turn]), most)
     return list(chosen[:common])
@@ -279,6 +280,6 @@ def weighed_pair(pair: Preference) -> Preference:
         if name != "prompt" and answers:
             raise UserError(
                 f"{pair.place}: message {answers[0] + 1} of `{name}` is not to be trained, but the answers of a pair "
-                f"are compared whole; remove that key, or pass over it with --ignore-keys."
+                f"are compared as a whole; remove that key, or ignore it with --ignore-keys."
             )
     return replace(pair, **parts)

@@ -1,4 +1,4 @@
-"""Every layout of a record: the keys it is known by, and its parser."""
+"""Every layout of a record: its identifying keys, and its parser."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from hft_megatron.data.formats.conversations import Chat, parse_alpaca, parse_me
 from hft_megatron.data.formats.preference import Preference, parse_preference, prompt_keys
 
 Record = Chat | Completion | Preference
-"""What a row becomes, whatever layout it has."""
+"""Result of parsing a row, whatever its layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,11 @@ class Format:
     """One layout."""
 
     keys: tuple[str, ...]
-    """Those that a record of it has."""
+    """Keys that a record of it has."""
     reads: tuple[str, ...] = ()
-    """Those that it may have, and that the parser reads as well."""
+    """Keys that it may have, and that the parser reads as well."""
     reads_of: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
-    """Which of ``reads`` are read of a row, where some take the place of others; all of them when None."""
+    """The keys of ``reads`` that are read of a row, where some replace others; all of them when None."""
     parse: Callable[[Mapping[str, Any], str], Record]
     """Takes a row with these keys and its place."""
 
@@ -39,16 +39,16 @@ class Format:
 
 
 FORMATS: dict[DataFormat, Format] = {}
-"""By name, in the order in which they are tried: a record that has the keys of two is of the first."""
+"""Layouts by name, in the order in which they are tried: a record with the keys of two has the first one."""
 
 
 def register(name: DataFormat, format: Format) -> None:
-    """Adds a layout, which is then a value of --data-format and is recognised by its keys, behind all others."""
+    """Adds a layout, which becomes a value of --data-format and is recognised by its keys, after all others."""
     FORMATS[name] = format
     add(DataFormat, name)
 
 
-# The special before the general: many sets carry a rendered ``text``, or a ``prompt``, next to what it is made of.
+# The special before the general: many sets carry a rendered ``text``, or a ``prompt``, beside its sources.
 register("messages", Format(keys=("messages",), parse=parse_messages))
 register(
     "preference",

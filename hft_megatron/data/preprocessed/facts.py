@@ -1,4 +1,4 @@
-"""What preprocessed data were made of and by which rules: ``PREFIX_preprocessed.json``, written last."""
+"""Origin and rules of preprocessed data: ``PREFIX_preprocessed.json``, written last."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from hft_megatron.config.declared import flag
 from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules, SftCounts
-from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.files.sources import BAD_LINES, FACTS, UNFINISHED
 from hft_megatron.data.formats.table import FORMATS
 from hft_megatron.data.tokenizer import TokenizerFacts
@@ -31,7 +31,7 @@ class Job:
     template_variables: dict[str, str]
     vocab_size: int
     seq_length: int | None
-    """None where examples have no limit."""
+    """Sequence length; None where examples have no limit."""
     long_examples: str
     loss_on: str
     train_on_eos: bool
@@ -76,7 +76,7 @@ class Job:
         return Job(**{**saved, "inputs": tuple(saved["inputs"]), "ignore_keys": tuple(saved["ignore_keys"])})
 
     def first_difference(self, other: "Job") -> str | None:
-        """What differs, in words, with this job's value first; None where nothing does."""
+        """The first difference in words, with this job's value first; None without any."""
         for name, mine in asdict(self).items():
             theirs = getattr(other, name)
             if mine != theirs:
@@ -110,12 +110,12 @@ class Facts:
 
     @property
     def use(self) -> RecordUse:
-        """What the job's rules about records did: nothing that did nothing was completed."""
+        """Effects of the job's rules about records: a job whose rules had none was not completed."""
         return RecordUse(keys=data_keys(self.job.data_keys), separator=self.job.prompt_separator)
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the examples were made of, as for the same files read directly; more where they were read otherwise."""
+        """Origin of the examples, as for the same files read directly; with more entries where reading differed."""
         job = self.job
         more = {"bad_lines": self.bad_lines, "document_separator": job.document_separator}
         return {"files": list(job.inputs), **{name: value for name, value in more.items() if value}}
@@ -142,20 +142,20 @@ def read_facts(prefix: str) -> Facts:
     path = Path(f"{prefix}{FACTS}")
     if not path.exists() and Path(f"{prefix}{UNFINISHED}").exists():
         raise UserError(
-            f"{prefix} is not preprocessed to its end; start `hft-megatron preprocess` again with the same options."
+            f"{prefix} is not completely preprocessed; run `hft-megatron preprocess` again with the same options."
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if (found := saved.pop("format")) != _FORMAT:
             raise UserError(
-                f"{path} has format {found}, and this version of hft_megatron, which reads records by other rules, "
-                f"writes {_FORMAT}; preprocess the data again."
+                f"{path} has format {found}, but this version of hft_megatron reads records by other rules and "
+                f"writes format {_FORMAT}; preprocess the data again."
             )
         job, counts = Job.from_dict(saved.pop("job")), SftCounts.from_dict(saved.pop("counts"))
         return Facts(job=job, counts=counts, formats=tuple(saved.pop("formats")), **saved)
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing, which says how {prefix}.bin was made; copy it too, or make the data with "
+            f"{path} is missing, which records how {prefix}.bin was made; copy it too, or make the data with "
             f"`hft-megatron preprocess`."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -167,8 +167,8 @@ def check_facts(facts: Facts, prefix: str, tokenizer: TokenizerFacts, rules: Exa
     job = facts.job
     if "text" in facts.formats and not job.append_eod:
         raise UserError(
-            f"{prefix} was preprocessed without --append-eod, but fine-tuning ends every text; preprocess it again "
-            f"with it."
+            f"{prefix} was preprocessed without --append-eod, but fine-tuning ends every text with it; preprocess the "
+            f"data again with --append-eod."
         )
     run = Job.of(job.inputs, tokenizer, rules, append_eod=job.append_eod, document_separator=job.document_separator)
     if job.seq_length is None and run.seq_length is not None and facts.longest > run.seq_length:
@@ -178,13 +178,13 @@ def check_facts(facts: Facts, prefix: str, tokenizer: TokenizerFacts, rules: Exa
         )
     for what, theirs, ours in _differences(facts, run):
         raise UserError(
-            f"{prefix} was preprocessed with {what} {theirs}, but the run has {ours}; give the run the same, or "
+            f"{prefix} was preprocessed with {what} {theirs}, but the run has {ours}; use the same value, or "
             f"preprocess the data again."
         )
 
 
 def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]:
-    """(what, of the data, of the run) of all that makes other examples, in the words of the options."""
+    """Yields (what, of the data, of the run) for every setting that changes the examples, in the options' words."""
     job = facts.job
     if (job.tokenizer, job.template_variables) != (run.tokenizer, run.template_variables):
         yield "a --tokenizer-model of digest", job.tokenizer[:12], f"one of digest {run.tokenizer[:12]}"
@@ -197,7 +197,7 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
             yield flag(name), _word(getattr(job, name)), _word(getattr(run, name))
     if run.data_format is not None and facts.formats != (run.data_format,):
         yield "records of the format", " and ".join(facts.formats), f"--data-format {run.data_format}"
-    # Limits that nothing reached make no difference.
+    # Limits that no example reached make no difference.
     for limit in (job.seq_length, run.seq_length):
         if limit is not None and facts.longest > limit:
             for name in ("seq_length", "long_examples"):
@@ -206,15 +206,15 @@ def _differences(facts: Facts, run: Job) -> Iterator[tuple[str, object, object]]
 
 
 def _reads_other_keys(facts: Facts, run: Job) -> bool:
-    """Whether the run's --data-keys would make other records of the inputs: each of the data's own did something, and
-    more of them do where a record has the key."""
+    """True if the run's --data-keys would make other records of the inputs: all keys of the data had an effect, and
+    further ones have one where a record has the key."""
     own, asked = set(facts.use.keys), set(data_keys(run.data_keys))
     there = {key for format in facts.formats for key in (*FORMATS[format].keys, *FORMATS[format].reads)}
     return not own <= asked or any(key in there or key in facts.counts.unread for key, _ in asked - own)
 
 
 def _joins(facts: Facts) -> bool:
-    """Whether another --prompt-separator would make other records, as far as formats say: some have no place for it."""
+    """True if another --prompt-separator would make other records, as far as formats show: some don't use it."""
     return not set(facts.formats) <= {"messages", "sharegpt", "alpaca", "text"}
 
 
@@ -227,7 +227,7 @@ def _word(value: object) -> object:
 
 
 def _where_they_differ(one: str, other: str) -> tuple[str, str]:
-    """What each of two texts has where the other has something else."""
+    """The parts of two texts that differ."""
     common = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
     start = min(len(one), len(other)) if common is None else common
     return repr(one[start : start + 40]), repr(other[start : start + 40])

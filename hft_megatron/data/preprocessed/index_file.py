@@ -1,7 +1,7 @@
 """The files of preprocessed data: one for each chunk, and the index of them.
 
-Its own classes hold Python lists of all documents while they write, assert instead of saying what is damaged, and need
-torch, without which ``show-data`` and the preprocessing start. Tests hold files against megatron-core's both ways.
+megatron-core's own classes hold Python lists of all documents while they write, assert instead of naming the damage,
+and need torch, without which ``show-data`` and preprocessing start. Tests compare files with megatron-core's both ways.
 
 Layout, little-endian: magic, version (8 bytes), code of the data type (1), sequences (8), documents plus one (8); then
 each sequence's length (int32), its first byte in ``.bin`` (int64), and the sequence that each document begins with, and
@@ -27,7 +27,7 @@ _VERSION = 1
 _CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 """megatron-core's numbers of the integer types."""
 _BLOCK = 1 << 20
-"""Documents that are looked at together; bounds memory."""
+"""Documents that are processed together; bounds memory."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.int32]:
@@ -54,8 +54,8 @@ def write_index(path: Path, dtype: np.dtype[np.generic], lengths_file: Path) -> 
 def open_documents(prefix: str) -> tuple[NDArray[np.int32], NDArray[np.generic]]:
     """Length of each document (documents,) and all their values end to end (values,), both memory-mapped.
 
-    Raises UserError where one of the two files is missing, the index is damaged or of another kind, or the values are
-    not as many as it says.
+    Raises UserError where one of the two files is missing, the index is damaged or of another kind, or the number of
+    values differs from it.
     """
     index, values = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path, other in ((index, values), (values, index)):
@@ -83,7 +83,7 @@ def _read_header(index: Path) -> tuple[np.dtype[np.generic], int]:
     with index.open("rb") as file:
         head = file.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise _damaged(index, "it does not begin as an index of megatron-core's")
+        raise _damaged(index, "it does not begin like an index of megatron-core")
     _, version, code, documents, ends = _HEADER.unpack(head)
     if version != _VERSION or code not in _CODES:
         raise _damaged(index, f"it has version {version} and data type {code}")
@@ -91,7 +91,7 @@ def _read_header(index: Path) -> tuple[np.dtype[np.generic], int]:
         raise _damaged(index, f"it has {documents} sequences in {ends - 1} documents, not one in each")
     size, expected = index.stat().st_size, _HEADER.size + 12 * documents + 8 * ends
     if size != expected or documents == 0:
-        raise _damaged(index, f"it has {size} bytes, and {expected} by the {documents} documents it begins with")
+        raise _damaged(index, f"it has {size} bytes, but {expected} by the {documents} documents in its header")
     return np.dtype(_CODES[code]), documents
 
 
@@ -100,7 +100,7 @@ def _damaged(index: Path, reason: str) -> UserError:
 
 
 def _starts(lengths: NDArray[np.int32], start: int, itemsize: int) -> tuple[NDArray[np.int64], int]:
-    """The first byte of each document of a block that starts at ``start``, and the one behind the block."""
+    """The first byte of each document of a block that starts at ``start``, and the one after the block."""
     ends = start + np.cumsum(lengths, dtype=np.int64) * itemsize
     return np.concatenate([[start], ends[:-1]]).astype(np.int64, copy=False), int(ends[-1])
 
@@ -113,24 +113,24 @@ def _blocks(path: Path) -> Iterator[NDArray[np.int32]]:
 
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 2**20
-"""A chunk ends with the row that reaches one of these."""
+"""Size of a chunk, which ends with the row that reaches a multiple of it."""
 
 
 @dataclass(kw_only=True)
 class Chunk:
-    """Rows of one file that one worker makes documents of."""
+    """Rows of one file that one worker makes into documents."""
 
     layout: Layout | None
-    """None while no row of the file had a known format."""
+    """None if no row of the file had a known format yet."""
     rows: list[Row | Line] = field(default_factory=list)
     position: int = 0
-    """Bytes of all input that were read for it and all before it."""
+    """Bytes of all input that were read for it and everything before it."""
 
 
 def cut_chunks(files: Sequence[Path], rules: RecordRules, separator: str | None, *, skips: bool) -> Iterator[Chunk]:
-    """The chunks of all files in order. Raises UserError for a file that can't be read on.
+    """The chunks of all files in order. Raises UserError for a file that can't be read to its end.
 
-    A file's format is that of its first record; where bad ones are passed over (``skips``), of its first good one.
+    A file's format is that of its first record; where bad ones are skipped (``skips``), of its first good one.
     """
     before, reader = 0, RecordReader(rules)
     for path in files:

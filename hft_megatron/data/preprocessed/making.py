@@ -1,4 +1,4 @@
-"""Makes preprocessed data: one process reads and writes in order, workers tokenize what lies between."""
+"""Makes preprocessed data: one process reads and writes in order, workers tokenize in between."""
 
 import gc
 import os
@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hft_megatron.data.examples import ExampleRules
-from hft_megatron.data.faults import check_use
+from hft_megatron.data.record_errors import check_use
 from hft_megatron.data.files.rows import holds_separator
 from hft_megatron.data.files.sources import FACTS, UNFINISHED, file_digest, kind_of_file
 from hft_megatron.data.preprocessed.facts import Facts, Job, read_facts
@@ -38,9 +38,9 @@ class ProgressReport:
     def __init__(
         self, *, total: int, position: int, documents: int, log_interval: int, announce: Callable[[str], None]
     ) -> None:
-        """``position`` of ``total`` bytes of input and so many documents are done already.
+        """``position`` of ``total`` bytes of input and ``documents`` are already done.
 
-        Without a terminal a line is due every ``log_interval`` documents.
+        Without a terminal a line is logged every ``log_interval`` documents.
         """
         self._total = total
         self._first_position, self._first_documents = position, documents
@@ -51,14 +51,14 @@ class ProgressReport:
         self._begin = time.monotonic()
 
     def update(self, position: int, documents: int) -> None:
-        """So much is done now."""
+        """Reports the position and the number of documents that are done now."""
         seconds = max(time.monotonic() - self._begin, 1e-9)
         rate = (documents - self._first_documents) / seconds
         said = f"{documents:,} documents, {rate:,.0f} documents/s"
         if sys.stderr.isatty():
             # Not before the first documents: the bar starts a thread, and workers are forked by then.
             if self._bar is None:
-                form = "{percentage:3.0f}%|{bar}|{postfix}, {elapsed} gone, {remaining} left"
+                form = "{percentage:3.0f}%|{bar}|{postfix}, {elapsed} elapsed, {remaining} left"
                 self._bar = tqdm(total=self._total, initial=self._first_position, bar_format=form)
                 self._bar.start_t -= seconds
             self._bar.set_postfix_str(said, refresh=False)
@@ -82,14 +82,14 @@ def _clock(seconds: float) -> str:
 
 Announce = Callable[[str], None]
 RECORD_SECONDS = 2.0
-"""Between two entries of the journal: so much work a kill costs at most, and a disk is not asked to sync more often."""
+"""Seconds between two entries of the journal: a kill loses at most this much work, and a disk syncs no more often."""
 _CHUNKS_PER_WORKER = 3
-"""That are read ahead: one is worked on, one waits for its worker and one for its turn to be written."""
+"""Chunks that are read ahead: one in work, one waiting for its worker and one waiting to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What to make, of what, and how."""
+    """Inputs, output and rules of a preprocessing."""
 
     files: tuple[Path, ...]
     prefix: str
@@ -103,10 +103,10 @@ class Preprocessing:
 
 
 def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -> Facts:
-    """Write the files of ``asked.prefix``, or go on with them, and return their facts.
+    """Write the files of ``asked.prefix``, or resume them, and return their facts.
 
-    Memory is bounded by a few chunks per worker. Raises UserError for a mistake in the input or a prefix that is taken,
-    Stopped after a signal (the same command goes on), RunFailed where a worker dies.
+    Memory is bounded by a few chunks per worker. Raises UserError for an error in the input or a prefix that is taken,
+    Stopped after a signal (the same command resumes), RunFailed where a worker dies.
     """
     _check_separator(asked)
     job = Job.of(
@@ -119,14 +119,14 @@ def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -
     if Path(f"{asked.prefix}{FACTS}").exists():
         facts = read_facts(asked.prefix)
         if job.first_difference(facts.job) is None:
-            announce(f"{asked.prefix} is complete already")
+            announce(f"{asked.prefix} is already complete")
             shutil.rmtree(f"{asked.prefix}{UNFINISHED}", ignore_errors=True)  # a kill may have left it
             return facts
     output = Output(asked.prefix, job)
     if output.progress.bad_lines and not asked.skips_bad_lines:
         raise UserError(
-            f"--on-bad-line stop: the unfinished {asked.prefix} has passed over {output.progress.bad_lines} bad lines; "
-            f"give --on-bad-line skip to go on."
+            f"--on-bad-line stop: the unfinished {asked.prefix} has skipped {output.progress.bad_lines} bad lines; "
+            f"give --on-bad-line skip to resume."
         )
     output.open()
     try:
@@ -137,22 +137,22 @@ def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -
         return output.finish()
     except OSError as error:
         raise UserError(
-            f"--output-prefix {asked.prefix} can't be written on ({error.strerror}); make room, and the same command "
-            f"goes on."
+            f"--output-prefix {asked.prefix} can't be written to ({error.strerror}); make room, and run the same "
+            f"command to resume."
         ) from error
     finally:
         output.close()
 
 
 def _check_separator(asked: Preprocessing) -> None:
-    """A text that holds the separator nowhere would be one document. A right one is found at once, and then the texts
-    that have only one document need none."""
+    """Refuse a separator that no text holds: each text would be one document. A right one is found at once, and texts
+    with only one document need none."""
     separator = asked.document_separator
     texts = [file for file in asked.files if kind_of_file(file) == ".txt"]
     if separator is not None and not any(holds_separator(file, separator) for file in texts):
         raise UserError(
-            f"--document-separator {separator} is no line of any .txt in --input, so that each would be one document; "
-            f"correct it, or leave it out where every line is a document."
+            f"--document-separator {separator} is no line of any .txt in --input, so each would be one document; "
+            f"correct it, or leave it out if every line is a document."
         )
 
 
@@ -165,7 +165,7 @@ def _digests(files: tuple[Path, ...]) -> tuple[str, ...]:
 
 def _check_not_empty(output: Output, asked: Preprocessing) -> None:
     if output.progress.documents == 0:
-        bad = f"{output.progress.bad_lines} bad lines were passed over" if output.progress.bad_lines else "it is empty"
+        bad = f"{output.progress.bad_lines} bad lines were skipped" if output.progress.bad_lines else "it is empty"
         raise UserError(f"--input {' '.join(map(str, asked.files))} holds no document: {bad}.")
     output.progress.counts.check_answers(f"--input {' '.join(map(str, asked.files))}")
 
@@ -178,7 +178,7 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
     chunks = cut_chunks(asked.files, asked.rules.records, asked.document_separator, skips=asked.skips_bad_lines)
     position = 0
     if output.progress.chunks:
-        announce(f"going on behind {output.progress.documents:,} documents")
+        announce(f"resuming after {output.progress.documents:,} documents")
         for chunk in islice(chunks, output.progress.chunks):
             position = chunk.position
     report = ProgressReport(
@@ -188,7 +188,7 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
         log_interval=asked.log_interval,
         announce=announce,
     )
-    # Forked workers have the loaded tokenizer at once. What is loaded stays, and needs no collecting here either.
+    # Forked workers have the loaded tokenizer at once. Loaded objects stay, and need no collecting here either.
     gc.freeze()
     executor = ProcessPoolExecutor(
         asked.workers, mp_context=get_context("fork"), initializer=start_worker, initargs=(maker,)
@@ -201,16 +201,16 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
                 report.update(position, output.progress.documents)
                 if noticed:
                     raise Stopped(
-                        f"stopped by {noticed[0]} behind {output.progress.documents:,} documents; the same command "
-                        f"goes on from there"
+                        f"stopped by {noticed[0]} after {output.progress.documents:,} documents; run the same command "
+                        f"to resume"
                     )
                 if time.monotonic() - recorded >= RECORD_SECONDS:
                     output.record()
                     recorded = time.monotonic()
     except BrokenProcessPool:
         raise RunFailed(
-            f"a worker was killed behind {output.progress.documents:,} documents, perhaps for want of memory; the same "
-            f"command goes on from there, with fewer --workers if need be"
+            f"a worker was killed after {output.progress.documents:,} documents, perhaps for lack of memory; run the "
+            f"same command to resume, with fewer --workers if necessary"
         ) from None
     finally:
         report.close()
@@ -220,7 +220,7 @@ def _make(asked: Preprocessing, tokenizer: Tokenizer, output: Output, announce: 
 
 
 def _in_order(chunks: Iterator[Chunk], executor: ProcessPoolExecutor, ahead: int) -> Iterator[tuple[int, Documents]]:
-    """The position and the documents of each chunk in order, while workers are ``ahead`` by at most so many."""
+    """Yields the position and the documents of each chunk in order; workers are at most ``ahead`` chunks ahead."""
     pending: deque[tuple[int, Future[Documents]]] = deque()
     mistake: UserError | None = None
     more = True
@@ -228,7 +228,7 @@ def _in_order(chunks: Iterator[Chunk], executor: ProcessPoolExecutor, ahead: int
         while more and len(pending) < ahead:
             try:
                 chunk = next(chunks, None)
-            except UserError as error:  # what comes before it in the file is told, or written, first
+            except UserError as error:  # raised after everything before it in the file is reported or written
                 mistake, chunk = error, None
             more = chunk is not None
             if chunk is not None:
@@ -242,7 +242,7 @@ def _in_order(chunks: Iterator[Chunk], executor: ProcessPoolExecutor, ahead: int
 
 @contextmanager
 def _noticed_signals() -> Iterator[list[str]]:
-    """The names of the signals that came, which would otherwise end the process between two writes."""
+    """Collects the names of signals, which would otherwise end the process between two writes."""
     noticed: list[str] = []
 
     def notice(number: int, _: FrameType | None) -> None:

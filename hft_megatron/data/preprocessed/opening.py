@@ -20,11 +20,11 @@ class MappedExamples:
     """Examples whose tokens stay on the disk until they are asked for."""
 
     file: str
-    """That of the tokens, for errors."""
+    """File of the tokens, for errors."""
     vocab_size: int
     tokens: NDArray[np.generic]
     trained: NDArray[np.generic]
-    """One byte per token, mapped as well."""
+    """Mask of one byte per token, mapped as well."""
     starts: NDArray[np.int64]
     """The first token of each example, shape (examples,)."""
     lengths: NDArray[np.int32]
@@ -32,8 +32,8 @@ class MappedExamples:
     def example(self, index: int) -> Encoded:
         """Copies of the example's tokens and mask.
 
-        Raises UserError for an id that the tokenizer doesn't have: bytes are not looked at before they are needed, and
-        on a GPU such an id would end the run without a word about the file.
+        Raises UserError for an id that the tokenizer doesn't have: bytes are not checked before they are needed, and on
+        a GPU such an id would end the run without a word about the file.
         """
         start = int(self.starts[index])
         span = slice(start, start + int(self.lengths[index]))
@@ -47,15 +47,15 @@ class MappedExamples:
         return ids, self.trained[span].astype(np.bool_)
 
     def place(self, index: int) -> str:
-        """Empty: preprocessed data are no longer tied to the files that they were made of."""
+        """Empty: preprocessed data are no longer tied to the files that they were made from."""
         return ""
 
 
 def open_preprocessed(prefix: str, tokenizer: Tokenizer, rules: ExampleRules) -> tuple[MappedExamples, Facts]:
-    """The examples of ``prefix`` and the account of them.
+    """The examples of ``prefix`` and their account.
 
     Holds 12 bytes per example. Raises UserError for files that are missing, damaged or of different data, and for data
-    that this tokenizer and these rules would make otherwise.
+    that this tokenizer and these rules would make differently.
     """
     facts = read_facts(prefix)
     check_facts(facts, prefix, tokenizer.facts, rules)
@@ -67,10 +67,10 @@ def open_preprocessed(prefix: str, tokenizer: Tokenizer, rules: ExampleRules) ->
     _check_type(f"{prefix}{BOUNDARIES}.idx", bounds, np.dtype(np.int32))
     for companion, found in (("", lengths), (LOSS_MASK, mask_lengths), (BOUNDARIES, bound_counts)):
         if len(found) != facts.documents:
-            raise _other_data(f"{prefix}{companion}.idx", f"it has {len(found)} documents, and not {facts.documents}")
+            raise _other_data(f"{prefix}{companion}.idx", f"it has {len(found)} documents instead of {facts.documents}")
     starts, sizes = _index(prefix, lengths, mask_lengths, bound_counts, bounds)
     if len(sizes) != facts.examples:
-        raise _other_data(f"{prefix}{BOUNDARIES}.idx", f"it has {len(sizes)} examples, and not {facts.examples}")
+        raise _other_data(f"{prefix}{BOUNDARIES}.idx", f"it has {len(sizes)} examples instead of {facts.examples}")
     store = MappedExamples(
         file=f"{prefix}.bin",
         vocab_size=facts.job.vocab_size,
@@ -89,7 +89,7 @@ def _index(
     bound_counts: NDArray[np.int32],
     bounds: NDArray[np.generic],
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Where each example starts among all tokens, and how many it has; block by block, to stay small."""
+    """Start of each example among all tokens, and its number of tokens; block by block, to stay small."""
     starts = np.empty(len(bounds) // 2, dtype=np.int64)
     sizes = np.empty(len(bounds) // 2, dtype=np.int32)
     token = example = 0
@@ -112,7 +112,7 @@ def _index(
 
 def _check_type(index: str, values: NDArray[np.generic], expected: np.dtype[np.generic]) -> None:
     if values.dtype != expected:
-        raise _other_data(index, f"it holds {values.dtype}, and not {expected}")
+        raise _other_data(index, f"it holds {values.dtype} instead of {expected}")
 
 
 def _other_data(path: str, reason: str) -> UserError:

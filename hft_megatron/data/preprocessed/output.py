@@ -1,8 +1,8 @@
-"""The files that grow chunk by chunk, and the journal by which a killed preprocessing goes on.
+"""The files that grow chunk by chunk, and the journal from which a killed preprocessing resumes.
 
-While it runs, everything lies in ``PREFIX_unfinished``. The journal says how long every file was after a number of
-chunks; what a kill left behind that is cut off. At the end indices are written, all files get their names, and the
-facts, which say that all is there, come last.
+While it runs, everything is in ``PREFIX_unfinished``. The journal records the length of every file after a number of
+chunks; anything after that, left by a kill, is cut off. At the end indices are written, all files get their names, and
+the facts, which show that everything is there, come last.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import sync, write_atomically
 from hft_megatron.data.examples import SftCounts
-from hft_megatron.data.faults import RecordUse
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.files.sources import BAD_LINES, BOUNDARIES, FACTS, LOSS_MASK, UNFINISHED
 from hft_megatron.data.preprocessed.facts import Facts, Job
 from hft_megatron.data.preprocessed.index_file import token_dtype, write_index
@@ -30,12 +30,12 @@ _LENGTHS, _BOUNDARY_COUNTS = "lengths", "boundary_counts"
 _GROWING = (".bin", f"{LOSS_MASK}.bin", f"{BOUNDARIES}.bin", BAD_LINES, _LENGTHS, _BOUNDARY_COUNTS)
 _INDICES = (".idx", f"{LOSS_MASK}.idx", f"{BOUNDARIES}.idx")
 _PRODUCTS = (*_GROWING[:4], *_INDICES)
-"""In the order in which they get their names; each stands behind the prefix."""
+"""Endings after the prefix, in the order in which the files get their names."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """The journal: what is done, and the length of every file then."""
+    """The journal: the work that is done, and the length of every file then."""
 
     job: Job
     chunks: int
@@ -48,14 +48,14 @@ class Progress:
     sizes: dict[str, int]
     use: RecordUse = field(default_factory=RecordUse)
     complete: bool = False
-    """Whether only the names are missing."""
+    """True if only the names are missing."""
 
 
 class Output:
-    """The output of one job, fresh or found unfinished."""
+    """The output of one job, new or resumed."""
 
     def __init__(self, prefix: str, job: Job) -> None:
-        """Raises UserError where the prefix belongs to something else already, or can't be written."""
+        """Raises UserError where the prefix already belongs to something else, or can't be written."""
         self._prefix = prefix
         self._folder = Path(f"{prefix}{UNFINISHED}")
         self._files: dict[str, BinaryIO] = {}
@@ -83,7 +83,7 @@ class Output:
         self.progress = found
 
     def open(self) -> None:
-        """Go back to where the journal is, and write on from there. Raises UserError where that is impossible."""
+        """Return to the position of the journal, and continue from there. Raises UserError where that is impossible."""
         if self.progress.complete:
             return
         try:
@@ -93,14 +93,14 @@ class Output:
                 path = self._folder / name
                 path.touch()
                 if path.stat().st_size < size:
-                    raise UserError(f"{path} is shorter than it was; remove {self._folder} and begin again.")
+                    raise UserError(f"{path} is shorter than it was; remove {self._folder} and start again.")
                 os.truncate(path, size)
                 self._files[name] = path.open("ab")
         except OSError as error:
             raise UserError(f"--output-prefix {self._prefix} can't be written: {error.strerror}.") from error
 
     def _lock(self) -> None:
-        """Raise UserError where another process is at it. The lock ends with the process, however that ends."""
+        """Raise UserError where another process writes it. The lock ends with the process, however that ends."""
         self._files[_LOCK] = (self._folder / _LOCK).open("wb")
         try:
             fcntl.lockf(self._files[_LOCK], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +118,7 @@ class Output:
             content = "".join(made.bad).encode() if array is None else array.tobytes()
             self._files[name].write(content)
             sizes[name] += len(content)
-        # Only now: the journal must not know of half a chunk, which is what a full disk leaves.
+        # Only now: the journal must not contain half a chunk, which a full disk leaves.
         progress.sizes = sizes
         progress.chunks += 1
         progress.documents += len(made.lengths)
@@ -130,7 +130,7 @@ class Output:
         progress.use = progress.use.merged(made.use)
 
     def record(self) -> None:
-        """Have all that was added on the disk, and then the journal. Raises OSError."""
+        """Sync everything that was added to the disk, and then the journal. Raises OSError."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -176,7 +176,7 @@ class Output:
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # what could not be written the journal knows nothing of
+            with contextlib.suppress(OSError):  # the journal doesn't contain what could not be written
                 file.close()
         self._files.clear()
 
@@ -190,12 +190,12 @@ class Output:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} can't be read ({error}); remove {self._folder} and begin again.") from error
+            raise UserError(f"{path} can't be read ({error}); remove {self._folder} and start again.") from error
 
     def _refuse_to_overwrite(self) -> None:
         for name in (*_PRODUCTS, FACTS):
             path = Path(f"{self._prefix}{name}")
             if path.exists():
                 raise UserError(
-                    f"--output-prefix {self._prefix}: {path} is there already; choose another prefix, or remove it."
+                    f"--output-prefix {self._prefix}: {path} already exists; choose another prefix, or remove it."
                 )

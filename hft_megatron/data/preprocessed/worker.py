@@ -1,4 +1,4 @@
-"""What a worker process does: the rows of a chunk become documents."""
+"""Work of a worker process: the rows of a chunk become documents."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatTemplate
 from hft_megatron.data.examples import Example, ExampleRules, SftCounts, check_predicts, example_of, pieces_of, spans_of
-from hft_megatron.data.faults import Faults, RecordRefused, RecordUse
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused, RecordUse
 from hft_megatron.data.files.rows import Line, Row, row_of
 from hft_megatron.data.formats.table import Record
 from hft_megatron.data.preprocessed.index_file import Chunk, token_dtype
@@ -30,25 +30,25 @@ class Documents:
 
     tokens: NDArray[np.generic]
     loss_mask: NDArray[np.generic]
-    """uint8."""
+    """Mask, uint8."""
     boundaries: NDArray[np.int32]
     """Start and stop of each example within its document, end to end."""
     lengths: NDArray[np.int32]
     """Tokens of each document."""
     boundary_counts: NDArray[np.int32]
-    """Numbers in ``boundaries`` of each document."""
+    """Number of entries in ``boundaries`` of each document."""
     counts: SftCounts
     formats: frozenset[DataFormat]
     longest: int
     """Positions of the longest document; 0 without one."""
     use: RecordUse
-    """Of all chunks of the worker so far."""
+    """Account of all chunks of the worker so far."""
     bad: list[str] = field(default_factory=list)
-    """A line of JSON for each row that was passed over."""
+    """A line of JSON for each row that was skipped."""
 
 
 class DocumentMaker:
-    """Makes documents of chunks, one after the other."""
+    """Makes chunks into documents, one after the other."""
 
     def __init__(self, tokenizer: Tokenizer, rules: ExampleRules, *, append_eod: bool, skips: bool) -> None:
         self._tokenizer = tokenizer
@@ -60,10 +60,10 @@ class DocumentMaker:
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def documents(self, chunk: Chunk) -> Documents:
-        """All documents of a chunk. Raises UserError with what is wrong in it, unless bad rows are passed over."""
+        """All documents of a chunk. Raises UserError with the errors in it, unless bad rows are skipped."""
         refused: list[tuple[Row | Line, UserError]] = []
         kept = list(self._kept(chunk, refused))
-        spans, counts, too_long = [], SftCounts(), Faults()
+        spans, counts, too_long = [], SftCounts(), RecordErrors()
         for example in kept:
             try:
                 spans.append(spans_of(example, self._rules))
@@ -88,18 +88,18 @@ class DocumentMaker:
             bad=[_bad_line(item, error) for item, error in refused],
         )
 
-    def _stop_if_needed(self, refused: Sequence[tuple[Row | Line, UserError]], too_long: Faults) -> None:
-        """Raise UserError where a record is too long, or is refused and may not be passed over."""
-        faults = Faults()
+    def _stop_if_needed(self, refused: Sequence[tuple[Row | Line, UserError]], too_long: RecordErrors) -> None:
+        """Raise UserError where a record is too long, or is refused and may not be skipped."""
+        errors = RecordErrors()
         for item, error in [] if self._skips else refused:
-            faults.add(item.place, error)
-        told = [f"{faults.told().removesuffix('.')}; or pass over it with --on-bad-line skip."] * (len(faults) > 0)
+            errors.add(item.place, error)
+        told = [f"{errors.told().removesuffix('.')}; or skip it with --on-bad-line skip."] * (len(errors) > 0)
         told += [too_long.told()] * (len(too_long) > 0)
         if told:
             raise UserError(" ".join(told))
 
     def _kept(self, chunk: Chunk, refused: list[tuple[Row | Line, UserError]]) -> Iterator[Example]:
-        """The examples of the chunk's rows in order; the rows that can't be one are added to ``refused``."""
+        """The examples of the chunk's rows in order; rows that can't be one are added to ``refused``."""
         found: list[tuple[Row | Line, DataFormat, Record, list[Piece]]] = []
         for item in chunk.rows:
             try:
@@ -145,14 +145,14 @@ def start_worker(maker: DocumentMaker) -> None:
     """Called first in every worker, which ends with its parent and leaves signals to it."""
     global _maker
     _maker = maker
-    gc.freeze()  # or every collection would walk through all that the parent has imported
+    gc.freeze()  # or every collection would walk through everything that the parent has imported
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def make_documents(chunk: Chunk) -> Documents:
-    """What a worker is asked for."""
+    """The task of a worker."""
     assert _maker is not None
     return _maker.documents(chunk)
 

@@ -1,4 +1,4 @@
-"""Tasks whose answers are given: the model chooses the one it finds most likely behind the prompt."""
+"""Tasks with given answers: the model chooses the one that it finds most likely after the prompt."""
 
 import math
 import string
@@ -53,10 +53,10 @@ class Choose:
                     raise UserError(f"{row.row.place}: the choice {choice!r} has no token to score; correct the row.")
                 if scored[0]:
                     raise UserError(
-                        f"{row.row.place}: the prompt is empty, so that the first token of a choice can't be scored: "
+                        f"{row.row.place}: the prompt is empty, so the first token of a choice can't be scored: "
                         f"the tokenizer puts no begin token before it; give the row a prompt."
                     )
-            # The prompt is the same in front of all choices, and loses the same.
+            # The prompt is the same before all choices, and is cut by the same.
             longest, prompt = max((len(ids), int(np.argmax(scored))) for ids, scored in sequences)
             surplus = cuts.surplus(row.row.place, longest, prompt, window + 1, what)
             facts = {"right": right, "bytes": [len(choice.encode()) for choice in choices], "choices": choices}
@@ -94,12 +94,12 @@ class Choose:
 
 
 def _best(values: Sequence[float]) -> int:
-    """The first of the highest."""
+    """Index of the first highest value."""
     return max(range(len(values)), key=values.__getitem__)
 
 
 def _share(log_probs: Sequence[float], right: Sequence[int]) -> float:
-    """Of the probability that all choices have together, the share of the right ones."""
+    """The right choices' share of all choices' probability."""
     most = max(log_probs)
     weights = [math.exp(log_prob - most) for log_prob in log_probs]
     return math.fsum(weights[index] for index in right) / math.fsum(weights)
@@ -111,7 +111,7 @@ def _right_answer(task: Task, row: Row) -> str:
 
 
 def choices_and_right_ones(task: Task, row: Row) -> tuple[list[str], list[int]]:
-    """The texts of the choices, at least two, and the indices of those that are right, at least one.
+    """The texts of the choices, at least two, and the indices of the right ones, at least one.
 
     Raises UserError naming the row's place for an empty choice, and for an answer that is none of them.
     """
@@ -120,7 +120,7 @@ def choices_and_right_ones(task: Task, row: Row) -> tuple[list[str], list[int]]:
         if not choice.strip():
             raise UserError(f"{row.place}: choice {number} of {len(choices)} is empty; correct the row.")
     if len(choices) < 2:
-        raise UserError(f"{row.place}: `choices` has {len(choices)} text, but two are the least to choose from.")
+        raise UserError(f"{row.place}: `choices` has {len(choices)} text, but at least two are needed.")
     if task.answer is None:
         if labels is None:
             raise UserError(
@@ -132,12 +132,12 @@ def choices_and_right_ones(task: Task, row: Row) -> tuple[list[str], list[int]]:
         answers = value if isinstance(value, list) else [value]
         right = sorted({_index_of(answer, choices, row) for answer in answers})
     if not right:
-        raise UserError(f"{row.place}: no choice is the right one; correct the row.")
+        raise UserError(f"{row.place}: no choice is marked as right; correct the row.")
     return choices, right
 
 
 def _choices(task: Task, row: Row) -> tuple[list[str], list[int] | None]:
-    """The choices, and which are right where they say so themselves, as TruthfulQA's do."""
+    """The choices, and the right ones where the data mark them, as TruthfulQA's do."""
     if len(task.choices) > 1:
         return [rendered(each, "choices", row) if is_template(each) else each for each in task.choices], None
     value = value_of(task.choices[0], "choices", row)
@@ -154,7 +154,7 @@ def _choices(task: Task, row: Row) -> tuple[list[str], list[int] | None]:
 
 
 def _index_of(answer: Any, choices: Sequence[str], row: Row) -> int:
-    """Of the choice with this text, else of this number or letter."""
+    """Index of the choice with this text, else of this number or letter."""
     texts = [choice.strip() for choice in choices]
     number = answer if isinstance(answer, int) else len(choices)
     if isinstance(answer, str):

@@ -29,7 +29,7 @@ class Generate:
         if room < 1:
             raise UserError(
                 f"{task.place}: max_new_tokens {task.max_new_tokens} of the task {task.name} leaves no token of the "
-                f"model's {window} to the prompt; make it less."
+                f"model's {window} for the prompt; lower it."
             )
         rows = read_task_rows(task)
         prompts = Prompts(task, tokenizer, lambda row: _targets(task, row)[0])
@@ -42,7 +42,7 @@ class Generate:
         for question, (ids, _), texts in zip(questions, encoded, references, strict=True):
             row = question.row
             if not len(ids):
-                raise UserError(f"{row.row.place}: the prompt is empty, so that nothing can be continued; remove it.")
+                raise UserError(f"{row.row.place}: the prompt is empty, so there is nothing to continue; remove it.")
             surplus = cuts.surplus(row.row.place, len(ids), len(ids), room, what)
             facts = {"references": texts, "source": question.prompt}
             examples.append(EvalExample(place=row.name, prompt=cuts.cut(ids, surplus), facts=facts))

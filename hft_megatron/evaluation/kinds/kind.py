@@ -1,4 +1,4 @@
-"""What every kind of task offers."""
+"""The interface of every kind of task."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,21 +12,21 @@ Answer = Generated | Sequence[SequenceScore]
 
 
 class Kind(Protocol):
-    """Makes examples of a task's files, and records of what a model answers."""
+    """Makes examples from a task's files, and records from a model's answers."""
 
     name: TaskKind
     default_metrics: tuple[str, ...]
 
     def metrics(self) -> tuple[str, ...]:
-        """Names of the measures that a task of it may have."""
+        """Names of the measures that its tasks may have."""
 
     def read(self, task: Task, tokenizer: Tokenizer, window: int) -> TaskExamples:
         """The examples of the task's files, for a model that reads ``window`` tokens.
 
-        A sequence has at most one token more, which is scored and never read. Raises UserError for each mistake in the
-        files, and counts what is cut or left out.
+        A sequence has at most one token more, which is scored and never read. Raises UserError for each error in the
+        files, and counts cut and omitted rows.
         """
 
     def record(self, task: Task, example: EvalExample, answer: Answer) -> dict[str, Any]:
-        """What is kept of the answer, as JSON has it: ``example`` is its place, and ``statistics`` has the numbers of
-        each of the task's metrics, whose sums over all examples make its value."""
+        """The record of an answer, as JSON: ``example`` is its place, and ``statistics`` has the numbers of each of the
+        task's metrics, whose sums over all examples give its value."""

@@ -1,4 +1,4 @@
-"""Tasks of preference pairs: whether the model finds the chosen answer more likely than the rejected one."""
+"""Tasks of preference pairs: the model should find the chosen answer more likely than the rejected one."""
 
 from itertools import islice
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from hft_megatron.config.data import data_keys, ignored_keys
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import count_keys
-from hft_megatron.data.faults import Faults, check_use, notes_of_keys
+from hft_megatron.data.record_errors import RecordErrors, check_use, notes_of_keys
 from hft_megatron.data.pair_reading import BadPair, check_halves, check_record, encoded_pairs
 from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Tokenizer
@@ -36,13 +36,13 @@ class PreferencePairs:
             prompt_separator=task.prompt_separator,
             ignore_keys=ignored_keys(task.ignore_keys),
         )
-        paths, reader, faults = task.paths(), RecordReader(rules), Faults()
-        cuts = Cuts(task=task, begin=tokenizer.bos_id, faults=faults)
+        paths, reader, errors = task.paths(), RecordReader(rules), RecordErrors()
+        cuts = Cuts(task=task, begin=tokenizer.bos_id, errors=errors)
         what = f"the prompt and the longer answer have {{}} tokens, but the model predicts at most {window + 1}"
         name_of, examples, read, bad = names_of_places(paths), list[EvalExample](), 0, 0
         unread, ignored = dict[str, int](), dict[str, int]()
-        records = islice(reader.read(paths, faults), task.limit)
-        for pair, halves in encoded_pairs((record for _, record in records), tokenizer, LossRule(), faults):
+        records = islice(reader.read(paths, errors), task.limit)
+        for pair, halves in encoded_pairs((record for _, record in records), tokenizer, LossRule(), errors):
             read += 1
             count_keys(unread, pair.keys.unread)
             count_keys(ignored, pair.keys.ignored)

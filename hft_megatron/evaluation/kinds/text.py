@@ -1,4 +1,4 @@
-"""Tasks that score documents: how well a model predicts each of their tokens."""
+"""Tasks that score documents: the model's prediction of each of their tokens."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from hft_megatron.evaluation.task_rows import read_task_rows
 from hft_megatron.evaluation.tasks import Task, TaskKind
 
 _NO_CHARACTER = "\ufffd"
-"""What a tokenizer makes of bytes that are no whole character."""
+"""A tokenizer's output for bytes that are not a whole character."""
 
 
 class Documents:
@@ -76,7 +76,8 @@ class Documents:
 
 
 def _sizes(task: Task, window: int) -> tuple[int, int]:
-    """The task's window and stride. Raises UserError where the model has less, or they don't fit each other."""
+    """The task's window and stride. Raises UserError where the model's window is smaller, or they don't fit
+    together."""
     size = task.window or window
     if size > window:
         raise UserError(
@@ -93,7 +94,7 @@ def _sizes(task: Task, window: int) -> tuple[int, int]:
 
 
 def _pieces(text: str, tokenizer: Tokenizer, task: Task) -> list[Piece]:
-    """As ``data.examples.completion_pieces`` has them for a text that is trained whole; the end token if it is
+    """The pieces of ``data.examples.completion_pieces`` for a text that is trained whole; with the end token if it is
     scored."""
     begin = [] if tokenizer.bos_id is None else [tokenizer.special(tokenizer.bos_id, trained=False)]
     end = [tokenizer.special(tokenizer.eos_id, trained=True)] if task.end_token else []
@@ -101,7 +102,7 @@ def _pieces(text: str, tokenizer: Tokenizer, task: Task) -> list[Piece]:
 
 
 def _bytes_of_first(ids: list[int], text: str, tokenizer: Tokenizer) -> int:
-    """How many UTF-8 bytes of ``text`` its first token has."""
+    """Number of UTF-8 bytes of ``text`` in its first token."""
     first = tokenizer.decode(ids[:1])
     if text.startswith(first):
         return len(first.encode())
@@ -109,8 +110,8 @@ def _bytes_of_first(ids: list[int], text: str, tokenizer: Tokenizer) -> int:
     begun = text[: len(before) + 1]
     if first == before or not begun.startswith(before):
         return 0
-    # It ends within a character, which has at most four bytes. In a text that begins behind the token, each of the
-    # character's bytes that are left has become one replacement character.
+    # It ends within a character, which has at most four bytes. In a text that begins after the token, each of the
+    # remaining bytes of the character has become one replacement character.
     for count in range(2, 5):
         whole = tokenizer.decode(ids[:count])
         if whole.startswith(begun):
@@ -120,11 +121,12 @@ def _bytes_of_first(ids: list[int], text: str, tokenizer: Tokenizer) -> int:
 
 
 def windows_of(ids: NDArray[np.int32], window: int, stride: int) -> Iterator[Encoded]:
-    """The document's ids in windows, and of each window which tokens are scored in it: each token but the first once.
+    """The document's ids in windows, with the tokens scored in each: each token except the first is scored once.
 
     With the tokens x_0 ... x_n, window k (from 0) has x_{k stride} ... x_{k stride + window}, of which the last is only
-    predicted. It scores the tokens behind x_{(k - 1) stride + window}, the last one of the window before it; the first
-    window scores all but x_0. So a token has at least ``window - stride`` others before it, beside the document's
+    predicted. It scores the tokens after x_{(k - 1) stride + window}, the last one of the window before it; the first
+    window scores all except x_0. So a token has at least ``window - stride`` others before it, apart from the
+    document's
     first ones; with ``stride`` equal to ``window`` at least one. That is the strided window of Hugging Face's guide on
     perplexity (Perplexity of fixed-length models), whose windows there predict a token less.
     """

@@ -8,13 +8,13 @@ task's last weights, the mean over ``--ewc-batches`` batches of its training dat
 
 - The batch's gradient is squared and not each example's, so that ``F``, and the right ``lambda``, depend on
   --global-batch-size. Whatever --objective says, it is the gradient of the plain loss.
-- The penalty's gradient is added before the norm of the gradients is taken and clipped, as if it stood in the loss. The
-  logged loss is the task's alone; ``ewc penalty`` stands beside it.
+- The penalty's gradient is added before the norm of the gradients is taken and clipped, as if it were in the loss. The
+    logged loss is the task's alone; ``ewc penalty`` is logged beside it.
 - In a step only units that train have ``F`` and ``theta*``: fp32 shards over data-parallel ranks, like optimizer state.
   Frozen ones cost nothing.
-- After a task ``F`` is measured of all units, also of those that it didn't train: the next task's half would
-  otherwise be held by nothing. They take turns, in parts of about the size of what a round trains, so that no part
-  needs more memory than training did.
+- After a task ``F`` is measured for all units, also for those that it didn't train: otherwise nothing would hold the
+  next task's half. They take turns, in parts of about the size that a round trains, so that no part needs more
+  memory than training did.
 
 The code that came with TRACE (arXiv:2310.06762) does something else under this name: it sums squared gradients at every
 training step, at weights that still move, with the penalty's own gradient among them, over all tasks and epochs without
@@ -61,17 +61,17 @@ from hft_megatron.trainer.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class TasksBefore:
-    """What is known of the tasks that came before."""
+    """Fisher information and weights of the tasks before."""
 
     folder: Path
     facts: FisherFacts
 
 
 def elastic_weights(inputs: Inputs, placement: Placement) -> Sequence[Hook]:
-    """The hook of a run with --ewc-lambda, none of another, or of a task that is over and measured; collective.
+    """The hook of a run with --ewc-lambda; none for another run, or for a task that is done and measured. Collective.
 
-    The tasks before are those of the run whose weights --finetune took. UserError where that one measured its Fisher
-    information and it is not there, not what was saved, or of other weights than the run takes.
+    The tasks before are those of the run whose weights --finetune took. Raises UserError where that run measured its
+    Fisher information and it is missing, damaged, or of other weights than this run takes.
     """
     options, source = inputs.config.ewc, inputs.identity.finetuned_from
     if options.ewc_lambda == 0 or on_rank_0(lambda: _is_over(inputs)):
@@ -85,7 +85,7 @@ def elastic_weights(inputs: Inputs, placement: Placement) -> Sequence[Hook]:
 
 
 def _is_over(inputs: Inputs) -> bool:
-    """Whether the run has no step left and has been measured: what came before may be gone by then."""
+    """True if the run has no step left and has been measured: the run before may be deleted by then."""
     save, reached = inputs.config.checkpoint.save, inputs.position.iteration
     if save is None or reached < train_iters(inputs.config.training):
         return False
@@ -97,39 +97,39 @@ def _tasks_before(source: Path, inputs: Inputs) -> TasksBefore | None:
     folder, facts = source / FISHER_FOLDER, read_facts(source / FISHER_FOLDER)
     if not source.is_dir():
         raise UserError(
-            f"--ewc-lambda: {source}, whose weights this run started from and is held to, is not there; put it back."
+            f"--ewc-lambda: {source}, whose weights this run started from and is held to, is missing; put it back."
         )
     if facts is None:
         if read_resolved(source / RESOLVED_CONFIG_FILE).ewc.ewc_lambda == 0:
             return None
         raise UserError(
-            f"--ewc-lambda needs {folder}, where the task in --load {source} leaves its Fisher information at its end, "
-            f"and it is not there; let that task end, or start from one that was trained without --ewc-lambda."
+            f"--ewc-lambda needs {folder}, where the task in --load {source} writes its Fisher information at its end, "
+            f"and it is missing; let that task end, or start from one that was trained without --ewc-lambda."
         )
     if not inputs.resumes:
         assert inputs.checkpoint is not None
         if iteration_of(inputs.checkpoint) != facts.iteration:
             raise UserError(
                 f"--ewc-lambda needs the Fisher information of {inputs.checkpoint}, whose weights --finetune takes, "
-                f"and {folder} has that of iteration {facts.iteration}; let the task in --load {source} end."
+                f"but {folder} has that of iteration {facts.iteration}; let the task in --load {source} end."
             )
     return TasksBefore(folder=folder, facts=facts)
 
 
 @dataclass
 class ElasticWeights(Hook):
-    """Holds what trains to the tasks before, and measures the run's own task at its end."""
+    """Holds trainable weights to the tasks before, and measures the run's own task at its end."""
 
     options: EwcConfig
     before: TasksBefore | None
-    """None in the first task, which nothing holds."""
+    """None in the first task, which is held to nothing."""
     save: str | None
 
     def at_round_start(self, run: Run) -> None:
-        if run.is_complete:  # and not measured yet
+        if run.is_complete:  # but not measured yet
             return
         if self.before is None:
-            run.announce("> ewc: no task came before: nothing holds the weights")
+            run.announce("> ewc: no earlier task: nothing holds the weights")
             return
         run.wrapped.shards.penalty = held = self._penalty(run, self.before.folder)
         run.announce(
@@ -151,7 +151,7 @@ class ElasticWeights(Hook):
         return QuadraticPenalty(strength=self.options.ewc_lambda, curvature=shards[FISHER], anchor=shards[ANCHOR])
 
     def at_end(self, run: Run) -> None:
-        """Behind the last checkpoint: the optimizer's state is given up, and other units take turns."""
+        """Runs after the last checkpoint: the optimizer's state is freed, and other units take turns."""
         if self.save is None:
             run.announce("> ewc: without --save the Fisher information of this task is not measured")
             return
@@ -166,7 +166,7 @@ class ElasticWeights(Hook):
         with run.wrapped.gathered_parameters():
             write_fisher(folder, run.wrapped, fisher, facts, run.placement)
         run.announce(
-            f"> ewc: the Fisher information of this task, over {len(batches)} batches, is in {folder} "
+            f"> ewc: wrote the Fisher information of this task, over {len(batches)} batches, to {folder} "
             f"({time.perf_counter() - begun:,.1f} s)"
         )
 
@@ -176,7 +176,7 @@ class ElasticWeights(Hook):
         by_unit, group, shares = keepers_of(run.wrapped, run.placement), run.placement.groups.dp, {}
         for part, units in enumerate(parts_of(run.wrapped.plan)):
             if part > 0:
-                # Nothing is carried on: moments are in the checkpoint.
+                # Nothing is carried over: moments are in the checkpoint.
                 rewrap(run, replace(run.wrapped.plan, training=units), replace(run.config.hft, hft_moments="reset"))
             squares = _squared_gradients(run, batches)
             before = {}
@@ -195,14 +195,14 @@ class ElasticWeights(Hook):
 
 
 def _batches(run: Run, most: int) -> Iterator[int]:
-    """The samples that come before each batch: of the first iterations of the run that were not left out."""
+    """Numbers of samples before each batch: of the run's first iterations that were not left out."""
     sizes, left_out = run.rounds.schedule.batches, set(run.state.skipped_iterations)
     kept = (number for number in range(run.state.iteration) if number + 1 not in left_out)
     return (sizes.samples_before(number) for number in islice(kept, most))
 
 
 def parts_of(plan: Plan) -> list[frozenset[str]]:
-    """What the plan trains, and the other units in parts that are about as large."""
+    """The units that the plan trains, and the other units in parts of about the same size."""
     others = [unit for unit in plan.units if not plan.trains(unit.name)]
     count = ceil(sum(unit.parameters for unit in others) / plan.trainable_parameters)
     parts, filled = [set[str]() for _ in range(count)], [0] * count
@@ -214,7 +214,7 @@ def parts_of(plan: Plan) -> list[frozenset[str]]:
 
 
 def _squared_gradients(run: Run, batches: Sequence[int]) -> dict[Parameter, Tensor]:
-    """Mean over batches of the squared gradient of what trains; this rank's shards, (elements,) fp32. Collective."""
+    """Mean over batches of trainable weights' squared gradients; this rank's shards, (elements,) fp32. Collective."""
     shards, likelihood = run.wrapped.shards, run.objective.unweighted or run.objective
     squares = {p: torch.zeros_like(shard) for p, shard in shards.updated_shards().items()}
     with run.wrapped.gathered_parameters():

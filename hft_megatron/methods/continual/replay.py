@@ -1,4 +1,4 @@
-"""What of earlier tasks is trained again with a task: drawn from their training data before the sequence begins."""
+"""Replay of earlier tasks: records drawn from their training data before the sequence begins."""
 
 import json
 import random
@@ -15,10 +15,10 @@ from hft_megatron.methods.continual.tasks import ContinualTask
 
 
 def write_replays(parts: tuple[Part, ...], *, ratio: float, seed: int) -> list[str]:
-    """Writes the files that stages replay, one for each pair of a stage and an earlier task; lines for the log.
+    """Writes the files that stages replay, one for each pair of a stage and an earlier task. Returns lines for the log.
 
-    Of n records round(ratio x n) are drawn, at least one, in the order that they have; the draw depends on the seed and
-    the names of the two tasks alone. A file that is there with other records is not written over: UserError.
+    Of n records round(ratio x n) are drawn, at least one, in their own order; the draw depends on the seed and the
+    names of the two tasks alone. Raises UserError for an existing file with other records, which is not overwritten.
     """
     lines = []
     for part in parts:
@@ -34,7 +34,7 @@ def write_replays(parts: tuple[Part, ...], *, ratio: float, seed: int) -> list[s
 
 
 def _rows(task: ContinualTask) -> Iterator[Mapping[str, Any]]:
-    """All training records of a task. A table's row is one by its columns."""
+    """All training records of a task. A table's row is a record by its columns."""
     for path in find_input("--train-data-path", task.config.data.train_data_path, TRAIN_SPLIT):
         for row in read_rows(path):
             yield _record(row)
@@ -52,8 +52,8 @@ def _write(path: Path, text: str) -> None:
             if path.read_text(encoding="utf-8") == text:
                 return
             raise UserError(
-                f"{path} holds other records than --replay-ratio and --seed draw now: the sequence was begun with "
-                f"other values or data; give those again, or another --save."
+                f"{path} holds other records than --replay-ratio and --seed draw now: the sequence was started with "
+                f"other values or data; use those again, or another --save."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)

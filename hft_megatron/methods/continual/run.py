@@ -45,7 +45,7 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSequence:
-    """What is learned in which order, and what is measured."""
+    """Tasks in the order of training, and the evaluations between them."""
 
     options: ContinualConfig
     base: RunConfig
@@ -61,7 +61,7 @@ class TaskSequence:
         return Path(self.base.checkpoint.save)
 
     def asked_after(self, learned: int) -> tuple[str, ...]:
-        """Names of the sequence's tasks that are put to the model when so many have been learned."""
+        """Names of the sequence's tasks on which the model is evaluated after ``learned`` tasks."""
         names = tuple(task.name for task in self.tasks)
         is_last = learned == len(names)
         if self.options.continual_evaluate == "all" or (is_last and self.options.continual_evaluate == "last"):
@@ -73,13 +73,13 @@ class TaskSequence:
         return names[:learned]
 
     def asked_before(self) -> tuple[str, ...]:
-        """Those that the untrained model gets."""
+        """Names of the tasks on which the untrained model is evaluated."""
         return () if self.options.continual_evaluate == "last" else tuple(task.name for task in self.tasks)
 
 
 def check_sequence(sequence: TaskSequence, world_size: int) -> list[str]:
-    """Reads the data of every stage and every evaluation task; lines that say what was found. UserError for the first
-    mistake. What is replayed is not drawn yet."""
+    """Reads the data of every stage and every evaluation task, and returns lines that describe them. Raises UserError
+    for the first error. Replayed records are not drawn yet."""
     parts = parts_of(sequence.tasks, sequence.base, replace(sequence.options, replay_ratio=None))
     stages = [part.stage for part in parts]
     lines, iterations = check_stages(stages, world_size, METHODS)
@@ -89,7 +89,7 @@ def check_sequence(sequence: TaskSequence, world_size: int) -> list[str]:
 
 
 def run_sequence(sequence: TaskSequence, world_size: int, *, announce: Announce, on_loss: OnLoss) -> Mapping[str, Any]:
-    """Learns what is not learned yet, and asks what is not answered; the contents of the matrix file.
+    """Trains and evaluates what is still missing, and returns the contents of the matrix file.
 
     Every rank calls it under torchrun's environment. Raises what ``run_training`` does, and UserError where the matrix
     in --save is of other tasks.
@@ -148,7 +148,7 @@ def _in_schedule(stages: Sequence[Stage], iterations: Sequence[int], options: Co
 
 
 def trained_share(sequence: TaskSequence) -> float:
-    """The share of the model's weights (0 to 1) that trained in at least one round of a sequence that is done."""
+    """The share of the model's weights (0 to 1) that trained in at least one round of a completed sequence."""
     trained = set[str]()
     for part in sequence.parts:
         folder = part.stage.folder
@@ -172,8 +172,7 @@ def _read(sequence: TaskSequence) -> tuple[dict[str, ReadTask], Tokenizer]:
 
 
 def _matrix(sequence: TaskSequence) -> tuple[ScoreMatrix, tuple[str, ...]]:
-    """What --save holds of this sequence's matrix, or an empty one, and notes. UserError where it is of another
-    sequence."""
+    """The matrix in --save, or an empty one, and notes. Raises UserError where it is of another sequence."""
     tasks = [_column(task.evaluation) for task in sequence.tasks]
     general, path = [_column(task) for task in sequence.general], sequence.folder / MATRIX_FILE
     if not path.exists():
@@ -182,7 +181,7 @@ def _matrix(sequence: TaskSequence) -> tuple[ScoreMatrix, tuple[str, ...]]:
 
 
 def _without_divergences(matrix: ScoreMatrix, general: Sequence[Task]) -> list[str]:
-    """A line about rows that were filled without --continual-kl-to-base: their models may be gone."""
+    """A line about rows that were filled without --continual-kl-to-base: their models may have been deleted."""
     texts = [task.name for task in general if task.kind == "text"]
     rows = [
         task.name
@@ -191,7 +190,7 @@ def _without_divergences(matrix: ScoreMatrix, general: Sequence[Task]) -> list[s
         if (cell := matrix.cell(after, name)) is not None and not set(DIVERGENCES) & cell.beside.keys()
     ]
     found = ", ".join(dict.fromkeys(rows))
-    return [f"--continual-kl-to-base: the rows of {found} are there without it, and stay as they are"] if rows else []
+    return [f"--continual-kl-to-base: the rows of {found} were filled without it, and stay as they are"] if rows else []
 
 
 def _column(task: Task) -> Column:
@@ -199,7 +198,7 @@ def _column(task: Task) -> Column:
 
 
 def _averaging(sequence: TaskSequence, number: int) -> list[Hook]:
-    """The hook of the stage that ends a task under --continual-average, with what the task started from."""
+    """The hook of the stage that ends a task under --continual-average, with the weights that the task started from."""
     coefficient, part = sequence.options.continual_average, sequence.parts[number]
     if coefficient is None or not part.ends_task:
         return []
@@ -224,7 +223,7 @@ def _rows_of(sequence: TaskSequence, number: int, scores: Scores, read: Mapping[
 
 
 def _discarded(sequence: TaskSequence, number: int) -> list[str]:
-    """What --continual-discard deletes behind a stage that ends a task, in lines for the log."""
+    """Deletes for --continual-discard after a stage that ends a task. Returns lines for the log."""
     part = sequence.parts[number]
     if not (sequence.options.continual_discard and part.ends_task):
         return []
@@ -234,21 +233,21 @@ def _discarded(sequence: TaskSequence, number: int) -> list[str]:
 
 
 def discard(earlier: Sequence[Path], older: Sequence[Path], own: Path) -> list[str]:
-    """Deletes the checkpoints of the tasks before one that is over; what was done, in lines for the log.
+    """Deletes the checkpoints of the tasks before one that is done. Returns lines for the log.
 
-    ``earlier`` are the folders of their stages, in order; ``older`` those of them whose Fisher information
-    (--ewc-lambda) is in that of the task before this one, and which goes, too; ``own`` is that of the stage that ended
-    the task. What can't be deleted is tried again behind the next task.
+    ``earlier`` are the folders of their stages, in order; ``older`` those among them whose Fisher information
+    (--ewc-lambda) is contained in that of the task before this one, and which is deleted, too; ``own`` is the folder of
+    the stage that ended the task. A failed deletion is tried again after the next task.
     """
     try:
-        # Of a task that was saved with --save-trained-only, which may have been given before and left out now.
+        # The task was saved with --save-trained-only, which may have been left out since.
         needed = {at.parent.resolve() for path in complete_checkpoints(str(own)) for at, _ in chain_of(path)}
     except UserError as error:
         return [f"> --continual-discard: nothing is deleted, because {error}"]
     lines = []
     for folder in earlier:
         if folder.resolve() in needed:
-            lines.append(f"> --continual-discard: what is in {own} is based on {folder}, which stays")
+            lines.append(f"> --continual-discard: the checkpoints in {own} are based on {folder}, which is kept")
             continue
         try:
             gone = discard_checkpoints(folder)
@@ -258,5 +257,5 @@ def discard(earlier: Sequence[Path], older: Sequence[Path], own: Path) -> list[s
             lines.append(f"> --continual-discard: the checkpoints in {folder} could not be deleted: {error}")
             continue
         if gone:
-            lines.append(f"> --continual-discard: deleted {len(gone)} checkpoints of {folder}, a task that is over")
+            lines.append(f"> --continual-discard: deleted {len(gone)} checkpoints of {folder}, a task that is done")
     return lines

@@ -1,4 +1,4 @@
-"""The score matrix as it is filled: tasks put to the model of a stage when its last checkpoint is on the disk."""
+"""The score matrix as it is filled: a stage's model is evaluated when its last checkpoint is on the disk."""
 
 import json
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from hft_megatron.trainer.task_evaluation import model_of
 
 MATRIX_FILE = "matrix.json"
 PREDICTIONS = "predictions"
-"""Folder in --save: what was answered to every example, a file for each cell of the matrix."""
+"""Folder in --save: the answers to every example, a file for each cell of the matrix."""
 BASE_ROW = "base"
-"""The folder of the untrained model there."""
+"""The folder of the untrained model in it."""
 
 
 class Scores:
@@ -31,7 +31,7 @@ class Scores:
     def __init__(
         self, matrix: ScoreMatrix, folder: Path, tokenizer: Tokenizer, batch_size: int, base: SavedModel | None = None
     ) -> None:
-        """Texts are also measured against ``base``, where there is one."""
+        """Texts are also compared with ``base``, where there is one."""
         self.matrix = matrix
         self._folder = folder
         self._tokenizer = tokenizer
@@ -39,8 +39,8 @@ class Scores:
         self._base = base
 
     def fill(self, run: Run, after: int, tasks: Sequence[ReadTask]) -> None:
-        """Puts the tasks to the run's model, behind so many tasks of the sequence, whose cells are not there yet;
-        collective. RunFailed where a cell can't be written."""
+        """Evaluates the run's model, after ``after`` tasks of the sequence, on the tasks whose cells are still empty.
+        Collective. Raises RunFailed where a cell can't be written."""
         asked = [read for read in tasks if self.matrix.cell(after, read.task.name) is None]
         if not asked:
             return
@@ -53,7 +53,7 @@ class Scores:
             free_memory(run.placement.device)
 
     def _ask(self, run: Run, after: int, asked: Sequence[ReadTask], model: ModelInPlace, *, compares: bool) -> None:
-        """A second model is in memory until it returns, where texts are measured against one."""
+        """Evaluates one model. A second model is in memory until it returns, where texts are compared with one."""
         base = None
         if compares:
             assert self._base is not None
@@ -80,7 +80,7 @@ class Scores:
                 self.matrix.write(self._folder / MATRIX_FILE)
             except OSError as error:
                 raise RunFailed(
-                    f"the scores in {self._folder} can't be written: {error}; make room, and give the command again."
+                    f"the scores in {self._folder} can't be written: {error}; make room, and run the command again."
                 ) from error
 
         on_rank_0(write)
@@ -92,11 +92,11 @@ class FillRows(Hook):
 
     scores: Scores
     base: Sequence[ReadTask]
-    """What the untrained model is asked; empty in all but the first stage."""
+    """Tasks for the untrained model; empty in all but the first stage."""
     after: int
-    """Tasks of the sequence that have been learned when the stage is done."""
+    """Number of tasks that have been learned when the stage is done."""
     tasks: Sequence[ReadTask]
-    """What is asked then; nothing where another stage of the same task comes."""
+    """Tasks to evaluate then; none where another stage of the same task follows."""
 
     def at_round_start(self, run: Run) -> None:
         if run.state.iteration == 0 and self.base:

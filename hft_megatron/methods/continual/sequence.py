@@ -1,4 +1,4 @@
-"""The stages of a sequence of tasks: each task is a stage, and a round of the method's or several."""
+"""The stages of a sequence of tasks: each task is a stage, and one or several rounds of the method."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,27 +13,27 @@ from hft_megatron.errors import UserError
 from hft_megatron.methods.continual.tasks import ContinualTask
 
 REPLAY_FILE = "replay/{}.{}.jsonl"
-"""In --save: what a stage replays of an earlier task, by their names."""
+"""Path in --save: the records that a stage replays of an earlier task, by the names of both."""
 _OF_EACH_TASK = {"train_data_path", "valid_data_path"}
-"""Options that tasks whose data is trained together have for themselves."""
+"""Options that tasks keep for themselves when their data is trained together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A stage of the sequence, and what it is for."""
+    """A stage of the sequence, and its purpose."""
 
     stage: Stage
     after: int
-    """Tasks that have been learned when it is done."""
+    """Number of tasks that have been learned when it is done."""
     ends_task: bool = True
-    """Whether their row of the matrix follows, and not another stage of the same task."""
+    """True if the task's row of the matrix follows, and not another stage of the same task."""
     replays: tuple[tuple[Path, ContinualTask], ...] = ()
-    """Files that what is replayed of earlier tasks is written to, before the sequence begins."""
+    """Files for the records replayed of earlier tasks, written before the sequence begins."""
 
 
 def parts_of(tasks: Sequence[ContinualTask], base: RunConfig, options: ContinualConfig) -> tuple[Part, ...]:
-    """The stages in their order, without the numbers of their rounds. Raises UserError where data of several tasks is
-    trained in one stage, and their options differ."""
+    """The stages in their order, without the numbers of their rounds. Raises UserError where one stage trains the data
+    of several tasks whose options differ."""
     if options.continual_setting == "joint":
         _check_alike(tasks, "--continual-setting joint", [group.name for group in fields(RunConfig)])
         sources = tuple(path for task in tasks for path in task.config.data.train_data_path)

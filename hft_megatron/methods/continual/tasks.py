@@ -1,4 +1,4 @@
-"""The tasks of a sequence: what each is trained on, and by which evaluation task it is scored."""
+"""The tasks of a sequence: the training data of each, and the evaluation task that scores it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,16 +25,16 @@ class ContinualTask:
 
     name: str
     config: RunConfig
-    """The run's options with the task's own; what stages add is not there yet."""
+    """The run's options with the task's own; without those that stages add."""
     evaluation: Task
-    """Its first metric is the task's score."""
+    """Evaluation task; its first metric is the task's score."""
 
 
 def read_continual_tasks(options: ContinualConfig, base: RunConfig) -> tuple[ContinualTask, ...]:
-    """The tasks in the order in which they are learned; ``base`` are the options of all of them.
+    """The tasks in the order in which they are learned; ``base`` holds the options of all of them.
 
-    Raises UserError, with file and line where there are some, for what is no list of tasks or no TRACE folder, for an
-    option that a task can't have, and for a name in --continual-order that is none.
+    Raises UserError, with file and line where there are any, for a file that is no list of tasks or a folder that is
+    not TRACE's, for an option that a task can't have, and for an unknown name in --continual-order.
     """
     assert options.continual_tasks is not None
     path = Path(options.continual_tasks)
@@ -44,12 +44,12 @@ def read_continual_tasks(options: ContinualConfig, base: RunConfig) -> tuple[Con
     by_name = {task.name: task for task in tasks}
     for name in options.continual_order:
         if name not in by_name:
-            raise UserError(f"--continual-order {name}: --continual-tasks {path} has {', '.join(by_name)}; name these.")
+            raise UserError(f"--continual-order {name}: --continual-tasks {path} has {', '.join(by_name)}; use these.")
     return tuple(by_name[name] for name in options.continual_order)
 
 
 def _of_trace(folder: Path, base: RunConfig) -> tuple[ContinualTask, ...]:
-    """TRACE's epochs, batch and rate, where the command gives none."""
+    """TRACE's tasks with its epochs, batch size and rate, where the command gives none."""
     training, optimizer = base.training, base.optimizer
     if training.global_batch_size == TrainingConfig.global_batch_size:
         training = replace(training, global_batch_size=GLOBAL_BATCH_SIZE)
@@ -76,7 +76,7 @@ def _of_file(path: Path, base: RunConfig) -> tuple[ContinualTask, ...]:
     for node in root.value:
         task = _entry(node, path, base)
         if any(task.name == other.name for other in tasks):
-            raise UserError(f"{path}:{node.start_mark.line + 1}: there is a task {task.name} already; rename one.")
+            raise UserError(f"{path}:{node.start_mark.line + 1}: there is already a task {task.name}; rename one.")
         tasks.append(task)
     return tuple(tasks)
 
@@ -90,9 +90,9 @@ def _entry(node: yaml.Node, path: Path, base: RunConfig) -> ContinualTask:
     if not isinstance(node, yaml.MappingNode) or not isinstance(name, yaml.ScalarNode) or not name.value:
         raise UserError(f"{path}:{line}: a task must begin with `name:`, such as `- name: FOMC`.")
     if "/" in name.value:
-        raise UserError(f"{path}:{line}: the task {name.value} names its folder, in which no / can be; rename it.")
+        raise UserError(f"{path}:{line}: the task {name.value} names its folder, which can't have a /; rename it.")
     if not isinstance(evaluation, yaml.MappingNode):
-        raise UserError(f"{path}:{line}: the task {name.value} has no `evaluate`, by which it is scored; add it.")
+        raise UserError(f"{path}:{line}: the task {name.value} has no `evaluate`, the task that scores it; add it.")
     rest = yaml.MappingNode(node.tag, [pair for pair in node.value if pair[0].value not in _OWN], node.start_mark)
     config = with_mapping(base, rest, path)
     _check(config, base, f"{path}:{line}: the task {name.value}")
@@ -100,11 +100,11 @@ def _entry(node: yaml.Node, path: Path, base: RunConfig) -> ContinualTask:
 
 
 def _check(config: RunConfig, base: RunConfig, task: str) -> None:
-    """A task has data and a length, and neither a model nor folders of its own."""
+    """Checks that a task has data and a length, and neither a model nor folders of its own."""
     if config.data.train_data_path == DataConfig.train_data_path:
         raise UserError(f"{task} has no `train_data_path`; name its data.")
     if config.training.train_iters == 0:
-        raise UserError(f"{task} has `train_iters: 0`, so that nothing is learned; leave it out, or the task.")
+        raise UserError(f"{task} has `train_iters: 0`, so nothing is learned; leave out the option, or the task.")
     for group in ("model", "parallel", "checkpoint"):
         if getattr(config, group) != getattr(base, group):
-            raise UserError(f"{task} can't have a model, a layout or folders of its own; give them to the command.")
+            raise UserError(f"{task} can't have its own model, layout or folders; give them to the command.")

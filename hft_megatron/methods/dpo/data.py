@@ -1,7 +1,7 @@
 """Preference pairs as the data of a run, and their micro-batches.
 
-A sample is a pair, or under --packing several pairs one behind the other. The two halves of a pair are always in the
-same micro-batch: as two sequences of their own, or as two segments of a pack, whose room is twice the sequence length.
+A sample is a pair, or with --packing several pairs in sequence. The two halves of a pair are always in the same
+micro-batch: as two sequences of their own, or as two segments of a pack of twice the sequence length.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,15 +28,15 @@ class PairBatches:
     pad_id: int
     share: BatchShare
     first_pair: int = 0
-    """Number of the data set's first pair among all of a run, those of training and of validation."""
+    """Number of the data set's first pair among all pairs of a run, of training and of validation."""
 
     def with_share(self, share: BatchShare) -> "PairBatches":
-        """The same for another part of a step."""
+        """The same batches for another part of a step."""
         return replace(self, share=share)
 
     def assemble(self, samples: Sequence[Sequence[int]], *, packed: bool) -> StepBatch:
-        """Micro-batches hold, besides what those of examples do, ``pairs`` (n,) int64, the numbers of their pairs,
-        and ``answers`` (n, 2) int64, the sequence or segment that each half is in, chosen and rejected.
+        """Micro-batches hold, besides the fields of examples, ``pairs`` (n,) int64, the numbers of their pairs,
+        and ``answers`` (n, 2) int64, the sequence or segment of each half, chosen and rejected.
         """
         halves = [[half for pair in sample for half in (2 * pair, 2 * pair + 1)] for sample in samples]
         share, answers = self.share, self.dataset.answers
@@ -81,15 +81,15 @@ class PreferenceData(RecordData[PairDataset]):
         return PairBatches(dataset=dataset, pad_id=self.pad_id, share=share, first_pair=first)
 
     def passes(self, share: BatchShare) -> Iterator[tuple[PairDataset, Iterator[StepBatch]]]:
-        """Each data set with batches of all its pairs, which count from 0 in each."""
+        """Yields each data set with batches of all its pairs, which count from 0 in each."""
         if self.train is not None:
             yield self.train, self._training_pass(self.training(share), len(self.train))
         for dataset in self.valid.values():
             yield dataset, BatchesInOrder(batches=self.batches(dataset, share, first=0)).steps(iteration=0)
 
     def _training_pass(self, batches: ShuffledBatches, pairs: int) -> Iterator[StepBatch]:
-        """The first epoch's own steps, so that numbers come out of the shapes that training has, then what a mixture
-        leaves out of an epoch."""
+        """Yields the first epoch's own steps, so that numbers come from training's shapes, then the pairs that a
+        mixture leaves out of an epoch."""
         size = batches.share.global_batch_size
         left = np.ones(pairs, dtype=np.bool_)
         consumed = 0
@@ -106,9 +106,9 @@ class PreferenceData(RecordData[PairDataset]):
 
 
 def read_preference_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> PreferenceData:
-    """Reads and tokenizes all sources, those of training only where something is trained.
+    """Reads and tokenizes all sources; training data only where something is trained.
 
-    Raises UserError for a source without files and for a mistake in them.
+    Raises UserError for a source without files and for an error in them.
     """
     seq_length = derived.sequence_length(config.training, shape)
     train = None

@@ -36,17 +36,17 @@ _SUMMED = (
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceRule:
-    """What is minimised over pairs."""
+    """The loss over pairs."""
 
     loss: PreferenceLoss = "sigmoid"
     beta: float = 0.1
-    """How much the policy is held to the reference; the tau of IPO."""
+    """Strength of the tie to the reference; the tau of IPO."""
     label_smoothing: float = 0.0
     """Probability that the two answers of a pair have been confused; for the sigmoid loss alone."""
     average_log_probs: bool = False
     """Divide every answer's log-probability by its number of tokens."""
     sft_weight: float = 0.0
-    """Of the chosen answer's mean token loss, which is added (Pang et al. 2024, arXiv:2404.19733, eq. 1)."""
+    """Weight of the chosen answer's mean token loss, which is added (Pang et al. 2024, arXiv:2404.19733, eq. 1)."""
 
 
 def answer_log_probs(token_losses: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:

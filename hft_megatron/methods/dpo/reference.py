@@ -1,7 +1,7 @@
-"""The reference's log-probabilities: of one pass before training, kept on disk, or of a forward pass in every step.
+"""The reference's log-probabilities: from one pass before training, kept on disk, or from a forward pass in every step.
 
 The log-probabilities of a batch's answers come from a table made before training (``precompute``), from a second
-forward pass through the policy with its trained half put back (``shared``: the resting half is the reference's own),
+forward pass through the policy with its trained half put back (``shared``: the frozen half is the reference's own),
 or from a second model (``model``).
 """
 
@@ -39,34 +39,34 @@ from hft_megatron.trainer.run import Run
 
 _TENSOR = "log_probs"
 _NOTE = "hft_megatron"
-"""The one entry of the file's metadata: safetensors writes several in any order."""
+"""The only entry of the file's metadata: safetensors writes several in any order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """What the numbers depend on."""
+    """Everything that the numbers depend on."""
 
     model: str
     """Digest of the reference's weights."""
     data: str
     """Digest of the pairs: files, tokenizer, template and rules."""
     dtype: str
-    """Of the weights, such as ``torch.float32``."""
+    """Data type of the weights, such as ``torch.float32``."""
     arithmetic: str
-    """What else decides the numbers: layout, packing and engine in bf16; empty in fp32, where that is rounding."""
+    """Other settings that change the numbers: layout, packing and engine in bf16; empty in fp32, which only rounds."""
     pairs: int
 
     def file_name(self, *, part: bool) -> str:
-        """``part``: of a pass that has not come to its end, which another run goes on with."""
+        """``part``: the file of an incomplete pass, which another run resumes."""
         words = json.dumps(asdict(self), sort_keys=True)
         return f"{hashlib.sha256(words.encode()).hexdigest()[:24]}{'.part' if part else ''}.safetensors"
 
 
 def read_cache(folder: Path, key: CacheKey, *, part: bool) -> Tensor | str | None:
-    """The log-probabilities, (pairs, 2) fp64; what is wrong with the file, where it is damaged; None without one.
+    """The log-probabilities, (pairs, 2) fp64; a message where the file is damaged; None without a file.
 
-    With ``part`` those of the pairs that a pass had come to, and NaN for the others.
-    Raises UserError for a file that is of another model or other data than its name says.
+    With ``part`` those of the pairs that a pass had reached, and NaN for the others.
+    Raises UserError for a file that belongs to another model or other data than its name says.
     """
     path = folder / key.file_name(part=part)
     try:
@@ -84,25 +84,25 @@ def read_cache(folder: Path, key: CacheKey, *, part: bool) -> Tensor | str | Non
     for name, value in asdict(key).items():
         if saved.get(name) != value:
             raise UserError(
-                f"--dpo-reference-cache {folder}: {path.name} was made for the {name} {_short(saved.get(name))}, and "
+                f"--dpo-reference-cache {folder}: {path.name} was made for the {name} {_short(saved.get(name))}, but "
                 f"this run's is {_short(value)}; delete the file, which has been renamed or copied over another."
             )
     return log_probs
 
 
 def check_cache_can_be_written(folder: Path) -> None:
-    """Makes the folder and a file in it, which goes again: a pass over all data must not be lost. Raises OSError."""
+    """Makes the folder and a temporary file in it: a pass over all data must not be lost. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder):
         pass
 
 
 def write_cache(folder: Path, key: CacheKey, log_probs: Tensor, *, part: bool) -> Path:
-    """Writes (pairs, 2) fp64 so that a crash leaves nothing torn; the whole replaces the part. Raises OSError."""
+    """Writes (pairs, 2) fp64 atomically; the whole file replaces the partial one. Raises OSError."""
     note = json.dumps({"key": asdict(key), "sha256": _sha256(log_probs)})
     path = folder / key.file_name(part=part)
     folder.mkdir(parents=True, exist_ok=True)
-    # Not the number of the process: in containers that share the folder they are alike.
+    # Not the process id: in containers that share the folder they may be alike.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.write_bytes(save({_TENSOR: log_probs.contiguous()}, {_NOTE: note}))
@@ -126,7 +126,7 @@ def _short(value: object) -> object:
 
 _PROGRESS_LINES = 10
 _PARTS = 100
-"""How often a pass keeps what it has, so that a stop loses a hundredth of it."""
+"""Number of times that a pass saves its state, so that a stop loses at most a hundredth of it."""
 
 
 class PrecomputedReference:
@@ -153,11 +153,11 @@ class PrecomputedReference:
 
 
 Ask = Callable[[Sequence[LlamaModel], StepBatch], None]
-"""Puts what chunks with a reference's weights say of a batch into its micro-batches; collective."""
+"""Adds the output of chunks with a reference's weights to a batch's micro-batches; collective."""
 
 
 def ask_log_probs(chunks: Sequence[LlamaModel], batch: StepBatch) -> None:
-    """Of preference pairs."""
+    """Adds the log-probabilities of preference pairs."""
     log_probs = reference_pass(chunks, batch)
     if not log_probs:
         return  # only the last stage makes a loss
@@ -166,7 +166,7 @@ def ask_log_probs(chunks: Sequence[LlamaModel], batch: StepBatch) -> None:
 
 
 class ModelReference:
-    """Asks a second model of the same layout."""
+    """Evaluates a second model of the same layout."""
 
     forward_passes = 1
 
@@ -183,20 +183,20 @@ class ModelReference:
         self._ask(self._chunks, batch)
 
     def head_weight(self) -> Tensor:
-        """The reference's, (rows, h); on the last stage."""
+        """The reference's head, (rows, h); on the last stage."""
         return self._chunks[-1].head_weight()
 
 
 class SharedReference(Hook):
-    """Asks the policy itself, with the units that have trained put back for the pass.
+    """Evaluates the policy itself, with the units that have trained put back for the pass.
 
-    What has never trained is the reference's already, so only the trained share of the weights is there twice.
+    Weights that have never trained are the reference's already, so only the trained share is in memory twice.
     """
 
     forward_passes = 1
 
     def __init__(self, chunks: Sequence[LlamaModel], trained: frozenset[str], ask: Ask = ask_log_probs) -> None:
-        """``chunks`` hold the reference's weights now; of the units ``trained`` in earlier rounds they are kept."""
+        """``chunks`` hold the reference's weights now; copies of the units ``trained`` in earlier rounds are kept."""
         self._chunks, self._ask = chunks, ask
         self._kept: dict[Parameter, Tensor] = {}
         self._wrapped: WrappedModel | None = None
@@ -218,13 +218,13 @@ class SharedReference(Hook):
 
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``; collective."""
-        # Without a round nothing trains, and whoever validates has the weights whole.
+        # Outside a round nothing trains, and validation finds the weights whole.
         gathered = contextlib.nullcontext() if self._wrapped is None else self._wrapped.gathered_parameters()
         with gathered, self._put_back():
             self._ask(self._chunks, batch)
 
     def head_weight(self) -> Tensor:
-        """The reference's, (rows, h), outside of a pass; on the last stage."""
+        """The reference's head, (rows, h), outside of a pass; on the last stage."""
         weight = self._chunks[-1].head_weight()
         return self._kept.get(weight, weight)
 
@@ -238,7 +238,7 @@ class SharedReference(Hook):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchanges values and not tensors: parameters are views of buffers, where gathers and optimizer look."""
+        """Exchanges values and not tensors: parameters are views of buffers that gathers and optimizer use."""
         for parameter, kept in self._kept.items():
             held = parameter.clone()
             parameter.copy_(kept)
@@ -252,7 +252,7 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 def reference_pass(chunks: Sequence[LlamaModel], batch: StepBatch) -> list[Tensor]:
     """Log-probabilities (nats, fp64) of each micro-batch's answers, (pairs, 2); none off the last stage. Collective.
 
-    Adapters rest for it: the reference of a model with adapters is that model without them.
+    Adapters are off for it: the reference of a model with adapters is that model without them.
     """
     with adapters_off(chunks):
         return [report[LOG_PROBS] for report in forward_pass(log_prob_step, chunks, batch)]
@@ -270,8 +270,8 @@ def log_prob_table(
 ) -> Tensor:
     """One pass over ``batches``, which hold every pair: (pairs, 2) fp64 on every rank. Collective.
 
-    Of a pair that comes in more than one batch the numbers of the first count. Every hundredth of the way ``keep_part``
-    gets the table so far, NaN where there is nothing yet; ``begun`` is such a table of a pass that was stopped.
+    If a pair is in more than one batch, the first batch's numbers count. Every hundredth of the way ``keep_part`` gets
+    the table so far, NaN where a number is missing; ``begun`` is such a table of an interrupted pass.
     """
     table = torch.full((pairs, 2), torch.nan, dtype=torch.float64) if begun is None else begun.clone()
     is_there = ~table[:, 0].isnan()
@@ -304,16 +304,16 @@ def log_prob_table(
 
 
 def _on_all(count: Tensor, placement: Placement) -> int:
-    """The sum over ranks, which hold different numbers of pairs: what all decide alike must not be a rank's own."""
+    """The sum over ranks, which hold different numbers of pairs: a common decision must not depend on one rank."""
     total = count.to(device=placement.device, dtype=torch.int64)
     dist.all_reduce(total)
     return int(total)
 
 
 def _fill(table: Tensor, is_there: Tensor, new: Sequence[tuple[Tensor, Tensor]], placement: Placement) -> None:
-    """Into every rank's ``table`` what all ranks' batches since the last call gave, the first of a pair."""
+    """Adds the numbers of all ranks' batches since the last call to every rank's ``table``, the first of a pair."""
     everyone = gathered(new)
-    # Batch by batch, as training would meet the pairs, and not rank by rank.
+    # Batch by batch, in training's order of the pairs, and not rank by rank.
     in_turn = [found for batch in zip(*(part for part in everyone if part), strict=True) for found in batch]
     if not in_turn:
         return

@@ -1,4 +1,4 @@
-"""Which reference model a run compares with, and where its weights come from."""
+"""The reference model of a run, and the source of its weights."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -55,9 +55,9 @@ def reference_of_run(
 ) -> Reference:
     """The reference of preference tuning; collective.
 
-    ``chunks`` hold the weights that the run started from, before a checkpoint fills them, except in a run that
-    --finetune started and that goes on: then they are filled here where they are needed. Raises UserError where the
-    reference's weights are not what they were, or its cache can't be used.
+    ``chunks`` hold the weights that the run started from, before a checkpoint fills them. In a resumed run that
+    --finetune started, they are filled here where they are needed. Raises UserError where the reference's weights have
+    changed, or its cache can't be used.
     """
     data, options = inputs.data, inputs.config.dpo
     assert isinstance(data, PreferenceData), "pairs are compared with a reference"
@@ -90,13 +90,13 @@ def reference_in_memory(
     announce: Announce,
     ask: Ask = ask_log_probs,
 ) -> SharedReference | ModelReference:
-    """A reference that is asked in every step; see ``reference_of_run``, and for ``ask`` the reference itself."""
+    """A reference that is evaluated in every step; see ``reference_of_run``, and for ``ask`` the reference itself."""
     folder = inputs.config.dpo.dpo_reference_model
     if folder is None:
         chunks = _with_weights_of_start(inputs, chunks, _base(inputs))
     if kind == "shared":
         without = inputs.shape.adapters is not None
-        kept = "the policy without its adapters" if without else "the policy's resting weights, and a copy of each unit"
+        kept = "the policy without its adapters" if without else "the policy's frozen weights, and a copy of each unit"
         announce(f"> reference: {kept}{'' if without else ' that trains'}")
         return SharedReference(chunks, _trained_so_far(inputs, rounds), ask)
     announce(f"> reference: a second model, {folder or 'with the weights of the start'}")
@@ -118,7 +118,7 @@ def _with_weights_of_start(inputs: Inputs, chunks: Sequence[LlamaModel], base: "
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
-    """What the numbers of a cache were made with; see ``CacheKey``."""
+    """Origin of a cache's numbers; see ``CacheKey``."""
 
     model: str
     dtype: str
@@ -126,8 +126,8 @@ class _Made:
 
 
 def _arithmetic(inputs: Inputs, placement: Placement) -> str:
-    """What changes the order of sums. In fp32 that is below 1e-5, and numbers of one layout serve any other. In bf16 it
-    changes an answer's log-probability by whole units, and margins that should be 0 with it.
+    """Settings that change the order of sums. In fp32 the effect is below 1e-5, and numbers of one layout serve any
+    other. In bf16 it changes an answer's log-probability by whole units, and margins that should be 0 with it.
     """
     config = inputs.config
     engine = "torch" if config.training.transformer_impl == "local" else "transformer-engine"
@@ -145,7 +145,7 @@ class _Base:
 
 
 def _base_of_finetuning(inputs: Inputs) -> _Base:
-    """Where a run that --finetune started took its weights. Noted in --save at the start, and wherever it goes on."""
+    """The start weights of a run that --finetune started. Noted in --save at the start, and read on every resume."""
     assert inputs.checkpoint is not None
     if not inputs.resumes:
         base = _Base(checkpoint=inputs.checkpoint.resolve(), digest=identity_of(inputs.checkpoint))
@@ -158,7 +158,7 @@ def _base_of_finetuning(inputs: Inputs) -> _Base:
             base = _Base(checkpoint=run / checkpoint.name, digest=str(noted["digest"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"--load {note.parent}: {note.name}, which says what checkpoint the run started from, "
+                f"--load {note.parent}: {note.name}, which names the checkpoint that the run started from, "
                 f"can't be read ({error}); copy the run's folder again."
             ) from error
     if inputs.config.checkpoint.save is not None:
@@ -185,8 +185,8 @@ def _check_base(inputs: Inputs, base: _Base) -> None:
         ) from error
     if found != base.digest:
         raise UserError(
-            f"{run}: {base.checkpoint}, which this run started from and compares with, is not what it was "
-            f"(sha256 {found[:12]} instead of {base.digest[:12]}); put the right one back."
+            f"{run}: {base.checkpoint}, which this run started from and compares with, has changed "
+            f"(sha256 {found[:12]} instead of {base.digest[:12]}); put the original back."
         )
 
 
@@ -199,7 +199,7 @@ def _trained_so_far(inputs: Inputs, rounds: Rounds) -> frozenset[str]:
 
 
 def _digest_of_weights(inputs: Inputs, placement: Placement) -> str:
-    """Of the reference's folder, or of what the run started from."""
+    """Digest of the reference's folder, or of the weights that the run started from."""
     folder = inputs.config.dpo.dpo_reference_model or inputs.config.model.load_hf
     if folder is not None:
         return _digest_of_folder(folder, placement)
@@ -212,7 +212,7 @@ def _digest_of_folder(folder: str, placement: Placement) -> str:
 
 
 def _second_model(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Placement) -> list[LlamaModel]:
-    """Of the same layout, with the folder's weights or those that ``chunks`` hold."""
+    """A model of the same layout, with the folder's weights or those of ``chunks``."""
     config, folder = inputs.config, inputs.config.dpo.dpo_reference_model
     second = build_model(
         inputs.shape if folder is None else inputs.shape.base,
@@ -241,8 +241,8 @@ def _table(
     placement: Placement,
     announce: Announce,
 ) -> torch.Tensor:
-    """Log-probabilities of all pairs, those of validation behind those of training; the model is asked for at most
-    once, and not where all are in the cache."""
+    """Log-probabilities of all pairs, validation after training. The model is built at most once, and not at all where
+    all are in the cache."""
     reference = None
     tables = []
     for dataset, batches in data.passes(share):
@@ -262,10 +262,10 @@ def _table(
 
 
 def _cached(folder: Path, key: CacheKey, announce: Announce, *, part: bool = False) -> torch.Tensor | None:
-    """What rank 0 finds on its disk, on every rank; a damaged file counts as none, and is named."""
+    """The table that rank 0 finds on its disk, on every rank; a damaged file counts as none, and is named."""
     answer = on_rank_0(lambda: read_cache(folder, key, part=part))
     if isinstance(answer, str):
-        announce(f"> reference: {answer}: making it again")
+        announce(f"> reference: {answer}; computing it again")
         return None
     if answer is not None:
         found = key.pairs - int(answer[:, 0].isnan().sum())

@@ -1,4 +1,4 @@
-"""What is asked of models before the passes of a step, without gradients: the trained one, and that of the start."""
+"""Forward passes before a step's own, without gradients: of the trained model, and of the weights of the start."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,11 +21,11 @@ from hft_megatron.trainer.rounds import Rounds
 from hft_megatron.trainer.run import Reference, Run
 
 Question = Callable[[Sequence[LlamaModel], StepBatch, Placement], None]
-"""Puts what the model says of a batch into its micro-batches; collective."""
+"""Adds the model's output for a batch to its micro-batches; collective."""
 
 
 class TrainedModel(Hook):
-    """Asks the trained model itself."""
+    """Evaluates the trained model itself."""
 
     held_bytes, forward_passes = 0, 1
 
@@ -44,7 +44,7 @@ class TrainedModel(Hook):
 
 
 class FirstWeights(Hook):
-    """Asks the weights that the run started from, for the divergence from them."""
+    """Evaluates the weights that the run started from, for the divergence from them."""
 
     forward_passes = 1
 
@@ -71,7 +71,7 @@ class FirstWeights(Hook):
 
 
 class InTurn(Hook):
-    """Asks several."""
+    """Evaluates several in turn."""
 
     def __init__(self, asked: Sequence[TrainedModel | FirstWeights]) -> None:
         self._asked = asked
@@ -104,7 +104,7 @@ def asked_of_run(
     placement: Placement,
     announce: Announce,
 ) -> Reference | None:
-    """What the objective of a fine-tuning asks before each step, None for nothing; collective.
+    """The passes that a fine-tuning objective needs before each step, None for none; collective.
 
     ``chunks`` are as for ``dpo.reference_of_run.reference_of_run``.
     """

@@ -1,11 +1,11 @@
-"""Intuitive Fine-Tuning (IFT): examples mixed with the model's own predictions, and losses that count what follows.
+"""Intuitive Fine-Tuning (IFT): examples mixed with the model's own predictions, and losses weighted by later ones.
 
 Hua et al. 2024 (arXiv:2405.11870), as the authors' code has it (TsinghuaC3I/Intuitive-Fine-Tuning). Of an example with
 the inputs x, where M are the positions whose next token is trained:
 
-1. A pass without gradients gives the likeliest next token g_t behind every x_1 .. x_t. Each trained token has g_{t-1}
+1. A pass without gradients gives the likeliest next token g_t after every x_1 .. x_t. Each trained token has g_{t-1}
    in x~, every other token, the first among them, itself.
-2. Layers are fed (1 - lambda) E(x_t) + lambda E(x~_t). No gradient reaches the embedding E this way.
+2. Layers get (1 - lambda) E(x_t) + lambda E(x~_t). No gradient reaches the embedding E this way.
 3. With l_t the loss of the next token in M, and 0 elsewhere, C_t is the sum over k >= t of gamma^(k-t) l_k in M, and 0
    elsewhere; distances count all positions.
 4. The loss of the example is sum l_t C_t / sum C_t, and that of a batch the mean over its examples.
@@ -14,7 +14,7 @@ In the authors' code gradients go through C as well. A token's weight in the gra
 (C_k + B_k - L G_k) / sum C with B_k the sum over t <= k in M of gamma^(k-t) l_t, G_k that of gamma^(k-t), and L the
 loss of the example: it can be negative, and is so first for the last tokens, which are then trained to be less likely.
 Detached, weights are C_k / sum C. The paper's equation 21 is another loss, without the division, whose weights grow
-with the position; it is not built.
+with the position; it is not implemented.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,12 +37,12 @@ from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.method import LossFunction, MicroBatch, Objective
 
 PREDICTED = "tokens with predictions"
-"""In a micro-batch: x~, (b, s) int64."""
+"""Key in a micro-batch: x~, (b, s) int64."""
 _SUMS = "sums over examples and tokens"
 
 
 def ask_predictions(chunks: Sequence[LlamaModel], batch: StepBatch, placement: Placement) -> None:
-    """Gives each micro-batch its x~, on every stage: the first one needs what the last one finds. Collective."""
+    """Gives each micro-batch its x~, on every stage: the first one needs the last one's result. Collective."""
     likeliest = look_at_hidden_states(_likeliest, chunks, batch)
     if not likeliest:
         shape = (len(batch.micro_batches), batch.seq_length, batch.sequences)
@@ -107,9 +107,9 @@ def intuitive_loss(
 
 
 def discounted_sums(values: Tensor, lengths: Sequence[int], gamma: float) -> Tensor:
-    """(n,) -> for every position the sum over those from it on to the end of its segment of gamma^distance x value.
+    """(n,) -> for every position the sum of gamma^distance x value from it to the end of its segment.
 
-    In as many steps as doublings lead to the longest of the ``lengths``.
+    Needs one step per doubling up to the longest of the ``lengths``.
     """
     counts = torch.tensor(lengths, device=values.device)
     segments = torch.arange(len(lengths), device=values.device).repeat_interleave(counts, output_size=len(values))
@@ -133,7 +133,7 @@ def measure(reports: list[dict[str, Tensor]], group: dist.ProcessGroup, device: 
 
 
 def intuitive_objective(options: ObjectivesConfig) -> Objective:
-    """The objective that the options of a run describe; ``ask_predictions`` comes before each of its steps."""
+    """The objective that the options of a run describe; ``ask_predictions`` runs before each of its steps."""
     return Objective(
         loss_name=names.OBJECTIVE_LOSS,
         forward_step=partial(forward_step, options=options),

@@ -14,15 +14,15 @@ from hft_megatron.model.llama import LlamaModel
 from hft_megatron.trainer.method import LossFunction, MicroBatch, forward_pass
 
 BASE_HIDDEN = "hidden states of the first weights"
-"""In a micro-batch: (s / tp or s, b, h)."""
+"""Key in a micro-batch: (s / tp or s, b, h)."""
 _FOUND = "found"
 
 Look = Callable[[Tensor, LlamaModel], Tensor]
-"""What is made of the last stage's hidden states (s / tp or s, b, h)."""
+"""Function of the last stage's hidden states (s / tp or s, b, h)."""
 
 
 def model_of(chunk: torch.nn.Module) -> LlamaModel:
-    """A chunk, or the one that megatron-core's ``DistributedDataParallel`` has wrapped."""
+    """The chunk, or the one that megatron-core's ``DistributedDataParallel`` has wrapped."""
     return cast(LlamaModel, getattr(chunk, "module", chunk))
 
 
@@ -39,7 +39,7 @@ def _step(batches: Iterator[MicroBatch], chunk: torch.nn.Module, *, look: Look) 
 
 
 def look_at_hidden_states(look: Look, chunks: Sequence[LlamaModel], batch: StepBatch) -> list[Tensor]:
-    """What ``look`` makes of each micro-batch; none off the last stage. Collective."""
+    """Applies ``look`` to each micro-batch; empty except on the last stage. Collective."""
     return [found[_FOUND] for found in forward_pass(partial(_step, look=look), chunks, batch)]
 
 

@@ -1,4 +1,4 @@
-"""The objectives of a fine-tuning: each has a value of --objective, its rules, and what it trains with.
+"""The objectives of fine-tuning: each has a value of --objective, rules, and a training objective.
 
 Declared without torch, so that the command line can check options before it loads anything.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hft_megatron.config import derived, objectives
 from hft_megatron.config.declared import flag
+from hft_megatron.config.lora import adapters_of
 from hft_megatron.config.names import ObjectiveName, add
 from hft_megatron.config.objectives import ObjectivesConfig
 from hft_megatron.config.validation import Rule
@@ -26,26 +27,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ObjectiveDeclaration:
-    """What is known of an objective before torch is imported."""
+    """Declaration of an objective, before torch is imported."""
 
     name: ObjectiveName
     """The value of --objective."""
     load: Callable[[RunConfig], Objective]
-    """Imports what it trains with, and sets it up by the options."""
+    """Imports its code, and sets it up by the options."""
     question: Callable[[], Question] | None = None
-    """Imports what the trained model is asked of every batch before its pass; None: nothing."""
+    """Imports the pass of the trained model over every batch before its step; None: none."""
     kl_to_base: float = 0.0
     """Weight of the divergence from the first weights where --kl-to-base is unset."""
     options: tuple[str, ...] = ()
     """Fields of ObjectivesConfig that have a meaning with it alone."""
     rules: tuple[Rule, ...] = ()
-    """About its own options."""
+    """Rules for its own options."""
     notes: Callable[[RunConfig], list[str]] = lambda config: []
     """Lines for the log about its options."""
 
 
 OBJECTIVES: dict[ObjectiveName, ObjectiveDeclaration] = {}
-"""By name."""
+"""Declared objectives by name."""
 
 
 def register(declaration: ObjectiveDeclaration) -> None:
@@ -55,12 +56,12 @@ def register(declaration: ObjectiveDeclaration) -> None:
 
 
 def chosen(config: RunConfig) -> ObjectiveDeclaration:
-    """The one that the options name."""
+    """The objective that the options name."""
     return OBJECTIVES[config.objectives.objective]
 
 
 def kl_weight(config: RunConfig) -> float:
-    """How much the divergence from the first weights counts; 0: there is none."""
+    """Weight of the divergence from the first weights; 0: none."""
     given = config.objectives.kl_to_base
     return chosen(config).kl_to_base if given is None else given
 
@@ -74,24 +75,24 @@ _DEFAULTS = {field.name: field.default for field in fields(ObjectivesConfig)}
 
 
 def options_have_a_meaning(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """An option of another objective would be ignored in silence."""
+    """Raises UserError for an option of another objective, which would be silently ignored."""
     options = config.objectives
     for other in OBJECTIVES.values():
         for name in other.options if other.name != options.objective else ():
             if getattr(options, name) != _DEFAULTS[name]:
                 raise UserError(
-                    f"{flag(name)} {getattr(options, name)} is an option of --objective {other.name}, and this is "
-                    f"{options.objective}; leave it out, or add --objective {other.name}."
+                    f"{flag(name)} {getattr(options, name)} is an option of --objective {other.name}, but --objective "
+                    f"is {options.objective}; leave it out, or use --objective {other.name}."
                 )
     if options.kl_reference != _DEFAULTS["kl_reference"] and kl_weight(config) == 0:
         raise UserError(
-            f"--kl-reference {options.kl_reference} is where --kl-to-base has the first weights from, and nothing is "
-            f"compared with them; leave it out, or add --kl-to-base 0.1."
+            f"--kl-reference {options.kl_reference} names the first weights for --kl-to-base, which is 0; leave "
+            f"it out, or add --kl-to-base 0.1."
         )
 
 
 def objective_fits_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """The rules of all objectives, and those of the chosen one."""
+    """Applies the rules of all objectives, and those of the chosen one."""
     rules = (objectives.kl_reference_knows_distributions, options_have_a_meaning, *chosen(config).rules)
     for rule in rules:
         rule(config, shape, world_size)
@@ -141,7 +142,7 @@ def _predictions() -> Question:
 
 
 def divergence_is_of_examples_as_they_are(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Of inputs that are partly the model's own predictions the first weights know nothing."""
+    """Refuses the divergence on inputs that are partly the model's own predictions, unknown to the first weights."""
     if kl_weight(config) > 0:
         raise UserError(
             f"--kl-to-base {kl_weight(config):g} compares distributions on the examples as they are, and --objective "
@@ -150,20 +151,21 @@ def divergence_is_of_examples_as_they_are(config: RunConfig, shape: ModelShape, 
 
 
 def embedding_is_frozen(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """A matrix that no gradient reaches would change by weight decay alone. A plan file says for itself what trains."""
+    """Refuses a trainable embedding, which weight decay alone would change. A plan file decides itself what trains, and
+    beside adapters no matrix does."""
     hft, names = config.hft, ("model.embed_tokens", "model.embed_tokens.weight")
     frozen = hft.hft_freeze_embedding or any(
         fnmatchcase(name, pattern) for name in names for pattern in derived.patterns(hft.hft_freeze)
     )
-    if not shape.tie_embeddings and not frozen and hft.hft_plan is None:
+    if not shape.tie_embeddings and not frozen and hft.hft_plan is None and adapters_of(config.lora) is None:
         raise UserError(
-            "--objective ift gives the input embedding no gradient, so that only weight decay would change it; add "
+            "--objective ift gives the input embedding no gradient, so only weight decay would change it; add "
             "--hft-freeze-embedding."
         )
 
 
 def note_negative_weights(config: RunConfig) -> list[str]:
-    """What the authors' way can do to the end of an answer."""
+    """A warning about what the authors' weights can do to the end of an answer."""
     if config.objectives.ift_weights == "detached":
         return []
     return [

@@ -1,4 +1,4 @@
-"""Token losses that count by what the model thinks of their tokens, and a divergence from the weights of the start.
+"""Token losses weighted by the model's own probabilities, and a divergence from the weights of the start.
 
 With l_t the negative log-likelihood of a trained token, p_t = exp(-l_t), and no gradient through a weight:
 
@@ -32,21 +32,21 @@ from hft_megatron.tracking import tracker as names
 from hft_megatron.trainer.method import LossFunction, MicroBatch, Objective, forward_pass
 
 LIKELIEST, LARGEST_ENTROPY = 20, 3.0
-"""Of EAFT: the tokens that the entropy is of, and what it is divided by."""
+"""EAFT's number of tokens in the entropy, and its divisor."""
 LEAST_WEIGHT = 0.01
-"""Of TALR."""
+"""TALR's lowest weight."""
 TEMPERATURE = "temperature"
 BASE_HEAD = "head of the first weights"
-"""In a micro-batch: TALR's tau, (); and this tensor rank's rows, (rows, h)."""
+"""Keys in a micro-batch: TALR's tau, (); and this tensor rank's rows, (rows, h)."""
 _MEANS = "mean losses of examples"
 _SUMS = "sums over tokens"
 
 Weigh = Callable[[TokenValues, MicroBatch], Tensor]
-"""Values of tokens -> how much each counts, (b, s) fp32."""
+"""Values of tokens -> the weight of each, (b, s) fp32."""
 
 
 def alike(values: TokenValues, micro_batch: MicroBatch) -> Tensor:
-    """Every token as much as another."""
+    """The same weight for every token."""
     return torch.ones_like(values.losses)
 
 
@@ -70,13 +70,13 @@ def by_tempered_probability(values: TokenValues, micro_batch: MicroBatch) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRule:
-    """What is minimised over trained tokens."""
+    """The loss over trained tokens."""
 
     weigh: Weigh
     entropy_of: int
     """See ``Beside``."""
     kl: float
-    """Beta; 0: nothing is compared."""
+    """Beta; 0: no divergence."""
 
 
 def forward_step(
@@ -113,8 +113,8 @@ def weighted_loss(
 def measure(
     reports: list[dict[str, Tensor]], group: dist.ProcessGroup, device: Any, *, rule: TokenRule
 ) -> dict[str, float]:
-    """Means per trained token (nats) over all micro-batches of all data-parallel ranks: what is minimised, the plain
-    loss and, where something is compared, the divergence. Call on the last stage."""
+    """Means per trained token (nats) over all micro-batches of all data-parallel ranks: the objective, the plain loss
+    and, where there is one, the divergence. Call on the last stage."""
     rows = [report[_SUMS].double() for report in reports]
     total = torch.stack(rows).sum(dim=0) if rows else torch.zeros(4, dtype=torch.float64, device=device)
     dist.all_reduce(total, group=group)
@@ -124,7 +124,7 @@ def measure(
 
 
 def weighted_objective(weigh: Weigh, *, kl: float, entropy_of: int = 0) -> Objective:
-    """Token losses weighed by ``weigh``, and ``kl`` times the divergence from the first weights."""
+    """Token losses weighted by ``weigh``, and ``kl`` times the divergence from the first weights."""
     rule = TokenRule(weigh=weigh, entropy_of=entropy_of, kl=kl)
     return Objective(
         loss_name=names.OBJECTIVE_LOSS,
@@ -163,7 +163,7 @@ def mean_losses(token_losses: Tensor, micro_batch: MicroBatch) -> Tensor:
 
 
 def median_over_ranks(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The median, (), of the numbers that all ranks have, (n,) of any n, without what is not a number; fp32."""
+    """The median, (), of the numbers that all ranks have, (n,) of any n, without NaN; fp32."""
     most = torch.tensor(len(mine), device=mine.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     padded = mine.new_full((int(most),), torch.nan)

@@ -30,17 +30,17 @@ FIELDS = ("tokens", "labels", "loss_mask")
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusBatches:
-    """Training: the samples one after the other; each is exactly ``seq_length``."""
+    """Training batches: the samples in order; each is exactly ``seq_length``."""
 
     samples: Samples
     seq_length: int
     share: BatchShare
     end: int | None = None
-    """The token that ends a document, where documents must not see each other; None where attention goes on."""
+    """The token that ends a document, where documents must not see each other; None where attention crosses them."""
 
     def step(self, consumed_samples: int) -> StepBatch:
         """The step after ``consumed_samples`` samples (over all ranks). Reads this rank's rows only, unless documents
-        are apart: how long they are in the whole global batch is what attention costs."""
+        are apart: the cost of attention depends on their lengths in the whole global batch."""
         share = self.share.after(consumed_samples)
         size, batch = share.micro_batch_size, share.global_batch_size
         packed = self.end is not None
@@ -57,7 +57,7 @@ class CorpusBatches:
         )
 
     def _micro_batch(self, first: int) -> dict[str, torch.Tensor]:
-        """The samples from ``first`` on; where documents are apart, laid end to end as the engine knows them."""
+        """The samples from ``first`` on; where documents are apart, laid end to end as the engine expects them."""
         rows = [self.samples[first + row] for row in range(self.share.micro_batch_size)]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in FIELDS}
         if self.end is None:
@@ -66,7 +66,7 @@ class CorpusBatches:
         return {**apart, "cu_seqlens": self._segments(stacked["tokens"]).int()}
 
     def _segments(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where the documents of (..., seq_length) begin in the flat tokens, and the end: int64, (documents + 1,).
+        """Starts of the documents of (..., seq_length) in the flat tokens, and the end: int64, (documents + 1,).
 
         As in Megatron an end token belongs to the document before it; every sample begins with a document of its own.
         """
@@ -82,12 +82,12 @@ class CorpusBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusValidation:
-    """Validation: as in Megatron every one goes on where the last one stopped."""
+    """Validation batches: as in Megatron every validation continues where the last one stopped."""
 
     batches: CorpusBatches
     eval_iters: int
     eval_interval: int | None
-    """Validations stand at its multiples and at the end of the run; only there when None."""
+    """Iterations between validations, which also run at the end; None: only at the end."""
 
     def steps(self, iteration: int) -> Iterator[StepBatch]:
         """``eval_iters`` steps, which follow from the number of validations before this one; that of --eval-on-start
@@ -111,10 +111,10 @@ class CorpusData:
     counts: SampleCounts
     logging: LoggingConfig
     end: int | None
-    """As ``CorpusBatches`` has it."""
+    """The ``end`` of ``CorpusBatches``."""
     uses_chat_template: bool = False
     samples: None = None
-    """No epochs: all passes over a corpus are shuffled together."""
+    """None, without epochs: all passes over a corpus are shuffled together."""
 
     @property
     def digest(self) -> str | None:
@@ -122,7 +122,7 @@ class CorpusData:
 
     @property
     def valid_digests(self) -> dict[str, str]:
-        """None: every validation takes --eval-iters steps, whatever is in the files."""
+        """Empty: every validation takes --eval-iters steps, whatever is in the files."""
         return {}
 
     @property
@@ -147,7 +147,7 @@ class CorpusData:
         steps = CorpusValidation(
             batches=self._batches(self.corpus.valid, full),
             eval_iters=self.logging.eval_iters,
-            # A single validation is the first, wherever the weights are from.
+            # A single validation is the first, whatever run the weights are from.
             eval_interval=self.logging.eval_interval if self.counts.train else None,
         )
         return {"corpus": steps}
@@ -159,10 +159,10 @@ class CorpusData:
 def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> CorpusData:
     """Checks all files and builds the indices of as many samples as the run takes.
 
-    Raises UserError for a mistake in them and for sources that are too short.
+    Raises UserError for an error in them and for sources that are too short.
     """
     batches = derived.batch_sizes(config, world_size)
-    # A stage that is checked before its turn comes with its options unresolved.
+    # A stage that is checked before its turn still has unresolved options.
     iterations = derived.train_iters(replace(config.training, global_batch_size=batches.full))
     logging, options = config.logging, config.corpus
     valid = 0
@@ -174,7 +174,7 @@ def read_corpus_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape,
             global_batch_size=batches.full,
         )
     length = derived.sequence_length(config.training, shape)
-    # As in Megatron the samples of a last step that is left out are among those that are shuffled.
+    # As in Megatron the samples of a last step that is left out are shuffled with the others.
     train = max(batches.samples_before(iterations), config.training.train_samples or 0)
     counts = SampleCounts(seq_length=length, train=train, valid=valid)
     flags = {"--reset-attention-mask": options.reset_attention_mask, "--eod-mask-loss": options.eod_mask_loss}

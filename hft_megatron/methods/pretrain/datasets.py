@@ -27,7 +27,7 @@ from hft_megatron.methods.pretrain.files import CorpusFiles, read_corpus_files
 from hft_megatron.methods.pretrain.indices import kept_in
 
 IN_MEMORY = ""
-"""As megatron-core's ``path_to_cache``: it writes indices nowhere, where None means a folder next to the data."""
+"""Value of megatron-core's ``path_to_cache`` that writes no indices; None means a folder next to the data."""
 
 
 class Samples(Protocol):
@@ -40,7 +40,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCounts:
-    """What is taken of a corpus."""
+    """Numbers of samples that a run takes of a corpus."""
 
     seq_length: int
     train: int
@@ -51,25 +51,25 @@ class SampleCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRules:
-    """What samples are, beside how many."""
+    """Rules of the samples, beside their number."""
 
     seed: int
     eod_mask_loss: bool = False
     needs_ends: str | None = None
-    """The option for which documents must end with the tokenizer's end token; None where none does."""
+    """The option for which documents must end with the tokenizer's end token; None where none needs it."""
     kept_in: Path | None = None
-    """Folder for the indices of samples; None where they stay in memory."""
+    """Folder for the indices of samples; None: they stay in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSources:
-    """Where samples come from."""
+    """Sources of samples."""
 
     train: tuple[DataSource, ...]
     valid: tuple[DataSource, ...] = ()
-    """Empty where ``split`` divides those of ``train``, and where nothing is validated."""
+    """Validation sources; empty where ``split`` divides those of ``train``, and without validation."""
     split: str | None = None
-    """None where every part has sources of its own."""
+    """Value of --split; None where every part has sources of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,15 +80,15 @@ class Corpus:
     """None where nothing is trained."""
     valid: Samples | None
     digest: str | None
-    """Of the files that are trained on and their weights."""
+    """Digest of the training files and their weights."""
     order_digest: str | None
-    """Of the order of the training samples."""
+    """Digest of the order of the training samples."""
     lines: tuple[str, ...]
-    """For the log."""
+    """Lines for the log."""
 
 
 def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules) -> Corpus:
-    """megatron-core's made-up documents of counting numbers, of which it makes three equal parts."""
+    """megatron-core's made-up documents of counting numbers, which it makes in three equal parts."""
     train, valid = _build({"split": "1,1,1"}, tokenizer, counts, rules)
     return Corpus(
         train=train,
@@ -101,20 +101,20 @@ def mock_corpus(tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """What is taken for one purpose."""
+    """The samples taken for one purpose."""
 
     number: int
-    """As megatron-core counts them: 0 for training, 1 for validation."""
+    """megatron-core's number of the split: 0 for training, 1 for validation."""
     what: str
     wanted: int
-    """Samples."""
+    """Number of samples."""
     asked_by: str
     """The option that asks for them."""
     option: str
     """The option that names the sources."""
     sources: tuple[DataSource, ...]
     within: tuple[float, float]
-    """Which of every source's documents, as shares of all."""
+    """Range of every source's documents, as shares of all."""
 
 
 def read_corpus(
@@ -122,7 +122,7 @@ def read_corpus(
 ) -> Corpus:
     """The samples of the files that ``sources`` name.
 
-    Raises UserError for a mistake in the files and for a part of a source that is shorter than one sample.
+    Raises UserError for an error in the files and for a part of a source that is shorter than one sample.
     """
     parts = _parts(sources, counts)
     held = {
@@ -144,8 +144,8 @@ def read_corpus(
         if len(samples) < part.wanted:
             raise UserError(
                 f"{part.option}: one pass over all sources is {len(samples)} samples of {counts.seq_length} tokens, "
-                f"and {part.asked_by} asks for {part.wanted}; write a weight before each source, with which they are "
-                f"repeated, or ask for less."
+                f"and {part.asked_by} asks for {part.wanted}; write a weight before each source, which lets them "
+                f"repeat, or ask for less."
             )
     if rules.kept_in is not None:
         lines.append(f"indices of samples are kept in {rules.kept_in}")
@@ -162,12 +162,12 @@ def read_corpus(
 
 
 def _parts(sources: CorpusSources, counts: SampleCounts) -> list[_Part]:
-    """Those that something is taken from: training and validation, where they are asked for."""
+    """The parts that samples are taken from: training and validation, where they are asked for."""
     everything = (0.0, 1.0)
     within: list[tuple[float, float]] = [everything, everything]
     options = ["--train-data-path", "--valid-data-path"]
     if sources.split is not None:
-        # megatron-core's own numbers and rounding, so that what is checked is what it takes.
+        # megatron-core's own numbers and rounding, so that the check sees what it takes.
         within = [part or (1.0, 1.0) for part in convert_split_vector_to_split_matrix(_normalized(sources.split))]
         options = ["--data-path"] * 2
     train = _Part(
@@ -193,7 +193,7 @@ def _parts(sources: CorpusSources, counts: SampleCounts) -> list[_Part]:
 
 
 def _blend(sources: Sequence[DataSource]) -> tuple[list[str], list[float] | None]:
-    """As megatron-core has it; the share of one source is everything, whatever its weight."""
+    """The blend in megatron-core's form; the share of one source is everything, whatever its weight."""
     weights = [source.weight for source in sources if source.weight is not None]
     return [source.path for source in sources], weights if weights and len(sources) > 1 else None
 
@@ -206,14 +206,14 @@ def _only(number: int, part: _Part) -> list[Any]:
 def _build_parts(
     parts: Sequence[_Part], blends: dict[str, Any], tokenizer: Tokenizer, counts: SampleCounts, rules: SampleRules
 ) -> list[Any]:
-    """``_build``, with what megatron-core makes of too many sources as a sentence."""
+    """Calls ``_build`` and turns megatron-core's failure at too many sources into a UserError."""
     try:
         return _build(blends, tokenizer, counts, rules)
     except IndexError:
         part = parts[0]
         raise UserError(
-            f"{part.option}: {len(part.sources)} sources are too many for {part.wanted} samples, of which each would "
-            f"get at least one; join sources, or ask for more samples."
+            f"{part.option}: {len(part.sources)} sources are too many for {part.wanted} samples, of which each source "
+            f"would get at least one; join sources, or ask for more samples."
         ) from None
 
 
@@ -222,7 +222,7 @@ def _read_files(prefix: str, vocab_size: int, end: int, rules: SampleRules, *, o
     found = read_corpus_files(prefix, vocab_size, None if rules.needs_ends is None else end, option=option)
     if rules.needs_ends is not None and not found.has_end:
         raise UserError(
-            f"{rules.needs_ends} goes by the token {end}, with which the tokenizer ends a document, and {prefix}.bin "
+            f"{rules.needs_ends} needs the token {end}, with which the tokenizer ends a document, but {prefix}.bin "
             f"has none; make the corpus with it (--append-eod), or leave {rules.needs_ends} out."
         )
     return found
@@ -250,7 +250,7 @@ def _build(blends: dict[str, Any], tokenizer: Tokenizer, counts: SampleCounts, r
         create_attention_mask=False,
     )
     if config.split_matrix is not None:
-        # A part that nobody asked for may be empty, and megatron-core counts passes over nothing without end.
+        # A part that nobody asked for may be empty, and megatron-core would count passes over it forever.
         wanted = (counts.train, counts.valid, 0)
         config.split_matrix[:] = [
             part if count else None for part, count in zip(config.split_matrix, wanted, strict=True)
@@ -265,7 +265,7 @@ def _build(blends: dict[str, Any], tokenizer: Tokenizer, counts: SampleCounts, r
 
 @dataclass(frozen=True, kw_only=True)
 class _EndOfDocument:
-    """What megatron-core asks of a tokenizer here. Without a ``pad`` it masks no id: samples hold no padding, and a
+    """The tokenizer that megatron-core needs here. Without a ``pad`` it masks no id: samples hold no padding, and a
     tokenizer that pads with its unknown or end token has those in the text too."""
 
     vocab_size: int
@@ -291,8 +291,8 @@ def _checked_lines(
                 divided = "it has" if split is None else f"--split {split} leaves"
                 raise UserError(
                     f"{part.option} {source.path}: {divided} {tokens} tokens in {len(lengths)} documents for "
-                    f"{part.what}, and one sample needs {seq_length + 1} (--seq-length and the token behind it); "
-                    f"change one of them, or give more text."
+                    f"{part.what}, but one sample needs {seq_length + 1} (--seq-length and the token after it); "
+                    f"lower --seq-length, or give more text."
                 )
             weight = "" if source.weight is None else f" (weight {source.weight:g})"
             found = said.setdefault((number, f"{source.path}{weight}"), [])
@@ -306,7 +306,7 @@ def _normalized(split: str) -> list[float]:
 
 
 def _order_digest(train: Any) -> str | None:
-    """Equal for two numbers of samples of which the smaller one's order is the beginning of the larger one's."""
+    """Equal for two numbers of samples if the order of the smaller is the beginning of the larger one's order."""
     if train is None:
         return None
     datasets = getattr(train, "datasets", [train])

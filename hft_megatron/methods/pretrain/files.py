@@ -1,7 +1,7 @@
 """Megatron's .bin and .idx files, checked.
 
-megatron-core maps both files and trusts them, so what is wrong in them is a crash somewhere inside or, worse, nothing.
-Here every byte is read once, before a model is built.
+megatron-core maps both files and trusts them, so an error in them is a crash somewhere inside or, worse, goes
+unnoticed. Here every byte is read once, before a model is built.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from hft_megatron.errors import UserError
 
 HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("document_ends", "<u8")])
-"""The beginning of an .idx file (megatron.core.datasets.indexed_dataset). Behind it stand an int32 length per sequence,
-an int64 byte offset per sequence, and an int64 per entry of the table of documents."""
+"""The beginning of an .idx file (megatron.core.datasets.indexed_dataset). It is followed by an int32 length per
+sequence, an int64 byte offset per sequence, and an int64 per entry of the table of documents."""
 MAGIC = b"MMIDIDX"
 TokenType = type[np.integer[Any]]
 TOKEN_TYPES: dict[int, TokenType] = {
@@ -34,15 +34,15 @@ READ_BYTES = 1 << 26
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CorpusFiles:
-    """What is known of a source once its files have been read."""
+    """Facts about a source, from its files."""
 
     prefix: str
     sequence_lengths: NDArray[np.int32]
     """Tokens of each sequence, which --split divides and megatron-core shuffles; shape (sequences,)."""
     digest: str
-    """Of both files: SHA-256 of the index, and of the CRC-32 of every 64 MiB of the tokens."""
+    """Digest of both files: SHA-256 of the index, and of the CRC-32 of every 64 MiB of the tokens."""
     has_end: bool
-    """Whether the token that was asked for is there."""
+    """True if the token that was asked for is in them."""
 
 
 def read_corpus_files(
@@ -62,7 +62,7 @@ def read_corpus_files(
         held = tokens.stat().st_size
         if held != described:
             raise UserError(
-                f"{tokens} has {held} bytes, and {index.name} describes {described}: one of them was cut short or "
+                f"{tokens} has {held} bytes, but {index.name} describes {described}: one of them was cut short or "
                 f"belongs to another corpus; copy both files again."
             )
         checksums, has_end = _check_ids(tokens, token_type, vocab_size, end)
@@ -91,13 +91,13 @@ def _both_files(prefix: str, option: str) -> tuple[Path, Path]:
 
 def _read_index(path: Path, content: NDArray[np.uint8]) -> tuple[TokenType, NDArray[np.int32]]:
     """Type of the tokens and length of each sequence."""
-    damaged = UserError(f"{path} is damaged, or no index of megatron-core's; make or copy it and its .bin again.")
+    damaged = UserError(f"{path} is damaged or not an index of megatron-core; make or copy it and its .bin again.")
     if content.nbytes < HEADER.itemsize:
         raise damaged
     [header] = content[: HEADER.itemsize].view(HEADER)
     sequences, document_ends = int(header["sequences"]), int(header["document_ends"])
     token_type = TOKEN_TYPES.get(int(header["code"]))
-    # Of NumPy's fixed-width bytes the zeros at the end are not part.
+    # NumPy's fixed-width bytes exclude the zeros at the end.
     if header["magic"] != MAGIC or header["version"] != 1 or token_type is None:
         raise damaged
     if content.nbytes != HEADER.itemsize + sequences * (4 + 8) + document_ends * 8:
@@ -133,7 +133,7 @@ def _check_ids(path: Path, token_type: TokenType, vocab_size: int, end: int | No
             if wrong:
                 place = int(np.argmax((ids < 0) | (ids >= vocab_size)))
                 raise UserError(
-                    f"{path} holds the id {ids[place]} (token {before + place}), and the model's vocabulary has "
+                    f"{path} holds the id {ids[place]} (token {before + place}), but the model's vocabulary has "
                     f"{vocab_size} rows; use a corpus that was made with the model's tokenizer."
                 )
             has_end = has_end or (end is not None and bool((ids == end).any()))

@@ -1,7 +1,7 @@
 """megatron-core's ``GPTDataset`` with its index of samples kept on disk, under --data-cache-path.
 
-Its own cache writes files one by one, beside whatever a process that was killed has left, and names them by the path of
-the corpus and not by what is in it.
+Its own cache writes files one by one, beside files that a killed process has left, and names them by the path of
+the corpus and not by its contents.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from hft_megatron.data.kept import Arrays, kept_arrays, key_of
 
 _NAMES = ("document_index", "sample_index", "shuffle_index")
-"""In megatron-core's order."""
+"""Names in megatron-core's order."""
 
 
 def kept_in(folder: Path) -> type[GPTDataset]:
-    """The class whose indices are kept in ``folder``: the first process that needs one makes it, for which others wait.
+    """The class whose indices are kept in ``folder``: the first process that needs one makes it, and others wait.
 
-    Depends on the method that makes them, the only one that it replaces.
+    Relies on the method that makes them, the only one that it replaces.
     """
 
     class KeptGPTDataset(GPTDataset):
@@ -39,7 +39,7 @@ def _by_name(build: Any) -> Arrays:
 
 
 def _key(dataset: Any) -> str:
-    """Of all that decides the indices: what megatron-core knows of the data set, and the lengths that it divides."""
+    """Digest of everything that decides the indices: megatron-core's description of the data set, and the lengths."""
     lengths = np.ascontiguousarray(dataset.dataset.sequence_lengths[dataset.indices])
     documents = hashlib.sha256(lengths.data).hexdigest()
     first = int(dataset.indices[0]) if len(dataset.indices) else 0

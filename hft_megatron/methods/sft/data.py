@@ -1,4 +1,4 @@
-"""What supervised fine-tuning gives a run: examples with the tokens of them that are trained."""
+"""The data of supervised fine-tuning: examples with the tokens of them that are trained."""
 
 from dataclasses import dataclass
 
@@ -21,9 +21,9 @@ class SftData(RecordData[SftDataset]):
 
 
 def read_sft_data(config: RunConfig, tokenizer: Tokenizer, shape: ModelShape, world_size: int) -> SftData:
-    """Reads and tokenizes all sources, those of training only where something is trained.
+    """Reads and tokenizes all sources; training data only where something is trained.
 
-    Raises UserError for a source without files and for a mistake in them.
+    Raises UserError for a source without files and for an error in them.
     """
     seq_length = derived.sequence_length(config.training, shape)
     train = samples = None

@@ -110,7 +110,7 @@ def test_a_table_gives_its_cells_as_texts_under_the_names_of_its_columns(tmp_pat
 def test_quotes_of_a_tsv_never_join_cells_or_rows(tmp_path: Path, rows: str) -> None:
     (tmp_path / "a.tsv").write_bytes(f"prompt\tcompletion\n{rows}".encode())
     with pytest.raises(
-        UserError, match=r"a.tsv:2: cell [12] begins with a quote and would go on behind a tab or a line"
+        UserError, match=r"a.tsv:2: cell [12] begins with a quote and would continue after a tab or a line"
     ):
         values(tmp_path / "a.tsv")
 
@@ -168,14 +168,14 @@ def test_rows_know_where_they_stand(tmp_path: Path) -> None:
 
 LONG = [{"text": f"{number} " + "x" * 50} for number in range(2000)]
 DAMAGED: list[tuple[str, Callable[[], bytes], str]] = [
-    ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:-2000], r"a.jsonl.gz:\d+: the compressed data is cut off or"),
-    ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:-4], r"a.jsonl.gz:2001: the compressed data is cut off"),
-    ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:5], r"a.jsonl.gz:1: the compressed data is cut off"),
-    ("a.jsonl.gz", lambda: lines(LONG), r"a.jsonl.gz:1: the compressed data is cut off or damaged \(Not a gzipped"),
+    ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:-2000], r"a.jsonl.gz:\d+: the compressed data is truncated or"),
+    ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:-4], r"a.jsonl.gz:2001: the compressed data is truncated"),
+    ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:5], r"a.jsonl.gz:1: the compressed data is truncated"),
+    ("a.jsonl.gz", lambda: lines(LONG), r"a.jsonl.gz:1: the compressed data is truncated or damaged \(Not a gzipped"),
     ("a.jsonl.gz", lambda: gzip.compress(lines(LONG))[:-8] + b"\0" * 8, r"a.jsonl.gz:2001: .* damaged \(CRC check"),
-    ("a.json.gz", lambda: gzip.compress(array(LONG))[:-2000], r"a.json.gz:1: the compressed data is cut off"),
-    ("a.jsonl.zst", lambda: bytes(zstd().compress(lines(LONG))[:-9]), r"a.jsonl.zst:\d+: the compressed data is cut"),
-    ("a.jsonl.zst", lambda: zstd() and lines(LONG), r"a.jsonl.zst:1: the compressed data is cut off or damaged"),
+    ("a.json.gz", lambda: gzip.compress(array(LONG))[:-2000], r"a.json.gz:1: the compressed data is truncated"),
+    ("a.jsonl.zst", lambda: bytes(zstd().compress(lines(LONG))[:-9]), r"a.jsonl.zst:\d+: the compressed data is trunc"),
+    ("a.jsonl.zst", lambda: zstd() and lines(LONG), r"a.jsonl.zst:1: the compressed data is truncated or damaged"),
     ("a.jsonl", lambda: b"\x1f\x8b\x08", r"a.jsonl:1: byte 2 of the line is not UTF-8"),
     ("a.jsonl", lambda: "{}\n{}".encode("utf-16"), r"a.jsonl:1: the line has a NUL byte"),
     ("a.jsonl", lambda: b"{}\n\0\0\0", r"a.jsonl:2: the line has a NUL byte"),
@@ -196,7 +196,7 @@ DAMAGED: list[tuple[str, Callable[[], bytes], str]] = [
     ("a.json", lambda: b"[{}, {'a': 1}" + b" " * 99, r"a.json:1, record 2: not valid JSON \(Expecting property name"),
     ("a.json", lambda: b"[{}] {}", r"a.json:1: '{' follows the end of the array"),
     ("a.json", lambda: b"[{}, " + b"[" * 9999, r"a.json:1, record 2: not valid JSON"),
-    ("a.json", lambda: b'[{"a": "\xff"}]', r"a.json:1: what follows is not UTF-8"),
+    ("a.json", lambda: b'[{"a": "\xff"}]', r"a.json:1: the text after it is not UTF-8"),
     ("a.json", lambda: b'[{"a": "\\udc00"}]', r"a.json:1, record 1: the record has half of a surrogate pair"),
     ("a.json", lambda: b'{\n"data": []}', r"a.json:1: the line is not valid JSON"),
 ]

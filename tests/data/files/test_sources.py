@@ -47,8 +47,8 @@ def test_a_path_is_a_file_a_glob_in_order_of_names_or_a_trace_folder() -> None:
     [
         ("absent.jsonl", "--train-data-path absent.jsonl: there is no such file."),
         ("c*.jsonl", "--train-data-path c*.jsonl matches no file."),
-        ("empty.jsonl", "--train-data-path empty.jsonl is a folder without train.json, so it is no TRACE task; name a "
-         "file, or files with a glob such as 'empty.jsonl/*.jsonl'."),
+        ("empty.jsonl", "--train-data-path empty.jsonl is a folder without train.json, so it is not a TRACE task; "
+         "name a file, or files with a glob such as 'empty.jsonl/*.jsonl'."),
         ("tasks", "--train-data-path tasks is a folder of the TRACE tasks FOMC, Q; name one of them, or all with "
          "'tasks/*/train.json'."),
     ],

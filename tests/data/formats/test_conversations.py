@@ -117,7 +117,7 @@ def test_a_wrong_message_is_named(row: dict[str, Any], sentence: str) -> None:
         ({"conversations": [{"from": "gpt", "value": {}}]}, "the `value` of turn 1 is an object"),
         ({"conversations": [HUMAN]}, "has no assistant turn"),
         ({"conversations": [GPT], "system": 1}, "`system` is a number"),
-        ({"conversations": [SYSTEM, GPT], "system": "t"}, "`system` is another text than the system message of the co"),
+        ({"conversations": [SYSTEM, GPT], "system": "t"}, "`system` differs from the system message of the co"),
         ({"conversations": [{**GPT, "role": "user"}]}, "turn 1 has `role` as well as `from` and `value`; keep one"),
     ],
 )

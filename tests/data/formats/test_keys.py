@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hft_megatron.config.data import ignored_keys
-from hft_megatron.data.faults import printable
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.files.rows import Row
 from hft_megatron.data.formats.conversations import Chat
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
@@ -111,11 +111,11 @@ def test_a_key_of_a_record_is_refused_or_named_in_the_log_and_changes_nothing(
     path = write_rows(tmp_path / "rows.jsonl", [row, {**row, key: value}])
     ignored: tuple[str, ...] = ()
     if expected_of_record(key, value, format) == "refused":
-        with pytest.raises(UserError, match=rf"rows.jsonl:2: `{key}` stands for .*--ignore-keys {key}\.$"):
+        with pytest.raises(UserError, match=rf"rows.jsonl:2: `{key}` means .*--ignore-keys {key}\.$"):
             load(path, tokenizer, data_format=format)
         ignored = (key,)
     dataset = load(path, tokenizer, data_format=format, ignore_keys=ignored)
-    what = "keys passed over by --ignore-keys" if ignored else "keys that are not read"
+    what = "keys ignored by --ignore-keys" if ignored else "keys that are not read"
     assert dataset.describe()[1:] == [f"{path}: {what}: {printable(key)} (1)"]
     assert_same(dataset, plain)
 
@@ -146,7 +146,7 @@ def test_a_key_of_a_message_is_refused_or_named_in_the_log_and_changes_nothing(
         assert str(caught.value).endswith(f"--ignore-keys {printable(key)}.")
         ignored = (key,)
     dataset = load(path, tokenizer, ignore_keys=ignored)
-    what = "keys passed over by --ignore-keys" if ignored else "keys that are not read"
+    what = "keys ignored by --ignore-keys" if ignored else "keys that are not read"
     told = value not in ([], {})  # which are left out, since templates ask whether a key is there
     assert dataset.describe()[1:] == [f"{path}: {what}: {printable(key)} (1)"] * told
     assert_same(dataset, plain)
@@ -165,7 +165,7 @@ def test_a_key_of_a_pair_is_treated_as_the_table_says(key: str) -> None:
         return
     row = {**PAIR, key: "unlike"}
     if expected_of_record(key, "unlike", "preference") == "refused":
-        says = "has no place beside a prompt" if key == "system" else "stands for"
+        says = "can't be used with a prompt" if key == "system" else "means"
         with pytest.raises(UserError, match=f"^x:1: `{key}` {says} "):
             record(row, "preference")
     else:
@@ -232,7 +232,7 @@ def test_an_instruction_rendered_with_its_answer_is_a_copy_and_every_other_promp
 def test_a_key_that_peers_read_is_refused_with_a_fix_that_works(
     key: str, value: str, row: dict[str, Any], format: Any, fix: str
 ) -> None:
-    with pytest.raises(UserError, match=f"^x:1: `{key}` stands for .*--data-keys {fix}"):
+    with pytest.raises(UserError, match=f"^x:1: `{key}` means .*--data-keys {fix}"):
         record({**row, key: value}, format)
     names = dict([fix.split("=")]) | {"prompt": "instruction", "completion": "output"}
     mapped = RecordReader(
@@ -247,7 +247,7 @@ def test_a_key_that_peers_read_is_refused_with_a_fix_that_works(
 def test_options_must_stand_in_the_question(options: Any) -> None:
     asked = {"prompt": "1+2? 3 or 4.", "completion": "3", "options": options}
     assert record(asked, "prompt-completion").keys.unread == ("options",)
-    with pytest.raises(UserError, match=r"`options` stands for the answers to choose from.*write them into the quest"):
+    with pytest.raises(UserError, match=r"`options` means the answers to choose from.*write them into the quest"):
         record({**asked, "prompt": "1+2?"}, "prompt-completion")
     # Nor are they in the question where one is in the question and one in the answer.
     with pytest.raises(UserError, match="`options`"):
@@ -265,7 +265,7 @@ def test_keys_of_ranking_data_are_not_passed_over() -> None:
     answers = {"chosen": {"from": "gpt", "value": "2"}, "rejected": {"from": "gpt", "value": "3"}}
     asked = {"conversations": [{"from": "human", "value": "1+1?"}], **answers}
     with pytest.raises(
-        UserError, match=r"^x:1: `chosen` stands for the answers of a preference pair.*hft-megatron dpo"
+        UserError, match=r"^x:1: `chosen` means the answers of a preference pair.*hft-megatron dpo"
     ):
         record(asked, "sharegpt")
 

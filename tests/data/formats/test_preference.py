@@ -98,7 +98,7 @@ def test_real_pairs_are_put_together_again(shared_data: Path, name: str) -> None
             "and `rejected` begins with the assistant, t",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "s"}, "with --data-keys prompt=instruction, or"),
-        ({"prompt": [SYSTEM, ASK], "chosen": "b", "rejected": "c", "system": "t"}, "`system` is another text than"),
+        ({"prompt": [SYSTEM, ASK], "chosen": "b", "rejected": "c", "system": "t"}, "`system` differs from"),
         ({"conversations": [{"from": "x"}], "chosen": "b", "rejected": "c"}, "turn 1 is 'x', but it must be one of"),
         ({"prompt": "a", "chosen": {"from": "gpt"}, "rejected": BAD}, "`value` of turn 1 of `chosen` is missing"),
         ({"instruction": 1, "chosen": "b", "rejected": "c"}, "`instruction` is a number"),
@@ -115,7 +115,7 @@ def test_a_wrong_pair_is_named(row: dict[str, Any], sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "fault"),
+    ("row", "problem"),
     [
         ({"chosen": [GOOD, ASK, GOOD], "rejected": [GOOD, ASK, BAD]}, None),
         ({"chosen": [SYSTEM, GOOD], "rejected": [ASK, BAD]}, "`chosen` and `rejected` begin differently"),
@@ -123,7 +123,7 @@ def test_a_wrong_pair_is_named(row: dict[str, Any], sentence: str) -> None:
         ({"prompt": "a", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, None),
     ],
 )
-def test_answers_to_different_prompts_are_a_pair_with_a_fault(row: dict[str, Any], fault: str | None) -> None:
-    found = parse_preference(row, "x:1").fault
-    assert (found or "").startswith(fault or "")
-    assert (found is None) == (fault is None)
+def test_answers_to_different_prompts_are_a_pair_with_a_problem(row: dict[str, Any], problem: str | None) -> None:
+    found = parse_preference(row, "x:1").problem
+    assert (found or "").startswith(problem or "")
+    assert (found is None) == (problem is None)

@@ -152,7 +152,7 @@ def test_every_form_of_texts_has_the_tokens_of_three_parts(
 )
 def test_a_pair_says_where_its_prompt_was(row: dict[str, Any], form: str) -> None:
     pair = parse_preference(row, "x:1")
-    assert pair.fault is None
+    assert pair.problem is None
     assert pair.form == form
 
 
@@ -180,7 +180,7 @@ def test_a_transcript_is_cut_behind_the_last_turn_that_both_begin_and_not_within
 
 
 @pytest.mark.parametrize(
-    ("row", "fault"),
+    ("row", "problem"),
     [
         ({"chosen": f"{ASKED} Owl.{ASKED} x", "rejected": f"{ASKED} Oak.{ASKED} x"}, "a turn of the human's is in one"),
         ({"chosen": f"{ASKED} Owl.", "rejected": f"\n\nHuman: Tree?{ASKED} Oak."}, "begin differently"),
@@ -196,8 +196,8 @@ def test_a_transcript_is_cut_behind_the_last_turn_that_both_begin_and_not_within
         ({"chosen": [ASK, GOOD], "rejected": [AGAIN, BAD]}, "begin differently"),
     ],
 )
-def test_answers_that_share_no_prompt_are_a_fault_of_the_pair(row: dict[str, Any], fault: str) -> None:
-    assert fault in (parse_preference(row, "x:1").fault or "")
+def test_answers_that_share_no_prompt_are_a_problem_of_the_pair(row: dict[str, Any], problem: str) -> None:
+    assert problem in (parse_preference(row, "x:1").problem or "")
 
 
 def test_the_log_counts_the_pairs_whose_prompts_were_taken_off_or_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -217,7 +217,7 @@ def test_the_log_counts_the_pairs_whose_prompts_were_taken_off_or_found(tmp_path
 
     assert described(0).endswith(" dropped (sequence length 512)")
     line = described(5)
-    assert ", 2 with a prompt that both answers repeated, where it was taken off" in line
-    assert ", 1 with what both answers begin with as their prompt" in line
-    assert ", 1 with a prompt that one answer alone repeats, which was left as it is" in line
+    assert ", 2 with a prompt that both answers repeated, where it was removed" in line
+    assert ", 1 with the common beginning of both answers as their prompt" in line
+    assert ", 1 with a prompt that only one answer repeats, which was left as it is" in line
     assert ", 1 with a prompt of a few words that both answers begin with, which were left as they are" in line

@@ -80,7 +80,7 @@ def test_an_ignored_weight_trains_the_turn_and_is_named(tmp_path: Path, tokenize
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": conversation(a1={"weight": 0})}])
     dataset = load(path, tokenizer, ignore_keys=("weight",))
     assert trained_texts(dataset, tokenizer, 0, "chatml") == ["4", "3", "Yes"]
-    assert dataset.describe()[1:] == [f"{path}: keys passed over by --ignore-keys: weight (1)"]
+    assert dataset.describe()[1:] == [f"{path}: keys ignored by --ignore-keys: weight (1)"]
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_an_ignored_weight_trains_the_turn_and_is_named(tmp_path: Path, tokenize
         ({"a1": {"train": "false"}}, "`train` of message 2 is 'false', but"),
         ({"a1": {"loss_mask": [0, 1]}}, r"`loss_mask` of message 2 is \[0, 1\], but"),
         ({"a1": {"weight": 1, "loss": False}}, "`weight` 1 and `loss` False of message 2 contradict each other"),
-        ({"u2": {"masked": False}}, "`masked` of message 3 asks for the user's turn to be trained, but only the assis"),
+        ({"u2": {"masked": False}}, "`masked` of message 3 asks to train the user's turn, but only the assis"),
         ({"a1": {"masked": 0, "train": False}}, "`train` False and `masked` 0 of message 2 contradict each other"),
-        ({"u2": {"train": True}}, "`train` of message 3 asks for the user's turn to be trained, but only the assis"),
+        ({"u2": {"train": True}}, "`train` of message 3 asks to train the user's turn, but only the assis"),
     ],
 )
 def test_a_value_that_is_neither_yes_nor_no_is_named(keys: Any, sentence: str) -> None:
@@ -104,17 +104,17 @@ def test_a_value_that_is_neither_yes_nor_no_is_named(keys: Any, sentence: str) -
 def test_a_record_without_a_turn_to_train_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     off = {f"a{number}": {"weight": 0} for number in (1, 3, 5)}
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": conversation(**off)}])
-    with pytest.raises(UserError, match=r"rows.jsonl:1: the example has no token to predict, because its messages say"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the example has no token to predict, because its messages"):
         load(path, tokenizer)
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": conversation(a5={"weight": 0})}])
-    with pytest.raises(UserError, match="no token to predict, because its messages say"):
+    with pytest.raises(UserError, match="no token to predict, because its messages exclude"):
         load(path, tokenizer, loss_on="last")
 
 
 def test_a_question_that_is_switched_off_contradicts_training_everything(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": conversation(u2={"weight": 0}, u0={"weight": 1})}])
     assert trained_texts(load(path, tokenizer), tokenizer, 0, "chatml") == ["4", "3", "Yes"]
-    with pytest.raises(UserError, match="message 3 is not to be trained, but --loss-on all trains all but answers"):
+    with pytest.raises(UserError, match="message 3 is not to be trained, but --loss-on all trains every"):
         load(path, tokenizer, loss_on="all")
 
 

@@ -125,7 +125,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, chunks_done: int, part: int) -> 
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_work_that_was_killed_again_and_again_goes_on_to_the_same_bytes(
+def test_work_that_was_killed_again_and_again_resumes_to_the_same_bytes(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, skips: bool
 ) -> None:
     if skips:
@@ -168,7 +168,7 @@ def test_a_kill_among_the_last_renames_leaves_work_that_is_finished_by_the_same_
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_signal_stops_between_chunks_and_the_work_goes_on(
+def test_a_signal_stops_between_chunks_and_the_work_resumes(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "whole", rows, tokenizer)
@@ -181,7 +181,7 @@ def test_a_signal_stops_between_chunks_and_the_work_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "add", signalled)
-        with pytest.raises(Stopped, match=r"^stopped by SIGTERM behind 21 documents; the same command goes on from"):
+        with pytest.raises(Stopped, match=r"^stopped by SIGTERM after 21 documents; run the same command to resume"):
             make(tmp_path / "stopped", rows, tokenizer, workers=2)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with pytest.raises(UserError, match=r"this one has --loss-on all instead of assistant; choose another prefix, or"):
@@ -190,20 +190,20 @@ def test_a_signal_stops_between_chunks_and_the_work_goes_on(
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
-def test_a_worker_that_is_killed_ends_the_work_with_a_sentence_and_it_goes_on(
+def test_a_worker_that_is_killed_ends_the_work_with_a_sentence_and_it_resumes(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "whole", rows, tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr(worker.DocumentMaker, "documents", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(RunFailed, match="a worker was killed behind 0 documents, perhaps for want of memory"):
+        with pytest.raises(RunFailed, match="a worker was killed after 0 documents, perhaps for lack of memory"):
             make(tmp_path / "killed", rows, tokenizer)
     make(tmp_path / "killed", rows, tokenizer)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("part", [0, 3])
-def test_a_full_disk_is_one_sentence_and_the_work_goes_on_when_there_is_room(
+def test_a_full_disk_is_one_sentence_and_the_work_resumes_when_there_is_room(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     make(tmp_path / "whole", rows, tokenizer)
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_sentence_and_the_work_goes_on_when_there_is_room(
     with monkeypatch.context() as patch:
         patch.setattr(Output, "add", filling)
         with pytest.raises(
-            UserError, match=r"full can't be written on \(No space left on device\); make room, and the"
+            UserError, match=r"full can't be written to \(No space left on device\); make room, and run the"
         ):
             make(tmp_path / "full", rows, tokenizer)
     make(tmp_path / "full", rows, tokenizer)
@@ -316,7 +316,7 @@ def test_all_that_is_wrong_in_a_chunk_is_said_at_once(tmp_path: Path, tokenizer:
     for part in (
         f"{path}:3: `prompt` is a number",
         f"{path}:5: the record has the keys `text`",
-        "; or pass over it with --on-bad-line skip.",
+        "; or skip it with --on-bad-line skip.",
         f"2 records ({path}:2, {path}:4): the example has ",
     ):
         assert part in str(caught.value)
@@ -349,7 +349,7 @@ def test_a_separator_must_be_a_line_of_some_text(tmp_path: Path, tokenizer: Toke
     inside.write_text("The park. <eod> Once upon a time\n")
     blank.write_text("\n\n")
     other.write_text('{"text": "<eod>"}\n')
-    said = "--document-separator <eod> is no line of any .txt in --input, so that each would be one document; correct"
+    said = "--document-separator <eod> is no line of any .txt in --input, so each would be one document; correct"
     for files in ([inside], [blank], [other], [other, blank, inside]):
         with pytest.raises(UserError, match=re.escape(said)):
             make(tmp_path / "out", files, tokenizer, separator="<eod>")

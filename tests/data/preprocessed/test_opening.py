@@ -65,7 +65,7 @@ def test_keys_and_separator_make_the_examples_of_the_files_and_must_be_the_runs(
     assert "`question` as `prompt`, '\\n' between prompt and answer" in facts.summary("made")
     for index in range(20):
         assert made.example(index)[0].tolist() == plain.example(index)[0].tolist()
-    with pytest.raises(UserError, match=r"with --prompt-separator '\\n', but the run has ''; give the run the same"):
+    with pytest.raises(UserError, match=r"with --prompt-separator '\\n', but the run has ''; use the same value"):
         load(tmp_path / "made", tokenizer, **rules | {"joined": ""})
     with pytest.raises(UserError, match="with --data-keys answer=completion,question=prompt, but the run has unset"):
         load(tmp_path / "made", tokenizer, joined="\n")
@@ -185,21 +185,21 @@ DAMAGED = [
     (remove(".idx"), "made.idx is missing; copy it beside made.bin, or preprocess the data again."),
     (remove("_loss_mask.bin"), "made_loss_mask.bin is missing; copy it beside made_loss_mask.idx, or"),
     (remove("_boundaries.idx"), "made_boundaries.idx is missing; copy it beside made_boundaries.bin, or"),
-    (remove("_preprocessed.json"), "made_preprocessed.json is missing, which says how .*made.bin was made; copy it"),
+    (remove("_preprocessed.json"), "made_preprocessed.json is missing, which records how .*made.bin was made; copy it"),
     (cut("_preprocessed.json", 50), "made_preprocessed.json can't be read .*; copy it again, or preprocess the data"),
     (cut(".bin", -1), r"made.bin has \d+ bytes, but by made.idx it has \d+; copy both again, or preprocess the data"),
     (cut("_loss_mask.bin", 9), r"made_loss_mask.bin has 9 bytes, but by made_loss_mask.idx it has \d+; copy both"),
-    (cut(".idx", 30), "made.idx is damaged or of another kind: it does not begin as an index of megatron-core's;"),
-    (cut(".idx", -8), r"made.idx is damaged .* it has \d+ bytes, and \d+ by the 60 documents it begins with; copy"),
-    (flip(".idx", 0), "made.idx is damaged or of another kind: it does not begin as an index"),
+    (cut(".idx", 30), "made.idx is damaged or of another kind: it does not begin like an index of megatron-core;"),
+    (cut(".idx", -8), r"made.idx is damaged .* it has \d+ bytes, but \d+ by the 60 documents in its header; copy"),
+    (flip(".idx", 0), "made.idx is damaged or of another kind: it does not begin like an index"),
     (flip(".idx", 9), "made.idx is damaged or of another kind: it has version 0 and data type 8;"),
     (flip(".idx", 17), "made.idx is damaged or of another kind: it has version 1 and data type 9;"),
     (flip(".idx", 26), "made.idx is damaged .*: it has 60 sequences in 59 documents, not one in each;"),
     (flip(".idx", 34 + 4 * 20), "made.idx is damaged .*: lengths and positions contradict each other after document 0"),
     (flip(".idx", 34 + 240 + 8 * 20), "made.idx is damaged .*: lengths and positions contradict each other after"),
     (from_other("_loss_mask.bin", "_loss_mask.idx"), "made_loss_mask.idx does not belong to the files beside it: it "
-     "has 59 documents, and not 60; copy all files of the prefix again, or"),
-    (from_other(".bin", ".idx"), "made.idx does not belong to the files beside it: it has 59 documents, and not 60"),
+     "has 59 documents instead of 60; copy all files of the prefix again, or"),
+    (from_other(".bin", ".idx"), "made.idx does not belong to the files beside it: it has 59 documents instead of 60"),
     (flip("_boundaries.bin", 0), "made_boundaries.bin does not belong .* examples lie outside|has 60 examples"),
     (flip("_boundaries.bin", 7), "made_boundaries.bin does not belong to the files beside it: examples lie outside"),
 ]  # fmt: skip
@@ -240,7 +240,7 @@ def test_every_flipped_bit_of_lengths_and_positions_is_found(tmp_path: Path, tok
 
 
 OTHER_RULES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"loss_on": "all"}, "with --loss-on assistant, but the run has all; give the run the same, or preprocess"),
+    ({}, {"loss_on": "all"}, "with --loss-on assistant, but the run has all; use the same value, or preprocess"),
     ({"train_on_eos": False}, {}, "with --train-on-eos false, but the run has true"),
     ({}, {"data_format": "alpaca"}, "with records of the format messages, but the run has --data-format alpaca"),
     ({"seq_length": 100, "long_examples": "split"}, {"seq_length": 80, "long_examples": "split"},
@@ -287,10 +287,10 @@ def test_data_of_another_tokenizer_or_template_or_without_ends_are_refused(
 
 def test_unfinished_data_and_parts_of_data_are_no_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "made_unfinished").mkdir()
-    with pytest.raises(UserError, match=r"made is not preprocessed to its end; start `hft-megatron preprocess` again"):
+    with pytest.raises(UserError, match=r"made is not completely preprocessed; run `hft-megatron preprocess` again"):
         load(tmp_path / "made", tokenizer)
     (tmp_path / "made.idx").write_bytes(b"")
-    with pytest.raises(UserError, match=r"made.idx is a part of preprocessed data; name them without .idx."):
+    with pytest.raises(UserError, match=r"made.idx is a part of preprocessed data; leave out .idx."):
         load(tmp_path / "made.idx", tokenizer)
     (tmp_path / "done_preprocessed.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(

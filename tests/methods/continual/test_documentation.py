@@ -16,16 +16,17 @@ PAGE = (Path(__file__).parents[3] / "docs/continual.md").read_text(encoding="utf
 @pytest.mark.slow(reason="a process that imports everything")
 def test_the_command_and_the_list_of_tasks_are_as_the_page_has_them(tmp_path: Path) -> None:
     make_inputs(tmp_path)
-    (tmp_path / "model").rename(tmp_path / "base")
     (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "tasks.yaml").write_text(shown.replace("train_data_path: ", f"train_data_path: {tmp_path}/"))
+    (tmp_path / "tasks.yaml").write_text(shown.replace("/data/", f"{tmp_path}/data/"))
     (tmp_path / "data").mkdir()
     for name in ("capitals", "rivers"):
         row = {"prompt": f"{name}?", "answer": "Paris"}
         write_rows(tmp_path / "data" / f"{name}.jsonl", [row])
         write_rows(tmp_path / "data" / f"{name}_test.jsonl", [{**row, "options": ["Paris", "Rome"]}])
-    (command,) = re.findall(r"```bash\ntorchrun --nproc-per-node 2 (.*?)\n```", PAGE)
-    words = shlex.split(re.sub(r"(?<![\w./-])(base|runs/three|tasks\.yaml)\b", f"{tmp_path}/\\1", command))
+    (command,) = re.findall(r"```bash\ntorchrun --nproc-per-node 2 (.*?)\n```", PAGE, re.DOTALL)
+    for place, there in (("\\\n", ""), ("/models/Llama-2-7b-hf", f"{tmp_path}/model"), ("/runs/", f"{tmp_path}/runs/")):
+        command = command.replace(place, there)
+    words = shlex.split(command.replace("tasks.yaml", f"{tmp_path}/tasks.yaml"))
     done = run([*words, "--check"], tmp_path, environment=clean_environment(WORLD_SIZE="2"))
     assert done.returncode == 0, done.stderr
     assert "rivers: 1 examples to evaluate" in done.stdout

@@ -189,8 +189,8 @@ def test_a_sequence_that_discards_and_is_killed_in_an_evaluation_keeps_the_last_
     before = {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")}
     config = (save / THIRD / "resolved_config.yaml").read_bytes()
     again = run(words_of(inputs, save, "--continual-discard", "--lr", 1), log, ranks=None)
-    assert "the run has reached iteration 4 of 4: no step is left" in again
-    assert "warning: iteration 4 is the last, and these options change nothing any more" in again
+    assert "the run is complete: iteration 4 of 4, no steps left" in again
+    assert "warning: iteration 4 is the last, so these options have no effect" in again
     assert (save / THIRD / "resolved_config.yaml").read_bytes() == config
     assert {path: path.stat().st_mtime_ns for path in save.rglob("*.distcp")} == before
     assert answers(save) == answers(whole)
@@ -221,12 +221,12 @@ def test_each_task_trains_its_round_and_nothing_else(inputs: Path, whole: Path) 
     sizes = {unit["name"]: unit["parameters"] for unit in found[0]["units"]}
     share = sum(sizes[name] for name in set().union(*trains)) / sum(sizes.values())
     log = (inputs / "whole.log").read_text()
-    assert log.count("every resting shard has the bits it had at its start") == 3
+    assert log.count("no frozen shard has changed since the round began") == 3
     assert f"trained in at least one of the tasks: {share:.1%} of the weights" in log
     assert (whole / "matrix.png").stat().st_size > 0
 
 
-def test_a_sequence_goes_on_in_another_layout(inputs: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_sequence_resumes_in_another_layout(inputs: Path, whole: Path, tmp_path: Path) -> None:
     save, log_file = tmp_path / "run", tmp_path / "log"
     stopped = words_of(inputs, save, *TENSOR_2, "--exit-interval", 6)
     assert run_cli(stopped, ranks=2, log=log_file, method="continual") == 1  # torchrun's word for any end
@@ -299,7 +299,7 @@ def test_one_schedule_goes_through_all_tasks_also_after_a_stop(inputs: Path, ran
     assert run_cli(words, log=log, method="continual") == EXIT_STOPPED, log.read_text()[-4000:]
     assert "stopped the run at iteration 5" in log.read_text()  # of the second task: the first has 4
     said = run(words_of(inputs, save, *options), log, ranks=None)
-    assert "the learning-rate schedule" not in said
+    assert "the learning rate schedule" not in said
     rates = [step[2] for folder in sorted(save.glob("task_*")) for step in steps_of(folder)]
     one_run = words_for(inputs, *SCHEDULE, "--lr", 5e-3, "--train-iters", 16)
     [answer] = ranks(1).run(run_sft_words, words=one_run)

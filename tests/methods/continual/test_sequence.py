@@ -129,6 +129,6 @@ def test_what_a_kept_delta_is_based_on_is_not_discarded(tmp_path: Path) -> None:
     assert [len(complete_checkpoints(str(folder))) for folder in folders] == [0, 0, 1]
     assert [(folder / "fisher").exists() for folder in folders] == [False, True, True]
     with pytest.raises(
-        UserError, match=f"--model {folders[0]} is of a task that is over, .* name a later task's folder"
+        UserError, match=f"--model {folders[0]} holds a finished task .* give the folder of a later task"
     ):
         checkpoint_at(str(folders[0]), None, option="--model")

@@ -88,14 +88,14 @@ def test_an_order_chooses_and_sorts_tasks(tasks: Path, trace: Path) -> None:
     [
         (SEQUENCE, "", "the file must hold a list of tasks, each `- name: ...`, its options and `evaluate`."),
         ("name: colours", "lr: 1", "tasks.yaml:2: a task must begin with `name:`"),
-        ("name: animals", "name: colours", "tasks.yaml:12: there is a task colours already; rename one."),
-        ("name: animals", "name: zoo/animals", "the task zoo/animals names its folder, in which no / can be"),
+        ("name: animals", "name: colours", "tasks.yaml:12: there is already a task colours; rename one."),
+        ("name: animals", "name: zoo/animals", "the task zoo/animals names its folder, which can't have a /"),
         ("  train_iters: 4\n  evaluate", "  trein_iters: 4\n  evaluate", "tasks.yaml:4: trein_iters"),
-        ("  train_iters: 4\n  ev", "  load_hf: other\n  ev", "the task colours can't have a model, a layout"),
-        ("  lr: 1e-3", "  tensor_model_parallel_size: 2", "the task numbers can't have a model, a layout or folders"),
-        ("  lr: 1e-3", "  save: elsewhere", "the task numbers can't have a model, a layout or folders of its own"),
-        ("  train_iters: 4\n  evaluate", "  train_iters: 0\n  evaluate", "has `train_iters: 0`, so that nothing is"),
-        ("evaluate: {kind: choose", "lr_min: {kind: choose", "the task numbers has no `evaluate`, by which it is"),
+        ("  train_iters: 4\n  ev", "  load_hf: other\n  ev", "the task colours can't have its own model, layout"),
+        ("  lr: 1e-3", "  tensor_model_parallel_size: 2", "the task numbers can't have its own model, layout or"),
+        ("  lr: 1e-3", "  save: elsewhere", "the task numbers can't have its own model, layout or"),
+        ("  train_iters: 4\n  evaluate", "  train_iters: 0\n  evaluate", "has `train_iters: 0`, so nothing is"),
+        ("evaluate: {kind: choose", "lr_min: {kind: choose", "the task numbers has no `evaluate`, the task that"),
         ("metrics: edit_similarity", "metrics: accuracy", "tasks.yaml:16: the metric accuracy is of the kind choose"),
         ("metrics: edit_similarity", "metrics: bleuu", "the metric bleuu is not known; the nearest is bleu."),
         ("choices: options, ", "", "the task numbers has no `choices`, which choose needs; add it."),
@@ -119,7 +119,7 @@ def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tas
     with pytest.raises(UserError, match=r"tasks.yaml:1: the task a has no `train_data_path`; name its data"):
         read(tasks)
     (trace / "FOMC" / "eval.json").unlink()
-    with pytest.raises(UserError, match=r"the task FOMC has no eval.json; add it, or take the folder FOMC away"):
+    with pytest.raises(UserError, match=r"the task FOMC has no eval.json; add it, or move the folder FOMC away"):
         read(trace)
     with pytest.raises(UserError, match=r"--continual-tasks nowhere.yaml cannot be read"):
         read(Path("nowhere.yaml"))
@@ -129,18 +129,18 @@ def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tas
     ("words", "sentence"),
     [
         ("--replay-phase after", "--replay-phase after needs --replay-ratio or --replay-data-path; add one"),
-        ("--replay-ratio 0.1 --continual-setting joint", "--replay-ratio 0.1 is about tasks that came before"),
-        ("--replay-data-path lima --continual-setting single", "--replay-data-path is about tasks that came before"),
-        ("--continual-average 0.5 --continual-setting single", "is about the model before a task"),
-        ("--continual-discard --save-trained-only", "those of --save-trained-only need the ones before them"),
-        ("--continual-discard --continual-setting joint", "is about tasks that came before"),
-        ("--continual-average 0.5 --hft-round-interval 2", "would change weights that rest in a task's last round"),
-        ("--continual-order a b a", "--continual-order names a twice; a task is learned once"),
-        ("--train-data-path a.jsonl", "--train-data-path a.jsonl is not read: each of --continual-tasks has its own"),
-        ("--continual-schedule continue --continual-setting joint", "is about tasks that follow one another"),
+        ("--replay-ratio 0.1 --continual-setting joint", "--replay-ratio 0.1 replays earlier tasks"),
+        ("--replay-data-path lima --continual-setting single", "--replay-data-path replays earlier tasks"),
+        ("--continual-average 0.5 --continual-setting single", "averages with the model before a task"),
+        ("--continual-discard --save-trained-only", "with --save-trained-only later checkpoints need them"),
+        ("--continual-discard --continual-setting joint", "deletes checkpoints of earlier tasks"),
+        ("--continual-average 0.5 --hft-round-interval 2", "would change weights that are frozen in a task's last round"),
+        ("--continual-order a b a", "--continual-order names a twice, but a task is learned once"),
+        ("--train-data-path a.jsonl", "--train-data-path a.jsonl would not be read: every task of --continual-tasks has its own"),
+        ("--continual-schedule continue --continual-setting joint", "needs tasks that follow one another"),
         ("--continual-schedule continue --hft-lr-schedule round", "has one schedule for all rounds"),
-        ("--continual-schedule continue --lr-schedule-iters 9", "are what a sequence sets itself; leave them out"),
-        ("--hft-first-round 1", "--hft-first-round 1: a sequence numbers its rounds; leave it out"),
+        ("--continual-schedule continue --lr-schedule-iters 9", "are set by --continual-schedule continue; leave them out"),
+        ("--hft-first-round 1", "--hft-first-round 1: a sequence of tasks numbers its own rounds; leave it out"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tasks: Path, words: str, sentence: str) -> None:
@@ -158,7 +158,7 @@ def test_what_is_missing_on_the_command_line_is_named(tasks: Path, capsys: pytes
             ["--continual-tasks", tasks, "--save", "run", "--replay-data-path", "lima.jsonl"],
             "--replay-data-path lima.jsonl: there is no such file.",
         ),
-        (["--continual-tasks", tasks, "--save", "run", "--stages", "s.yaml"], "--stages has stages of its own"),
+        (["--continual-tasks", tasks, "--save", "run", "--stages", "s.yaml"], "--stages cannot be used with a sequence of tasks"),
         (["--continual-tasks", tasks, "--save", "run", "--continual-average", "1"], "--continual-average 1"),
     ):
         assert main(["continual", *map(str, words)]) == EXIT_USAGE

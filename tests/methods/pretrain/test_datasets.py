@@ -114,7 +114,7 @@ def test_a_mistake_in_sources_of_their_own_names_their_option(corpora: tuple[str
     short = write_corpus(tmp_path / "short", [[5] * 8, [6] * 8])
     first, second = corpora
     for train, valid, sentence in (
-        ([short], [], "--train-data-path .*short: it has 16 tokens in 2 documents for training, and one sample needs"),
+        ([short], [], "--train-data-path .*short: it has 16 tokens in 2 documents for training, but one sample needs"),
         ([first], [short], "--valid-data-path .*short: it has 16 tokens in 2 documents for validation"),
         ([first], ["absent"], "--valid-data-path absent: there are no files absent.idx"),
         ([first], [second, second], "--valid-data-path: one pass over all .* --eval-iters asks for 1000"),
@@ -231,7 +231,7 @@ def test_corpora_of_any_size_give_samples_or_one_sentence(tmp_path: Path) -> Non
 def test_a_part_that_holds_no_sample_is_named(tmp_path: Path) -> None:
     short = write_corpus(tmp_path / "short", [[5] * 8, [6] * 8, [7] * 8])
     for words, split, valid, sentence in (
-        ([short], "1,0", 0, "--split 1,0 leaves 24 tokens in 3 documents for training, and one sample needs 33"),
+        ([short], "1,0", 0, "--split 1,0 leaves 24 tokens in 3 documents for training, but one sample needs 33"),
         ([short], "1,99", 0, "leaves 0 tokens in 0 documents for training"),
         ([short, short], "1,0", 0, "short: --split 1,0 leaves 24 tokens"),
         ([write_corpus(tmp_path / "a", [[5] * 50] * 4)], "99,1", 1, "leaves 0 tokens in 0 documents for validation"),

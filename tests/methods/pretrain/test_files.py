@@ -65,7 +65,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index cut short": (lambda p: cut(p.with_suffix(".idx"), 1), "corpus.idx is damaged"),
     "index cut within its header": (lambda p: cut(p.with_suffix(".idx"), 34 + 20 * 12 + 21 * 8 - 20), "is damaged"),
     "empty index": (lambda p: p.with_suffix(".idx").write_bytes(b""), "corpus.idx is damaged"),
-    "another file": (lambda p: patched(p.with_suffix(".idx"), 0, b"PK"), "corpus.idx is damaged, or no index"),
+    "another file": (lambda p: patched(p.with_suffix(".idx"), 0, b"PK"), "corpus.idx is damaged or not an index"),
     "another version": (lambda p: patched(p.with_suffix(".idx"), 9, b"\2"), "corpus.idx is damaged"),
     "no such type": (lambda p: patched(p.with_suffix(".idx"), 17, b"\x63"), "corpus.idx is damaged"),
     "fractions": (lambda p: patched(p.with_suffix(".idx"), 17, b"\7"), "corpus.idx is damaged"),

@@ -1,20 +1,20 @@
-"""A fault is told once, with the number of its records and the first two places.
+"""A problem is told once, with the number of its records and the first two places.
 
-Run: pytest tests/data/test_faults.py
+Run: pytest tests/data/test_record_errors.py
 """
 
 import pytest
 
-from hft_megatron.data.faults import Faults, RecordRefused
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused
 from hft_megatron.errors import UserError
 
 
 def told(*found: tuple[str, UserError]) -> str:
-    faults = Faults()
+    errors = RecordErrors()
     for place, error in found:
-        faults.add(place, error)
-    assert len(faults) == len(found)
-    return faults.told()
+        errors.add(place, error)
+    assert len(errors) == len(found)
+    return errors.told()
 
 
 def test_one_record_is_told_as_it_was_refused() -> None:
@@ -42,14 +42,14 @@ def test_the_most_frequent_faults_come_first_and_a_few_are_told() -> None:
     sentences = told(("c:1", UserError("c:1: z.")), *[("d:1", UserError("d:1: z."))] * 9, *found).split(". ")
     assert sentences[0] == "10 records (c:1, d:1, ...): z"
     assert len(sentences) == 9
-    assert sentences[-1].endswith("records have other faults.")
+    assert sentences[-1].endswith("records have other errors.")
     counted = [int(sentence.split()[0].replace(",", "")) for sentence in sentences]
     assert sum(counted) == 1012
 
 
 def test_no_fault_raises_nothing() -> None:
-    faults = Faults()
-    faults.raise_if_any()
-    faults.add("a:1", UserError("a:1: x."))
+    errors = RecordErrors()
+    errors.raise_if_any()
+    errors.add("a:1", UserError("a:1: x."))
     with pytest.raises(UserError, match=r"^a:1: x\.$"):
-        faults.raise_if_any()
+        errors.raise_if_any()

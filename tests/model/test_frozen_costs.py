@@ -1,4 +1,4 @@
-"""What resting saves in a row-parallel matrix and in a whole step, counted."""
+"""Savings of freezing in a row-parallel matrix and in a whole step, counted."""
 
 import itertools
 from typing import Any
@@ -62,7 +62,7 @@ def run_row_parallel(layout: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("layout", WORLD_SIZE)
-def test_a_resting_row_parallel_matrix_keeps_no_input_and_computes_no_weight_gradient(ranks, layout):
+def test_a_frozen_row_parallel_matrix_keeps_no_input_and_computes_no_weight_gradient(ranks, layout):
     shard = [SEQUENCE, BATCH, INPUT // WORLD_SIZE[layout]]
     for rows in ranks(WORLD_SIZE[layout]).run(run_row_parallel, layout=LAYOUTS[layout]):
         assert rows == [
@@ -82,11 +82,11 @@ def run_counting_products(folder: str, layout: dict[str, Any], ratio: float, hft
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp"])
-def test_a_step_computes_no_weight_gradient_of_any_resting_matrix(ranks, tmp_path, layout):
+def test_a_step_computes_no_weight_gradient_of_any_frozen_matrix(ranks, tmp_path, layout):
     folder = str(make_llama(tmp_path / "model", **TINY))
     plan = toy_plan(folder, HFTConfig(hft_freeze_head=True))
-    resting = [unit for unit in plan.units if not plan.trains(unit.name)]
-    matrices = sum(unit.category in ("attention", "feed_forward", "lm_head") for unit in resting)
+    frozen = [unit for unit in plan.units if not plan.trains(unit.name)]
+    matrices = sum(unit.category in ("attention", "feed_forward", "lm_head") for unit in frozen)
     assert matrices == 15
     pool = ranks(WORLD_SIZE[layout])
     full, halved = (

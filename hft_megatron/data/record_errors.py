@@ -1,4 +1,4 @@
-"""What is said of records: faults with file and line, and counts of what was done with them."""
+"""Reports about records: errors with file and line, and counts of what was done with them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from hft_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RecordUse:
-    """An account of one source."""
+    """Account of one source."""
 
     keys: DataKeys = ()
-    """Of those that are mapped, the ones that some record had."""
+    """Mapped keys that at least one record had."""
     separator: str = ""
-    """Empty where no record has it."""
+    """The separator; empty where no record has it."""
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> "RecordUse":
@@ -24,25 +24,25 @@ class RecordUse:
         return RecordUse(keys=tuple((key, known) for key, known in saved["keys"]), separator=saved["separator"])
 
     def merged(self, other: "RecordUse") -> "RecordUse":
-        """With another part of the same source."""
+        """The account together with that of another part of the same source."""
         return RecordUse(keys=tuple(sorted({*self.keys, *other.keys})), separator=self.separator or other.separator)
 
     def words(self) -> str:
-        """For the log, to follow a format; empty where nothing was done."""
+        """Words for the log, after a format; empty where nothing was done."""
         mapped = "".join(f", `{key}` as `{known}`" for key, known in self.keys)
         return mapped + (f", {self.separator!r} between prompt and answer" if self.separator else "")
 
 
 def check_use(keys: DataKeys, separator: str, uses: Sequence[RecordUse], option: str) -> None:
-    """Raise UserError for a mapped key that no record has, and for a separator that none has a place for."""
+    """Raise UserError for a mapped key that no record has, and for a separator that no record can use."""
     found = {key for use in uses for key, _ in use.keys}
     for key, known in keys:
         if key not in found:
             raise UserError(f"--data-keys {key}={known}: no record of {option} has the key `{key}`; correct it.")
     if separator and not any(use.separator for use in uses):
         raise UserError(
-            f"--prompt-separator {separator!r} stands between a prompt and an answer that are texts, and no record of "
-            f"{option} has them; leave it out."
+            f"--prompt-separator {separator!r} goes between a prompt and an answer that are texts, but no record of "
+            f"{option} has both; leave it out."
         )
 
 
@@ -55,36 +55,36 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def notes_of_token_names(path: str, count: int) -> list[str]:
-    """A line for the log about records of verbatim texts that a template may have rendered; none where there are none.
+    """A line for the log about verbatim texts that a template may have rendered; none where there are none.
 
-    Without it such data would be trained to the end with turns that no generation has.
+    Such data would otherwise silently be trained on turns that generation never has.
     """
     if not count:
         return []
     return [
-        f"{path}: records with names of special tokens in their texts, where these are ordinary characters: {count:,}; "
+        f"{path}: records with names of special tokens in their texts, where they are ordinary characters: {count:,}; "
         f"give conversations as messages, which the chat template renders"
     ]
 
 
 def notes_of_keys(path: str, unread: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:
-    """Lines for the log: the keys of records and messages that nothing is made of, and in how many records."""
+    """Lines for the log: the keys of records and messages that are not read, with their numbers of records."""
     return [
         f"{path}: {what}: {', '.join(f'{printable(key)} ({count:,})' for key, count in counts.items())}"
-        for what, counts in (("keys that are not read", unread), ("keys passed over by --ignore-keys", ignored))
+        for what, counts in (("keys that are not read", unread), ("keys ignored by --ignore-keys", ignored))
         if counts
     ]
 
 
 _MOST_KINDS, _TOLD_KINDS = 100, 8
-"""Kept apart, which bounds the memory, and told, the most frequent first."""
+"""Numbers of kinds that are counted apart, which bounds the memory, and reported, the most frequent first."""
 
 
 class RecordRefused(UserError):
-    """A record that nothing can be learned of as the options stand."""
+    """A record from which nothing can be learned under the given options."""
 
     def __init__(self, place: str, sentence: str, size: int | None = None) -> None:
-        """``size`` stands where the sentence has ``{}``, so that records that differ in it alone have one fault."""
+        """``size`` replaces ``{}`` in the sentence, so that records that differ only in it share one error."""
         super().__init__(f"{place}: {_with_size(sentence, size)}")
         self.sentence = sentence
         self.size = size
@@ -93,14 +93,14 @@ class RecordRefused(UserError):
 @dataclass(kw_only=True)
 class _Kind:
     sentence: str
-    """Of the first record."""
+    """Sentence about the first record."""
     size: int | None
-    """The largest."""
+    """The largest size."""
     records: int = 0
     places: list[str] = field(default_factory=list)
-    """Of the first two records."""
+    """Places of the first two records."""
     differ: bool = False
-    """Whether the sentences of other records have other numbers."""
+    """True if the sentences of other records have other numbers."""
 
     def told(self) -> str:
         if self.records == 1:
@@ -112,19 +112,19 @@ class _Kind:
         return f"{self.records:,} records ({', '.join(self.places)}{more}){first}: {text}"
 
 
-class Faults:
-    """Grows while records are read."""
+class RecordErrors:
+    """Errors of records, collected while they are read."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, _Kind] = {}
         self._others = 0
 
     def __len__(self) -> int:
-        """Records with a fault."""
+        """Number of records with an error."""
         return sum(kind.records for kind in self._kinds.values()) + self._others
 
     def add(self, place: str, error: UserError) -> None:
-        """Count what refused the record at ``place``."""
+        """Count the error of the record at ``place``."""
         sentence, size = str(error).removeprefix(f"{place}: "), None
         if isinstance(error, RecordRefused):
             sentence, size = error.sentence, error.size
@@ -141,14 +141,14 @@ class Faults:
             kind.places.append(place)
 
     def told(self) -> str:
-        """A sentence for every kind of fault, the most frequent first; empty without any."""
+        """A sentence for every kind of error, the most frequent first; empty without any."""
         kinds = sorted(self._kinds.values(), key=lambda kind: -kind.records)
         sentences = [kind.told() for kind in kinds[:_TOLD_KINDS]]
         others = len(self) - sum(kind.records for kind in kinds[:_TOLD_KINDS])
-        return " ".join(sentences + [f"{others:,} records have other faults."] * (others > 0))
+        return " ".join(sentences + [f"{others:,} records have other errors."] * (others > 0))
 
     def raise_if_any(self) -> None:
-        """Raise UserError with all of it."""
+        """Raise UserError with all errors."""
         if self._kinds:
             raise UserError(self.told())
 

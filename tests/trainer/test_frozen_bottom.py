@@ -1,4 +1,4 @@
-"""What rests below: frozen embeddings and first layers, with activations recomputed and without."""
+"""Frozen embeddings and first layers, with activations recomputed and without."""
 
 from functools import lru_cache
 from typing import Any
@@ -29,7 +29,7 @@ CASES: dict[str, Case] = {
     "embedding, uniform, sequence parallel": (2, "tp2_sp", 1, UNIFORM, [EMBEDDING, FIRST], [1, 2, 3, 4]),
 }
 """Ranks, layout, micro-batch size (of 1 megatron-core makes the hidden state anew), recomputation, patterns of what
-rests besides the draw, layers whose input requires a gradient."""
+is frozen besides the draw, layers whose input requires a gradient."""
 
 
 def watch_inputs(run: Run) -> set[int]:
@@ -83,11 +83,11 @@ def norms(ranks, folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_all_that_trains_above_a_resting_bottom_trains_and_input_gradients_stop_where_autograd_stops(
+def test_all_that_trains_above_a_frozen_bottom_trains_and_input_gradients_stop_where_autograd_stops(
     ranks, folder, norms, case
 ):
-    world_size, layout, micro_batch_size, recompute, resting, needing = CASES[case]
-    hft = {"hft_freeze": ",".join(resting)}
+    world_size, layout, micro_batch_size, recompute, frozen, needing = CASES[case]
+    hft = {"hft_freeze": ",".join(frozen)}
     answers = ranks(world_size).run(
         run_case, folder=folder, layout=layout, recompute=recompute, hft=hft, micro_batch_size=micro_batch_size
     )
