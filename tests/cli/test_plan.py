@@ -447,7 +447,7 @@ MISTAKES = [
     ("--load-hf MODEL --memory-bandwidth 8", "--memory-bandwidth 8 needs --time; add it"),
     ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png can't be written: No such file"),
     ("--load-hf MODEL --lr 1", "--lr is not an option"),
-    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: here --lr."),
+    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: give --lr 1."),
     (SHAPE_FLAGS, "--vocab-size is missing: a plan reads no tokenizer"),
     ("", "No model is given"),
 ]
