@@ -247,7 +247,7 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
 @pytest.mark.parametrize(
     ("method", "words", "said"),
     [
-        ("pretrain", "--sft", "--sft: the command's name says it; leave it out."),
+        ("pretrain", "--sft", "--sft: the command's name chooses it; leave it out."),
         (
             "sft",
             "--group-query-attention --num-layers 2",
@@ -262,7 +262,7 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
             "sft",
             "--lr -- --check",
             "2 options are not valid:|  --lr needs a value: a number of at least 0.|  The word '--' belongs "
-            "to no option: options start with --, and --help says which take several values.",
+            "to no option; options start with --, and --help shows which take several values.",
         ),
         ("plan", "--beta 3", "--beta is not an option; --help lists all of them."),
         ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help lists all of them."),
