@@ -82,7 +82,7 @@ def test_models_of_different_shapes_are_refused_by_the_first_key_and_both_values
     assert message.startswith(f"--base {pair / 'base' / 'config.json'} has ")
     shown = {"rope_parameters": "rope_theta" if was == "10000.0" else "rope_scaling"}.get(key, key)
     assert f" has {shown} " in message
-    assert f"--tuned {pair / 'tuned' / 'config.json'} has {was}," in message
+    assert f"--tuned {pair / 'tuned' / 'config.json'} has {was};" in message
     assert not (pair / "out").exists()
 
 
