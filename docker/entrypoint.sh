@@ -10,7 +10,7 @@ set -euo pipefail
 
 if [[ -n ${WANDB_API_KEY_FILE:-} ]]; then
     if [[ ! -r $WANDB_API_KEY_FILE ]]; then
-        echo "hft-megatron: error: WANDB_API_KEY_FILE=$WANDB_API_KEY_FILE can't be read by user $(id -u);" \
+        echo "hft-megatron: error: WANDB_API_KEY_FILE=$WANDB_API_KEY_FILE cannot be read by user $(id -u);" \
             "mount the secret there, readable for that user." >&2
         exit 2
     fi

@@ -1,7 +1,7 @@
 """Docker's health check: a run is healthy while its log gets lines, at least one every HFT_HEALTH_SECONDS (3600).
 
-The run's folder is SAVE, or --save of the command. Time counts from the start, for a run may load for long or
-go on with an old log. A command without a folder is healthy while it lives.
+The run's folder is SAVE, or --save of the command. Time counts from the start, since a run may load for long or
+resume with an old log. A command without a folder is healthy while it lives.
 """
 
 import os

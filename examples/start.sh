@@ -1,4 +1,4 @@
-# What the example scripts share: where a run is started, on what, and how it ended. A script sources this file, calls
+# Shared parts of the example scripts: the place, inputs and end of a run. A script sources this file, calls
 # read_environment, sets ARGS (the options, without those that its caller gave) and calls start_run:
 #
 #   METHOD         the command of hft-megatron
@@ -18,7 +18,7 @@ under_torchrun() { [[ -n ${TORCHELASTIC_RUN_ID:-} ]]; }
 
 mistake() { # SENTENCE
     if under_torchrun && [[ ${RANK:-0} != 0 ]]; then
-        # Rank 0 says the same; torchrun would kill it in the middle if this one left at once.
+        # Rank 0 reports the same; torchrun would kill it in the middle if this one left at once.
         sleep 2
     else
         echo "hft-megatron: error: $1" >&2
@@ -26,7 +26,7 @@ mistake() { # SENTENCE
     exit 2
 }
 
-# What the command line will take for --NAME: the last one among WORDS, or DEFAULT.
+# The command line's value of --NAME: the last one among WORDS, or DEFAULT.
 last_value() { # NAME DEFAULT WORDS...
     local name=$1 value=$2
     shift 2
@@ -50,8 +50,8 @@ read_environment() { # WORDS...
 for_help_and_python() { # WORDS...
     local word
     for word in "$@"; do
-        if [[ $word == -h || $word == --help ]]; then
-            exec "$PYTHON" -m hft_megatron "$METHOD" --help
+        if [[ $word == -h || $word == --help || $word == --help-all ]]; then
+            exec "$PYTHON" -m hft_megatron "$METHOD" "$word"
         fi
     done
     if ! "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)" 2>/dev/null; then
@@ -135,23 +135,23 @@ give_up_the_start() { # TORCHRUN MINUTES SECONDS
         # It has started ranks, or has ended, or the kernel doesn't tell.
         [[ -r $children && -z $(<"$children") ]] || return 0
     done
-    echo "hft-megatron: error: the $NNODES nodes did not all meet at the rendezvous endpoint $MASTER_ADDR:${MASTER_PORT:-29500} within --distributed-timeout-minutes $2; look at that host, at the network to it, and at what the other nodes say" >&2
+    echo "hft-megatron: error: the $NNODES nodes did not all meet at the rendezvous endpoint $MASTER_ADDR:${MASTER_PORT:-29500} within --distributed-timeout-minutes $2; check that host, the network to it, and the logs of the other nodes" >&2
     kill -s KILL "$1"
 }
 
-# Starts ARGS and the words of the command line, which win, on all ranks, with an export, and exits with the run's code.
+# Starts ARGS and the command line's words, which override them, on all ranks, with an export; exits with the run's code.
 start_run() { # WORDS...
     local epochs
     epochs=$(last_value train-epochs "" "$@")
     # A finished run that is started again keeps its export; with more iterations or epochs it gets another.
     EXPORT=$SAVE/hf_iter_$(last_value train-iters "" "${ARGS[@]}" "$@")
     [[ -z $epochs ]] || EXPORT=$SAVE/hf_epoch_$epochs
-    # With exports during training the folder is there before the last one, and the run itself looks whose it is.
+    # With exports during training the folder exists before the last one, and the run itself checks whose it is.
     [[ -e $EXPORT && -z $(last_value save-hf-interval "" "$@") ]] || ARGS+=(--save-hf "$EXPORT")
     start_ranks "$@"
 }
 
-# The same without an export, which the words may ask for.
+# The same without an export, which the words may still add.
 start_ranks() { # WORDS...
     ARGS+=("$@")
 
@@ -162,10 +162,10 @@ start_ranks() { # WORDS...
         exec "$PYTHON" -m hft_megatron "$METHOD" "${ARGS[@]}"
     fi
 
-    # Until the ranks can save there is nothing to lose: a signal ends the script, and a restart begins anew.
+    # Until the ranks can save there is nothing to lose: a signal ends the script, and a restart starts from scratch.
     stop_early() { # SIGNAL CODE
         [[ -z ${CHECK:-} ]] || kill -s KILL "$CHECK" 2>/dev/null || true
-        echo "hft-megatron: $1 stopped the run before training began; start it again with SAVE=$SAVE" >&2
+        echo "hft-megatron: $1 stopped the run before training began; run it again with SAVE=$SAVE" >&2
         exit "$2"
     }
     trap 'stop_early SIGTERM 3' TERM HUP

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 ''':'
 # Teaches a LLaMA (a Hugging Face folder) the tasks of TRACE one after the other, another half of its matrices in each, and
-# puts the tasks learned so far to it after each: SAVE/matrix.json, the predictions, and the last model in SAVE/hf.
+# evaluates it on the tasks learned so far after each: SAVE/matrix.json, the predictions, and the last model in SAVE/hf.
 # Both of these work, on GPUs and on a machine without one:
 #
 #   MODEL=/models/Llama-2-7b-chat-hf DATA=/data/TRACE-Benchmark bash examples/trace_llama_hft.sh
 #   MODEL=/models/Llama-2-7b-chat-hf DATA=/data/TRACE-Benchmark TP=2 PP=2 torchrun --nproc-per-node 8 examples/trace_llama_hft.sh
 #
 # Order, epochs, batch and rate are those of TRACE, which the command knows. Options after the name go to
-# `hft-megatron continual` and win over those below; --help lists them. From the environment:
+# `hft-megatron continual` and override those below; --help-all lists them. From the environment:
 #
 #   MODEL, DATA    what to train, and the folder of TRACE, with a folder for each task; or a YAML list of tasks
-#   SAVE           folder of the sequence, which a second start goes on with; without it every start gets a new one in runs/
+#   SAVE           folder of the sequence, which a second start resumes; without it every start gets a new one in runs/
 #   TP, PP         tensor- and pipeline-parallel size (TP: 2, or 1 on a single rank; PP: 1)
 #   PYTHON         the interpreter (python)
 #   GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as in Megatron, where bash starts the ranks

@@ -23,7 +23,7 @@ from hft_megatron.methods import registry
 
 
 class LowerHalf(rules.SelectionRule):
-    """The lower half of the layers, and what stands outside of them."""
+    """The lower half of the layers, and the units outside the layers."""
 
     def select(
         self, units: Sequence[Unit], *, policy: Policy, draw: Draw, scores: Mapping[str, float]
@@ -34,7 +34,7 @@ class LowerHalf(rules.SelectionRule):
 
 
 def parse_question(row: Mapping[str, Any], place: str) -> table.Record:
-    """A row ``{"q": ..., "a": ...}`` as a prompt and its completion; a ValueError is told with file and line."""
+    """Read a row ``{"q": ..., "a": ...}``; a ValueError is shown with file and line."""
     if not row["a"]:
         raise ValueError("the answer `a` is empty")
     return Completion(prompt=row["q"], completion=row["a"], place=place)
@@ -42,19 +42,19 @@ def parse_question(row: Mapping[str, Any], place: str) -> table.Record:
 
 @dataclass(frozen=True, kw_only=True)
 class CountOptions:
-    """What the command takes."""
+    """Options of the command."""
 
     up_to: int = 3
-    """Where it ends."""
+    """Number to count up to; it is left out."""
 
 
 def count(options: CountOptions, status: StatusFolder) -> None:
-    """The numbers below ``up_to``; ``status.use(folder)`` would have the outcome written there as status.json."""
+    """Show the numbers below ``up_to``; ``status.use(folder)`` would write the outcome there as status.json."""
     show(" ".join(map(str, range(options.up_to))))
 
 
 def load_doubled() -> Any:
-    """Twice the next-token loss. What needs torch is imported here: options are checked without it."""
+    """Return a method with twice the next-token loss. Torch is imported here: options are checked without it."""
     from hft_megatron.methods import next_token
     from hft_megatron.methods.sft.data import read_sft_data
     from hft_megatron.trainer.method import Method, Objective

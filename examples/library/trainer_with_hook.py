@@ -1,4 +1,4 @@
-"""This project's trainer as a library, with a hook that looks at every step.
+"""This project's trainer as a library, with a hook after every step.
 
 Run: python examples/library/trainer_with_hook.py MODEL DATA.jsonl OUTPUT
 (or, on several GPUs, torchrun --nproc-per-node N examples/library/trainer_with_hook.py ...)

@@ -36,5 +36,5 @@ def adapted_unit(unit: str) -> str | None:
 
 
 def has_adapter(unit: str, adapters: Adapters | None) -> bool:
-    """Whether the matrix of this name has an adapter beside it."""
+    """Return whether the matrix of this name has an adapter beside it."""
     return adapters is not None and unit.rpartition(".")[2] in adapters.targets

@@ -179,7 +179,7 @@ def resolve(config: RunConfig, shape: ModelShape, world_size: int, saved: RunCon
 
     A resumed run keeps what it started with: values that this command leaves unset come from ``saved``, the
     run's resolved options, so that another layout does not change the batch size or the dtype. ``bf16`` stays
-    unset when nothing says otherwise: the machine decides, and only the caller can look at it.
+    unset unless an option sets it: the machine decides, which only the caller knows.
     """
     training, hft = config.training, config.hft
     if saved is not None:

@@ -70,8 +70,7 @@ def best_is_measured_by(method: MethodName) -> Callable[[RunConfig, ModelShape, 
         if metric is not None and metric not in known:
             choose = f"choose {' or '.join(known)}" if known else "it has none; leave --save-hf-best out"
             raise UserError(
-                f"--save-hf-best {config.checkpoint.save_hf_best} is not a validation metric of {method}; "
-                f"{choose}."
+                f"--save-hf-best {config.checkpoint.save_hf_best} is not a validation metric of {method}; {choose}."
             )
 
     return best_is_measured
@@ -88,7 +87,7 @@ def check_filled_export_folder(config: RunConfig) -> None:
     noted = None if checkpoint.save_hf_interval is None else folder.noted()
     if noted is None or folder.strangers():
         raise UserError(f"--save-hf {folder.path} is not empty; choose a new folder, or empty this one.")
-    # Not those that are noted: a run that goes back leaves later ones unnoted until it comes to them again.
+    # All folders, not just the recorded ones: a run that resumes earlier leaves later exports unrecorded meanwhile.
     if noted.run != _run_in(checkpoint.save) and (noted.final_files or any(folder.iteration_folders())):
         raise UserError(
             f"--save-hf {folder.path} holds exports of a run other than the one in --save {checkpoint.save}; choose a "

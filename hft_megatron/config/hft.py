@@ -49,8 +49,8 @@ class HFTConfig:
     2i+1 get complementary draws, so that every pair trains exactly half of its parameters (needs --hft-ratio 0.5; an
     odd last layer is drawn alone)."""
     hft_rotation: Annotated[Rotation, SAME_RUN] = "independent"
-    """Relation between rounds. independent: every round is drawn anew (the paper). complementary: each round trains the
-    units that were frozen in the round before (needs --hft-ratio 0.5). fixed: all rounds are like the first.
+    """Relation between rounds. independent: every round has its own draw (the paper). complementary: each round trains
+    the units that were frozen in the round before (needs --hft-ratio 0.5). fixed: all rounds are like the first.
     Embedding, final norm and head train in every round unless --hft-freeze-... freezes them."""
     hft_seed: Annotated[int, Ge(0)] | None = None
     """Seed of the draw; --seed when unset."""

@@ -10,7 +10,7 @@ _TE_ADAM = "other types take transformer-engine's Adam"
 _NO_SCALE = "bf16 and fp32 scale no loss"
 _REFORMAT = "a checkpoint has one format here; leave it out"
 _ONE_LENGTH = "every sequence has at most --seq-length tokens"
-_PER_RUN = "leave it out; the run's own state says it"
+_PER_RUN = "leave it out; the run's own state has it"
 _SWIGLU = "the feed-forward layers are SwiGLU; leave it out"
 _PERFORMANCE = "it is not built, and what is learned doesn't depend on it; leave it out"
 
@@ -156,14 +156,12 @@ DENSE = (
             accepted("exit-signal-handler-for-training", "a signal saves and ends the run"),
             accepted("exit-signal-handler-for-dataloader", "the data has no processes of its own"),
             other_name("check-weight-hash-across-dp-replicas-interval=", "check-replicas-interval"),
-            refused(
-                "gpu-sniff-test-interval=", "`hft-megatron doctor` looks at the devices before a run; leave it out"
-            ),
+            refused("gpu-sniff-test-interval=", "`hft-megatron doctor` checks the devices before a run; leave it out"),
             refused("disable-manual-gc-eval", "give --no-manual-gc-eval"),
             refused("train-sync-interval=", _PERFORMANCE),
             accepted(
                 "no-check-for-nan-in-loss-and-grad",
-                "the norm of the gradients says it without a check; infinite or undefined ones are never trained on",
+                "the norm of the gradients is always checked; infinite or undefined gradients are never applied",
             ),
             refused("check-for-large-grads", "--loss-spike-threshold marks spikes of the loss"),
             refused("check-for-spiky-loss", "--loss-spike-threshold marks spikes of the loss"),
@@ -243,8 +241,8 @@ DENSE = (
             refused("pipeline-model-parallel-split-rank=", "a LLaMA has one stack of layers; leave it out"),
             refused("encoder-tensor-model-parallel-size=", "a LLaMA has one stack of layers; leave it out"),
             refused("encoder-pipeline-model-parallel-size=", "a LLaMA has one stack of layers; leave it out"),
-            accepted("expert-tensor-parallel-size=", "without experts it says nothing"),
-            accepted("cp-comm-type=*", "without context parallelism it says nothing"),
+            accepted("expert-tensor-parallel-size=", "without experts it has no effect"),
+            accepted("cp-comm-type=*", "without context parallelism it has no effect"),
             accepted("local-rank=", "torchrun's LOCAL_RANK is used"),
             refused("lazy-mpu-init", "ranks meet before the model is made; leave it out"),
             refused(
@@ -257,7 +255,7 @@ DENSE = (
     Section(
         title="Data and tokenizer",
         rows=(
-            refused("sft", "the command's name says it; leave it out"),
+            refused("sft", "the command's name chooses it; leave it out"),
             refused("sft-tokenizer-prompt-format=", "--chat-template renders conversations"),
             accepted("test-data-path=*", "there is no test at the end of a run, and its data is left alone"),
             accepted("dataloader-type=", "samples come in one order, the same after a resume", values="single"),
@@ -284,18 +282,19 @@ DENSE = (
             refused("vocab-file=", "give a Hugging Face folder or SentencePiece file as --tokenizer-model"),
             refused("merge-file=", "give a Hugging Face folder as --tokenizer-model"),
             accepted("vocab-extra-ids=", "nothing is added to a tokenizer", values="0"),
-            refused("tokenizer-metadata=", "a tokenizer's own files say all; leave it out"),
+            refused("tokenizer-metadata=", "a tokenizer's settings are read from its own files; leave it out"),
             refused("tokenizer-special-tokens=*", "a tokenizer's own files name its special tokens; leave it out"),
             refused("tiktoken-special-tokens=*", "tiktoken's files are not read; leave it out"),
             refused("tiktoken-pattern=", "tiktoken's files are not read; leave it out"),
             refused("tiktoken-num-special-tokens=", "tiktoken's files are not read; leave it out"),
             refused("tokenizer-sentencepiece-legacy", "a folder's ids are those of its own files; leave it out"),
             refused(
-                "no-tokenizer-sentencepiece-ignore-extra-whitespaces", "a tokenizer's own files say it; leave it out"
+                "no-tokenizer-sentencepiece-ignore-extra-whitespaces",
+                "a tokenizer's settings are read from its own files; leave it out",
             ),
             refused(
                 "disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
-                "a tokenizer's own files say it; leave it out",
+                "a tokenizer's settings are read from its own files; leave it out",
             ),
             refused("tokenizer-hf-no-use-fast", "a folder's ids are those of its own files; leave it out"),
             accepted("tokenizer-hf-use-fast", "a folder's fast tokenizer is used"),
@@ -304,8 +303,8 @@ DENSE = (
             refused("trust-remote-code", "no code of a model folder is run; leave it out"),
             refused("null-tokenizer-eod-id=", "a real tokenizer is always read; give --tokenizer-model"),
             refused("null-tokenizer-pad-id=", "a real tokenizer is always read; give --tokenizer-model"),
-            refused("legacy-tokenizer", "a tokenizer's own files say all; leave it out"),
-            refused("use-gigatoken", "a tokenizer's own files say all; leave it out"),
+            refused("legacy-tokenizer", "a tokenizer's settings are read from its own files; leave it out"),
+            refused("use-gigatoken", "a tokenizer's settings are read from its own files; leave it out"),
         ),
     ),
     Section(

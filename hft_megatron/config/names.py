@@ -74,7 +74,7 @@ class Selection:
     needs_scores: bool = False
     """True if it ranks by scores of the weights that the run starts from."""
     is_of_rounds: bool = False
-    """True if it selects anew or other units in every round, so that a run of one round is a mistake."""
+    """True if it may select other units in every round, so that a run of one round is a mistake."""
 
 
 SELECTIONS: dict[str, Selection] = {}

@@ -28,7 +28,7 @@ SHORT_DIGEST_LENGTH = 12
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryCount:
-    """How much of one category trains, over the whole model."""
+    """Amount of one category that trains, over the whole model."""
 
     category: Category
     units: int
@@ -49,7 +49,7 @@ class CategoryCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which units train in one round. Equal for every TP x PP x DP layout of the same model, options and round."""
+    """The units that train in one round. Equal for every TP x PP x DP layout of the same model, options and round."""
 
     policy: Policy
     """Policy of the draw; a person may have edited ``training`` since."""

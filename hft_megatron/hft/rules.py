@@ -288,7 +288,7 @@ register(
     "lisa",
     LayerRule(),
     Selection(
-        what="draws whole layers anew in every round",
+        what="redraws whole layers in every round",
         without=("hft_level", "hft_counting", "hft_pairing", "hft_rotation"),
         is_of_rounds=True,
     ),

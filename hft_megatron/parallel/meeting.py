@@ -92,7 +92,7 @@ class Meeting:
 def meet(minutes: float) -> Meeting:
     """Connects to the store that torchrun's environment names, and agrees with all other ranks on a new start.
 
-    Raises PeersLost when the store, or another rank, is not there after ``minutes``.
+    Raises PeersLost when the store, or another rank, cannot be reached within ``minutes``.
     """
     deadline = time.monotonic() + 60.0 * minutes
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

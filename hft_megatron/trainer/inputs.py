@@ -168,7 +168,7 @@ def read_inputs(method: Method, options: RunConfig, shape: ModelShape | None, wo
         data = method.read_data(config, tokenizer, shape, world_size)
         if data.samples is not None:
             config = with_iterations(config, data.samples, world_size)
-            # Epochs are iterations now, which decide whether an export of the last one is there already.
+            # Epochs are iterations now, which decide whether the final export already exists.
             nothing_is_overwritten(config, shape, world_size)
     identity = run_identity(
         config,

@@ -21,7 +21,7 @@ from tests.support.runs import read_metrics, write_data
 RELEASED = Path(__file__).parent / "released"
 """Of archives, because most of a checkpoint of a tiny model is what torch.save puts around each of its tensors."""
 EXPECTED_FILE = "expected.json"
-"""In the archive, beside the folders ``model`` and ``run``: the options to go on with, and the losses that come."""
+"""In the archive, beside the folders ``model`` and ``run``: the options to resume with, and the losses that follow."""
 SAVED, LAST = 2, 4
 """The iteration of the checkpoint, and the one that ``expected.json`` goes to."""
 

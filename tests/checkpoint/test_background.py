@@ -1,4 +1,4 @@
-"""--async-save writes a snapshot while training goes on; what fails fails on all ranks. Run: pytest tests/checkpoint"""
+"""--async-save writes a snapshot while training continues; failures end all ranks. Run: pytest tests/checkpoint"""
 
 import errno
 import os
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
 
 
 @pytest.mark.slow
-def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+def test_a_run_stops_when_its_time_is_up_and_resumes(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     """The time counts from the start of the process, which for a rank of the pool is long ago."""
     words = words_for(inputs, "--save", tmp_path, "--load", tmp_path)
     whole = ranks(2).run(run_sft_words, words=words_for(inputs))
@@ -161,7 +161,7 @@ def test_a_run_stops_when_its_time_is_up_and_goes_on(ranks: RankPools, inputs: P
 
 
 @pytest.mark.slow
-def test_a_run_stops_at_the_next_multiple_of_an_interval_and_goes_on(
+def test_a_run_stops_at_the_next_multiple_of_an_interval_and_resumes(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     """Also after a start between two of them, and not at the last iteration, after which nothing is left."""

@@ -49,7 +49,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def words(inputs: Path, save: Path, *options: object) -> list[str]:
-    """A run that goes on until something happens to it."""
+    """A run that continues until something happens to it."""
     base = ("--tensor-model-parallel-size", 2, "--micro-batch-size", 2, "--train-iters", 5000, "--save", save)
     return words_for(
         inputs, *base, "--load", save, "--save-interval", INTERVAL, "--lr-decay-style", "constant", *options
@@ -61,7 +61,7 @@ def unfinished(save: Path) -> list[Path]:
 
 
 def freeze_between_saves(run: Launched, save: Path) -> tuple[Path, Callable[[], None]]:
-    """The newest checkpoint, and what lets both ranks go on; until then nobody writes on the disk."""
+    """The newest checkpoint, and a call that lets both ranks continue; until then nobody writes on the disk."""
     tracker = save / CHECKPOINT_TRACKER_FILE  # The last file of a save.
     while True:
         run.wait_for(lambda: tracker.exists() and not unfinished(save))
@@ -166,16 +166,16 @@ FULL = {
 
 
 @pytest.mark.parametrize("case", FULL)
-def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_run_goes_on(
+def test_a_disk_that_fills_up_in_a_save_is_one_sentence_and_with_more_room_the_run_resumes(
     case: str, inputs: Path, disk: Disk, tmp_path: Path, record_property: Record
 ) -> None:
     options, room = FULL[case]
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", mounts_of=disk.holder) as run:
-        first, go_on = freeze_between_saves(run, save)
+        first, resume = freeze_between_saves(run, save)
         disk.leave_free(room(first))
-        go_on()
+        resume()
         ended(run, record_property, EXIT_FAILURE)
     kept, lost = int(first.name[5:]), int(first.name[5:]) + INTERVAL
     [sentence] = run.sentences()
@@ -211,9 +211,9 @@ def test_a_log_that_can_not_be_written_is_one_sentence_and_a_restart_without_roo
     save = disk.seen(folder)
     command = words(inputs, folder, "--save-interval", 50)
     with launched(command, log=tmp_path / "log", mounts_of=disk.holder) as run:
-        newest, go_on = freeze_between_saves(run, save)
+        newest, resume = freeze_between_saves(run, save)
         disk.leave_free(0)
-        go_on()
+        resume()
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.match(
@@ -239,9 +239,9 @@ def test_a_folder_that_becomes_read_only_is_one_sentence(
     folder = disk.mount_point / "run"
     save = disk.seen(folder)
     with launched(words(inputs, folder, *options), log=tmp_path / "log", mounts_of=disk.holder) as run:
-        _, go_on = freeze_between_saves(run, save)
+        _, resume = freeze_between_saves(run, save)
         disk.become_read_only(folder)
-        go_on()
+        resume()
         ended(run, record_property, EXIT_FAILURE)
     [sentence] = run.sentences()
     assert re.match(

@@ -48,7 +48,7 @@ def test_a_new_run_starts_with_the_weights_alone_at_any_layout_and_ratio(
 
 
 @pytest.mark.slow
-def test_a_new_run_that_has_begun_goes_on_and_does_not_begin_again(
+def test_a_new_run_that_has_begun_resumes_and_does_not_begin_again(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:
     words = new_run(inputs, first_run, "--finetune", "--save", tmp_path / "run")
@@ -86,14 +86,14 @@ def test_a_new_run_whose_checkpoint_is_gone_is_not_begun_again(
 
 
 @pytest.mark.slow
-def test_a_new_run_goes_on_only_with_the_weights_it_began_with(
+def test_a_new_run_resumes_only_with_the_weights_it_began_with(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:
     words = new_run(inputs, first_run, "--save", tmp_path / "run")
     ranks(1).run(run_sft_words, words=[*words, "--finetune"])
     other = [*words, "--finetune", "--load", str(tmp_path / "other")]
     [said] = ranks(1).run(run_refused, words=other)
-    assert f"its --load of --finetune is {first_run / 'run'}, and this command's is {tmp_path / 'other'}" in said
+    assert f"its --load of --finetune is {first_run / 'run'}, but this command's is {tmp_path / 'other'}" in said
     [again] = ranks(1).run(run_sft_words, words=[*words, "--load", str(tmp_path / "run")])
     assert again["steps"] == []
     [said] = ranks(1).run(run_refused, words=other)
@@ -121,7 +121,7 @@ def test_what_contradicts_the_checkpoint_is_one_sentence_with_both_values(
     assert f"its training data is {inputs / 'data.jsonl'} (digest " in said
     other = make_inputs(tmp_path / "other", hidden_size=32)
     said = refusal("--load-hf", other / "model", "--finetune", "--save", tmp_path / "new")
-    assert "whose model's hidden size is 64, and this command's is 32; give the same model." in said
+    assert "whose model's hidden size is 64, but this command's is 32; give the same model." in said
 
 
 def test_another_tokenizer_is_refused_with_both_paths(
@@ -139,7 +139,7 @@ def test_another_tokenizer_is_refused_with_both_paths(
     words = words_for(inputs, "--load", first_run / "run", "--tokenizer-model", other)
     [said] = ranks(1).run(run_refused, words=words)
     assert f"its tokenizer is {inputs / 'model'} (digest " in said
-    assert f"and this command's is {other} (digest " in said
+    assert f"but this command's is {other} (digest " in said
 
 
 def test_without_a_checkpoint_to_take_weights_from_nothing_starts(

@@ -1,4 +1,4 @@
-"""Real processes that are killed or asked to stop, and go on to the same bits."""
+"""Real processes that are killed or asked to stop, and resume to the same bits."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_and_started_again_is_the_run_that_was_not(how: sig
     assert all((exported[0][name] == exported[1][name]).all() for name in exported[0])
 
 
-def test_sigterm_ends_a_single_process_with_exit_code_3_and_a_restart_goes_on(tmp_path: Path) -> None:
+def test_sigterm_ends_a_single_process_with_exit_code_3_and_a_restart_resumes(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
     run = tmp_path / "run"
     words = words_for(inputs, "--train-iters", 2000, "--lr-decay-style", "constant", "--save", run, "--load", run)

@@ -1,4 +1,4 @@
-"""--no-load-optim: a run goes on with its weights, position and rate, and with an optimizer that begins anew.
+"""--no-load-optim: a run resumes with its weights, position and rate, and with an optimizer that begins anew.
 
 Run: pytest tests/checkpoint/test_no_load_optim.py
 """
@@ -28,7 +28,7 @@ def stopped_at(ranks: RankPools, words: list[str], folder: Path, iteration: int)
     ranks(2).run(run_sft_words, words=[*words, "--save", str(folder)], kill_at=iteration)
 
 
-def going_on(ranks: RankPools, words: list[str], folder: Path, *options: str) -> list[dict[str, Any]]:
+def resuming(ranks: RankPools, words: list[str], folder: Path, *options: str) -> list[dict[str, Any]]:
     """Results of ranks that resume from a copy of ``folder``."""
     copy = folder.with_name(f"{folder.name}-{len(list(folder.parent.iterdir()))}")
     shutil.copytree(folder, copy)
@@ -47,7 +47,7 @@ def test_where_a_round_begins_anew_it_changes_nothing_and_within_a_round_it_does
     for iteration, changes in ((3, False), (2, True)):
         folder = tmp_path / str(iteration)
         stopped_at(ranks, words, folder, iteration)
-        usual, anew = going_on(ranks, words, folder), going_on(ranks, words, folder, ANEW)
+        usual, anew = resuming(ranks, words, folder), resuming(ranks, words, folder, ANEW)
         for one, other in zip(usual, anew, strict=True):
             assert (one["state"] != other["state"]) == changes
             assert (one["steps"] != other["steps"]) == changes
@@ -65,8 +65,8 @@ def test_moments_of_frozen_units_are_gone_too_and_another_layout_takes_the_same_
 ) -> None:
     words, folder = words_for(inputs, *KEPT), tmp_path / "run"
     stopped_at(ranks, words, folder, 4)
-    usual, anew = going_on(ranks, words, folder), going_on(ranks, words, folder, ANEW)
-    elsewhere = going_on(ranks, [*words, *TP2], folder, ANEW)
+    usual, anew = resuming(ranks, words, folder), resuming(ranks, words, folder, ANEW)
+    elsewhere = resuming(ranks, [*words, *TP2], folder, ANEW)
     steps = [json.loads(found[0]["state"]["unit steps"]) for found in (usual, anew, elsewhere)]
     assert max(steps[0].values()) == 6
     assert set(steps[1].values()) == {2}
@@ -78,7 +78,7 @@ def test_moments_of_frozen_units_are_gone_too_and_another_layout_takes_the_same_
 
 
 @pytest.mark.slow
-def test_a_new_run_from_other_weights_keeps_its_own_moments_when_it_goes_on(
+def test_a_new_run_from_other_weights_keeps_its_own_moments_when_it_resumes(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs)

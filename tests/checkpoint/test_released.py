@@ -35,7 +35,7 @@ def test_this_version_leaves_a_checkpoint_to_later_ones() -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_checkpoint_of_a_released_version_goes_on(version: str, ranks: RankPools, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_released_version_resumes(version: str, ranks: RankPools, tmp_path: Path) -> None:
     shutil.unpack_archive(RELEASED / f"{version}.tar.gz", tmp_path, filter="data")
     expected = json.loads((tmp_path / EXPECTED_FILE).read_text())
     words = [*expected["words"], "--load", "run", "--save", "run"]

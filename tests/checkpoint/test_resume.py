@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped, beyond the rows of tests/trainer/test_run_matrix.py."""
+"""A run that stops and resumes is the run that never stopped, beyond the rows of tests/trainer/test_run_matrix.py."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_a_run_whose_batches_grow_resumes_at_its_sample_also_at_another_data_par
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_to_another_number_of_iterations(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
+def test_a_run_continues_to_another_number_of_iterations(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_for(inputs, "--lr-decay-style", "constant")
     saved = [*words, "--save", str(tmp_path), "--load", str(tmp_path)]
     [whole] = ranks(1).run(run_sft_words, words=words)
@@ -142,7 +142,7 @@ def interrupted(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPat
 def lengthened(
     ranks: RankPools, inputs: Path, interrupted: tuple[Path, Any], folder: Path, *options: object
 ) -> tuple[Any, list[str]]:
-    """What the run gave that goes on from the second iteration, and its lines about the schedule."""
+    """Results of the run that resumes after the second iteration, and its lines about the schedule."""
     if not folder.exists():
         shutil.copytree(interrupted[0], folder)
     words = words_for(inputs, *SCHEDULE, "--save", folder, "--load", folder, "--train-iters", 6, *options)

@@ -1,4 +1,4 @@
-"""Ranks are killed at random moments, again and again, and the run that goes on each time ends like one left alone.
+"""Ranks are killed at random moments, again and again, and the run that resumes each time ends like one left alone.
 
 Run: HFT_SOAK_ROUNDS=30 pytest -s tests/checkpoint/test_soak.py; without the variable 2 rounds, and HFT_SOAK_SEED=7 for
 other moments than those of seed 0. Half of the kills are inside a save, half of the rounds save in the background; of

@@ -43,7 +43,7 @@ def run_and_die_while_saving(words: list[str], where: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("where", "left"), [("sharded_state", 2), ("write_digests", 2), ("write_atomically", 4)])
-def test_a_run_that_dies_while_saving_goes_on_from_the_newest_complete_checkpoint(
+def test_a_run_that_dies_while_saving_resumes_from_the_newest_complete_checkpoint(
     where: str, left: int, ranks: RankPools, tmp_path: Path
 ) -> None:
     words = words_for(make_inputs(tmp_path), "--train-iters", 5)

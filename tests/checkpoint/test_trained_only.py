@@ -1,5 +1,4 @@
-"""Checkpoints that leave out frozen weights: small, exact on resume, tied to their base. Run: pytest tests/checkpoint
-"""
+"""Checkpoints that leave out frozen weights: small, exact, tied to their base. Run: pytest tests/checkpoint"""
 
 import shutil
 from hashlib import sha256
@@ -96,7 +95,7 @@ def two_rounds(ranks: RankPools, inputs: Path, tmp_path_factory: pytest.TempPath
     return run
 
 
-def going_on(inputs: Path, run: Path, *options: object) -> list[str]:
+def resuming(inputs: Path, run: Path, *options: object) -> list[str]:
     return words_for(inputs, *ROUNDS, "--lr-decay-style", "constant", "--train-iters", 7, "--load", run, *options)
 
 
@@ -106,7 +105,7 @@ def test_a_base_that_is_gone_damaged_or_another_one_is_named(
     def refusal(name: str, harm: Any) -> str:
         run = shutil.copytree(two_rounds, tmp_path / name)
         harm(run / "iter_0000004")
-        [said, _] = ranks(2).run(run_refused, words=going_on(inputs, run))
+        [said, _] = ranks(2).run(run_refused, words=resuming(inputs, run))
         return str(said)
 
     assert "its base" in (said := refusal("gone", shutil.rmtree))
@@ -192,7 +191,9 @@ def test_damage_in_the_base_of_a_base_is_found_and_named(
     shutil.rmtree(folder / "first")
     [said, _] = ranks(2).run(run_refused, words=words)
     assert f"its base {folder}/first/iter_0000006 cannot be read" in said
-    with pytest.raises(UserError, match=r"--load .*/third: .*its base .*/first/iter_0000006 cannot be read .*; put that"):
+    with pytest.raises(
+        UserError, match=r"--load .*/third: .*its base .*/first/iter_0000006 cannot be read .*; put that"
+    ):
         SavedRun.read(str(folder / "third"), None).source()
 
 
@@ -218,7 +219,7 @@ def test_another_model_folder_than_the_base_is_refused_with_both_digests(
     weights = load_file(other / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"][-1, -1] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    [said, _] = ranks(2).run(run_refused, words=going_on(inputs, run, "--load-hf", other))
+    [said, _] = ranks(2).run(run_refused, words=resuming(inputs, run, "--load-hf", other))
     assert f"and --load-hf {other} has " in said
-    [answer, _] = ranks(2).run(run_sft_words, words=going_on(inputs, run))
+    [answer, _] = ranks(2).run(run_sft_words, words=resuming(inputs, run))
     assert [step["iteration"] for step in answer["steps"]] == [4, 5, 6, 7]

@@ -57,12 +57,12 @@ def saved(ranks: RankPools, words: list[str], tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def going_on(words: list[str], run: Path) -> list[str]:
+def resuming(words: list[str], run: Path) -> list[str]:
     return [*words, "--lr-decay-style", "constant", "--save", str(run), "--load", str(run), "--save-interval", "2"]
 
 
 def run_refused(words: list[str]) -> str:
-    """The sentence with which a rank refuses to go on, before a model is built."""
+    """The sentence with which a rank refuses to continue, before a model is built."""
     from unittest.mock import patch
 
     from hft_megatron.errors import UserError
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file_and_the_newest_goo
     run = shutil.copytree(saved, tmp_path / "run")
     change(run / "iter_0000004" / file)
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
-    first, second = ranks(2).run(run_refused, words=going_on(words, run))
+    first, second = ranks(2).run(run_refused, words=resuming(words, run))
     assert first == second, "every rank must come to the same end"
     assert f"--load {run}: {run / 'iter_0000004' / file} " in first
     assert said in first
@@ -93,20 +93,20 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file_and_the_newest_goo
 
 
 @pytest.mark.slow
-def test_with_load_fallback_the_run_goes_on_from_the_newest_good_one_and_keeps_the_damaged(
+def test_with_load_fallback_the_run_resumes_from_the_newest_good_one_and_keeps_the_damaged(
     ranks: RankPools, words: list[str], saved: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(saved, tmp_path / "run")
     flip_a_bit(run / "iter_0000004" / "__0_0.distcp")
     whole = ranks(2).run(run_sft_words, words=[*words, "--lr-decay-style", "constant"])
-    resumed = ranks(2).run(run_sft_words, words=[*going_on(words, run), "--load-fallback"])
+    resumed = ranks(2).run(run_sft_words, words=[*resuming(words, run), "--load-fallback"])
     assert any(line.startswith("> --load-fallback: ") and "iter_0000002" in line for line in resumed[0]["said"])
     for rank in range(2):
         assert resumed[rank]["steps"] == whole[rank]["steps"][2:]
         assert resumed[rank]["state"] == whole[rank]["state"]
     assert (run / "iter_0000004.damaged" / "__0_0.distcp").exists()
     assert [path.name for path in find_checkpoints(str(run)).complete] == [f"iter_000000{i}" for i in (6, 4, 2)]
-    again = ranks(2).run(run_sft_words, words=going_on(words, run))
+    again = ranks(2).run(run_sft_words, words=resuming(words, run))
     assert again[0]["steps"] == []
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_the_tracker_names_and_that_is_gone_is_damage_too(
 ) -> None:
     run = shutil.copytree(saved, tmp_path / "run")
     shutil.rmtree(run / "iter_0000004")
-    [said, _] = ranks(2).run(run_refused, words=going_on(words, run))
+    [said, _] = ranks(2).run(run_refused, words=resuming(words, run))
     assert "iter_0000004, which latest_checkpointed_iteration.txt names, does not exist" in said
     assert "the newest intact checkpoint is iter_0000002" in said
 
@@ -123,10 +123,10 @@ def test_a_checkpoint_that_the_tracker_names_and_that_is_gone_is_damage_too(
 def test_a_run_folder_without_its_identity_is_refused(
     ranks: RankPools, words: list[str], saved: Path, tmp_path: Path
 ) -> None:
-    """Nothing could be compared: other data or another plan would go on without a word."""
+    """Nothing could be compared: other data or another plan would be used without a word."""
     run = shutil.copytree(saved, tmp_path / "run")
     (run / "run_identity.json").unlink()
-    [said, _] = ranks(2).run(run_refused, words=going_on(words, run))
+    [said, _] = ranks(2).run(run_refused, words=resuming(words, run))
     assert "run_identity.json, the identity of the run, cannot be read" in said
 
 
@@ -136,5 +136,5 @@ def test_where_no_checkpoint_is_good_no_fallback_is_offered(
     run = shutil.copytree(saved, tmp_path / "run")
     for path in (run / "iter_0000002", run / "iter_0000004"):
         flip_a_bit(path / "common.pt")
-    [said, _] = ranks(2).run(run_refused, words=[*going_on(words, run), "--load-fallback"])
+    [said, _] = ranks(2).run(run_refused, words=[*resuming(words, run), "--load-fallback"])
     assert said.endswith("there is no older intact checkpoint; copy the folder again, or give another one.")

@@ -159,7 +159,7 @@ MISTAKES = [
     # the batch
     (1, f"{GOOD} --rampup-batch-size 4 4", "--rampup-batch-size 4 4: must be three whole numbers of at least 1"),
     (1, f"{GOOD} --rampup-batch-size 4 x 4", "--rampup-batch-size 4 x 4: the value must be one or more whole numbers"),
-    (1, f"{GOOD} --train-samples 9 --rampup-batch-size 1 1 4", "1 1 4 needs --global-batch-size, the size that it ends at; add it."),
+    (1, f"{GOOD} --train-samples 9 --rampup-batch-size 1 1 4", "1 1 4 needs --global-batch-size, its last size; add"),
     (1, f"{RAMPED} --rampup-batch-size 8 4 9", "--global-batch-size 8 must be START 8 plus a multiple of INCREMENT"),
     (1, f"{RAMPED} --rampup-batch-size 2 4 9", "--rampup-batch-size 2 4 9: --global-batch-size 8", "that fits is 10."),
     (
@@ -316,7 +316,7 @@ MISTAKES = [
         "--lr-wsd-decay-iters 91 is longer than the decay after the warm-up, 90; give at most 90",
     ),
     (1, f"{GOOD} --lr-decay-style inverse-square-root", "is not defined without a warm-up; give --lr-warmup-iters"),
-    (1, f"{GOOD} --lr-warmup-init 1e-6", "--lr-warmup-init 1e-06 is the learning rate at the start of a warm-up, but there is"),
+    (1, f"{GOOD} --lr-warmup-init 1e-6", "--lr-warmup-init 1e-06 is the learning rate at the start of a "),
     (1, f"{GOOD} --lr-warmup-iters 5 --lr-warmup-init 1", "--lr-warmup-init 1.0 is above --lr 1e-05"),
     (1, f"{GOOD} --end-weight-decay 1", "--end-weight-decay 1.0 needs --weight-decay-incr-style linear or cosine"),
     (

@@ -270,12 +270,12 @@ def saved_run(command: list[str], tmp_path: Path) -> Path:
 
 
 OTHER_RUNS: list[tuple[str, list[str]]] = [
-    ("--hft-ratio 0.25", ["its --hft-ratio is 0.5, and this command's is 0.25"]),
-    ("--hft-ratio 1", ["its --hft-ratio is 0.5, and this command's is 1.0"]),
-    ("--hft-seed 7", ["its --hft-seed is 1234, and this command's is 7"]),
-    ("--seed 7", ["its --seed is 1234, and this command's is 7"]),
-    ("--seq-length 64", ["its --seq-length is ", "and this command's is 64"]),
-    ("--global-batch-size 2", ["its --global-batch-size is 1, and this command's is 2"]),
+    ("--hft-ratio 0.25", ["its --hft-ratio is 0.5, but this command's is 0.25"]),
+    ("--hft-ratio 1", ["its --hft-ratio is 0.5, but this command's is 1.0"]),
+    ("--hft-seed 7", ["its --hft-seed is 1234, but this command's is 7"]),
+    ("--seed 7", ["its --seed is 1234, but this command's is 7"]),
+    ("--seq-length 64", ["its --seq-length is ", "but this command's is 64"]),
+    ("--global-batch-size 2", ["its --global-batch-size is 1, but this command's is 2"]),
 ]
 
 
@@ -300,7 +300,7 @@ def test_other_data_is_another_run(command: list[str], saved_run: Path, tmp_path
 def test_another_model_is_another_run(command: list[str], saved_run: Path, model: Path, capsys: Any) -> None:
     set_config(num_hidden_layers=4)(model)
     message = mistake_of([*command, "--save", str(saved_run), "--load", str(saved_run)], capsys)
-    assert "holds another run: its model's num layers is 8, and this command's is 4" in message
+    assert "holds another run: its model's num layers is 8, but this command's is 4" in message
 
 
 def test_a_model_with_other_weights_is_another_run(

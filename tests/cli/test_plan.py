@@ -141,7 +141,7 @@ def test_the_smallest_layouts_may_have_uneven_stages(tmp_path: Path, capsys: pyt
     assert (full["fits"], full["total"]) == (True, proposed[0]["total"])
 
 
-def test_rounds_that_fill_a_line_go_on_below(plan: Run) -> None:
+def test_rounds_that_fill_a_line_continue_below(plan: Run) -> None:
     text = plan("--rounds", "20")
     headings = [line.split("round ")[1:] for line in text.splitlines() if line.strip().startswith("round 0  ")]
     assert headings
@@ -432,7 +432,10 @@ MISTAKES = [
         "--recompute-granularity full needs --recompute-method",
     ),
     ("--load-hf MODEL --time", "--time needs --global-batch-size, the sequences of a step"),
-    ("--load-hf MODEL --time --global-batch-size 8", "--time needs --device-tflops, the sustained TFLOP/s of matrix products"),
+    (
+        "--load-hf MODEL --time --global-batch-size 8",
+        "--time needs --device-tflops, the sustained TFLOP/s of matrix products",
+    ),
     ("--load-hf MODEL --time --global-batch-size 8 --device-tflops 1", "--time needs --memory-bandwidth, the GB/s"),
     (f"--load-hf MODEL --world-size 2 {TIME}", "--time needs --node-bandwidth, the GB/s"),
     (f"--load-hf MODEL --world-size 16 --node-bandwidth 1 {TIME}", "8 is not a multiple"),
@@ -444,7 +447,7 @@ MISTAKES = [
     ("--load-hf MODEL --memory-bandwidth 8", "--memory-bandwidth 8 needs --time; add it"),
     ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png can't be written: No such file"),
     ("--load-hf MODEL --lr 1", "--lr is not an option"),
-    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: here --lr."),
+    ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: give --lr 1."),
     (SHAPE_FLAGS, "--vocab-size is missing: a plan reads no tokenizer"),
     ("", "No model is given"),
 ]

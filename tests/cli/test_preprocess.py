@@ -87,7 +87,7 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_sa
         time.sleep(0.05)
     assert not (tmp_path / "killed.idx").exists()
     again = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert number is signal.SIGKILL or "going on behind " in again.stdout
+    assert number is signal.SIGKILL or "resuming after " in again.stdout
     assert contents(tmp_path / "killed") == contents(whole / "whole")
 
 
@@ -133,4 +133,4 @@ def test_mistakes_are_one_sentence(
 
 def test_what_is_missing_is_named_first(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["preprocess", "--input", "a.jsonl"]) == EXIT_USAGE
-    assert "--output-prefix is missing; see `hft-megatron preprocess --help`" in capfd.readouterr().err
+    assert "--output-prefix is missing; `hft-megatron preprocess --help` shows" in capfd.readouterr().err

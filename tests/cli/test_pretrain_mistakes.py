@@ -63,7 +63,11 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
     ),
     (1, f"{GOOD} --split 0,1", ["--split 0,1 leaves nothing to train on"]),
     (1, f"{GOOD} --split 0", ["--split 0 leaves nothing to train on"]),
-    (1, f"{GOOD} --reset-position-ids", ["--reset-position-ids needs --reset-attention-mask: rotary positions restart"]),
+    (
+        1,
+        f"{GOOD} --reset-position-ids",
+        ["--reset-position-ids needs --reset-attention-mask: rotary positions restart"],
+    ),
     (1, f"{GOOD} --train-epochs 2", ["--train-epochs 2: a corpus ", "give --train-iters"]),
     (1, f"{GOOD} --hft-round-interval epoch", ["--hft-round-interval epoch: a corpus ", "--hft-round-interval 50"]),
     (1, f"{GOOD} --eval-interval 5", ["--eval-interval 5 needs --eval-iters"]),

@@ -277,8 +277,14 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
         ),
         ("--tokenizer-model MODEL --train-data-path DATA --lr 1", "--lr is not an option"),
         ("--tokenizer-model MODEL --train-data-path PAIRS", "PAIRS:2: `chosen` and `rejected` are the same; correct"),
-        ("--tokenizer-model MODEL --train-data-path PAIRS --loss-on all", "--loss-on all would also compare the prompts"),
-        ("--tokenizer-model MODEL --train-data-path PAIRS --long-examples split", "--long-examples split would cut an ans"),
+        (
+            "--tokenizer-model MODEL --train-data-path PAIRS --loss-on all",
+            "--loss-on all would also compare the prompts",
+        ),
+        (
+            "--tokenizer-model MODEL --train-data-path PAIRS --long-examples split",
+            "--long-examples split would cut an ans",
+        ),
         ("--tokenizer-model MODEL --train-data-path DATA PAIRS", "3 records (PAIRS:1, PAIRS:2, ...): the record is"),
     ],
 )

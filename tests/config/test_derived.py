@@ -77,7 +77,7 @@ def test_epochs_stay_epochs_until_the_data_is_read() -> None:
         derived.train_iters(resolved.training)
 
 
-def test_what_a_resuming_command_says_wins_over_what_the_run_had() -> None:
+def test_a_resuming_command_overrides_the_options_of_the_run() -> None:
     saved = RunConfig(training=TrainingConfig(global_batch_size=4, bf16=True), hft=HFTConfig(hft_seed=3))
     new = RunConfig(training=TrainingConfig(global_batch_size=8, bf16=False, train_iters=7), hft=HFTConfig(hft_seed=5))
     resolved = derived.resolve(new, SHAPE, world_size=1, saved=saved)

@@ -121,7 +121,7 @@ def test_what_is_said_of_options_is_still_true() -> None:
     assert [name for name, value in MEGATRON_DEFAULTS.items() if str(defaults[name]) == value] == []
 
 
-def test_what_is_done_anyway_is_accepted_and_noted_in_one_line() -> None:
+def test_a_flag_without_effect_is_accepted_and_noted_in_one_line() -> None:
     notes: list[str] = []
     words = (
         "--swiglu --lr 1 --attention_dropout=0 --cp-comm-type p2p a2a --normalization RMSNorm --encoder-num-layers 3"
@@ -147,8 +147,8 @@ def test_all_that_cannot_be_had_is_listed_at_once(tmp_path: Path) -> None:
         "  --num-experts 8: mixtures of experts are not built; only dense LLaMA models train.",
         "  --trian-iters is not an option; the nearest is --train-iters.",
         "  --hidden-dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
-        "  --bf16 true: a switch takes no value; write --bf16 or --no-bf16.",
-        "  The word 'd' belongs to no option; options start with --, and --help shows which take several values.",
+        "  --bf16 true: a switch takes no value; write --bf16.",
+        "  The word 'd' belongs to no option; options start with --, and --help-all shows which take several values.",
         "  --lr needs a value: a number of at least 0.",
     ]
 
@@ -262,11 +262,11 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
             "sft",
             "--lr -- --check",
             "2 options are not valid:|  --lr needs a value: a number of at least 0.|  The word '--' belongs "
-            "to no option: options start with --, and --help says which take several values.",
+            "to no option; options start with --, and --help-all shows which take several values.",
         ),
-        ("plan", "--beta 3", "--beta is not an option; --help lists all of them."),
-        ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help lists all of them."),
-        ("average", "--swiglu", "--swiglu is not an option; --help lists all of them."),
+        ("plan", "--beta 3", "--beta is not an option; --help-all lists all of them."),
+        ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help-all lists all of them."),
+        ("average", "--swiglu", "--swiglu is not an option; --help-all lists all of them."),
     ],
 )
 def test_what_would_be_read_as_something_else_is_said(method: str, words: str, said: str) -> None:

@@ -71,7 +71,7 @@ def test_stages_with_one_schedule_have_their_parts_of_it(tmp_path: Path) -> None
             with_one_schedule(stages, (4, 6))
 
 
-def test_without_a_run_to_go_on_with_the_first_stage_starts_where_the_run_does(tmp_path: Path) -> None:
+def test_without_a_run_to_resume_the_first_stage_starts_where_the_run_does(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("- method: dpo\n")
     fresh = replace(BASE, checkpoint=replace(BASE.checkpoint, load=None))
     [stage] = read_stages(str(tmp_path / "s.yaml"), fresh)

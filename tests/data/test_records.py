@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.data import DataKeys, data_keys
-from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import Chat, PassedOver
 from hft_megatron.data.formats.preference import Preference
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.errors import UserError
 from tests.support.data_files import write_rows

@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_used_is_named_where_it_was_given_and_else_done_
         assert ids_of(cache.tokenized(DECISIVE, lambda ids=ids: tokenized(*ids))) == [[ids[0]], [ids[1]]]  # type: ignore[misc]
 
 
-def test_without_room_for_an_entry_its_maker_goes_on_with_what_it_has(
+def test_without_room_for_an_entry_its_maker_continues_with_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:

@@ -1,7 +1,7 @@
 """Every command of README.md and docs/ runs; what needs a cluster or GPUs is checked, or meets stubs.
 
-The comment before a block says how: ``<!-- run: check -->``, ``<!-- run: stub -->`` or ``<!-- run: no, WHY -->``; without
-one it runs as it is. Run: pytest tests/docs
+The comment before a block says how: ``<!-- run: check -->``, ``<!-- run: stub -->`` or ``<!-- run: no, WHY -->``;
+without one it runs as it is. Run: pytest tests/docs
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.documented import PAGES, Block, Sandbox, blocks_of, make_tiny
 
+SLOW = pytest.mark.slow(reason="each command is a process")
 LANGUAGES = {"bash", "python", "text", "yaml", "json", "toml", "jinja"}
 """Of blocks. Those of bash and python are run."""
 MAY_NOT_RUN = ("another test runs it", "builds the environment", "needs the internet", "takes ten minutes")
@@ -39,7 +40,7 @@ def test_a_block_names_its_language_and_is_left_out_for_few_reasons(page: Path) 
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.name, marks=() if page.name == "README.md" else pytest.mark.slow)
+        pytest.param(page, id=page.name, marks=() if page.name == "README.md" else SLOW)
         for page in PAGES
         if runnable(page)
     ],

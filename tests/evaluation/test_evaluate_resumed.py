@@ -52,7 +52,7 @@ def wait_for(journal: Path, lines: int, process: Started, log: Path) -> None:
 
 
 @pytest.mark.slow(reason="processes of their own, four times, of which one is killed in the middle of its work")
-def test_a_killed_command_goes_on_to_the_same_files(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_command_resumes_to_the_same_files(folder: Path, tmp_path: Path) -> None:
     whole, output, log = tmp_path / "whole" / "results.json", tmp_path / "killed" / "results.json", tmp_path / "log"
     assert run(command(folder, whole), tmp_path).returncode == EXIT_OK
     process = start([*torchrun(2), *command(folder, output)], output=log)

@@ -100,7 +100,7 @@ def test_ids_and_log_likelihoods_are_transformers(variant: str, layout: str, ran
     plain, _ = by_transformers(folder, [])
     end_ids = [plain[0][4], plain[2][7]]
     expected, log_probs = by_transformers(folder, end_ids)
-    assert len({len(ids) for ids in expected}) >= 2, "some texts end and others go on"
+    assert len({len(ids) for ids in expected}) >= 2, "some texts end and others continue"
     answers = ranks(SIZES.get(layout, 2)).run(
         run_generate, folder=str(folder), layout=LAYOUTS[layout], end_ids=end_ids, rules={}
     )

@@ -172,7 +172,7 @@ def by_hf(folder: Path, **options: Any) -> dict[str, Any]:
             model="hf",
             model_args={"pretrained": str(folder / "model"), "dtype": "float32"},
             device="cpu",
-            # In a batch it goes on until all texts have ended, and finds special tokens among their ends no more.
+            # In a batch it continues until all texts have ended, and finds special tokens among their ends no more.
             batch_size=1,
             task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
             **options,
@@ -225,9 +225,7 @@ def test_the_tasks_of_the_comparison_reach_what_could_differ(expected: dict[int 
 
 def test_what_is_cut_is_counted(inputs: Path, ranks: RankPools) -> None:
     [answer] = ranks(1).run(run_tasks, folder=str(inputs), layout={}, tasks=["own_drawn_out"], num_fewshot=2, limit=4)
-    assert any(
-        "4 of 4 texts are longer than the model's context of 128 tokens allows" in s for s in answer["said"]
-    )
+    assert any("4 of 4 texts are longer than the model's context of 128 tokens allows" in s for s in answer["said"])
 
 
 @pytest.mark.parametrize(
@@ -347,7 +345,7 @@ def run_failing(folder: str) -> str:
 def test_a_failure_of_rank_0_ends_the_service_of_the_others(inputs: Path, ranks: RankPools) -> None:
     first, second = ranks(2).run(run_failing, folder=str(inputs / "model"))
     assert first == "ZeroDivisionError: "
-    assert second == "RankFailed: rank 0 can't go on with its sums; its traceback says why."
+    assert second == "RankFailed: rank 0 can't continue with its sums; its traceback says why."
 
 
 def test_without_the_harness_one_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

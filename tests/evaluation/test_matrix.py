@@ -157,7 +157,7 @@ def test_a_file_that_is_no_matrix_is_named(text: str, sentence: str, tmp_path: P
         ScoreMatrix.read(tmp_path / "none.json")
 
 
-def test_a_sequence_goes_on_with_other_tasks_behind_those_that_are_done() -> None:
+def test_a_sequence_resumes_with_other_tasks_after_those_that_are_done() -> None:
     held = matrix_of({place: value for place, value in SCORES.items() if place[0] < 2})
     tasks = [TASKS[0], column("d"), column("b", "rouge_l"), column("c", "sari", "other")]
     resumed, notes = held.resumed(tasks, [*GENERAL, column("more", "perplexity")], Path("matrix.json"))

@@ -98,7 +98,7 @@ class Script:
 
 
 def value_of(option: str, call: dict[str, Any]) -> str:
-    """The value that wins: the last one."""
+    """The value that counts: the last one."""
     words: list[str] = call["words"]
     return words[len(words) - words[::-1].index(option)]
 
@@ -208,7 +208,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(script: Script, settings: dic
     assert not any("hft_megatron.parallel.start_ranks" in call["words"] for call in script.calls())
 
 
-def test_options_after_the_name_win_and_the_save_folder_is_also_the_one_to_load(script: Script) -> None:
+def test_options_after_the_name_override_and_the_save_folder_is_also_the_one_to_load(script: Script) -> None:
     other = script.folder / "other"
     assert script.run("--lr", "1e-3", "--train_iters=7", "--save", str(other)).returncode == 0
     call = script.started()
@@ -321,7 +321,7 @@ def test_a_signal_while_options_are_checked_ends_the_check_and_the_script_with_o
     assert process.returncode == code
     name = {"SIGHUP": "SIGTERM"}.get(sent, sent)
     assert errors == (
-        f"hft-megatron: {name} stopped the run before training began; start it again with SAVE={script.save}\n"
+        f"hft-megatron: {name} stopped the run before training began; run it again with SAVE={script.save}\n"
     )
 
 

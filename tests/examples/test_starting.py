@@ -125,7 +125,7 @@ def test_a_mistake_in_the_options_is_one_sentence_under_bash(
 
 
 @pytest.mark.slow(reason="two real starts, each with a check, torchrun and two ranks")
-def test_a_stopped_run_reports_3_and_the_same_command_goes_on_with_it(clone: Clone, tmp_path: Path) -> None:
+def test_a_stopped_run_reports_3_and_the_same_command_resumes_it(clone: Clone, tmp_path: Path) -> None:
     given = {"MODEL": str(clone.inputs / "model"), "DATA": str(clone.inputs / "data.jsonl"), "GPUS_PER_NODE": "2"}
     words = ("bash", "examples/finetune_llama_hft.sh", *SHORT, "--log-interval", "1", "--train-iters")
     process = clone.start(*words, "100000", SAVE=str(tmp_path), **given)

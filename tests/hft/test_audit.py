@@ -109,7 +109,7 @@ def run_into_a_checkpoint(folder: str, save: str) -> str:
 
 
 def test_a_checkpoint_with_a_changed_frozen_shard_is_not_written(ranks: RankPools, tmp_path: Any) -> None:
-    """The run that went on with it would take its bits for the right ones."""
+    """A run that resumed from it would take its bits for the right ones."""
     folder = str(make_llama(tmp_path / "model", "gqa", **TINY))
     [said, _] = ranks(2).run(run_into_a_checkpoint, folder=folder, save=str(tmp_path / "run"))
     assert "frozen shard" in said

@@ -30,7 +30,7 @@ def draw(*, tied: bool = False, round: int = 0, **options: Any) -> Plan:
 
 
 @pytest.mark.parametrize("options", RULES, ids=str)
-def test_freezes_and_lists_win_over_every_rule_in_every_round(options: dict[str, Any]) -> None:
+def test_freezes_and_lists_override_every_rule_in_every_round(options: dict[str, Any]) -> None:
     for round in range(3):
         free = draw(round=round, **options).training
         held = draw(
@@ -47,7 +47,7 @@ def test_freezes_and_lists_win_over_every_rule_in_every_round(options: dict[str,
         assert held == (free | always) - never
 
 
-def test_frozen_tied_embeddings_rest() -> None:
+def test_frozen_tied_embeddings_stay_frozen() -> None:
     plan = draw(tied=True, freeze_embedding=True, freeze_head=True)
     assert draw(tied=True).training - plan.training == {"model.embed_tokens"}
 
@@ -100,11 +100,13 @@ def test_patterns_are_shell_patterns_over_names_with_or_without_weight(pattern: 
         ),
         (
             {"freeze": "*"},
-            "--hft-ratio 0.5 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer units.",
+            "--hft-ratio 0.5 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer "
+            "units.",
         ),
         (
             {"selection": "hift", "ratio": 0.0, "freeze_embedding": True},
-            "--hft-ratio 0.0 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer units.",
+            "--hft-ratio 0.0 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer "
+            "units.",
         ),
     ],
 )

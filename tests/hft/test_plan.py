@@ -49,7 +49,7 @@ def test_the_plan_of_a_known_seed_is_the_same_on_every_machine() -> None:
     assert PLAN.digest == GOLDEN_DIGEST
 
 
-def test_the_hft_seed_wins_over_the_default_seed() -> None:
+def test_the_hft_seed_overrides_the_default_seed() -> None:
     assert make_plan(SHAPE, HFTConfig(hft_seed=7), default_seed=1) == make_plan(SHAPE, HFTConfig(), default_seed=7)
 
 

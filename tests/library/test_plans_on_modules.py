@@ -180,9 +180,7 @@ def test_adapters_that_peft_adds_afterwards_are_not_trained_in_silence() -> None
     plan = draw_plan(model.config)
     plan.apply(model)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
-    with pytest.raises(
-        RuntimeError, match=f"but something changed its requires_grad after plan.apply; .* after PEFT"
-    ):
+    with pytest.raises(RuntimeError, match=r"but something changed its requires_grad after plan.apply; .* after PEFT"):
         step(adapted)
     plan.apply(adapted)
     step(adapted)

@@ -226,7 +226,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow(reason="three runs")
 @pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
-def test_a_task_goes_on_in_its_middle_to_the_last_bit_over_rounds_of_its_own(
+def test_a_task_resumes_in_its_middle_to_the_last_bit_over_rounds_of_its_own(
     precision: str, ranks: RankPools, folder: Path, tmp_path: Path
 ) -> None:
     options = [*HALF, *OVERLAP, precision, "--hft-round-interval", "2", "--hft-moments", "carry"]
@@ -248,7 +248,7 @@ def test_a_task_goes_on_in_its_middle_to_the_last_bit_over_rounds_of_its_own(
         assert all(held["bytes"] == 8 * held["updated"] for held in answer["held"])
     penalties = [step["measured"]["ewc penalty"] for step in whole[-1]["steps"]]
     assert min(penalties[2:]) > 0.03
-    # Before the first update with a rate; in bf16 the masters go on too, and theta* is their rounding.
+    # Before the first update with a rate; in bf16 the masters continue too, and theta* is their rounding.
     assert [penalty > 0 for penalty in penalties[:2]] == [precision == "--bf16"] * 2
     assert max(penalties[:2]) < 0.001
     assert len({tuple(held["trains"]) for held in whole[0]["held"]}) == 2
@@ -328,7 +328,7 @@ def test_a_task_is_measured_once_and_only_where_it_is_asked_for(ranks: RankPools
     ranks(1).run(run_task, words=second)
     assert files_of(fisher) == bits
     assert not fisher.with_name("fisher.unfinished").exists()
-    # One that goes on is another task for whoever follows, until it ends.
+    # One that resumes is another task for whoever follows, until it ends.
     ranks(1).run(run_task, words=[*second, "--train-iters", str(STEPS + 2)], kill_at=STEPS + 1)
     third = [*words_of(folder, 1, tmp_path), "--load", str(tmp_path / "task1"), "--save", str(tmp_path / "task2")]
     with pytest.raises(RanksFailed, match=r"UserError: .* of .*iter_0000006, .* has that of iteration 5; let the task"):

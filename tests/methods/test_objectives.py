@@ -335,7 +335,7 @@ RUNS["ift alone"] += ["--recompute-method", "uniform", "--recompute-num-layers",
 
 @pytest.mark.slow(reason="three runs each")
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_logs_the_plain_loss_too_validates_by_it_and_goes_on_to_the_last_bit(
+def test_a_run_logs_the_plain_loss_too_validates_by_it_and_resumes_to_the_last_bit(
     name: str, ranks: RankPools, tmp_path: Path
 ) -> None:
     has_adapters = "--lora-rank" in RUNS[name]

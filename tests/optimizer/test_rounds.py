@@ -103,7 +103,7 @@ def test_fifty_switches_leave_memory_where_two_left_it(ranks: RankPools, folder:
 def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
     """Bytes alive before a switch and where it clones the first weight, and what went to host memory meanwhile."""
     frozen = {"hft_frozen_moments": "host"} if moments == "carry" else {}
-    run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", ***frozen)
+    run = start(folder, OVERLAP, bf16=True, hft_moments=moments, hft_rotation="complementary", **frozen)
     take_steps(run, 2)
     shards, plan = run.wrapped.shards, run.wrapped.plan
     answer: dict[str, Any] = {
@@ -127,7 +127,7 @@ def run_a_switch_and_look(folder: str, moments: str) -> dict[str, Any]:
         begin_round(run, 1)
     answer["at the first clone"] = at_clone[0]
     answer["frozen"] = run.wrapped.frozen.bytes
-    answer["go on"] = len(plan.training & run.wrapped.plan.training)
+    answer["continuing"] = len(plan.training & run.wrapped.plan.training)
     return answer
 
 
@@ -143,4 +143,4 @@ def test_a_switch_frees_gradients_before_it_makes_anything_and_sends_to_the_host
     for answer in answers:
         assert answer["to the host"] == answer["frozen"]
         assert (answer["frozen"] > 0) == (moments == "carry")
-        assert answer["go on"] > 0
+        assert answer["continuing"] > 0

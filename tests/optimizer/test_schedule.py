@@ -85,7 +85,7 @@ def test_weight_decays_equal_megatrons_rule_by_hand(options, expected):
 
 
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root", "WSD"])
-def test_a_resumed_schedule_goes_on_where_it_stood(style):
+def test_a_resumed_schedule_continues_where_it_stood(style):
     options = {"lr_decay_style": style, "lr_warmup_iters": 2, "weight_decay_incr_style": "cosine"}
     options |= {"lr_wsd_decay_iters": 5, "start_weight_decay": 0.0, "end_weight_decay": 0.2}
     whole = list(schedule(options, train_iters=9))

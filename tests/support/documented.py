@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/, and a folder to run them in, where tiny models and data have the pages' names."""
+"""The commands of README.md and docs/, and a folder to run them in with tiny models and data of the pages' names."""
 
 import os
 import re
@@ -23,7 +23,9 @@ from tests.support.tokenizers import make_byte_level
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 Manner = Literal["as it is", "check", "stub", "no"]
 _BLOCK = re.compile(
-    r"(?:^<!-- run: (?P<manner>[^\n]*?) -->\n+)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
+    r"(?:^<!-- run: (?P<manner>[^\n]*?) -->\n+)?"
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
+    re.M | re.S,
 )
 _ROOTS = re.compile(r"(?<![\w.$])/(models|data|runs)\b")
 
@@ -155,7 +157,9 @@ class Sandbox:
         shutil.copytree(self._tiny / "model", folder)
         noise = torch.Generator().manual_seed(others)
         weights = load_file(folder / "model.safetensors")
-        moved = {name: each + others * 1e-3 * torch.randn(each.shape, generator=noise) for name, each in weights.items()}
+        moved = {
+            name: each + others * 1e-3 * torch.randn(each.shape, generator=noise) for name, each in weights.items()
+        }
         save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _environment(self, manner: Manner) -> dict[str, str]:
@@ -194,6 +198,7 @@ def make_tiny(folder: Path) -> Path:
     data = folder / "data"
     data.mkdir()
     write_data(data / "train.jsonl", 300)
+    write_data(data / "chat.jsonl", 100)
     write_data(data / "valid.jsonl", 24)
     write_pairs(data / "pairs.jsonl", 300)
     (data / "corpus.txt").write_text("Once upon a time there was a bridge.\n" * 200)

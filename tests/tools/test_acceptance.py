@@ -65,7 +65,7 @@ def test_what_crashes_hangs_or_fails_is_noted_and_the_next_check_runs(tmp_path: 
     assert "two and two are five" in shown
 
 
-def test_a_run_that_is_cut_off_keeps_what_it_had_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_a_run_that_is_cut_off_keeps_its_results_and_resumes_from_there(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     lines = [
         HEADER,
@@ -139,7 +139,7 @@ def test_the_speed_part_runs_on_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(reason=TOY)
-def test_two_ranks_learn_what_one_does_and_a_killed_rank_goes_on(tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_does_and_a_killed_rank_resumes(tmp_path: Path) -> None:
     names = [check.name for check in checks_of("correctness", 2)[1:]]
     _, *checks = toy(tmp_path, "--ranks", "2", "--only", *names)
     assert [line["check"] for line in checks] == ["tp", "pp", "dp", "overlap", "async", "killed"]

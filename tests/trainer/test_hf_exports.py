@@ -69,7 +69,7 @@ def test_every_export_is_the_checkpoint_of_its_iteration_and_loads_in_transforme
 
 
 @pytest.mark.slow(reason="three runs and their exports")
-def test_a_run_that_was_stopped_goes_on_with_its_exports_and_notes(
+def test_a_run_that_was_stopped_resumes_with_its_exports_and_notes(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     options = ("--save-hf-keep", 2, "--save-hf-best", "lm loss", *PP2)
@@ -104,7 +104,10 @@ def test_a_run_that_was_stopped_goes_on_with_its_exports_and_notes(
     assert any("holds the export of iteration 6 already" in line for line in said["said"])
     longer = words(inputs, tmp_path / "whole", *options, "--train-iters", 8)
     [refused, _] = ranks(2).run(run_refused, words=longer)
-    assert "already holds the final export of this run, of iteration 6; choose a new folder for the export of iteration 8" in refused
+    assert (
+        "already holds the final export of this run, of iteration 6; choose a new folder for the export of iteration 8"
+        in refused
+    )
 
 
 def test_exports_of_another_run_are_not_touched(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
@@ -112,7 +115,9 @@ def test_exports_of_another_run_are_not_touched(ranks: RankPools, inputs: Path, 
     before = files(tmp_path / "out" / "iter_0000002")
     shutil.move(tmp_path / "run", tmp_path / "moved")
     [said] = ranks(1).run(run_refused, words=words(inputs, tmp_path))
-    assert said.startswith(f"--save-hf {tmp_path}/out holds exports of a run other than the one in --save {tmp_path}/run; choose")
+    assert said.startswith(
+        f"--save-hf {tmp_path}/out holds exports of a run other than the one in --save {tmp_path}/run; choose"
+    )
     (tmp_path / "out" / "mine.txt").write_text("notes")
     moved = ["--save", tmp_path / "moved", "--load", tmp_path / "moved"]
     [said] = ranks(1).run(run_refused, words=words(inputs, tmp_path, *moved))
@@ -153,7 +158,7 @@ def test_an_export_that_cannot_be_written_ends_all_ranks_after_the_checkpoint_of
 
 
 @pytest.mark.slow(reason="four runs of two real ranks each, three of which are killed")
-def test_a_run_that_is_killed_in_an_export_leaves_none_that_looks_complete_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_in_an_export_leaves_none_that_looks_complete_and_resumes(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs", hidden_size=256, intermediate_size=1024)
     log = tmp_path / "log"
 

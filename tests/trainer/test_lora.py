@@ -153,7 +153,7 @@ RESUMED: dict[str, list[Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", RESUMED)
-def test_a_stopped_run_with_dropout_goes_on_to_the_same_bits(
+def test_a_stopped_run_with_dropout_resumes_to_the_same_bits(
     ranks: RankPools, inputs: Path, tmp_path: Path, layout: str
 ) -> None:
     words = words_for(inputs, *TRAINING, "--lora-dropout", 0.2, *RESUMED[layout], "--train-iters", 6)
@@ -169,7 +169,7 @@ def test_a_stopped_run_with_dropout_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_pefts_folder_and_from_no_other_base(
+def test_a_run_continues_from_pefts_folder_and_from_no_other_base(
     ranks: RankPools, inputs: Path, trained: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, "--lora-adapter", trained / "lora", "--train-iters", 0, "--save-lora", tmp_path / "same")
@@ -222,7 +222,7 @@ def test_the_reference_of_a_tuning_is_the_model_without_its_adapters(
 
 
 @pytest.mark.slow
-def test_a_sequence_goes_on_with_the_adapters_of_the_task_before(
+def test_a_sequence_continues_with_the_adapters_of_the_task_before(
     ranks: RankPools, inputs: Path, trained: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, *TRAINING, "--finetune", "--load", trained / "run", "--save", tmp_path / "second")

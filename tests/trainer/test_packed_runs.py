@@ -1,4 +1,4 @@
-"""Packed runs stop and go on at the exact pack, at any layout; epochs are a length of a run.
+"""Packed runs stop and resume at the exact pack, at any layout; epochs are a length of a run.
 
 Run: pytest tests/trainer/test_packed_runs.py
 """
@@ -39,7 +39,7 @@ def epoch_starts(inputs: Path) -> Sequence[int]:
 
 
 @pytest.mark.slow
-def test_a_packed_run_goes_on_within_an_epoch_at_another_layout_with_the_same_packs(
+def test_a_packed_run_resumes_within_an_epoch_at_another_layout_with_the_same_packs(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, *PACKING)

@@ -35,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_for(inputs: Path, *options: object) -> list[str]:
-    """The words of a run with the reference's optimizer; later options win."""
+    """The words of a run with the reference's optimizer; later options override earlier ones."""
     words = ["--load-hf", inputs / "model", "--data-path", 0.7, inputs / "a", 0.3, inputs / "b", "--split", "90,10"]
     words += ["--seq-length", LENGTH, "--global-batch-size", GLOBAL_BATCH, "--train-iters", STEPS, "--seed", SEED]
     words += ["--lr", OPTIMIZER.lr, "--min-lr", OPTIMIZER.min_lr, "--lr-warmup-iters", OPTIMIZER.lr_warmup_iters]
@@ -50,7 +50,7 @@ def column(value: dict[str, Any], name: str) -> list[Any]:
 def run_in_two(
     ranks: RankPools, worlds: tuple[int, int], words: tuple[list[str], list[str]], folder: Path, kill_at: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What the ranks returned of a run that stopped after ``kill_at``, and of the one that went on with it."""
+    """Results of the ranks of a run that stopped after ``kill_at``, and of the one that resumed it."""
     saved = ["--save", str(folder), "--load", str(folder)]
     first = ranks(worlds[0]).run(run_method_words, method="pretrain", words=[*words[0], *saved], kill_at=kill_at)
     assert first[0]["stopped"] is not None
@@ -58,7 +58,7 @@ def run_in_two(
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), pytest.param((2, 1), marks=pytest.mark.slow)])
-def test_a_run_goes_on_with_the_same_samples_on_another_number_of_ranks(
+def test_a_run_resumes_with_the_same_samples_on_another_number_of_ranks(
     worlds: tuple[int, int], ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, "--train-iters", 6, "--lr-warmup-iters", 2)
@@ -73,7 +73,7 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_ranks(
 
 
 @pytest.mark.slow
-def test_more_iterations_go_on_while_the_order_is_the_same_and_are_refused_where_it_is_not(
+def test_more_iterations_continue_while_the_order_is_the_same_and_are_refused_where_it_is_not(
     ranks: RankPools, inputs: Path, tmp_path: Path
 ) -> None:
     words = words_for(
@@ -100,12 +100,12 @@ def run_to_a_mistake(words: list[str]) -> str:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--split", "80,20"], "its --split is 90,10, and this command's is 80,20"),
+        (["--split", "80,20"], "its --split is 90,10, but this command's is 80,20"),
         (["--data-path", "0.6", "A", "0.4", "B"], "its training data is 0.7 "),
-        (["--seed", "8"], "its --seed is 7, and this command's is 8"),
-        (["--reset-attention-mask"], "its --reset-attention-mask is False, and this command's is True"),
-        (["--eod-mask-loss"], "its --eod-mask-loss is False, and this command's is True"),
-        (["--seq-length", "16"], "its --seq-length is 32, and this command's is 16"),
+        (["--seed", "8"], "its --seed is 7, but this command's is 8"),
+        (["--reset-attention-mask"], "its --reset-attention-mask is False, but this command's is True"),
+        (["--eod-mask-loss"], "its --eod-mask-loss is False, but this command's is True"),
+        (["--seq-length", "16"], "its --seq-length is 32, but this command's is 16"),
     ],
 )
 def test_another_corpus_split_or_seed_is_another_run(

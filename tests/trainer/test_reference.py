@@ -99,7 +99,7 @@ def test_validation_between_overlapped_gathers_is_the_same_with_every_reference(
 
 
 @pytest.mark.slow
-def test_a_tuning_goes_on_with_another_kind_of_reference_and_in_another_folder(
+def test_a_tuning_resumes_with_another_kind_of_reference_and_in_another_folder(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path
 ) -> None:
     def words(kind: str, load: str, save: str, iterations: int) -> list[str]:
@@ -172,7 +172,7 @@ def run_in_parts(words: list[str], end_at: int | None = None) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["dp2 overlap", "bf16", "packed dp2", "packed pp2"])
-def test_a_pass_that_was_stopped_goes_on_where_it_was(
+def test_a_pass_that_was_stopped_resumes_where_it_was(
     ranks: RankPools, pairs_folder: Path, tmp_path: Path, case: str
 ) -> None:
     """Ranks hold different numbers of pairs: packed, and in the last batch of validation, where one of two has none."""

@@ -92,7 +92,7 @@ class Row:
     saved_at: Literal[3, 4]
     """Of 6 iterations: within a round of two, or between two of them."""
     rounds: Literal["one", "reset", "carry", "host"]
-    """One for the whole run, or a new one every two iterations with fresh moments, with those of units that go on
+    """One for the whole run, or a new one every two iterations with fresh moments, with those of units that continue
     training, or with those of frozen units as well."""
     level: Literal["full", "category", "layer", "model"]
     frozen: Literal["drawn", "stage", "bottom"]

@@ -1,4 +1,4 @@
-"""Fine-tuning and preference tuning as one run: their halves are disjoint, and it goes on wherever it was stopped.
+"""Fine-tuning and preference tuning as one run: their halves are disjoint, and it resumes wherever it was stopped.
 
 Run: pytest tests/trainer/test_stages.py
 """
@@ -90,7 +90,7 @@ def whole(inputs: Path) -> Path:
     [((2, 0), "save"), ((4, 0), "save"), ((4, 1), "moved/to")],
     ids=["in the first", "between", "in the second, whose folder was moved"],
 )
-def test_a_run_of_stages_goes_on_to_the_last_bit(
+def test_a_run_of_stages_resumes_to_the_last_bit(
     inputs: Path, whole: Path, tmp_path: Path, stops: tuple[int, int], folder: str
 ) -> None:
     parted, log = tmp_path / "parted", tmp_path / "log"

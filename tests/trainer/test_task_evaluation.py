@@ -135,7 +135,7 @@ def test_a_task_without_memory_costs_no_checkpoint_and_is_evaluated_by_the_resum
     assert (run / "metrics.jsonl").read_bytes() != before
 
 
-def test_a_task_whose_logits_are_no_numbers_is_left_out_and_the_run_goes_on(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_task_whose_logits_are_no_numbers_is_left_out_and_the_run_continues(ranks: RankPools, tmp_path: Path) -> None:
     inputs, tasks, run = make_inputs(tmp_path), write_tasks(tmp_path), tmp_path / "run"
     words = words_for(inputs, "--eval-tasks", tasks, "--eval-tasks-interval", 3, "--save", run)
     [answer] = ranks(1).run(run_with_failing, words=words, failing="numbers")

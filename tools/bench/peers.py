@@ -102,7 +102,7 @@ class Set:
 
     trainers: Sequence[str]
     works: Sequence[str]
-    """Default works to measure it on."""
+    """Default workloads to measure it on."""
     layout: str = USUAL_LAYOUT
 
     @property

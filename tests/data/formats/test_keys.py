@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hft_megatron.config.data import ignored_keys
-from hft_megatron.data.record_errors import printable
 from hft_megatron.data.files.rows import Row
 from hft_megatron.data.formats.conversations import Chat
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
 from hft_megatron.data.formats.table import FORMATS
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.records import Layout, RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.data.tokenizer_loading import load_tokenizer
@@ -264,9 +264,7 @@ def test_a_weight_of_one_changes_nothing_also_where_it_is_a_text(value: Any) -> 
 def test_keys_of_ranking_data_are_not_passed_over() -> None:
     answers = {"chosen": {"from": "gpt", "value": "2"}, "rejected": {"from": "gpt", "value": "3"}}
     asked = {"conversations": [{"from": "human", "value": "1+1?"}], **answers}
-    with pytest.raises(
-        UserError, match=r"^x:1: `chosen` means the answers of a preference pair.*hft-megatron dpo"
-    ):
+    with pytest.raises(UserError, match=r"^x:1: `chosen` means the answers of a preference pair.*hft-megatron dpo"):
         record(asked, "sharegpt")
 
 

@@ -125,7 +125,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, chunks_done: int, part: int) -> 
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_work_that_was_killed_again_and_again_goes_on_to_the_same_bytes(
+def test_work_that_was_killed_again_and_again_resumes_to_the_same_bytes(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, skips: bool
 ) -> None:
     if skips:
@@ -168,7 +168,7 @@ def test_a_kill_among_the_last_renames_leaves_work_that_is_finished_by_the_same_
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_signal_stops_between_chunks_and_the_work_goes_on(
+def test_a_signal_stops_between_chunks_and_the_work_resumes(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "whole", rows, tokenizer)
@@ -190,7 +190,7 @@ def test_a_signal_stops_between_chunks_and_the_work_goes_on(
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
-def test_a_worker_that_is_killed_ends_the_work_with_a_sentence_and_it_goes_on(
+def test_a_worker_that_is_killed_ends_the_work_with_a_sentence_and_it_resumes(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "whole", rows, tokenizer)
@@ -203,7 +203,7 @@ def test_a_worker_that_is_killed_ends_the_work_with_a_sentence_and_it_goes_on(
 
 
 @pytest.mark.parametrize("part", [0, 3])
-def test_a_full_disk_is_one_sentence_and_the_work_goes_on_when_there_is_room(
+def test_a_full_disk_is_one_sentence_and_the_work_resumes_when_there_is_room(
     tmp_path: Path, rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     make(tmp_path / "whole", rows, tokenizer)

@@ -226,7 +226,7 @@ def test_each_task_trains_its_round_and_nothing_else(inputs: Path, whole: Path) 
     assert (whole / "matrix.png").stat().st_size > 0
 
 
-def test_a_sequence_goes_on_in_another_layout(inputs: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_sequence_resumes_in_another_layout(inputs: Path, whole: Path, tmp_path: Path) -> None:
     save, log_file = tmp_path / "run", tmp_path / "log"
     stopped = words_of(inputs, save, *TENSOR_2, "--exit-interval", 6)
     assert run_cli(stopped, ranks=2, log=log_file, method="continual") == 1  # torchrun's word for any end

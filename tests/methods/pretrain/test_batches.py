@@ -96,7 +96,7 @@ def test_documents_that_are_apart_are_segments_of_one_sequence_in_every_layout(s
 
 
 @pytest.mark.parametrize(("interval", "iterations"), [(4, [4, 8, 10]), (5, [5, 10]), (None, [10]), (20, [10])])
-def test_every_validation_goes_on_where_the_last_one_stopped(interval: int | None, iterations: list[int]) -> None:
+def test_every_validation_continues_where_the_last_one_stopped(interval: int | None, iterations: list[int]) -> None:
     steps = 2
     available = validation_samples(
         train_iters=10, eval_interval=interval, eval_iters=steps, global_batch_size=GLOBAL_BATCH
