@@ -170,5 +170,5 @@ def test_an_output_that_holds_something_is_kept(pair: Path) -> None:
     file = pair / "out" / "notes.txt"
     assert message_of(folders(pair, output=str(file))).startswith(f"--output {file} is a file")
     below = file / "deeper"
-    assert message_of(folders(pair, output=str(below))).startswith(f"--output {below} can't be written")
+    assert message_of(folders(pair, output=str(below))).startswith(f"--output {below} cannot be written")
     assert file.read_text() == "mine"
