@@ -156,7 +156,7 @@ def test_an_undefined_loss_of_a_pair_names_the_pair(ranks, inputs):
     words = words_for(inputs, "--train-data-path", inputs / "pairs.jsonl", "--lr", 1e-3, "--dpo-reference", "shared")
     [answer] = ranks(1).run(run_spoiled, method="dpo", words=words, fault="data", iterations=[2])
     assert re.match(
-        r"iteration 2: the loss of micro-batch 2 of 4 is not finite .*; check \S+pairs\.jsonl:\d+ and at",
+        r"iteration 2: the loss of micro-batch 2 of 4 is not finite .*; check \S+pairs\.jsonl:\d+ and the",
         answer["failed"],
     )
 
