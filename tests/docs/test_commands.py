@@ -12,7 +12,7 @@ import pytest
 from tests.support.documented import PAGES, Block, Sandbox, blocks_of, make_tiny
 
 SLOW = pytest.mark.slow(reason="each command is a process")
-LANGUAGES = {"bash", "python", "text", "yaml", "json", "toml", "jinja"}
+LANGUAGES = {"bash", "python", "text", "yaml", "json", "toml", "jinja", "{eval-rst}"}
 """Of blocks. Those of bash and python are run."""
 MAY_NOT_RUN = ("another test runs it", "builds the environment", "needs the internet", "takes ten minutes")
 """Beginnings of the reasons for which a block is not run."""

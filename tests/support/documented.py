@@ -24,7 +24,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 Manner = Literal["as it is", "check", "stub", "no"]
 _BLOCK = re.compile(
     r"(?:^<!-- run: (?P<manner>[^\n]*?) -->\n+)?"
-    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
+    r"^(?P<indent> *)```(?P<language>[\w{}-]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.M | re.S,
 )
 _ROOTS = re.compile(r"(?<![\w.$])/(models|data|runs)\b")
