@@ -8,7 +8,7 @@
 #   torchrun --no-python examples/finetune_llama_hft.sh
 #   MODEL=/models/Llama-2-7b-hf DATA=train.jsonl TP=2 PP=2 torchrun --nproc-per-node 8 examples/finetune_llama_hft.sh
 #
-# Options after the name go to `hft-megatron sft` and override those below; --help lists them. From the environment:
+# Options after the name go to `hft-megatron sft` and override those below; --help-all lists them. From the environment:
 #
 #   MODEL, DATA    what to train and on what; without both, the small model and data of the demo, made first if need be
 #   SAVE           folder of the run, which a second start resumes; without it every start gets a new one in runs/

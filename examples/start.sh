@@ -50,8 +50,8 @@ read_environment() { # WORDS...
 for_help_and_python() { # WORDS...
     local word
     for word in "$@"; do
-        if [[ $word == -h || $word == --help ]]; then
-            exec "$PYTHON" -m hft_megatron "$METHOD" --help
+        if [[ $word == -h || $word == --help || $word == --help-all ]]; then
+            exec "$PYTHON" -m hft_megatron "$METHOD" "$word"
         fi
     done
     if ! "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)" 2>/dev/null; then

@@ -8,7 +8,7 @@
 #   MODEL=/models/Llama-2-7b-chat-hf DATA=/data/TRACE-Benchmark TP=2 PP=2 torchrun --nproc-per-node 8 examples/trace_llama_hft.sh
 #
 # Order, epochs, batch and rate are those of TRACE, which the command knows. Options after the name go to
-# `hft-megatron continual` and override those below; --help lists them. From the environment:
+# `hft-megatron continual` and override those below; --help-all lists them. From the environment:
 #
 #   MODEL, DATA    what to train, and the folder of TRACE, with a folder for each task; or a YAML list of tasks
 #   SAVE           folder of the sequence, which a second start resumes; without it every start gets a new one in runs/

@@ -101,9 +101,7 @@ def _put_aside(folder: Path, damaged: Sequence[Path], good: Path) -> None:
             path.rename(aside)
         write_atomically(good.with_name(CHECKPOINT_TRACKER_FILE), f"{iteration_of(good)}\n")
     except OSError as error:
-        raise UserError(
-            f"--load-fallback: the damaged checkpoints in {folder} cannot be renamed: {error}."
-        ) from error
+        raise UserError(f"--load-fallback: the damaged checkpoints in {folder} cannot be renamed: {error}.") from error
 
 
 def damage_of(path: Path, placement: Placement) -> str | None:

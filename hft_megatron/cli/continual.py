@@ -18,6 +18,12 @@ from hft_megatron.config.validation import shape_of, validate
 from hft_megatron.errors import UserError
 from hft_megatron.parallel import launch
 
+FIRST = (
+    *("continual-tasks", "continual-order", "continual-evaluate", "replay-ratio"),
+    *("chat-template", "packing", "train-epochs"),
+)
+"""The options of its own that --help shows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContinualOptions(TrainingOptions):

@@ -64,6 +64,10 @@ def _counted(count: int, one: str, more: str) -> str:
     return f"{count or 'none'} {one if count < 2 else more}"
 
 
+FIRST = ("method", "json", "train-data-path", "valid-data-path", "data-path")
+"""The options of its own that --help shows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(RunConfig):
     """Options of ``hft-megatron doctor``: those of a run, and of the report."""

@@ -13,11 +13,14 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any
 
 import hft_megatron
 from hft_megatron.cli import (
     average,
+    completion,
     continual,
     convert,
     doctor,
@@ -30,8 +33,10 @@ from hft_megatron.cli import (
     ties,
 )
 from hft_megatron.cli.boundary import PROG, StatusFolder, note, run_command, show
-from hft_megatron.cli.training_command import options_of, run_method
-from hft_megatron.config.loading import help_text, load_options
+from hft_megatron.cli.help import HELP_ALL, HELP_WORDS, help_text
+from hft_megatron.cli.training_command import first_options, options_of, run_method
+from hft_megatron.config.flags import flags_of
+from hft_megatron.config.loading import load_options
 from hft_megatron.errors import UserError
 from hft_megatron.methods.registry import DECLARED
 
@@ -72,7 +77,6 @@ def _torch() -> str:
     return f"{facts['__version__']}, {'for CPU' if cuda is None else f'for CUDA {cuda}'}"
 
 
-HELP_WORDS = ("-h", "--help")
 VERSION_WORD = "--version"
 
 
@@ -87,6 +91,21 @@ class Command:
     """Takes the parsed options and the folder for the outcome."""
     note: Callable[[str], None] | None = None
     """Takes a line about the options, where the command has a log."""
+    first: tuple[str, ...] = ()
+    """Names of the options that --help shows, in groups that have the order of these; without any it shows all."""
+    bare: str | None = None
+    """Name of the option whose value may follow the command without it."""
+
+    def arguments(self, words: Sequence[str]) -> Sequence[str]:
+        """The words with the name of every option."""
+        if self.bare is None or not words or words[0].startswith("-"):
+            return words
+        return [f"--{self.bare}", *words]
+
+
+def _show_completion(options: completion.CompletionOptions, status: StatusFolder) -> None:
+    offered = {name: (command.summary, flags_of(command.options)) for name, command in commands().items()}
+    show(completion.script(options.shell, offered))
 
 
 COMMANDS = {
@@ -94,6 +113,7 @@ COMMANDS = {
         summary="show the units that train in each round, and their costs on every rank; needs no GPU and no weights",
         options=plan.PlanOptions,
         run=plan.run,
+        first=plan.FIRST,
     ),
     "show-data": Command(
         summary="show the first examples token by token, with the trained tokens marked; needs no GPU and no weights",
@@ -110,6 +130,7 @@ COMMANDS = {
         options=continual.ContinualOptions,
         run=continual.run,
         note=note,
+        first=first_options(continual.FIRST),
     ),
     "evaluate": Command(
         summary="evaluate models on tasks: Hugging Face folders, or checkpoints of runs directly, in any layout",
@@ -140,11 +161,18 @@ COMMANDS = {
         summary="run preflight checks of the machine, the ranks and a run's inputs, and show what to fix",
         options=doctor.DoctorOptions,
         run=doctor.run,
+        first=first_options(doctor.FIRST),
     ),
     "flags": Command(
-        summary="list Megatron-LM's flags: those that are options here, accepted without effect, or not supported",
+        summary="list all options of runs, and what Megatron-LM's flags and other trainers' names are here",
         options=flags.FlagsOptions,
         run=flags.run,
+    ),
+    "completion": Command(
+        summary="write the script with which bash, zsh or fish completes commands and options",
+        options=completion.CompletionOptions,
+        run=_show_completion,
+        bare="shell",
     ),
 }
 
@@ -152,7 +180,13 @@ COMMANDS = {
 def commands() -> dict[str, Command]:
     """Every command by its name: one for each method, then the others."""
     methods = {
-        name: Command(summary=method.summary, options=options_of(method), run=partial(run_method, name), note=note)
+        name: Command(
+            summary=method.summary,
+            options=options_of(method),
+            run=partial(run_method, name),
+            note=note,
+            first=first_options(method.first) if method.first else (),
+        )
         for name, method in DECLARED.items()
     }
     return methods | COMMANDS
@@ -163,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def dispatch(status: StatusFolder) -> None:
-        if not arguments or arguments[0] in HELP_WORDS:
+        if not arguments or arguments[0] in (*HELP_WORDS, HELP_ALL):
             show(_overview())
             return
         if arguments[0] == VERSION_WORD:
@@ -178,19 +212,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, prog: str) -> None:
-    if any(word in HELP_WORDS for word in words):
-        show(help_text(command.options, prog=prog, description=f"{command.summary}."))
+    if not {*HELP_WORDS, HELP_ALL}.isdisjoint(words):
+        about, everything = f"{command.summary}.", HELP_ALL in words
+        show(help_text(command.options, prog=prog, description=about, first=command.first, everything=everything))
         return
-    command.run(load_options(command.options, words, command.note), status)
+    command.run(load_options(command.options, command.arguments(words), command.note), status)
 
 
 def _overview() -> str:
-    lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
-    lines += [f"  {name:<12} {command.summary}" for name, command in commands().items()]
     about = (
-        f"`{PROG} COMMAND --help` lists a command's options, `{PROG} {VERSION_WORD}` the versions that are installed."
+        f"`{PROG} COMMAND --help` shows the options of a command to begin with, {HELP_ALL} all of them; `{PROG} "
+        f"{VERSION_WORD}` the versions that are installed.",
+        f"`source <({PROG} completion bash)` has bash complete commands and options; `{PROG} completion --help` says "
+        f"how in other shells.",
     )
-    return "\n".join([*lines, "", about])
+    lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]
+    for name, command in commands().items():
+        lines += _wrapped(command.summary, f"  {name:<12} ")
+    return "\n".join([*lines, "", *_wrapped(about[0]), *_wrapped(about[1])])
+
+
+def _wrapped(text: str, label: str = "") -> list[str]:
+    """To the width of the terminal, behind a label."""
+    width = get_terminal_size().columns
+    return wrap(text, width, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)
 
 
 def _unknown_command(name: str) -> str:

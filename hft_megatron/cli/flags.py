@@ -1,35 +1,34 @@
-"""``hft-megatron flags``: Megatron-LM's training flags, as options here, accepted without effect, or not supported.
+"""``hft-megatron flags``: all options of runs, and what Megatron-LM's flags and other trainers' names are here.
 
 Run: ``hft-megatron flags | grep moe``. ``hft-megatron flags --format markdown > docs/flags.md`` writes the page.
 """
 
-import ast
-import inspect
 import json
-import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
-from hft_megatron.config.flags import flags_of
+from hft_megatron.config.flags import Flag, flags_of
 from hft_megatron.config.megatron_flags import MEGATRON_DEFAULTS, SECTIONS, VALUES_NOT_HAD
 from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.run import RunConfig
 
 _STATE_WIDTH = len("not built yet")
-_ABOUT = """# Megatron-LM's flags
+_ABOUT = """# Options and flags
 
-Flags of a Megatron-LM script and their treatment by `hft-megatron sft`, `pretrain` and `dpo`, by Megatron-LM's parser
-of core_r0.16 and later; `hft-megatron flags` prints the same as text. This page is written by
+Every option of `hft-megatron sft`, `pretrain` and `dpo`, with its bounds and its default. Below them are the flags of
+Megatron-LM, by the parser of its core_r0.16 and later, and names of transformers, TRL, LLaMA-Factory and ms-swift: what
+each of them is here. `hft-megatron flags` prints the same as text. This page is written by
 `hft-megatron flags --format markdown > docs/flags.md`.
 
 - *option*: it is an option here.
 - *accepted*: it has no effect here, because the same happens without it or does not apply; one line at the start of the
   log names all of them. Where values are listed, any other is refused.
 - *other name*: it sets the option that is named.
-- *not built yet* and *refused*: it is not supported. All such flags of a command are listed at once, with exit code 2,
-  and nothing is trained.
+- *not built yet* and *refused*: it is not supported under this name. All such flags of a command are listed at once,
+  with exit code 2, and nothing is trained. Where an option has the same meaning, the error names it with its value
+  here; VALUE stands for the given value.
 """
 
 
@@ -63,15 +62,9 @@ def run(options: FlagsOptions, status: StatusFolder) -> None:
 
 def shown_flags() -> Iterator[ShownFlag]:
     """Every option of a run, then every other flag."""
-    for group in fields(RunConfig):
-        options = get_type_hints(RunConfig)[group.name]
-        words = _words_of_fields(options)
-        for name in flags_of(options):
-            field = name.replace("-", "_")
-            about = [words.get(field, ""), _default(name, getattr(options(), field)), *_limits(name)]
-            yield ShownFlag(
-                section=f"Options: {group.name}", flag=f"--{name}", state="option", words=" ".join(filter(None, about))
-            )
+    for name, flag in flags_of(RunConfig).items():
+        words = " ".join(filter(None, (flag.words, f"({_facts(flag)})", *_limits(name))))
+        yield ShownFlag(section=f"Options: {flag.group}", flag=f"--{name}", state="option", words=words)
     for section in SECTIONS:
         for row in section.rows:
             yield ShownFlag(section=section.title, flag=f"--{row.name}", state=row.state, words=_words_of_row(row))
@@ -84,18 +77,13 @@ def _words_of_row(row: Row) -> str:
     return "; ".join(filter(None, (agreeing, row.words)))
 
 
-def _default(name: str, value: Any) -> str:
-    """The defaults here and in Megatron-LM, where there are any."""
-    here = "" if value is None or value == () else f"default {_shown(value)}"
-    there = f"Megatron-LM's {MEGATRON_DEFAULTS[name]}" if name in MEGATRON_DEFAULTS else ""
-    both = ", ".join(filter(None, (here, there)))
-    return both and f"({both})"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value) or "empty"
+def _facts(flag: Flag) -> str:
+    """Choices or bounds, and the defaults."""
+    facts = [flag.expected] if flag.option.choices else []
+    facts += flag.option.facts
+    if flag.name in MEGATRON_DEFAULTS:
+        facts[-1] += f", Megatron-LM's {MEGATRON_DEFAULTS[flag.name]}"
+    return "; ".join(facts)
 
 
 def _limits(name: str) -> Iterator[str]:
@@ -103,17 +91,6 @@ def _limits(name: str) -> Iterator[str]:
     for values, row in VALUES_NOT_HAD.items():
         if row.name == name:
             yield row.refusal(", ".join(values))
-
-
-def _words_of_fields(options: type) -> dict[str, str]:
-    """The text below each field of a dataclass, as one line."""
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(options))).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
-    return found
 
 
 def _text(shown: list[ShownFlag]) -> str:

@@ -83,6 +83,15 @@ class PlanDeviceConfig:
     """Ranks per node, for --time."""
 
 
+FIRST = (
+    *("config", "load-hf", "world-size", "rounds", "memory", "time", "json", "save", "png"),
+    *("hft-ratio", "hft-level", "hft-selection", "hft-rotation", "hft-plan", "lora-rank"),
+    *("tensor-model-parallel-size", "pipeline-model-parallel-size"),
+    *("micro-batch-size", "global-batch-size", "seq-length", "seed"),
+)
+"""The options that --help shows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Options of ``hft-megatron plan``."""

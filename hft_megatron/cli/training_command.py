@@ -1,5 +1,6 @@
 """Common parts of the commands that train: their options, the checks, and the start of the run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,21 @@ class TrainingOptions:
         """``base`` with these options in place of its own; a command's group may have some of a run's group."""
         own = {group.name for group in fields(self)} & {group.name for group in fields(base)}
         return replace(base, **{name: replace(getattr(base, name), **vars(getattr(self, name))) for name in own})
+
+
+FIRST = (
+    *("hft-ratio", "hft-round-interval", "lora-rank"),
+    *("tensor-model-parallel-size", "pipeline-model-parallel-size"),
+    *("micro-batch-size", "global-batch-size", "seq-length", "train-iters"),
+    *("lr", "lr-warmup-fraction"),
+    *("save", "save-interval", "load", "save-hf", "eval-interval", "eval-iters"),
+)
+"""Options of every run that --help shows, after those of its model and data."""
+
+
+def first_options(of_command: Iterable[str]) -> tuple[str, ...]:
+    """Names of the options that --help shows, with those of the command itself; the groups have their order."""
+    return ("config", "check", "load-hf", *of_command, *FIRST, "seed")
 
 
 @cache

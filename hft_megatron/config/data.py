@@ -183,9 +183,7 @@ def data_sources(option: str, words: Sequence[str]) -> tuple[DataSource, ...]:
             )
         weight = number
     if weight is not None:
-        raise UserError(
-            f"{option}: no path follows the weight {weight:g}; write ./{weight:g} for a file of that name."
-        )
+        raise UserError(f"{option}: no path follows the weight {weight:g}; write ./{weight:g} for a file of that name.")
     unweighted = [source.path for source in sources if source.weight is None]
     if 0 < len(unweighted) < len(sources):
         raise UserError(f"{option}: {unweighted[0]} has no weight, but other paths do; give every path one, or none.")

@@ -6,10 +6,14 @@ Bounds are those of annotated-types, as in ``Annotated[int, Ge(1)]``: one check 
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import operator
+import textwrap
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -97,6 +101,12 @@ class Declared:
         kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         return f"{kinds[self.type]} {self.bounds}".rstrip()
 
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Bounds and default, for a reader: ``at least 1`` and ``default: 8``."""
+        bounds = self.bounds.removeprefix("of ")
+        return (*([bounds] if bounds else []), f"default: {_shown(self.default)}")
+
     def allows(self, value: Any) -> bool:
         """Return whether a value of a JSON type is allowed; None is not."""
         if self.choices:
@@ -106,6 +116,14 @@ class Declared:
         if type(value) not in (self.type, int) or not math.isfinite(value):
             return False
         return all(_BOUNDS[type(mark)][1](value, _limit(mark)) for mark in self.marks if type(mark) in _BOUNDS)
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "unset"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return str(default) or "empty"
 
 
 def _limit(mark: Any) -> float:
@@ -122,6 +140,27 @@ def declared(group: type) -> Mapping[str, Declared]:
     for field in fields(group):
         kind, marks = _taken_apart(hints[field.name])
         found[field.name] = Declared(name=field.name, type=kind, marks=marks, default=field.default)
+    return found
+
+
+@cache
+def words_of(group: type) -> Mapping[str, str]:
+    """The texts below the fields of a dataclass and its bases, each as one line, by field."""
+    found: dict[str, str] = {}
+    for base in reversed(group.__mro__):
+        if is_dataclass(base):
+            with suppress(OSError):  # A class that was made in a program has no source, and its bases have the texts.
+                found |= _texts_in(inspect.getsource(base))
+    return found
+
+
+def _texts_in(source: str) -> dict[str, str]:
+    [definition] = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split()).replace("``", "`")
     return found
 
 

@@ -70,8 +70,7 @@ def best_is_measured_by(method: MethodName) -> Callable[[RunConfig, ModelShape, 
         if metric is not None and metric not in known:
             choose = f"choose {' or '.join(known)}" if known else "it has none; leave --save-hf-best out"
             raise UserError(
-                f"--save-hf-best {config.checkpoint.save_hf_best} is not a validation metric of {method}; "
-                f"{choose}."
+                f"--save-hf-best {config.checkpoint.save_hf_best} is not a validation metric of {method}; {choose}."
             )
 
     return best_is_measured

@@ -7,11 +7,11 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import takewhile
-from typing import get_origin
+from typing import get_args, get_origin
 
 import tyro
 
-from hft_megatron.config.declared import Declared, declared
+from hft_megatron.config.declared import Declared, declared, words_of
 from hft_megatron.config.megatron_flags import OF_OTHER_COMMANDS, ROWS, refused_value
 from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.names import Names, known
@@ -46,6 +46,8 @@ class Flag:
     option: Declared
     group: str | None
     """Name of the nested dataclass that holds it; None for an option of the command line alone (--config)."""
+    owner: type
+    """Dataclass that declares it."""
 
     @property
     def name(self) -> str:
@@ -72,6 +74,19 @@ class Flag:
     def expected(self) -> str:
         """Description of the allowed values, for an error."""
         return self.option.expected
+
+    @property
+    def placeholder(self) -> str:
+        """Placeholder of its value in the help: its type, or its choices in braces."""
+        if self.option.choices:
+            return f"{{{','.join(map(str, self.option.choices))}}}"
+        kind = get_args(self.option.type)[0] if self.takes_several else self.option.type
+        return {int: "INT", float: "FLOAT"}.get(kind, "TEXT")
+
+    @property
+    def words(self) -> str:
+        """Description from its declaration; empty without one."""
+        return words_of(self.owner).get(self.option.name, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +141,20 @@ def flags_of(options_type: type, group: str | None = None) -> dict[str, Flag]:
             assert isinstance(option.type, type)
             inner = flags_of(option.type, group=option.name)
         else:
-            flag = Flag(option=option, group=group)
+            flag = Flag(option=option, group=group, owner=options_type)
             inner = {flag.name: flag}
         assert not found.keys() & inner.keys(), "two options have one name"
         found |= inner
     return found
 
 
-OFF = "false"
-"""Value with which a file or a call turns off a switch."""
+ON, OFF = "true", "false"
+"""Values with which a file or a call turns a switch on or off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One flag of Megatron-LM's, or a name of ms-swift's, that is no option here, given once."""
+    """One flag of Megatron-LM's, or a name of another trainer's, that is no option here, given once."""
 
     row: Row
     words: tuple[str, ...]
@@ -158,11 +173,13 @@ class Request:
         return self.row.agrees(self.words) and not self._is_off
 
     @property
-    def refusal(self) -> str | None:
-        """The error about it; None where it is accepted, or where a file turns off a feature that does not exist."""
-        if self.is_accepted or (self._is_off and self.row.state != "accepted"):
-            return None
-        return self.row.refusal(" ".join((self.where, *map(_shown, self.words))))
+    def is_refused(self) -> bool:
+        """Whether it is an error; a file may turn off a feature that does not exist."""
+        return not self.is_accepted and not (self._is_off and self.row.state != "accepted")
+
+    def refusal(self, given: Mapping[str, str]) -> str:
+        """The error about it; ``given`` has the values of all options of the command by name."""
+        return self.row.refusal(" ".join((self.where, *map(_shown, self.words))), self.words, given)
 
     @property
     def _is_off(self) -> bool:
@@ -194,8 +211,8 @@ class Reading:
         """Settings by option."""
         self.accepted: dict[str, Request] = {}
         """Flags of Megatron-LM's without effect here, by name."""
-        self._mistakes: dict[str, str] = {}
-        """Errors by the name they are about, so that a value given later can take one back."""
+        self._mistakes: dict[str, str | Request] = {}
+        """Errors, or requests that they are about, by name, so that a value given later can take one back."""
 
     def take(self, items: Iterable[Item]) -> None:
         """Note what was read, in order."""
@@ -210,7 +227,7 @@ class Reading:
                     self._note(item.flag.name, f"{before.where} and {item.where} are one option; keep one of them.")
             else:
                 self.accepted.pop(item.row.name, None)
-                self._note(item.row.name, item.refusal)
+                self._note(item.row.name, item if item.is_refused else None)
                 if item.is_accepted:
                     self.accepted[item.row.name] = item
 
@@ -222,7 +239,11 @@ class Reading:
             for request in self.accepted.values()
             if request.row.beside and self.settings.keys().isdisjoint(request.row.beside)
         ]
-        return [*self._mistakes.values(), *lacking]
+        refused = {name: item for name, item in self._mistakes.items() if isinstance(item, Request)}
+        given = {name: item.value for name, item in self.settings.items()}
+        given |= {name: " ".join(item.words) for name, item in refused.items()}
+        said = [item.refusal(given) if isinstance(item, Request) else item for item in self._mistakes.values()]
+        return [*said, *lacking]
 
     def check(self, note: Callable[[str], None] | None = None) -> None:
         """Raise UserError with every mistake: one sentence, or a line for each.
@@ -231,7 +252,7 @@ class Reading:
         """
         check_all([self], note)
 
-    def _note(self, name: str, refusal: str | None) -> None:
+    def _note(self, name: str, refusal: str | Request | None) -> None:
         self._mistakes.pop(name, None)
         if refusal is not None:
             self._mistakes[name] = refusal
@@ -279,7 +300,7 @@ def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> Mistake:
     # A name that only lacks its beginning, such as Megatron's --data-path, is nearer than letters tell.
     nearest = [known for known in names if known.endswith(f"-{name}")]
     nearest += difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"the nearest is --{nearest[0]}" if nearest else "--help lists all of them"
+    hint = f"the nearest is --{nearest[0]}" if nearest else "--help-all lists all of them"
     of_others = " of this command" if name in flags_of(RunConfig) else ""
     return Mistake(sentence=f"{where} is not an option{of_others}; {hint}.")
 
@@ -297,8 +318,8 @@ def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> I
         if not _is_name(word):
             position += len(following)
             yield Mistake(
-                sentence=f"The word {word!r} belongs to no option; options start with --, and --help shows which take "
-                "several values."
+                sentence=f"The word {word!r} belongs to no option; options start with --, and --help-all shows which "
+                "take several values."
             )
             continue
         item, taken = _item_of_word(word, following, flags)
@@ -324,8 +345,9 @@ def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]
     if isinstance(meant, Row) and not meant.can_agree:
         # The run ends, so that what follows need not be told from its values.
         return Request(row=meant, words=values, where=written), len(following)
-    if meant.is_switch and (has_value or (following and following[0].lower() in ("true", OFF))):
-        return _no_value(word if has_value else f"{written} {following[0]}", meant), 0 if has_value else 1
+    if meant.is_switch and (has_value or (following and following[0].lower() in (ON, OFF))):
+        given = word if has_value else f"{written} {following[0]}"
+        return _no_value(given, name, value if has_value else following[0], meant), 0 if has_value else 1
     if not values and not meant.is_switch:
         return Mistake(sentence=f"{written} needs a value: {meant.expected}."), 0
     if isinstance(meant, Row):
@@ -334,6 +356,14 @@ def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]
     return Setting(flag=meant, words=words, where=written), taken
 
 
-def _no_value(written: str, meant: Flag | Row) -> Mistake:
-    negative = f" or --no-{meant.name}" if isinstance(meant, Flag) else ""
-    return Mistake(sentence=f"{written}: a switch takes no value; write --{meant.name}{negative}.")
+def _no_value(given: str, name: str, value: str, meant: Flag | Row) -> Mistake:
+    """The error for a switch with a value, with the form that has this meaning where it is clear."""
+    instead = f"write --{meant.name}"
+    if isinstance(meant, Flag) and value.lower() in (ON, OFF):
+        is_on = (value.lower() == ON) != turns_off(name, meant)
+        instead = f"write --{meant.name if is_on else f'no-{meant.name}'}"
+    elif isinstance(meant, Flag):
+        instead = f"write --{meant.name} or --no-{meant.name}"
+    elif value.lower() == OFF:
+        instead = "leave it out"
+    return Mistake(sentence=f"{given}: a switch takes no value; {instead}.")

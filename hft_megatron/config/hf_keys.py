@@ -161,9 +161,7 @@ def _refuse_other_architectures(config: Mapping[str, Any], source: str) -> None:
             f"{source}: model_type is {model_type!r}{shown}, but only 'llama' and 'mistral' models are supported."
         )
     if classes and not (isinstance(classes, list) and any(name in known for name in classes)):
-        raise UserError(
-            f"{source}: architectures is {classes!r}, but of {model_type!r} only {known[0]} is supported."
-        )
+        raise UserError(f"{source}: architectures is {classes!r}, but of {model_type!r} only {known[0]} is supported.")
     own_code = config.get("auto_map")
     if isinstance(own_code, Mapping) and any(name.startswith("AutoModel") for name in own_code):
         raise UserError(

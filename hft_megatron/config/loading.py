@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import tyro
 import yaml
 
-from hft_megatron.config.declared import declared
 from hft_megatron.config.flags import (
     CONSTRUCTORS,
     OFF,
@@ -48,45 +47,11 @@ CONFIG_FLAG = "config"
 _RESOLVED_HEADER = (
     "# Every option of the run with its value; `--config` with it and other output folders repeats the run.\n"
 )
-_TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-_TYRO_WORDS = (*_TYRO_CONFIG, tyro.conf.UseAppendAction)
-"""For parsing: an option that takes several words comes as one ``--name=word`` per word."""
+_TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
+"""An option that takes several words comes as one ``--name=word`` per word."""
 _METHOD = "method"
 _YAML_NULL = "tag:yaml.org,2002:null"
 _YAML_BOOL = "tag:yaml.org,2002:bool"
-
-
-def help_text(options_type: type, *, prog: str, description: str) -> str:
-    """Text of ``--help``: every option with its default, in the groups of the dataclass."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(
-            _with_bounds_in_help(options_type),
-            args=["--help"],
-            prog=prog,
-            description=description,
-            config=_TYRO_CONFIG,
-            registry=CONSTRUCTORS,
-        )
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-
-def _with_bounds_in_help(options_type: type) -> type:
-    """The dataclass with the bounds of its numbers beside their defaults, as tyro shows them."""
-    annotations: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
-    hints = get_type_hints(options_type, include_extras=True)
-    for name, option in declared(options_type).items():
-        if is_dataclass(option.type):
-            assert isinstance(option.type, type)
-            annotations[name] = _with_bounds_in_help(option.type)
-            defaults[name] = field(default_factory=annotations[name])
-        elif option.bounds:
-            words = "({}; default: {{}})".format(option.bounds.removeprefix("of "))
-            annotations[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=words.format)]
-            defaults[name] = option.default
-    body = {"__annotations__": annotations, "__module__": options_type.__module__, "__doc__": options_type.__doc__}
-    return dataclass(frozen=True, kw_only=True)(type(options_type.__name__, (options_type,), {**body, **defaults}))
 
 
 def load_options(options_type: type[T], arguments: Sequence[str], note: Callable[[str], None] | None = None) -> T:
@@ -230,7 +195,7 @@ def _parsed(options_type: type[T], settings: Sequence[Setting]) -> T | None:
     words = [argument for setting in settings for argument in setting.arguments]
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            return tyro.cli(options_type, args=words, config=_TYRO_WORDS, registry=CONSTRUCTORS)
+            return tyro.cli(options_type, args=words, config=_TYRO_CONFIG, registry=CONSTRUCTORS)
         except SystemExit:
             return None
 
@@ -311,6 +276,10 @@ def _item(meant: Flag | Row, words: tuple[str, ...], where: str, written: str) -
 
 def _yaml_words(meant: Flag | Row, node: yaml.Node, where: str) -> tuple[str, ...]:
     """The values of an option as words: one, or those of a list where the option takes several."""
+    if isinstance(meant, Row) and not meant.can_agree and not meant.is_switch:
+        # An error in any case, so that every kind of value is taken.
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return tuple(part.value for part in parts if isinstance(part, yaml.ScalarNode))
     listed = isinstance(node, yaml.SequenceNode) and meant.takes_several
     words: list[Any] = node.value if listed else [node]
     if not all(isinstance(word, yaml.ScalarNode) for word in words):

@@ -156,9 +156,7 @@ DENSE = (
             accepted("exit-signal-handler-for-training", "a signal saves and ends the run"),
             accepted("exit-signal-handler-for-dataloader", "the data has no processes of its own"),
             other_name("check-weight-hash-across-dp-replicas-interval=", "check-replicas-interval"),
-            refused(
-                "gpu-sniff-test-interval=", "`hft-megatron doctor` checks the devices before a run; leave it out"
-            ),
+            refused("gpu-sniff-test-interval=", "`hft-megatron doctor` checks the devices before a run; leave it out"),
             refused("disable-manual-gc-eval", "give --no-manual-gc-eval"),
             refused("train-sync-interval=", _PERFORMANCE),
             accepted(

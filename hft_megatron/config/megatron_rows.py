@@ -1,16 +1,22 @@
-"""Rows of the table of Megatron-LM's flags, and short ways to write them."""
+"""Rows of the table of Megatron-LM's flags and of other trainers' names, and short ways to write them."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal["switch", "value", "several"]
 State = Literal["accepted", "refused", "not built yet", "other name"]
+Conversion = Callable[[str, Mapping[str, str]], str]
+"""Explanation for one value, without a full stop, by the value and the values of all options of the command by name."""
+VALUE = "VALUE"
+"""Placeholder of the given value in an explanation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One flag of Megatron-LM's that is no option here."""
+    """One flag of Megatron-LM's, or a name of another trainer's, that is no option here."""
 
     name: str
     """Without the leading dashes: ``attention-dropout``."""
@@ -19,12 +25,15 @@ class Row:
     state: State
     words: str
     """Explanation without a full stop: what is done here (accepted), why not and what to do instead (refused), what to
-    use meanwhile (not built yet; may be empty), or the option's name here (other name)."""
+    use meanwhile (not built yet; may be empty), or the option's name here (other name). ``VALUE`` stands for the
+    given value."""
     values: tuple[str, ...] = ()
     """Values without effect here; an accepted flag without any has none under every value."""
     beside: tuple[str, ...] = ()
     """Options of which one must be given with an accepted flag; ``lacking`` is the error otherwise."""
     lacking: str = ""
+    conversion: Conversion | None = None
+    """Explanation by value for a refused flag, in place of ``words``, which hold for every value."""
 
     @property
     def is_switch(self) -> bool:
@@ -52,14 +61,19 @@ class Row:
             return self.state == "accepted"
         return all(any(_same(word, value) for value in self.values) for word in words)
 
-    def refusal(self, written: str) -> str:
-        """The sentence about it; ``written`` is the flag as the user wrote it, with its values."""
+    def refusal(self, written: str, values: Sequence[str] = (), given: Mapping[str, str] = MappingProxyType({})) -> str:
+        """The error about it; ``written`` is the flag as the user wrote it, with its ``values``, and ``given`` has the
+        values of all options of the command by name."""
         if self.state == "not built yet":
             return f"{written} is not built yet{self.words and f'; {self.words}'}."
         if self.state == "accepted":
             instead = f", or give {' or '.join(self.values)}" if self.values else ""
             return f"{written}: {self.words}; leave it out{instead}."
-        return f"{written}: {self.words}."
+        value = " ".join(values)
+        if self.conversion is not None:
+            return f"{written}: {self.conversion(value, given)}."
+        shown = " ".join(map(shlex.quote, values)) or VALUE
+        return f"{written}: {self.words.replace(VALUE, shown)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +90,9 @@ def accepted(flag: str, words: str, values: str = "", *, beside: str = "", lacki
     return replace(_row(flag, "accepted", words, values), beside=tuple(beside.split()), lacking=lacking)
 
 
-def refused(flag: str, words: str) -> Row:
-    """A flag whose meaning is not supported."""
-    return _row(flag, "refused", words)
+def refused(flag: str, words: str, conversion: Conversion | None = None) -> Row:
+    """A flag whose meaning is not supported, or is that of another option, which ``words`` or ``conversion`` name."""
+    return replace(_row(flag, "refused", words), conversion=conversion)
 
 
 def not_yet(flag: str, words: str = "", values: str = "") -> Row:

@@ -154,9 +154,7 @@ def decay_style_has_what_it_needs(config: RunConfig, shape: ModelShape, world_si
     optimizer, unit = config.optimizer, derived.schedule_unit(config.training)
     style, end = optimizer.lr_decay_style, derived.wsd_decay_steps(optimizer)
     if style == "WSD" and end is None:
-        raise UserError(
-            f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its final decay; add it."
-        )
+        raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its final decay; add it.")
     given = None if end is None else f"--lr-wsd-decay-{unit} {end}"
     if optimizer.lr_wsd_decay_style != "exponential":
         given = f"--lr-wsd-decay-style {optimizer.lr_wsd_decay_style}"

@@ -149,7 +149,7 @@ def _ramp_fits(config: RunConfig, batch: int) -> None:
     if config.training.global_batch_size is None:
         if _may_be_saved(config):
             return
-        raise UserError(f"{given} needs --global-batch-size, the size that it ends at; add it.")
+        raise UserError(f"{given} needs --global-batch-size, its last size; add it.")
     start, increment, ramp_samples = ramp
     if start >= batch or (batch - start) % increment:
         raise UserError(

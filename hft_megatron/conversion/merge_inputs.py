@@ -19,6 +19,7 @@ _MAY_DIFFER = ("max_position_embeddings", "rms_norm_eps", "initializer_range")
 """Keys of config.json that leave every weight its meaning, and that published pairs of a base and a chat model differ
 in. Another rotary base or number of heads would give the same numbers another meaning."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class MergeFolders:
     """A fine-tuned model, the model that it was trained from, and a folder for the result."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from hft_megatron.data.record_errors import printable
 from hft_megatron.data.printed_keys import PrintedKeys, unusual_roles
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.rendering import SPAN_END, SPAN_START, Renderer, SpanFinder, TemplateError, Turn, cut_marks
 from hft_megatron.data.tokenizer import ESCAPE, Piece, Place, SpecialTokens, TokenizerFacts
 

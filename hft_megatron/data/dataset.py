@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules, SftCounts
-from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.order import Order, SourceMix
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.tokenizer import Encoded, Tokenizer
 
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from hft_megatron.config.data import LongExamples
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
-from hft_megatron.data.record_errors import RecordErrors, RecordRefused, notes_of_keys, notes_of_token_names
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import NOTHING, Chat, PassedOver
 from hft_megatron.data.formats.preference import Preference
 from hft_megatron.data.formats.table import Record
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused, notes_of_keys, notes_of_token_names
 from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Encoded, Piece, Place, Tokenizer
 from hft_megatron.errors import UserError

@@ -35,9 +35,7 @@ def folder_for_entries(folder: Path, option: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{option} {folder} can't be used: {error.strerror}; name a writable folder."
-        ) from error
+        raise UserError(f"{option} {folder} can't be used: {error.strerror}; name a writable folder.") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option} {folder} can't be used: it can't be written; name another folder.")
     return folder

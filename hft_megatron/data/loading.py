@@ -18,10 +18,10 @@ from hft_megatron.data.dataset import (
     places_in,
 )
 from hft_megatron.data.examples import ExampleRules, SftCounts, read_source
-from hft_megatron.data.record_errors import RecordErrors, RecordUse, check_use
 from hft_megatron.data.files.sources import TRAIN_SPLIT, SourceFiles, file_digest, find_sources, find_valid_source
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.preprocessed.opening import open_preprocessed
+from hft_megatron.data.record_errors import RecordErrors, RecordUse, check_use
 from hft_megatron.data.records import RecordRules
 from hft_megatron.data.templates import BUILT_IN, read_template
 from hft_megatron.data.token_cache import NO_CACHE, TokenCache, Tokenized, named, open_token_cache

@@ -12,12 +12,12 @@ from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.dataset import ExamplesInMemory, places_in
 from hft_megatron.data.examples import RECORDS_PER_BATCH, ExampleRules, completion_pieces, count_keys
-from hft_megatron.data.record_errors import RecordErrors, RecordRefused
 from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.completions import Completion
 from hft_megatron.data.formats.conversations import Message
 from hft_megatron.data.formats.preference import Preference, PromptForm
 from hft_megatron.data.formats.table import Record
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.token_cache import Tokenized
 from hft_megatron.data.tokenizer import Encoded, Piece, SpecialTokens, Tokenizer

@@ -12,11 +12,11 @@ from typing import Any
 from hft_megatron.config.dpo import BadPairs
 from hft_megatron.data.dataset import ExampleStore, NamedSource, SftDataset, asked_of, data_digest, named_members
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules
-from hft_megatron.data.record_errors import RecordUse, notes_of_keys, notes_of_token_names
 from hft_megatron.data.files.sources import SourceFiles, file_digest
 from hft_megatron.data.formats.preference import PromptForm
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs
+from hft_megatron.data.record_errors import RecordUse, notes_of_keys, notes_of_token_names
 from hft_megatron.data.token_cache import NO_CACHE, TokenCache, named
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError

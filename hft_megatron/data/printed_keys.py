@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hft_megatron.data.record_errors import printable
 from hft_megatron.data.formats.keys import is_empty, message_row
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.rendering import Renderer, TemplateError
 from hft_megatron.data.tokenizer import ESCAPE
 

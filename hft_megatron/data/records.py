@@ -12,7 +12,6 @@ from typing import Any
 
 from hft_megatron.config.data import DataKeys
 from hft_megatron.config.names import DataFormat
-from hft_megatron.data.record_errors import RecordErrors, RecordUse, printable
 from hft_megatron.data.files.rows import Row, row_of
 from hft_megatron.data.files.sources import find_rows
 from hft_megatron.data.formats.completions import Completion
@@ -27,6 +26,7 @@ from hft_megatron.data.formats.preference import (
     weighed_pair,
 )
 from hft_megatron.data.formats.table import FORMATS, Format, Record, recognise
+from hft_megatron.data.record_errors import RecordErrors, RecordUse, printable
 from hft_megatron.errors import UserError
 
 PAIR_LAYOUTS = (

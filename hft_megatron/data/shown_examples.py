@@ -13,10 +13,10 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.valid_sources import check_pair_sources, valid_sources
 from hft_megatron.data.dataset import SftDataset
 from hft_megatron.data.examples import NO_LIMIT
-from hft_megatron.data.record_errors import printable
 from hft_megatron.data.files.sources import TRAIN_SPLIT, find_sources, find_valid_source, read_rows
 from hft_megatron.data.loading import record_rules, training_data, training_pairs, validation_data, validation_pairs
 from hft_megatron.data.pairs import PairDataset
+from hft_megatron.data.record_errors import printable
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.tokenizer import Encoded, Tokenizer, fit_tokenizer
 from hft_megatron.data.tokenizer_loading import load_tokenizer

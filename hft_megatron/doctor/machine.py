@@ -108,9 +108,7 @@ def device_finding(device: torch.device, backend: str) -> Finding:
         fix = f"It does not compute ({reason}): install a torch that was built for this device and its driver."
         return Finding(what="device", value=value, status="wrong", fix=fix)
     if not is_right:
-        fix = (
-            "A product of two matrices of ones is wrong, so the device is damaged: leave it out and have it tested."
-        )
+        fix = "A product of two matrices of ones is wrong, so the device is damaged: leave it out and have it tested."
         return Finding(what="device", value=value, status="wrong", fix=fix)
     if device.type == "cuda" and free < _FREE_SHARE * total:
         fix = "Another process uses some of its memory: end it (nvidia-smi shows which), or use another device."

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from hft_megatron.data.chat import ChatError, ChatTemplate, LossRule
 from hft_megatron.data.examples import completion_pieces
-from hft_megatron.data.record_errors import RecordErrors, RecordRefused
 from hft_megatron.data.files.rows import Row
 from hft_megatron.data.formats.completions import Completion
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused
 from hft_megatron.data.tokenizer import Encoded, Piece, Tokenizer
 from hft_megatron.errors import UserError
 from hft_megatron.evaluation.columns import text_of

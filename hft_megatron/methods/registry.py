@@ -34,6 +34,8 @@ class Declaration:
     """Groups of its own options, by name: a group of a run, or for one of that name a class with some of its fields."""
     rules: tuple[Rule, ...]
     """Rules for its data and its own options."""
+    first: tuple[str, ...] = ()
+    """Names of options that --help shows beside those of every run, the data above all; without any it shows all."""
     measures: Mapping[str, bool] = field(default_factory=dict)
     """Validation metrics that --save-hf-best can use: names of the log, and whether higher is better."""
     load: "Callable[[], Method]"
@@ -82,6 +84,9 @@ SUPERVISED_RULES: tuple[Rule, ...] = (
 )
 """Rules of every method that trains on records."""
 
+
+RECORDS_FIRST = ("train-data-path", "valid-data-path", "chat-template", "packing", "train-epochs")
+"""Options that --help shows for a method that trains on records."""
 
 OF_SFT_ALONE: tuple[Rule, ...] = (ewc.nothing_is_held, objectives.examples_are_learned_as_they_are)
 """Rules of the other methods, which refuse SFT's own options where all stages share theirs."""
@@ -150,6 +155,7 @@ register(
         summary="fine-tune a LLaMA on instructions, half of its matrices at a time",
         groups={"data": DataConfig, "objectives": ObjectivesConfig},
         rules=(*SUPERVISED_RULES, objective_fits_the_run),
+        first=RECORDS_FIRST,
         measures={"lm loss": False},
         load=_sft,
     )
@@ -160,6 +166,7 @@ register(
         summary="tune a LLaMA on preference pairs, half of its matrices at a time",
         groups={"data": DataConfig, "dpo": DpoConfig},
         rules=(*SUPERVISED_RULES, *dpo.DPO_RULES, valid_sources.sources_hold_pairs, *OF_SFT_ALONE),
+        first=(*RECORDS_FIRST, "dpo-loss", "dpo-beta", "dpo-reference"),
         measures={"preference loss": False, "rewards/accuracies": True, "rewards/margins": True},
         load=_dpo,
     )
@@ -170,6 +177,10 @@ register(
         summary="pre-train a LLaMA on Megatron's .bin and .idx files, half of its matrices at a time or all of them",
         groups={"corpus": CorpusConfig, "data": PretrainDataConfig},
         rules=(*corpus.CORPUS_RULES, *OF_SFT_ALONE),
+        first=(
+            *("num-layers", "hidden-size", "num-attention-heads", "max-position-embeddings"),
+            *("data-path", "split", "mock-data", "tokenizer-model"),
+        ),
         measures={"lm loss": False},
         load=_pretrain,
     )

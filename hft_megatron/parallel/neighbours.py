@@ -197,8 +197,6 @@ def _how(status: int | None) -> str:
         return "has ended; see the launcher's log for the reason"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        killer = (
-            "; the kernel does this when memory runs out, in which case dmesg shows it" if number == 9 else ""
-        )
+        killer = "; the kernel does this when memory runs out, in which case dmesg shows it" if number == 9 else ""
         return f"was killed by signal {number} ({signal.Signals(number).name}){killer}"
     return f"ended with exit code {os.WEXITSTATUS(status)}; its output is in the log of its host"

@@ -1,4 +1,4 @@
-"""--async-save writes a snapshot while training continues; what fails fails on all ranks. Run: pytest tests/checkpoint"""
+"""--async-save writes a snapshot while training continues; failures end all ranks. Run: pytest tests/checkpoint"""
 
 import errno
 import os

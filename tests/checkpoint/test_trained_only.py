@@ -1,5 +1,4 @@
-"""Checkpoints that leave out frozen weights: small, exact on resume, tied to their base. Run: pytest tests/checkpoint
-"""
+"""Checkpoints that leave out frozen weights: small, exact, tied to their base. Run: pytest tests/checkpoint"""
 
 import shutil
 from hashlib import sha256
@@ -192,7 +191,9 @@ def test_damage_in_the_base_of_a_base_is_found_and_named(
     shutil.rmtree(folder / "first")
     [said, _] = ranks(2).run(run_refused, words=words)
     assert f"its base {folder}/first/iter_0000006 cannot be read" in said
-    with pytest.raises(UserError, match=r"--load .*/third: .*its base .*/first/iter_0000006 cannot be read .*; put that"):
+    with pytest.raises(
+        UserError, match=r"--load .*/third: .*its base .*/first/iter_0000006 cannot be read .*; put that"
+    ):
         SavedRun.read(str(folder / "third"), None).source()
 
 

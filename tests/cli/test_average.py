@@ -65,7 +65,10 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (words(pair, out, "--path", "0.5", "half"), "--path 0.5 half: the value must be one or more numbers"),
         (words(pair, out, "--path", "0.5", "1.5"), "--path 1.5: every coefficient must be a number between 0 and 1"),
         (words(pair, out, "--path", "0.5", "nan"), "--path nan: every coefficient must be a number between 0 and 1"),
-        (words(pair, out, "--path", "0.5", "0.50"), "--path has 0.5 twice, but each coefficient names a folder; give it once"),
+        (
+            words(pair, out, "--path", "0.5", "0.50"),
+            "--path has 0.5 twice, but each coefficient names a folder; give it once",
+        ),
         (words(pair, out, "--path", "0.5", "--coefficient", "0.2"), "--path and --coefficient 0.2 are both given"),
         (words(pair, pair / "base"), f"--output {pair / 'base'} is not empty"),
         (words(pair, out, "--tuned", str(pair / "base")), "is the folder of --tuned"),

@@ -262,7 +262,10 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
         ),
         ("--tokenizer-model MODEL --train-data-path DATA --chat-template x", "--chat-template x is neither a file nor"),
         ("--tokenizer-model MODEL --train-data-path DATA --valid-data-path 2 DATA", "takes no weights; leave 2 out."),
-        ("--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html", "--html /absent/x.html can't be writ"),
+        (
+            "--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html",
+            "--html /absent/x.html cannot be writ",
+        ),
         (
             "--tokenizer-model MODEL --train-data-path DATA --data-keys a=b",
             "--data-keys a=b: 'b' is not a key of any format",
@@ -277,8 +280,14 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
         ),
         ("--tokenizer-model MODEL --train-data-path DATA --lr 1", "--lr is not an option"),
         ("--tokenizer-model MODEL --train-data-path PAIRS", "PAIRS:2: `chosen` and `rejected` are the same; correct"),
-        ("--tokenizer-model MODEL --train-data-path PAIRS --loss-on all", "--loss-on all would also compare the prompts"),
-        ("--tokenizer-model MODEL --train-data-path PAIRS --long-examples split", "--long-examples split would cut an ans"),
+        (
+            "--tokenizer-model MODEL --train-data-path PAIRS --loss-on all",
+            "--loss-on all would also compare the prompts",
+        ),
+        (
+            "--tokenizer-model MODEL --train-data-path PAIRS --long-examples split",
+            "--long-examples split would cut an ans",
+        ),
         ("--tokenizer-model MODEL --train-data-path DATA PAIRS", "3 records (PAIRS:1, PAIRS:2, ...): the record is"),
     ],
 )

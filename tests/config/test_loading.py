@@ -9,7 +9,7 @@ import torch
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.hft import HFTConfig
-from hft_megatron.config.loading import help_text, load_options, read_resolved, write_resolved
+from hft_megatron.config.loading import load_options, read_resolved, write_resolved
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
@@ -17,7 +17,7 @@ from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 
-NO_OPTION = "belongs to no option; options start with --, and --help shows which take several values."
+NO_OPTION = "belongs to no option; options start with --, and --help-all shows which take several values."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +130,17 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ),
         ("--lr", "--lr needs a value: a number of at least 0."),
         ("--lr --seed 1", "--lr needs a value: a number of at least 0."),
-        ("--bf16=true", "--bf16=true: a switch takes no value; write --bf16 or --no-bf16."),
-        ("--bf16 true", "--bf16 true: a switch takes no value; write --bf16 or --no-bf16."),
+        ("--bf16=true", "--bf16=true: a switch takes no value; write --bf16."),
+        ("--bf16 true", "--bf16 true: a switch takes no value; write --bf16."),
+        ("--bf16 False", "--bf16 False: a switch takes no value; write --no-bf16."),
+        ("--no-bf16=true", "--no-bf16=true: a switch takes no value; write --no-bf16."),
+        ("--bf16=1", "--bf16=1: a switch takes no value; write --bf16 or --no-bf16."),
+        (
+            "--grad-reduce-in-bf16 true",
+            "--grad-reduce-in-bf16 true: a switch takes no value; write --no-accumulate-allreduce-grads-in-fp32.",
+        ),
         ("--swiglu true", "--swiglu true: a switch takes no value; write --swiglu."),
+        ("--swiglu false", "--swiglu false: a switch takes no value; leave it out."),
         ("--bf16 on", f"The word 'on' {NO_OPTION}"),
         ("run.yaml", f"The word 'run.yaml' {NO_OPTION}"),
         ("-lr 1", f"The word '-lr' {NO_OPTION}"),
@@ -145,7 +153,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
             "--no-overlap_grad_reducee is not an option; the nearest is --no-overlap-grad-reduce.",
         ),
         ("--no-lr", "--no-lr is not an option; the nearest is --min-lr."),
-        ("--zzzzzzzzzzz", "--zzzzzzzzzzz is not an option; --help lists all of them."),
+        ("--zzzzzzzzzzz", "--zzzzzzzzzzz is not an option; --help-all lists all of them."),
         (
             "--normalization LayerNorm",
             "--normalization LayerNorm: all norms are RMSNorm; leave it out, or give RMSNorm.",
@@ -190,15 +198,21 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
             "run.yaml:1: train-data-path holds a list or a mapping; the value must be one or more words.",
         ),
         ("lr: [1, 2]\n", "run.yaml:1: lr holds a list or a mapping; the value must be a number of at least 0."),
-        ("lr: 1\nseed: 2\noptimizer:\n  lr: 3\n", "run.yaml:4: lr is set twice, first at {0}run.yaml:1: lr; leave one of them out."),
+        (
+            "lr: 1\nseed: 2\noptimizer:\n  lr: 3\n",
+            "run.yaml:4: lr is set twice, first at {0}run.yaml:1: lr; leave one of them out.",
+        ),
         ("- lr\n", "run.yaml: the file must hold `option: value` lines."),
         ("lr: 1\nseed: [2\n", "run.yaml:3 is not valid YAML: expected ',' or ']', but got '<stream end>'."),
         ("? [lr]\n: 1\n", "run.yaml:1: a key must be the name of an option or of a group."),
-        ("check: true\n", "run.yaml:1: check is not an option; --help lists all of them."),
-        ("config: other.yaml\n", "run.yaml:1: config is not an option; --help lists all of them."),
+        ("check: true\n", "run.yaml:1: check is not an option; --help-all lists all of them."),
+        ("config: other.yaml\n", "run.yaml:1: config is not an option; --help-all lists all of them."),
         ("swiglu: false\n", "run.yaml:1: swiglu false: the feed-forward layers are SwiGLU; leave it out."),
         ("swiglu: 1\n", "run.yaml:1: swiglu 1: the value must be true or false."),
-        ("fp16: false\nmodel:\n  fp16: true\n", "run.yaml:3: fp16 is set twice, first at {0}run.yaml:1: fp16; leave one of them out."),
+        (
+            "fp16: false\nmodel:\n  fp16: true\n",
+            "run.yaml:3: fp16 is set twice, first at {0}run.yaml:1: fp16; leave one of them out.",
+        ),
         (
             "hidden_dropout: 0.1\n",
             "run.yaml:1: hidden_dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
@@ -246,12 +260,3 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     gone = "context_parallel_size: 1\nexpert_model_parallel_size: 1\nuse_megatron_fsdp: false\nfp8_format: null\n"
     path.write_text(f"{path.read_text()}{gone}")
     assert read_resolved(path).hft == HFTConfig()
-
-
-def test_help_shows_every_option_in_groups() -> None:
-    text = help_text(Options, prog="hft-megatron sft", description="Fine-tune.")
-    bounded = "(at least 0; default: 1e-05)"
-    for shown in ("--tensor-model-parallel-size INT", "--bf16, --no-bf16", "--hft-ratio FLOAT", bounded):
-        assert shown in text
-    for group in ("parallel", "model", "training", "optimizer", "data", "hft", "checkpoint", "logging"):
-        assert f"{group} options" in text

@@ -147,8 +147,8 @@ def test_all_that_cannot_be_had_is_listed_at_once(tmp_path: Path) -> None:
         "  --num-experts 8: mixtures of experts are not built; only dense LLaMA models train.",
         "  --trian-iters is not an option; the nearest is --train-iters.",
         "  --hidden-dropout 0.1: nothing is dropped; leave it out, or give 0.0.",
-        "  --bf16 true: a switch takes no value; write --bf16 or --no-bf16.",
-        "  The word 'd' belongs to no option; options start with --, and --help shows which take several values.",
+        "  --bf16 true: a switch takes no value; write --bf16.",
+        "  The word 'd' belongs to no option; options start with --, and --help-all shows which take several values.",
         "  --lr needs a value: a number of at least 0.",
     ]
 
@@ -247,7 +247,7 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
 @pytest.mark.parametrize(
     ("method", "words", "said"),
     [
-        ("pretrain", "--sft", "--sft: the command's name says it; leave it out."),
+        ("pretrain", "--sft", "--sft: the command's name chooses it; leave it out."),
         (
             "sft",
             "--group-query-attention --num-layers 2",
@@ -262,11 +262,11 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
             "sft",
             "--lr -- --check",
             "2 options are not valid:|  --lr needs a value: a number of at least 0.|  The word '--' belongs "
-            "to no option: options start with --, and --help says which take several values.",
+            "to no option; options start with --, and --help-all shows which take several values.",
         ),
-        ("plan", "--beta 3", "--beta is not an option; --help lists all of them."),
-        ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help lists all of them."),
-        ("average", "--swiglu", "--swiglu is not an option; --help lists all of them."),
+        ("plan", "--beta 3", "--beta is not an option; --help-all lists all of them."),
+        ("convert", "--ckpt-step 5", "--ckpt-step is not an option; --help-all lists all of them."),
+        ("average", "--swiglu", "--swiglu is not an option; --help-all lists all of them."),
     ],
 )
 def test_what_would_be_read_as_something_else_is_said(method: str, words: str, said: str) -> None:

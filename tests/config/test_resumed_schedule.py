@@ -95,15 +95,11 @@ def test_a_schedule_in_samples_is_another_one_than_in_iterations() -> None:
     config, lines = resumed_schedule(replace(longer, checkpoint=KEEPS), noted, 71, iteration=4)
     assert config.optimizer.lr_decay_samples == 70
     assert "length of the decay in samples 70 -> 71" in lines[0]
-    assert lines[1].startswith(
-        "the run now has 71 samples; it had 70 when iteration 4 was saved; warning: from sample"
-    )
+    assert lines[1].startswith("the run now has 71 samples; it had 70 when iteration 4 was saved; warning: from sample")
     _, lines = resumed_schedule(RUN, noted, 8, iteration=4)
     assert "length of the decay in iterations None -> 8, length of the decay in samples 70 -> None" in lines[0]
     assert lines[1] == "the run now has 8 iterations; it had 70 samples when iteration 4 was saved"
-    with pytest.raises(
-        UserError, match=r"in samples, but this command's is in iterations; give .* --train-samples"
-    ):
+    with pytest.raises(UserError, match=r"in samples, but this command's is in iterations; give .* --train-samples"):
         resumed_schedule(replace(RUN, checkpoint=KEEPS), noted, 8, iteration=4)
 
 
@@ -121,5 +117,7 @@ def test_an_option_that_came_after_a_checkpoint_had_its_default() -> None:
 def test_the_schedule_of_a_checkpoint_that_notes_none_cannot_be_kept() -> None:
     _, [line] = resumed_schedule(RUN, {}, 8, iteration=4)
     assert "iteration 4 was saved by an earlier version, which recorded no schedule" in line
-    with pytest.raises(UserError, match="--load run was saved by an earlier version, which recorded no schedule; leave it"):
+    with pytest.raises(
+        UserError, match="--load run was saved by an earlier version, which recorded no schedule; leave it"
+    ):
         resumed_schedule(replace(RUN, checkpoint=KEEPS), {}, 8, iteration=4)

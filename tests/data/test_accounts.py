@@ -128,9 +128,7 @@ def test_rendered_conversations_in_verbatim_texts_are_counted(
     tokenizer = load_tokenizer(None, make_byte_level(tmp_path / "tokenizer"), "chatml")
     path, prefix = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "prefix"
     make(prefix, path, tokenizer, append_eod=True)
-    note = (
-        f"records with names of special tokens in their texts, where they are ordinary characters: {count}; give con"
-    )
+    note = f"records with names of special tokens in their texts, where they are ordinary characters: {count}; give con"
     for source in (path, prefix):
         lines = load(source, tokenizer).describe()[1:]
         assert len(lines) == (count > 0)
@@ -157,9 +155,7 @@ def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenize
     make(prefix, path, tokenizer)
     facts = Path(f"{prefix}_preprocessed.json")
     facts.write_text(facts.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(
-        UserError, match=r"has format 1, and this version of hft_megatron, .* preprocess the data again"
-    ):
+    with pytest.raises(UserError, match=r"has format 1, but this version of hft_megatron .* preprocess the data again"):
         load(prefix, tokenizer)
 
 

@@ -259,4 +259,6 @@ def run_without_memory(words: list[str]) -> dict[str, Any]:
 def test_a_batch_that_is_too_large_for_the_memory_is_a_sentence(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     words = words_of(inputs / "tasks.yaml", tmp_path / "results.json", inputs / "model", batch_size=512)
     [answer] = ranks(1).run(run_without_memory, words=words)
-    assert answer["failure"].startswith("rank 0 ran out of memory at --batch-size 512; give a smaller one, or spread the")
+    assert answer["failure"].startswith(
+        "rank 0 ran out of memory at --batch-size 512; give a smaller one, or spread the"
+    )

@@ -120,7 +120,7 @@ WHEN_READ: list[tuple[str, dict[str, Any], str]] = [
     ("model", {**TEXT, "text": "txt"}, "texts.jsonl:1: "),
     ("model", {**TEXT, "files": "nothing.jsonl"}, "the task t is empty"),
     ("model", {**GENERATE, **SHORT}, "the prompt has "),
-    ("model", GENERATE, "max_new_tokens 256 of the task g leaves no token of the model's 128 to the prompt"),
+    ("model", GENERATE, "max_new_tokens 256 of the task g leaves no token of the model's 128 for the prompt"),
     ("model", {**CHOOSE, "files": "empty_choice.jsonl", "answer": "answer"}, "choice 2 of 2 is empty; correct the row"),
     ("untold", TEXT, "untold has no tokenizer; name one with --tokenizer-model."),
     ("small", TEXT, "has ids up to 333, but the model's vocabulary has 300 rows; use the tokenizer that belongs to"),

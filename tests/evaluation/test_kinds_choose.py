@@ -71,9 +71,7 @@ def test_without_a_begin_token_a_choice_needs_a_prompt(tmp_path: Path, tokenizer
     write_rows(tmp_path / "a.jsonl", [ROW, {**ROW, "q": ""}])
     task, without = task_of(tmp_path, **CHOOSING), tokenizer.with_facts(bos_id=None)
     assert len(asked(task, tokenizer).examples) == 2
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:2: the prompt is empty, so the first token of a choice can't be"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the prompt is empty, so the first token of a choice can't be"):
         asked(task, without)
 
 

@@ -225,9 +225,7 @@ def test_the_tasks_of_the_comparison_reach_what_could_differ(expected: dict[int 
 
 def test_what_is_cut_is_counted(inputs: Path, ranks: RankPools) -> None:
     [answer] = ranks(1).run(run_tasks, folder=str(inputs), layout={}, tasks=["own_drawn_out"], num_fewshot=2, limit=4)
-    assert any(
-        "4 of 4 texts are longer than the model's context of 128 tokens allows" in s for s in answer["said"]
-    )
+    assert any("4 of 4 texts are longer than the model's context of 128 tokens allows" in s for s in answer["said"])
 
 
 @pytest.mark.parametrize(

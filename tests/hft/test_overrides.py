@@ -100,11 +100,13 @@ def test_patterns_are_shell_patterns_over_names_with_or_without_weight(pattern: 
         ),
         (
             {"freeze": "*"},
-            "--hft-ratio 0.5 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer units.",
+            "--hft-ratio 0.5 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer "
+            "units.",
         ),
         (
             {"selection": "hift", "ratio": 0.0, "freeze_embedding": True},
-            "--hft-ratio 0.0 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer units.",
+            "--hft-ratio 0.0 with the frozen units leaves nothing to train in round 0; raise the ratio or freeze fewer "
+            "units.",
         ),
     ],
 )

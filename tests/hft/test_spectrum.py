@@ -132,8 +132,14 @@ def test_ranks_share_the_matrices_evenly_and_hold_the_same_scores(ranks: RankPoo
     ("trouble", "sentence"),
     [
         ("unreadable", r"^model\.layers\..* can't be read$"),
-        ("nan", r"^--hft-selection spectrum: model\.layers\..* in the --load-hf folder has infinite or undefined entries"),
-        ("inf", r"^--hft-selection spectrum: model\.layers\..* in the --load-hf folder has infinite or undefined entries"),
+        (
+            "nan",
+            r"^--hft-selection spectrum: model\.layers\..* in the --load-hf folder has infinite or undefined entries",
+        ),
+        (
+            "inf",
+            r"^--hft-selection spectrum: model\.layers\..* in the --load-hf folder has infinite or undefined entries",
+        ),
     ],
 )
 def test_a_matrix_that_one_rank_cannot_score_stops_all_ranks_with_one_sentence(

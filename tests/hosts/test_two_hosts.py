@@ -176,9 +176,7 @@ def test_a_link_that_stays_away_ends_both_hosts_in_time_with_the_name_of_the_oth
     run.wait_for_iteration(SAVE_INTERVAL)
     hosts.cut()
     assert run.end(within=TIMEOUT_S) == [1, 1], run.said()
-    message = (
-        "error: no sign of rank 1 on node-b for 15 s: that host, its processes or the network to it are down"
-    )
+    message = "error: no sign of rank 1 on node-b for 15 s: that host, its processes or the network to it are down"
     assert run.nodes[0].sentences() == [f"hft-megatron: {message}"]
     assert run.nodes[1].sentences() == [
         "hft-megatron: error: the rendezvous endpoint node-a:29500 has not answered rank 1 on node-b for 15 s: that "

@@ -51,7 +51,8 @@ def run_with_flags_that_differ_from_the_plan(folder: str, is_frozen: bool) -> st
 
 
 @pytest.mark.parametrize(
-    ("is_frozen", "refusal"), [(True, "frozen units in gradient buckets"), (False, "trainable units in no gradient bucket")]
+    ("is_frozen", "refusal"),
+    [(True, "frozen units in gradient buckets"), (False, "trainable units in no gradient bucket")],
 )
 def test_the_optimizer_refuses_buckets_that_do_not_match_the_plan(ranks, tmp_path, is_frozen, refusal):
     folder = str(make_llama(tmp_path / "model", **UNEVEN))

@@ -67,7 +67,10 @@ def test_ranks_that_could_say_nothing_get_a_line_and_those_that_torchrun_ended_n
     ends = [failure(-signal.SIGKILL, 3), failure(-signal.SIGTERM, 1), failure(1, 2), failure(9, 4)]
     lines, code = judged(ends)
     assert code == errors.EXIT_FAILURE
-    assert lines == ["local rank 3 (process 7) was killed by SIGKILL", "local rank 4 (process 7) ended with exit code 9"]
+    assert lines == [
+        "local rank 3 (process 7) was killed by SIGKILL",
+        "local rank 4 (process 7) ended with exit code 9",
+    ]
 
 
 def test_after_a_signal_a_run_has_finished_where_all_ranks_have() -> None:

@@ -19,8 +19,8 @@ from hft_megatron.config.training import TrainingConfig
 from hft_megatron.data.batches import BatchesInOrder, BatchShare, ExampleBatches, ShuffledBatches
 from hft_megatron.data.dataset import ExamplesInMemory, SftDataset, SourcePart
 from hft_megatron.data.examples import SftCounts
-from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.order import PackedOrder, PackingRule, SampleOrder, SampleStream
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.hft.plan import Plan, make_plan
 from hft_megatron.hft.rounds import RoundSchedule
 from hft_megatron.methods.next_token import NEXT_TOKEN

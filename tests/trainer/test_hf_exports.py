@@ -104,7 +104,10 @@ def test_a_run_that_was_stopped_resumes_with_its_exports_and_notes(
     assert any("holds the export of iteration 6 already" in line for line in said["said"])
     longer = words(inputs, tmp_path / "whole", *options, "--train-iters", 8)
     [refused, _] = ranks(2).run(run_refused, words=longer)
-    assert "already holds the final export of this run, of iteration 6; choose a new folder for the export of iteration 8" in refused
+    assert (
+        "already holds the final export of this run, of iteration 6; choose a new folder for the export of iteration 8"
+        in refused
+    )
 
 
 def test_exports_of_another_run_are_not_touched(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
@@ -112,7 +115,9 @@ def test_exports_of_another_run_are_not_touched(ranks: RankPools, inputs: Path, 
     before = files(tmp_path / "out" / "iter_0000002")
     shutil.move(tmp_path / "run", tmp_path / "moved")
     [said] = ranks(1).run(run_refused, words=words(inputs, tmp_path))
-    assert said.startswith(f"--save-hf {tmp_path}/out holds exports of a run other than the one in --save {tmp_path}/run; choose")
+    assert said.startswith(
+        f"--save-hf {tmp_path}/out holds exports of a run other than the one in --save {tmp_path}/run; choose"
+    )
     (tmp_path / "out" / "mine.txt").write_text("notes")
     moved = ["--save", tmp_path / "moved", "--load", tmp_path / "moved"]
     [said] = ranks(1).run(run_refused, words=words(inputs, tmp_path, *moved))

@@ -228,9 +228,7 @@ class DataStream:
 
 def too_long(place: str, what: str) -> UserError:
     """The error for a record beyond the limit."""
-    return UserError(
-        f"{place}: the {what} is longer than {MAX_RECORD_BYTES // 2**20} MiB, the maximum; split it."
-    )
+    return UserError(f"{place}: the {what} is longer than {MAX_RECORD_BYTES // 2**20} MiB, the maximum; split it.")
 
 
 def missing_package(path: Path, package: str) -> UserError:

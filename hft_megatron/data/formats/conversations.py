@@ -157,9 +157,7 @@ def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: str)
     if not system or (messages and messages[0]["role"] == "system" and messages[0]["content"] == system):
         return tuple(messages)
     if messages and messages[0]["role"] == "system":
-        raise UserError(
-            f"{place}: `system` differs from the system message of the conversation; keep one of them."
-        )
+        raise UserError(f"{place}: `system` differs from the system message of the conversation; keep one of them.")
     return ({"role": "system", "content": system}, *messages)
 
 

@@ -11,9 +11,9 @@ from hft_megatron.config.declared import flag
 from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import write_atomically
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules, SftCounts
-from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.files.sources import BAD_LINES, FACTS, UNFINISHED
 from hft_megatron.data.formats.table import FORMATS
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.tokenizer import TokenizerFacts
 from hft_megatron.errors import UserError
 

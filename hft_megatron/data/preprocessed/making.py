@@ -21,13 +21,13 @@ from typing import Any
 from tqdm import tqdm
 
 from hft_megatron.data.examples import ExampleRules
-from hft_megatron.data.record_errors import check_use
 from hft_megatron.data.files.rows import holds_separator
 from hft_megatron.data.files.sources import FACTS, UNFINISHED, file_digest, kind_of_file
 from hft_megatron.data.preprocessed.facts import Facts, Job, read_facts
 from hft_megatron.data.preprocessed.index_file import Chunk, cut_chunks
 from hft_megatron.data.preprocessed.output import Output
 from hft_megatron.data.preprocessed.worker import DocumentMaker, Documents, make_documents, start_worker
+from hft_megatron.data.record_errors import check_use
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import RunFailed, Stopped, UserError
 

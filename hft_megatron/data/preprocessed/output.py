@@ -18,11 +18,11 @@ import numpy as np
 from hft_megatron.config.names import DataFormat
 from hft_megatron.config.run_folder import sync, write_atomically
 from hft_megatron.data.examples import SftCounts
-from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.data.files.sources import BAD_LINES, BOUNDARIES, FACTS, LOSS_MASK, UNFINISHED
 from hft_megatron.data.preprocessed.facts import Facts, Job
 from hft_megatron.data.preprocessed.index_file import token_dtype, write_index
 from hft_megatron.data.preprocessed.worker import Documents
+from hft_megatron.data.record_errors import RecordUse
 from hft_megatron.errors import UserError
 
 _JOURNAL, _LOCK = "journal.json", "lock"

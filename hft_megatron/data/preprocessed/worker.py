@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from hft_megatron.config.names import DataFormat
 from hft_megatron.data.chat import ChatTemplate
 from hft_megatron.data.examples import Example, ExampleRules, SftCounts, check_predicts, example_of, pieces_of, spans_of
-from hft_megatron.data.record_errors import RecordErrors, RecordRefused, RecordUse
 from hft_megatron.data.files.rows import Line, Row, row_of
 from hft_megatron.data.formats.table import Record
 from hft_megatron.data.preprocessed.index_file import Chunk, token_dtype
+from hft_megatron.data.record_errors import RecordErrors, RecordRefused, RecordUse
 from hft_megatron.data.records import RecordReader
 from hft_megatron.data.tokenizer import Piece, Tokenizer
 from hft_megatron.errors import UserError

@@ -8,8 +8,8 @@ import numpy as np
 from hft_megatron.config.data import data_keys, ignored_keys
 from hft_megatron.data.chat import LossRule
 from hft_megatron.data.examples import count_keys
-from hft_megatron.data.record_errors import RecordErrors, check_use, notes_of_keys
 from hft_megatron.data.pair_reading import BadPair, check_halves, check_record, encoded_pairs
+from hft_megatron.data.record_errors import RecordErrors, check_use, notes_of_keys
 from hft_megatron.data.records import RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Tokenizer
 from hft_megatron.errors import UserError

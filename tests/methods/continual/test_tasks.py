@@ -113,7 +113,7 @@ def test_a_mistake_in_the_file_is_one_sentence(tasks: Path, old: str, new: str, 
 
 
 def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tasks: Path, trace: Path) -> None:
-    with pytest.raises(UserError, match=r"--continual-order zoo: .* has colours, numbers, animals; name these"):
+    with pytest.raises(UserError, match=r"--continual-order zoo: .* has colours, numbers, animals; use these"):
         read(tasks, "--continual-order", "zoo")
     tasks.write_text("- {name: a, train_iters: 1, evaluate: {kind: text, files: texts.jsonl}}\n")
     with pytest.raises(UserError, match=r"tasks.yaml:1: the task a has no `train_data_path`; name its data"):
@@ -134,12 +134,21 @@ def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tas
         ("--continual-average 0.5 --continual-setting single", "averages with the model before a task"),
         ("--continual-discard --save-trained-only", "with --save-trained-only later checkpoints need them"),
         ("--continual-discard --continual-setting joint", "deletes checkpoints of earlier tasks"),
-        ("--continual-average 0.5 --hft-round-interval 2", "would change weights that are frozen in a task's last round"),
+        (
+            "--continual-average 0.5 --hft-round-interval 2",
+            "would change weights that are frozen in a task's last round",
+        ),
         ("--continual-order a b a", "--continual-order names a twice, but a task is learned once"),
-        ("--train-data-path a.jsonl", "--train-data-path a.jsonl would not be read: every task of --continual-tasks has its own"),
+        (
+            "--train-data-path a.jsonl",
+            "--train-data-path a.jsonl would not be read: every task of --continual-tasks has its own",
+        ),
         ("--continual-schedule continue --continual-setting joint", "needs tasks that follow one another"),
         ("--continual-schedule continue --hft-lr-schedule round", "has one schedule for all rounds"),
-        ("--continual-schedule continue --lr-schedule-iters 9", "are set by --continual-schedule continue; leave them out"),
+        (
+            "--continual-schedule continue --lr-schedule-iters 9",
+            "are set by --continual-schedule continue; leave them out",
+        ),
         ("--hft-first-round 1", "--hft-first-round 1: a sequence of tasks numbers its own rounds; leave it out"),
     ],
 )
@@ -158,7 +167,10 @@ def test_what_is_missing_on_the_command_line_is_named(tasks: Path, capsys: pytes
             ["--continual-tasks", tasks, "--save", "run", "--replay-data-path", "lima.jsonl"],
             "--replay-data-path lima.jsonl: there is no such file.",
         ),
-        (["--continual-tasks", tasks, "--save", "run", "--stages", "s.yaml"], "--stages cannot be used with a sequence of tasks"),
+        (
+            ["--continual-tasks", tasks, "--save", "run", "--stages", "s.yaml"],
+            "--stages cannot be used with a sequence of tasks",
+        ),
         (["--continual-tasks", tasks, "--save", "run", "--continual-average", "1"], "--continual-average 1"),
     ):
         assert main(["continual", *map(str, words)]) == EXIT_USAGE

@@ -1,0 +1,121 @@
+"""``hft-megatron completion``: a script with which a shell completes commands, options, their values, and files.
+
+Run: ``source <(hft-megatron completion bash)`` in bash, the same with ``zsh`` in zsh after its compinit, or
+``hft-megatron completion fish | source`` in fish; in the shell's own start-up file every session has it. The script
+holds all that it offers, so that completing starts no Python.
+"""
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from hft_megatron.cli.help import HELP_ALL, HELP_WORDS
+from hft_megatron.config.flags import Flag
+
+Shell = Literal["bash", "zsh", "fish"]
+
+Commands = Mapping[str, tuple[str, Mapping[str, Flag]]]
+"""Summary and options, by the names of the commands."""
+
+_BASH = """\
+# Completion of hft-megatron, as `hft-megatron completion bash` writes it.
+_hft_megatron() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD - 1]}} command=${{COMP_WORDS[1]}}
+    local offered=''
+    # In --name=value the sign is a word of its own.
+    if [[ $current == '=' ]]; then
+        current=''
+    elif [[ $previous == '=' ]]; then
+        previous=${{COMP_WORDS[COMP_CWORD - 2]}}
+    fi
+    if ((COMP_CWORD == 1)); then
+        offered={commands}
+    else
+        case "$command $previous" in
+{choices}
+        esac
+        if [[ -z $offered && ($current == -* || $COMP_CWORD -eq 2) ]]; then
+            case $command in
+{options}
+            esac
+        fi
+    fi
+    COMPREPLY=($(compgen -W "$offered" -- "$current"))
+}}
+# Where nothing is offered, files are.
+complete -o default -F _hft_megatron hft-megatron
+"""
+_ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+"""Has zsh take what is meant for bash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOptions:
+    """Which shell is to complete."""
+
+    shell: Shell = "bash"
+    """The shell that reads the script; its name may stand alone. bash: `source <(hft-megatron completion bash)`, zsh:
+    the same after compinit, fish: `hft-megatron completion fish | source`."""
+
+
+def script(shell: Shell, commands: Commands) -> str:
+    """What the shell reads."""
+    if shell == "fish":
+        return "\n".join(_fish(commands))
+    text = _bash(commands)
+    return _ZSH + text if shell == "zsh" else text
+
+
+def _bash(commands: Commands) -> str:
+    choices, options = defaultdict[str, list[str]](list), list[str]()
+    for command, (_, flags) in commands.items():
+        for flag in flags.values():
+            if flag.option.choices:
+                choices[" ".join(map(str, flag.option.choices))].append(shlex.quote(f"{command} --{flag.name}"))
+        options.append(f"{' ' * 16}{command}) offered={shlex.quote(' '.join(_names(flags)))} ;;")
+    offers = (f"{' | '.join(of)}) offered={shlex.quote(words)} ;;" for words, of in choices.items())
+    return _BASH.format(
+        commands=shlex.quote(" ".join((*commands, HELP_WORDS[-1], "--version"))),
+        choices="\n".join(f"{' ' * 12}{offer}" for offer in offers),
+        options="\n".join(options),
+    )
+
+
+def _names(flags: Mapping[str, Flag]) -> Iterator[str]:
+    """Every way to write an option, of a switch both."""
+    yield from (HELP_WORDS[-1], HELP_ALL)
+    for flag in flags.values():
+        yield f"--{flag.name}"
+        if flag.is_switch:
+            yield f"--no-{flag.name}"
+
+
+def _fish(commands: Commands) -> Iterator[str]:
+    yield "# Completion of hft-megatron, as `hft-megatron completion fish` writes it."
+    for command, (summary, _) in commands.items():
+        yield f"complete -c hft-megatron -n __fish_use_subcommand -f -a {command} -d {_fish_quoted(summary)}"
+    having = defaultdict[tuple[str, str, str], list[str]](list)
+    for command, (_, flags) in commands.items():
+        for flag in flags.values():
+            about = _fish_quoted(flag.words.partition(". ")[0])
+            for name in (flag.name, f"no-{flag.name}") if flag.is_switch else (flag.name,):
+                having[name, _fish_value(flag), about].append(command)
+    for name in (HELP_WORDS[-1], HELP_ALL):
+        having[name.removeprefix("--"), "", _fish_quoted("Show the options")] = list(commands)
+    for (name, value, about), of in having.items():
+        condition = _fish_quoted(f"__fish_seen_subcommand_from {' '.join(of)}")
+        yield f"complete -c hft-megatron -n {condition} -l {name} {value}-d {about}"
+
+
+def _fish_value(flag: Flag) -> str:
+    """What follows an option: nothing, one of its choices, or anything, with files on offer."""
+    if flag.option.choices:
+        return f"-x -a {_fish_quoted(' '.join(map(str, flag.option.choices)))} "
+    return "" if flag.is_switch else "-r "
+
+
+def _fish_quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
