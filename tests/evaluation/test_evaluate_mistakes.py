@@ -190,7 +190,7 @@ def test_a_run_without_a_good_checkpoint_is_one_sentence(
     for answer in ranks(2).run(run_evaluate, words=older):
         assert f"{position} is not as it was saved (sha256 " in answer["mistake"]
     position.write_text(position.read_text().replace("iteration", "lteration", 1))
-    assert f"--model {run}: iter_0000001/{POSITION_FILE} can't be read (" in mistake_of(older, capsys)
+    assert f"--model {run}: iter_0000001/{POSITION_FILE} cannot be read (" in mistake_of(older, capsys)
     (run / "iter_0000001" / DIGESTS_FILE).unlink()
     assert f"{run / 'iter_0000001'} is not a complete checkpoint; name another" in mistake_of(older, capsys)
     for name in ("iter_0000001", "iter_0000002"):
