@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 def test_every_flag_is_a_line_with_its_state_and_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["flags"]) == EXIT_OK
     text = capsys.readouterr().out
-    assert re.search(r"^  --lr +option +\(default 1e-05\)$", text, re.MULTILINE)
+    assert re.search(r"^  --lr +option +Peak learning rate, .*\(default 1e-05\)$", text, re.MULTILINE)
     assert re.search(r"^  --log-interval +option +\(default 1, Megatron-LM's 100\)$", text, re.MULTILINE)
     assert re.search(r"^  --swiglu +accepted +the feed-forward layers are SwiGLU$", text, re.MULTILINE)
     assert re.search(r"^  --hidden-dropout +accepted +0.0 alone is accepted; nothing is dropped$", text, re.MULTILINE)

@@ -136,7 +136,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         ),
         (words(pair, out, "--criterion", "taylor"), "--criterion taylor: the value must be one of random, fapm, dare"),
         (words(pair, out, "--criterion", "fapm", "--sparsity", "1.1"), "--sparsity 1.1: must be a number between 0"),
-        (words(pair, out, "--sparsity", "0.5"), "--sparsity 0.5 is for --criterion fapm, and it is random; leave one"),
+        (words(pair, out, "--sparsity", "0.5"), "--sparsity 0.5 is for --criterion fapm, but it is random; leave one"),
         (words(pair, out, "--criterion", "fapm", "--level", "layer"), "--level layer is for --criterion random, and"),
         (words(pair, out, "--criterion", "fapm", "--seed", "7"), "--seed 7 is for --criterion random or dare, and it"),
         (words(pair, out, "--criterion", "dare", "--ratio", "0.3"), "--ratio 0.3 is for --criterion random, and it is"),

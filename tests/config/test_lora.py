@@ -129,5 +129,5 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
         adapters_of(LoraConfig(lora_adapter=str(tmp_path)))
     adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="weights are read from safetensors alone"):
+    with pytest.raises(UserError, match="weights are read from safetensors only"):
         adapters_of(LoraConfig(lora_adapter=str(tmp_path)))
