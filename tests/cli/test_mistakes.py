@@ -132,7 +132,7 @@ MISTAKES = [
         "choose shared or model",
     ),
     (1, f"{GOOD} --kl-reference model", "the first weights for --kl-to-base, which is 0; leave it out, or add"),
-    (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of --objective ift", "this is dft"),
+    (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of --objective ift", "is dft"),
     (1, f"{GOOD} --objective ift", "gives the input embedding no gradient", "add --hft-freeze-embedding"),
     (
         1,

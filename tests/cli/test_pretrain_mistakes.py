@@ -125,7 +125,7 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no such files": (lambda f: None, f"{GOOD} --data-path ABSENT", ["there are no files", "absent.bin"]),
     "no tokens": (lambda f: (f / "corpus.bin").unlink(), GOOD, ["corpus.bin is missing, and corpus.idx is there"]),
     "no index": (lambda f: (f / "corpus.idx").unlink(), GOOD, ["corpus.idx is missing, and corpus.bin is there"]),
-    "cut tokens": (cut_tokens, GOOD, ["corpus.bin has 3900 bytes, and corpus.idx describes 4000"]),
+    "cut tokens": (cut_tokens, GOOD, ["corpus.bin has 3900 bytes, but corpus.idx describes 4000"]),
     "damaged index": (damage_index, GOOD, ["corpus.idx is damaged"]),
     "no such files to validate on": (
         lambda f: None,
@@ -140,7 +140,7 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "ids beyond the model": (
         lambda f: write_corpus(f / "corpus", [[5] * 30, [VOCAB_SIZE]]),
         GOOD,
-        ["holds the id 340 (token 30), and the model's vocabulary has 340 rows"],
+        ["holds the id 340 (token 30), but the model's vocabulary has 340 rows"],
     ),
     "no end of a document": (
         lambda f: None,
