@@ -133,7 +133,7 @@ MISTAKES = [
         "choose shared or model",
     ),
     (1, f"{GOOD} --kl-reference model", "the first weights for --kl-to-base, which is 0; leave it out, or add"),
-    (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of --objective ift, but --objective is dft"),
+    (1, f"{GOOD} --objective dft --ift-lambda 0.3", "--ift-lambda 0.3 is an option of", "but --objective is dft"),
     (1, f"{GOOD} --objective ift", "gives the input embedding no gradient", "add --hft-freeze-embedding"),
     (
         1,
@@ -395,7 +395,7 @@ MISTAKES = [
     (1, f"{GOOD} --save-hf OUT --save-hf-best loss", "--save-hf-best loss needs --save-hf-interval; add it"),
     (1, f"{GOOD} {EXPORTS} --save-hf-keep 0", "--save-hf-keep 0: must be a whole number of at least 1"),
     (1, f"{GOOD} {EXPORTS} --train-iters 0", "--save-hf-interval 4 exports during training, but --train-iters 0"),
-    (1, f"{GOOD} {EXPORTS} --save-hf-best loss", "needs validations to choose by; add --eval-interval, such as --eval-interval 4."),
+    (1, f"{GOOD} {EXPORTS} --save-hf-best loss", "--save-hf-best loss needs validations", "--eval-interval 4."),
     (
         1,
         f"{GOOD} {EXPORTS} --save-hf-best loss --valid-data-path v.jsonl --eval-interval 3",
