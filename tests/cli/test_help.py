@@ -96,7 +96,7 @@ def test_an_option_has_words_bounds_choices_and_default_in_the_group_of_the_data
     for expected in (
         "usage: hft-megatron sft OPTIONS Fine-tune. options: --config TEXT A file, of which 50 % may be empty. "
         "(default: unset)",
-        "parallel options: How the model and the batch are spread over ranks.",
+        "parallel options: ",
         "--tensor-model-parallel-size INT ",
         "--bf16, --no-bf16 ",
         "--loss-on {assistant,all,last} ",

@@ -206,7 +206,7 @@ MISTAKES = [
         1,
         f"{GOOD} --recompute-activations --recompute-granularity full --recompute-method block "
         "--recompute-num-layers 1",
-        "--recompute-activations recomputes attention alone, but --recompute-granularity full whole layers; keep one",
+        "--recompute-activations recomputes attention only, but --recompute-granularity full whole layers; keep one",
     ),
     (1, f"{GOOD} --recompute-activations --recompute-num-layers 2", "but --recompute-num-layers 2 whole layers"),
     (1, f"{GOOD} --empty-unused-memory-level 3", "--empty-unused-memory-level 3: the value must be one of 0, 1, 2"),
