@@ -28,7 +28,7 @@ SAVED, LAST = 2, 4
 WORDS = [
     *("--load-hf", "model", "--train-data-path", "data.jsonl", "--seq-length", "96", "--global-batch-size", "4"),
     *("--lr", "1e-2", "--lr-decay-style", "constant", "--no-bf16"),
-    # Everything that a checkpoint can hold: the second round's plan, moments, and those of units that rest in it.
+    # Everything that a checkpoint can hold: the second round's plan, moments, and those of units that are frozen in it.
     *("--hft-round-interval", "1", "--hft-moments", "carry", "--hft-resting-moments", "host"),
 ]
 """Folders are named relative to the one that all is in."""
