@@ -184,7 +184,7 @@ def recompute_options_fit_together(config: RunConfig, shape: ModelShape, world_s
         for option, value in full.items():
             if value is not None:
                 raise UserError(
-                    f"--recompute-activations recomputes attention alone, but {option} {value} whole layers; keep one "
+                    f"--recompute-activations recomputes attention only, but {option} {value} whole layers; keep one "
                     f"of them."
                 )
     for option, value in units.items():

@@ -230,7 +230,8 @@ class Plan:
 
 
 def _size(unit: Unit) -> str:
-    return f"{unit.category} of layer {unit.layer} with {unit.parameters:,} parameters"
+    where = "" if unit.layer is None else f" of layer {unit.layer}"
+    return f"{unit.category}{where} with {unit.parameters:,} parameters"
 
 
 def _sha256(value: Any) -> str:

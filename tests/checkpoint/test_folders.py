@@ -38,8 +38,8 @@ def test_an_unfinished_save_is_skipped_and_named(tmp_path: Path) -> None:
     found = find_checkpoints(str(tmp_path))
     assert found.newest == tmp_path / "iter_0000002"
     said = "\n".join(found.notes())
-    assert "iter_0000004.unfinished-1f is skipped" in said
-    assert "iter_0000006 is skipped" in said
+    assert "iter_0000004.unfinished-1f: it is incomplete" in said
+    assert "iter_0000006: it is incomplete" in said
 
 
 def test_the_newest_checkpoint_is_that_of_the_largest_iteration_whatever_its_digits(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_nothing_is_deleted_where_a_kept_checkpoint_may_need_a_base_that_is_not_
         make_checkpoint(tmp_path, iteration)
     state = tmp_path / "iter_0000003" / "train_state.json"
     state.unlink() if content is None else state.write_text(content)
-    with pytest.raises(UserError, match=r"iter_0000003/train_state.json can't be read"):
+    with pytest.raises(UserError, match=r"iter_0000003/train_state.json cannot be read"):
         delete_superseded(str(tmp_path), keep_last=2, retain_interval=None)
     assert iterations(tmp_path) == [4, 3, 2, 1]
 
@@ -144,7 +144,7 @@ def test_what_was_discarded_has_a_record_from_before_the_first_deletion_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["finished.json", "plan.json"]
     assert (reached(tmp_path), (tmp_path / "plan.json").read_text()) == (before, "plan 4")
     (tmp_path / "finished.json").write_text("{")
-    with pytest.raises(UserError, match=r"finished.json can't be read"):
+    with pytest.raises(UserError, match=r"finished.json cannot be read"):
         reached(tmp_path)
 
 

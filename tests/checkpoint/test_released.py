@@ -40,7 +40,7 @@ def test_a_checkpoint_of_a_released_version_resumes(version: str, ranks: RankPoo
     expected = json.loads((tmp_path / EXPECTED_FILE).read_text())
     words = [*expected["words"], "--load", "run", "--save", "run"]
     [answer] = ranks(1).run(run_inside, folder=str(tmp_path), words=words)
-    assert sum("noted no schedule" in line for line in answer["said"]) == 1
+    assert sum("recorded no schedule" in line for line in answer["said"]) == 1
     losses = {str(step["iteration"]): step["loss"] for step in answer["steps"]}
     assert list(losses) == ["3", "4"]
     assert losses == pytest.approx(expected["losses"], rel=0, abs=1e-5)

@@ -147,7 +147,7 @@ def lengthened(
         shutil.copytree(interrupted[0], folder)
     words = words_for(inputs, *SCHEDULE, "--save", folder, "--load", folder, "--train-iters", 6, *options)
     [found] = ranks(1).run(run_sft_words, words=words)
-    return found, [line for line in found["said"] if " -> " in line or "iterations now" in line]
+    return found, [line for line in found["said"] if " -> " in line or "run now has" in line]
 
 
 def test_a_run_that_is_made_longer_says_that_its_learning_rates_are_others(

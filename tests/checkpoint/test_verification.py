@@ -36,9 +36,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a flipped bit in the position": ("train_state.json", flip_a_bit, "is not as it was saved (sha256"),
     "a position cut short": ("train_state.json", cut, "were saved"),
     "a missing position": ("train_state.json", Path.unlink, "is missing"),
-    "an unreadable file": ("common.pt", lambda file: (file.unlink(), file.symlink_to(file)), "can't be read ("),
-    "digests without their names": ("digests.json", garble, "can't be read (not a list of digests"),
-    "a list of digests that is no JSON": ("digests.json", cut, "can't be read"),
+    "an unreadable file": ("common.pt", lambda file: (file.unlink(), file.symlink_to(file)), "cannot be read ("),
+    "digests without their names": ("digests.json", garble, "cannot be read (not a list of digests"),
+    "a list of digests that is no JSON": ("digests.json", cut, "cannot be read"),
 }
 """File, what happens to it, and what the sentence says."""
 

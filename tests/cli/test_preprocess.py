@@ -133,4 +133,4 @@ def test_mistakes_are_one_sentence(
 
 def test_what_is_missing_is_named_first(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["preprocess", "--input", "a.jsonl"]) == EXIT_USAGE
-    assert "--output-prefix is missing; `hft-megatron preprocess --help` shows" in capfd.readouterr().err
+    assert "--output-prefix is missing; see `hft-megatron preprocess --help`" in capfd.readouterr().err

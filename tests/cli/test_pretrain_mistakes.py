@@ -56,7 +56,7 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
     (1, f"{GOOD} --data-path 0.5 CORPUS 0.5", ["--data-path: no path follows the weight 0.5"]),
     (1, f"{GOOD} --data-path 0.5 CORPUS CORPUS", ["corpus has no weight, but other paths do"]),
     (1, f"{GOOD} --data-path 0.5 0.5", ["--data-path: no path follows the weight 0.5"]),
-    (1, f"{GOOD} --data-path 0 CORPUS", ["--data-path: the weight 0 must be a number above 0"]),
+    (1, f"{GOOD} --data-path 0 CORPUS", ["--data-path: the weight 0 must be above 0"]),
     *(
         (1, f"{GOOD} --split {split}", [f"--split {split}: must be one to three numbers"])
         for split in ("90/10", "a,b,c", "90,10,5,5", "90,,10", "-1,2", "9e1,1", "nan", ",")
@@ -129,7 +129,7 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no such files": (lambda f: None, f"{GOOD} --data-path ABSENT", ["there are no files", "absent.bin"]),
     "no tokens": (lambda f: (f / "corpus.bin").unlink(), GOOD, ["corpus.bin is missing, and corpus.idx is there"]),
     "no index": (lambda f: (f / "corpus.idx").unlink(), GOOD, ["corpus.idx is missing, and corpus.bin is there"]),
-    "cut tokens": (cut_tokens, GOOD, ["corpus.bin has 3900 bytes, and corpus.idx describes 4000"]),
+    "cut tokens": (cut_tokens, GOOD, ["corpus.bin has 3900 bytes, but corpus.idx describes 4000"]),
     "damaged index": (damage_index, GOOD, ["corpus.idx is damaged"]),
     "no such files to validate on": (
         lambda f: None,
@@ -144,7 +144,7 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "ids beyond the model": (
         lambda f: write_corpus(f / "corpus", [[5] * 30, [VOCAB_SIZE]]),
         GOOD,
-        ["holds the id 340 (token 30), and the model's vocabulary has 340 rows"],
+        ["holds the id 340 (token 30), but the model's vocabulary has 340 rows"],
     ),
     "no end of a document": (
         lambda f: None,

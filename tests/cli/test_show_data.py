@@ -262,7 +262,10 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
         ),
         ("--tokenizer-model MODEL --train-data-path DATA --chat-template x", "--chat-template x is neither a file nor"),
         ("--tokenizer-model MODEL --train-data-path DATA --valid-data-path 2 DATA", "takes no weights; leave 2 out."),
-        ("--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html", "--html /absent/x.html can't be writ"),
+        (
+            "--tokenizer-model MODEL --train-data-path DATA --html /absent/x.html",
+            "--html /absent/x.html cannot be writ",
+        ),
         (
             "--tokenizer-model MODEL --train-data-path DATA --data-keys a=b",
             "--data-keys a=b: 'b' is not a key of any format",

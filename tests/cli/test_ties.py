@@ -49,9 +49,9 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (["--output", str(out)], "--tuned is missing"),
         (words(pair, out, "--density", "0"), "--density 0.0: must be a number above 0 and at most 1"),
         (words(pair, out, "--coefficient", "-1"), "--coefficient -1.0: must be a number of at least 0"),
-        (words(pair, out, "--others", pair / "tuned"), "is given twice, or is the folder of --tuned"),
+        (words(pair, out, "--others", pair / "tuned"), "is given twice, or is the same as --tuned"),
         (words(pair, out, "--others", pair / "base"), "is the folder of --others; name the model that the tuned one"),
-        (words(pair, out, "--others", wide / "tuned"), f"and --others {wide / 'tuned' / 'config.json'} has 97, but"),
+        (words(pair, out, "--others", wide / "tuned"), f"but --others {wide / 'tuned' / 'config.json'} has 97;"),
         (words(pair, out, "--others", tmp_path / "none"), f"--others {tmp_path / 'none'}: there is no such folder"),
         (words(pair, pair), f"--output {pair} is not empty"),
     ]

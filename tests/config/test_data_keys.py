@@ -24,7 +24,7 @@ def test_keys_are_mapped_in_one_order_however_they_are_written() -> None:
         ("a=prompt,,b=text", "'' is not KEY=NAME"),
         ("a=b", "'b' is not a key of any format; choose one of messages, conversations, prompt, "),
         ("prompt=question", "text, such as question=prompt: the record's key comes first."),
-        ("a=prompt,a=text", "'a' is there twice"),
+        ("a=prompt,a=text", "'a' is given twice"),
         ("a=prompt,b=prompt", "'prompt' is given twice; map every key once."),
     ],
 )

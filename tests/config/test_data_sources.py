@@ -23,10 +23,10 @@ def test_words_are_paths_or_weights_and_paths_in_turn() -> None:
         ("1 2 a", "--x: no path follows the weight 1"),
         ("1 a b", "--x: b has no weight, but other paths do; give every path one, or none."),
         ("a 1 b", "--x: a has no weight"),
-        ("0 a 1 b", "--x: the weight 0 must be a number above 0"),
-        ("-1 a", "--x: the weight -1 must be a number above 0"),
-        ("nan a", "--x: the weight nan must be a number above 0"),
-        ("inf a", "--x: the weight inf must be a number above 0"),
+        ("0 a 1 b", "--x: the weight 0 must be above 0; leave out"),
+        ("-1 a", "--x: the weight -1 must be above 0; leave out"),
+        ("nan a", "--x: the weight nan must be above 0; leave out"),
+        ("inf a", "--x: the weight inf must be above 0; leave out"),
     ],
 )
 def test_words_that_make_no_mixture_are_named(words: str, sentence: str) -> None:

@@ -158,7 +158,7 @@ def test_a_final_export_that_was_being_moved_is_taken_away_and_what_a_user_put_t
 
 def test_notes_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "exports.json").write_text("{")
-    with pytest.raises(UserError, match=r"exports.json can't be read .*; choose a new folder."):
+    with pytest.raises(UserError, match=r"exports.json cannot be read .*; choose a new folder."):
         ExportFolder(tmp_path).noted()
 
 

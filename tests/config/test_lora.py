@@ -68,13 +68,13 @@ def test_the_plan_of_a_model_with_adapters_trains_them_all_and_nothing_else() ->
     [
         ({"lora_alpha": 8.0}, "--lora-alpha 8.0 needs --lora-rank"),
         ({"save_lora": "out"}, "--save-lora out needs --lora-rank"),
-        ({"lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "lm_head is none of q_proj"),
+        ({"lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "lm_head is not one of q_proj"),
         ({"lora_rank": 4, "hft_ratio": 0.25}, "--hft-ratio 0.25 chooses which of the model's weights train"),
         ({"lora_rank": 4, "hft_selection": "lisa"}, "--hft-selection lisa chooses"),
         ({"lora_rank": 4, "hft_plan": "plan.json"}, "--hft-plan plan.json chooses"),
         ({"lora_rank": 4, "hft_round_interval": "50"}, "--hft-round-interval 50 begins rounds"),
         ({"lora_rank": 4, "load_hf": None}, "give its folder with --load-hf"),
-        ({"lora_rank": 4, "ewc_lambda": 2.0}, "--ewc-lambda 2 holds the model's own weights"),
+        ({"lora_rank": 4, "ewc_lambda": 2.0}, "--ewc-lambda 2 penalises changes of the model's own weights"),
     ],
 )
 def test_what_has_no_meaning_with_adapters_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
@@ -125,9 +125,9 @@ def test_what_an_adapter_can_have_and_we_do_not_is_refused_by_name(
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapter_config\.json can't be read"):
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
         adapters_of(LoraConfig(lora_adapter=str(tmp_path)))
     adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="weights are read from safetensors alone"):
+    with pytest.raises(UserError, match="weights are read from safetensors only"):
         adapters_of(LoraConfig(lora_adapter=str(tmp_path)))

@@ -247,7 +247,7 @@ def test_megatron_lm_s_llama_example_is_a_run_without_what_cannot_be_had() -> No
 @pytest.mark.parametrize(
     ("method", "words", "said"),
     [
-        ("pretrain", "--sft", "--sft: the command's name says it; leave it out."),
+        ("pretrain", "--sft", "--sft: the command's name chooses it; leave it out."),
         (
             "sft",
             "--group-query-attention --num-layers 2",

@@ -77,7 +77,7 @@ def test_the_old_name_of_the_rope_type_and_absent_keys_are_read_as_transformers_
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, "'factor' is missing"),
-        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}, "is 32, and 64 in rope_scaling"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}, "is 32, but 64 in rope_scaling"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor 1.0"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for 'full_attention'"),

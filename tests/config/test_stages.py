@@ -96,14 +96,14 @@ def test_curves_of_stages_have_names_of_their_own(tmp_path: Path) -> None:
         ("", "must hold a list of stages"),
         ("- lr: 1e-3\n", r"stages.yaml:1: a stage must begin with `method:`"),
         ("- sft\n", r"stages.yaml:1: a stage must begin with `method:`"),
-        ("- method: sft\n- method: ppo\n", r"stages.yaml:2: the method ppo is none of .*sft.*dpo"),
+        ("- method: sft\n- method: ppo\n", r"stages.yaml:2: the method ppo is not one of .*sft.*dpo"),
         ("- method: sft\n  lrr: 1\n", r"stages.yaml:2: lrr is not an option; the nearest is --lr"),
         ("- method: sft\n  lr: fast\n", r"stages.yaml:2: lr fast: the value must be a number"),
         ("- method: sft\n  lr: 1\n  lr: 2\n", r"stages.yaml:3: lr is set twice"),
         ("- method: sft\n  save: here\n", r"stages.yaml:1: save cannot be set for one stage; give --save for all"),
         (
             "- method: sft\n  save_dtype: bfloat16\n",
-            r"stages.yaml:1: save_dtype cannot be set for one stage; .*or save_hf",
+            r"stages.yaml:1: save_dtype cannot be set for one stage; .*or also give the stage a save_hf",
         ),
         (
             "- method: sft\n  save_hf: a\n- method: sft\n  save_hf: ./a\n",
@@ -125,5 +125,5 @@ def test_a_mistake_in_the_file_is_one_sentence_with_its_line(tmp_path: Path, tex
 def test_stages_need_a_folder_and_number_their_rounds_themselves(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs --save"):
         stages_of(tmp_path, "- method: sft\n", RunConfig(model=ModelConfig(load_hf="model")))
-    with pytest.raises(UserError, match="--hft-first-round 1 : --stages numbers the rounds itself"):
+    with pytest.raises(UserError, match="--hft-first-round 1: --stages numbers the rounds itself"):
         stages_of(tmp_path, "- method: sft\n", replace(BASE, hft=HFTConfig(hft_first_round=1)))

@@ -104,7 +104,7 @@ GENERAL = "- name: general\n  path: a.txt\n"
         (f"{GENERAL}  loss_on: users", "FILE:3: loss_on users: the value must be one of assistant, all, last."),
         (f"{GENERAL}  train_on_eos: 2", "FILE:3: train_on_eos 2: the value must be true or false."),
         (f"{GENERAL}  data_keys: x", "FILE:1: --data-keys x: 'x' is not KEY=NAME"),
-        (f"{GENERAL}  prompt_separator: '\\x'", r"FILE:1: --prompt-separator \x: a \ stands before"),
+        (f"{GENERAL}  prompt_separator: '\\x'", r"FILE:1: --prompt-separator \x: a \ must be followed by n, t or"),
         (f"{GENERAL}  ignore_keys: 'a,'", "FILE:1: --ignore-keys 'a,' has an empty name"),
     ],
 )
@@ -124,7 +124,7 @@ def test_what_pairs_have_no_use_for_is_found_in_an_entry(tmp_path: Path) -> None
 
 def test_one_source_under_two_words_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^--valid-data-path a.jsonl is there twice; .*: leave one out\.$"):
+    with pytest.raises(UserError, match=r"^--valid-data-path a.jsonl is given twice, but .*; leave one of them out\.$"):
         names("a.jsonl", "x/../a.jsonl")
     with pytest.raises(UserError, match=r"^--valid-data-path absent.yaml cannot be read: No such file"):
         names("absent.yaml")

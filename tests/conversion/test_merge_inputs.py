@@ -82,7 +82,7 @@ def test_models_of_different_shapes_are_refused_by_the_first_key_and_both_values
     assert message.startswith(f"--base {pair / 'base' / 'config.json'} has ")
     shown = {"rope_parameters": "rope_theta" if was == "10000.0" else "rope_scaling"}.get(key, key)
     assert f" has {shown} " in message
-    assert f"--tuned {pair / 'tuned' / 'config.json'} has {was}," in message
+    assert f"--tuned {pair / 'tuned' / 'config.json'} has {was};" in message
     assert not (pair / "out").exists()
 
 
@@ -170,5 +170,5 @@ def test_an_output_that_holds_something_is_kept(pair: Path) -> None:
     file = pair / "out" / "notes.txt"
     assert message_of(folders(pair, output=str(file))).startswith(f"--output {file} is a file")
     below = file / "deeper"
-    assert message_of(folders(pair, output=str(below))).startswith(f"--output {below} can't be written")
+    assert message_of(folders(pair, output=str(below))).startswith(f"--output {below} cannot be written")
     assert file.read_text() == "mine"

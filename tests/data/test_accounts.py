@@ -155,9 +155,7 @@ def test_data_of_before_keys_were_looked_at_are_refused(tmp_path: Path, tokenize
     make(prefix, path, tokenizer)
     facts = Path(f"{prefix}_preprocessed.json")
     facts.write_text(facts.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(
-        UserError, match=r"has format 1, and this version of hft_megatron, .* preprocess the data again"
-    ):
+    with pytest.raises(UserError, match=r"has format 1, but this version of hft_megatron .* preprocess the data again"):
         load(prefix, tokenizer)
 
 

@@ -121,7 +121,7 @@ def test_the_end_token_is_trained_even_when_the_marked_span_leaves_it_out(tmp_pa
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        (CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '<|im_end|>'+ m['role'] + '"), "text behind"),
+        (CHATML.replace("m['content'] + '<|im_end|>", "m['content'] + '<|im_end|>'+ m['role'] + '"), "text after"),
         (CHATML.replace("{% for", "{{ messages | length }}{% for"), "doesn't render message 3"),
         (CHATML.replace("m['content']", "m['content'] | upper"), "doesn't render message 3"),
         (CHATML.replace("<|im_end|>\\n", "\\n\\n"), "puts no special token right after"),

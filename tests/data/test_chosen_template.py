@@ -98,7 +98,7 @@ def test_a_template_beside_a_model_file_is_used_without_a_config(tmp_path: Path,
         ({"default": ""}, "chat_template named default is empty; write the template"),
         ({"default": {"a": 1}}, r'chat_template named default is \{"a": 1\}; give its text'),
         ([{"name": "default"}], "chat_template named default is null; give its text"),
-        ({"tool_use": TOOLS}, "has chat templates named tool_use but no `default`; name the one"),
+        ({"tool_use": TOOLS}, "has chat templates named tool_use but no `default`; rename the one"),
         ([{"name": "b", "template": "B"}, {"name": "a", "template": "A"}], "named a, b but no `default`"),
         (
             ["{{ messages }}"],

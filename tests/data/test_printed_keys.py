@@ -247,7 +247,7 @@ def test_a_text_that_a_template_changes_is_printed(folder: Path) -> None:
 @pytest.mark.parametrize("key", ["train_detail", "loss_scale", "mask", "images"])
 def test_a_key_that_nothing_here_reads_is_an_error_also_where_it_is_printed(folder: Path, key: str) -> None:
     template = CHATML.replace("m['role'] +", f"m['role'] + (m.{key} | string) +")
-    with pytest.raises(ChatError, match=f"`{key}` of message 2 stands for .*--ignore-keys {key}$"):
+    with pytest.raises(ChatError, match=f"`{key}` of message 2 means .*--ignore-keys {key}$"):
         chat(folder, template).pieces(answer(**{key: ["x"]}))
 
 

@@ -37,7 +37,7 @@ def read(path: Path, data_format: Any = None, **rules: Any) -> list[Any]:
         ("true", "the record is a truth value"),
         (
             "{}",
-            "the record has no keys, but the format prompt-completion needs `prompt` and `completion`, and the file",
+            "the record has no keys, but the format prompt-completion needs `prompt` and `completion`, the format",
         ),
         ('{"a\\nb": 1}', "the record has the keys `a\\\\nb`"),
         ('{"prompt": "a"}', "the record has the keys `prompt`, but"),
@@ -236,7 +236,7 @@ def test_an_instruction_of_a_file_that_began_without_one_is_read_or_named(
     path = write_rows(tmp_path / "train.jsonl", [{"instruction": None, **row}, copied, {**row, "instruction": "add"}])
     reader = RecordReader(RecordRules()).read([path])
     assert (next(reader)[1].keys, next(reader)[1].keys) == (PassedOver(), PassedOver(unread=("instruction",)))
-    with pytest.raises(UserError, match=rf":3: `instruction` stands for .*; {fix}"):
+    with pytest.raises(UserError, match=rf":3: `instruction` means .*; {fix}"):
         next(reader)
 
 

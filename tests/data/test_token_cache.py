@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_used_is_named_where_it_was_given_and_else_done_
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"--data-cache-path .*file/cache can't be used: Not a directory; name a folder"
+        UserError, match=r"--data-cache-path .*file/cache can't be used: Not a directory; name a writable folder"
     ):
         open_token_cache(str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -162,7 +162,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def _same(found: SftDataset, plain: SftDataset) -> None:
     assert (found.digest, found.accounts(), found.parts) == (plain.digest, plain.accounts(), plain.parts)
     assert found.describe()[:-1] == plain.describe()
-    assert re.fullmatch(r"tokens are (kept in|taken from) /.*", found.describe()[-1])
+    assert re.fullmatch(r"tokens are (cached in|read from) /.*", found.describe()[-1])
     assert found.lengths.tolist() == plain.lengths.tolist()
     for index in range(len(plain)):
         for mine, theirs in zip(found.example(index), plain.example(index), strict=True):

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.forked import run
 from tests.support.ranks import REPOSITORY
 
 
+@pytest.mark.long(reason="Sphinx imports the package, and renders all pages")
 def test_sphinx_builds_every_page_without_a_warning(tmp_path: Path) -> None:
     """A warning is an error: a link that leads nowhere, a page that no other one names, a heading out of order."""
     pages = [page.relative_to(REPOSITORY / "docs") for page in (REPOSITORY / "docs").rglob("*.md")]

@@ -37,14 +37,8 @@ def test_a_block_names_its_language_and_is_left_out_for_few_reasons(page: Path) 
         assert block.manner != "no" or block.why.startswith(MAY_NOT_RUN), f"{block.page}:{block.line}: {block.why}"
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=page.name, marks=() if page.name == "README.md" else SLOW)
-        for page in PAGES
-        if runnable(page)
-    ],
-)
+@SLOW
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, sandbox: Callable[[], Sandbox]) -> None:
     folder = sandbox()
     for block in runnable(page):

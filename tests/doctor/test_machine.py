@@ -81,4 +81,4 @@ def test_a_device_that_computes_something_else_is_wrong(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "ones", torch.zeros)
     finding = device_finding(torch.device("cpu"), "gloo")
     assert finding.status == "wrong"
-    assert "came out wrong" in str(finding.fix)
+    assert "of ones is wrong" in str(finding.fix)

@@ -45,7 +45,7 @@ def test_a_disk_that_refuses_what_the_rights_allow_is_wrong(tmp_path: Path, monk
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     finding = look_at(tmp_path)
     assert finding.status == "wrong"
-    assert "can't be written: Read-only file system" in str(finding.fix)
+    assert "cannot be written: Read-only file system" in str(finding.fix)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_one_checkpoint_must_fit_and_all_that_are_kept_should(free: int, kept: i
 def test_the_warning_says_how_many_checkpoints_fit() -> None:
     finding = compare_space("run", 25 * GB, 10 * GB, 4)
     assert finding.value == "25.0 GB free, a checkpoint takes about 10.0 GB, 4 at a time 40.0 GB"
-    assert str(finding.fix).startswith("--save run has room for 2 of 4 checkpoints: ")
+    assert str(finding.fix).startswith("--save run has space for 2 of 4 checkpoints: ")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_a_file_that_is_cut_is_named_within_a_line_and_between_lines(tmp_path: P
     last = len(whole.read_text(encoding="utf-8").splitlines(keepends=True)[-1])
     lines, found = damaged_lines(tmp_path, {}, keep=-last)
     assert found == (
-        f"{lines} has 2 examples of task mmlu by base, and {tmp_path / 'a.json'} says 3: it is truncated or of "
+        f"{lines} has 2 examples of task mmlu by base, but {tmp_path / 'a.json'} says 3: it is truncated or of "
         f"another evaluation; evaluate again."
     )
 

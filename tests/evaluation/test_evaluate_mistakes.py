@@ -120,7 +120,7 @@ WHEN_READ: list[tuple[str, dict[str, Any], str]] = [
     ("model", {**TEXT, "text": "txt"}, "texts.jsonl:1: "),
     ("model", {**TEXT, "files": "nothing.jsonl"}, "the task t is empty"),
     ("model", {**GENERATE, **SHORT}, "the prompt has "),
-    ("model", GENERATE, "max_new_tokens 256 of the task g leaves no token of the model's 128 to the prompt"),
+    ("model", GENERATE, "max_new_tokens 256 of the task g leaves no token of the model's 128 for the prompt"),
     ("model", {**CHOOSE, "files": "empty_choice.jsonl", "answer": "answer"}, "choice 2 of 2 is empty; correct the row"),
     ("untold", TEXT, "untold has no tokenizer; name one with --tokenizer-model."),
     ("small", TEXT, "has ids up to 333, but the model's vocabulary has 300 rows; use the tokenizer that belongs to"),
@@ -190,7 +190,7 @@ def test_a_run_without_a_good_checkpoint_is_one_sentence(
     for answer in ranks(2).run(run_evaluate, words=older):
         assert f"{position} is not as it was saved (sha256 " in answer["mistake"]
     position.write_text(position.read_text().replace("iteration", "lteration", 1))
-    assert f"--model {run}: iter_0000001/{POSITION_FILE} can't be read (" in mistake_of(older, capsys)
+    assert f"--model {run}: iter_0000001/{POSITION_FILE} cannot be read (" in mistake_of(older, capsys)
     (run / "iter_0000001" / DIGESTS_FILE).unlink()
     assert f"{run / 'iter_0000001'} is not a complete checkpoint; name another" in mistake_of(older, capsys)
     for name in ("iter_0000001", "iter_0000002"):

@@ -94,9 +94,9 @@ def test_a_damaged_line_is_named_and_the_file_is_left_as_it_is(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"settings": {"batch_size": 4, "device": "cpu"}}, "with other batch size; give that command again"),
-        ({"models": {"Ärger": "abd"}}, "with other models; give that command again"),
-        ({"settings": {}, "models": {}}, "with other models, settings; give that command again"),
+        ({"settings": {"batch_size": 4, "device": "cpu"}}, "with other batch size; run that command again"),
+        ({"models": {"Ärger": "abd"}}, "with other models; run that command again"),
+        ({"settings": {}, "models": {}}, "with other models, settings; run that command again"),
     ],
 )
 def test_another_evaluation_is_refused_by_what_differs(changes: dict[str, Any], said: str, output: Path) -> None:
@@ -139,7 +139,7 @@ def test_results_that_came_meanwhile_are_not_written_over(output: Path) -> None:
     assert output.read_text() == "{}"
     assert sorted(path.name for path in output.parent.iterdir()) == [output.name, journal_of(output).name]
     journal_of(output).unlink()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         Journal(output, SETTINGS)
     assert list(output.parent.iterdir()) == [output]
 
@@ -163,7 +163,7 @@ def test_predictions_of_a_command_that_was_killed_before_its_results_are_written
     predictions_of(output).write_text("{}\n")
     check_output(output)
     journal_of(output).unlink()
-    with pytest.raises(UserError, match=r"results\.predictions\.jsonl is there already"):
+    with pytest.raises(UserError, match=r"results\.predictions\.jsonl already exists"):
         check_output(output)
 
 

@@ -92,7 +92,7 @@ def test_drawn_examples_differ_by_row_and_seed_and_are_never_the_row_itself(fold
 
 
 def test_too_few_examples_to_draw_from_are_an_error(folder: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"fewshot is 6, but .* have 5 rows besides the one that is asked, .*:1; lower"):
+    with pytest.raises(UserError, match=r"fewshot is 6, but .* have 5 rows besides the one in question, .*:1; lower"):
         texts_of(folder, tokenizer, **ASKING, fewshot=6)
 
 

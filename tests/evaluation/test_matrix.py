@@ -174,7 +174,7 @@ def test_a_sequence_resumes_with_other_tasks_after_those_that_are_done() -> None
     ("tasks", "general", "sentence"),
     [
         (TASKS[:2], GENERAL, "the sequence has 2 tasks, but that of matrix.json has 3; give them all"),
-        ([TASKS[1], TASKS[0], TASKS[2]], GENERAL, "task 1 of matrix.json, which is done, was a, and is b now; give"),
+        ([TASKS[1], TASKS[0], TASKS[2]], GENERAL, "task 1 of matrix.json, which is done, was a, and is b now; restore"),
         ([TASKS[0], column("b", "rouge_l", "new"), TASKS[2]], GENERAL, "was b with other settings or files; restore"),
         (
             [TASKS[0], Column(name="b", digest="digest of b", measure="bleu"), TASKS[2]],

@@ -114,7 +114,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "- {name: a, kind: text, files: a.jsonl, metrics: bleu}",
         r"bleu is of the kind generate; text has perplexity, cross_entropy, bits_per_byte\.",
     ),
-    "metric twice": ("- {name: a, kind: text, files: a.jsonl, metrics: [perplexity, perplexity]}", r"there twice"),
+    "metric twice": ("- {name: a, kind: text, files: a.jsonl, metrics: [perplexity, perplexity]}", r"given twice"),
     "template": (
         "- name: a\n  kind: generate\n  files: a.jsonl\n  target: answer\n  prompt: '{{ question'",
         r":5: the template of `prompt` is not valid jinja: line 1: ",

@@ -103,7 +103,7 @@ def test_a_weight_that_was_zero_has_changed_without_measure(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("variant", "said"),
     [
-        ("tied", "lm_head is of shape [96, 64] in the one and not there in the other"),
+        ("tied", "lm_head is of shape [96, 64] in the one and missing in the other"),
         ("odd_vocab", "model.embed_tokens is of shape [96, 64] in the one and of shape [97, 64] in the other"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_file_of_another_model_or_none_at_all_is_refused(tmp_path: Path) -> No
     path = save(tmp_path, plans_to_json(PLANS))
     with pytest.raises(UserError, match=r"lists model\.layers\.1\.self_attn\.q_proj, which the model does not have"):
         load_plans(path, tiny_shape(1))
-    with pytest.raises(UserError, match=r"^--hft-plan .*/absent\.json can't be read \(No such file"):
+    with pytest.raises(UserError, match=r"^--hft-plan .*/absent\.json cannot be read \(No such file"):
         load_plans(f"{tmp_path}/absent.json", SHAPE)
 
 

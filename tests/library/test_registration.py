@@ -147,7 +147,7 @@ def test_the_doctor_asks_the_declaration_of_ones_own_method_what_data_it_takes(
         )
     )
     assert main(["doctor", "--load-hf", "model", "--data-path", "corpus"]) == 2
-    assert "are options of pretrain and doubled; add --method pretrain" in capsys.readouterr().err
+    assert "are options of pretrain and doubled only; add --method pretrain" in capsys.readouterr().err
     assert main(["doctor", "--method", "doubled", "--load-hf", "model", "--train-data-path", "data.jsonl"]) == 2
     assert "are not options of doubled; give --data-path." in capsys.readouterr().err
 

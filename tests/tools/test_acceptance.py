@@ -84,7 +84,7 @@ def test_a_run_that_is_cut_off_keeps_its_results_and_resumes_from_there(tmp_path
 @pytest.mark.parametrize(
     ("words", "part_of_sentence"),
     [
-        (["--only", "99"], "--only 99 is none of 0, 1, 2,"),
+        (["--only", "99"], "--only 99 is not one of 0, 1, 2,"),
         (["--ranks", "2", "--part", "speed"], "--ranks 2 must be"),
         (["--resume", "/nowhere"], "--resume /nowhere can't be read"),
     ],

@@ -51,7 +51,7 @@ def test_the_save_folder_gets_metrics_jsonl(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("logging", "message"),
     [
-        (LoggingConfig(wandb_project="p"), "--wandb-project p needs the package wandb: run `pip install wandb`."),
+        (LoggingConfig(wandb_project="p"), "--wandb-project p needs the package wandb; run `pip install wandb`."),
         (LoggingConfig(tensorboard_dir="t"), "--tensorboard-dir t needs .* run `pip install tensorboard`."),
     ],
 )

@@ -190,7 +190,7 @@ def name_a_template_that_is_gone(folder: Path) -> None:
         (remove_a_shard_file, ".distcp is missing"),
         (change_the_index, ".metadata is not as it was saved"),
         (flip_a_bit_of_every_shard_file, ".distcp is not as it was saved"),
-        (break_the_digests, "iter_0000004/digests.json can't be read"),
+        (break_the_digests, "iter_0000004/digests.json cannot be read"),
         (remove_the_newest, "choose another iteration: 2."),
         (remove_the_identity, "run_identity.json, the identity of the run, cannot be read"),
         (leave_no_digests, "holds no complete checkpoint"),

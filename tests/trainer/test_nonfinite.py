@@ -128,7 +128,7 @@ def test_an_undefined_number_is_told_by_iteration_rank_unit_and_samples_alike_on
     expected = {
         "activation": f"the loss of micro-batch 1 of 4 is not finite {where}, first in the output of {unit} {where}, "
         f"{no_update}; check {one}",
-        "gradient": f"the gradient of {unit}{summed} is not finite {any_rank}, {no_update}; look at {SAMPLES}",
+        "gradient": f"the gradient of {unit}{summed} is not finite {any_rank}, {no_update}; check {SAMPLES}",
         "loss": f"the loss of micro-batch 1 of 4 is not finite {where}, {no_update}; check {one}",
         "data": f"the loss of micro-batch 2 of 2 is not finite {where}, {no_update}; check {one}",
         "weight": f"the weight of {unit} is not finite since the step of iteration 2 {where}; resume from a checkpoint "
@@ -156,7 +156,7 @@ def test_an_undefined_loss_of_a_pair_names_the_pair(ranks, inputs):
     words = words_for(inputs, "--train-data-path", inputs / "pairs.jsonl", "--lr", 1e-3, "--dpo-reference", "shared")
     [answer] = ranks(1).run(run_spoiled, method="dpo", words=words, fault="data", iterations=[2])
     assert re.match(
-        r"iteration 2: the loss of micro-batch 2 of 4 is not finite .*; look at \S+pairs\.jsonl:\d+ and at",
+        r"iteration 2: the loss of micro-batch 2 of 4 is not finite .*; check \S+pairs\.jsonl:\d+ and the",
         answer["failed"],
     )
 

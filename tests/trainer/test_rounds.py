@@ -44,7 +44,7 @@ def rounds(*, hft: dict[str, Any], optimizer: dict[str, Any] | None = None, trai
         (
             {"selection": "hift", "round_interval": "2", "lr_schedule": "round"},
             {},
-            "--hft-lr-schedule round has no mean",
+            "--hft-lr-schedule round has no effect",
         ),
         ({"lr_schedule": "round", "round_interval": "3"}, {"lr_warmup_iters": 3}, "--lr-warmup-iters 3 must be below"),
     ],

@@ -188,7 +188,7 @@ DAMAGED: list[tuple[str, Callable[[], bytes], str]] = [
     ("a.csv", lambda: b"a,b\r1,2\r", r"a.csv:1: the row can't be read \(new-line character seen in unquoted field"),
     ("a.csv", lambda: b"a,b\n1,\xff", r"a.csv:2: byte 3 of the line is not UTF-8"),
     ("a.csv", lambda: b"a,b\n1,\0", r"a.csv:2: the line has a NUL byte"),
-    ("a.csv.gz", lambda: gzip.compress(b"a\n" + bytes(range(97, 122)) * 999)[:-9], r"a.csv.gz:2: .* cut off"),
+    ("a.csv.gz", lambda: gzip.compress(b"a\n" + bytes(range(97, 122)) * 999)[:-9], r"a.csv.gz:2: .* truncated"),
     ("a.json", lambda: array(LONG)[:-9], r"a.json:1, record 2000: not valid JSON \(Unterminated string starting at\)"),
     ("a.json", lambda: array(LONG)[:-1], r"a.json:1: record 2000 is followed by the end of the file instead"),
     ("a.json", lambda: b"[{}\n{}]", r"a.json:2: record 1 is followed by '{' instead of a comma or a \]"),

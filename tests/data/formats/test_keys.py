@@ -205,7 +205,7 @@ def test_what_only_resembles_a_text_of_the_record_is_no_copy(value: Any) -> None
     if value == []:
         assert record({"messages": TURNS, "prompt": value}, "messages").keys.unread == ("prompt",)
         return
-    with pytest.raises(UserError, match=r"^x:1: `prompt` stands for another question and answer"):
+    with pytest.raises(UserError, match=r"^x:1: `prompt` means another question and answer"):
         record({"messages": TURNS, "prompt": value}, "messages")
 
 
@@ -216,7 +216,7 @@ RENDERED = "Below is a task.\n\n### Instruction:\nAdd them.\n\n### Input:\n1, 2\
 def test_an_instruction_rendered_with_its_answer_is_a_copy_and_every_other_prompt_is_refused() -> None:
     assert record({**PYTHON, "prompt": RENDERED}, "alpaca").keys.unread == ("prompt",)
     for part in PYTHON.values():
-        with pytest.raises(UserError, match="`prompt` stands for another question and answer"):
+        with pytest.raises(UserError, match="`prompt` means another question and answer"):
             record({**PYTHON, "prompt": RENDERED.replace(part, "x")}, "alpaca")
 
 
@@ -257,7 +257,7 @@ def test_options_must_stand_in_the_question(options: Any) -> None:
 @pytest.mark.parametrize("value", [1, 1.0, True, "1", "1.0"])
 def test_a_weight_of_one_changes_nothing_also_where_it_is_a_text(value: Any) -> None:
     assert record({**RECORDS["alpaca"], "weight": value}, "alpaca").keys.unread == ("weight",)
-    with pytest.raises(UserError, match="`weight` stands for"):
+    with pytest.raises(UserError, match="`weight` means"):
         record({**RECORDS["alpaca"], "weight": "0.5"}, "alpaca")
 
 

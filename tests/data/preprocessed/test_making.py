@@ -260,7 +260,7 @@ def test_what_is_there_is_kept_and_what_is_complete_is_not_made_again(
     stamp = (tmp_path / "out.bin").stat().st_mtime_ns
     assert make(tmp_path / "out", rows, tokenizer) == first
     assert (tmp_path / "out.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match=r"out: .*/out.bin is there already; choose another prefix, or remove it"):
+    with pytest.raises(UserError, match=r"out: .*/out.bin already exists; choose another prefix, or remove it"):
         make(tmp_path / "out", rows, tokenizer, loss_on="last")
 
 
@@ -269,7 +269,7 @@ BAD = [
     ("[]", "the record is an empty list, but it must be an object"),
     (
         '{"text": "x"}',
-        "the record has the keys `text`, but the format messages needs `messages`, and the file",
+        "the record has the keys `text`, but the format messages needs `messages`, the format of the file",
     ),
     ('{"messages": []}', "`messages` is an empty list"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "the conversation has no assistant turn"),

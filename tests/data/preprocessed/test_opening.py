@@ -294,7 +294,7 @@ def test_unfinished_data_and_parts_of_data_are_no_source(tmp_path: Path, tokeniz
         load(tmp_path / "made.idx", tokenizer)
     (tmp_path / "done_preprocessed.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(
-        UserError, match=r"done_preprocessed.json has format 9, and this version .* preprocess the data again."
+        UserError, match=r"done_preprocessed.json has format 9, but this version .* preprocess the data again."
     ):
         load(tmp_path / "done", tokenizer)
 

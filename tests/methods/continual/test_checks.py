@@ -91,5 +91,5 @@ def test_a_list_may_change_behind_what_is_done_alone(tasks: Path, model: Path) -
 
 def test_divergences_need_texts_and_a_base(tasks: Path, model: Path) -> None:
     wanted = sequence_of(tasks, model, "--continual-kl-to-base")
-    with pytest.raises(UserError, match=r"--continual-kl-to-base .* there is no --continual-general; add it"):
+    with pytest.raises(UserError, match=r"--continual-kl-to-base .* --continual-general is not given; add it"):
         sequence_fits_the_run(wanted.options, wanted.base)

@@ -121,8 +121,8 @@ def test_what_a_kept_delta_is_based_on_is_not_discarded(tmp_path: Path) -> None:
     before, digest = f"../{FOLDERS[1]}", identity_of(saved[1])
     TrainState(iteration=4, base_iteration=4, base_folder=before, base_digest=digest).write(saved[2])
     lines = discard(folders[:2], folders[:1], folders[2])
-    assert lines[0] == f"> --continual-discard: deleted 1 checkpoints of {folders[0]}, a task that is over"
-    assert lines[1].endswith(f"is based on {folders[1]}, which stays")
+    assert lines[0] == f"> --continual-discard: deleted 1 checkpoints of {folders[0]}, a task that is done"
+    assert lines[1].endswith(f"are based on {folders[1]}, which is kept")
     assert [len(complete_checkpoints(str(folder))) for folder in folders] == [0, 1, 1]
     TrainState(iteration=4).write(saved[2])
     discard(folders[:2], folders[:1], folders[2])

@@ -113,7 +113,7 @@ def test_a_mistake_in_the_file_is_one_sentence(tasks: Path, old: str, new: str, 
 
 
 def test_a_task_without_data_a_missing_split_and_an_unknown_name_are_refused(tasks: Path, trace: Path) -> None:
-    with pytest.raises(UserError, match=r"--continual-order zoo: .* has colours, numbers, animals; name these"):
+    with pytest.raises(UserError, match=r"--continual-order zoo: .* has colours, numbers, animals; use these"):
         read(tasks, "--continual-order", "zoo")
     tasks.write_text("- {name: a, train_iters: 1, evaluate: {kind: text, files: texts.jsonl}}\n")
     with pytest.raises(UserError, match=r"tasks.yaml:1: the task a has no `train_data_path`; name its data"):

@@ -57,10 +57,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: [p.with_suffix(end).unlink() for end in (".idx", ".bin")],
         "corpus.bin; make them with tools/preprocess_data.py, and give their path without .idx and .bin",
     ),
-    "tokens cut short": (lambda p: cut(p.with_suffix(".bin"), 2), "bytes, and corpus.idx describes .*: one of them"),
+    "tokens cut short": (lambda p: cut(p.with_suffix(".bin"), 2), "bytes, but corpus.idx describes .*: one of them"),
     "tokens of another corpus": (
         lambda p: p.with_suffix(".bin").write_bytes(p.with_suffix(".bin").read_bytes() + b"\1\0"),
-        "bytes, and corpus.idx describes",
+        "bytes, but corpus.idx describes",
     ),
     "index cut short": (lambda p: cut(p.with_suffix(".idx"), 1), "corpus.idx is damaged"),
     "index cut within its header": (lambda p: cut(p.with_suffix(".idx"), 34 + 20 * 12 + 21 * 8 - 20), "is damaged"),
@@ -109,7 +109,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(
     document = [5] * 100
     document[place] = VOCAB_SIZE
     prefix = write_corpus(tmp_path / "corpus", [document], dtype)
-    with pytest.raises(UserError, match=rf"holds the id 335 \(token {place}\), and the model's vocabulary has 335"):
+    with pytest.raises(UserError, match=rf"holds the id 335 \(token {place}\), but the model's vocabulary has 335"):
         read_corpus_files(prefix, VOCAB_SIZE)
     read_corpus_files(prefix, VOCAB_SIZE + 1)
 
