@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,25 +21,21 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_LIMITED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None,),
-    "exclude_modules": (None, []),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "megatron_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-"""Keys of adapter_config.json that would make of the matrices something else than W x + alpha / r x B A x on all
-layers, with the values under which they do not."""
+"""Keys of adapter_config.json with the values that are read. Other biases train; other ways to begin change the matrix
+itself, so that the adapter belongs to weights which the --load-hf folder does not have."""
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
+        *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
+    )
+)
+"""Keys that leave W x + alpha / r x B A x as it is, whatever they hold."""
+_READ = frozenset(("peft_type", "r", "lora_alpha", "target_modules"))
+"""Keys that are checked one by one. All others must be unset, known or not: null, false or empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +93,15 @@ def _adapters_in(folder: str, options: LoraConfig) -> Adapters:
     where = f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE}"
     if config.get("peft_type") != "LORA":
         raise UserError(f"{where} has peft_type {config.get('peft_type')!r}, and only 'LORA' is read.")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key) not in neutral:
-            raise UserError(f"{where} has {key} = {config[key]!r}, which is not supported; only {neutral[0]!r} is.")
+    _refuse_variants(config, where)
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where} has r = {rank!r}, which is no whole number of at least 1.")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise UserError(f"{where} has lora_alpha = {alpha!r}, which is no number above 0.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
+        raise UserError(f"{where} has lora_alpha = {alpha!r}, which is not a finite number above 0.")
     if targets == "all-linear":
         targets = list(TARGETS)
-    if not isinstance(targets, list) or not targets or not set(targets) <= set(TARGETS):
+    if not isinstance(targets, list) or not targets or not all(name in TARGETS for name in targets):
         raise UserError(f"{where} has target_modules = {targets!r}; only names among {', '.join(TARGETS)} are read.")
     found = Adapters(
         rank=rank,
@@ -123,6 +118,22 @@ def _adapters_in(folder: str, options: LoraConfig) -> Adapters:
                 f"out."
             )
     return found
+
+
+def _refuse_variants(config: dict[str, Any], where: str) -> None:
+    """UserError for the first key that makes something else of the matrices than W x + alpha / r x B A x on all layers,
+    or may do so because nothing here knows it."""
+    for key, value in config.items():
+        is_unset = value is None or value is False or value in ("", [], {})  # 0 may be the number of a layer
+        if key in _READ | _WITHOUT_EFFECT or value in _LIMITED.get(key, ()) or (is_unset and key not in _LIMITED):
+            continue
+        allowed = "an adapter without it"
+        if key in _LIMITED:
+            allowed = " or ".join(repr(one) for one in _LIMITED[key] if one is not None)
+        raise UserError(
+            f"{where} has {key} = {value!r}, which is not supported; only {allowed} is read, so convert the adapter to "
+            f"plain LoRA with PEFT first."
+        )
 
 
 def _read_adapter_config(folder: str) -> dict[str, Any]:

@@ -113,6 +113,17 @@ def test_an_adapter_of_pefts_says_rank_alpha_and_targets(tmp_path: Path) -> None
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"r": 0}, "r = 0"),
         ({"lora_alpha": -1}, "lora_alpha = -1"),
+        ({"lora_alpha": float("inf")}, "lora_alpha = inf"),
+        ({"target_modules": [["q_proj"]]}, "target_modules = [['q_proj']]"),
+        ({"layers_to_transform": 0}, "layers_to_transform = 0"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4', which is not"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights = 'mica'"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens = [1, 2]"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora = "),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config = "),
+        ({"monteclora_config": {"num_samples": 2}}, "monteclora_config = "),
+        ({"of_a_later_version": 1}, "of_a_later_version = 1"),
     ],
 )
 def test_what_an_adapter_can_have_and_we_do_not_is_refused_by_name(
@@ -122,6 +133,14 @@ def test_what_an_adapter_can_have_and_we_do_not_is_refused_by_name(
         adapters_of(LoraConfig(lora_adapter=adapter(tmp_path, **keys)))
     assert sentence in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_keys_that_only_say_how_an_adapter_began_are_passed_over(tmp_path: Path) -> None:
+    began: dict[str, Any] = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "loftq_config": {}}
+    began |= {"revision": None, "bias": "none"}
+    began |= {"task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": "0.21.2", "qalora_group_size": 16}
+    began |= {"megatron_core": "megatron.core", "use_dora": False, "rank_pattern": {}, "exclude_modules": None}
+    assert adapters_of(LoraConfig(lora_adapter=adapter(tmp_path, **began))) is not None
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
