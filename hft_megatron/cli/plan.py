@@ -157,6 +157,11 @@ def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
     world_size = replica if options.world_size is None else options.world_size
     validate_plan(options.as_run, shape, world_size)
+    if options.save is not None and options.lora != LoraConfig():
+        raise UserError(
+            f"--save {options.save} is for plans that --hft-plan reads, and with --lora-rank a run reads none: all its "
+            f"adapters train; leave --save out."
+        )
     _check_time(options, shape, world_size)
     return with_adapters(shape, options.lora), world_size
 

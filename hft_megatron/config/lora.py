@@ -188,8 +188,6 @@ def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) 
             f"--hft-round-interval {hft.hft_round_interval} begins rounds that train other weights, and with {given} "
             f"every round would train the same adapters; leave it out."
         )
-    if config.model.load_hf is None:
-        raise UserError(f"{given} trains adapters of a model that is trained already; name its folder with --load-hf.")
     if config.optimizer.mofo_fraction is not None:
         raise UserError(
             f"--mofo-fraction {config.optimizer.mofo_fraction:g} chooses entries of the model's own matrices, and with "
@@ -199,6 +197,27 @@ def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) 
         raise UserError(
             f"--ewc-lambda {config.ewc.ewc_lambda:g} holds the model's own weights, and with {given} these are frozen; "
             f"leave one of the two out."
+        )
+
+
+def adapters_fit_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Adapters need a model that is trained already and one place to start from, and leave nothing to a rate of its own
+    for embedding and head."""
+    if adapters_of(config.lora) is None:
+        return
+    folder, rate = config.lora.lora_adapter, config.optimizer.decoupled_lr
+    given = "--lora-rank" if folder is None else "--lora-adapter"
+    if config.model.load_hf is None:
+        raise UserError(f"{given} trains adapters of a model that is trained already; name its folder with --load-hf.")
+    if folder is not None and config.checkpoint.finetune:
+        raise UserError(
+            f"--lora-adapter {folder} gives the adapters to start from, and so does --finetune with --load "
+            f"{config.checkpoint.load}; leave one of the two out."
+        )
+    if rate is not None:
+        raise UserError(
+            f"--decoupled-lr {rate:g} is the learning rate of embedding and head, and with {given} these are frozen; "
+            f"leave it out."
         )
 
 

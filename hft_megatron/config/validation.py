@@ -41,6 +41,7 @@ _RULES: tuple[Rule, ...] = (
     tracking.tasks_are_there,
     tracking.profile_fits_the_run,
     *lora.LORA_RULES,
+    lora.adapters_fit_the_run,
     *hft.METHOD_RULES,
     data.tokenizer_is_given,
     checkpoint.outputs_have_a_place,

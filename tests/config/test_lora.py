@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.adapters import TARGETS
-from hft_megatron.config.lora import LORA_RULES, LoraConfig, adapters_of
+from hft_megatron.config.lora import LORA_RULES, LoraConfig, adapters_fit_the_run, adapters_of
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
@@ -31,14 +31,14 @@ PEFT: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_m
 def config(load_hf: str | None = "model", **options: Any) -> RunConfig:
     run = RunConfig()
     groups = {}
-    for name in ("lora", "hft", "ewc", "checkpoint"):
+    for name in ("lora", "hft", "ewc", "checkpoint", "optimizer"):
         group = getattr(run, name)
         groups[name] = replace(group, **{key: value for key, value in options.items() if hasattr(group, key)})
     return replace(run, model=replace(run.model, load_hf=load_hf), **groups)
 
 
 def check(run: RunConfig) -> None:
-    for rule in LORA_RULES:
+    for rule in (*LORA_RULES, adapters_fit_the_run):
         rule(run, SHAPE, 1)
 
 
@@ -75,6 +75,7 @@ def test_the_plan_of_a_model_with_adapters_trains_them_all_and_nothing_else() ->
         ({"lora_rank": 4, "hft_round_interval": "50"}, "--hft-round-interval 50 begins rounds"),
         ({"lora_rank": 4, "load_hf": None}, "name its folder with --load-hf"),
         ({"lora_rank": 4, "ewc_lambda": 2.0}, "--ewc-lambda 2 holds the model's own weights"),
+        ({"lora_rank": 4, "decoupled_lr": 1e-3}, "--decoupled-lr 0.001 is the learning rate of embedding and head"),
     ],
 )
 def test_what_has_no_meaning_with_adapters_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
@@ -141,6 +142,12 @@ def test_keys_that_only_say_how_an_adapter_began_are_passed_over(tmp_path: Path)
     began |= {"task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": "0.21.2", "qalora_group_size": 16}
     began |= {"megatron_core": "megatron.core", "use_dora": False, "rank_pattern": {}, "exclude_modules": None}
     assert adapters_of(LoraConfig(lora_adapter=adapter(tmp_path, **began))) is not None
+
+
+def test_an_adapter_is_taken_from_one_place_alone(tmp_path: Path) -> None:
+    folder = adapter(tmp_path)
+    with pytest.raises(UserError, match=f"--lora-adapter {folder} gives the adapters to start from, and so does"):
+        check(config(lora_adapter=folder, finetune=True, load="other"))
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
