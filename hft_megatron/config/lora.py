@@ -221,6 +221,38 @@ def adapters_fit_the_run(config: RunConfig, shape: ModelShape, world_size: int) 
         )
 
 
+def for_later_stages(options: LoraConfig) -> LoraConfig:
+    """The options of a stage or task that takes its adapters from the one before: those of --lora-adapter in words."""
+    adapters = adapters_of(options)
+    if options.lora_adapter is None or adapters is None:
+        return options
+    return replace(
+        options,
+        lora_adapter=None,
+        lora_rank=adapters.rank,
+        lora_alpha=adapters.alpha,
+        lora_targets=",".join(adapters.targets),
+    )
+
+
+def are_alike(one: LoraConfig, other: LoraConfig) -> bool:
+    """Whether one stage or task can train another's adapters, of which dropout is no part."""
+    return replace(one, lora_dropout=other.lora_dropout) == other
+
+
+def note_dropout(options: LoraConfig) -> list[str]:
+    """A line for the log where the adapter of --lora-adapter was trained with another dropout."""
+    if options.lora_adapter is None:
+        return []
+    held = _read_adapter_config(options.lora_adapter).get("lora_dropout") or 0.0
+    if held == options.lora_dropout:
+        return []
+    return [
+        f"--lora-adapter {options.lora_adapter} has lora_dropout {held}, which is not taken over: this run has "
+        f"--lora-dropout {options.lora_dropout:g}"
+    ]
+
+
 def the_adapter_has_its_own_folder(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """An adapter is never written over anything."""
     target = config.checkpoint.save_lora

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.adapters import TARGETS
-from hft_megatron.config.lora import LORA_RULES, LoraConfig, adapters_fit_the_run, adapters_of
+from hft_megatron.config.lora import (
+    LORA_RULES,
+    LoraConfig,
+    adapters_fit_the_run,
+    adapters_of,
+    for_later_stages,
+    note_dropout,
+)
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
@@ -144,10 +151,18 @@ def test_keys_that_only_say_how_an_adapter_began_are_passed_over(tmp_path: Path)
     assert adapters_of(LoraConfig(lora_adapter=adapter(tmp_path, **began))) is not None
 
 
-def test_an_adapter_is_taken_from_one_place_alone(tmp_path: Path) -> None:
-    folder = adapter(tmp_path)
+def test_an_adapter_is_taken_from_one_place_and_a_later_stage_has_its_numbers_alone(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, lora_dropout=0.05)
+    given = LoraConfig(lora_adapter=folder, lora_dropout=0.1)
     with pytest.raises(UserError, match=f"--lora-adapter {folder} gives the adapters to start from, and so does"):
         check(config(lora_adapter=folder, finetune=True, load="other"))
+    later = for_later_stages(given)
+    assert later == LoraConfig(lora_rank=4, lora_alpha=12.0, lora_targets="q_proj,v_proj", lora_dropout=0.1)
+    assert adapters_of(later) == adapters_of(given)
+    assert note_dropout(given) == [
+        f"--lora-adapter {folder} has lora_dropout 0.05, which is not taken over: this run has --lora-dropout 0.1"
+    ]
+    assert note_dropout(later) == note_dropout(replace(given, lora_dropout=0.05)) == []
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
