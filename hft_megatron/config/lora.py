@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +36,28 @@ _WITHOUT_EFFECT = frozenset(
 """Keys that leave W x + alpha / r x B A x as it is, whatever they hold."""
 _READ = frozenset(("peft_type", "r", "lora_alpha", "target_modules"))
 """Keys that are checked one by one. All others must be unset, known or not: null, false or empty."""
+_NOTE_FILE = "adapter_run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterNote:
+    """Of which run, and of which of its iterations, the adapter in a --save-lora folder is."""
+
+    run: str
+    """``RunIdentity.run_id``."""
+    iteration: int
+
+    def write(self, folder: Path) -> None:
+        """Into the adapter's folder. Raises OSError."""
+        (folder / _NOTE_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> AdapterNote | None:
+        """None where there is none that can be read."""
+        try:
+            return AdapterNote(**json.loads((folder / _NOTE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,17 +273,6 @@ def note_dropout(options: LoraConfig) -> list[str]:
         f"--lora-adapter {options.lora_adapter} has lora_dropout {held}, which is not taken over: this run has "
         f"--lora-dropout {options.lora_dropout:g}"
     ]
-
-
-def the_adapter_has_its_own_folder(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """An adapter is never written over anything."""
-    target = config.checkpoint.save_lora
-    if target is None:
-        return
-    if Path(target).exists() and not (Path(target).is_dir() and not any(Path(target).iterdir())):
-        raise UserError(f"--save-lora {target} is there already; choose a new folder, or remove this one.")
-    if target in (config.checkpoint.save_hf, config.checkpoint.save):
-        raise UserError(f"--save-lora {target} is the folder of another output; choose a folder of its own.")
 
 
 LORA_RULES = (adapters_are_asked_for, adapters_train_alone)

@@ -52,7 +52,6 @@ _RULES: tuple[Rule, ...] = (
     checkpoint.a_new_run_has_its_own_folder,
     hft.scores_are_of_the_first_weights,
     exports.nothing_is_overwritten,
-    lora.the_adapter_has_its_own_folder,
     checkpoint.outputs_can_be_written,
 )
 """In this order, so that the numbers a rule divides by have been checked by an earlier one."""

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from hft_megatron.config.adapters import TARGETS
+from hft_megatron.config.exports import check_adapter_folder
 from hft_megatron.config.lora import (
     LORA_RULES,
+    AdapterNote,
     LoraConfig,
     adapters_fit_the_run,
     adapters_of,
@@ -18,6 +20,8 @@ from hft_megatron.config.lora import (
 )
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run import RunConfig
+from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
+from hft_megatron.config.run_identity import run_identity
 from hft_megatron.errors import UserError
 from hft_megatron.hft.plan import make_plan
 from hft_megatron.hft.units import units_of
@@ -38,7 +42,7 @@ PEFT: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_m
 def config(load_hf: str | None = "model", **options: Any) -> RunConfig:
     run = RunConfig()
     groups = {}
-    for name in ("lora", "hft", "ewc", "checkpoint", "optimizer"):
+    for name in ("lora", "hft", "ewc", "checkpoint", "optimizer", "training"):
         group = getattr(run, name)
         groups[name] = replace(group, **{key: value for key, value in options.items() if hasattr(group, key)})
     return replace(run, model=replace(run.model, load_hf=load_hf), **groups)
@@ -163,6 +167,38 @@ def test_an_adapter_is_taken_from_one_place_and_a_later_stage_has_its_numbers_al
         f"--lora-adapter {folder} has lora_dropout 0.05, which is not taken over: this run has --lora-dropout 0.1"
     ]
     assert note_dropout(later) == note_dropout(replace(given, lora_dropout=0.05)) == []
+
+
+def test_an_adapter_has_a_folder_of_its_own_but_for_the_same_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, filled = tmp_path / "run", tmp_path / "filled"
+    for folder in (run, filled):
+        folder.mkdir()
+    (filled / "file").touch()
+    identity = replace(run_identity(RunConfig(), SHAPE, 1, method="sft", data_digest=None), run_id="mine")
+    (run / RUN_IDENTITY_FILE).write_text(json.dumps(identity.to_dict()))
+    for target, sentence in (
+        (".", "is the folder you are in"),
+        (tmp_path, "is the folder you are in"),
+        ("out/../run", "and --save run are one folder, or one in the other"),
+        ("run/adapter", "and --save run are one folder, or one in the other"),
+        ("whole", "and --save-hf whole/model are one folder, or one in the other"),
+        ("filled", "is there already; choose a new folder"),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_adapter_folder(config(save_lora=str(target), save="run", save_hf="whole/model"))
+        assert f"--save-lora {target} " in str(caught.value)
+        assert sentence in str(caught.value)
+    check_adapter_folder(config(save_lora="new", save="run", save_hf="whole/model"))
+    AdapterNote(run="mine", iteration=6).write(filled)
+    check_adapter_folder(config(save_lora="filled", save="run", train_iters=6))
+    with pytest.raises(UserError, match="holds the adapter of this run at iteration 6; choose a new folder"):
+        check_adapter_folder(config(save_lora="filled", save="run", train_iters=7))
+    AdapterNote(run="another", iteration=6).write(filled)
+    with pytest.raises(UserError, match="is there already"):
+        check_adapter_folder(config(save_lora="filled", save="run", train_iters=6))
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
