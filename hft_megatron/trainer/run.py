@@ -7,6 +7,7 @@ from typing import Protocol
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run import RunConfig
+from hft_megatron.costs.flops import ExtraWork
 from hft_megatron.data.batches import StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.errors import RunFailed
 from hft_megatron.optimizer.rounds import LearningRate
@@ -25,8 +26,8 @@ class Reference(Protocol):
         """What it keeps in this rank's memory."""
 
     @property
-    def forward_passes(self) -> int:
-        """Those that it makes of every batch."""
+    def extra_work(self) -> ExtraWork:
+        """The products that a step makes because of it, of every batch."""
 
     def attach(self, batch: StepBatch) -> None:
         """Give each micro-batch what its objective reads: of pairs their ``reference``, (pairs, 2) fp64, the
