@@ -171,6 +171,11 @@ def _checked(options: PlanOptions) -> tuple[ModelShape, int]:
     replica = options.parallel.tensor_model_parallel_size * options.parallel.pipeline_model_parallel_size
     world_size = replica if options.world_size is None else options.world_size
     validate_plan(options.as_run, shape, world_size)
+    if options.save is not None and options.lora != LoraConfig():
+        raise UserError(
+            f"--save {options.save} is for plans that --hft-plan reads, but a run with --lora-rank reads none: it "
+            f"trains all adapters; leave --save out."
+        )
     _check_time(options, shape, world_size)
     return with_adapters(shape, options.lora), world_size
 

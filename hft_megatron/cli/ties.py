@@ -57,5 +57,7 @@ def _others(options: TiesOptions) -> list[MergeInputs]:
             raise UserError(f"--others {folder} is given twice, or is the same as --tuned; name every model once.")
         seen.add(Path(folder).resolve())
         with options_called({"--tuned": "--others"}):
-            found.append(check_folders(replace(options.folders, tuned=folder)))
+            inputs = check_folders(replace(options.folders, tuned=folder))
+        notes = (note.replace("--tuned, which is kept,", f"--others {folder}") for note in inputs.notes)
+        found.append(replace(inputs, notes=tuple(notes)))
     return found

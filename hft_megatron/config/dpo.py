@@ -90,7 +90,7 @@ def reference_is_clear(config: RunConfig, shape: ModelShape, world_size: int) ->
             f"{folder}; choose precompute or model, or leave --dpo-reference-model out."
         )
     other = ModelShape.from_hf_config(load_hf_config(folder), source=f"{folder}/{HF_CONFIG_FILE}")
-    if config.model.load_hf is not None and other != shape:
+    if config.model.load_hf is not None and other != shape.base:
         raise UserError(
             f"--dpo-reference-model {folder} has another shape than --load-hf {config.model.load_hf}; give the model "
             f"that the run starts from, or one of its shape."

@@ -9,6 +9,7 @@ from pathlib import Path
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.derived import known_train_iters
 from hft_megatron.config.export_folder import ExportFolder
+from hft_megatron.config.lora import AdapterNote
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import MethodName
 from hft_megatron.config.run import RunConfig
@@ -107,6 +108,36 @@ def _run_in(save: str | None) -> str | None:
     return RunIdentity.read("--save", save).run_id
 
 
+def check_adapter_folder(config: RunConfig) -> None:
+    """UserError for a --save-lora folder that is shared with other outputs, or that is not empty, unless it holds the
+    adapter of the run in --save at the iteration that this command ends at."""
+    checkpoint = config.checkpoint
+    if checkpoint.save_lora is None:
+        return
+    given, target = f"--save-lora {checkpoint.save_lora}", Path(checkpoint.save_lora).resolve()
+    if target == Path.cwd():
+        raise UserError(
+            f"{given} is the current folder; name a new folder, which appears when the adapter is complete."
+        )
+    for option, path in (("--save-hf", checkpoint.save_hf), ("--save", checkpoint.save)):
+        other = None if path is None else Path(path).resolve()
+        if other is not None and (target == other or target in other.parents or other in target.parents):
+            raise UserError(
+                f"{given} and {option} {path} are the same folder, or one is inside the other; separate them."
+            )
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    noted = AdapterNote.read(target)
+    if noted is None or noted.run != _run_in(checkpoint.save):
+        raise UserError(f"{given} already exists; choose a new folder, or remove this one.")
+    last = known_train_iters(config.training)
+    if last not in (None, noted.iteration):
+        raise UserError(
+            f"{given} already holds the adapter of this run, of iteration {noted.iteration}; choose a new folder for "
+            f"the adapter of iteration {last}."
+        )
+
+
 def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
     """Folders that hold a run or a model are never overwritten."""
     checkpoint = config.checkpoint
@@ -122,6 +153,7 @@ def nothing_is_overwritten(config: RunConfig, shape: ModelShape | None, world_si
             raise UserError(f"--save-hf {checkpoint.save_hf} is a file, not a folder; choose another folder.")
         if target.is_dir() and any(target.iterdir()):
             check_filled_export_folder(config)
+    check_adapter_folder(config)
     if checkpoint.save is None or same_folder(checkpoint.save, checkpoint.load) or checkpoint.finetune:
         return
     saved = Path(checkpoint.save)

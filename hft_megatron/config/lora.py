@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,25 +21,43 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_LIMITED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None,),
-    "exclude_modules": (None, []),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "megatron_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-"""Keys of adapter_config.json that change W x + alpha / r x B A x on all layers into something else, with the values
-under which they do not."""
+"""Keys of adapter_config.json with their supported values. With other biases these train; other initial values change
+the matrix itself, so that the adapter belongs to weights that the --load-hf folder does not have."""
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
+        *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
+    )
+)
+"""Keys that do not change W x + alpha / r x B A x, whatever their value."""
+_READ = frozenset(("peft_type", "r", "lora_alpha", "target_modules"))
+"""Keys that are checked one by one. All others, known or not, must be unset: null, false or empty."""
+_NOTE_FILE = "adapter_run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterNote:
+    """The run and the iteration of the adapter in a --save-lora folder."""
+
+    run: str
+    """``RunIdentity.run_id``."""
+    iteration: int
+
+    def write(self, folder: Path) -> None:
+        """Writes it into the adapter's folder. Raises OSError."""
+        (folder / _NOTE_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> AdapterNote | None:
+        """The note in the folder; None where there is none that can be read."""
+        try:
+            return AdapterNote(**json.loads((folder / _NOTE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +116,15 @@ def _adapters_in(folder: str, options: LoraConfig) -> Adapters:
     where = f"--lora-adapter {folder}: {ADAPTER_CONFIG_FILE}"
     if config.get("peft_type") != "LORA":
         raise UserError(f"{where} has peft_type {config.get('peft_type')!r}, but only 'LORA' is supported.")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key) not in neutral:
-            raise UserError(f"{where} has {key} = {config[key]!r}, which is not supported; only {neutral[0]!r} is.")
+    _refuse_variants(config, where)
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where} has r = {rank!r}, which is not a whole number of at least 1.")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise UserError(f"{where} has lora_alpha = {alpha!r}, which is not a number above 0.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
+        raise UserError(f"{where} has lora_alpha = {alpha!r}, which is not a finite number above 0.")
     if targets == "all-linear":
         targets = list(TARGETS)
-    if not isinstance(targets, list) or not targets or not set(targets) <= set(TARGETS):
+    if not isinstance(targets, list) or not targets or not all(name in TARGETS for name in targets):
         raise UserError(f"{where} has target_modules = {targets!r}; only {', '.join(TARGETS)} are supported.")
     found = Adapters(
         rank=rank,
@@ -124,6 +141,22 @@ def _adapters_in(folder: str, options: LoraConfig) -> Adapters:
                 f"out."
             )
     return found
+
+
+def _refuse_variants(config: dict[str, Any], where: str) -> None:
+    """UserError for the first key that changes W x + alpha / r x B A x on all layers into something else, or that is
+    unknown and so may change it."""
+    for key, value in config.items():
+        is_unset = value is None or value is False or value in ("", [], {})  # 0 may be the number of a layer
+        if key in _READ | _WITHOUT_EFFECT or value in _LIMITED.get(key, ()) or (is_unset and key not in _LIMITED):
+            continue
+        allowed = "an adapter without it"
+        if key in _LIMITED:
+            allowed = " or ".join(repr(one) for one in _LIMITED[key] if one is not None)
+        raise UserError(
+            f"{where} has {key} = {value!r}, which is not supported; only {allowed} is; convert the adapter to plain "
+            f"LoRA with PEFT first."
+        )
 
 
 def _read_adapter_config(folder: str) -> dict[str, Any]:
@@ -178,8 +211,6 @@ def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) 
             f"--hft-round-interval {hft.hft_round_interval} begins rounds that train other weights, but with {given} "
             f"every round would train the same adapters; leave it out."
         )
-    if config.model.load_hf is None:
-        raise UserError(f"{given} trains adapters of a pretrained model; give its folder with --load-hf.")
     if config.optimizer.mofo_fraction is not None:
         raise UserError(
             f"--mofo-fraction {config.optimizer.mofo_fraction:g} chooses entries of the model's own matrices, but "
@@ -192,15 +223,58 @@ def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) 
         )
 
 
-def the_adapter_has_its_own_folder(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """An adapter is never written over anything."""
-    target = config.checkpoint.save_lora
-    if target is None:
+def adapters_fit_the_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Adapters need a pretrained model and one place to start from, and leave embedding and head frozen, so that these
+    have no learning rate."""
+    if adapters_of(config.lora) is None:
         return
-    if Path(target).exists() and not (Path(target).is_dir() and not any(Path(target).iterdir())):
-        raise UserError(f"--save-lora {target} already exists; choose a new folder, or remove this one.")
-    if target in (config.checkpoint.save_hf, config.checkpoint.save):
-        raise UserError(f"--save-lora {target} is the folder of another output; choose a folder of its own.")
+    folder, rate = config.lora.lora_adapter, config.optimizer.decoupled_lr
+    given = "--lora-rank" if folder is None else "--lora-adapter"
+    if config.model.load_hf is None:
+        raise UserError(f"{given} trains adapters of a pretrained model; give its folder with --load-hf.")
+    if folder is not None and config.checkpoint.finetune:
+        raise UserError(
+            f"--lora-adapter {folder} gives the adapters to start from, and so does --finetune with --load "
+            f"{config.checkpoint.load}; leave one of the two out."
+        )
+    if rate is not None:
+        raise UserError(
+            f"--decoupled-lr {rate:g} is the learning rate of embedding and head, but {given} freezes them; leave it "
+            f"out."
+        )
+
+
+def for_later_stages(options: LoraConfig) -> LoraConfig:
+    """The options of a stage or task that takes its adapters from the one before: --lora-adapter as rank, alpha and
+    targets."""
+    adapters = adapters_of(options)
+    if options.lora_adapter is None or adapters is None:
+        return options
+    return replace(
+        options,
+        lora_adapter=None,
+        lora_rank=adapters.rank,
+        lora_alpha=adapters.alpha,
+        lora_targets=",".join(adapters.targets),
+    )
+
+
+def are_alike(one: LoraConfig, other: LoraConfig) -> bool:
+    """Whether one stage or task can train another's adapters; their dropout may differ."""
+    return replace(one, lora_dropout=other.lora_dropout) == other
+
+
+def note_dropout(options: LoraConfig) -> list[str]:
+    """A line for the log where the adapter of --lora-adapter was trained with another dropout."""
+    if options.lora_adapter is None:
+        return []
+    held = _read_adapter_config(options.lora_adapter).get("lora_dropout") or 0.0
+    if held == options.lora_dropout:
+        return []
+    return [
+        f"--lora-adapter {options.lora_adapter} has lora_dropout {held}, which is not used: this run has "
+        f"--lora-dropout {options.lora_dropout:g}"
+    ]
 
 
 LORA_RULES = (adapters_are_asked_for, adapters_train_alone)

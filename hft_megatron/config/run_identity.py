@@ -168,12 +168,35 @@ def check_same_run(saved: RunIdentity, new: RunIdentity, folder: str, *, option:
 
 def check_same_model(saved: RunIdentity, new: RunIdentity, folder: str) -> None:
     """Raise UserError, with both values of the first difference, when the weights in ``folder`` don't fit ``new``."""
+    _check_same_adapters(saved.shape.adapters, new.shape.adapters, folder)
+    saved = replace(saved, shape=replace(saved.shape, adapters=new.shape.adapters))  # except their dropout
     for name, old_value, new_value in _sizes(saved, new):
         if old_value != new_value:
             raise UserError(
                 f"--finetune takes the weights of --load {folder}, whose {name} is {old_value}, but this command's is "
                 f"{new_value}; give the same model."
             )
+
+
+def _check_same_adapters(saved: Adapters | None, new: Adapters | None, folder: str) -> None:
+    """UserError where the adapters of a run differ, in more than dropout, from those of a run that starts from its
+    weights."""
+    merged = f"`hft-megatron convert --load {folder} --save-hf MODEL`, and start from that with --load-hf only"
+    if saved is None and new is not None:
+        raise UserError(
+            f"--finetune takes the weights of --load {folder}, which has no adapters, but this command's have rank "
+            f"{new.rank}; write that run's model with {merged}."
+        )
+    if saved is not None and new is None:
+        raise UserError(
+            f"--finetune takes the weights of --load {folder}, which trained adapters ({saved}), but this command has "
+            f"none; give the same --lora-rank, or merge them with {merged}."
+        )
+    if saved is not None and new is not None and replace(saved, dropout=new.dropout) != new:
+        raise UserError(
+            f"--finetune takes the weights of --load {folder}, whose adapters have {saved}, but this command's have "
+            f"{new}; give the same --lora-rank, --lora-alpha and --lora-targets."
+        )
 
 
 def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:

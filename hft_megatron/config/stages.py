@@ -10,6 +10,7 @@ from typing import Any
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.declared import flag
 from hft_megatron.config.loading import stages_of_file
+from hft_megatron.config.lora import are_alike, for_later_stages
 from hft_megatron.config.names import MethodName, known
 from hft_megatron.config.optimizer import warmup_fits
 from hft_megatron.config.run import RunConfig
@@ -77,6 +78,11 @@ def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None =
             raise UserError(
                 f"{path}:{line}: a stage cannot have a model of its own, as all stages train one model; leave it out."
             )
+        if not are_alike(config.lora, base.lora):
+            raise UserError(
+                f"{path}:{line}: a stage cannot have its own adapters, only its own lora_dropout; give --lora-rank and "
+                f"its other options for all stages, or train the stages as separate runs."
+            )
         if config.training.train_iters == 0:
             raise UserError(
                 f"{path}:{line}: a stage with --train-iters 0 leaves no weights for the next; leave it out."
@@ -86,18 +92,26 @@ def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None =
         own = replace(config.checkpoint, save=folder)
         if number < len(read) - 1 and not exports_itself:
             own = without_exports(own)
-        for other in stages:
-            if own.save_hf is not None and same_folder(own.save_hf, other.config.checkpoint.save_hf):
-                raise UserError(
-                    f"{path}:{line}: save_hf {own.save_hf} is the export folder of an earlier stage; choose another."
-                )
+        if number < len(read) - 1 and own.save_lora == whole.save_lora:
+            own = replace(own, save_lora=None)
+        _check_exports(own, stages, f"{path}:{line}")
         if number > 0:
             own = replace(own, load=str(stages[-1].folder), finetune=True)
+            config = replace(config, lora=for_later_stages(config.lora))
         elif same_folder(whole.save, whole.load):
             own = replace(own, load=folder)
         logging = named_logging(config.logging, base.logging, name)
         stages.append(Stage(method=method, config=replace(config, checkpoint=own, logging=logging)))
     return tuple(stages)
+
+
+def _check_exports(checkpoint: CheckpointConfig, earlier: Sequence[Stage], where: str) -> None:
+    """UserError where a stage exports to the folder of another export."""
+    for name in ("save_hf", "save_lora"):
+        folder = getattr(checkpoint, name)
+        others = [one.config.checkpoint for one in earlier if folder is not None]
+        if any(same_folder(folder, path) for other in others for path in (other.save_hf, other.save_lora)):
+            raise UserError(f"{where}: {name} {folder} is the export folder of an earlier stage; choose another.")
 
 
 def without_exports(checkpoint: CheckpointConfig) -> CheckpointConfig:

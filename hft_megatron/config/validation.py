@@ -41,6 +41,7 @@ _RULES: tuple[Rule, ...] = (
     tracking.tasks_are_there,
     tracking.profile_fits_the_run,
     *lora.LORA_RULES,
+    lora.adapters_fit_the_run,
     *hft.METHOD_RULES,
     data.tokenizer_is_given,
     checkpoint.outputs_have_a_place,
@@ -51,7 +52,6 @@ _RULES: tuple[Rule, ...] = (
     checkpoint.a_new_run_has_its_own_folder,
     hft.scores_are_of_the_first_weights,
     exports.nothing_is_overwritten,
-    lora.the_adapter_has_its_own_folder,
     checkpoint.outputs_can_be_written,
 )
 """Rules of every run, in an order in which the numbers that a rule divides by have been checked by an earlier one."""

@@ -7,7 +7,7 @@ therefore compared in full here.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from hft_megatron.config.adapters import ADAPTER_PARTS, Adapters, has_adapter
-from hft_megatron.config.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from hft_megatron.config.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterNote
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import sync
 from hft_megatron.conversion.kept_files import NewFolder
@@ -67,17 +68,20 @@ def export_adapter(
     *,
     base: str | None,
     announce: Announce,
+    values: Mapping[Parameter, Tensor],
+    note: AdapterNote | None,
 ) -> None:
     """Writes the adapters of this run's model; the folder appears complete or not at all. Every rank must call it.
 
-    ``base`` is the Hugging Face folder of the model that they belong to. Raises RunFailed on every rank where rank 0
-    can't write.
+    ``base`` is the Hugging Face folder of the model that they belong to. ``values`` are those of
+    ``gathered_weights``. Raises RunFailed on every rank where rank 0 can't write.
     """
     adapters = shape.adapters
     assert adapters is not None
-    wholes = gathered_weights(chunks, shape, placement, only_adapters=True)
+    config = _peft_config(adapters, base)
+    wholes = gathered_weights(chunks, shape, placement, only_adapters=True, values=values)
     write_on_rank_0(
-        lambda: _write(destination, {peft_name(unit): whole.contiguous() for unit, whole in wholes}, adapters, base),
+        lambda: _write(destination, {peft_name(unit): whole.contiguous() for unit, whole in wholes}, config, note),
         wholes,
         placement,
         what=f"the adapter in {destination.target}",
@@ -86,12 +90,15 @@ def export_adapter(
     announce(f"exported the adapter to {destination.target} in PEFT's format")
 
 
-def _write(destination: NewFolder, tensors: dict[str, Tensor], adapters: Adapters, base: str | None) -> None:
+def _write(
+    destination: NewFolder, tensors: dict[str, Tensor], config: dict[str, Any], note: AdapterNote | None
+) -> None:
     unfinished = destination.open()
     try:
         save_file(tensors, unfinished / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
-        config = json.dumps(_peft_config(adapters, base), indent=2)
-        (unfinished / ADAPTER_CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        (unfinished / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if note is not None:
+            note.write(unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
         destination.publish(unfinished)
@@ -136,14 +143,23 @@ def check_adapter(folder: str, shape: ModelShape) -> str:
     return digest.hexdigest()
 
 
+def adapter_values(folder: str, chunks: Sequence[LlamaModel], placement: Placement) -> dict[Parameter, Tensor]:
+    """This rank's part of every adapter in a folder that ``check_adapter`` accepts, fp32 in host memory."""
+    with _opened(folder) as file:
+        return {
+            slot.parameter: local_slice(file.get_tensor(peft_name(slot.unit)), slot, placement).float()
+            for slot in parameter_slots(chunks)
+            if slot.is_adapter
+        }
+
+
 def load_adapter(folder: str, chunks: Sequence[LlamaModel], placement: Placement) -> None:
     """Fills this rank's adapters from a folder that ``check_adapter`` accepts; collective."""
 
     def fill() -> None:
-        with _opened(folder) as file, torch.no_grad():
-            for slot in parameter_slots(chunks):
-                if slot.is_adapter:
-                    slot.parameter.copy_(local_slice(file.get_tensor(peft_name(slot.unit)), slot, placement))
+        with torch.no_grad():
+            for parameter, value in adapter_values(folder, chunks, placement).items():
+                parameter.copy_(value)
 
     together(fill)
 

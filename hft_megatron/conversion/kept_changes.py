@@ -16,8 +16,10 @@ from torch import Tensor
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
 from hft_megatron.conversion.load import check_weights
 from hft_megatron.conversion.merge_inputs import MergeInputs
-from hft_megatron.conversion.merging import Combine, check_both, merge, recorded
+from hft_megatron.conversion.merging import Combine, announce_dtypes, check_both, merge, recorded
 from hft_megatron.conversion.save import Announce
+from hft_megatron.conversion.weight_files import notes_on_folder
+from hft_megatron.hft.units import units_of
 
 BLOCK = 1 << 18
 """Entries that TIES merges together, of all models."""
@@ -108,6 +110,7 @@ def merge_changes(inputs: Sequence[MergeInputs], density: float, coefficient: fl
     digests = [check_weights(one.tuned, one.shape, option="--others") for one in others]
     with ExitStack() as stack:
         opened = [stack.enter_context(HuggingFaceWeights(one.tuned, option="--others")) for one in others]
+        _announce_others(first, list(zip(others, opened, strict=True)), announce)
 
         def elect(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
             old, new = base.read(name), [model.read(name) for model in (tuned, *opened)]
@@ -125,6 +128,19 @@ def merge_changes(inputs: Sequence[MergeInputs], density: float, coefficient: fl
     announce(
         f"ties: {first.output} has the base's weights and the largest {density:g} of {len(inputs)} models' changes"
     )
+
+
+def _announce_others(
+    first: MergeInputs, others: Sequence[tuple[MergeInputs, HuggingFaceWeights]], announce: Announce
+) -> None:
+    """Announces for the other models what ``merge`` announces for the first model and the base."""
+    names = [f"{unit.name}.weight" for unit in units_of(first.shape)]
+    with HuggingFaceWeights(first.tuned, option="--tuned") as tuned:
+        dtypes = {name: tuned.dtype(name) for name in names}
+    for inputs, weights in others:
+        for note in (*inputs.notes, *notes_on_folder(inputs.tuned)):
+            announce(note)
+        announce_dtypes(dtypes, {name: weights.dtype(name) for name in names}, f"--others {inputs.tuned}", announce)
 
 
 def _elected(start: Tensor, changed: Sequence[Tensor], smallest: Tensor, coefficient: float) -> Tensor:

@@ -158,7 +158,7 @@ def merge(inputs: MergeInputs, combine: Combine, outputs: Sequence[Merged], anno
         _appears_whole(Path(inputs.output).resolve()) as folder,
     ):
         dtypes = {name: tuned.dtype(name) for name in shapes}
-        _announce_dtypes(dtypes, {name: base.dtype(name) for name in shapes}, announce)
+        announce_dtypes(dtypes, {name: base.dtype(name) for name in shapes}, "--base", announce)
         announced = [(name, dtypes[name], shapes[name]) for name in shapes]
         writers = []
         for output in outputs:
@@ -178,13 +178,16 @@ def merge(inputs: MergeInputs, combine: Combine, outputs: Sequence[Merged], anno
             announce(line)
 
 
-def _announce_dtypes(tuned: Mapping[str, torch.dtype], base: Mapping[str, torch.dtype], announce: Announce) -> None:
-    differing = [name for name in tuned if tuned[name] != base[name]]
+def announce_dtypes(
+    tuned: Mapping[str, torch.dtype], other: Mapping[str, torch.dtype], option: str, announce: Announce
+) -> None:
+    """A line where tensors of the folder that ``option`` names have other data types than those of --tuned."""
+    differing = [name for name in tuned if tuned[name] != other[name]]
     if differing:
         first = differing[0]
         announce(
-            f"{len(differing)} of {len(tuned)} tensors have another data type in --base ({first}: {base[first]}) than "
-            f"in --tuned ({tuned[first]}); the output uses that of --tuned, and values are rounded to it"
+            f"{len(differing)} of {len(tuned)} tensors have another data type in {option} ({first}: {other[first]}) "
+            f"than in --tuned ({tuned[first]}); the output uses that of --tuned, and values are rounded to it"
         )
 
 

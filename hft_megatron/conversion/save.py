@@ -1,7 +1,7 @@
 """A model's whole tensors -> safetensors, one after the other: gathered from this run's ranks, or from any reader."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.conversion.hf_folder import HuggingFaceWeights
@@ -23,6 +24,7 @@ from hft_megatron.parallel.groups import Placement
 from hft_megatron.parallel.meeting import wait_for_all_ranks
 
 Announce = Callable[[str], None]
+_NO_VALUES: Mapping[Parameter, Tensor] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +91,17 @@ def write_weights(
 
 
 def gathered_weights(
-    chunks: Sequence[LlamaModel], shape: ModelShape, placement: Placement, *, only_adapters: bool = False
+    chunks: Sequence[LlamaModel],
+    shape: ModelShape,
+    placement: Placement,
+    *,
+    only_adapters: bool = False,
+    values: Mapping[Parameter, Tensor] = _NO_VALUES,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields every unit with its whole tensor on rank 0 (CPU), in the order of ``units_of``; on other ranks nothing.
 
     ``shape`` is that of the chunks, including their adapters; ``only_adapters`` leaves other units out.
+    ``values``, unless empty, are fp32 values of all yielded parameters, in place of their own, on data-parallel rank 0.
     Every rank must run it to its end, which it reaches when rank 0 has taken the last tensor.
     """
     slots = {slot.unit: slot for slot in parameter_slots(chunks) if not _is_tied_copy(slot, shape)}
@@ -106,14 +114,14 @@ def gathered_weights(
         wait_for_all_ranks()
         whole = None
         if placement.data_rank == 0 and unit in slots:
-            whole = _gather_tensor_ranks(slots[unit], shape, placement)
+            whole = _gather_tensor_ranks(slots[unit], values, shape, placement)
         if owner_of[unit] != 0:
             if placement.rank == owner_of[unit]:
                 assert whole is not None
                 dist.send(whole.contiguous(), 0)
                 torch.cuda.synchronize()  # On NCCL the send is only queued, and keeps its tensor.
             elif placement.rank == 0:
-                dtype = next(iter(slots.values())).parameter.dtype
+                dtype = torch.float32 if values else next(iter(slots.values())).parameter.dtype
                 whole = torch.empty(whole_shape(unit, shape), dtype=dtype, device=placement.device)
                 dist.recv(whole, owner_of[unit])
         if placement.rank == 0:
@@ -155,9 +163,11 @@ def _is_tied_copy(slot: ParameterSlot, shape: ModelShape) -> bool:
     return shape.tie_embeddings and slot.local_name.startswith("output_layer")
 
 
-def _gather_tensor_ranks(slot: ParameterSlot, shape: ModelShape, placement: Placement) -> Tensor | None:
+def _gather_tensor_ranks(
+    slot: ParameterSlot, values: Mapping[Parameter, Tensor], shape: ModelShape, placement: Placement
+) -> Tensor | None:
     """The whole tensor on tensor rank 0, without the rows that pad the vocabulary."""
-    local = slot.parameter.detach()
+    local = values.get(slot.parameter, slot.parameter).detach().to(slot.parameter.device)
     if slot.cut is None:
         return local if placement.tensor_rank == 0 else None
     if placement.tensor_size > 1:

@@ -1,7 +1,7 @@
 """Floating-point operations of a training step by formula: no torch, no model, no ranks."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 from hft_megatron.config.adapters import ADAPTER_PARTS
@@ -10,6 +10,7 @@ from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.costs.parts import MATRICES, Part, parts_of
+from hft_megatron.hft.units import LM_HEAD_NAME
 from hft_megatron.model.parameter_names import whole_shape
 
 FORMULA = (
@@ -42,6 +43,24 @@ class StepFlops:
     """FLOPs that the engine computes under the plan."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtraWork:
+    """Work of a step beyond its own passes, on every token of its batch."""
+
+    forward_passes: int = 0
+    """Forward passes of a model without adapters, to its logits."""
+    adapted_passes: int = 0
+    """Forward passes with the adapters of the trained model, to its logits."""
+    head_products: int = 0
+    """Products of the head alone."""
+
+    def __add__(self, other: "ExtraWork") -> "ExtraWork":
+        return ExtraWork(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
+
+
+NO_EXTRA_WORK = ExtraWork()
+
+
 def step_flops(
     shape: ModelShape,
     parallel: ParallelConfig,
@@ -50,7 +69,7 @@ def step_flops(
     *,
     micro_batch_tokens: int,
     vocab_multiple: int = 1,
-    forward_passes_before: int = 0,
+    extra: ExtraWork = NO_EXTRA_WORK,
 ) -> StepFlops:
     """FLOPs of training the units for which ``trains`` is true.
 
@@ -61,8 +80,7 @@ def step_flops(
     the causal scores and their product with the values cost 2 x heads x head size x length^2 forward (every query meets
     on average half of the keys) and twice that backward, as Megatron-LM and newer NeMo count. Flash kernels recompute
     the scores in the backward pass, which by convention isn't counted.
-    ``forward_passes_before`` adds forward passes that a step makes before its own: of a reference in memory, or of the
-    model.
+    ``extra`` is added: the work of a reference in memory, or of passes through the model before its own.
     """
     head = head_forwards(
         shape,
@@ -71,12 +89,15 @@ def step_flops(
         vocab_multiple=vocab_multiple,
     )
     parts = parts_of(shape, parallel, training, trains, head_forwards=head)
-    forward, actual = _flops_of(parts, shape, parallel.tensor_model_parallel_size)
+    forward, of_adapters, actual = _flops_of(parts, shape, parallel.tensor_model_parallel_size)
+    passes = extra.forward_passes + extra.adapted_passes
+    added = passes * forward.per_token + extra.adapted_passes * of_adapters
+    added += extra.head_products * product_flops(LM_HEAD_NAME, shape)
     return StepFlops(
         model=Flops(per_token=3 * forward.per_token, per_squared_length=3 * forward.per_squared_length),
         actual=Flops(
-            per_token=actual.per_token + forward_passes_before * forward.per_token,
-            per_squared_length=actual.per_squared_length + forward_passes_before * forward.per_squared_length,
+            per_token=actual.per_token + added,
+            per_squared_length=actual.per_squared_length + passes * forward.per_squared_length,
         ),
     )
 
@@ -97,9 +118,10 @@ def head_forwards(shape: ModelShape, tensor_size: int, *, micro_batch_tokens: in
     return 1 if tokens_of_a_chunk(micro_batch_tokens, rows) == micro_batch_tokens else 2
 
 
-def _flops_of(parts: Iterable[Part], shape: ModelShape, tensor_size: int) -> tuple[Flops, Flops]:
-    """FLOPs of one forward pass through the parts without adapters, and of all passes of a step."""
-    once = again = attention_once = attention_again = 0
+def _flops_of(parts: Iterable[Part], shape: ModelShape, tensor_size: int) -> tuple[Flops, int, Flops]:
+    """FLOPs of one forward pass through the parts without adapters, those that adapters add to it per token, and FLOPs
+    of all passes of a step."""
+    once = of_adapters = again = attention_once = attention_again = 0
     for part in parts:
         if part.kind == "attention":
             attention_once += attention_flops(shape)
@@ -113,11 +135,12 @@ def _flops_of(parts: Iterable[Part], shape: ModelShape, tensor_size: int) -> tup
                 is_first = unit.endswith(ADAPTER_PARTS[0])
                 # The one of the two that is not cut is used by every tensor rank.
                 ranks = 1 if is_first == (part.kind == "row") else tensor_size
+                product = ranks * product_flops(unit, shape)
+                of_adapters += product
                 # What comes out of an A that trains needs a gradient.
-                again += (
-                    ranks * product_flops(unit, shape) * (part.forwards + 1 + (part.gives_gradient or not is_first))
-                )
+                again += product * (part.forwards + 1 + (part.gives_gradient or not is_first))
     return (
         Flops(per_token=once, per_squared_length=attention_once),
+        of_adapters,
         Flops(per_token=again, per_squared_length=attention_again),
     )

@@ -31,6 +31,8 @@ ROPE_TENSORS = 2
 """Tensors of one head's channels and all positions, once for all layers: cosines and sines."""
 BACKWARD_TENSORS = 1
 """Tensors of the feed-forward size: gradients in a layer's backward pass beyond the memory it has freed by then."""
+MASK_BYTES = 1
+"""Bytes of one entry of a dropout mask."""
 LOGIT_BYTES = {"bf16": 6, "fp32": 4}
 """Bytes per token of a chunk and row of the vocabulary: fp32 softmax, with bf16 also logits or their gradient."""
 
@@ -122,7 +124,7 @@ class ActivationModel:
         queries = shape.num_attention_heads * shape.kv_channels // self._tensor_size
         keys = shape.num_query_groups * shape.kv_channels // self._tensor_size
         kept, flows = self._norm(train("input_layernorm"), flows)
-        kept += self._hidden * keep(*ATTENTION_IN)
+        kept += self._hidden * keep(*ATTENTION_IN) + self._of_adapters(ATTENTION_IN, flows)
         flows |= train(*ATTENTION_IN)
         out = size * tokens * queries
         if flows:
@@ -131,13 +133,14 @@ class ActivationModel:
                 kept += out + self._log_sums
         if keep(ATTENTION_OUT) and (self._attention_is_recomputed or not flows):
             kept += out  # elsewhere the attention keeps it already
+        kept += self._of_adapters((ATTENTION_OUT,), flows)
         flows |= train(ATTENTION_OUT)
         norm, flows = self._norm(train("post_attention_layernorm"), flows)
-        kept += norm + self._hidden * keep(*MLP_IN)
+        kept += norm + self._hidden * keep(*MLP_IN) + self._of_adapters(MLP_IN, flows)
         flows |= train(*MLP_IN)
         ffn = size * tokens * shape.ffn_hidden_size // self._tensor_size
-        kept += ffn * (SWIGLU_TENSORS * flows + keep(MLP_OUT))
-        return kept + self._of_adapters, flows or train(MLP_OUT)
+        kept += ffn * (SWIGLU_TENSORS * flows + keep(MLP_OUT)) + self._of_adapters((MLP_OUT,), flows)
+        return kept, flows or train(MLP_OUT)
 
     def _parts(self, unit: str) -> tuple[str, ...]:
         return ADAPTER_PARTS if has_adapter(unit, self.shape.adapters) else ()
@@ -146,20 +149,17 @@ class ActivationModel:
     def _drops(self) -> bool:
         return self.shape.adapters is not None and self.shape.adapters.dropout > 0
 
-    @property
-    def _of_adapters(self) -> int:
-        """Bytes that the adapters of a layer keep beyond their matrices' input: A x, and with dropout each an input and
-        a mask of its own."""
-        adapters = self.shape.adapters
-        if adapters is None:
-            return 0
-        numbers = 0
-        for module in (*ATTENTION_IN, ATTENTION_OUT, *MLP_IN, MLP_OUT):
-            if has_adapter(module, adapters):
+    def _of_adapters(self, modules: Sequence[str], flows: bool) -> int:
+        """Bytes that the adapters of matrices keep beyond these matrices' input: A x, and with dropout each an input of
+        its own, and where that needs a gradient (``flows``) the mask."""
+        adapters, kept = self.shape.adapters, 0
+        for module in modules:
+            if adapters is not None and has_adapter(module, adapters):
                 cut = self._tensor_size if module in (ATTENTION_OUT, MLP_OUT) else 1
-                inputs = 2 * whole_shape(module, self.shape)[1] // cut
-                numbers += adapters.rank + inputs * self._drops
-        return self._size * self.micro_batch.tokens * numbers
+                columns = whole_shape(module, self.shape)[1] // cut
+                kept += self._size * adapters.rank
+                kept += (self._size + MASK_BYTES * flows) * columns * self._drops
+        return self.micro_batch.tokens * kept
 
     def _norm(self, is_trained: bool, flows: bool) -> tuple[int, bool]:
         """Bytes that a norm keeps, and whether its output needs a gradient."""

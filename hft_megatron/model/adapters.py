@@ -65,8 +65,9 @@ class LowRank(torch.nn.Module):
             return hidden
         seed = int(torch.randint(2**62, ())) + self._salt
         generator = torch.Generator(hidden.device).manual_seed(seed)
-        kept = torch.empty_like(hidden).bernoulli_(1 - self.probability, generator=generator)
-        return hidden * kept.div_(1 - self.probability)
+        # A mask that includes the scale would be rounded to the data type, which is a bias in bf16.
+        kept = torch.empty_like(hidden, dtype=torch.bool).bernoulli_(1 - self.probability, generator=generator)
+        return (hidden * kept).mul_(1 / (1 - self.probability))
 
     def added(self, output: Tensor, inner: Tensor) -> Tensor:
         """The matrix's output (s, b, rows), and A x (s, b, rank) -> their sum with the adapter's."""

@@ -216,6 +216,24 @@ def _entropy_of_likeliest(logits: Tensor, count: int, group: dist.ProcessGroup) 
     return entropy
 
 
+def divergence_sums(other: Tensor, mine: Tensor, largest: Tensor, real_rows: int) -> Tensor:
+    """This rank's part of the sums in KL(other || mine), (2, tokens): the sums over its rows of exp(r - n)
+    ((r - n) - (z - m)) and of exp(r - n).
+
+    ``other`` (tokens, rows) are the other model's logits minus their largest of all ranks, r - n, and become their
+    exponentials. ``mine`` are this model's logits z, whose largest are m, (tokens,).
+    """
+    # Of a row that pads the vocabulary the difference would be minus infinity minus itself, which is undefined.
+    difference = (mine[:, :real_rows] - largest[:, None]).neg_().add_(other[:, :real_rows])
+    other.exp_()
+    return torch.stack([difference.mul_(other[:, :real_rows]).sum(dim=1), other.sum(dim=1)])
+
+
+def divergence(weighted: Tensor, other_total: Tensor, total: Tensor) -> Tensor:
+    """KL(other || mine) in nats from the sums over all rows: the two of ``divergence_sums``, and sum exp(z - m)."""
+    return weighted / other_total - other_total.log() + total.log()
+
+
 class _Divergence:
     """KL(compared || this model) of each token, chunk by chunk, over the vocabulary of all tensor ranks.
 
@@ -239,15 +257,12 @@ class _Divergence:
 
     def add(self, of_chunk: slice, logits: Tensor, maximum: Tensor) -> None:
         """Takes in a chunk: this model's logits (tokens, rows), and their maxima over all ranks (tokens,)."""
-        real = self._share.real_rows  # minus infinity less itself is undefined
         other = self._logits(of_chunk)
         largest = other.amax(dim=1)
         _all_reduce(largest, dist.ReduceOp.MAX, self._share.group)
         other.sub_(largest[:, None])
-        difference = (logits[:, :real] - maximum[:, None]).neg_().add_(other[:, :real])
-        other.exp_()
-        weighted = difference.mul_(other[:, :real]).sum(dim=1)
-        self._of_tokens.append((largest, weighted, other.sum(dim=1)))
+        weighted, total = divergence_sums(other, logits, maximum, self._share.real_rows)
+        self._of_tokens.append((largest, weighted, total))
 
     def values(self, total: Tensor) -> Tensor:
         """Divergences of all tokens; ``total`` (tokens,) is t. Called after the last chunk of the forward pass."""
@@ -257,8 +272,7 @@ class _Divergence:
         weighted, self._total = sums
         self._of_tokens.clear()
         self._flat = None
-        divergences: Tensor = weighted / self._total - self._total.log() + total.log()
-        return divergences
+        return divergence(weighted, self._total, total)
 
     def logit_gradients(self, of_chunk: slice, softmax: Tensor, gradients: Tensor | None) -> Tensor:
         """(tokens, rows), by this model's logits, whose ``softmax`` is given; ``gradients`` (s, b) are those of the

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hft_megatron.config.derived import tokens_of_a_chunk
-from hft_megatron.model.head import hide_padded_rows
+from hft_megatron.model.head import divergence, divergence_sums, hide_padded_rows
 from hft_megatron.model.linear import gather_sequence
 from hft_megatron.model.llama import LlamaModel
 
@@ -88,28 +88,25 @@ class Readout:
         vocabulary: sum over the vocabulary of p (log p - log q)."""
         found = [hidden.new_empty((2, 0), dtype=torch.float32)]
         for chunk, mine in self._chunks(hidden):
-            first, second = self._log_probs(mine), other._log_probs(other._of_rank(of_other[chunk]))
-            difference = (first - second)[:, : self._real_rows]
-            both = torch.stack(
-                [
-                    (first[:, : self._real_rows].exp() * difference).sum(dim=1),
-                    -(second[:, : self._real_rows].exp() * difference).sum(dim=1),
-                ]
-            )
+            theirs = other._of_rank(of_other[chunk])
+            largest, of_theirs = self._largest(mine), self._largest(theirs)
+            # The first argument is overwritten, so ``theirs`` is the second one before it is the first.
+            sums = [divergence_sums(mine - largest[:, None], theirs, of_theirs, self._real_rows)]
+            sums.append(divergence_sums(theirs.sub_(of_theirs[:, None]), mine, largest, self._real_rows))
+            totals = torch.cat(sums)
             if self._group.size() > 1:
-                dist.all_reduce(both, group=self._group)
-            found.append(both)
+                dist.all_reduce(totals, group=self._group)
+            weighted, total, of_their_weighted, of_their_total = totals
+            both = [divergence(weighted, total, of_their_total), divergence(of_their_weighted, of_their_total, total)]
+            found.append(torch.stack(both))
         return torch.cat(found, dim=1)
 
-    def _log_probs(self, logits: Tensor) -> Tensor:
-        """(n, rows) of this rank -> normalised over the whole vocabulary."""
+    def _largest(self, logits: Tensor) -> Tensor:
+        """(n, rows) of this rank -> the largest over the whole vocabulary, (n,)."""
         largest = logits.amax(dim=1)
         if self._group.size() > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
-        total = (logits - largest[:, None]).exp_().sum(dim=1)
-        if self._group.size() > 1:
-            dist.all_reduce(total, group=self._group)
-        return logits - (largest + total.log())[:, None]
+        return largest
 
     def _chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         size = tokens_of_a_chunk(hidden.size(0), self._weight.size(0))

@@ -134,6 +134,23 @@ def gathered_whole(
     return whole if group.rank() == keeper else None
 
 
+def whole_masters(
+    optimizer: HFTDistributedOptimizer, slots: Sequence[ParameterSlot], group: dist.ProcessGroup
+) -> dict[Parameter, Tensor]:
+    """The fp32 masters of the trainable ``slots`` in the shapes of their parameters, on the first rank of the
+    data-parallel ``group``; nothing on others, and where parameters are their own masters. Collective."""
+    found: dict[Parameter, Tensor] = {}
+    if "param" not in optimizer.state_names:
+        return found
+    shards = optimizer.updated_shards()
+    for slot in slots:
+        parameter = slot.parameter
+        whole = gathered_whole(shards.get(parameter), optimizer.range_of(parameter), parameter, 0, group)
+        if whole is not None:
+            found[parameter] = whole.view_as(parameter)
+    return found
+
+
 def in_host_memory(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned where there is a GPU, since it will return to the device."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())

@@ -126,7 +126,7 @@ def _from_weights_to_export(start: Prepared, hooks_of: Callable[..., Sequence[Ho
     with wrapped.gathered_parameters():
         if not start.trains:
             start.validate(chunks, reference, state.iteration)
-        exporter.export_at_end(chunks, start.rounds.trained_until(state.round), state.iteration)
+        exporter.export_at_end(chunks, start.rounds.trained_until(state.round), state.iteration, wrapped)
     signals.close()  # not before, so that a trained model is exported, and not after a failure
     return state.round
 

@@ -15,7 +15,7 @@ import torch
 from hft_megatron.config.derived import sequence_length
 from hft_megatron.config.run_folder import BILL_FILE, write_atomically
 from hft_megatron.conversion.save import Announce
-from hft_megatron.costs.flops import FORMULA, StepFlops, step_flops
+from hft_megatron.costs.flops import FORMULA, NO_EXTRA_WORK, StepFlops, step_flops
 from hft_megatron.costs.rank_costs import CostModel
 from hft_megatron.parallel.consensus import gathered
 from hft_megatron.parallel.step_clock import OTHER, SECTIONS
@@ -55,7 +55,7 @@ def flops_of(run: Run) -> StepFlops:
         plan.trains,
         micro_batch_tokens=sequences * sequence_length(config.training, shape),
         vocab_multiple=config.model.make_vocab_size_divisible_by,
-        forward_passes_before=0 if run.reference is None else run.reference.forward_passes,
+        extra=NO_EXTRA_WORK if run.reference is None else run.reference.extra_work,
     )
 
 

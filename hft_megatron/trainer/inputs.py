@@ -11,7 +11,7 @@ from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config import derived
 from hft_megatron.config.exports import nothing_is_overwritten
 from hft_megatron.config.loading import read_resolved
-from hft_megatron.config.lora import with_adapters
+from hft_megatron.config.lora import note_dropout, with_adapters
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.names import SELECTIONS
 from hft_megatron.config.run import RunConfig
@@ -118,6 +118,7 @@ class Inputs:
         if parallel.sequence_parallel and not derived.splits_sequences(parallel):
             lines.append("--sequence-parallel is off: without tensor parallelism there is nothing to split")
         lines += [] if self.tokenizer is None else self.tokenizer.facts.notes
+        lines += note_dropout(self.config.lora)
         lines += self.method.notes(self.config)
         if self.data is not None:
             lines += self.data.describe()

@@ -33,6 +33,7 @@ from hft_megatron.model.llama import LlamaModel
 from hft_megatron.optimizer.rounds import span_of_round
 from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.groups import Placement
+from hft_megatron.trainer.adapters import fill_masters
 from hft_megatron.trainer.inputs import Inputs
 from hft_megatron.trainer.saving import Base
 
@@ -298,6 +299,9 @@ def starting_state(inputs: Inputs, placement: Placement, wrapped: WrappedModel, 
         device=placement.device.type,
         schedule=schedule_to_note(inputs.config, _span(inputs, placement.world_size)),
     )
+    folder = inputs.config.lora.lora_adapter
+    if folder is not None and not inputs.resumes:
+        fill_masters(folder, wrapped, placement)
     if inputs.carries_moments:
         assert inputs.checkpoint is not None
         keeps_frozen = inputs.config.hft.hft_frozen_moments == "host"

@@ -7,6 +7,7 @@ from typing import Protocol
 from hft_megatron.checkpoint.position import TrainState
 from hft_megatron.config.derived import train_iters
 from hft_megatron.config.run import RunConfig
+from hft_megatron.costs.flops import ExtraWork
 from hft_megatron.data.batches import StepBatch, TrainingSteps, ValidationSteps
 from hft_megatron.errors import RunFailed
 from hft_megatron.optimizer.rounds import LearningRate
@@ -25,8 +26,8 @@ class Reference(Protocol):
         """Bytes that it keeps in this rank's memory."""
 
     @property
-    def forward_passes(self) -> int:
-        """Number of forward passes that it makes of every batch."""
+    def extra_work(self) -> ExtraWork:
+        """The work that it adds to a step."""
 
     def attach(self, batch: StepBatch) -> None:
         """Adds to each micro-batch the values that its objective reads: for pairs their ``reference``, (pairs, 2) fp64,

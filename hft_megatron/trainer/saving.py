@@ -24,15 +24,16 @@ from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.training import TrainingConfig
-from hft_megatron.conversion.adapter_folder import export_adapter
 from hft_megatron.conversion.export import export_folder
 from hft_megatron.conversion.kept_files import Destination, FinalExport, IterationExport, NewFolder
 from hft_megatron.conversion.save import Announce, ExportRules
 from hft_megatron.errors import RunFailed, Stopped, UserError
 from hft_megatron.hft.units import units_of
 from hft_megatron.model.llama import LlamaModel
+from hft_megatron.optimizer.wrapping import WrappedModel
 from hft_megatron.parallel.consensus import gathered, on_rank_0
 from hft_megatron.parallel.groups import Placement
+from hft_megatron.trainer.adapters import save_adapter
 from hft_megatron.trainer.inputs import Inputs
 from hft_megatron.trainer.loop import Hook
 from hft_megatron.trainer.nonfinite import check_weights
@@ -269,13 +270,18 @@ class Exporter:
             destination, chunks, self.inputs.shape, self.placement, rules, self.inputs.tokenizer, self._say_once
         )
 
-    def export_at_end(self, chunks: Sequence[LlamaModel], trained: frozenset[str], iteration: int) -> None:
+    def export_at_end(
+        self,
+        chunks: Sequence[LlamaModel],
+        trained: frozenset[str],
+        iteration: int,
+        wrapped: WrappedModel | None = None,
+    ) -> None:
         """Exports to --save-lora and to --save-hf itself, where they are given; to --save-hf not again when a complete
         run is started again."""
         if self.options.save_lora is not None:
-            target = NewFolder(target=Path(self.options.save_lora))
-            base = self.inputs.config.model.load_hf
-            export_adapter(target, chunks, self.inputs.shape, self.placement, base=base, announce=self.announce)
+            target = Path(self.options.save_lora)
+            save_adapter(target, self.inputs, chunks, iteration, wrapped, self.placement, self.announce)
         if self.options.save_hf is None:
             return
         folder = exports_of(self.options)

@@ -57,3 +57,16 @@ def test_full_fine_tuning_is_that_of_a_plan_without_adapters(model: str, capsys:
         report = json.loads(capsys.readouterr().out)
         found.append((report["full_fine_tuning"], report["memory"]["full"]))
     assert found[0] == found[1]
+
+
+def test_sizes_are_enough_and_a_plan_file_that_no_run_would_read_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--num-layers", "4", "--hidden-size", "64", "--ffn-hidden-size", "112", "--num-attention-heads", "4"]
+    words = ["plan", *sizes, "--max-position-embeddings", "128", "--vocab-size", "96", "--lora-rank", "8"]
+    assert main([*words, "--json"]) == errors.EXIT_OK
+    parameters = json.loads(capsys.readouterr().out)["rounds"][0]["trainable_parameters"]
+    assert parameters == 4 * 8 * (4 * (64 + 64) + 3 * (64 + 112))
+    assert main([*words, "--save", str(tmp_path / "plan.json")]) == errors.EXIT_USAGE
+    assert "is for plans that --hft-plan reads, but a run with --lora-rank reads none" in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()

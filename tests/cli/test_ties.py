@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hft_megatron.cli import main
 from hft_megatron.errors import EXIT_OK, EXIT_USAGE
@@ -36,6 +37,19 @@ def test_several_models_become_one_folder_with_a_record_of_them(
     assert all(
         same_bits(one, read_weights(pair / "base")[name]) for name, one in read_weights(tmp_path / "none").items()
     )
+
+
+def test_notes_and_data_types_of_the_others_are_said_too(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pair(tmp_path, dtype=torch.float16)
+    other = tmp_path / "tuned"
+    change_config(other, rms_norm_eps=1e-3, of_another_program=1)
+    assert main(["ties", *words(pair, tmp_path / "out", "--others", other)]) == EXIT_OK
+    said = capsys.readouterr().out
+    assert f"config.json has rms_norm_eps 0.001 in --others {other} and " in said
+    assert "of_another_program" in said
+    assert f"tensors have another data type in --others {other} (model.embed_tokens.weight: torch.float16) than" in said
 
 
 def test_mistakes_end_with_one_sentence_and_exit_code_2(

@@ -1,10 +1,12 @@
 """Options of preference tuning that contradict each other. Run: pytest tests/config/test_dpo_rules.py"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hft_megatron.config.adapters import Adapters
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.dpo import DPO_RULES, DpoConfig, note_unused_cache, reference_is_clear
 from hft_megatron.config.model import ModelConfig
@@ -61,7 +63,8 @@ def test_a_reference_of_another_shape_is_refused_by_name(tmp_path: Path) -> None
         check(reference_model=folder)
     same = ModelShape.from_hf_config(load_hf_config(folder), folder)
     config = RunConfig(model=ModelConfig(load_hf="model"), dpo=DpoConfig(dpo_reference_model=folder))
-    reference_is_clear(config, same, 1)
+    for shape in (same, replace(same, adapters=Adapters(rank=4, alpha=8.0, targets=("q_proj",)))):
+        reference_is_clear(config, shape, 1)
 
 
 def test_a_cache_that_another_kind_of_reference_leaves_alone_is_a_line() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.config.adapters import Adapters
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.hft import CHOICE_OF_UNITS, HFTConfig
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
-from hft_megatron.config.run_identity import RunIdentity, check_same_run, run_identity
+from hft_megatron.config.run_identity import RunIdentity, check_same_model, check_same_run, run_identity
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
 
@@ -186,3 +187,22 @@ def test_another_run_in_the_folder_is_named_with_both_values(change: dict[str, A
         check_same_run(identity(), changed(**change), "runs/a")
     assert str(error.value).startswith("--save runs/a holds another run: ")
     assert said in str(error.value)
+
+
+def test_a_new_run_from_adapters_may_change_their_dropout_and_nothing_else() -> None:
+    adapters = Adapters(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj",))
+    with_adapters = changed(shape=replace(SHAPE, adapters=adapters))
+
+    def other(**values: Any) -> RunIdentity:
+        return changed(shape=replace(SHAPE, adapters=replace(adapters, **values)))
+
+    check_same_model(with_adapters, other(dropout=0.0), "run")
+    with pytest.raises(UserError, match=r"model's adapters"):
+        check_same_run(with_adapters, other(dropout=0.0), "run")
+    for saved, new, sentence in (
+        (with_adapters, other(rank=8), "whose adapters have rank 4, .*, but this command's have rank 8"),
+        (identity(), with_adapters, "which has no adapters, .* write that run's model with `hft-megatron"),
+        (with_adapters, identity(), r"which trained adapters \(rank 4, .*, but this command has none; give --lora"),
+    ):
+        with pytest.raises(UserError, match=f"--finetune takes the weights of --load run, {sentence}"):
+            check_same_model(saved, new, "run")

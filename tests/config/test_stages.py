@@ -7,6 +7,7 @@ import pytest
 
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.hft import HFTConfig
+from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
@@ -14,6 +15,7 @@ from hft_megatron.config.stages import read_stages, with_one_schedule, with_roun
 from hft_megatron.config.tracking import LoggingConfig
 from hft_megatron.config.training import TrainingConfig
 from hft_megatron.errors import UserError
+from tests.config.test_lora import adapter
 
 BASE = RunConfig(
     model=ModelConfig(load_hf="model"),
@@ -52,6 +54,21 @@ def test_a_stage_exports_where_it_says_and_the_last_one_where_all_were_told_to(t
     assert [one.save_hf for one in written] == ["first", None, "out"]
     assert [one.save_dtype for one in written] == ["float16", None, None]
     assert [one.save_hf_interval for one in written] == [5, None, 5]
+
+
+def test_the_last_stage_alone_writes_the_adapter_that_all_train_one_after_the_other(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("- method: sft\n  save_hf: first\n- method: sft\n  lora_dropout: 0.1\n- method: dpo\n")
+    base = replace(
+        BASE, lora=LoraConfig(lora_rank=4), checkpoint=replace(BASE.checkpoint, save_lora="adapter", save_hf="out")
+    )
+    stages = read_stages(str(file), base)
+    assert [stage.config.checkpoint.save_lora for stage in stages] == [None, None, "adapter"]
+    assert [stage.config.lora.lora_dropout for stage in stages] == [0.0, 0.1, 0.0]
+    given = replace(base, lora=LoraConfig(lora_adapter=adapter(tmp_path)))
+    first, *later = [stage.config.lora for stage in read_stages(str(file), given)]
+    assert first.lora_adapter == str(tmp_path)
+    assert [(one.lora_adapter, one.lora_rank, one.lora_alpha) for one in later] == [(None, 4, 12.0)] * 2
 
 
 def test_stages_with_one_schedule_have_their_parts_of_it(tmp_path: Path) -> None:
@@ -114,6 +131,11 @@ def test_curves_of_stages_have_names_of_their_own(tmp_path: Path) -> None:
             r"stages.yaml:2: a stage with --train-iters 0 leaves no w",
         ),
         ("- method: sft\n  load_hf: other\n", r"stages.yaml:1: a stage cannot have a model of its own"),
+        ("- method: sft\n- method: sft\n  lora_rank: 4\n", r"stages.yaml:2: a stage cannot have its own adapters"),
+        (
+            "- method: sft\n  save_hf: a\n  save_lora: b\n- method: sft\n  save_hf: c\n  save_lora: ./b\n",
+            r"stages.yaml:4: save_lora ./b is the export folder of an earlier stage",
+        ),
         ("- method: sft\n bad\n", r"stages.yaml:\d+ is not valid YAML"),
     ],
 )

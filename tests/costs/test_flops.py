@@ -13,11 +13,18 @@ from hft_megatron.config import derived
 from hft_megatron.config.lora import LoraConfig
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.parallel import ParallelConfig
+from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
-from hft_megatron.costs.flops import Flops, step_flops
+from hft_megatron.costs.flops import NO_EXTRA_WORK, ExtraWork, Flops, step_flops
+from hft_megatron.methods.dpo.reference import SharedReference
+from hft_megatron.methods.objectives.asked import FirstWeights, InTurn, TrainedModel
+from hft_megatron.methods.objectives.last_hidden import attach_hidden_states
+from hft_megatron.methods.objectives.registry import chosen, kl_weight, objective_of
 from hft_megatron.trainer.loop import next_step
+from hft_megatron.trainer.run import Run
 from tests.costs.test_rank_costs import SHAPE
 from tests.support.models import LAYOUTS, make_llama
+from tests.support.plain_run import parse
 from tests.support.tiers import quick
 from tests.support.toy_training import GLOBAL_BATCH, TINY, make_run
 from tests.trainer.test_frozen_bottom import BLOCK, EMBEDDING, FIRST, SECOND, SELECTIVE, UNIFORM
@@ -52,11 +59,16 @@ CASES: dict[str, Case] = {
     "head frozen": (1, "tp1", {}, {"hft_freeze_head": True}),
     "adapters": (2, "tp2_sp", {}, {"lora": {"lora_rank": 3}}),
     "a few adapters, uniform": (2, "pp2", UNIFORM, {"lora": {"lora_rank": 3, "lora_targets": "v_proj,o_proj"}}),
+    "ift beside adapters": (2, "tp2_sp", {}, {"lora": {"lora_rank": 3}, "asks": ["--objective", "ift"]}),
+    "talr beside adapters": (2, "pp2", {}, {"lora": {"lora_rank": 3}, "asks": ["--objective", "talr"]}),
+    "divergence": (2, "tp2", {}, {"asks": ["--kl-to-base", "0.1"]}),
+    "divergence from adapters": (1, "tp1", {}, {"lora": {"lora_rank": 3}, "asks": ["--kl-to-base", "0.1"]}),
     "loss in chunks": (2, "tp2", {}, {"whole_bytes": 2**13}),
     "loss in chunks, head frozen": (1, "tp1", {}, {"whole_bytes": 2**13, "hft_freeze_head": True}),
 }
 """Ranks, layout, recomputation, and what trains."""
 QUICK = ["full", "half", "half, selective", "bottom frozen, two stages", "head frozen", "adapters", "loss in chunks"]
+QUICK += ["ift beside adapters", "divergence"]
 
 
 def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[str, int]:
@@ -67,8 +79,10 @@ def run_counted(folder: str, layout: str, recompute: dict, hft: dict) -> dict[st
 
 
 def counted(folder: str, layout: str, recompute: dict, hft: dict, ratio: float) -> dict[str, int]:
-    lora = LoraConfig(**hft.pop("lora", {}))
+    lora, asks = LoraConfig(**hft.pop("lora", {})), hft.pop("asks", [])
     run = make_run(folder, LAYOUTS[layout], ratio=ratio, training=recompute, hft=hft, lora=lora)
+    if asks:
+        ask(run, parse("sft", ["--load-hf", folder, *asks]))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counts = {"forward": 0, "backward": 0}
 
@@ -99,6 +113,7 @@ def counted(folder: str, layout: str, recompute: dict, hft: dict, ratio: float) 
         run.config.training,
         run.wrapped.plan.trains,
         micro_batch_tokens=batch.sequences * batch.seq_length,
+        extra=NO_EXTRA_WORK if run.reference is None else run.reference.extra_work,
     ).actual
     # The engine computes padding as well.
     tokens, squares = GLOBAL_BATCH * batch.seq_length, GLOBAL_BATCH * batch.seq_length**2
@@ -108,6 +123,19 @@ def counted(folder: str, layout: str, recompute: dict, hft: dict, ratio: float) 
         "matrices by formula": flops.of(tokens, 0),
         "attention by formula": flops.of(0, squares),
     }
+
+
+def ask(run: Run, config: RunConfig) -> None:
+    """Gives a run the objective of these options, and what that asks before each step."""
+    chunks, adapted = run.wrapped.modules, run.wrapped.modules[0].shape.adapters is not None
+    asked: list[Any] = []
+    if kl_weight(config) > 0:
+        first = SharedReference(chunks, run.wrapped.plan.training, attach_hidden_states, adapted=adapted)
+        asked.append(FirstWeights(first, run.placement))
+    if (question := chosen(config).question) is not None:
+        asked.append(TrainedModel(chunks, question(), run.placement))
+    run.objective, run.reference = objective_of(config), InTurn(asked)
+    run.reference.at_round_start(run)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +193,7 @@ def test_a_reference_in_memory_costs_one_forward_pass_more():
             TrainingConfig(),
             lambda unit: True,
             micro_batch_tokens=8,
-            forward_passes_before=extra,
+            extra=ExtraWork(forward_passes=extra),
         )
         for extra in (0, 1)
     )

@@ -1,5 +1,6 @@
 """Losses and gradients of every objective against plain PyTorch, in every layout. Run: pytest tests/methods"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ def gradient_of(losses: torch.Tensor, mask: torch.Tensor, options: ObjectivesCon
     return gradient
 
 
+IFT = ObjectivesConfig(objective="ift")
 AUTHORS, DETACHED = (ObjectivesConfig(ift_weights=weights) for weights in ("authors", "detached"))
 
 
@@ -266,9 +268,14 @@ def test_discounts_stop_at_the_end_of_an_example_and_count_what_is_not_trained()
         assert sums.tolist() == pytest.approx(expected, rel=1e-12)
     mask = torch.tensor([True, False, True, True])
     losses = torch.tensor([2.0, 0.0, 1.0, 0.5], dtype=torch.float64)
-    assert float(ours(losses, mask, AUTHORS)) == pytest.approx(
-        float(weighted_mean(losses, mask, 0.95, detached=False)), rel=1e-12
-    )
+    for gamma, mean in ((0.95, None), (0.0, 3.5 / 3)):  # without sums every weight is 1
+        for weights in ("authors", "detached"):
+            options = ObjectivesConfig(ift_gamma=gamma, ift_weights=weights)
+            expected = float(weighted_mean(losses, mask, gamma, detached=weights == "detached"))
+            assert float(ours(losses, mask, options)) == pytest.approx(expected, rel=1e-12)
+            assert mean is None or expected == pytest.approx(mean, rel=1e-12)
+    without = replace(RunConfig(), objectives=ObjectivesConfig(objective="ift", ift_gamma=0.0))
+    assert [len(chosen(one).notes(one)) for one in (without, replace(without, objectives=IFT))] == [0, 1]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -177,12 +177,46 @@ def test_a_run_continues_from_pefts_folder_and_from_no_other_base(
     expected = load_file(trained / "lora" / "adapter_model.safetensors")
     found = load_file(tmp_path / "same" / "adapter_model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    peft_model(inputs / "model", trained / "lora").save_pretrained(str(tmp_path / "pefts"))
+    words = words_for(inputs, "--lora-adapter", tmp_path / "pefts", "--train-iters", 0)
+    words += ["--save-lora", str(tmp_path / "again")]
+    ranks(1).run(run_sft_words, words=words)
+    found = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     other = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
     weights = load_file(other / "model.safetensors")
     save_file(weights | {"model.norm.weight": 2 * weights["model.norm.weight"]}, other / "model.safetensors")
     words = words_for(inputs, *TRAINING, "--load", trained / "run", "--load-hf", other, "--train-iters", 12)
     with pytest.raises(RanksFailed, match=r"model's weights \(--load-hf\)"):
         ranks(1).run(run_sft_words, words=words)
+
+
+@pytest.mark.slow(reason="six runs")
+def test_under_bf16_an_adapter_goes_from_folder_to_folder_in_fp32(
+    ranks: RankPools, inputs: Path, trained: Path, tmp_path: Path
+) -> None:
+    expected = load_file(trained / "lora" / "adapter_model.safetensors")
+    assert not all(torch.equal(tensor.bfloat16().float(), tensor) for tensor in expected.values())
+    words = words_for(inputs, "--bf16", "--lora-adapter", trained / "lora")
+    still = ["--train-iters", "2", "--lr", "0"]  # nothing decays either
+    for name, more in (("read", ["--train-iters", "0", *flags(LAYOUTS["tp2"])]), ("trained", [*still, *OVERLAP])):
+        ranks(2).run(run_sft_words, words=[*words, *more, "--save-lora", str(tmp_path / name)])
+        found = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+    saved = words_for(inputs, *TRAINING, "--bf16", *OVERLAP, "--save", tmp_path / "run", "--load", tmp_path / "run")
+    saved += ["--save-lora", str(tmp_path / "new")]
+    in_bf16 = ranks(2).run(run_sft_words, words=saved)
+    in_fp32 = ranks(2).run(run_sft_words, words=[*saved[: saved.index("--save")], "--no-bf16"])
+    losses = [[step["loss"] for step in values[-1]["steps"]] for values in (in_bf16, in_fp32)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    written = (tmp_path / "new" / "adapter_model.safetensors").stat().st_mtime_ns
+    again = ranks(2).run(run_sft_words, words=saved)
+    assert any("new already holds the adapter of iteration 10" in line for line in again[0]["said"])
+    assert (tmp_path / "new" / "adapter_model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(RanksFailed, match="adapter of this run, of iteration 10; choose a new folder"):
+        ranks(2).run(run_sft_words, words=[*saved, "--train-iters", "12"])
 
 
 @pytest.mark.slow
@@ -226,6 +260,7 @@ def test_a_sequence_continues_with_the_adapters_of_the_task_before(
     ranks: RankPools, inputs: Path, trained: Path, tmp_path: Path
 ) -> None:
     words = words_for(inputs, *TRAINING, "--finetune", "--load", trained / "run", "--save", tmp_path / "second")
+    words += ["--lora-dropout", "0.01"]  # which the run before did not have
     words += ["--train-iters", "2", "--lr-warmup-iters", "0", "--hft-first-round", "1"]
     answers = ranks(1).run(run_sft_words, words=words)
     assert answers[0]["steps"][0]["loss"] < 0.9 * first_loss(trained / "run")

@@ -12,7 +12,7 @@ from hft_megatron.config.derived import train_iters
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
-from hft_megatron.costs.flops import Flops, StepFlops, step_flops
+from hft_megatron.costs.flops import ExtraWork, Flops, StepFlops, step_flops
 from hft_megatron.parallel.step_clock import StepTimes
 from hft_megatron.trainer.bill import RECENT_STEPS, TimeLeft, Work, flops_of, peak_memory, rates, work_of
 from hft_megatron.trainer.run import Run
@@ -75,7 +75,7 @@ def test_what_is_asked_before_a_step_is_forward_passes_more(passes: int) -> None
     config = RunConfig()
     full = step_flops(SHAPE, ParallelConfig(), TrainingConfig(), lambda unit: True, micro_batch_tokens=8)
     assert flops_of(run_of(config)) == full
-    found = flops_of(run_of(config, reference=SimpleNamespace(forward_passes=passes)))
+    found = flops_of(run_of(config, reference=SimpleNamespace(extra_work=ExtraWork(forward_passes=passes))))
     assert found.model == full.model
     assert 3 * found.actual.per_token == (3 + passes) * full.model.per_token
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hft_megatron.config.continual import ContinualConfig
 from hft_megatron.config.declared import flag
+from hft_megatron.config.lora import for_later_stages
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import same_folder
 from hft_megatron.config.stages import Stage, named_logging, without_exports
@@ -101,6 +102,7 @@ def _stage(config: RunConfig, base: RunConfig, name: str, before: Stage | None) 
     own = replace(config.checkpoint, save=folder)
     if before is not None:
         own = replace(own, load=str(before.folder), finetune=True)
+        config = replace(config, lora=for_later_stages(config.lora))
     elif same_folder(str(whole.save), whole.load):
         own = replace(own, load=folder)
     logging = named_logging(config.logging, base.logging, name)

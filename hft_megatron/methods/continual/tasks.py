@@ -8,6 +8,7 @@ import yaml
 from hft_megatron.config.continual import ContinualConfig
 from hft_megatron.config.data import DataConfig
 from hft_megatron.config.loading import with_mapping, yaml_of_file
+from hft_megatron.config.lora import are_alike
 from hft_megatron.config.optimizer import OptimizerConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.training import TrainingConfig
@@ -108,3 +109,8 @@ def _check(config: RunConfig, base: RunConfig, task: str) -> None:
     for group in ("model", "parallel", "checkpoint"):
         if getattr(config, group) != getattr(base, group):
             raise UserError(f"{task} can't have its own model, layout or folders; give them to the command.")
+    if not are_alike(config.lora, base.lora):
+        raise UserError(
+            f"{task} cannot have its own adapters, only its own lora_dropout; give --lora-rank and its other options "
+            f"to the command."
+        )

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 
 from hft_megatron.config.run_folder import sync
 from hft_megatron.conversion.save import Announce
+from hft_megatron.costs.flops import NO_EXTRA_WORK, ExtraWork
 from hft_megatron.data.batches import StepBatch
 from hft_megatron.errors import UserError
 from hft_megatron.methods.dpo.objective import LOG_PROBS, log_prob_step
@@ -142,9 +143,9 @@ class PrecomputedReference:
         return _bytes_of([self._table])
 
     @property
-    def forward_passes(self) -> int:
+    def extra_work(self) -> ExtraWork:
         """See ``run.Reference``."""
-        return 0
+        return NO_EXTRA_WORK
 
     def attach(self, batch: StepBatch) -> None:
         """See ``run.Reference``."""
@@ -168,10 +169,10 @@ def ask_log_probs(chunks: Sequence[LlamaModel], batch: StepBatch) -> None:
 class ModelReference:
     """Evaluates a second model of the same layout."""
 
-    forward_passes = 1
-
-    def __init__(self, chunks: Sequence[LlamaModel], ask: Ask = ask_log_probs) -> None:
+    def __init__(self, chunks: Sequence[LlamaModel], ask: Ask = ask_log_probs, *, adapted: bool = False) -> None:
+        """``adapted``: ``ask`` leaves its adapters on."""
         self._chunks, self._ask = chunks, ask
+        self.extra_work = ExtraWork(adapted_passes=1) if adapted else ExtraWork(forward_passes=1)
 
     @property
     def held_bytes(self) -> int:
@@ -193,18 +194,25 @@ class SharedReference(Hook):
     Weights that have never trained are the reference's already, so only the trained share is in memory twice.
     """
 
-    forward_passes = 1
-
-    def __init__(self, chunks: Sequence[LlamaModel], trained: frozenset[str], ask: Ask = ask_log_probs) -> None:
-        """``chunks`` hold the reference's weights now; copies of the units ``trained`` in earlier rounds are kept."""
-        self._chunks, self._ask = chunks, ask
+    def __init__(
+        self,
+        chunks: Sequence[LlamaModel],
+        trained: frozenset[str],
+        ask: Ask = ask_log_probs,
+        *,
+        adapted: bool = False,
+    ) -> None:
+        """``chunks`` hold the reference's weights now; copies of the units ``trained`` in earlier rounds are kept.
+        ``adapted``: adapters are units like others, and ``ask`` leaves them on; otherwise they are not kept."""
+        self._chunks, self._ask, self._adapted = chunks, ask, adapted
+        self.extra_work = ExtraWork(adapted_passes=1) if adapted else ExtraWork(forward_passes=1)
         self._kept: dict[Parameter, Tensor] = {}
         self._wrapped: WrappedModel | None = None
         self._keep(trained)
 
     def _keep(self, units: frozenset[str]) -> None:
         for slot in parameter_slots(self._chunks):
-            if slot.unit in units and slot.parameter not in self._kept and not slot.is_adapter:
+            if slot.unit in units and slot.parameter not in self._kept and (self._adapted or not slot.is_adapter):
                 self._kept[slot.parameter] = slot.parameter.detach().clone()
 
     @property

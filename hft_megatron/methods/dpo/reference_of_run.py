@@ -62,13 +62,14 @@ def reference_of_run(
     data, options = inputs.data, inputs.config.dpo
     assert isinstance(data, PreferenceData), "pairs are compared with a reference"
     if options.dpo_reference != "precompute":
-        return reference_in_memory(options.dpo_reference, inputs, chunks, rounds, placement, announce)
+        kind, model = options.dpo_reference, options.dpo_reference_model
+        return reference_in_memory(kind, model, inputs, chunks, rounds, placement, announce)
     base = None if options.dpo_reference_model is not None else _base(inputs)
 
     def reference_model() -> Sequence[LlamaModel]:
         if options.dpo_reference_model is None:
             return _with_weights_of_start(inputs, chunks, base)
-        return _second_model(inputs, chunks, placement)
+        return _second_model(options.dpo_reference_model, inputs, chunks, placement)
 
     digest = base.digest if base is not None else _digest_of_weights(inputs, placement)
     dtype = chunks[0].config.params_dtype
@@ -83,24 +84,30 @@ def reference_of_run(
 
 def reference_in_memory(
     kind: Literal["shared", "model"],
+    folder: str | None,
     inputs: Inputs,
     chunks: Sequence[LlamaModel],
     rounds: Rounds,
     placement: Placement,
     announce: Announce,
     ask: Ask = ask_log_probs,
+    *,
+    adapted: bool = False,
 ) -> SharedReference | ModelReference:
-    """A reference that is evaluated in every step; see ``reference_of_run``, and for ``ask`` the reference itself."""
-    folder = inputs.config.dpo.dpo_reference_model
+    """A reference that is evaluated in every step; see ``reference_of_run``, and for ``ask`` the reference itself.
+
+    ``folder`` holds its weights; None for those that the run started from, with its adapters if ``adapted``.
+    """
     if folder is None:
         chunks = _with_weights_of_start(inputs, chunks, _base(inputs))
     if kind == "shared":
-        without = inputs.shape.adapters is not None
-        kept = "the policy without its adapters" if without else "the policy's frozen weights, and a copy of each unit"
-        announce(f"> reference: {kept}{'' if without else ' that trains'}")
-        return SharedReference(chunks, _trained_so_far(inputs, rounds), ask)
+        kept = "the policy's frozen weights, and a copy of each unit that trains"
+        if inputs.shape.adapters is not None and not adapted:
+            kept = "the policy without its adapters"
+        announce(f"> reference: {kept}")
+        return SharedReference(chunks, _trained_so_far(inputs, rounds), ask, adapted=adapted)
     announce(f"> reference: a second model, {folder or 'with the weights of the start'}")
-    return ModelReference(_second_model(inputs, chunks, placement), ask)
+    return ModelReference(_second_model(folder, inputs, chunks, placement), ask, adapted=adapted)
 
 
 def _base(inputs: Inputs) -> "_Base | None":
@@ -211,9 +218,11 @@ def _digest_of_folder(folder: str, placement: Placement) -> str:
         return shared_digest(weights.files(), placement)
 
 
-def _second_model(inputs: Inputs, chunks: Sequence[LlamaModel], placement: Placement) -> list[LlamaModel]:
+def _second_model(
+    folder: str | None, inputs: Inputs, chunks: Sequence[LlamaModel], placement: Placement
+) -> list[LlamaModel]:
     """A model of the same layout, with the folder's weights or those of ``chunks``."""
-    config, folder = inputs.config, inputs.config.dpo.dpo_reference_model
+    config = inputs.config
     second = build_model(
         inputs.shape if folder is None else inputs.shape.base,
         config.parallel,

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from hft_megatron.config.derived import train_iters
 from hft_megatron.conversion.save import Announce
+from hft_megatron.costs.flops import NO_EXTRA_WORK, ExtraWork
 from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.methods.dpo.reference import ModelReference, SharedReference
 from hft_megatron.methods.dpo.reference_of_run import reference_in_memory
-from hft_megatron.methods.objectives.last_hidden import attach_hidden_states
+from hft_megatron.methods.objectives.last_hidden import attach_hidden_states, attach_without_adapters
 from hft_megatron.methods.objectives.registry import chosen, kl_weight
 from hft_megatron.methods.objectives.weighted import BASE_HEAD
 from hft_megatron.model.llama import LlamaModel
@@ -27,7 +28,8 @@ Question = Callable[[Sequence[LlamaModel], StepBatch, Placement], None]
 class TrainedModel(Hook):
     """Evaluates the trained model itself."""
 
-    held_bytes, forward_passes = 0, 1
+    held_bytes = 0
+    extra_work = ExtraWork(adapted_passes=1)
 
     def __init__(self, chunks: Sequence[LlamaModel], question: Question, placement: Placement) -> None:
         self._chunks, self._question, self._placement = chunks, question, placement
@@ -46,8 +48,6 @@ class TrainedModel(Hook):
 class FirstWeights(Hook):
     """Evaluates the weights that the run started from, for the divergence from them."""
 
-    forward_passes = 1
-
     def __init__(self, reference: SharedReference | ModelReference, placement: Placement) -> None:
         self._reference = reference
         self._is_last = placement.pipeline_rank == placement.pipeline_size - 1
@@ -56,6 +56,11 @@ class FirstWeights(Hook):
     def held_bytes(self) -> int:
         """See ``run.Reference``."""
         return self._reference.held_bytes
+
+    @property
+    def extra_work(self) -> ExtraWork:
+        """See ``run.Reference``. The head's product is recomputed in the backward pass (``_Divergence``)."""
+        return self._reference.extra_work + ExtraWork(head_products=1)
 
     def at_round_start(self, run: Run) -> None:
         if isinstance(self._reference, Hook):
@@ -82,9 +87,9 @@ class InTurn(Hook):
         return sum(one.held_bytes for one in self._asked)
 
     @property
-    def forward_passes(self) -> int:
+    def extra_work(self) -> ExtraWork:
         """See ``run.Reference``."""
-        return sum(one.forward_passes for one in self._asked)
+        return sum((one.extra_work for one in self._asked), start=NO_EXTRA_WORK)
 
     def at_round_start(self, run: Run) -> None:
         for one in self._asked:
@@ -109,14 +114,22 @@ def asked_of_run(
     ``chunks`` are as for ``dpo.reference_of_run.reference_of_run``.
     """
     config, asked = inputs.config, list[TrainedModel | FirstWeights]()
-    if train_iters(config.training) == 0:
+    if train_iters(config.training) == 0 or inputs.is_over:  # the run that it started from may be deleted by then
         return None
     if kl_weight(config) > 0:
         kind = config.objectives.kl_reference
         assert kind != "precompute", "the rules of the options refuse it"
-        reference = reference_in_memory(kind, inputs, chunks, rounds, placement, announce, attach_hidden_states)
+        adapted = _starts_from_adapters(inputs)
+        ask = attach_hidden_states if adapted else attach_without_adapters
+        reference = reference_in_memory(kind, None, inputs, chunks, rounds, placement, announce, ask, adapted=adapted)
         asked.append(FirstWeights(reference, placement))
     question = chosen(config).question
     if question is not None:
         asked.append(TrainedModel(chunks, question(), placement))
     return InTurn(asked) if asked else None
+
+
+def _starts_from_adapters(inputs: Inputs) -> bool:
+    """True if the run's first weights have adapters that were trained before; new ones do nothing."""
+    began = inputs.config.lora.lora_adapter is not None or inputs.identity.finetuned_from is not None
+    return inputs.shape.adapters is not None and began

@@ -9,6 +9,7 @@ the inputs x, where M are the positions whose next token is trained:
 3. With l_t the loss of the next token in M, and 0 elsewhere, C_t is the sum over k >= t of gamma^(k-t) l_k in M, and 0
    elsewhere; distances count all positions.
 4. The loss of the example is sum l_t C_t / sum C_t, and that of a batch the mean over its examples.
+   With gamma 0 every C_t in M is 1: the loss of supervised fine-tuning on mixed inputs, averaged over examples.
 
 In the authors' code gradients go through C as well. A token's weight in the gradient is then
 (C_k + B_k - L G_k) / sum C with B_k the sum over t <= k in M of gamma^(k-t) l_t, G_k that of gamma^(k-t), and L the
@@ -95,7 +96,8 @@ def intuitive_loss(
     lengths = segment_lengths(micro_batch)
     mask = micro_batch["loss_mask"].to(token_losses.device, torch.float64).flatten()
     losses = token_losses.double().flatten() * mask
-    following = discounted_sums(losses, lengths, options.ift_gamma) * mask
+    # At gamma 0 the authors' weights are 1, whereas the sums would be the losses.
+    following = mask if options.ift_gamma == 0 else discounted_sums(losses, lengths, options.ift_gamma) * mask
     if options.ift_weights == "detached":
         following = following.detach()
     products, sums, tokens = (segment_sums(values, lengths) for values in (losses * following, following, mask))

@@ -44,8 +44,13 @@ def look_at_hidden_states(look: Look, chunks: Sequence[LlamaModel], batch: StepB
 
 
 def attach_hidden_states(chunks: Sequence[LlamaModel], batch: StepBatch) -> None:
-    """Gives each micro-batch the hidden states of the model without its adapters, on the last stage; collective."""
-    with adapters_off(chunks):
-        hidden = look_at_hidden_states(lambda hidden, model: hidden, chunks, batch)
+    """Gives each micro-batch the hidden states of the model with its adapters, on the last stage; collective."""
+    hidden = look_at_hidden_states(lambda hidden, model: hidden, chunks, batch)
     for micro_batch, found in zip(batch.micro_batches, hidden, strict=False):
         micro_batch[BASE_HIDDEN] = found
+
+
+def attach_without_adapters(chunks: Sequence[LlamaModel], batch: StepBatch) -> None:
+    """The same of the model without its adapters."""
+    with adapters_off(chunks):
+        attach_hidden_states(chunks, batch)

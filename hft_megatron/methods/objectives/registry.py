@@ -166,7 +166,7 @@ def embedding_is_frozen(config: RunConfig, shape: ModelShape, world_size: int) -
 
 def note_negative_weights(config: RunConfig) -> list[str]:
     """A warning about what the authors' weights can do to the end of an answer."""
-    if config.objectives.ift_weights == "detached":
+    if config.objectives.ift_weights == "detached" or config.objectives.ift_gamma == 0:  # at 0 all weights are 1
         return []
     return [
         "warning: --ift-weights authors sends gradients through the weights, as the authors' code does: the last "

@@ -6,11 +6,13 @@ import pytest
 
 from hft_megatron.checkpoint.folders import checkpoint_at, complete_checkpoints, identity_of
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.lora import LoraConfig, adapters_of
 from hft_megatron.errors import UserError
 from hft_megatron.methods.continual.run import discard
 from hft_megatron.methods.continual.sequence import Part, parts_of
 from hft_megatron.methods.continual.tasks import read_continual_tasks
 from tests.checkpoint.test_folders import make_checkpoint
+from tests.config.test_lora import adapter
 from tests.support.sequences import NAMES, options_of, write_sequence
 
 
@@ -51,6 +53,14 @@ def test_in_sequence_each_task_takes_the_weights_of_the_one_before_and_the_last_
     assert all(part.ends_task and not part.stage.shares_rounds for part in found)
     assert [part.stage.config.checkpoint.save_hf for part in found] == [None, None, "out"]
     assert [part.stage.config.optimizer.lr for part in found] == [1e-5, 1e-3, 1e-5]
+
+
+def test_only_what_starts_from_the_first_weights_reads_the_adapter(tasks: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path)
+    for setting, expected in (("sequential", [folder, None, None]), ("single", [folder] * 3)):
+        found = parts(tasks, "--lora-adapter", folder, "--continual-setting", setting)
+        assert [part.stage.config.lora.lora_adapter for part in found] == expected
+        assert {adapters_of(part.stage.config.lora) for part in found} == {adapters_of(LoraConfig(lora_adapter=folder))}
 
 
 def test_joint_training_is_one_stage_on_all_data_behind_which_all_tasks_are_learned(tasks: Path) -> None:

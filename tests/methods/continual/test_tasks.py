@@ -94,6 +94,7 @@ def test_an_order_chooses_and_sorts_tasks(tasks: Path, trace: Path) -> None:
         ("  train_iters: 4\n  ev", "  load_hf: other\n  ev", "the task colours can't have its own model, layout"),
         ("  lr: 1e-3", "  tensor_model_parallel_size: 2", "the task numbers can't have its own model, layout or"),
         ("  lr: 1e-3", "  save: elsewhere", "the task numbers can't have its own model, layout or"),
+        ("  lr: 1e-3", "  lora_rank: 4", "the task numbers cannot have its own adapters, only its own lora_dropout"),
         ("  train_iters: 4\n  evaluate", "  train_iters: 0\n  evaluate", "has `train_iters: 0`, so nothing is"),
         ("evaluate: {kind: choose", "lr_min: {kind: choose", "the task numbers has no `evaluate`, the task that"),
         ("metrics: edit_similarity", "metrics: accuracy", "tasks.yaml:16: the metric accuracy is of the kind choose"),
