@@ -67,7 +67,7 @@ def test_a_killed_command_resumes_to_the_same_files(folder: Path, tmp_path: Path
 
     other = run(command(folder, output, batch_size=4), tmp_path)
     assert other.returncode == EXIT_USAGE
-    assert "results.json.unfinished.jsonl is of an evaluation with other batch size; give that command" in other.stderr
+    assert "results.json.unfinished.jsonl is of an evaluation with other batch size; run that command" in other.stderr
     assert other.stderr.count("hft-megatron: error:") == 1
 
     with journal_of(output).open("a") as journal:
@@ -110,7 +110,7 @@ def test_every_cut_of_the_journal_leads_to_the_same_files(ranks: RankPools, tmp_
         file.write_text(text.replace(old, new))
         journal_of(output).write_bytes(content)
         [answer] = ranks(1).run(run_evaluate, words=words)
-        assert f"is of an evaluation with other {differs}; give that command again" in answer["mistake"]
+        assert f"is of an evaluation with other {differs}; run that command again" in answer["mistake"]
         file.write_text(text)
 
 

@@ -60,7 +60,7 @@ def test_complementary_halves_of_the_layers_train_in_the_two_stages(inputs: Path
     folders = [save / "stage_0_sft", save / "stage_1_dpo"]
     bills = [line for line in log.read_text().splitlines() if line.startswith("> the bill")]
     assert [line[:19] for line in bills] == ["> the bill: 4 steps", "> the bill: 3 steps", "> the bill of 2 of 2"[:19]]
-    assert bills[0].endswith(f"all of it is in {folders[0]}/bill.json")
+    assert bills[0].endswith(f"details are in {folders[0]}/bill.json")
     assert bills[2].startswith("> the bill of 2 of 2 stages, measured on TP 2 x PP 1 x DP 1;")
     plans = [json.loads((complete_checkpoints(str(folder))[0] / "plan.json").read_text()) for folder in folders]
     assert [plan["rounds"] for plan in plans] == [[0], [1]]
