@@ -10,6 +10,7 @@ from hft_megatron.cli import main
 from hft_megatron.cli.entry import commands
 from hft_megatron.cli.help import help_text
 from hft_megatron.config.flags import flags_of
+from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import EXIT_OK
 
@@ -96,7 +97,7 @@ def test_an_option_has_words_bounds_choices_and_default_in_the_group_of_the_data
     for expected in (
         "usage: hft-megatron sft OPTIONS Fine-tune. options: --config TEXT A file, of which 50 % may be empty. "
         "(default: unset)",
-        "parallel options: How the model and the batch are spread over ranks.",
+        f"parallel options: {ParallelConfig.__doc__}",
         "--tensor-model-parallel-size INT ",
         "--bf16, --no-bf16 ",
         "--loss-on {assistant,all,last} ",
