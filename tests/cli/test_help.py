@@ -10,7 +10,6 @@ from hft_megatron.cli import main
 from hft_megatron.cli.entry import commands
 from hft_megatron.cli.help import help_text
 from hft_megatron.config.flags import flags_of
-from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import EXIT_OK
 
