@@ -19,7 +19,7 @@
 #   MAX_RESTARTS   how often ranks that died are started again from the newest checkpoint, where bash starts them (0)
 #
 # Under bash: exit code 0 finished, 1 failed, 2 a mistake to correct, 3 stopped by a signal, a time limit or --exit-interval
-# (start it again with the same SAVE), 130 stopped by Ctrl-C before training began; what stops it in the last iteration, or
+# (run it again with the same SAVE), 130 stopped by Ctrl-C before training began; what stops it in the last iteration, or
 # later, lets it finish. torchrun reports 1 whatever happened, also of a run that has finished although a signal came.
 #
 # torchrun runs this file with Python, for which the shell half is one string: keep triple quotes and backslashes out.
