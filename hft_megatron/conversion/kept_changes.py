@@ -22,7 +22,7 @@ from hft_megatron.conversion.weight_files import notes_on_folder
 from hft_megatron.hft.units import units_of
 
 BLOCK = 1 << 18
-"""Entries that TIES merges together, of all models."""
+"""Entries that are worked on together where torch would make a copy of all, and that TIES merges of all models."""
 
 
 def keep_safe_changes(inputs: MergeInputs, sparsity: float, announce: Announce) -> None:
@@ -52,7 +52,9 @@ def keep_safe_changes(inputs: MergeInputs, sparsity: float, announce: Announce) 
 def is_safe(tuned: Tensor, base: Tensor, sparsity: float) -> Tensor:
     """Entries of a matrix that FAPM keeps, bool. Needs two more fp32 tensors of its size."""
     score = base.to(torch.float32, copy=True).abs_()
-    zero, mean = score == 0, float(score.mean(dtype=torch.float64))
+    # By blocks: of the whole tensor torch would make a copy in fp64.
+    total = sum(float(block.sum(dtype=torch.float64)) for block in score.view(-1).split(BLOCK))
+    zero, mean = score == 0, total / score.numel()
     change = _change(tuned, base).abs_()
     # The quotient first: mean / |W0| would be infinite for a W0 that is all but 0, also where nothing changed.
     torch.div(change, score, out=score).mul_(-mean).add_(change).masked_fill_(zero, -torch.inf)
@@ -155,8 +157,12 @@ def _elected(start: Tensor, changed: Sequence[Tensor], smallest: Tensor, coeffic
 
 
 def _change(tuned: Tensor, base: Tensor) -> Tensor:
-    """tau, fp32, in memory of its own; the tensors read are maps of files."""
-    return tuned.to(torch.float32, copy=True).sub_(base)
+    """tau, fp32, in memory of its own; those that were read are maps of files."""
+    change = tuned.to(torch.float32, copy=True)
+    # By blocks: of a whole base in half precision torch would make a copy in fp32.
+    for part, start in zip(change.view(-1).split(BLOCK), base.reshape(-1).split(BLOCK), strict=True):
+        part.sub_(start)
+    return change
 
 
 def _write(inputs: MergeInputs, combine: Combine, name: str, rule: Mapping[str, Any], announce: Announce) -> None:

@@ -195,18 +195,20 @@ def test_ties_of_three_models_by_hand(tmp_path: Path) -> None:
     assert all(same_bits(tensor, untouched[name]) for name, tensor in merged.items() if name != MATRIX)
 
 
-METHODS: dict[str, Callable[[MergeInputs], None]] = {
-    "fapm": lambda inputs: keep_safe_changes(inputs, 0.9, lambda line: None),
-    "dare": lambda inputs: drop_changes(inputs, 0.5, 1, lambda line: None),
-    "ties": lambda inputs: merge_changes([inputs], 0.2, 1.0, lambda line: None),
-    "path": lambda inputs: average_path(inputs, (0.2, 0.4), lambda line: None),
+METHODS: dict[str, tuple[int, Callable[[MergeInputs], None]]] = {
+    "fapm": (2, lambda inputs: keep_safe_changes(inputs, 0.9, lambda line: None)),
+    "dare": (3, lambda inputs: drop_changes(inputs, 0.5, 1, lambda line: None)),
+    "ties": (2, lambda inputs: merge_changes([inputs], 0.2, 1.0, lambda line: None)),
+    "path": (3, lambda inputs: average_path(inputs, (0.2, 0.4), lambda line: None)),
 }
+"""Each with the copies of a tensor in fp32 that docs/after_training.md gives it."""
 
 
 @pytest.mark.slow(reason="seven folders of 100 MB are written")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_is_bounded_by_a_few_copies_of_one_tensor(pair: Path, tmp_path: Path) -> None:
-    """Folders of 24 matrices of 4 MB in bf16: none of the methods holds as much as one of them."""
+    """Folders of 24 matrices of 4 MB in bf16; a copy in fp32 is twice as large, and what is written comes on top, with
+    masks of one byte for each entry."""
     sizes = {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 4096, "num_attention_heads": 8}
     shape = ModelShape(
         **sizes, num_query_groups=1, kv_channels=16, vocab_size=64, max_position_embeddings=64, tie_embeddings=True
@@ -221,11 +223,9 @@ def test_memory_is_bounded_by_a_few_copies_of_one_tensor(pair: Path, tmp_path: P
             writer.write(key, torch.full(size, 1.0 + number, dtype=dtype))
         writer.close()
     largest = 4096 * 512 * 2
-    folder_bytes = (tmp_path / "base" / "model.safetensors").stat().st_size
-    assert folder_bytes > 24 * largest
-    for name, method in METHODS.items():
+    assert (tmp_path / "base" / "model.safetensors").stat().st_size > 24 * largest
+    for name, (copies, method) in METHODS.items():
         method(inputs_of(pair, tmp_path / f"first {name}"))  # what is imported and allocated once must not count
         with PeakMemory() as held:
             method(inputs_of(tmp_path, tmp_path / name))
-        print(f"{name}: {held.bytes / largest:.1f} tensors")
-        assert held.bytes < 20 * largest < folder_bytes, name
+        assert held.bytes < (2 * copies + 1.5) * largest, f"{name}: {held.bytes / largest:.1f} tensors"

@@ -113,6 +113,28 @@ def test_a_run_of_stages_resumes_to_the_last_bit(
     assert "stage_0_sft ended at iteration 4, from where" in log.read_text()
 
 
+@pytest.mark.slow
+def test_adapters_go_through_the_stages_and_the_last_one_writes_them(inputs: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = ["--hft-rotation", "independent", "--save-lora", tmp_path / "first", "--lora-rank", 4]
+    words = words_of(inputs, tmp_path / "run", *options)
+    run(words, log)
+    assert "stage_1_dpo" in log.read_text().partition("exported the adapter to")[0]
+    trained = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    run(words, log)
+    assert "first already holds the adapter of iteration 3" in log.read_text()
+    assert not changed_adapters(trained, tmp_path / "first")
+    options[3:] = [tmp_path / "second", "--lora-adapter", tmp_path / "first"]
+    run(words_of(inputs, tmp_path / "other", *options), log)
+    assert log.read_text().count("adapters continue from --lora-adapter") == 1
+    assert len(changed_adapters(trained, tmp_path / "second")) == len(trained)
+
+
+def changed_adapters(before: dict[str, torch.Tensor], after: Path) -> list[str]:
+    found = load_file(after / "adapter_model.safetensors")
+    return [name for name, tensor in before.items() if not torch.equal(tensor, found[name])]
+
+
 def test_every_stage_is_checked_before_the_first_is_trained(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "stages.yaml").write_text(
         STAGES.format(sft=inputs / "data.jsonl", dpo=inputs / "data.jsonl")  # conversations, and no pairs

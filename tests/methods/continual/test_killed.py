@@ -209,6 +209,27 @@ def test_a_sequence_that_discards_and_is_killed_in_an_evaluation_keeps_the_last_
     assert f"{FIRST} ended at iteration 4, from where {save / SECOND} has begun" in log.read_text()
 
 
+def test_a_sequence_of_adapters_that_discards_and_is_done_asks_for_no_weights_that_are_gone(
+    inputs: Path, tmp_path: Path
+) -> None:
+    save, log = tmp_path / "run", tmp_path / "log"
+    options = ["--hft-rotation", "independent", "--lora-rank", 4, "--kl-to-base", 0.1, "--continual-discard"]
+    words = words_of(inputs, save, *options, "--continual-order", "colours", "animals", "--continual-evaluate", "last")
+    first = run(words, log, ranks=None)
+    assert [line for line in first.splitlines() if line.startswith("> reference")] == [
+        "> reference: the policy without its adapters",
+        "> reference: the policy's frozen weights, and a copy of each unit that trains",
+    ]
+    assert not list((save / FIRST).glob("iter_*"))
+    steps = [line for line in read_metrics(save / "task_1_animals") if "grad norm" in line]
+    assert steps[0]["kl to base"] == 0.0 < steps[-1]["kl to base"]
+    before = answers(save)
+    again = run(words, log, ranks=None)
+    assert "no steps left" in again
+    assert "> reference" not in again
+    assert answers(save) == before
+
+
 def test_each_task_trains_its_round_and_nothing_else(inputs: Path, whole: Path) -> None:
     found = plans(whole)
     assert [plan["rounds"] for plan in found] == [[0], [1], [2]]
