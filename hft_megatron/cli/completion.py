@@ -1,4 +1,4 @@
-"""``hft-megatron completion``: a script with which a shell completes commands, options, their values, and files.
+"""``hft-megatron completion``: a script that completes commands, options, their values and files in a shell.
 
 Run: ``source <(hft-megatron completion bash)`` in bash, the same with ``zsh`` in zsh after its compinit, or
 ``hft-megatron completion fish | source`` in fish; in the shell's own start-up file every session has it. The script
@@ -48,12 +48,12 @@ _hft_megatron() {{
 complete -o default -F _hft_megatron hft-megatron
 """
 _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
-"""Has zsh take what is meant for bash."""
+"""Lets zsh run the completion of bash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOptions:
-    """Which shell is to complete."""
+    """Options of ``hft-megatron completion``."""
 
     shell: Shell = "bash"
     """The shell that reads the script; its name may stand alone. bash: `source <(hft-megatron completion bash)`, zsh:
@@ -61,7 +61,7 @@ class CompletionOptions:
 
 
 def script(shell: Shell, commands: Commands) -> str:
-    """What the shell reads."""
+    """Completion script of a shell."""
     if shell == "fish":
         return "\n".join(_fish(commands))
     text = _bash(commands)
@@ -84,7 +84,7 @@ def _bash(commands: Commands) -> str:
 
 
 def _names(flags: Mapping[str, Flag]) -> Iterator[str]:
-    """Every way to write an option, of a switch both."""
+    """All spellings of the options: both forms of a switch."""
     yield from (HELP_WORDS[-1], HELP_ALL)
     for flag in flags.values():
         yield f"--{flag.name}"
@@ -110,7 +110,7 @@ def _fish(commands: Commands) -> Iterator[str]:
 
 
 def _fish_value(flag: Flag) -> str:
-    """What follows an option: nothing, one of its choices, or anything, with files on offer."""
+    """Arguments of fish for the value of an option: none, its choices, or anything, with files on offer."""
     if flag.option.choices:
         return f"-x -a {_fish_quoted(' '.join(map(str, flag.option.choices)))} "
     return "" if flag.is_switch else "-r "

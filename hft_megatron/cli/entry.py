@@ -164,12 +164,12 @@ COMMANDS = {
         first=first_options(doctor.FIRST),
     ),
     "flags": Command(
-        summary="list all options of runs, and what Megatron-LM's flags and other trainers' names are here",
+        summary="list all options of a run, Megatron-LM's flags and other trainers' names, with their meaning here",
         options=flags.FlagsOptions,
         run=flags.run,
     ),
     "completion": Command(
-        summary="write the script with which bash, zsh or fish completes commands and options",
+        summary="print the script that completes commands and options in bash, zsh or fish",
         options=completion.CompletionOptions,
         run=_show_completion,
         bare="shell",
@@ -223,7 +223,7 @@ def _overview() -> str:
     about = (
         f"`{PROG} COMMAND --help` shows the options of a command to begin with, {HELP_ALL} all of them; `{PROG} "
         f"{VERSION_WORD}` the versions that are installed.",
-        f"`source <({PROG} completion bash)` has bash complete commands and options; `{PROG} completion --help` says "
+        f"`source <({PROG} completion bash)` completes commands and options in bash; `{PROG} completion --help` says "
         f"how in other shells.",
     )
     lines = [f"usage: {PROG} COMMAND OPTIONS", "", "commands:"]

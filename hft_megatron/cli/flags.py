@@ -1,4 +1,4 @@
-"""``hft-megatron flags``: all options of runs, and what Megatron-LM's flags and other trainers' names are here.
+"""``hft-megatron flags``: all options of a run, Megatron-LM's flags and other trainers' names, with their meaning here.
 
 Run: ``hft-megatron flags | grep moe``. ``hft-megatron flags --format markdown > docs/flags.md`` writes the page.
 """

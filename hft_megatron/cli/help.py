@@ -1,4 +1,4 @@
-"""What ``--help`` and ``--help-all`` of a command show: options with their words, bounds and defaults, in groups.
+"""Text of ``--help`` and ``--help-all`` of a command: options with descriptions, bounds and defaults, in groups.
 
 argparse lays the text out, for the width of the terminal; nothing is parsed with it.
 """
@@ -15,13 +15,13 @@ HELP_WORDS = ("-h", "--help")
 HELP_ALL = "--help-all"
 
 _INDENT = 8
-"""Columns before the words of an option, which stand below its name."""
+"""Columns before the description of an option, below its name."""
 _WIDEST = 50
 """Columns of the choices behind an option's name at most: argparse doesn't wrap them."""
 
 
 class _Layout(argparse.HelpFormatter):
-    """Wraps between words alone, so that the name of an option stays whole."""
+    """Layout that never breaks a word, so that names of options stay whole."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
@@ -33,7 +33,7 @@ class _Layout(argparse.HelpFormatter):
 def help_text(
     options_type: type, *, prog: str, description: str, first: Sequence[str] = (), everything: bool = False
 ) -> str:
-    """The options of a command: those that people use ``first``, by name, or ``everything``, as without such names."""
+    """Help of a command with the options named in ``first``, or with ``everything``, as if none were named."""
     flags = flags_of(options_type)
     shown = [name for name in flags if everything or not first or name in first]
     groups = dict.fromkeys(flags[name].group for name in (*filter(flags.get, first), *shown))
@@ -68,7 +68,7 @@ def _words(flag: Flag) -> str:
 
 
 def _form(flag: Flag) -> dict[str, Any]:
-    """How argparse writes an option and its values."""
+    """Arguments of argparse for an option and its values."""
     if flag.is_switch:
         return {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
     placeholder = flag.placeholder if _shows_choices(flag) else "NAME"
@@ -76,5 +76,5 @@ def _form(flag: Flag) -> dict[str, Any]:
 
 
 def _shows_choices(flag: Flag) -> bool:
-    """Whether the choices, if there are any, have room behind the name; else they are among the words."""
+    """Whether the choices, if any, fit behind the name; the description lists them otherwise."""
     return len(flag.placeholder) <= _WIDEST

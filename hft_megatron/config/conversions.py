@@ -1,4 +1,4 @@
-"""What values of other trainers' options are here, as words that follow ``--name value:`` in an error.
+"""Explanations of the values of other trainers' options, which follow ``--name value:`` in an error.
 
 Each function takes the value, empty where none was given, and the values of all that is given, by name with dashes.
 """
@@ -29,7 +29,7 @@ _DECAY_STYLES = {
 }
 """Values of --lr-decay-style, and what goes with them, by transformers' names."""
 _COMMANDS = {"pt": "pretrain", "sft": "sft", "dpo": "dpo"}
-"""Of LLaMA-Factory's stages."""
+"""Commands, by LLaMA-Factory's stages."""
 _TRACKERS = {"tensorboard": "--tensorboard-dir FOLDER", "wandb": "--wandb-project NAME"}
 _EXAMPLE_RANKS = 8
 
@@ -49,22 +49,22 @@ def _whole(value: str | None) -> int | None:
 
 
 def is_on(value: str) -> bool:
-    """Whether a switch is turned on; transformers takes its name alone for that, too."""
+    """Whether a value turns a switch on; as in transformers, so does its name alone."""
     return value.lower() in ("", "true", "yes", "1")
 
 
 def switch(on: str, off: str = LEAVE) -> Conversion:
-    """Of a switch."""
+    """Conversion of a switch."""
     return lambda value, given: on if is_on(value) else off
 
 
 def choice(words: Mapping[str, str], other: str) -> Conversion:
-    """Of a value that has words of its own, or those for any ``other``."""
+    """Conversion of a value by its explanation; ``other`` is that of the rest."""
     return lambda value, given: words.get(value.lower(), other)
 
 
 def model(value: str, given: Given) -> str:
-    """A folder, or a name of the Hugging Face hub."""
+    """Folder of a model, or its name on the Hugging Face hub."""
     is_name = value.count("/") == 1 and not value.startswith((".", "~", "/", "$")) and not os.path.exists(value)
     if not value or is_name:
         example = f": `hf download {value} --local-dir FOLDER` makes it" if value else ""
@@ -73,7 +73,7 @@ def model(value: str, given: Given) -> str:
 
 
 def files(option: str) -> Conversion:
-    """Of data sets, which are files here."""
+    """Conversion of data sets, which are files here."""
 
     def converted(value: str, given: Given) -> str:
         names = value.replace(",", " ").split()
@@ -85,7 +85,7 @@ def files(option: str) -> Conversion:
 
 
 def template(value: str, given: Given) -> str:
-    """The name of a chat template."""
+    """Name of a chat template."""
     if value in CHAT_TEMPLATES:
         return f"give --chat-template {value}"
     return (
@@ -95,7 +95,7 @@ def template(value: str, given: Given) -> str:
 
 
 def global_batch(value: str, given: Given) -> str:
-    """Steps of accumulation, with the micro-batch that is given beside them."""
+    """Steps of gradient accumulation, with the micro-batch size of the command."""
     micro, steps = given.get("per-device-train-batch-size", given.get("micro-batch-size")), _whole(value)
     ranks = "the data-parallel ranks"
     if steps is None:
@@ -108,7 +108,7 @@ def global_batch(value: str, given: Given) -> str:
 
 
 def epochs(value: str, given: Given) -> str:
-    """Epochs, of which transformers has parts, too."""
+    """Epochs; transformers' may be fractions."""
     if _whole(given.get("max-steps")) is not None:
         return "the steps of --max-steps take its place; leave it out"
     whole = _whole(value)
@@ -118,13 +118,13 @@ def epochs(value: str, given: Given) -> str:
 
 
 def steps(value: str, given: Given) -> str:
-    """The length in steps; -1 is none."""
+    """Length of the run in steps; -1 means unset."""
     whole = _whole(value)
     return LEAVE if whole is None else f"give --train-iters {whole}"
 
 
 def interval(option: str) -> Conversion:
-    """Of steps between two things; below 1 a share of the run."""
+    """Conversion of an interval in steps; below 1 it is a share of the run."""
 
     def converted(value: str, given: Given) -> str:
         whole = _whole(value)
@@ -134,7 +134,7 @@ def interval(option: str) -> Conversion:
 
 
 def strategy(option: str) -> Conversion:
-    """Of when something is done: in steps, which ``option`` has, or never, or by another rule."""
+    """Conversion of a rule for an interval: never, in steps, which ``option`` has, or another."""
     words = {"no": f"{LEAVE}, and {option}", "steps": f"{LEAVE}; {option} has the iterations"}
     return choice(words, f"give {option}, in iterations")
 
@@ -148,14 +148,14 @@ def warmup(value: str, given: Given) -> str:
 
 
 def decay_style(value: str, given: Given) -> str:
-    """The name of a schedule."""
+    """Name of a learning-rate schedule."""
     if value in _DECAY_STYLES:
         return f"give --lr-decay-style {_DECAY_STYLES[value]}"
     return "give --lr-decay-style with constant, linear, cosine, inverse-square-root or WSD"
 
 
 def trackers(value: str, given: Given) -> str:
-    """Where metrics go."""
+    """Destinations of the metrics."""
     found = [option for name, option in _TRACKERS.items() if name in value.lower()]
     if value.lower() == "none":
         return LEAVE
@@ -163,7 +163,7 @@ def trackers(value: str, given: Given) -> str:
 
 
 def fine_tuning(value: str, given: Given) -> str:
-    """What trains: adapters, everything, or some of it."""
+    """Trainable weights: adapters, all of the model's, or some."""
     if value.lower() == "lora":
         rank = given.get("lora-rank", given.get("lora-r"))
         return f"{LEAVE}; --lora-rank {rank} says it" if rank else "give --lora-rank with the rank"
@@ -183,7 +183,7 @@ def lora_targets(value: str, given: Given) -> str:
 
 
 def loss(value: str, given: Given) -> str:
-    """The name of a loss: of preference pairs, or of examples."""
+    """Name of a loss of preference pairs, or of examples."""
     losses = declared(DpoConfig)["dpo_loss"].choices
     if value in losses:
         return f"give --dpo-loss {value}"
@@ -193,14 +193,14 @@ def loss(value: str, given: Given) -> str:
 
 
 def command(value: str, given: Given) -> str:
-    """The stage of LLaMA-Factory, or ms-swift's kind of alignment."""
+    """Stage of LLaMA-Factory, or ms-swift's kind of alignment."""
     if value.lower() in _COMMANDS:
         return f"the command says it, `hft-megatron {_COMMANDS[value.lower()]}`; {LEAVE}"
     return "it is not built; the commands are `hft-megatron sft`, `dpo` and `pretrain`"
 
 
 def data_type(value: str, given: Given) -> str:
-    """The data type of the weights."""
+    """Data type of the weights."""
     words = {
         "bfloat16": "give --bf16",
         "float16": "16-bit training is in bf16; give --bf16",
@@ -211,7 +211,7 @@ def data_type(value: str, given: Given) -> str:
 
 
 def truncation(value: str, given: Given) -> str:
-    """ms-swift's treatment of a long example."""
+    """Treatment of a long example in ms-swift."""
     words = {"delete": "drop", "right": "truncate", "split": "split"}
     return f"give --long-examples {words.get(value.lower(), 'drop, truncate, which cuts off the end, or split')}"
 

@@ -1,6 +1,6 @@
-"""Names of transformers, TRL, LLaMA-Factory and ms-swift: each is answered with the option here, and its value there.
+"""Names of transformers, TRL, LLaMA-Factory and ms-swift, each with the option here that has its meaning.
 
-A name that several of them have stands where it comes first. Names that are options here have no row.
+A name that several of them have is listed once, under the first of them. Names that are options here have no row.
 """
 
 from hft_megatron.config import conversions as to
@@ -318,7 +318,7 @@ MS_SWIFT = Section(
         refused("reward-funcs=*", _SAMPLED),
     ),
 )
-"""Its scripts carry them beside Megatron-LM's."""
+"""Names in its scripts beside those of Megatron-LM."""
 
 OTHER_TRAINERS = (TRANSFORMERS, TRL, LLAMA_FACTORY, MS_SWIFT)
-"""In this order."""
+"""All sections, in this order."""

@@ -202,7 +202,11 @@ def test_a_new_run_from_adapters_may_change_their_dropout_and_nothing_else() -> 
     for saved, new, sentence in (
         (with_adapters, other(rank=8), "whose adapters have rank 4, .*, but this command's have rank 8"),
         (identity(), with_adapters, "which has no adapters, .* write that run's model with `hft-megatron"),
-        (with_adapters, identity(), r"which trained adapters \(rank 4, .*, but this command has none; give the same --lora"),
+        (
+            with_adapters,
+            identity(),
+            r"which trained adapters \(rank 4, .*, but this command has none; give the same --lora",
+        ),
     ):
         with pytest.raises(UserError, match=f"--finetune takes the weights of --load run, {sentence}"):
             check_same_model(saved, new, "run")
