@@ -110,7 +110,7 @@ def test_a_run_of_stages_resumes_to_the_last_bit(
     (tmp_path / "longer.yaml").write_text((inputs / "stages.yaml").read_text().replace("iters: 4", "iters: 5"))
     longer = words_of(inputs, save, "--stages", tmp_path / "longer.yaml")
     assert run_cli(longer, log=log, method="dpo") == 2
-    assert "stage_0_sft ended at iteration 4, from where" in log.read_text()
+    assert "stage_0_sft ended at iteration 4, from which" in log.read_text()
 
 
 @pytest.mark.slow

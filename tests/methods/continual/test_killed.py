@@ -206,7 +206,7 @@ def test_a_sequence_that_discards_and_is_killed_in_an_evaluation_keeps_the_last_
     (tmp_path / "tasks.yaml").write_text(text.replace("train_iters: 4", "train_iters: 5", 1))
     longer = words_of(inputs, save, "--continual-discard", "--continual-tasks", tmp_path / "tasks.yaml")
     assert run_cli(longer, log=log, method="continual") == 2
-    assert f"{FIRST} ended at iteration 4, from where {save / SECOND} has begun" in log.read_text()
+    assert f"{FIRST} ended at iteration 4, from which {save / SECOND} has started" in log.read_text()
 
 
 def test_a_sequence_of_adapters_that_discards_and_is_done_asks_for_no_weights_that_are_gone(
