@@ -251,7 +251,7 @@ def test_a_sequence_resumes_in_another_layout(inputs: Path, whole: Path, tmp_pat
     save, log_file = tmp_path / "run", tmp_path / "log"
     stopped = words_of(inputs, save, *TENSOR_2, "--exit-interval", 6)
     assert run_cli(stopped, ranks=2, log=log_file, method="continual") == 1  # torchrun's word for any end
-    assert "--exit-interval 6 stopped the run at iteration 6; give the same command again" in log_file.read_text()
+    assert "--exit-interval 6 stopped the run at iteration 6; run the same command again" in log_file.read_text()
     log = run(words_of(inputs, save), log_file)
     assert "TP 1 x PP 1 x DP 2" in log
     rows, expected = (json.loads((folder / "matrix.json").read_text())["rows"] for folder in (save, whole))
