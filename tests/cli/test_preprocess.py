@@ -79,7 +79,7 @@ def test_a_killed_or_interrupted_command_leaves_no_process_and_goes_on_to_the_sa
     _, said = process.communicate()
     if number is not signal.SIGKILL:
         assert process.returncode == EXIT_STOPPED
-        assert f"stopped by {number.name} behind " in said
+        assert f"stopped by {number.name} after " in said
         assert "Traceback" not in said
     deadline = time.monotonic() + 20
     while any_in_group(process.pid):
