@@ -116,7 +116,7 @@ def test_what_one_rank_cannot_write_is_one_sentence_on_all(
     words = words_for(inputs, *TP2, *asked, "--save", tmp_path, "--save-interval", 2)
     first, second = ranks(2).run(run_on_a_full_disk, words=words, guilty=guilty)
     assert first == second
-    assert f"the checkpoint of iteration 4 can't be written to {tmp_path}: rank {guilty}: " in first["said"]
+    assert f"the checkpoint of iteration 4 cannot be written to {tmp_path}: rank {guilty}: " in first["said"]
     assert "No space left on device" in first["said"]
     assert first["said"].endswith(f"the newest complete checkpoint is {tmp_path / 'iter_0000002'}.")
     assert find_checkpoints(str(tmp_path)).newest == tmp_path / "iter_0000002"
