@@ -152,7 +152,7 @@ def test_an_export_that_cannot_be_written_ends_all_ranks_after_the_checkpoint_of
 ) -> None:
     said = ranks(2).run(run_on_a_full_disk, words=words(inputs, tmp_path, *PP2, "--save-interval", 2))
     assert said[0] == said[1]
-    assert f"the export to {tmp_path}/out/iter_0000004 can't be written: [Errno 28] No space left" in said[0]
+    assert f"the export to {tmp_path}/out/iter_0000004 cannot be written: [Errno 28] No space left" in said[0]
     assert f"the newest complete checkpoint is {tmp_path}/run/iter_0000004" in said[0]
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["exports.json", "iter_0000002"]
 
