@@ -220,6 +220,6 @@ def test_another_model_folder_than_the_base_is_refused_with_both_digests(
     weights["model.layers.0.mlp.down_proj.weight"][-1, -1] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     [said, _] = ranks(2).run(run_refused, words=resuming(inputs, run, "--load-hf", other))
-    assert f"and --load-hf {other} has " in said
+    assert f"but --load-hf {other} has " in said
     [answer, _] = ranks(2).run(run_sft_words, words=resuming(inputs, run))
     assert [step["iteration"] for step in answer["steps"]] == [4, 5, 6, 7]
