@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_resumes_with_its_exports_and_notes(
 
     # A finished run that is started again has nothing to do; a longer one needs another folder.
     [said, _] = ranks(2).run(run_sft_words, words=words(inputs, tmp_path / "whole", *options))
-    assert any("holds the export of iteration 6 already" in line for line in said["said"])
+    assert any("already holds the export of iteration 6" in line for line in said["said"])
     longer = words(inputs, tmp_path / "whole", *options, "--train-iters", 8)
     [refused, _] = ranks(2).run(run_refused, words=longer)
     assert (
