@@ -72,18 +72,12 @@ class TrainingConfig:
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations to recompute in the backward pass instead of keeping: whole layers (full), or the core attention
     alone (selective); none when unset."""
-    """Activations to recompute in the backward pass instead of keeping: whole layers (full), or the core attention
-    alone (selective); none when unset."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """Layers that full recomputation covers. uniform: all, in units of --recompute-num-layers layers. block: the first
-    --recompute-num-layers layers of a model chunk alone."""
     """Layers that full recomputation covers. uniform: all, in units of --recompute-num-layers layers. block: the first
     --recompute-num-layers layers of a model chunk alone."""
     recompute_num_layers: Annotated[int, Ge(1)] | None = None
     """Layers per recomputed unit (uniform), or recomputed layers per model chunk (block)."""
-    """Layers per recomputed unit (uniform), or recomputed layers per model chunk (block)."""
     seed: Annotated[int, Ge(0)] = 1234
-    """Seed of random weights and of the order of the data; also of the draws when --hft-seed is unset."""
     """Seed of random weights and of the order of the data; also of the draws when --hft-seed is unset."""
     deterministic_mode: bool = False
     """Deterministic kernels and a fixed order of reductions: repeated runs are equal bit for bit."""
