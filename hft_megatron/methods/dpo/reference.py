@@ -166,13 +166,18 @@ def ask_log_probs(chunks: Sequence[LlamaModel], batch: StepBatch) -> None:
         micro_batch["reference"] = found
 
 
+def _one_pass(adapted: bool) -> ExtraWork:
+    """The work of a reference that is evaluated in every step."""
+    return ExtraWork(adapted_passes=1) if adapted else ExtraWork(forward_passes=1)
+
+
 class ModelReference:
     """Evaluates a second model of the same layout."""
 
     def __init__(self, chunks: Sequence[LlamaModel], ask: Ask = ask_log_probs, *, adapted: bool = False) -> None:
         """``adapted``: ``ask`` leaves its adapters on."""
         self._chunks, self._ask = chunks, ask
-        self.extra_work = ExtraWork(adapted_passes=1) if adapted else ExtraWork(forward_passes=1)
+        self.extra_work = _one_pass(adapted)
 
     @property
     def held_bytes(self) -> int:
@@ -205,7 +210,7 @@ class SharedReference(Hook):
         """``chunks`` hold the reference's weights now; copies of the units ``trained`` in earlier rounds are kept.
         ``adapted``: adapters are units like others, and ``ask`` leaves them on; otherwise they are not kept."""
         self._chunks, self._ask, self._adapted = chunks, ask, adapted
-        self.extra_work = ExtraWork(adapted_passes=1) if adapted else ExtraWork(forward_passes=1)
+        self.extra_work = _one_pass(adapted)
         self._kept: dict[Parameter, Tensor] = {}
         self._wrapped: WrappedModel | None = None
         self._keep(trained)
