@@ -117,9 +117,11 @@ def merge_changes(inputs: Sequence[MergeInputs], density: float, coefficient: fl
         def elect(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
             old, new = base.read(name), [model.read(name) for model in (tuned, *opened)]
             smallest = torch.tensor([_last_kept(_change(one, old).abs_(), density) for one in new])
-            flat = [one.reshape(-1).split(BLOCK) for one in (old, *new)]
-            merged = [_elected(start, changed, smallest, coefficient) for start, *changed in zip(*flat, strict=True)]
-            yield torch.cat(merged).view(old.shape)
+            merged = torch.empty(old.shape, dtype=torch.float32)
+            flat = [one.reshape(-1).split(BLOCK) for one in (merged, old, *new)]
+            for part, start, *changed in zip(*flat, strict=True):
+                part.copy_(_elected(start, changed, smallest, coefficient))
+            yield merged
 
         rule = {
             "density": density,
