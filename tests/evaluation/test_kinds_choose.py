@@ -71,7 +71,7 @@ def test_without_a_begin_token_a_choice_needs_a_prompt(tmp_path: Path, tokenizer
     write_rows(tmp_path / "a.jsonl", [ROW, {**ROW, "q": ""}])
     task, without = task_of(tmp_path, **CHOOSING), tokenizer.with_facts(bos_id=None)
     assert len(asked(task, tokenizer).examples) == 2
-    with pytest.raises(UserError, match=r"a\.jsonl:2: the prompt is empty, so the first token of a choice can't be"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the prompt is empty, so the first token of a choice cannot be"):
         asked(task, without)
 
 
@@ -99,7 +99,9 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "no right one": ({"a": []}, {}, r"a\.jsonl:1: no choice is marked as right"),
     "an empty choice": ({"c": ["1", " "]}, {}, r"a\.jsonl:1: choice 2 of 2 is empty"),
-    "one choice": ({"c": ["two"]}, {}, r"`choices` has 1 text, but at least two are needed"),
+    "one choice": ({"c": ["two"]}, {}, r"`choices` needs at least two texts that differ"),
+    "one choice, twice": ({"c": ["two", "two"]}, {}, r"`choices` needs at least two texts that differ"),
+    "no choice": ({"c": []}, {}, r"`choices` needs at least two texts that differ"),
     "no list": ({"c": "two"}, {}, r"a\.jsonl:1: `choices` is text, but it must be a list of texts"),
     "no column": (
         {},
@@ -122,6 +124,19 @@ def test_choices_and_answers_that_are_none_are_said_with_their_place(
     row, settings, sentence = WRONG[mistake]
     with pytest.raises(UserError, match=sentence):
         right_of(tmp_path, tokenizer, {**ROW, **row}, **settings)
+
+
+def test_a_text_that_is_there_twice_is_one_choice(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Rounding would choose between two, and another layout another one."""
+    row = {"q": "1+1?", "c": ["1", "two", "1", "3"]}
+    write_rows(tmp_path / "a.jsonl", [{**row, "a": 2}, {**row, "a": "D"}, ROW])
+    read = asked(task_of(tmp_path, **CHOOSING), tokenizer)
+    assert [example.facts["choices"] for example in read.examples] == [["1", "two", "3"]] * 3
+    assert [example.facts["right"] for example in read.examples] == [[0], [2], [1]]
+    assert [len(example.sequences) for example in read.examples] == [3, 3, 3]
+    assert "choices of the same text count as one, in 2 of 3 rows" in read.notes
+    marked = {"q": "?", "c": {"choices": ["x", "y", "x"], "labels": [1, 0, 1]}}
+    assert right_of(tmp_path, tokenizer, marked, answer=None) == [0]
 
 
 def test_measures_choose_by_the_sum_by_tokens_and_by_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:

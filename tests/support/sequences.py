@@ -40,7 +40,7 @@ def write_sequence(folder: Path) -> Path:
             {"prompt": f"{name} {number}:", "answer": WORDS[(number + offset) % len(WORDS)]} for number in range(ROWS)
         ]
         if name == "numbers":
-            rows = [{**row, "options": [row["answer"], WORDS[n % 3]]} for n, row in enumerate(rows)]
+            rows = [{**row, "options": [row["answer"], WORDS[(n + 4) % len(WORDS)]]} for n, row in enumerate(rows)]
         write_rows(folder / f"{name}.jsonl", rows)
     write_rows(folder / "texts.jsonl", [{"text": f"{word} {word} by the water"} for word in WORDS])
     (folder / "general.yaml").write_text(GENERAL)

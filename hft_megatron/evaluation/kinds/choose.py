@@ -53,7 +53,7 @@ class Choose:
                     raise UserError(f"{row.row.place}: the choice {choice!r} has no token to score; correct the row.")
                 if scored[0]:
                     raise UserError(
-                        f"{row.row.place}: the prompt is empty, so the first token of a choice can't be scored: "
+                        f"{row.row.place}: the prompt is empty, so the first token of a choice cannot be scored: "
                         f"the tokenizer puts no begin token before it; give the row a prompt."
                     )
             # The prompt is the same before all choices, and is cut by the same.
@@ -68,7 +68,8 @@ class Choose:
                 )
             )
         cuts.check()
-        return TaskExamples(examples=tuple(examples), notes=tuple(cuts.notes(len(rows))), counts=cuts.counts())
+        notes = [*_notes_on_repeats([_choices(task, row.row)[0] for row in rows]), *cuts.notes(len(rows))]
+        return TaskExamples(examples=tuple(examples), notes=tuple(notes), counts=cuts.counts())
 
     def record(self, task: Task, example: EvalExample, answer: Answer) -> dict[str, Any]:
         assert not isinstance(answer, Generated)
@@ -93,6 +94,12 @@ class Choose:
         }
 
 
+def _notes_on_repeats(choices: Sequence[Sequence[str]]) -> list[str]:
+    """One line where rows have a text twice, or none."""
+    repeats = sum(len(set(texts)) < len(texts) for texts in choices)
+    return [f"choices of the same text count as one, in {repeats:,} of {len(choices):,} rows"] if repeats else []
+
+
 def _best(values: Sequence[float]) -> int:
     """Index of the first highest value."""
     return max(range(len(values)), key=values.__getitem__)
@@ -111,16 +118,18 @@ def _right_answer(task: Task, row: Row) -> str:
 
 
 def choices_and_right_ones(task: Task, row: Row) -> tuple[list[str], list[int]]:
-    """The texts of the choices, at least two, and the indices of the right ones, at least one.
+    """The different texts of the choices, at least two, and the indices of the right ones, at least one.
 
+    A text that is there twice, as in some rows of MMLU, is one choice: between two, rounding would decide.
     Raises UserError naming the row's place for an empty choice, and for an answer that is none of them.
     """
     choices, labels = _choices(task, row)
     for number, choice in enumerate(choices, start=1):
         if not choice.strip():
             raise UserError(f"{row.place}: choice {number} of {len(choices)} is empty; correct the row.")
-    if len(choices) < 2:
-        raise UserError(f"{row.place}: `choices` has {len(choices)} text, but at least two are needed.")
+    texts = list(dict.fromkeys(choices))
+    if len(texts) < 2:
+        raise UserError(f"{row.place}: `choices` needs at least two texts that differ; correct the row.")
     if task.answer is None:
         if labels is None:
             raise UserError(
@@ -133,7 +142,7 @@ def choices_and_right_ones(task: Task, row: Row) -> tuple[list[str], list[int]]:
         right = sorted({_index_of(answer, choices, row) for answer in answers})
     if not right:
         raise UserError(f"{row.place}: no choice is marked as right; correct the row.")
-    return choices, right
+    return texts, sorted({texts.index(choices[index]) for index in right})
 
 
 def _choices(task: Task, row: Row) -> tuple[list[str], list[int] | None]:
