@@ -42,7 +42,7 @@ class RunFailed(Exception):
 
 
 class RankFailed(Exception):
-    """One rank can't continue, for a reason that the others don't know; ends with ``EXIT_FAILURE``.
+    """One rank cannot continue, for a reason that the others don't know; ends with ``EXIT_FAILURE``.
 
     The message is one sentence that names the rank and the nearest fix. Of several ranks with the same reason the first
     one reports it.
@@ -50,7 +50,7 @@ class RankFailed(Exception):
 
 
 class PeersLost(Exception):
-    """Other hosts or ranks of the run can't be reached; ends with ``EXIT_FAILURE``.
+    """Other hosts or ranks of the run cannot be reached; ends with ``EXIT_FAILURE``.
 
     The message is one sentence that names the host, rank or endpoint. One rank on every host reports it, because any of
     their logs may be the one that is read.

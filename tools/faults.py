@@ -25,7 +25,7 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAULTS = REPOSITORY / "tests" / "faults"
 FAULTS_TEST = "tests/tools/test_faults_tool.py"
-"""Test that would fail under every fault, whose patch can't be applied a second time."""
+"""Test that would fail under every fault, whose patch cannot be applied a second time."""
 HEADER = ("Subject", "Part", "Token", "Tests")
 QUICK, SLOW, MISSED = "quick", "slow", "missed"
 MARKERS = {QUICK: "not slow and not system", SLOW: "slow and not system"}

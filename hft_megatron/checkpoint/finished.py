@@ -38,7 +38,7 @@ def reached(folder: Path) -> Reached | None:
 def discarded(folder: Path) -> Reached | None:
     """The record of a run whose checkpoints were deleted, maybe not all of them yet; None where there is none.
 
-    UserError for a record that can't be read.
+    UserError for a record that cannot be read.
     """
     file = folder / FINISHED_FILE
     try:

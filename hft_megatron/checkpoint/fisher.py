@@ -50,7 +50,7 @@ class FisherFacts:
 
 
 def read_facts(folder: Path) -> FisherFacts | None:
-    """The facts of a complete folder, None where it isn't one; UserError where they can't be read."""
+    """The facts of a complete folder, None where it isn't one; UserError where they cannot be read."""
     if not (folder / DIGESTS_FILE).exists():
         return None
     file = folder / FACTS_FILE
@@ -107,7 +107,7 @@ def write_fisher(
     """Writes ``fisher``, (elements,) fp32 of the units that this rank keeps, with the model's weights, which must be
     gathered. Replaces the folder's contents once everything is written. Every rank must call it.
 
-    Raises RunFailed on all ranks where one can't write.
+    Raises RunFailed on all ranks where one cannot write.
     """
     unfinished = folder.with_name(folder.name + UNFINISHED)
 

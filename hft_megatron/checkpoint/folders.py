@@ -54,7 +54,7 @@ def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:
 
 
 def read_digests(folder: Path) -> dict[str, Digest]:
-    """The digests of a complete checkpoint by file name; raises ValueError for a list that can't be read."""
+    """The digests of a complete checkpoint by file name; raises ValueError for a list that cannot be read."""
     listed = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
     try:
         return {name: Digest(sha256=str(one["sha256"]), bytes=int(one["bytes"])) for name, one in listed.items()}
@@ -257,7 +257,7 @@ def delete_superseded(folder: str, *, keep_last: int | None, retain_interval: in
 
     Kept are the newest ``keep_last`` (1 where only the interval is given), every one whose iteration is a multiple of
     ``retain_interval``, and the bases of kept ones; bases in other runs' folders are not touched. Raises OSError where
-    one can't be deleted, and UserError, before any deletion, where a kept one can't be read.
+    one cannot be deleted, and UserError, before any deletion, where a kept one cannot be read.
     """
     if keep_last is None and retain_interval is None:
         return []

@@ -59,7 +59,7 @@ class TrainState:
 
     @staticmethod
     def read(folder: Path, *, option: str = "--load") -> "TrainState":
-        """The inverse of ``write``; UserError for a checkpoint of another version and for a file that can't be read.
+        """The inverse of ``write``; UserError for a checkpoint of another version and for a file that cannot be read.
 
         ``option`` names the run in errors.
         """

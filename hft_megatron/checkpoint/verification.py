@@ -54,7 +54,7 @@ def sound_checkpoint(
 
     Collective; ranks share the reading. A damaged checkpoint is a UserError on every rank, naming the file and the
     newest intact checkpoint, or with ``fallback`` (--load-fallback) that one is taken. ``put_aside`` renames the
-    damaged ones, so that the next start doesn't find them again. A checkpoint of a megatron-core that this one can't
+    damaged ones, so that the next start doesn't find them again. A checkpoint of a megatron-core that this one cannot
     read is a UserError, too.
     """
     damaged: list[tuple[Path, str]] = []

@@ -129,7 +129,7 @@ class CheckpointWriter:
         return self._saved(save)
 
     def _begin(self, state: TrainState, wrapped: WrappedModel) -> _Save:
-        """A folder to write into, with a new name every time, so that a writer that outlived its run can't reach it."""
+        """A folder to write into, with a new name every time: a writer that outlived its run cannot reach it."""
         begun = time.perf_counter()
         name = [f"{ITERATION_FOLDER.format(state.iteration)}{UNFINISHED}-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(name, src=0)

@@ -66,7 +66,7 @@ class WriterReport:
 def request_save(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> tuple[AsyncRequest, WriterReport]:
     """Plans the save of a sharded state dict into a folder; collective.
 
-    The request writes when it is executed or scheduled. Where rank 0 can't write a file for all ranks, now or when the
+    The request writes when it is executed or scheduled. Where rank 0 cannot write a file for all ranks, now or when the
     request is finalized, the report has a failure and all ranks continue in step.
     """
     report = WriterReport()
@@ -90,7 +90,7 @@ def _finalize(step: Callable[[], None], report: WriterReport) -> None:
 
 @contextlib.contextmanager
 def _noting_failures(report: WriterReport) -> Iterator[None]:
-    """Within it, rank 0 records that it can't write a file for all ranks, and continues.
+    """Within it, rank 0 records that it cannot write a file for all ranks, and continues.
 
     megatron-core would raise there, on rank 0 alone, while the others wait for it in their next collective.
     """

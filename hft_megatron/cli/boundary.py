@@ -91,7 +91,7 @@ def run_command(command: Callable[[StatusFolder], None]) -> int:
 def _sigterm_as_ctrl_c() -> Iterator[None]:
     """Within it, SIGTERM ends a process without ranks with a sentence, unless something else handles it.
 
-    A rank, or the check before a start, ends at once: a rank may wait for others where Python can't run handlers, and
+    A rank, or the check before a start, ends at once: a rank may wait for others where Python cannot run handlers, and
     its launcher reports the signal.
     """
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or threading.current_thread() is not threading.main_thread():
@@ -181,7 +181,7 @@ def note(line: str) -> None:
 
 
 def _end_writers() -> None:
-    """Ends the background writers of a failed command: they can't complete a checkpoint, and Python would wait."""
+    """Ends the background writers of a failed command: they cannot complete a checkpoint, and Python would wait."""
     for process in multiprocessing.active_children():
         process.kill()
 

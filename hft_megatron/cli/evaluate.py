@@ -126,7 +126,7 @@ def run(options: EvaluateOptions, status: StatusFolder) -> None:
 
 
 def _evaluation(options: EvaluateOptions, tasks: "tuple[Task, ...]") -> "Evaluation":
-    """The evaluation with the models' own descriptions; UserError for models that can't be evaluated with it."""
+    """The evaluation with the models' own descriptions; UserError for models that cannot be evaluated with it."""
     from hft_megatron.evaluation.saved_models import SavedModel
     from hft_megatron.evaluation.side_by_side import Evaluation
     from hft_megatron.evaluation.weight_changes import check_alike

@@ -52,7 +52,7 @@ class ExportFolder:
         self._keep, self._metric, self._higher = keep, metric, higher
 
     def noted(self) -> Noted | None:
-        """The contents of ``exports.json``; None where there is none. UserError for one that can't be read."""
+        """The contents of ``exports.json``; None where there is none. UserError for one that cannot be read."""
         file = self.path / EXPORTS_FILE
         if not file.exists():
             return None
@@ -91,7 +91,7 @@ class ExportFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         noted = self.noted() or Noted(run=run)
         for path in [path for path in self.path.iterdir() if _is_unfinished(path)]:
-            # What was on its way out is in nobody's way where it can't be deleted.
+            # What was on its way out is in nobody's way where it cannot be deleted.
             shutil.rmtree(path, ignore_errors=_is_old(path))
         if noted.final_files and not self.has_final():
             for name in noted.final_files:
@@ -121,7 +121,7 @@ class ExportFolder:
     def publish(self, unfinished: Path, iteration: int, measured: Mapping[str, float]) -> list[str]:
         """Gives a complete export its name, notes it, and deletes what --save-hf-keep drops; returns lines for the log.
 
-        An older export that can't be deleted is a line of the log, not an error.
+        An older export that cannot be deleted is a line of the log, not an error.
         """
         path = self.place(iteration)
         noted = self._noted_here()

@@ -212,7 +212,7 @@ def _items_of_file(path: Path, flags: Mapping[str, Flag]) -> Iterator[Item]:
 
 def yaml_of_file(path: Path, option: str) -> yaml.Node | None:
     """The contents of a YAML file, with lines, by its safe loader; None where it is empty. Raises UserError for a file
-    of ``option`` that can't be read."""
+    of ``option`` that cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -34,7 +34,7 @@ def found_again(folder: Path, *, beside: Path) -> Path:
     If it is gone, the folder of its name beside that run: runs side by side, such as those of --stages, move together.
     """
     moved = beside.resolve().parent / folder.name
-    # With os.path, which treats a folder that can't be read as gone.
+    # With os.path, which treats a folder that cannot be read as gone.
     return (moved if os.path.isdir(moved) and not os.path.exists(folder) else folder).resolve()
 
 

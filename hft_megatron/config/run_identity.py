@@ -100,7 +100,7 @@ class RunIdentity:
 
     @staticmethod
     def read(option: str, folder: str) -> RunIdentity:
-        """Read the identity of the run in ``folder``, the value of ``option``. UserError if it can't be read."""
+        """Read the identity of the run in ``folder``, the value of ``option``. UserError if it cannot be read."""
         file = Path(folder) / RUN_IDENTITY_FILE
         try:
             noted = RunIdentity.from_dict(json.loads(file.read_text(encoding="utf-8")))

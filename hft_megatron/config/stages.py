@@ -30,7 +30,7 @@ _OF_EXPORTS: dict[str, Any] = {
 """Options that, given for all stages, apply to the last one, and their values in the others. A stage may set its
 own."""
 _OF_THE_WHOLE = ("save", "load", "finetune")
-"""Options that a stage can't set: stages follow one another in folders below --save."""
+"""Options that a stage cannot set: stages follow one another in folders below --save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Stage:
 def read_stages(path: str, base: RunConfig, note: Callable[[str], None] | None = None) -> tuple[Stage, ...]:
     """The stages that a YAML file describes; ``base`` are the options of all of them.
 
-    Raises UserError for a file that can't be read, an unknown method, an option that a stage can't set, and without
+    Raises UserError for a file that cannot be read, an unknown method, an option that a stage cannot set, and without
     --save, which stages need to pass on their weights.
     """
     whole = base.checkpoint

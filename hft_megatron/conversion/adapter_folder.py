@@ -74,7 +74,7 @@ def export_adapter(
     """Writes the adapters of this run's model; the folder appears complete or not at all. Every rank must call it.
 
     ``base`` is the Hugging Face folder of the model that they belong to. ``values`` are those of
-    ``gathered_weights``. Raises RunFailed on every rank where rank 0 can't write.
+    ``gathered_weights``. Raises RunFailed on every rank where rank 0 cannot write.
     """
     adapters = shape.adapters
     assert adapters is not None
@@ -169,7 +169,7 @@ def _opened(folder: str) -> Any:
         return safe_open(Path(folder) / ADAPTER_WEIGHTS_FILE, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"--lora-adapter {folder}: {ADAPTER_WEIGHTS_FILE} can't be read ({error}); copy the folder again."
+            f"--lora-adapter {folder}: {ADAPTER_WEIGHTS_FILE} cannot be read ({error}); copy the folder again."
         ) from error
 
 

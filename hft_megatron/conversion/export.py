@@ -33,7 +33,7 @@ def export_folder(
 ) -> None:
     """Exports this run's model, with its adapters merged, by ``export_tensors`` on rank 0; every rank must call it.
 
-    Raises RunFailed on every rank where rank 0 can't write; no rank waits for its writing in a collective.
+    Raises RunFailed on every rank where rank 0 cannot write; no rank waits for its writing in a collective.
     """
     run_dtype = next(chunks[0].parameters()).dtype
     wholes = merged(gathered_weights(chunks, shape, placement), shape)
@@ -60,7 +60,7 @@ def export_tensors(
     ``wholes`` and ``run_dtype`` are those of ``write_weights``. The source's config and generation config are kept,
     with the data type and the begin, end and (where one is named) pad tokens brought in line with what was trained, and
     so are its other files (``keep_files``). Raises OSError where
-    that can't be written.
+    that cannot be written.
     """
     unfinished = destination.open()
     try:

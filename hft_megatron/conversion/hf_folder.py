@@ -23,8 +23,8 @@ _LAYER = re.compile(r"\.\d+\.")
 class HuggingFaceWeights:
     """The safetensors of one folder, single or sharded. Use as a context manager.
 
-    Raises UserError when the folder's weight files are not one clear set (``find_weight_files``), a file can't be read,
-    two files hold one tensor, the index contradicts the files, or when a tensor that is asked for is absent,
+    Raises UserError when the folder's weight files are not one clear set (``find_weight_files``), a file cannot be
+    read, two files hold one tensor, the index contradicts the files, or when a tensor that is asked for is absent,
     quantised, of another shape than the model's, or has a value that is not finite.
     """
 
@@ -93,7 +93,7 @@ class HuggingFaceWeights:
                 self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"{self.option} {self.folder}: {file} can't be read ({error}); copy the model folder again."
+                    f"{self.option} {self.folder}: {file} cannot be read ({error}); copy the model folder again."
                 ) from error
         return self._files[file]
 

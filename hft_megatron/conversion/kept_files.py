@@ -99,7 +99,7 @@ def keep_files(source: Path, target: Path, *, others: Collection[str] = ()) -> l
 
     ``others``, which somebody else writes, and the safetensors that the export replaces are skipped without mention.
     Left out are weights, files above ``LARGEST_BYTES``, hidden ones, checkpoints, ``original/``, records of a training
-    run and what can't be read. Raises OSError where ``target`` can't be written.
+    run and what cannot be read. Raises OSError where ``target`` cannot be written.
     """
     kept: list[str] = []
     left_out: list[str] = []

@@ -60,7 +60,7 @@ def options_called(names: dict[str, str]) -> Iterator[None]:
 def check_folders(folders: MergeFolders) -> MergeInputs:
     """Checks the options and both config.json files.
 
-    Raises UserError for a missing option, one folder given twice, an output that is not empty or can't be written, a
+    Raises UserError for a missing option, one folder given twice, an output that is not empty or cannot be written, a
     folder that is no LLaMA, and two models of different shapes (naming the first key that differs).
     """
     for name in ("tuned", "base", "output"):

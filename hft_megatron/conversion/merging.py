@@ -56,7 +56,7 @@ def half_reset(inputs: MergeInputs, plan: Plan, announce: Announce) -> None:
     like all other weights, and a plan by HFT's rule trains them, so they keep the tuned value.
 
     ``plan`` must be one of the inputs' shape. Raises UserError for folders that don't hold what their config.json asks
-    for, and for a value that the tuned model's data type can't hold.
+    for, and for a value that the tuned model's data type cannot hold.
     """
     trains = {f"{unit.name}.weight": plan.trains(unit.name) for unit in plan.units}
 

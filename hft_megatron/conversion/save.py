@@ -55,7 +55,7 @@ def write_weights(
 ) -> torch.dtype:
     """Writes safetensors to ``folder``, holding one tensor at a time. Returns the data type of most parameters.
 
-    ``wholes`` gives (unit, whole tensor) in the order of ``units_of(shape)``. Where ``run_dtype`` can't hold the
+    ``wholes`` gives (unit, whole tensor) in the order of ``units_of(shape)``. Where ``run_dtype`` cannot hold the
     source's values (fp16 or fp32 trained as bf16), frozen tensors are copied from the source, so that they are its bit
     for bit, and trained ones are written in the source's data type. Frozen tensors that are not the source's, because
     the run took them from another run's checkpoint, are written like trained ones.
@@ -84,7 +84,7 @@ def write_weights(
     [(dtype, _)] = parameters.most_common(1)
     if copied:
         announce(
-            f"export: {run_dtype} can't hold the source's values, so {copied} frozen tensors are copied from "
+            f"export: {run_dtype} cannot hold the source's values, so {copied} frozen tensors are copied from "
             f"{rules.source} and trained ones are written as {dtype}"
         )
     return dtype
@@ -149,7 +149,7 @@ def write_on_rank_0(
         try:
             write()
         except caught as error:
-            reasons = [f"{what} can't be written: {error}"]
+            reasons = [f"{what} cannot be written: {error}"]
     # After a failure the others still send what they hold.
     for _ in wholes:
         assert placement.rank == 0, "only rank 0 is given tensors"

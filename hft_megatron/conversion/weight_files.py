@@ -63,7 +63,7 @@ class _ShardSet:
 def find_weight_files(folder: Path, *, option: str) -> WeightFiles:
     """Finds the set of safetensors that transformers would read; ``option`` names the folder in errors.
 
-    Raises UserError where there is none, a file of it is missing, its index can't be read, or a second set exists.
+    Raises UserError where there is none, a file of it is missing, its index cannot be read, or a second set exists.
     """
     where = f"{option} {folder}"
     present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
@@ -126,7 +126,7 @@ def _read_index(path: Path, where: str) -> dict[str, str] | None:
         if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError("weight_map must name a file for every tensor")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: {INDEX_FILE} can't be read ({error}); copy the model folder again.") from error
+        raise UserError(f"{where}: {INDEX_FILE} cannot be read ({error}); copy the model folder again.") from error
     return weight_map
 
 

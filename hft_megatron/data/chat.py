@@ -1,7 +1,7 @@
 """Turns messages into pieces of text, with the text that the model has to produce marked as trained.
 
 This is the assistant's text and the special token that ends it. Where the template doesn't mark it itself
-(``{% generation %}``), it is found by rendering parts of the conversation (``rendering.py``); a span that can't be
+(``{% generation %}``), it is found by rendering parts of the conversation (``rendering.py``); a span that cannot be
 found exactly is an error and never a guess.
 """
 
@@ -34,7 +34,7 @@ RESERVED = re.compile(f"[{SPAN_START}{SPAN_END}{ESCAPE}]")
 
 
 class ChatError(ValueError):
-    """A conversation that can't be made an example; the message is a clause to follow ``file:line:``."""
+    """A conversation that cannot be made an example; the message is a clause to follow ``file:line:``."""
 
 
 class ChatTemplate:
@@ -175,7 +175,7 @@ class ChatTemplate:
         """``turn``, if its end token is there or is not to be trained."""
         if turn.end == turn.text_end and self._loss.train_on_eos:
             raise ChatError(
-                "the chat template puts no special token right after the assistant's text, so the end of a turn can't "
+                "the chat template puts no special token right after the assistant's text, so the end of a turn cannot "
                 "be learned; end the turn with eos_token in the template, or choose --no-train-on-eos"
             )
         return turn

@@ -172,8 +172,8 @@ def read_source(
 ) -> tuple[list[Encoded], list[str], dict[str, Any]]:
     """The examples of a source in its order, the places of their records, and an account of it.
 
-    Records that can't be an example are added to ``errors``; if all are, there are no examples. Raises UserError for
-    a file that can't be read to its end, and for a source from which nothing can be learned.
+    Records that cannot be an example are added to ``errors``; if all are, there are no examples. Raises UserError for
+    a file that cannot be read to its end, and for a source from which nothing can be learned.
     """
     kept: list[Encoded] = []
     places: list[str] = []
@@ -260,10 +260,10 @@ def _count_untrained(record: Record) -> int:
 
 
 def pieces_of(record: Record, tokenizer: Tokenizer, template: ChatTemplate, loss: LossRule) -> list[Piece]:
-    """The text of a record, cut at its token boundaries. Raises UserError naming a record that can't be an example."""
+    """The text of a record, cut at its token boundaries. Raises UserError naming a record that cannot be an example."""
     if isinstance(record, Preference):
         raise UserError(
-            f"{record.place}: the record is a preference pair (`chosen` and `rejected`), which this command can't "
+            f"{record.place}: the record is a preference pair (`chosen` and `rejected`), which this command cannot "
             f"learn from; train on pairs with hft-megatron dpo, or give records with one answer."
         )
     if isinstance(record, Completion):

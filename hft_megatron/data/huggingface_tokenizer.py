@@ -148,14 +148,14 @@ class HuggingFaceTokenizer(Tokenizer):
                 return continues
         raise UserError(
             f"--tokenizer-model {self.facts.source} changes text after {special.text!r} in an unknown way, so trained "
-            f"spans can't be found exactly; use a LLaMA tokenizer."
+            f"spans cannot be found exactly; use a LLaMA tokenizer."
         )
 
 
 def load_huggingface_tokenizer(files: TokenizerFiles, chat_template: str | None) -> HuggingFaceTokenizer:
     """The tokenizer of a folder with a tokenizer.json, or with other files that transformers converts to one.
 
-    ``chat_template`` is --chat-template. Raises UserError for files that can't be read and for a tokenizer without an
+    ``chat_template`` is --chat-template. Raises UserError for files that cannot be read and for a tokenizer without an
     end token.
     """
     folder = files.folder
@@ -175,7 +175,7 @@ def load_huggingface_tokenizer(files: TokenizerFiles, chat_template: str | None)
         return view.compared(tokenizer.with_facts(exports_own_files=varies), TOKENIZER_FILE)
     if view.loaded is None:
         raise UserError(
-            f"--tokenizer-model {folder} can't be read by transformers ({view.reason}); name a complete tokenizer "
+            f"--tokenizer-model {folder} cannot be read by transformers ({view.reason}); name a complete tokenizer "
             f"folder."
         )
     if not getattr(view.loaded, "is_fast", False):

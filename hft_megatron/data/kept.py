@@ -31,13 +31,13 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def folder_for_entries(folder: Path, option: str) -> Path:
-    """The folder, created if missing. Raises UserError, naming the ``option``, where it can't be written."""
+    """The folder, created if missing. Raises UserError, naming the ``option``, where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {folder} can't be used: {error.strerror}; name a writable folder.") from error
+        raise UserError(f"{option} {folder} cannot be used: {error.strerror}; name a writable folder.") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{option} {folder} can't be used: it can't be written; name another folder.")
+        raise UserError(f"{option} {folder} cannot be used: it cannot be written; name another folder.")
     return folder
 
 

@@ -41,7 +41,7 @@ def proposal(row: Mapping[str, Any]) -> str:
     conversations = {key: known for key, value in row.items() if (known := _conversation_key(value))}
     if len(conversations) == 1:
         ((key, known),) = conversations.items()
-        # The option can't name these, or nobody can read them.
+        # The option cannot name these, or nobody can read them.
         if key.isprintable() and not {",", "="} & set(key):
             return f"Read it with --data-keys {shlex.quote(f'{key}={known}')}"
     prompt, completion = only_one_of(PROMPT_NAMES, row), only_one_of(COMPLETION_NAMES, row)
@@ -136,7 +136,7 @@ def check_unread(key: str, row: dict[str, Any], unread: Sequence[str], place: st
             f"input=prompt, or ignore it with --ignore-keys input."
         )
     raise UserError(
-        f"{place}: `{key}` means {refusal.meaning}, which a record of the format {format} can't have; "
+        f"{place}: `{key}` means {refusal.meaning}, which a record of the format {format} cannot have; "
         f"{refusal.fix}, or ignore it with --ignore-keys {key}."
     )
 
@@ -207,7 +207,7 @@ class RecordReader:
     def read(self, files: Sequence[Path], errors: RecordErrors | None = None) -> Iterator[tuple[DataFormat, Record]]:
         """Each record of each file in order, with its format.
 
-        Raises UserError naming file and place for a bad record, or adds it to ``errors``. A file that can't be read
+        Raises UserError naming file and place for a bad record, or adds it to ``errors``. A file that cannot be read
         to its end, or whose first record is unreadable or of no format, ends the reading in any case.
         """
         for path in files:

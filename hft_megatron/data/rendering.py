@@ -227,7 +227,7 @@ class SpanFinder:
         head, _, tail = self._probed(messages, turn)
         content, body = (messages[turn]["content"] or "").strip(), after[start:]
         lead = len(body) - len(body.lstrip())
-        # Its own text can't tell: a short or empty one may also be the beginning of the template's addition.
+        # Its own text cannot tell: a short or empty one may also be the beginning of the template's addition.
         if not _reaches(head, before) or not body.startswith(content, lead) or tail != self._around_a_text(messages)[1]:
             raise _not_found(turn, _AROUND)
         gap = re.compile(r"\s*").match(body, lead + len(content))
@@ -280,7 +280,7 @@ class SpanFinder:
             if len(messages) > 1:
                 raise
             raise TemplateError(
-                "the chat template refuses the assistant's first message alone, so where it ends can't be found; "
+                "the chat template refuses the assistant's first message alone, so where it ends cannot be found; "
                 "remove the message, or mark it with {% generation %} in the template"
             ) from None
 
@@ -346,6 +346,6 @@ def _reaches(head: str, before: str) -> bool:
 def _not_found(turn: int, reason: str = "") -> TemplateError:
     return TemplateError(
         f"the chat template doesn't render message {turn + 1} as a continuation of the messages before it"
-        f"{': ' if reason else ''}{reason}, so the trained span can't be found; mark it with {{% generation %}} in the "
-        f"template"
+        f"{': ' if reason else ''}{reason}, so the trained span cannot be found; mark it with {{% generation %}} in "
+        f"the template"
     )

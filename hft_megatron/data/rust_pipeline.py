@@ -120,12 +120,12 @@ def _only_marks(step: dict[str, Any] | None) -> bool:
 
 
 def read_pipeline(path: Path) -> RustTokenizer:
-    """A tokenizer.json unchanged, without the limits that it can carry. Raises UserError where it can't be read."""
+    """A tokenizer.json unchanged, without the limits that it can carry. Raises UserError where it cannot be read."""
     try:
         rust = RustTokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} can't be read by the tokenizers library ({reason}); copy it again.") from error
+        raise UserError(f"{path} cannot be read by the tokenizers library ({reason}); copy it again.") from error
     rust.no_truncation()
     rust.no_padding()
     return rust
@@ -134,7 +134,7 @@ def read_pipeline(path: Path) -> RustTokenizer:
 def add_tokens(rust: RustTokenizer, files: TokenizerFiles) -> None:
     """Give ``rust`` the tokens that only the files beside it have, and make special the tokens that they call so.
 
-    Raises UserError for a token whose id is not the next free one: the library can't give it another.
+    Raises UserError for a token whose id is not the next free one: the library cannot give it another.
     """
     has_flags = "added_tokens_decoder" in files.config
     known = rust.get_added_tokens_decoder()

@@ -94,7 +94,7 @@ class Vocabulary:
 def read_vocabulary(file: Path, files: TokenizerFiles) -> Vocabulary:
     """Read a ``.model`` file, and the facts about its tokens in ``files``.
 
-    Raises UserError where it isn't a SentencePiece model or can't be exported, and for an added token whose id is not
+    Raises UserError where it isn't a SentencePiece model or cannot be exported, and for an added token whose id is not
     the next free one.
     """
     proto = _read_proto(file)
@@ -162,7 +162,7 @@ def _check_convertible(file: Path, proto: Any) -> None:
         raise UserError(f"--tokenizer-model {file} is of type {kind}; only BPE and UNIGRAM models can be exported.")
     if proto.trainer_spec.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
         raise UserError(
-            f"--tokenizer-model {file} marks spaces in an unusual way that can't be exported; train it with "
+            f"--tokenizer-model {file} marks spaces in an unusual way that cannot be exported; train it with "
             f"treat_whitespace_as_suffix false and escape_whitespaces true."
         )
 

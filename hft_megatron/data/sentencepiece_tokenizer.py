@@ -66,7 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._rust = rust
         self._file = file
         self._files = files
-        # The library can't switch its rules per call, so there is a processor for each way to begin.
+        # The library cannot switch its rules per call, so there is a processor for each way to begin.
         self._processor = vocabulary.processor()
         self._continuing = vocabulary.processor(add_dummy_prefix=False)
         if vocabulary.removes_spaces:
@@ -131,7 +131,7 @@ def load_sentencepiece_tokenizer(
 ) -> SentencePieceTokenizer:
     """Load a ``.model`` file with the special and added tokens that ``files`` name.
 
-    ``chat_template`` is --chat-template. Raises UserError when it isn't such a file, can't be exported or has no end
+    ``chat_template`` is --chat-template. Raises UserError when it isn't such a file, cannot be exported or has no end
     token.
     """
     vocabulary = read_vocabulary(file, files)
@@ -168,7 +168,7 @@ def load_sentencepiece_tokenizer(
     rust = to_rust_tokenizer(vocabulary, bos_id=bos_id)
     tokenizer = SentencePieceTokenizer(facts, vocabulary, rust, file, files)
     if difference := pipeline_difference(tokenizer, rust):
-        note = f"{facts.source}: an export's {TOKENIZER_FILE} {difference}; it can't reproduce SentencePiece there"
+        note = f"{facts.source}: an export's {TOKENIZER_FILE} {difference}; it cannot reproduce SentencePiece there"
         tokenizer = tokenizer.with_facts(notes=(*facts.notes, note))
     return TransformersView(files.folder).compared(tokenizer, MODEL_FILE) if files.reads_folder else tokenizer
 

@@ -151,12 +151,12 @@ def read_template(choice: str, special_tokens: Sequence[SpecialToken]) -> str:
 
 
 def read_text(path: Path, place: str) -> str:
-    """The text of a jinja file. Raises UserError, which begins with ``place``, where it can't be read."""
+    """The text of a jinja file. Raises UserError, which begins with ``place``, where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise UserError(f"{place} can't be read: {reason}; name a jinja file.") from error
+        raise UserError(f"{place} cannot be read: {reason}; name a jinja file.") from error
 
 
 _DEFAULT = "default"

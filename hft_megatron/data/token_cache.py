@@ -104,7 +104,7 @@ NO_CACHE = TokenCache(None)
 def open_token_cache(folder: str | None) -> TokenCache:
     """The cache of --data-cache-path, the user's own when None, which keeps nothing where it isn't writable.
 
-    Raises UserError for a given folder that can't be made or written.
+    Raises UserError for a given folder that cannot be made or written.
     """
     try:
         found = user_cache("data", _OPTION) if folder is None else Path(folder)

@@ -142,7 +142,7 @@ class TransformersView:
             return tokenizer
         note = (
             f"{tokenizer.facts.source}: the ids are those of its {file}, but transformers {difference}; an export "
-            f"has tokenizer files made for the same ids, and says where it can't (--keep-source-tokenizer leaves the "
+            f"has tokenizer files made for the same ids, and says where it cannot (--keep-source-tokenizer leaves the "
             f"source's)"
         )
         return tokenizer.with_facts(notes=(*tokenizer.facts.notes, note), exports_own_files=True)
@@ -150,7 +150,7 @@ class TransformersView:
     def difference(self, tokenizer: Tokenizer) -> str | None:
         """A clause about the first text whose ids differ in transformers, None where there is none."""
         if self.loaded is None:
-            return f"{self.version} can't load the folder ({self.reason})"
+            return f"{self.version} cannot load the folder ({self.reason})"
         found = first_difference(
             tokenizer, lambda text, with_special: list(self.loaded.encode(text, add_special_tokens=with_special))
         )

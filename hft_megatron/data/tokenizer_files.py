@@ -147,7 +147,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} can't be read ({error}); copy it again.") from error
+        raise UserError(f"{path} cannot be read ({error}); copy it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object; copy it again.")
     return content
@@ -192,4 +192,4 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], special: set[str]) ->
             for content, number in _read_object(path).items()
         }
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} has added tokens that can't be read ({error}); copy it again.") from error
+        raise UserError(f"{path} has added tokens that cannot be read ({error}); copy it again.") from error

@@ -49,7 +49,7 @@ class Examination:
     def run(self) -> Diagnosis:
         """Runs all checks, shows the report on rank 0 and returns it on every rank; every rank calls it.
 
-        Raises UserError where ranks can't be placed on devices. Where a check does not return within
+        Raises UserError where ranks cannot be placed on devices. Where a check does not return within
         --distributed-timeout-minutes, the findings so far are shown and the process ends.
         """
         for what, look in self._looks():
@@ -130,7 +130,7 @@ class Examination:
         )
 
     def _alone(self, others_wait_s: float) -> Diagnosis:
-        """The findings of this rank alone, when the others can't be reached: rank 0 shows all of them, others print
+        """The findings of this rank alone, when the others cannot be reached: rank 0 shows all of them, others print
         what is wrong and wait, because torchrun ends all ranks as soon as one has failed."""
         mine = [RankReport(rank=self._rank, host=host_name(), findings=tuple(self._findings))]
         diagnosis = self._diagnosis(mine, merged(mine))
@@ -163,7 +163,7 @@ def _does_not_return(what: str, minutes: float) -> Finding:
 
 def _ranks_do_not_meet(value: str) -> Finding:
     fix = (
-        "The ranks can't reach each other, or one has died: check the output of the other ranks, and set "
+        "The ranks cannot reach each other, or one has died: check the output of the other ranks, and set "
         "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME where a host has several networks."
     )
     return Finding(what="process groups", value=value, status="wrong", fix=fix)

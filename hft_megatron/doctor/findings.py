@@ -24,7 +24,7 @@ class Finding:
     fix: str | None = None
     """One sentence with the problem and its fix; None where it is ok."""
     same_everywhere: bool = False
-    """True if ranks with different values can't train together."""
+    """True if ranks with different values cannot train together."""
 
     def __post_init__(self) -> None:
         assert (self.status == "ok") == (self.fix is None), "a finding has a fix exactly when it is not ok"

@@ -217,6 +217,6 @@ def _optional(what: str, module: str, *, can_be_used: bool, brings: str) -> Find
     if can_be_used:
         return Finding(what=what, value=f"found: {for_what}", same_everywhere=True)
     if find_spec(module) is not None:
-        value = f"installed, but its kernels can't be loaded here; {for_what}"
+        value = f"installed, but its kernels cannot be loaded here; {for_what}"
         return Finding(what=what, value=value, same_everywhere=True)
     return Finding(what=what, value=f"not installed: {for_what}", same_everywhere=True)

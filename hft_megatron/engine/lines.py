@@ -33,7 +33,7 @@ class Line:
     writes_files: str
     """The method of ``FileSystemWriterAsync`` that writes a rank's files."""
     has_common_file: bool
-    """True if rank 0 writes ``COMMON_STATE_FILE``, and a checkpoint without it can't be read."""
+    """True if rank 0 writes ``COMMON_STATE_FILE``, and a checkpoint without it cannot be read."""
     needs_triton: bool = False
     """True if it imports triton even without a GPU."""
 
@@ -59,7 +59,7 @@ LINES = (
 
 @cache
 def engine_line() -> Line:
-    """The line of the installed megatron-core; UserError where it belongs to none, or can't be imported."""
+    """The line of the installed megatron-core; UserError where it belongs to none, or cannot be imported."""
     wanted = LINES[sys.version_info >= (3, 12)]
     remedy = f"run `pip install '{DISTRIBUTION}{wanted.versions}'`"
     try:
@@ -84,7 +84,7 @@ def line_of(version: str) -> Line | None:
 
 
 def refuse_if_unreadable(checkpoint: Path, files: Collection[str]) -> None:
-    """Raise UserError where the installed engine can't read a complete checkpoint, which was saved as ``files``.
+    """Raise UserError where the installed engine cannot read a complete checkpoint, which was saved as ``files``.
 
     0.19 reads what 0.16 has written, not the other way round.
     """

@@ -67,7 +67,7 @@ class Comparison:
 def compare(first: str, second: str) -> Comparison:
     """Compare the models of two result files, each ``FILE`` or, where it holds several models, ``FILE:MODEL``.
 
-    Raises UserError where files can't be read or are damaged, where they have no comparable task or measure in common,
+    Raises UserError where files cannot be read or are damaged, where they have no comparable task or measure in common,
     and where a task of one name had other settings, files or examples.
     """
     one, other = read_results(first), read_results(second)
@@ -112,7 +112,7 @@ def _check_same(name: str, one: ModelResults, other: ModelResults) -> None:
 
 
 def _comparable(name: str, one: ModelResults, other: ModelResults) -> tuple[list[Measure], list[str]]:
-    """Measures of a task that both files have, and lines about those that can't compare the models fairly."""
+    """Measures of a task that both files have, and lines about those that cannot compare the models fairly."""
     shared = [measure for measure in one.tasks[name].measures if measure in other.tasks[name].measures]
     alone = [
         measure
@@ -248,7 +248,7 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path} can't be read ({error.strerror}); give a file that hft-megatron evaluate wrote."
+            f"{path} cannot be read ({error.strerror}); give a file that hft-megatron evaluate wrote."
         ) from None
 
 

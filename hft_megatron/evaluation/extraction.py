@@ -26,7 +26,7 @@ def extractor(name: str) -> Extractor:
     or the whole match where the pattern has no groups.
 
     For the last match let the pattern begin with ``(?s:.*)``. To cut a text before a word, use
-    ``regex:(?s)(.*?)(?:WORD|\\Z)``. Raises UserError for another name or a pattern that re can't compile.
+    ``regex:(?s)(.*?)(?:WORD|\\Z)``. Raises UserError for another name or a pattern that re cannot compile.
     """
     if not name.startswith(REGEX):
         if name not in RULES:

@@ -98,7 +98,7 @@ def _check_alike(curves: Mapping[str, Sequence[Curve]]) -> Curve:
     others = [curve for curve in every if not curve.is_change]
     if changes and others:
         raise UserError(
-            f"{others[0].source} has no record of iteration 0, which {changes[0].source} has: their forgetting can't "
+            f"{others[0].source} has no record of iteration 0, which {changes[0].source} has: their forgetting cannot "
             f"be compared; run both with a validation before the first step."
         )
     return every[0]
@@ -189,7 +189,7 @@ def _records(path: Path) -> dict[int, dict[str, float]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read ({error}); give the --save folder of a run.") from error
+        raise UserError(f"{path} cannot be read ({error}); give the --save folder of a run.") from error
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # a run is writing it, or was killed meanwhile
     records: dict[int, dict[str, float]] = {}

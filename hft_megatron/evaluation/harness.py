@@ -89,5 +89,5 @@ def _written(found: dict[str, dict[str, Any]], output: Path | None) -> str:
             text = json.dumps(found, indent=1, default=handle_non_serializable, ensure_ascii=False)
             write_atomically(output, text + "\n")
         except OSError as error:
-            raise UserError(f"--output {output} can't be written: {error}; choose another folder.") from error
+            raise UserError(f"--output {output} cannot be written: {error}; choose another folder.") from error
     return "\n".join(f"{name}\n{make_table(results)}" for name, results in found.items())

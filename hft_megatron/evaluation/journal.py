@@ -25,7 +25,7 @@ class Journal:
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        """Reads an earlier command's answers. Raises UserError where that was another evaluation, can't be read, is
+        """Reads an earlier command's answers. Raises UserError where that was another evaluation, cannot be read, is
         being written, or is finished."""
         self.path = journal_of(output)
         self.answers: dict[tuple[str, str], dict[int, list[Answer]]] = {}
@@ -40,7 +40,7 @@ class Journal:
                 raise
         except OSError as error:
             raise UserError(
-                f"--output {output} can't be written: {error}; make room, or choose another folder."
+                f"--output {output} cannot be written: {error}; free some space, or choose another folder."
             ) from error
 
     def _begin(self, output: Path, settings: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Journal:
             self._write(noted)
         except OSError as error:
             raise RankFailed(
-                f"rank 0 can't write {self.path}: {error}; make room, and run the command again to resume."
+                f"rank 0 cannot write {self.path}: {error}; free some space, and run the command again to resume."
             ) from error
 
     def _write(self, value: Mapping[str, Any]) -> None:

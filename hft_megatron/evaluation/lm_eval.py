@@ -59,7 +59,7 @@ def run_lm_eval(
     them with the tokenizer of an export of the model, under the rules of the harness's own ``hf`` model. ``tasks`` are
     those of ``find_tasks``; they may contain code, which is run. ``say`` prints a line on rank 0.
 
-    Raises UserError, on every rank, for a task whose data can't be reached, or that needs something this model doesn't
+    Raises UserError, on every rank, for a task whose data cannot be reached, or that needs something this model doesn't
     support.
     """
     from hft_megatron.evaluation.lm_eval_model import HarnessModel, WithSpecialTokens

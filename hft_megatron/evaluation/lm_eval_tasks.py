@@ -48,13 +48,13 @@ class _Tasks(TaskManager):
     """The harness's index, whose tasks are read here."""
 
     def load(self, task_list: Any) -> Any:
-        """Raises UserError for data that can't be reached and for tasks that this model doesn't support."""
+        """Raises UserError for data that cannot be reached and for tasks that this model doesn't support."""
         names = ", ".join(task_list)
         try:
             loaded = super().load(task_list)
         except OSError as error:
             raise UserError(
-                f"--lm-eval-tasks: lm-evaluation-harness can't read the data of {names} ({_one_line(error)}); "
+                f"--lm-eval-tasks: lm-evaluation-harness cannot read the data of {names} ({_one_line(error)}); "
                 "fetch it where there is a network, into the cache that HF_HOME names, or write a task that reads "
                 "local files."
             ) from error
@@ -71,7 +71,7 @@ class _Tasks(TaskManager):
                 )
             if getattr(task, "MULTIMODAL", False):
                 raise UserError(
-                    f"--lm-eval-tasks: the task {name} needs more than text, which LLaMA can't read; leave it out."
+                    f"--lm-eval-tasks: the task {name} needs more than text, which LLaMA cannot read; leave it out."
                 )
         return loaded
 

@@ -164,7 +164,7 @@ class ScoreMatrix:
 
     @classmethod
     def read(cls, path: Path) -> "ScoreMatrix":
-        """Reads the file of ``write``. Raises UserError where it can't be read or is no matrix."""
+        """Reads the file of ``write``. Raises UserError where it cannot be read or is no matrix."""
         try:
             contents = json.loads(path.read_text(encoding="utf-8"))
             if contents["format"] != FORMAT:

@@ -31,7 +31,7 @@ class Measure:
     unit: str = ""
     """Unit for people: ``%``, ``nats``, ``bits``; empty without one."""
     of_tokens: bool = False
-    """True if the value counts tokens, so that models with different tokenizers can't be compared by it."""
+    """True if the value counts tokens, so that models with different tokenizers cannot be compared by it."""
     statistics: Callable[[str, Sequence[str], str], Statistics] | None = None
     """For a measure of texts: an example's statistics from the prediction, the references (one or more) and the source,
     which is the prompt's text; None where the kind of task computes them from log-probabilities."""

@@ -19,7 +19,7 @@ def predictions_of(output: Path) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """Raises UserError where a result file would overwrite another one, or can't be written."""
+    """Raises UserError where a result file would overwrite another one, or cannot be written."""
     if output.suffix != ".json":
         raise UserError(f"--output {output}: the result file is JSON; give it a name that ends in .json.")
     # Predictions beside a journal belong to a command that was killed before it wrote the results: it resumes.
@@ -51,7 +51,7 @@ def write_results(
         write_atomically(output, _json(whole, indent=1) + "\n")
     except OSError as error:
         raise UserError(
-            f"--output {output} can't be written: {error}; make room, and run the command again."
+            f"--output {output} cannot be written: {error}; free some space, and run the command again."
         ) from error
 
 

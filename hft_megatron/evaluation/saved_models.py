@@ -106,7 +106,7 @@ class SavedModel:
 
     @contextmanager
     def weights(self) -> Iterator[UnitWeights]:
-        """Its weights unit by unit, without a model. Raises UserError where they can't be read."""
+        """Its weights unit by unit, without a model. Raises UserError where they cannot be read."""
         of_run = None if self.run is None else run_weights(self.run)
         with of_run or folder_weights(self.name, option=self.option) as weights:
             yield weights

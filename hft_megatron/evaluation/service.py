@@ -54,7 +54,7 @@ class Service:
         return self._answer(questions, name)
 
     def _work(self, work: Callable[[], T], name: str) -> T:
-        end: Exception | None = RankFailed(f"rank 0 can't continue with {name}; its traceback says why.")
+        end: Exception | None = RankFailed(f"rank 0 cannot continue with {name}; its traceback says why.")
         try:
             result = work()
             end = None

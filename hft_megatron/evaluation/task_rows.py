@@ -27,7 +27,7 @@ class TaskRow:
 
 
 def read_task_rows(task: Task) -> list[TaskRow]:
-    """The rows of the task, at most ``limit``. Raises UserError for files that can't be read, and where there are no
+    """The rows of the task, at most ``limit``. Raises UserError for files that cannot be read, and where there are no
     rows."""
     paths = task.paths()
     rows = (row for path in paths for row in _rows_of(path, task))

@@ -21,7 +21,7 @@ class Task:
     """One entry of a tasks file.
 
     ``prompt``, ``target``, ``answer`` and ``text`` are each the name of a column, or, with ``{{`` or ``{%`` in them, a
-    jinja template over the columns (``row`` has them all, for names that jinja can't write).
+    jinja template over the columns (``row`` has them all, for names that jinja cannot write).
     """
 
     name: str

@@ -156,7 +156,7 @@ def check_alike(names: tuple[str, str], of_models: tuple[ModelShape, ModelShape]
         first, second = (f"of shape {held[unit]}" if unit in held else "missing" for held in shapes)
         if first != second:
             raise UserError(
-                f"{names[0]} and {names[1]} can't be compared weight by weight: {unit} is {first} in the one and "
+                f"{names[0]} and {names[1]} cannot be compared weight by weight: {unit} is {first} in the one and "
                 f"{second} in the other; compare a model with the one that it was tuned from."
             )
 

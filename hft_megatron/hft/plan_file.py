@@ -32,7 +32,7 @@ def load_plans(path: str, shape: ModelShape) -> tuple[Plan, ...]:
     """The plans of a file, one per round, numbered from round 0 whatever their numbers in the file: a checkpoint's
     ``plan.json`` is one round of its run and the first of a new one.
 
-    Raises ``UserError`` when the file can't be read, is not a plan, does not fit the model (naming the first unit that
+    Raises ``UserError`` when the file cannot be read, is not a plan, does not fit the model (naming the first unit that
     does not), or has a round in which nothing trains.
     """
     try:

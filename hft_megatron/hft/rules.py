@@ -54,8 +54,8 @@ class _Quota:
 class CategoryRule(SelectionRule):
     """The same share of every category, spread as evenly over the layers as counting allows.
 
-    Source: Hui et al., arXiv 2404.18466, for one half; other ratios, and whatever can't be divided, are rounded so that
-    the totals over all layers come closest.
+    Source: Hui et al., arXiv 2404.18466, for one half; other ratios, and whatever cannot be divided, are rounded so
+    that the totals over all layers come closest.
     """
 
     def select(

@@ -45,7 +45,7 @@ def spectrum_scores(shape: ModelShape, read: Callable[[str], Tensor], *, device:
 
     Collective over all ranks, each of which scores a share. ``read`` gets a tensor's Hugging Face name (ending in
     ``.weight``) and returns the whole matrix; it may raise UserError. Singular values are computed on ``device``.
-    Raises the same UserError on every rank when a matrix can't be read or holds entries that are not finite.
+    Raises the same UserError on every rank when a matrix cannot be read or holds entries that are not finite.
     """
     matrices = [unit for unit in units_of(shape) if unit.category in MATRIX_CATEGORIES]
     mine = _shares(matrices, dist.get_world_size())[dist.get_rank()]

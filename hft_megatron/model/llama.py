@@ -35,9 +35,9 @@ from hft_megatron.parallel.groups import Placement
 
 
 def check_implementation(implementation: TransformerImpl, *, bf16: bool) -> None:
-    """Raises UserError where transformer-engine is asked for and its attention and norms can't run.
+    """Raises UserError where transformer-engine is asked for and its attention and norms cannot run.
 
-    megatron-core's own finding counts, because an installed package that can't be imported is no use. In fp32
+    megatron-core's own finding counts, because an installed package that cannot be imported is no use. In fp32
     transformer-engine has no attention without a score matrix in memory.
     """
     if implementation == "local":
@@ -45,7 +45,7 @@ def check_implementation(implementation: TransformerImpl, *, bf16: bool) -> None
     lacks = {
         "a CUDA device, and torch finds none": torch.cuda.is_available(),
         "bf16; add --bf16": bf16,
-        "transformer-engine, which can't be imported; run `pip install 'transformer-engine[pytorch]'`": bool(HAVE_TE),
+        "transformer-engine, which cannot be imported; run `pip install 'transformer-engine[pytorch]'`": bool(HAVE_TE),
     }
     for what, is_there in lacks.items():
         if not is_there:

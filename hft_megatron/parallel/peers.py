@@ -107,7 +107,7 @@ class Peers:
 
 
 def _is_of_a_connection(error: BaseException) -> bool:
-    """Return whether a collective or the store can't reach others: gloo's errors have no type of their own."""
+    """Return whether a collective or the store cannot reach others: gloo's errors have no type of their own."""
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 

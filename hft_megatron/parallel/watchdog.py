@@ -1,6 +1,6 @@
 """Ends this process when a host of the run, or the rendezvous store, has gone silent.
 
-A collective whose partner's host is gone waits until the process group's time-out, and can't be interrupted. So a
+A collective whose partner's host is gone waits until the process group's time-out, and cannot be interrupted. So a
 thread of every rank increments its host's counter in the store and checks that the others' counters increase. Ranks of
 the first host check all hosts and write down the missing one; all others check the first host and that verdict, so that
 a round costs the store little on a thousand ranks. A second thread notices when the store itself does not answer.

@@ -83,7 +83,7 @@ A round's plan, with its counts and its digest, has lines of its own where the r
 """
 _ALWAYS: Metrics = {LOSS_SCALE: 1.0, SKIPPED_ITERATIONS: 0, NAN_ITERATIONS: 0}
 """Values of fields that Megatron's line always has and its parsers expect, where they are not measured: no loss is
-scaled, and without --skip-nonfinite-steps the run ends where a step can't be taken."""
+scaled, and without --skip-nonfinite-steps the run ends where a step cannot be taken."""
 _TIMERS = (
     ("all-grads-sync", REDUCE_SCATTER_WAIT),
     ("params-all-gather", ALL_GATHER_WAIT),

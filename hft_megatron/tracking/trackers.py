@@ -28,7 +28,7 @@ class JsonlTracker:
         validates before its first step; infinite for a command that is no run.
 
         Lines of later iterations are dropped first: the run that wrote them died before its next checkpoint, and
-        repeats them. Raises ``UserError`` naming the line when the file is not in this format, and where it can't be
+        repeats them. Raises ``UserError`` naming the line when the file is not in this format, and where it cannot be
         written.
         """
         self._path = path
@@ -45,7 +45,7 @@ class JsonlTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line and hand it to the operating system, so that a killed run loses nothing.
 
-        Raises RunFailed, on this rank alone, where it can't be written.
+        Raises RunFailed, on this rank alone, where it cannot be written.
         """
         assert ITERATION not in metrics, "the iteration is the step, not a metric"
         try:

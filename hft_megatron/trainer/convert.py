@@ -44,7 +44,7 @@ def convert_checkpoint(
 
     The result equals the run's own --save-hf export. Where the folder that the run started from is gone, the weights
     are written as the checkpoint has them, and the log says so. With ``check`` the logits of both are compared. Raises
-    UserError for a folder that can't be read, RunFailed when the logits differ.
+    UserError for a folder that cannot be read, RunFailed when the logits differ.
     """
     run = SavedRun.read(load, iteration)
     shape, source = run.identity.shape, run.source()
@@ -78,7 +78,7 @@ def convert_checkpoint(
 def check_model_folder(load_hf: str, announce: Announce) -> None:
     """Compares the logits that this project and transformers compute from one Hugging Face folder.
 
-    Raises UserError for a folder that can't be trained, RunFailed when the logits differ.
+    Raises UserError for a folder that cannot be trained, RunFailed when the logits differ.
     """
     shape = ModelShape.from_hf_config(load_hf_config(load_hf), source=f"{load_hf}/{HF_CONFIG_FILE}")
     heads_fit_the_model(RunConfig(), shape, 1)

@@ -176,7 +176,7 @@ class LogSteps(Hook):
 
     def after_iteration(self, run: Run) -> None:
         due = run.state.iteration % self.interval == 0 or run.is_complete
-        # On all ranks: a spike is seen by the last stage alone, so its record can't include a collective.
+        # On all ranks: a spike is seen by the last stage alone, so its record cannot include a collective.
         if due:
             self._gathered |= self._gather(run)
         spike, self._spike = self._spike, None

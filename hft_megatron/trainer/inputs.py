@@ -77,7 +77,7 @@ class Inputs:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the run resumes at its last iteration, so that options can't change the result."""
+        """Return whether the run resumes at its last iteration, so that options cannot change the result."""
         length = derived.train_iters(self.config.training)
         return self.resumes and 0 < length <= self.position.iteration
 
@@ -342,7 +342,7 @@ def _checked_with_held_runs(config: RunConfig, identity: RunIdentity) -> RunIden
 def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | None:
     """Signal-to-noise ratio by unit; None for other selections. Collective over all ranks.
 
-    Raises UserError when a matrix or the saved scores can't be read.
+    Raises UserError when a matrix or the saved scores cannot be read.
     """
     config = inputs.config
     if not SELECTIONS[config.hft.hft_selection].needs_scores:
@@ -357,7 +357,7 @@ def scores_of_run(inputs: Inputs, placement: Placement) -> dict[str, float] | No
 
 
 def read_scores(file: Path, shape: ModelShape) -> dict[str, float]:
-    """The scores that a run left in its folder; UserError when they can't be read or are another model's."""
+    """The scores that a run left in its folder; UserError when they cannot be read or are another model's."""
     try:
         scores: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
         missing = {unit.name for unit in units_of(shape) if unit.category in MATRIX_CATEGORIES} - set(scores)

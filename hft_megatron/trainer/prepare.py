@@ -103,7 +103,7 @@ class Prepared:
 
 def prepare(inputs: Inputs, world_size: int, company: Peers) -> Prepared:
     """Prepares a run; collective over all ranks. Raises the same UserError on every rank where their inputs differ, or
-    where the checkpoint, its plan or a tracker can't be used, and PeersLost where they don't meet."""
+    where the checkpoint, its plan or a tracker cannot be used, and PeersLost where they don't meet."""
     if inputs.config.training.deterministic_mode:
         make_deterministic()
     company.join(inputs.config.parallel)

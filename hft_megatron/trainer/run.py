@@ -95,8 +95,8 @@ class Run:
         )
 
     def log(self, metrics: Metrics, tracker: Tracker | None = None) -> None:
-        """Records values measured after this iteration, in one tracker or in all; notes the failure where they can't be
-        written."""
+        """Records values measured after this iteration, in one tracker or in all; notes the failure where they cannot
+        be written."""
         try:
             (tracker or self.tracker).log(self.state.iteration, metrics)
         except RunFailed as failure:

@@ -156,7 +156,7 @@ class Signals:
             self._hears = None
         for number, handler in self._before.items():
             if signal.getsignal(number) != handler:
-                # None is a handler of C code's, which Python can't set.
+                # None is a handler of C code's, which Python cannot set.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
@@ -164,7 +164,7 @@ class StopEarly(Hook):
     """A signal, --exit-duration-in-mins or --exit-interval: finish the step, save, and end. In or after the last
     iteration they change nothing.
 
-    Ends the run without saving where a rank can't write its log.
+    Ends the run without saving where a rank cannot write its log.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Exporter:
     _said: set[str] = field(default_factory=set)
 
     def export(self, destination: Destination, chunks: Sequence[LlamaModel], trained: frozenset[str]) -> None:
-        """Exports with the newest values of the units ``trained``; RunFailed on all ranks where rank 0 can't write."""
+        """Exports with the newest values of the units ``trained``; RunFailed on all ranks where rank 0 cannot write."""
         asked, adapted = self.options.save_dtype, self.inputs.shape.adapters
         rules = ExportRules(
             source=self.inputs.config.model.load_hf,
@@ -309,7 +309,7 @@ class ExportModels(Hook):
     """Exports every --save-hf-interval steps, with the values of the validation after that step.
 
     It runs before the checkpoint of the same step, so that a run that resumes from a checkpoint lacks no earlier
-    export. Where an export can't be written the run ends after that checkpoint.
+    export. Where an export cannot be written the run ends after that checkpoint.
     """
 
     exporter: Exporter
@@ -337,7 +337,7 @@ class ExportModels(Hook):
 
 
 def write_run_files(inputs: Inputs, scores: dict[str, float] | None, announce: Announce) -> None:
-    """Writes the files of --save and --save-hf from before the first step; UserError on all ranks if rank 0 can't."""
+    """Writes the files of --save and --save-hf from before the first step; UserError on all ranks if rank 0 cannot."""
 
     def write() -> None:
         identity = replace(inputs.identity, run_id=inputs.identity.run_id or secrets.token_hex(8))

@@ -119,7 +119,7 @@ def run_what_is_left(
 
 
 def _is_over(stage: Stage, following: Stage | None) -> bool:
-    """Return whether another stage has started from its last weights, so that its training can't continue."""
+    """Return whether another stage has started from its last weights, so that its training cannot continue."""
     if discarded(stage.folder) is not None:
         return True
     return following is not None and (

@@ -63,7 +63,7 @@ def test_a_new_run_that_has_begun_resumes_and_does_not_begin_again(
 def test_what_another_run_changed_is_exported_and_the_source_has_only_what_both_rested(
     ranks: RankPools, inputs: Path, first_run: Path, tmp_path: Path
 ) -> None:
-    """The run's bf16 can't hold the --load-hf folder's fp32, and its plan doesn't say what the other run changed."""
+    """The run's bf16 cannot hold the --load-hf folder's fp32, and its plan doesn't say what the other run changed."""
     words = new_run(inputs, first_run, "--finetune", "--train-iters", 0, "--save-hf", tmp_path / "out")
     ranks(1).run(run_sft_words, words=[*words, "--bf16"])
     folders = (inputs / "model", first_run / "model", tmp_path / "out")

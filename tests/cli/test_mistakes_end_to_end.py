@@ -218,7 +218,7 @@ MODEL_MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("quantised", set_config(quantization_config={"bits": 4}), ["a quantized model is not supported"]),
     ("biases", set_config(attention_bias=True), ["attention_bias = True is not supported"]),
     ("smaller than the tokenizer", set_config(vocab_size=300), ["has ids up to 333", "vocabulary has 300 rows"]),
-    ("broken tokenizer", lambda model: (model / "tokenizer.json").write_text("{") and None, ["can't be read"]),
+    ("broken tokenizer", lambda model: (model / "tokenizer.json").write_text("{") and None, ["cannot be read"]),
     ("no weights", lambda model: None, ["neither model.safetensors nor model.safetensors.index.json is there"]),
 ]
 

@@ -106,7 +106,7 @@ def any_in_group(group: int) -> bool:
         (["--seq-length", "0"], "--seq-length 0: must be a whole number of at least 1."),
         (["--input", "absent.jsonl"], "--input absent.jsonl: there is no such file."),
         (["--input", "2", "rows.jsonl"], "--input 2 rows.jsonl: weights belong to training, which takes them"),
-        (["--output-prefix", "rows.jsonl/x"], "--output-prefix rows.jsonl/x can't be written: Not a directory."),
+        (["--output-prefix", "rows.jsonl/x"], "--output-prefix rows.jsonl/x cannot be written: Not a directory."),
         (["--tokenizer-model", "absent"], "--tokenizer-model absent does not exist; name a Hugging Face folder"),
         (
             ["--seq-length", "5"],

@@ -139,7 +139,7 @@ DATA: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "no folder for indices": (
         lambda f: (f / "absent").touch(),
         f"{GOOD} --data-cache-path ABSENT",
-        ["--data-cache-path ", "absent can't be used: File exists; name a writable folder"],
+        ["--data-cache-path ", "absent cannot be used: File exists; name a writable folder"],
     ),
     "ids beyond the model": (
         lambda f: write_corpus(f / "corpus", [[5] * 30, [VOCAB_SIZE]]),

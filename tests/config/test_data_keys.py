@@ -1,4 +1,4 @@
-"""What --data-keys and --prompt-separator mean, and what they can't. Run: pytest tests/config/test_data_keys.py"""
+"""What --data-keys and --prompt-separator mean, and what they cannot. Run: pytest tests/config/test_data_keys.py"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What adapters can be, and the sentences about what they can't. Run: pytest tests/config/test_lora.py"""
+"""What adapters can be, and the sentences about what they cannot. Run: pytest tests/config/test_lora.py"""
 
 import json
 from dataclasses import replace

@@ -212,7 +212,7 @@ SCRIPTS = {
         ],
     ),
 }
-"""Command, and what of the script can't be had, in its order."""
+"""Command, and what of the script cannot be had, in its order."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

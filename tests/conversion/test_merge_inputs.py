@@ -1,4 +1,4 @@
-"""Folders that can't be merged are one sentence each, and differences that don't matter a note.
+"""Folders that cannot be merged are one sentence each, and differences that don't matter a note.
 
 Run: pytest tests/conversion/test_merge_inputs.py
 """
@@ -144,7 +144,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (remove_a_tensor, "the tensor model.layers.2.mlp.up_proj.weight is missing"),
     (add_a_tensor, "model.layers.0.self_attn.q_proj.bias"),
     (reshape_a_tensor, "model.layers.1.self_attn.k_proj.weight has shape [16, 64], but config.json asks for [32, 64]"),
-    (cut_the_file, "model.safetensors can't be read"),
+    (cut_the_file, "model.safetensors cannot be read"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""A model folder that can't be read is one sentence that names it. Run: pytest tests/conversion"""
+"""A model folder that cannot be read is one sentence that names it. Run: pytest tests/conversion"""
 
 import json
 from collections.abc import Callable
@@ -102,16 +102,16 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str]]] = [
     (remove_a_tensor, ["model.layers.2.mlp.up_proj.weight is missing"]),
     (reshape_a_tensor, ["model.layers.1.self_attn.k_proj.weight has shape [16, 64]", "config.json asks for [32, 64]"]),
     (quantise_a_tensor, ["model.layers.0.self_attn.q_proj.weight is stored as I8", "dequantise"]),
-    (cut_the_file, [f"{WEIGHTS} can't be read"]),
-    (empty_the_file, [f"{WEIGHTS} can't be read"]),
+    (cut_the_file, [f"{WEIGHTS} cannot be read"]),
+    (empty_the_file, [f"{WEIGHTS} cannot be read"]),
     (
         keep_only_a_pickle,
         [f"neither {WEIGHTS} nor {INDEX} is there", "found: pytorch_model.bin", "only safetensors under these names"],
     ),
     (name_a_missing_shard, ["names model-00002-of-00002.safetensors, and it is missing"]),
-    (break_the_index, [f"{INDEX} can't be read"]),
-    (leave_out_the_weight_map, [f"{INDEX} can't be read"]),
-    (make_the_index_a_list, [f"{INDEX} can't be read"]),
+    (break_the_index, [f"{INDEX} cannot be read"]),
+    (leave_out_the_weight_map, [f"{INDEX} cannot be read"]),
+    (make_the_index_a_list, [f"{INDEX} cannot be read"]),
 ]
 
 

@@ -89,7 +89,7 @@ def test_every_bit_comes_back_at_every_layout(
 ) -> None:
     pool = ranks(WORLD_SIZE[layout])
     for name, source in sources.items():
-        # bf16 can't hold what is in an fp16 file.
+        # bf16 cannot hold what is in an fp16 file.
         dtype = "bfloat16" if name in ("bfloat16", "float16", "llama1") else "float32"
         pool.run(run_round_trip, source=str(source), output=str(tmp_path / name), layout=layout, dtype=dtype)
         assert_same_bits(tensors(tmp_path / name), weights_of(source))

@@ -75,7 +75,7 @@ def test_the_one_set_is_found_and_what_is_passed_over_is_said(
         (["pytorch_model.bin"], None, ["neither", "found: pytorch_model.bin, which is never opened"]),
         (["adapter_model.safetensors"], None, ["neither", "found: adapter_model.safetensors, which is never opened"]),
         (["config.json"], None, [f"neither {SINGLE_FILE} nor {INDEX_FILE} is there; only safetensors"]),
-        ([SINGLE_FILE], [], [f"{INDEX_FILE} can't be read"]),
+        ([SINGLE_FILE], [], [f"{INDEX_FILE} cannot be read"]),
     ],
 )
 def test_two_sets_or_half_a_set_are_one_sentence_that_names_the_files(

@@ -121,7 +121,7 @@ def test_a_template_of_the_config_that_is_no_text_is_one_sentence(
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/default.jinja"])
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(b"\xe9{{ x }}", "can't be read: it is not text in UTF-8"), (b"", "is empty; write the")]
+    ("content", "sentence"), [(b"\xe9{{ x }}", "cannot be read: it is not text in UTF-8"), (b"", "is empty; write the")]
 )
 def test_a_template_file_that_is_no_text_is_one_sentence(
     tmp_path: Path, name: str, content: bytes, sentence: str

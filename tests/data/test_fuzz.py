@@ -117,7 +117,7 @@ def test_any_answer_is_trained_exactly_or_refused(
     template = next(name for name, text in BUILT_IN.items() if text == tokenizer.facts.chat_template)
     if accepted(tmp_path / "a.jsonl", tokenizer):
         dataset = load(tmp_path / "a.jsonl", tokenizer)
-        # SentencePiece writes a space as this character and can't tell the two apart.
+        # SentencePiece writes a space as this character and cannot tell the two apart.
         expected = answer if tokenizer.continues_after_special else answer.replace("\u2581", " ")
         assert trained_texts(dataset, tokenizer, 0, template if chat else "verbatim") == [expected]
     else:

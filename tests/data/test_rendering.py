@@ -93,7 +93,7 @@ def test_the_text_is_what_transformers_renders(both: Both, name: str, conversati
             both.template(TEMPLATES[name]).pieces(messages)
         return
     if (name, conversation) in NOT_FOUND:
-        with pytest.raises(ChatError, match="the trained span can't be found"):
+        with pytest.raises(ChatError, match="the trained span cannot be found"):
             both.template(TEMPLATES[name]).pieces(messages)
         return
     pieces = both.template(TEMPLATES[name]).pieces(messages)

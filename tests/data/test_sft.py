@@ -413,7 +413,7 @@ def test_all_that_is_wrong_with_records_is_said_at_once(tmp_path: Path, tokenize
 
 def test_preference_pairs_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match=r"rows.jsonl:1: the record is a preference pair .* can't learn"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the record is a preference pair .* cannot learn"):
         load(path, tokenizer)
 
 

@@ -193,8 +193,8 @@ def test_a_template_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         ("llama3", r"llama3 needs the special token <\|start_header_id\|>, which the tokenizer doesn't have; use tulu"),
         ("chatml", r"chatml needs the special token <\|im_start\|>"),
         ("alpaca", "alpaca is neither a file nor one of plain, tulu, llama2, llama3, chatml; name one of them"),
-        (str(tmp_path), "can't be read: Is a directory"),
-        (str(tmp_path / "bytes.jinja"), "can't be read: it is not text in UTF-8"),
+        (str(tmp_path), "cannot be read: Is a directory"),
+        (str(tmp_path / "bytes.jinja"), "cannot be read: it is not text in UTF-8"),
         (str(tmp_path / "empty.jinja"), "empty.jinja is empty; name a jinja file with a template"),
         (str(tmp_path / "bad.jinja"), "bad.jinja: the chat template is not valid jinja: line 2: Unexpected end of"),
     ]

@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_used_is_named_where_it_was_given_and_else_done_
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"--data-cache-path .*file/cache can't be used: Not a directory; name a writable folder"
+        UserError, match=r"--data-cache-path .*file/cache cannot be used: Not a directory; name a writable folder"
     ):
         open_token_cache(str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -32,7 +32,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedTokenizers:
 
 @pytest.fixture
 def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under a version that can't load any folder."""
+    """As under a version that cannot load any folder."""
 
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("no such class")
@@ -138,7 +138,7 @@ def test_names_and_identity_don_t_depend_on_transformers(
     assert after.identity == before.identity
     assert after.template_variables == before.template_variables
     assert after.special_tokens == before.special_tokens
-    assert "can't load the folder (no such class)" in after.notes[-1]
+    assert "cannot load the folder (no such class)" in after.notes[-1]
 
 
 @pytest.mark.usefixtures("without_transformers")

@@ -57,7 +57,7 @@ def sentencepiece_folder(folder: Path, **config: Any) -> Path:
             "special_tokens_map.json: bos_token is '\\[B\\]', which is not",
         ),
         ("tokenizer_config.json", [1], "tokenizer_config.json is not a JSON object; copy it again"),
-        ("added_tokens.json", {"<a>": "x"}, "added_tokens.json has added tokens that can't be read"),
+        ("added_tokens.json", {"<a>": "x"}, "added_tokens.json has added tokens that cannot be read"),
         ("added_tokens.json", {"<a>": 900}, "the added token '<a>' the id 900, but the next free one is"),
     ],
 )

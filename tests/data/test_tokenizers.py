@@ -158,8 +158,8 @@ def test_wrong_tokenizer_paths_are_named_in_one_sentence(tmp_path: Path) -> None
         ("HuggingFaceTokenizer", tmp_path / "text.model", "is a file, but HuggingFaceTokenizer needs the folder"),
         (None, tmp_path / "text.model", "is not a SentencePiece model"),
         (None, tmp_path / "empty.model", "empty.model is empty"),
-        (None, tmp_path / "broken", "broken/tokenizer.json can't be read by the tokenizers library"),
-        (None, tmp_path / "bare", "can't be read by transformers"),
+        (None, tmp_path / "broken", "broken/tokenizer.json cannot be read by the tokenizers library"),
+        (None, tmp_path / "bare", "cannot be read by transformers"),
         (None, endless, "names no special eos_token"),
         (None, words, "is of type CHAR"),
     ]

@@ -36,6 +36,6 @@ def test_optional_packages_are_no_warning_and_name_the_option_that_uses_them(mon
     )
     assert finding.value == f"not installed: {for_what}"
     monkeypatch.setattr(machine, "find_spec", lambda name: object())
-    assert machine._transformer_engine().value == f"installed, but its kernels can't be loaded here; {for_what}"
+    assert machine._transformer_engine().value == f"installed, but its kernels cannot be loaded here; {for_what}"
     monkeypatch.setattr(machine, "HAVE_TE", True)
     assert machine._transformer_engine().value == f"found: {for_what}"

@@ -262,7 +262,7 @@ def test_what_is_no_results_file_is_refused(tmp_path: Path, content: str, senten
 
 def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     missing = str(tmp_path / "no.json")
-    sentence = f"{missing} can't be read (No such file or directory); give a file that hft-megatron evaluate wrote."
+    sentence = f"{missing} cannot be read (No such file or directory); give a file that hft-megatron evaluate wrote."
     assert refused(missing, missing) == sentence
     path = tmp_path / "a.json"
     path.write_bytes(b'{"format": "\xff"}')

@@ -94,7 +94,7 @@ EARLY = [
         "--frontier-learning loss cannot be used with --tasks",
     ),
     ("--model model --base absent --tasks tasks.yaml", "--base absent has neither config.json"),
-    ("--model model --base small --tasks tasks.yaml", "can't be compared weight by weight"),
+    ("--model model --base small --tasks tasks.yaml", "cannot be compared weight by weight"),
     ("--compare there.json there.json --model model", "--model model cannot be used with --compare"),
 ]
 

@@ -85,7 +85,7 @@ def test_changes_and_values_are_not_compared() -> None:
     with pytest.raises(UserError) as refused:
         frontier({"a": [curve((3, 0))], "b": [curve((3, 1.4), source="other", is_change=False)]}, [3])
     assert str(refused.value) == (
-        "other has no record of iteration 0, which run has: their forgetting can't be compared; run both with a "
+        "other has no record of iteration 0, which run has: their forgetting cannot be compared; run both with a "
         "validation before the first step."
     )
     found = frontier({"b": [curve((3, 1.4), is_change=False)]}, [3])

@@ -150,7 +150,7 @@ def test_a_full_disk_is_a_sentence_and_what_was_written_resumes(output: Path) ->
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, limits[1]))
-        with pytest.raises(RankFailed, match=r"rank 0 can't write .*unfinished\.jsonl.*; make room, and run the"):
+        with pytest.raises(RankFailed, match=r"rank 0 cannot write .*unfinished\.jsonl.*; free some space, and run"):
             journal.add("Ärger", "other", 0, ANSWERS[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

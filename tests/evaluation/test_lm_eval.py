@@ -237,7 +237,7 @@ def test_what_is_cut_is_counted(inputs: Path, ranks: RankPools) -> None:
         ),
         (
             "arc_easy",
-            "--lm-eval-tasks: lm-evaluation-harness can't read the data of arc_easy (Couldn't reach 'allenai/ai2_arc'",
+            "--lm-eval-tasks: lm-evaluation-harness cannot read the data of arc_easy (Couldn't reach 'allenai/ai2_arc'",
         ),
         ("own_beams", "sets num_beams to 4 in generation_kwargs, which is not supported"),
         ("own_long", "generates up to 128 tokens (max_gen_toks), but the model's context of 128"),
@@ -345,7 +345,7 @@ def run_failing(folder: str) -> str:
 def test_a_failure_of_rank_0_ends_the_service_of_the_others(inputs: Path, ranks: RankPools) -> None:
     first, second = ranks(2).run(run_failing, folder=str(inputs / "model"))
     assert first == "ZeroDivisionError: "
-    assert second == "RankFailed: rank 0 can't continue with its sums; its traceback says why."
+    assert second == "RankFailed: rank 0 cannot continue with its sums; its traceback says why."
 
 
 def test_without_the_harness_one_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,7 +334,7 @@ def test_an_old_status_says_nothing_about_this_run(script: Script) -> None:
 
 
 def hear_all_signals() -> None:
-    """In the child: bash can't trap what its parent ignored, as nohup and shells without job control do."""
+    """In the child: bash cannot trap what its parent ignored, as nohup and shells without job control do."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 

@@ -103,7 +103,7 @@ def run_scoring(broken_rank: int | None, trouble: str) -> dict[str, Any]:
         weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(index))
         if dist.get_rank() == broken_rank and len(read) == 1:
             if trouble == "unreadable":
-                raise UserError(f"{read[-1]} can't be read")
+                raise UserError(f"{read[-1]} cannot be read")
             weight[3, 2] = float(trouble)
         return weight
 
@@ -131,7 +131,7 @@ def test_ranks_share_the_matrices_evenly_and_hold_the_same_scores(ranks: RankPoo
 @pytest.mark.parametrize(
     ("trouble", "sentence"),
     [
-        ("unreadable", r"^model\.layers\..* can't be read$"),
+        ("unreadable", r"^model\.layers\..* cannot be read$"),
         (
             "nan",
             r"^--hft-selection spectrum: model\.layers\..* in the --load-hf folder has infinite or undefined entries",

@@ -98,7 +98,7 @@ def test_a_frozen_matrix_multiplies_one_sequence_at_once_and_not_token_by_token(
     [
         (False, True, "a CUDA device, and torch finds none"),
         (True, False, "bf16; add --bf16"),
-        (True, True, "transformer-engine, which can't be imported"),
+        (True, True, "transformer-engine, which cannot be imported"),
     ],
 )
 def test_transformer_engine_is_refused_for_what_it_lacks_and_never_taken_unasked(monkeypatch, cuda, bf16, needs):

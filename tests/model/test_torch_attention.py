@@ -131,7 +131,7 @@ def test_the_losses_of_any_pack_are_those_of_its_examples(ranks, tmp_path: Path)
 def run_rotated(folder: str, restart: bool) -> dict[str, bool]:
     """Whether queries and keys behind the rotation are those of each example alone, in the packed sequence.
 
-    Logits can't tell: rotary angles are relative, so an example as a whole may stand anywhere.
+    Logits cannot tell: rotary angles are relative, so an example as a whole may stand anywhere.
     """
     (model,), shape, _ = build_from_folder(folder, {})
     tokens = torch.randint(3, shape.vocab_size, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))

@@ -66,7 +66,7 @@ def wheels_for_builds(engine: Engine) -> Path:
         timeout=600,
     )
     if done.returncode != 0:
-        pytest.skip(f"pip can't get the pinned wheels: {done.stderr[-500:]}")
+        pytest.skip(f"pip cannot get the pinned wheels: {done.stderr[-500:]}")
     # Under this name it is complete.
     return folder.rename(kept)
 

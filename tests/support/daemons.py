@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def skip_without(*programs: str) -> None:
-    """Skips the test where system tests can't run: not as root, or without one of ``programs``."""
+    """Skips the test where system tests cannot run: not as root, or without one of ``programs``."""
     if os.geteuid() != 0:
         pytest.skip("system tests start daemons as root")
     missing = [program for program in programs if shutil.which(program) is None]

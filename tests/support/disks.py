@@ -34,7 +34,7 @@ class Disk:
     def leave_free(self, size: int) -> None:
         """Shrinks or grows the disk so that ``size`` bytes (of whole pages of 4,096) are free.
 
-        Nobody may write meanwhile: a disk can't become smaller than its content.
+        Nobody may write meanwhile: a disk cannot become smaller than its content.
         """
         used = os.statvfs(self.seen(self.mount_point))
         pages = used.f_blocks - used.f_bfree + -(-size // used.f_frsize)

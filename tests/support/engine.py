@@ -43,7 +43,7 @@ class Engine:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            # Two engines can't share it: another session uses this one, and everything is made anew.
+            # Two engines cannot share it: another session uses this one, and everything is made anew.
             self.kept = self.folder
         reason = self._start()
         if reason and self.data.exists():

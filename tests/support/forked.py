@@ -54,7 +54,7 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 def torchrun(ranks: int) -> list[str]:
     """Words for ``start`` before those of a program that runs on ``ranks`` ranks of this machine."""
-    # Not --standalone: it resolves this machine's own name, which containers without a network can't.
+    # Not --standalone: it resolves this machine's own name, which containers without a network cannot.
     words = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
     return [*words, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]

@@ -88,7 +88,7 @@ class TwoHosts:
     def _build(self) -> None:
         probe = subprocess.run(["ip", "netns", "add", self._spaces[0]], capture_output=True, text=True, timeout=20)
         if probe.returncode != 0:
-            pytest.skip(f"network namespaces can't be made here: {probe.stderr.strip()}")
+            pytest.skip(f"network namespaces cannot be made here: {probe.stderr.strip()}")
         _ip("netns", "add", self._spaces[1])
         ends = [("name", "eth0", "netns", space) for space in self._spaces]
         _ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])

@@ -86,7 +86,7 @@ def test_a_run_that_is_cut_off_keeps_its_results_and_resumes_from_there(tmp_path
     [
         (["--only", "99"], "--only 99 is not one of 0, 1, 2,"),
         (["--ranks", "2", "--part", "speed"], "--ranks 2 must be"),
-        (["--resume", "/nowhere"], "--resume /nowhere can't be read"),
+        (["--resume", "/nowhere"], "--resume /nowhere cannot be read"),
     ],
 )
 def test_a_mistake_in_the_options_is_a_sentence(

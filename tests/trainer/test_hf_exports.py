@@ -129,7 +129,7 @@ def test_exports_of_another_run_are_not_touched(ranks: RankPools, inputs: Path, 
 
 
 def run_on_a_full_disk(words: list[str]) -> str:
-    """The sentence of a run whose second export can't be written."""
+    """The sentence of a run whose second export cannot be written."""
     from hft_megatron.conversion.shard_writer import ShardWriter
 
     write = ShardWriter.write

@@ -121,7 +121,7 @@ def test_a_tuning_resumes_with_another_kind_of_reference_and_in_another_folder(
     steps = losses(begun) + losses(shared) + losses(ended)
     assert steps == pytest.approx(losses(whole), rel=1e-5)
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(RanksFailed, match=r"UserError: --load .*two: .*base.*started from .* can't be read .*; put it"):
+    with pytest.raises(RanksFailed, match=r"UserError: --load .*two: .*base.*started from .* cannot be read .*; put"):
         tune(ranks, 1, words("precompute", "two", "two", 7))
 
 
@@ -130,7 +130,7 @@ def test_a_cache_that_can_not_be_written_is_found_before_the_pass_over_the_data(
 ) -> None:
     (tmp_path / "file").write_text("")
     words = words_for_pairs(pairs_folder, cache=tmp_path / "file" / "cache")
-    with pytest.raises(RanksFailed, match=r"--dpo-reference-cache .*file/cache can't be written") as failed:
+    with pytest.raises(RanksFailed, match=r"--dpo-reference-cache .*file/cache cannot be written") as failed:
         tune(ranks, 2, words)
     assert "reference log-probabilities" not in str(failed.value)
 
@@ -146,7 +146,7 @@ def test_log_probabilities_are_kept_and_made_again_where_the_file_is_torn(
     assert not any(f"from {file}" in line for line in first[0]["said"])
     assert any(f"from {file}" in line for line in tune(ranks, 1, words)[0]["said"])
     flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
-    for damaged, sentence in ((whole[: len(whole) // 2], "can't be read"), (flipped, "is damaged")):
+    for damaged, sentence in ((whole[: len(whole) // 2], "cannot be read"), (flipped, "is damaged")):
         file.write_bytes(damaged)
         again = tune(ranks, 1, words)
         assert any(str(file) in line and sentence in line for line in again[0]["said"])

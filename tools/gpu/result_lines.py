@@ -122,7 +122,7 @@ def _lines(file: Path) -> Iterable[dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise WrongUse(f"--resume {file} can't be read: {error}") from None
+        raise WrongUse(f"--resume {file} cannot be read: {error}") from None
     for line in lines:
         try:
             found = json.loads(line)

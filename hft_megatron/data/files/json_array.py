@@ -129,7 +129,7 @@ class _Array:
 
 
 def _is_definite(error: Exception, length: int) -> bool:
-    """True if more text can't make the text a value."""
+    """True if more text cannot make the text a value."""
     if not isinstance(error, json.JSONDecodeError):
         return True
     return not error.msg.startswith("Unterminated string") and error.pos + _LONGEST_WORD < length

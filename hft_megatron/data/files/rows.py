@@ -174,7 +174,7 @@ class DataStream:
         try:
             self._file = self._open()
         except OSError as error:
-            raise UserError(f"the data file {path} can't be read: {error.strerror}; check the path.") from error
+            raise UserError(f"the data file {path} cannot be read: {error.strerror}; check the path.") from error
 
     def _open(self) -> Any:
         suffix = self.path.suffix.lower()
@@ -221,7 +221,7 @@ class DataStream:
             data: bytes = read(size)
         except self._errors as error:
             reason = " ".join(str(error).split())
-            kind = "compressed data is truncated or damaged" if self._compressed else "file can't be read any further"
+            kind = "compressed data is truncated or damaged" if self._compressed else "file cannot be read any further"
             raise UserError(f"{place}: the {kind} ({reason}); fetch or write the file again.") from error
         return data
 

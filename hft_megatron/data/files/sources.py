@@ -94,7 +94,7 @@ def _find_files(path: str, option: str, split: str) -> tuple[Path, ...]:
 def _regular(place: Path, option: str) -> Path:
     """``place``, if it isn't a pipe or a device: every rank reads the data, and once more for the digest."""
     if place.exists() and not place.is_file():
-        raise UserError(f"{option} {place} is a pipe or a device, which can't be read twice; write it to a file.")
+        raise UserError(f"{option} {place} is a pipe or a device, which cannot be read twice; write it to a file.")
     return place
 
 
@@ -129,8 +129,8 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
     Lines under any other name.
 
     ``.gz`` and ``.zst`` after the name are decompressed. ``columns`` names the columns of a ``.csv`` or ``.tsv`` file
-    without a header line. Raises UserError naming the place for a file that can't be opened or read, or that isn't what
-    its name says.
+    without a header line. Raises UserError naming the place for a file that cannot be opened or read, or that isn't
+    what its name says.
     """
     kind = kind_of_file(path)
     rows = find_in_delimited(path, DELIMITERS[kind], columns) if columns else find_rows(path)

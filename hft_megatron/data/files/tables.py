@@ -89,7 +89,7 @@ def _next(reader: Any, place: str) -> list[str] | None:
         if "field limit" in str(error):
             raise too_long(place, "cell") from error
         raise UserError(
-            f"{place}: the row can't be read ({error}); put a cell that holds a quote in quotes, with the quote "
+            f"{place}: the row cannot be read ({error}); put a cell that holds a quote in quotes, with the quote "
             f"doubled."
         ) from error
     return row
@@ -106,7 +106,7 @@ ROWS_PER_READ = 256
 
 
 def find_in_parquet(path: Path) -> Iterator[Found]:
-    """Yields each row with its number, from 1. Raises UserError for a file that pyarrow can't read, for a row beyond
+    """Yields each row with its number, from 1. Raises UserError for a file that pyarrow cannot read, for a row beyond
     the limit of a line, and without pyarrow."""
     try:
         import pyarrow
@@ -126,7 +126,7 @@ def find_in_parquet(path: Path) -> Iterator[Found]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: the Parquet file can't be read after row {number} ({reason}); write it again."
+            f"{path}: the Parquet file cannot be read after row {number} ({reason}); write it again."
         ) from error
 
 

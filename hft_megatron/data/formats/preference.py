@@ -102,7 +102,7 @@ def parse_preference(row: Mapping[str, Any], place: str) -> Preference:
 def _pair_of_texts(row: Mapping[str, Any], place: str, prompt: str | None, chosen: str, rejected: str) -> Preference:
     if optional_text_of(row, "system", place):
         raise UserError(
-            f"{place}: `system` can't be used with a prompt and answers of text; make them a conversation with "
+            f"{place}: `system` cannot be used with a prompt and answers of text; make them a conversation with "
             f"--data-keys {_prompt_name(row)}=instruction, or remove it."
         )
     pair = split_texts(place, prompt, chosen, rejected)

@@ -159,7 +159,7 @@ def read_facts(prefix: str) -> Facts:
             f"`hft-megatron preprocess`."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} can't be read ({error}); copy it again, or preprocess the data again.") from error
+        raise UserError(f"{path} cannot be read ({error}); copy it again, or preprocess the data again.") from error
 
 
 def check_facts(facts: Facts, prefix: str, tokenizer: TokenizerFacts, rules: ExampleRules) -> None:

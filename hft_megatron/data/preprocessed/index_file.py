@@ -128,7 +128,7 @@ class Chunk:
 
 
 def cut_chunks(files: Sequence[Path], rules: RecordRules, separator: str | None, *, skips: bool) -> Iterator[Chunk]:
-    """The chunks of all files in order. Raises UserError for a file that can't be read to its end.
+    """The chunks of all files in order. Raises UserError for a file that cannot be read to its end.
 
     A file's format is that of its first record; where bad ones are skipped (``skips``), of its first good one.
     """

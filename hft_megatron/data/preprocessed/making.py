@@ -137,8 +137,8 @@ def preprocess(asked: Preprocessing, tokenizer: Tokenizer, announce: Announce) -
         return output.finish()
     except OSError as error:
         raise UserError(
-            f"--output-prefix {asked.prefix} can't be written to ({error.strerror}); make room, and run the same "
-            f"command to resume."
+            f"--output-prefix {asked.prefix} cannot be written to ({error.strerror}); free some space, and run the "
+            f"same command to resume."
         ) from error
     finally:
         output.close()
@@ -160,7 +160,7 @@ def _digests(files: tuple[Path, ...]) -> tuple[str, ...]:
     try:
         return tuple(file_digest(file) for file in files)
     except OSError as error:
-        raise UserError(f"--input {error.filename} can't be read: {error.strerror}; check the path.") from error
+        raise UserError(f"--input {error.filename} cannot be read: {error.strerror}; check the path.") from error
 
 
 def _check_not_empty(output: Output, asked: Preprocessing) -> None:

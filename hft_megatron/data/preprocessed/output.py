@@ -55,7 +55,7 @@ class Output:
     """The output of one job, new or resumed."""
 
     def __init__(self, prefix: str, job: Job) -> None:
-        """Raises UserError where the prefix already belongs to something else, or can't be written."""
+        """Raises UserError where the prefix already belongs to something else, or cannot be written."""
         self._prefix = prefix
         self._folder = Path(f"{prefix}{UNFINISHED}")
         self._files: dict[str, BinaryIO] = {}
@@ -97,7 +97,7 @@ class Output:
                 os.truncate(path, size)
                 self._files[name] = path.open("ab")
         except OSError as error:
-            raise UserError(f"--output-prefix {self._prefix} can't be written: {error.strerror}.") from error
+            raise UserError(f"--output-prefix {self._prefix} cannot be written: {error.strerror}.") from error
 
     def _lock(self) -> None:
         """Raise UserError where another process writes it. The lock ends with the process, however that ends."""
@@ -190,7 +190,7 @@ class Output:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} can't be read ({error}); remove {self._folder} and start again.") from error
+            raise UserError(f"{path} cannot be read ({error}); remove {self._folder} and start again.") from error
 
     def _refuse_to_overwrite(self) -> None:
         for name in (*_PRODUCTS, FACTS):

@@ -99,7 +99,7 @@ class DocumentMaker:
             raise UserError(" ".join(told))
 
     def _kept(self, chunk: Chunk, refused: list[tuple[Row | Line, UserError]]) -> Iterator[Example]:
-        """The examples of the chunk's rows in order; rows that can't be one are added to ``refused``."""
+        """The examples of the chunk's rows in order; rows that cannot be one are added to ``refused``."""
         found: list[tuple[Row | Line, DataFormat, Record, list[Piece]]] = []
         for item in chunk.rows:
             try:

@@ -58,4 +58,4 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error}; make room, or choose another --save.") from error
+        raise UserError(f"{path} cannot be written: {error}; free some space, or choose another --save.") from error

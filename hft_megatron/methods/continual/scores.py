@@ -40,7 +40,7 @@ class Scores:
 
     def fill(self, run: Run, after: int, tasks: Sequence[ReadTask]) -> None:
         """Evaluates the run's model, after ``after`` tasks of the sequence, on the tasks whose cells are still empty.
-        Collective. Raises RunFailed where a cell can't be written."""
+        Collective. Raises RunFailed where a cell cannot be written."""
         asked = [read for read in tasks if self.matrix.cell(after, read.task.name) is None]
         if not asked:
             return
@@ -80,7 +80,8 @@ class Scores:
                 self.matrix.write(self._folder / MATRIX_FILE)
             except OSError as error:
                 raise RunFailed(
-                    f"the scores in {self._folder} can't be written: {error}; make room, and run the command again."
+                    f"the scores in {self._folder} cannot be written: {error}; free some space, and run the command "
+                    f"again."
                 ) from error
 
         on_rank_0(write)

@@ -35,7 +35,7 @@ def read_continual_tasks(options: ContinualConfig, base: RunConfig) -> tuple[Con
     """The tasks in the order in which they are learned; ``base`` holds the options of all of them.
 
     Raises UserError, with file and line where there are any, for a file that is no list of tasks or a folder that is
-    not TRACE's, for an option that a task can't have, and for an unknown name in --continual-order.
+    not TRACE's, for an option that a task cannot have, and for an unknown name in --continual-order.
     """
     assert options.continual_tasks is not None
     path = Path(options.continual_tasks)
@@ -91,7 +91,7 @@ def _entry(node: yaml.Node, path: Path, base: RunConfig) -> ContinualTask:
     if not isinstance(node, yaml.MappingNode) or not isinstance(name, yaml.ScalarNode) or not name.value:
         raise UserError(f"{path}:{line}: a task must begin with `name:`, such as `- name: FOMC`.")
     if "/" in name.value:
-        raise UserError(f"{path}:{line}: the task {name.value} names its folder, which can't have a /; rename it.")
+        raise UserError(f"{path}:{line}: the task {name.value} names its folder, which cannot have a /; rename it.")
     if not isinstance(evaluation, yaml.MappingNode):
         raise UserError(f"{path}:{line}: the task {name.value} has no `evaluate`, the task that scores it; add it.")
     rest = yaml.MappingNode(node.tag, [pair for pair in node.value if pair[0].value not in _OWN], node.start_mark)
@@ -108,7 +108,7 @@ def _check(config: RunConfig, base: RunConfig, task: str) -> None:
         raise UserError(f"{task} has `train_iters: 0`, so nothing is learned; leave out the option, or the task.")
     for group in ("model", "parallel", "checkpoint"):
         if getattr(config, group) != getattr(base, group):
-            raise UserError(f"{task} can't have its own model, layout or folders; give them to the command.")
+            raise UserError(f"{task} cannot have its own model, layout or folders; give them to the command.")
     if not are_alike(config.lora, base.lora):
         raise UserError(
             f"{task} cannot have its own adapters, only its own lora_dropout; give --lora-rank and its other options "

@@ -79,7 +79,7 @@ def read_cache(folder: Path, key: CacheKey, *, part: bool) -> Tensor | str | Non
         note = json.loads(metadata[_NOTE])
         saved, damaged = dict(note["key"]), _sha256(log_probs) != note["sha256"]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        return f"{path} can't be read ({' '.join(str(error).split())})"
+        return f"{path} cannot be read ({' '.join(str(error).split())})"
     if damaged:
         return f"{path} is damaged: its contents are not what was written"
     for name, value in asdict(key).items():

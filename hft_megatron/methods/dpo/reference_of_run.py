@@ -57,7 +57,7 @@ def reference_of_run(
 
     ``chunks`` hold the weights that the run started from, before a checkpoint fills them. In a resumed run that
     --finetune started, they are filled here where they are needed. Raises UserError where the reference's weights have
-    changed, or its cache can't be used.
+    changed, or its cache cannot be used.
     """
     data, options = inputs.data, inputs.config.dpo
     assert isinstance(data, PreferenceData), "pairs are compared with a reference"
@@ -166,7 +166,7 @@ def _base_of_finetuning(inputs: Inputs) -> _Base:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--load {note.parent}: {note.name}, which names the checkpoint that the run started from, "
-                f"can't be read ({error}); copy the run's folder again."
+                f"cannot be read ({error}); copy the run's folder again."
             ) from error
     if inputs.config.checkpoint.save is not None:
         folder = Path(inputs.config.checkpoint.save)
@@ -176,7 +176,7 @@ def _base_of_finetuning(inputs: Inputs) -> _Base:
             write_atomically(folder / REFERENCE_FILE, json.dumps(noted, indent=1) + "\n")
         except OSError as error:
             raise UserError(
-                f"--save {folder} can't be written: {error}; make room, or choose another folder."
+                f"--save {folder} cannot be written: {error}; free some space, or choose another folder."
             ) from error
     return base
 
@@ -187,7 +187,7 @@ def _check_base(inputs: Inputs, base: _Base) -> None:
         found = identity_of(base.checkpoint)
     except OSError as error:
         raise UserError(
-            f"{run}: {base.checkpoint}, the checkpoint that this run started from and compares with, can't be read "
+            f"{run}: {base.checkpoint}, the checkpoint that this run started from and compares with, cannot be read "
             f"({error.strerror}); put it back."
         ) from error
     if found != base.digest:
@@ -291,5 +291,5 @@ def _written(folder: Path, write: Callable[[], T]) -> T:
         return write()
     except OSError as error:
         raise UserError(
-            f"--dpo-reference-cache {folder} can't be written ({error.strerror}); name another folder."
+            f"--dpo-reference-cache {folder} cannot be written ({error.strerror}); name another folder."
         ) from error

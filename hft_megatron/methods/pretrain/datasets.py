@@ -234,7 +234,7 @@ def _build(blends: dict[str, Any], tokenizer: Tokenizer, counts: SampleCounts, r
         import_module("megatron.core.datasets.helpers_cpp")
     except ImportError as error:
         raise UserError(
-            f"This installation of megatron-core can't build samples ({error}); install its wheel, which has the "
+            f"This installation of megatron-core cannot build samples ({error}); install its wheel, which has the "
             f"compiled part: `pip install --force-reinstall --only-binary :all: megatron-core`."
         ) from None
     config = GPTDatasetConfig(

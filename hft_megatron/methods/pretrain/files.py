@@ -67,7 +67,7 @@ def read_corpus_files(
             )
         checksums, has_end = _check_ids(tokens, token_type, vocab_size, end)
     except OSError as error:
-        raise UserError(f"{option} {prefix} can't be read: {error.strerror}.") from None
+        raise UserError(f"{option} {prefix} cannot be read: {error.strerror}.") from None
     digest = hashlib.sha256(content.data)
     digest.update(repr(checksums).encode())
     return CorpusFiles(prefix=prefix, sequence_lengths=lengths, digest=digest.hexdigest(), has_end=has_end)

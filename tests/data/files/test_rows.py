@@ -183,9 +183,9 @@ DAMAGED: list[tuple[str, Callable[[], bytes], str]] = [
     ("a.csv", lambda: b"a,b\n1,2\n3", r"a.csv:3: the row has 1 cells, but the file has 2 columns \(a, b\); put a cell"),
     ("a.tsv", lambda: b"a\tb\n1\t2\t3", r"a.tsv:2: the row has 3 cells, .* or a tab as .csv or JSON Lines"),
     ("a.csv", lambda: b"a,b,a\n1,2,3", r"a.csv:1: 2 columns have the name 'a'"),
-    ("a.csv", lambda: b'a,b\n1,"2"3\n', r"a.csv:2: the row can't be read \(',' expected after '\"'\)"),
-    ("a.csv", lambda: b'a,b\n1,"2\n\n3', r"a.csv:2: the row can't be read \(unexpected end of data\)"),
-    ("a.csv", lambda: b"a,b\r1,2\r", r"a.csv:1: the row can't be read \(new-line character seen in unquoted field"),
+    ("a.csv", lambda: b'a,b\n1,"2"3\n', r"a.csv:2: the row cannot be read \(',' expected after '\"'\)"),
+    ("a.csv", lambda: b'a,b\n1,"2\n\n3', r"a.csv:2: the row cannot be read \(unexpected end of data\)"),
+    ("a.csv", lambda: b"a,b\r1,2\r", r"a.csv:1: the row cannot be read \(new-line character seen in unquoted field"),
     ("a.csv", lambda: b"a,b\n1,\xff", r"a.csv:2: byte 3 of the line is not UTF-8"),
     ("a.csv", lambda: b"a,b\n1,\0", r"a.csv:2: the line has a NUL byte"),
     ("a.csv.gz", lambda: gzip.compress(b"a\n" + bytes(range(97, 122)) * 999)[:-9], r"a.csv.gz:2: .* truncated"),
@@ -220,7 +220,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: Callable[[bytes
 
     parquet.write_table(pyarrow.Table.from_pylist(LONG), tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes(damage((tmp_path / "a.parquet").read_bytes()))
-    with pytest.raises(UserError, match=r"a.parquet: the Parquet file can't be read after row 0 \(") as caught:
+    with pytest.raises(UserError, match=r"a.parquet: the Parquet file cannot be read after row 0 \(") as caught:
         values(tmp_path / "a.parquet")
     assert "\n" not in str(caught.value)
 
@@ -280,7 +280,7 @@ def test_a_line_of_100_megabytes_costs_no_more_memory_than_the_limit(tmp_path: P
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     for name in ("absent.jsonl", "absent.json.gz"):
-        with pytest.raises(UserError, match=f"the data file {tmp_path}/{name} can't be read: No such file"):
+        with pytest.raises(UserError, match=f"the data file {tmp_path}/{name} cannot be read: No such file"):
             values(tmp_path / name)
 
 

@@ -63,5 +63,5 @@ def test_a_path_without_files_is_named(path: str, sentence: str) -> None:
 @pytest.mark.parametrize("word", ["pipe.jsonl", "p*.jsonl"])
 def test_a_pipe_is_refused_because_data_are_read_more_than_once(word: str) -> None:
     os.mkfifo("pipe.jsonl")
-    with pytest.raises(UserError, match=r"^--train-data-path pipe.jsonl is a pipe or a device, which can't be read "):
+    with pytest.raises(UserError, match=r"^--train-data-path pipe.jsonl is a pipe or a device, which cannot be read "):
         files(word)

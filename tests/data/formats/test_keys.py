@@ -165,7 +165,7 @@ def test_a_key_of_a_pair_is_treated_as_the_table_says(key: str) -> None:
         return
     row = {**PAIR, key: "unlike"}
     if expected_of_record(key, "unlike", "preference") == "refused":
-        says = "can't be used with a prompt" if key == "system" else "means"
+        says = "cannot be used with a prompt" if key == "system" else "means"
         with pytest.raises(UserError, match=f"^x:1: `{key}` {says} "):
             record(row, "preference")
     else:

@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_sentence_and_the_work_resumes_when_there_is_room(
     with monkeypatch.context() as patch:
         patch.setattr(Output, "add", filling)
         with pytest.raises(
-            UserError, match=r"full can't be written to \(No space left on device\); make room, and run the"
+            UserError, match=r"full cannot be written to \(No space left on device\); free some space, and run the"
         ):
             make(tmp_path / "full", rows, tokenizer)
     make(tmp_path / "full", rows, tokenizer)

@@ -186,7 +186,7 @@ DAMAGED = [
     (remove("_loss_mask.bin"), "made_loss_mask.bin is missing; copy it beside made_loss_mask.idx, or"),
     (remove("_boundaries.idx"), "made_boundaries.idx is missing; copy it beside made_boundaries.bin, or"),
     (remove("_preprocessed.json"), "made_preprocessed.json is missing, which records how .*made.bin was made; copy it"),
-    (cut("_preprocessed.json", 50), "made_preprocessed.json can't be read .*; copy it again, or preprocess the data"),
+    (cut("_preprocessed.json", 50), "made_preprocessed.json cannot be read .*; copy it again, or preprocess the data"),
     (cut(".bin", -1), r"made.bin has \d+ bytes, but by made.idx it has \d+; copy both again, or preprocess the data"),
     (cut("_loss_mask.bin", 9), r"made_loss_mask.bin has 9 bytes, but by made_loss_mask.idx it has \d+; copy both"),
     (cut(".idx", 30), "made.idx is damaged or of another kind: it does not begin like an index of megatron-core;"),

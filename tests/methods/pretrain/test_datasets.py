@@ -273,5 +273,5 @@ def test_an_engine_without_its_compiled_part_is_named(
     corpora: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
-    with pytest.raises(UserError, match=r"can't build samples .*; install its wheel"):
+    with pytest.raises(UserError, match=r"cannot build samples .*; install its wheel"):
         read(corpora[0])

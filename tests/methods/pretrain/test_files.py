@@ -1,4 +1,4 @@
-"""Corpora that can't be trained on: one sentence each. Run: pytest tests/methods/pretrain/test_files.py"""
+"""Corpora that cannot be trained on: one sentence each. Run: pytest tests/methods/pretrain/test_files.py"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -127,5 +127,5 @@ def test_a_folder_that_cant_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(np, "fromfile", fail)
-    with pytest.raises(UserError, match=r"corpus can't be read: Permission denied\."):
+    with pytest.raises(UserError, match=r"corpus cannot be read: Permission denied\."):
         read_corpus_files(prefix, VOCAB_SIZE)
