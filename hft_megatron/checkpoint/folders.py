@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from hft_megatron.checkpoint.position import TrainState
+from hft_megatron.config.file_digest import file_digest
 from hft_megatron.config.run_folder import CHECKPOINT_TRACKER_FILE, FINISHED_FILE, found_again, sync, write_atomically
 from hft_megatron.errors import UserError
 
@@ -30,13 +31,7 @@ class Digest(TypedDict):
 
 def digest_of(path: Path) -> Digest:
     """Digest of a file, which it reads whole; raises OSError."""
-    sha256 = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            sha256.update(block)
-            size += len(block)
-    return {"sha256": sha256.hexdigest(), "bytes": size}
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
 def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,6 +11,7 @@ from typing import Any, get_type_hints
 from hft_megatron.config import derived
 from hft_megatron.config.adapters import Adapters
 from hft_megatron.config.declared import SAME_RUN, declared, flag
+from hft_megatron.config.file_digest import file_digest
 from hft_megatron.config.model_shape import Llama3RopeScaling, ModelShape
 from hft_megatron.config.run import RunConfig
 from hft_megatron.config.run_folder import RUN_IDENTITY_FILE, found_again
@@ -139,7 +139,7 @@ def run_identity(
         options={name: value for group in asdict(config).values() for name, value in group.items() if name in _OPTIONS},
         dpo_average_log_probs=derived.averages_log_probs(config.dpo),
         hft_plan=config.hft.hft_plan,
-        hft_plan_digest=None if config.hft.hft_plan is None else _file_digest(config.hft.hft_plan),
+        hft_plan_digest=None if config.hft.hft_plan is None else file_digest(Path(config.hft.hft_plan)),
         tokenizer_path=None if tokenizer_digest is None else derived.tokenizer_path(config),
         tokenizer_digest=tokenizer_digest,
         finetuned_from=None if finetuned_from is None else str(Path(finetuned_from).resolve()),
@@ -265,8 +265,3 @@ def _order(identity: RunIdentity) -> str:
 def _plan_file(identity: RunIdentity) -> str | None:
     digest = identity.hft_plan_digest
     return None if digest is None else f"{identity.hft_plan} (digest {digest[:12]})"
-
-
-def _file_digest(path: str) -> str:
-    """SHA-256 (hex) of a file that the rules of the options have found readable."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -4,7 +4,6 @@ PEFT gives a tensor that it does not find the value of a new adapter's, which do
 therefore compared in full here.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hft_megatron.config.adapters import ADAPTER_PARTS, Adapters, has_adapter
+from hft_megatron.config.file_digest import file_digest
 from hft_megatron.config.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterNote
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.config.run_folder import sync
@@ -136,11 +136,7 @@ def check_adapter(folder: str, shape: ModelShape) -> str:
             f"--lora-adapter {folder}: every lora_B is 0, so the adapter does nothing; use a trained adapter, or start "
             f"a new one with --lora-rank."
         )
-    with (Path(folder) / ADAPTER_WEIGHTS_FILE).open("rb") as stream:
-        digest = hashlib.sha256()
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return file_digest(Path(folder) / ADAPTER_WEIGHTS_FILE)
 
 
 def adapter_values(folder: str, chunks: Sequence[LlamaModel], placement: Placement) -> dict[Parameter, Tensor]:

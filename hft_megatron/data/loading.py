@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from hft_megatron.config.data import DataConfig, data_keys, ignored_keys, prompt_separator
 from hft_megatron.config.dpo import BadPairs
+from hft_megatron.config.file_digest import file_digest
 from hft_megatron.config.names import DataFormat
 from hft_megatron.config.valid_sources import ValidSource, valid_sources
 from hft_megatron.data.chat import LossRule
@@ -18,7 +19,7 @@ from hft_megatron.data.dataset import (
     places_in,
 )
 from hft_megatron.data.examples import ExampleRules, SftCounts, read_source
-from hft_megatron.data.files.sources import TRAIN_SPLIT, SourceFiles, file_digest, find_sources, find_valid_source
+from hft_megatron.data.files.sources import TRAIN_SPLIT, SourceFiles, find_sources, find_valid_source
 from hft_megatron.data.pairs import PairDataset, load_pair_dataset
 from hft_megatron.data.preprocessed.opening import open_preprocessed
 from hft_megatron.data.record_errors import RecordErrors, RecordUse, check_use

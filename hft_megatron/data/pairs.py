@@ -10,9 +10,10 @@ from itertools import accumulate
 from typing import Any
 
 from hft_megatron.config.dpo import BadPairs
+from hft_megatron.config.file_digest import file_digest
 from hft_megatron.data.dataset import ExampleStore, NamedSource, SftDataset, asked_of, data_digest, named_members
 from hft_megatron.data.examples import NO_LIMIT, ExampleRules
-from hft_megatron.data.files.sources import SourceFiles, file_digest
+from hft_megatron.data.files.sources import SourceFiles
 from hft_megatron.data.formats.preference import PromptForm
 from hft_megatron.data.order import Order, SourceMix
 from hft_megatron.data.pair_reading import tokenize_pairs

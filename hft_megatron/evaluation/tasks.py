@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from hft_megatron.data.files.sources import file_digest, find_input
+from hft_megatron.config.file_digest import file_digest
+from hft_megatron.data.files.sources import find_input
 
 TaskKind = Literal["generate", "choose", "text", "preference"]
 Split = Literal["test", "eval", "train"]

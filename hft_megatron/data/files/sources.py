@@ -1,7 +1,6 @@
 """The files that a data source names, and their rows by the kind of each file."""
 
 import glob
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,12 +155,3 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def kind_of_file(path: Path) -> str:
     """The suffix that decides how the file is read, in lower case and without that of the compression."""
     return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
-
-
-def file_digest(path: Path) -> str:
-    """sha256 (hex) of the file's bytes, read piece by piece."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -20,9 +20,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hft_megatron.config.file_digest import file_digest
 from hft_megatron.data.examples import ExampleRules
 from hft_megatron.data.files.rows import holds_separator
-from hft_megatron.data.files.sources import FACTS, UNFINISHED, file_digest, kind_of_file
+from hft_megatron.data.files.sources import FACTS, UNFINISHED, kind_of_file
 from hft_megatron.data.preprocessed.facts import Facts, Job, read_facts
 from hft_megatron.data.preprocessed.index_file import Chunk, cut_chunks
 from hft_megatron.data.preprocessed.output import Output
