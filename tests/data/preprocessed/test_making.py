@@ -395,7 +395,7 @@ def test_memory_does_not_grow_with_the_input(
     monkeypatch.setattr(index_file, "CHUNK_BYTES", 2**16)
     monkeypatch.setattr(making, "RECORD_SECONDS", 2.0)
     text, peaks = "Once upon a time there was a little bridge. " * 50, []
-    for documents in (500, 500, 10000):  # the first has what is made once
+    for documents in (500, 10_000, 30_000):  # the first has what is made once, the second fills the queues
         source = write_rows(tmp_path / f"{documents}.jsonl", [{"text": text}] * documents)
         for old in tmp_path.glob("out*"):
             old.unlink()
