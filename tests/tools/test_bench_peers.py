@@ -1,6 +1,7 @@
 """The comparison of a step with peers: all do the same work, and the table says what was measured."""
 
 import json
+from math import prod
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -8,6 +9,7 @@ import peers as bench
 import peers_tables as tables
 import pytest
 from bill import write_data
+from safetensors import safe_open
 
 from tests.support.ranks import REPOSITORY
 
@@ -96,6 +98,10 @@ def test_peers_take_the_same_steps_of_the_same_weights(tmp_path: Path, monkeypat
         *(f"{NAMES[1]} / {name}" for name in NAMES if name != NAMES[1]),
     }
     half, frozen = found["trainers"]["half"], found["trainers"]["DDP, the same frozen"]
-    # The same gradients are summed and the same weights known, of the same size: 4 bytes each, whatever the way.
-    assert half["wire (MB per rank)"] == pytest.approx(frozen["wire (MB per rank)"], rel=0.2)
+    # Whatever the way, a rank sends 4 bytes for each weight that trains: half for its gradient, half for the weight.
+    # The kernel counts what other processes of the machine send as well, so that nothing bounds it from above.
+    trains = set(json.loads((tmp_path / "trains.json").read_text()))
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as model:
+        trained = sum(prod(model.get_slice(f"{name}.weight").get_shape()) for name in trains)
+    assert min(half["wire (MB per rank)"], frozen["wire (MB per rank)"]) > 3.9e-6 * trained
     assert half["phases (ms)"]["backward"] > 0
