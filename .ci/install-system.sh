@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs what the tests marked `system` start, from Debian's packages. Where that can't be done they skip, with the reason.
+# Installs from Debian's packages what the tests marked `system` start, and the shells whose completion is tested. Where
+# that cannot be done they skip, with the reason.
 set -euo pipefail
 
-PACKAGES=(docker.io docker-compose debootstrap slurm-wlm munge iproute2)
+PACKAGES=(docker.io docker-compose debootstrap slurm-wlm munge iproute2 zsh fish)
 
 if ! command -v apt-get >/dev/null || [[ $(id -u) != 0 ]]; then
     echo "system tests: nothing is installed, because that takes apt-get and root"

@@ -9,15 +9,26 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hft_megatron.cli.help import HELP_ALL, HELP_WORDS
 from hft_megatron.config.flags import Flag
 
 Shell = Literal["bash", "zsh", "fish"]
 
-Commands = Mapping[str, tuple[str, Mapping[str, Flag]]]
-"""Summary and options, by the names of the commands."""
+
+class Offer(NamedTuple):
+    """Words that a command offers."""
+
+    summary: str
+    flags: Mapping[str, Flag]
+    """Options by name."""
+    bare: tuple[str, ...] = ()
+    """Values that may follow the command without their option."""
+
+
+Commands = Mapping[str, Offer]
+"""By the names of the commands."""
 
 _BASH = """\
 # Completion of hft-megatron, as `hft-megatron completion bash` writes it.
@@ -47,6 +58,8 @@ _hft_megatron() {{
 # Where nothing is offered, files are.
 complete -o default -F _hft_megatron hft-megatron
 """
+_ABOUT = {HELP_WORDS[-1]: "Show the commands", "--version": "Show the installed versions"}
+"""Words that stand in place of a command."""
 _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 """Lets zsh run the completion of bash."""
 
@@ -70,15 +83,16 @@ def script(shell: Shell, commands: Commands) -> str:
 
 def _bash(commands: Commands) -> str:
     choices, options = defaultdict[str, list[str]](list), list[str]()
-    for command, (_, flags) in commands.items():
-        for flag in flags.values():
+    for command, offer in commands.items():
+        for flag in offer.flags.values():
             if flag.option.choices:
                 choices[" ".join(map(str, flag.option.choices))].append(shlex.quote(f"{command} --{flag.name}"))
-        options.append(f"{' ' * 16}{command}) offered={shlex.quote(' '.join(_names(flags)))} ;;")
-    offers = (f"{' | '.join(of)}) offered={shlex.quote(words)} ;;" for words, of in choices.items())
+        words = " ".join([*offer.bare, *_names(offer.flags)])
+        options.append(f"{' ' * 16}{command}) offered={shlex.quote(words)} ;;")
+    of_values = (f"{' | '.join(of)}) offered={shlex.quote(values)} ;;" for values, of in choices.items())
     return _BASH.format(
-        commands=shlex.quote(" ".join((*commands, HELP_WORDS[-1], "--version"))),
-        choices="\n".join(f"{' ' * 12}{offer}" for offer in offers),
+        commands=shlex.quote(" ".join((*commands, *_ABOUT))),
+        choices="\n".join(f"{' ' * 12}{case}" for case in of_values),
         options="\n".join(options),
     )
 
@@ -94,11 +108,16 @@ def _names(flags: Mapping[str, Flag]) -> Iterator[str]:
 
 def _fish(commands: Commands) -> Iterator[str]:
     yield "# Completion of hft-megatron, as `hft-megatron completion fish` writes it."
-    for command, (summary, _) in commands.items():
-        yield f"complete -c hft-megatron -n __fish_use_subcommand -f -a {command} -d {_fish_quoted(summary)}"
+    for name, about in _ABOUT.items():
+        yield f"complete -c hft-megatron -n __fish_use_subcommand -l {name.removeprefix('--')} -d {_fish_quoted(about)}"
+    for command, offer in commands.items():
+        yield f"complete -c hft-megatron -n __fish_use_subcommand -f -a {command} -d {_fish_quoted(offer.summary)}"
+        if offer.bare:
+            condition = _fish_quoted(f"__fish_seen_subcommand_from {command}")
+            yield f"complete -c hft-megatron -n {condition} -f -a {_fish_quoted(' '.join(offer.bare))}"
     having = defaultdict[tuple[str, str, str], list[str]](list)
-    for command, (_, flags) in commands.items():
-        for flag in flags.values():
+    for command, offer in commands.items():
+        for flag in offer.flags.values():
             about = _fish_quoted(flag.words.partition(". ")[0])
             for name in (flag.name, f"no-{flag.name}") if flag.is_switch else (flag.name,):
                 having[name, _fish_value(flag), about].append(command)

@@ -102,10 +102,15 @@ class Command:
             return words
         return [f"--{self.bare}", *words]
 
+    def offer(self) -> completion.Offer:
+        """Words that a shell completes after the command."""
+        flags = flags_of(self.options)
+        bare = () if self.bare is None else tuple(map(str, flags[self.bare].option.choices))
+        return completion.Offer(self.summary, flags, bare)
+
 
 def _show_completion(options: completion.CompletionOptions, status: StatusFolder) -> None:
-    offered = {name: (command.summary, flags_of(command.options)) for name, command in commands().items()}
-    show(completion.script(options.shell, offered))
+    show(completion.script(options.shell, {name: command.offer() for name, command in commands().items()}))
 
 
 COMMANDS = {

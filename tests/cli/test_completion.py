@@ -1,8 +1,12 @@
 """What a shell completes. Run: pytest tests/cli/test_completion.py"""
 
+import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +65,8 @@ def test_bash_completes_values_of_options_that_have_a_few(script: Path) -> None:
     assert offered(script, "sft", "--loss-on", "=") == ["assistant", "all", "last"]
     assert offered(script, "sft", "--loss-on", "=", "la") == ["last"]
     assert offered(script, "completion", "--shell", "z") == ["zsh"]
+    assert offered(script, "completion", "b") == ["bash"]
+    assert offered(script, "completion", "bash", "--s") == ["--shell"]
 
 
 def test_bash_offers_files_where_it_has_nothing_of_its_own(script: Path) -> None:
@@ -69,24 +75,62 @@ def test_bash_offers_files_where_it_has_nothing_of_its_own(script: Path) -> None
     assert "\ncomplete -o default -F _hft_megatron hft-megatron\n" in script.read_text()
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_take_their_script(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if shutil.which(shell) is None:
-        pytest.skip(f"needs {shell}")
-    assert main(["completion", shell]) == EXIT_OK
-    script = tmp_path / "script"
-    script.write_text(capsys.readouterr().out)
-    if shell == "zsh":
-        ask = (
-            "autoload -U compinit && compinit -u && source $1 && emulate sh -c 'COMP_WORDS=(hft-megatron sft "
-            '--loss-on l); COMP_CWORD=3; _hft_megatron\' && print -l -- "${COMPREPLY[@]}"'
-        )
-        command = ["zsh", "-f", "-c", ask, "zsh", str(script)]
-    else:
-        ask = "source $argv[1]; complete -C 'hft-megatron sft --loss-on l'"
-        command = ["fish", "--no-config", "-c", ask, str(script)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert said.split()[0] == "last"
+@pytest.fixture
+def of_shell(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The script of a shell, which must be installed."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"needs {request.param}; .ci/install-system.sh installs it")
+    assert main(["completion", request.param]) == EXIT_OK
+    path = tmp_path / "script"
+    path.write_text(capsys.readouterr().out)
+    return path
+
+
+@pytest.mark.parametrize("of_shell", ["fish"], indirect=True)
+def test_fish_completes_commands_options_and_values(of_shell: Path) -> None:
+    def offered(line: str) -> list[str]:
+        command = ["fish", "--no-config", "-c", "source $argv[1]; complete -C $argv[2]", str(of_shell), line]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=of_shell.parent).stdout
+        return [line.partition("\t")[0] for line in said.splitlines()]
+
+    assert offered("hft-megatron pre") == ["preprocess", "pretrain"]
+    assert offered("hft-megatron sft --lr-wsd-decay-st") == ["--lr-wsd-decay-style"]
+    assert offered("hft-megatron sft --loss-on l") == ["last"]
+    assert offered("hft-megatron completion z") == ["zsh"]
+    assert "--version" in offered("hft-megatron --")
+
+
+@pytest.mark.parametrize("of_shell", ["zsh"], indirect=True)
+def test_zsh_completes_commands_options_and_values(of_shell: Path) -> None:
+    """On a terminal: outside of one zsh completes nothing."""
+    terminal, shell_side = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), shell_side)
+    shell = subprocess.Popen(["zsh", "-f", "-i"], cwd=of_shell.parent, start_new_session=True, **streams)
+    try:
+        setup = f"PS1=; autoload -U compinit && compinit -u -D; source {of_shell}; echo is-$((1))-ready\n"
+        os.write(terminal, setup.encode())
+        await_text(terminal, "is-1-ready")
+        for typed, completed in (
+            ("hft-megatron evalu", "hft-megatron evaluate"),
+            ("hft-megatron sft --lr-wsd-decay-st", "--lr-wsd-decay-style"),
+            ("hft-megatron sft --loss-on l", "--loss-on last"),
+            ("hft-megatron completion z", "completion zsh"),
+        ):
+            os.write(terminal, f"\x15{typed}\t".encode())
+            await_text(terminal, completed)
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(terminal)
+        os.close(shell_side)
+
+
+def await_text(terminal: int, text: str) -> None:
+    said, deadline = b"", time.monotonic() + 30
+    while text.encode() not in said:
+        assert time.monotonic() < deadline, said
+        if select.select([terminal], [], [], 1)[0]:
+            said += os.read(terminal, 4096)
 
 
 def test_the_script_for_fish_has_each_option_with_the_commands_that_take_it(
@@ -97,6 +141,8 @@ def test_the_script_for_fish_has_each_option_with_the_commands_that_take_it(
     of_loss = [line for line in lines if " -l loss-on " in line]
     assert " -x -a 'assistant all last' -d " in of_loss[0]
     assert "'__fish_seen_subcommand_from sft dpo " in of_loss[0]
+    assert "complete -c hft-megatron -n '__fish_seen_subcommand_from completion' -f -a 'bash zsh fish'" in lines
+    assert any(line.startswith("complete -c hft-megatron -n __fish_use_subcommand -l version ") for line in lines)
     assert any(line.startswith("complete -c hft-megatron -n __fish_use_subcommand -f -a sft -d '") for line in lines)
 
 
