@@ -187,9 +187,11 @@ def _checked(options: EvaluateOptions) -> "tuple[Task, ...]":
         raise UserError(f"--model {twice[0]} is given twice; name every model once.")
     own = {name for group in (EvaluateOptions, Layout) for name in declared(group)} - _FRONTIER - {"compare"}
     if options.lm_eval_tasks:
-        _refuse_others(options, "--lm-eval-tasks", own - {"tasks", "task_names", "base"}, "has the harness's tasks")
+        _refuse_others(
+            options, "--lm-eval-tasks", own - {"tasks", "task_names", "base"}, "measures the harness's tasks alone"
+        )
     else:
-        _refuse_others(options, "--tasks", own - _HARNESS, "has no use for it without --frontier or --lm-eval-tasks")
+        _need_their_mode(options)
     if options.tasks is None and options.base is None and not options.lm_eval_tasks:
         raise UserError("--tasks is missing: name a YAML file of tasks, such as examples/tasks/text.yaml.")
     tasks = () if options.tasks is None else read_tasks(Path(options.tasks))
@@ -211,6 +213,15 @@ def _checked(options: EvaluateOptions) -> "tuple[Task, ...]":
 
 _FRONTIER = {"frontier", "frontier_learning", "frontier_forgetting", "frontier_levels"}
 _HARNESS = {"lm_eval_tasks", "lm_eval_include", "lm_eval_fewshot"}
+
+
+def _need_their_mode(options: EvaluateOptions) -> None:
+    """UserError for an option of --frontier or of --lm-eval-tasks that is given without it."""
+    for mode, names in (("--frontier", _FRONTIER), ("--lm-eval-tasks", _HARNESS)):
+        for name in sorted(names):
+            value = getattr(options, name)
+            if value != declared(EvaluateOptions)[name].default:
+                raise UserError(f"{flag(name)} {value} needs {mode}; add it, or leave {flag(name)} out.")
 
 
 def _refuse_others(options: EvaluateOptions, asked: str, own: Collection[str], why: str) -> None:

@@ -91,7 +91,7 @@ EARLY = [
     ("--compare there.json there.json --limit 3", "--limit 3 cannot be used with --compare"),
     (
         "--model model --tasks tasks.yaml --frontier-learning loss",
-        "--frontier-learning loss cannot be used with --tasks",
+        "--frontier-learning loss needs --frontier; add it, or leave --frontier-learning out.",
     ),
     ("--model model --base absent --tasks tasks.yaml", "--base absent has neither config.json"),
     ("--model model --base small --tasks tasks.yaml", "cannot be compared weight by weight"),
