@@ -6,7 +6,7 @@ Run: ``torchrun --nproc-per-node 8 -m hft_megatron continual --continual-tasks T
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note
+from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note, show
 from hft_megatron.cli.training_command import TrainingOptions
 from hft_megatron.config.continual import ContinualConfig, sequence_fits_the_run
 from hft_megatron.config.data import DataConfig
@@ -75,14 +75,14 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
         parts=parts,
     )
     if options.check:
-        print("\n".join(check_sequence(sequence, world_size)))
+        show("\n".join(check_sequence(sequence, world_size)))
         return
     launch.place_this_process()
     contents = run_sequence(sequence, world_size, announce=note, on_loss=end_of_peers(status))
     if launch.rank() == 0:
         from hft_megatron.report.continual import draw_matrix, matrix_text
 
-        print(matrix_text(contents, trained_share=trained_share(sequence)), flush=True)
+        show(matrix_text(contents, trained_share=trained_share(sequence)))
         draw_matrix(contents, sequence.folder / "matrix.png")
 
 

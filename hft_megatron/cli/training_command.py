@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note
+from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note, show
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.flags import flags_of
@@ -31,7 +31,7 @@ class TrainingOptions:
     """Options of every run, and two that are not part of it; a command adds those of its data."""
 
     config: str | None = None
-    """YAML file with any of the options below, by name or under a group's name; the command line overrides it."""
+    """YAML file of options, by name or under a group's name; the command line overrides it."""
     check: bool = False
     """Check options, tokenizer and data for WORLD_SIZE ranks (from the environment) without training."""
     stages: str | None = None
@@ -106,7 +106,7 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
         from hft_megatron.trainer.stages import check_inputs
 
         check_inputs(METHODS[method], config, shape, world_size)
-        print(_all_is_well(config, shape, world_size))
+        show(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
     from hft_megatron.trainer.assembly import run_training
@@ -135,8 +135,7 @@ def _run_stages(
 
     if check:
         lines, _ = check_stages(stages, world_size, METHODS)
-        print("\n".join(lines))
-        print(_all_is_well(config, shape, world_size))
+        show("\n".join([*lines, _all_is_well(config, shape, world_size)]))
         return
     launch.place_this_process()
     run_stages(stages, shape, world_size, METHODS, on_loss=end_of_peers(status))
