@@ -23,8 +23,8 @@ class ModelConfig:
     """Source of the model: a Hugging Face folder, or a shape with random weights."""
 
     load_hf: str | None = None
-    """Hugging Face folder (config.json and safetensors) to start from. The options of the shape below are then not
-    allowed."""
+    """Hugging Face folder (config.json and safetensors) to start from. Not allowed together with --num-layers and the
+    other options of a shape."""
     num_layers: Annotated[int, Ge(1)] | None = None
     """Transformer layers of a model with random weights."""
     hidden_size: Annotated[int, Ge(1)] | None = None

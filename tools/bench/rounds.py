@@ -20,7 +20,7 @@ STEP_TIME, SWITCH_TIME = "elapsed time per iteration (ms)", "round switch time (
 MOMENTS = {
     "reset": (),
     "carry": ("--hft-moments", "carry"),
-    "carry, resting ones on the host": ("--hft-moments", "carry", "--hft-frozen-moments", "host"),
+    "carry, frozen ones on the host": ("--hft-moments", "carry", "--hft-frozen-moments", "host"),
 }
 
 
