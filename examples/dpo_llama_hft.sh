@@ -46,7 +46,6 @@ TRAINING_ARGS=(
     --global-batch-size 32
     --lr 5e-7
     --lr-decay-style linear
-    --lr-warmup-fraction 0.1
     --weight-decay 0.0
     --clip-grad 1.0
     --seed 1234
@@ -74,10 +73,11 @@ if [[ $IS_DEMO == yes ]]; then
     TRAIN_ITERS=100
 fi
 
-# A length in epochs after the script's name takes the place of this one.
-EPOCHS=$(last_value train-epochs "" "$@")
-LENGTH_ARGS=()
-[[ -n $EPOCHS ]] || LENGTH_ARGS=(--train-iters "$TRAIN_ITERS")
+# A length or a warm-up in another unit after the script's name takes the place of these.
+LENGTH_ARGS=(--train-iters "$TRAIN_ITERS")
+if is_given train-epochs "$@" || is_given train-samples "$@"; then LENGTH_ARGS=(); fi
+WARMUP_ARGS=(--lr-warmup-fraction 0.1)
+if is_given lr-warmup-iters "$@" || is_given lr-warmup-samples "$@"; then WARMUP_ARGS=(); fi
 
 HFT_ARGS=(
     --hft-ratio 0.5
@@ -96,6 +96,7 @@ ARGS=(
     "${TRAINING_ARGS[@]}"
     "${DATA_ARGS[@]}"
     "${LENGTH_ARGS[@]}"
+    "${WARMUP_ARGS[@]}"
     "${DPO_ARGS[@]}"
     "${HFT_ARGS[@]}"
     "${EVAL_AND_LOGGING_ARGS[@]}"

@@ -40,6 +40,10 @@ last_value() { # NAME DEFAULT WORDS...
     printf "%s" "$value"
 }
 
+is_given() { # NAME WORDS...
+    [[ -n $(last_value "$1" "" "${@:2}") ]]
+}
+
 # Sets RANKS, TP, PP, MODEL, DATA, SAVE and IS_DEMO (yes or no) from the environment and the words of the command line.
 read_environment() { # WORDS...
     for_help_and_python "$@"
@@ -141,11 +145,13 @@ give_up_the_start() { # TORCHRUN MINUTES SECONDS
 
 # Starts ARGS and the command line's words, which override them, on all ranks, with an export; exits with the run's code.
 start_run() { # WORDS...
-    local epochs
-    epochs=$(last_value train-epochs "" "$@")
-    # A finished run that is started again keeps its export; with more iterations or epochs it gets another.
+    local unit length
+    # A finished run that is started again keeps its export; with another length it gets another.
     EXPORT=$SAVE/hf_iter_$(last_value train-iters "" "${ARGS[@]}" "$@")
-    [[ -z $epochs ]] || EXPORT=$SAVE/hf_epoch_$epochs
+    for unit in epoch sample; do
+        length=$(last_value "train-${unit}s" "" "$@")
+        [[ -z $length ]] || EXPORT=$SAVE/hf_${unit}_$length
+    done
     # With exports during training the folder exists before the last one, and the run itself checks whose it is.
     [[ -e $EXPORT && -z $(last_value save-hf-interval "" "$@") ]] || ARGS+=(--save-hf "$EXPORT")
     start_ranks "$@"

@@ -9,17 +9,21 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from hft_megatron.cli.boundary import StatusFolder, show
+from hft_megatron.cli.continual import ContinualOptions
+from hft_megatron.cli.training_command import options_of
 from hft_megatron.config.flags import Flag, flags_of
 from hft_megatron.config.megatron_flags import MEGATRON_DEFAULTS, SECTIONS, VALUES_NOT_HAD
 from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.run import RunConfig
+from hft_megatron.methods.registry import DECLARED
 
 _STATE_WIDTH = len("not built yet")
-_ABOUT = """# Options and flags
+_ABOUT = """# Flags
 
-Every option of `hft-megatron sft`, `pretrain` and `dpo`, with its bounds and its default. Below them are the flags of
-Megatron-LM, by the parser of its core_r0.16 and later, and names of transformers, TRL, LLaMA-Factory and ms-swift: what
-each of them is here. `hft-megatron flags` prints the same as text. This page is written by
+Every option of `hft-megatron sft`, `dpo`, `pretrain` and `continual`, with its bounds and its default. Options that not
+all of the first three have name their commands. Below them are the flags of Megatron-LM, by the parser of its
+core_r0.16 and later, and names of transformers, TRL, LLaMA-Factory and ms-swift: what each of them is here.
+`hft-megatron flags` prints the same as text. This page is written by
 `hft-megatron flags --format markdown > docs/flags.md`.
 
 - *option*: it is an option here.
@@ -61,10 +65,18 @@ def run(options: FlagsOptions, status: StatusFolder) -> None:
 
 
 def shown_flags() -> Iterator[ShownFlag]:
-    """Every option of a run, then every other flag."""
-    for name, flag in flags_of(RunConfig).items():
-        words = " ".join(filter(None, (flag.words, f"({_facts(flag)})", *_limits(name))))
-        yield ShownFlag(section=f"Options: {flag.group}", flag=f"--{name}", state="option", words=words)
+    """Every option of the commands that train, then every other flag."""
+    commands = {name: flags_of(options_of(method)) for name, method in DECLARED.items()}
+    commands["continual"] = flags_of(ContinualOptions)
+    options = flags_of(RunConfig)
+    for of_command in commands.values():
+        options |= {name: flag for name, flag in of_command.items() if name not in options}
+    for name, flag in options.items():
+        having = [command for command, of_command in commands.items() if name in of_command]
+        few = [] if DECLARED.keys() <= set(having) else [f"only in {', '.join(having)}"]
+        words = " ".join(filter(None, (flag.words, f"({'; '.join([*_facts(flag), *few])})", *_limits(name))))
+        group = flag.group or "the command line alone"
+        yield ShownFlag(section=f"Options: {group}", flag=f"--{name}", state="option", words=words)
     for section in SECTIONS:
         for row in section.rows:
             yield ShownFlag(section=section.title, flag=f"--{row.name}", state=row.state, words=_words_of_row(row))
@@ -77,13 +89,13 @@ def _words_of_row(row: Row) -> str:
     return "; ".join(filter(None, (agreeing, row.words)))
 
 
-def _facts(flag: Flag) -> str:
+def _facts(flag: Flag) -> list[str]:
     """Choices or bounds, and the defaults."""
     facts = [flag.expected] if flag.option.choices else []
     facts += flag.option.facts
     if flag.name in MEGATRON_DEFAULTS:
         facts[-1] += f", Megatron-LM's {MEGATRON_DEFAULTS[flag.name]}"
-    return "; ".join(facts)
+    return facts
 
 
 def _limits(name: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from hft_megatron.tracking.tracker import TOKENS_PER_SECOND
 
 FROZEN_STATE = "resting"
 """Key in bill.json of the state of frozen units in host memory: their name in earlier versions."""
-_BYTE_ROWS = (
+BYTE_ROWS = (
     ("reduced", "reduced per step"),
     ("gathered", "gathered per step"),
     ("wire", "sent to other ranks per step"),
@@ -27,7 +27,7 @@ def bill_line(bill: Mapping[str, Any], folder: str | None) -> str:
     """One line of a bill's contents: steps, their mean time, tokens per second, and shares of full fine-tuning."""
     shares = [
         f"{_share(bill['total_bytes'][name])} of the bytes {label}"
-        for name, label in _BYTE_ROWS
+        for name, label in BYTE_ROWS
         if name not in ("wire", FROZEN_STATE) and bill["total_bytes"][name]["full"]
     ]
     step = mean(rank["milliseconds"]["step"] for rank in bill["ranks"])
@@ -64,7 +64,7 @@ def render_bill(bill: Mapping[str, Any], *, of: str | None = None) -> str:
 
 def _byte_rows(bill: Mapping[str, Any]) -> list[list[str]]:
     rows = [["bytes", "largest rank", "full", "all ranks", "full", "share"]]
-    for name, label in _BYTE_ROWS:
+    for name, label in BYTE_ROWS:
         if name not in bill["total_bytes"]:  # of an earlier version
             continue
         per = bill["steps"] if name in ("reduced", "gathered", "wire") else 1

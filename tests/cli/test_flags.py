@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from hft_megatron.cli import main
+from hft_megatron.cli.entry import commands
+from hft_megatron.config.flags import flags_of
 from hft_megatron.config.megatron_flags import ROWS
 from hft_megatron.errors import EXIT_OK, EXIT_USAGE
 from tests.cli.conftest import Training
@@ -21,12 +23,28 @@ def test_every_flag_is_a_line_with_its_state_and_words(capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert re.search(r"^  --lr +option .*\(at least 0; default: 1e-05\)$", text, re.MULTILINE)
     assert re.search(r"^  --log-interval +option .*\(at least 1; default: 1, Megatron-LM's 100\)$", text, re.MULTILINE)
-    assert re.search(r"^  --loss-on +option .*\(one of assistant, all, last; default: assistant\)$", text, re.MULTILINE)
+    assert re.search(
+        r"^  --loss-on +option .*\(one of assistant, all, last; default: assistant; only in sft, dpo, continual\)$",
+        text,
+        re.MULTILINE,
+    )
     assert re.search(r"^  --learning-rate +refused +give --lr VALUE$", text, re.MULTILINE)
     assert re.search(r"^  --swiglu +accepted +the feed-forward layers are SwiGLU$", text, re.MULTILINE)
     assert re.search(r"^  --hidden-dropout +accepted +0.0 alone is accepted; nothing is dropped$", text, re.MULTILINE)
     assert re.search(r"^  --num-experts +refused +mixtures of experts are not built; ", text, re.MULTILINE)
     assert re.search(r"^  --encoder-num-layers +other name +--num-layers$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "pretrain", "continual"])
+def test_every_option_of_a_command_that_trains_is_listed_once_and_as_one_of_its_own(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["flags", "--format", "json"]) == EXIT_OK
+    listed = [flag for flag in json.loads(capsys.readouterr().out) if flag["state"] == "option"]
+    assert len({flag["flag"] for flag in listed}) == len(listed)
+    commands_of = {flag["flag"]: re.findall(r"only in ([a-z, ]+)\)", flag["words"]) for flag in listed}
+    listed_of_it = {flag for flag, few in commands_of.items() if not few or name in few[0].split(", ")}
+    assert listed_of_it == {f"--{option}" for option in flags_of(commands()[name].options)}
 
 
 def test_the_list_has_every_row_once_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,8 @@ def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path: Path, line: st
         (f'{{"messages": [{ANSWER}], "prompt": "b"}}', "messages", Chat),
         (f'{{"messages": null, "conversations": null, {GOOD[1:]}', "prompt-completion", Completion),
         (f'{{"messages": [{ASK}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
+        (f'{{"messages": [{ASK}], "chosen": "yes it is", "rejected": "no"}}', "preference", Preference),
+        (f'{{"messages": [{ASK}], "chosen": [{ANSWER}], "rejected": [{ANSWER}]}}', "preference", Preference),
         (f'{{"conversations": [{ASK}], "chosen": {ANSWER}, "rejected": {ANSWER}}}', "preference", Preference),
         ('{"instruction": "a", "output": "d", "chosen": "b", "rejected": "c"}', "preference", Preference),
     ],
@@ -309,7 +311,7 @@ def test_the_input_of_a_pair_without_another_prompt_is_read_as_proposed(tmp_path
         read(path)
     [(_, record)] = read(path, data_keys=(("input", "prompt"),))
     assert (record.prompt, record.chosen, record.rejected) == ("a", "b", "c")
-    with pytest.raises(UserError, match="`input` means another prompt"):
+    with pytest.raises(UserError, match="`input` means a second prompt"):
         read(write_rows(path, [{**row, "prompt": "q"}]))
 
 

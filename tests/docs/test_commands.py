@@ -33,7 +33,7 @@ def test_a_block_names_its_language_and_is_left_out_for_few_reasons(page: Path) 
     blocks = blocks_of(page)
     assert page.read_text(encoding="utf-8").count("```") == 2 * len(blocks)
     for block in blocks:
-        assert block.language in LANGUAGES or block.language == "", f"{block.page}:{block.line}"
+        assert block.language in LANGUAGES, f"{block.page}:{block.line}"
         assert block.manner != "no" or block.why.startswith(MAY_NOT_RUN), f"{block.page}:{block.line}: {block.why}"
 
 

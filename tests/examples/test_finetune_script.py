@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
+from hft_megatron.cli.entry import commands
+from hft_megatron.cli.training_command import TrainingOptions
+from hft_megatron.config.loading import load_options
+from hft_megatron.config.optimizer import schedule_fits_the_run
+from hft_megatron.config.training import length_is_given_once
 from tests.support.ranks import REPOSITORY
+from tests.support.shapes import tiny_shape
 
 SCRIPT = REPOSITORY / "examples" / "finetune_llama_hft.sh"
 DPO_SCRIPT = SCRIPT.with_name("dpo_llama_hft.sh")
@@ -218,14 +224,37 @@ def test_options_after_the_name_override_and_the_save_folder_is_also_the_one_to_
     assert not script.save.exists()
 
 
-def test_a_length_in_epochs_takes_the_place_of_the_iterations(script: Script) -> None:
-    assert script.run("--train_epochs=2").returncode == 0
-    call = script.started()
-    assert "--train-iters" not in call["words"]
-    assert value_of("--save-hf", call) == f"{script.save}/hf_epoch_2"
+@pytest.mark.parametrize("path", [SCRIPT, DPO_SCRIPT], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("given", "replaced", "export"),
+    [
+        (["--train_epochs=2"], {"--train-iters"}, "hf_epoch_2"),
+        (["--train-samples", "6400"], {"--train-iters"}, "hf_sample_6400"),
+        (["--lr_warmup_iters=5"], {"--lr-warmup-fraction"}, "hf_iter_1000"),
+        (
+            ["--train-samples=6400", "--lr-warmup-samples=640"],
+            {"--train-iters", "--lr-warmup-fraction"},
+            "hf_sample_6400",
+        ),
+    ],
+)
+def test_a_length_or_a_warm_up_in_another_unit_takes_the_place_of_the_scripts(
+    tmp_path: Path, path: Path, given: list[str], replaced: set[str], export: str
+) -> None:
+    script = Script(folder=tmp_path, path=path)
     assert script.run().returncode == 0
-    assert value_of("--train-iters", script.started()) == "1000"
-    assert value_of("--save-hf", script.started()) == f"{script.save}/hf_iter_1000"
+    usual = script.started()
+    assert {"--train-iters", "--lr-warmup-fraction"} < set(usual["words"])
+    assert value_of("--save-hf", usual) == f"{script.save}/hf_iter_1000"
+    assert script.run(*given).returncode == 0
+    call = script.started()
+    assert {word for word in usual["words"] if word.startswith("--") and word not in call["words"]} == replaced
+    assert value_of("--save-hf", call) == f"{script.save}/{export}"
+    _, _, method, *words = call["words"][call["words"].index("-m", 1) :]
+    options = load_options(commands()[method].options, words)
+    assert isinstance(options, TrainingOptions)
+    for rule in (length_is_given_once, schedule_fits_the_run):
+        rule(options.as_run, tiny_shape(2), 2)
 
 
 def test_sizes_come_from_the_environment_and_tensor_parallel_from_the_number_of_ranks(script: Script) -> None:

@@ -1,6 +1,7 @@
 """The benchmark's summary and table say what the runs' bills say, and the benchmark itself runs."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,15 @@ import bill as bench
 import pytest
 from bill_summary import render, summarise
 
+from hft_megatron.costs.rank_memory import in_bytes
+from hft_megatron.report.bill import BYTE_ROWS
 from tests.support import forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def bill(milliseconds: list[float], reduced: int, steps: int = 4) -> dict[str, Any]:
-    """One entry of ``milliseconds`` per rank; everything but ``reduced`` is half of it, masters are none."""
+    """One entry of ``milliseconds`` per rank; other bytes follow from ``reduced``, masters are none."""
     held = {"measured": reduced // 2, "full": 0}
     return {
         "bf16": False,
@@ -27,6 +30,7 @@ def bill(milliseconds: list[float], reduced: int, steps: int = 4) -> dict[str, A
         "total_bytes": {
             "reduced": {"measured": reduced * steps, "full": 0},
             "gathered": {"measured": reduced * steps // 2, "full": 0},
+            "wire": {"measured": reduced * steps * 3 // 4, "full": 0},
             "gradients": held,
             "masters": {"measured": 0, "full": 0},
             "moments": held,
@@ -50,6 +54,7 @@ def test_a_ratio_is_taken_within_each_pair_and_a_run_is_the_mean_of_its_ranks() 
     assert found["HFT"]["bytes"] == {
         "reduced": 2e6,
         "gathered": 1e6,
+        "wire": 1.5e6,
         "gradients": 1_000_000,
         "masters": 0,
         "moments": 1_000_000,
@@ -76,6 +81,18 @@ def test_the_program_shows_the_committed_result() -> None:
     program = REPOSITORY / "tools" / "bench" / "bill.py"
     done = subprocess.run([sys.executable, program, "--render"], check=True, capture_output=True, text=True)
     assert done.stdout == f"{render(json.loads(bench.RESULTS.read_text()))}\n"
+
+
+def test_the_bill_in_the_documentation_has_the_bytes_of_the_committed_result() -> None:
+    page = (REPOSITORY / "docs/plan_and_bill.md").read_text(encoding="utf-8")
+    first = json.loads(bench.RESULTS.read_text())["configurations"][0]
+    assert (first["model"], first["data type"]) == ("demo", "bf16")
+    half, full = first["HFT"]["bytes"], first["full"]["bytes"]
+    for name, label in BYTE_ROWS:
+        [row] = re.findall(rf"^  {label}  +(.*)$", page, re.MULTILINE)
+        sizes = [in_bytes(of[name] / ranks) for ranks in (bench.RANKS, 1) for of in (half, full)]
+        share = f"{half[name] / full[name]:.1%}" if full[name] else "-"
+        assert re.split(" {2,}", row) == [*sizes, share], label
 
 
 @pytest.mark.slow

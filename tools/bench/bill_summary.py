@@ -15,7 +15,7 @@ _BYTES = {
     "masters": "held as master weights, all ranks (MB)",
     "moments": "held as moments, all ranks (MB)",
 }
-_SUMS = ("reduced", "gathered")
+_SUMS = ("reduced", "gathered", "wire")
 
 
 def summarise(bills: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hft_megatron.data.formats.completions import (
     parse_trace,
 )
 from hft_megatron.data.formats.conversations import Chat, parse_alpaca, parse_messages, parse_sharegpt
-from hft_megatron.data.formats.preference import Preference, parse_preference, prompt_keys
+from hft_megatron.data.formats.preference import Preference, is_answer_alone, parse_preference, prompt_keys
 
 Record = Chat | Completion | Preference
 """Result of parsing a row, whatever its layout."""
@@ -70,8 +70,9 @@ register("text", Format(keys=("text",), parse=parse_text))
 def recognise(row: Mapping[str, Any]) -> DataFormat | None:
     """The first format whose keys the row has.
 
-    ``messages`` beside two lists of messages repeat one of them, but beside two single messages they are the prompt.
+    ``messages`` beside two lists that hold their prompts repeat one of them, but beside two answers alone they are the
+    prompt.
     """
-    is_ranking = all(isinstance(row.get(key), dict) for key in ("chosen", "rejected"))
+    is_ranking = all(is_answer_alone(row.get(key)) for key in ("chosen", "rejected"))
     formats = [name for name, format in FORMATS.items() if row.keys() >= set(format.keys)]
     return next((name for name in formats if name != "messages" or not is_ranking), None)

@@ -19,7 +19,7 @@ from hft_megatron.config.data import ignored_keys
 from hft_megatron.data.files.rows import Row
 from hft_megatron.data.formats.conversations import Chat
 from hft_megatron.data.formats.keys import MESSAGE_KEYS, RECORD_KEYS, Key
-from hft_megatron.data.formats.table import FORMATS
+from hft_megatron.data.formats.table import FORMATS, recognise
 from hft_megatron.data.record_errors import printable
 from hft_megatron.data.records import Layout, RecordReader, RecordRules
 from hft_megatron.data.tokenizer import Tokenizer
@@ -176,6 +176,14 @@ def test_a_key_of_a_pair_is_treated_as_the_table_says(key: str) -> None:
 def record(row: dict[str, Any], format: Any, *ignored: str) -> Any:
     reader = RecordReader(RecordRules(ignore_keys=ignored))
     return reader.record_of(Row(place="x:1", value=row), Layout(format=format))
+
+
+def test_a_pair_whose_answers_repeat_the_messages_is_refused_with_a_fix_that_works() -> None:
+    row = {"messages": TURNS, "chosen": TURNS, "rejected": [TURNS[0], {**TURNS[1], "content": "3"}]}
+    with pytest.raises(UserError, match="train on pairs with hft-megatron dpo --data-format preference, or") as caught:
+        record(row, recognise(row))
+    assert "`chosen`" in str(caught.value)
+    assert record(row, "preference").chosen[0]["content"] == "2"
 
 
 @pytest.mark.parametrize("empty", [None, "", [], {}, "[]"], ids=repr)
