@@ -47,6 +47,7 @@ is_given() { # NAME WORDS...
 # Sets RANKS, TP, PP, MODEL, DATA, SAVE and IS_DEMO (yes or no) from the environment and the words of the command line.
 read_environment() { # WORDS...
     for_help_and_python "$@"
+    without_config "$@"
     where_it_runs
     what_it_trains "$@"
 }
@@ -61,6 +62,14 @@ for_help_and_python() { # WORDS...
     if ! "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)" 2>/dev/null; then
         mistake "PYTHON=$PYTHON does not run a Python that has torch; run make install and source .venv/bin/activate."
     fi
+}
+
+# A recipe's options stand on the command line, where they would silently override a file's.
+without_config() { # WORDS...
+    local config
+    config=$(last_value config "" "$@")
+    [[ -z $config ]] || mistake "--config $config: the options of this script would override the file's; start it with\
+ bash examples/run_hft.sh $METHOD --config $config, which adds none."
 }
 
 where_it_runs() {

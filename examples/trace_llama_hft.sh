@@ -27,6 +27,7 @@ METHOD=continual
 # shellcheck source=examples/start.sh
 . "$(dirname "${BASH_SOURCE[0]}")/start.sh"
 for_help_and_python "$@"
+without_config "$@"
 where_it_runs
 MODEL=$(last_value load-hf "${MODEL:-}" "$@")
 DATA=$(last_value continual-tasks "${DATA:-}" "$@")

@@ -214,6 +214,16 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(script: Script, settings: dic
     assert not any("hft_megatron.parallel.start_ranks" in call["words"] for call in script.calls())
 
 
+@pytest.mark.parametrize("path", [SCRIPT, DPO_SCRIPT, TRACE_SCRIPT], ids=lambda path: path.name)
+def test_a_file_of_options_is_not_overridden_by_a_recipe(path: Path, tmp_path: Path) -> None:
+    script = Script(folder=tmp_path, path=path)
+    for words in (("--config", "run.yaml"), ("--config=run.yaml",)):
+        result = script.run(*words)
+        assert result.returncode == 2
+        assert "run.yaml: the options of this script would override the file's; start it with bash exa" in result.stderr
+        assert not script.calls()
+
+
 def test_options_after_the_name_override_and_the_save_folder_is_also_the_one_to_load(script: Script) -> None:
     other = script.folder / "other"
     assert script.run("--lr", "1e-3", "--train_iters=7", "--save", str(other)).returncode == 0
