@@ -178,7 +178,9 @@ class Request:
         return not self.is_accepted and not (self._is_off and self.row.state != "accepted")
 
     def refusal(self, given: Given) -> str:
-        """The error about it in the command that is ``given``."""
+        """The error about it in the command that is ``given``; a file may set the options of other commands, too."""
+        if not _is_name(self.where):
+            given = replace(given, others={})
         return self.row.refusal(" ".join((self.where, *map(_shown, self.words))), self.words, given)
 
     @property

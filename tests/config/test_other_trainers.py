@@ -343,12 +343,14 @@ def test_a_switch_of_megatron_lm_s_keeps_its_word() -> None:
 
 def test_a_file_turns_switches_on_and_off_with_every_word_of_yaml(tmp_path: Path) -> None:
     file = tmp_path / "llama.yaml"
-    file.write_text("gradient_checkpointing: on\nuse_dft_loss: on\ngroup_by_length: off\nloss_scale: all\n")
+    file.write_text("gradient_checkpointing: on\nuse_dft_loss: on\ngroup_by_length: off\nloss_scale: all\nbeta: 0.1\n")
     assert answers(f"--config {file}") == [
         f"{file}:1: gradient_checkpointing on: {ROWS['gradient-checkpointing'].words}.",
         f"{file}:2: use_dft_loss on: give --objective dft.",
         f"{file}:3: group_by_length off: leave it out.",
         f"{file}:4: loss_scale all: give --loss-on all.",
+        # A file may have options of other commands.
+        f"{file}:5: beta 0.1: give --dpo-beta 0.1.",
     ]
 
 
