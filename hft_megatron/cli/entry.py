@@ -221,7 +221,8 @@ def _perform(command: Command, words: Sequence[str], status: StatusFolder, *, pr
         about, everything = f"{command.summary}.", HELP_ALL in words
         show(help_text(command.options, prog=prog, description=about, first=command.first, everything=everything))
         return
-    command.run(load_options(command.options, command.arguments(words), command.note), status)
+    others = {name: flags_of(command.options) for name, command in commands().items()}
+    command.run(load_options(command.options, command.arguments(words), command.note, others), status)
 
 
 def _overview() -> str:

@@ -5,17 +5,17 @@ tyro parses the values; this file decides what an option is called and words wha
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import takewhile
 from typing import get_args, get_origin
 
 import tyro
 
 from hft_megatron.config.declared import Declared, declared, words_of
+from hft_megatron.config.given import ANY_RUN, LEAVE, Given
 from hft_megatron.config.megatron_flags import OF_OTHER_COMMANDS, ROWS, refused_value
 from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.names import Names, known
-from hft_megatron.config.run import RunConfig
 from hft_megatron.errors import UserError
 
 CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
@@ -177,8 +177,10 @@ class Request:
         """Whether it is an error; a file may turn off a feature that does not exist."""
         return not self.is_accepted and not (self._is_off and self.row.state != "accepted")
 
-    def refusal(self, given: Mapping[str, str]) -> str:
-        """The error about it; ``given`` has the values of all options of the command by name."""
+    def refusal(self, given: Given) -> str:
+        """The error about it in the command that is ``given``; a file may set the options of other commands, too."""
+        if not _is_name(self.where):
+            given = replace(given, others={})
         return self.row.refusal(" ".join((self.where, *map(_shown, self.words))), self.words, given)
 
     @property
@@ -206,7 +208,8 @@ _OF_TRAINING = "train-iters"
 class Reading:
     """Settings of a file and a command line together; later ones override earlier ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Given = ANY_RUN) -> None:
+        self._command = given
         self.settings: dict[str, Setting] = {}
         """Settings by option."""
         self.accepted: dict[str, Request] = {}
@@ -240,8 +243,9 @@ class Reading:
             if request.row.beside and self.settings.keys().isdisjoint(request.row.beside)
         ]
         refused = {name: item for name, item in self._mistakes.items() if isinstance(item, Request)}
-        given = {name: item.value for name, item in self.settings.items()}
-        given |= {name: " ".join(item.words) for name, item in refused.items()}
+        values = {name: item.value for name, item in self.settings.items()}
+        values |= {name: " ".join(item.words) for name, item in refused.items()}
+        given = replace(self._command, values=values)
         said = [item.refusal(given) if isinstance(item, Request) else item for item in self._mistakes.values()]
         return [*said, *lacking]
 
@@ -294,18 +298,20 @@ def turns_off(name: str, meant: Flag) -> bool:
     return f"no-{meant.name}" == (name if row is None else row.words)
 
 
-def unknown_option(where: str, name: str, flags: Mapping[str, Flag]) -> Mistake:
+def unknown_option(where: str, name: str, flags: Mapping[str, Flag], given: Given = ANY_RUN) -> Mistake:
     """The error for a name that is no option; ``where`` is its written form."""
+    elsewhere = given.elsewhere(name)
+    if elsewhere is not None:
+        return Mistake(sentence=f"{where} {elsewhere}; {LEAVE}.")
     names = [*flags, *(f"no-{flag.name}" for flag in flags.values() if flag.is_switch)]
     # A name that only lacks its beginning, such as Megatron's --data-path, is nearer than letters tell.
     nearest = [known for known in names if known.endswith(f"-{name}")]
     nearest += difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"the nearest is --{nearest[0]}" if nearest else "--help-all lists all of them"
-    of_others = " of this command" if name in flags_of(RunConfig) else ""
-    return Mistake(sentence=f"{where} is not an option{of_others}; {hint}.")
+    return Mistake(sentence=f"{where} is not an option; {hint}.")
 
 
-def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[Item]:
+def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag], given: Given = ANY_RUN) -> Iterator[Item]:
     """The settings of a command line, in order; ``-`` and ``_`` in names are the same.
 
     Mistakes are names that are no option, values that are missing, and words that belong to no option.
@@ -322,7 +328,7 @@ def items_of_arguments(arguments: Sequence[str], flags: Mapping[str, Flag]) -> I
                 "take several values."
             )
             continue
-        item, taken = _item_of_word(word, following, flags)
+        item, taken = _item_of_word(word, following, flags, given)
         position += taken
         yield item
 
@@ -331,23 +337,25 @@ def _is_name(word: str) -> bool:
     return word.startswith("--") and word != "--"
 
 
-def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag]) -> tuple[Item, int]:
+def _item_of_word(word: str, following: Sequence[str], flags: Mapping[str, Flag], given: Given) -> tuple[Item, int]:
     """The setting of an option with the words up to the next one, and the number of these words that are its own."""
     written, has_value, value = word.partition("=")
     name = written[2:].replace("_", "-")
     meant = named(name, flags)
     if meant is None:
-        return unknown_option(written, name, flags), len(following)
+        return unknown_option(written, name, flags, given), len(following)
     values: tuple[str, ...] = (value,) if has_value else ()
-    if not meant.is_switch and (meant.takes_several or not has_value):
-        values += tuple(following if meant.takes_several else following[:1])
+    if meant.takes_several:
+        values += tuple(following)
+    elif not has_value:
+        values = tuple(word for word in following[:1] if not meant.is_switch or word.lower() in (ON, OFF))
     taken = len(values) - bool(has_value)
-    if isinstance(meant, Row) and not meant.can_agree:
+    is_refused = isinstance(meant, Row) and not meant.can_agree
+    if meant.is_switch and values and not (is_refused and values[0].lower() != OFF):
+        return _no_value(" ".join((word, *values[:taken])), name, values[0], meant), taken
+    if isinstance(meant, Row) and is_refused:
         # The run ends, so that what follows need not be told from its values.
         return Request(row=meant, words=values, where=written), len(following)
-    if meant.is_switch and (has_value or (following and following[0].lower() in (ON, OFF))):
-        given = word if has_value else f"{written} {following[0]}"
-        return _no_value(given, name, value if has_value else following[0], meant), 0 if has_value else 1
     if not values and not meant.is_switch:
         return Mistake(sentence=f"{written} needs a value: {meant.expected}."), 0
     if isinstance(meant, Row):
@@ -365,5 +373,5 @@ def _no_value(given: str, name: str, value: str, meant: Flag | Row) -> Mistake:
     elif isinstance(meant, Flag):
         instead = f"write --{meant.name} or --no-{meant.name}"
     elif value.lower() == OFF:
-        instead = "leave it out"
+        instead = LEAVE
     return Mistake(sentence=f"{given}: a switch takes no value; {instead}.")

@@ -8,6 +8,7 @@ table, and a test holds that it does.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,6 +45,9 @@ def _harmless(meaning: str, *names: str) -> HfKey:
 def _refused(meaning: str, neutral: tuple[Any, ...], *names: str) -> HfKey:
     return HfKey(names=names, meaning=meaning, treatment="refused", neutral=neutral)
 
+
+QUANTIZED = ("quantization_config", "compression_config")
+"""Refused keys of models whose weights are not plain numbers."""
 
 HF_KEYS = (
     _used("kind of model", "model_type", "architectures"),
@@ -117,7 +121,7 @@ HF_KEYS = (
     _refused("caps of logits, queries, keys and values", _NONE, "final_logit_softcapping", "attn_logit_softcapping",
              "logits_soft_cap", "clip_qkv"),
     _refused("dropout", _ZERO, "attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"),
-    _refused("quantised weights", _NONE, "quantization_config", "compression_config"),
+    _refused("quantised weights", _NONE, *QUANTIZED),
     _refused("another file of weights", _NONE, "transformers_weights"),
 )  # fmt: skip
 """All known keys, in the order of the documentation."""
@@ -146,9 +150,14 @@ def refuse_other_models(config: Mapping[str, Any], source: str) -> None:
     for row in HF_KEYS:
         for key in row.names if row.treatment == "refused" else ():
             if config.get(key, row.neutral[0]) not in row.neutral:
-                shown = "a quantized model" if row.meaning.startswith("quantised") else f"{key} = {config[key]!r}"
+                if key in QUANTIZED:
+                    raise UserError(
+                        f"{source}: a quantized model is not supported ({key}); use a copy whose weights are not "
+                        "quantized."
+                    )
                 raise UserError(
-                    f"{source}: {shown} is not supported ({row.meaning}); only {key} = {row.neutral[0]!r} is."
+                    f"{source}: {key} = {json.dumps(config[key])} is not supported ({row.meaning}); only {key} = "
+                    f"{json.dumps(row.neutral[0])} is."
                 )
     _refuse_windows(config, source)
 
@@ -158,11 +167,15 @@ def _refuse_other_architectures(config: Mapping[str, Any], source: str) -> None:
     known = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if known is None:
         shown = f" ({classes[0]})" if isinstance(classes, list) and classes else ""
+        known_types = " and ".join(map(json.dumps, ARCHITECTURES))
         raise UserError(
-            f"{source}: model_type is {model_type!r}{shown}, but only 'llama' and 'mistral' models are supported."
+            f"{source}: model_type is {json.dumps(model_type)}{shown}, but only {known_types} models are supported."
         )
     if classes and not (isinstance(classes, list) and any(name in known for name in classes)):
-        raise UserError(f"{source}: architectures is {classes!r}, but of {model_type!r} only {known[0]} is supported.")
+        raise UserError(
+            f"{source}: architectures is {json.dumps(classes)}, but of {json.dumps(model_type)} only {known[0]} is "
+            "supported."
+        )
     own_code = config.get("auto_map")
     if isinstance(own_code, Mapping) and any(name.startswith("AutoModel") for name in own_code):
         raise UserError(
@@ -180,13 +193,13 @@ def _refuse_windows(config: Mapping[str, Any], source: str) -> None:
     if window is not None and not switched_off:
         absent = "" if "sliding_window" in config else " (Mistral's default when the key is absent)"
         raise UserError(
-            f"{source}: sliding_window = {window!r}{absent} is not supported; only sliding_window = None is."
+            f"{source}: sliding_window = {json.dumps(window)}{absent} is not supported; only sliding_window = null is."
         )
     for layer, kind in enumerate(config.get("layer_types") or ()):
         if kind != "full_attention":
             raise UserError(
-                f"{source}: layer_types has {kind!r} in layer {layer}, which is not supported; "
-                "only 'full_attention' is."
+                f"{source}: layer_types has {json.dumps(kind)} in layer {layer}, which is not supported; "
+                'only "full_attention" is.'
             )
 
 

@@ -33,6 +33,7 @@ from hft_megatron.config.flags import (
     turns_off,
     unknown_option,
 )
+from hft_megatron.config.given import ANY_RUN, Given
 from hft_megatron.config.megatron_rows import Row
 from hft_megatron.config.model import ModelConfig
 from hft_megatron.config.run import RunConfig
@@ -54,19 +55,25 @@ _YAML_NULL = "tag:yaml.org,2002:null"
 _YAML_BOOL = "tag:yaml.org,2002:bool"
 
 
-def load_options(options_type: type[T], arguments: Sequence[str], note: Callable[[str], None] | None = None) -> T:
+def load_options(
+    options_type: type[T],
+    arguments: Sequence[str],
+    note: Callable[[str], None] | None = None,
+    others: Mapping[str, Collection[str]] = ANY_RUN.others,
+) -> T:
     """Build ``options_type``, a frozen dataclass of dataclasses, from command-line words and the file they name.
 
     The file may set any option of a run, so that one file serves every command: what nested dataclasses of
     ``options_type`` hold is taken, other options of a run are ignored. The outermost fields (--config itself)
     belong to the command line. Raises UserError, with a line for every name or value that is not possible, or a
     sentence about the first other mistake. ``note`` is given the lines for the log: flags of Megatron-LM's without
-    effect, and former names of options.
+    effect, and former names of options. ``others`` has the names of all commands' options, by command, for errors.
     """
     flags = flags_of(options_type)
-    items = list(items_of_arguments(arguments, flags))
+    given = Given(options=flags, others=others)
+    items = list(items_of_arguments(arguments, flags, given))
     files = [item.value for item in items if isinstance(item, Setting) and item.flag.name == CONFIG_FLAG]
-    reading = Reading()
+    reading = Reading(given)
     if files:
         taken = {name: flag for name, flag in flags.items() if flag.group is not None}
         every = _items_of_file(Path(files[-1]), flags_of(RunConfig) | taken)

@@ -3,11 +3,13 @@
 Those that are options here have no row. ``megatron_others`` has the families that no LLaMA needs.
 """
 
+from hft_megatron.config import conversions as to
 from hft_megatron.config.megatron_rows import Section, accepted, not_yet, other_name, refused
 
 _ONE_KERNEL = "chooses a kernel, not what is learned; --transformer-impl chooses the kernels here"
 _TE_ADAM = "other types take transformer-engine's Adam"
 _NO_SCALE = "bf16 and fp32 scale no loss"
+_TOKENS = "--loss-on chooses the trained tokens, which ms-swift names here"
 _REFORMAT = "a checkpoint has one format here; leave it out"
 _ONE_LENGTH = "every sequence has at most --seq-length tokens"
 _PER_RUN = "leave it out; the run's own state has it"
@@ -131,7 +133,7 @@ DENSE = (
             accepted("main-params-dtype=", f"master weights are fp32; {_TE_ADAM}", values="fp32"),
             accepted("exp-avg-dtype=", f"moments are fp32; {_TE_ADAM}", values="fp32"),
             accepted("exp-avg-sq-dtype=", f"moments are fp32; {_TE_ADAM}", values="fp32"),
-            accepted("loss-scale=", _NO_SCALE, values="1"),
+            accepted("loss-scale=", f"{_NO_SCALE}; {_TOKENS}", values="1", conversion=to.loss_scale),
             accepted("initial-loss-scale=", _NO_SCALE),
             accepted("min-loss-scale=", _NO_SCALE),
             accepted("loss-scale-window=", _NO_SCALE),
@@ -233,7 +235,8 @@ DENSE = (
                 "give the layers of one as --num-layers-per-virtual-pipeline-stage",
             ),
             refused(
-                "pipeline-model-parallel-layout=", "--decoder-first- and -last-pipeline-num-layers size the stages"
+                "pipeline-model-parallel-layout=",
+                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers size the stages",
             ),
             refused("account-for-embedding-in-pipeline-split", "give --decoder-first-pipeline-num-layers"),
             refused("account-for-loss-in-pipeline-split", "give --decoder-last-pipeline-num-layers"),

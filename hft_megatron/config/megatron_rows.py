@@ -1,15 +1,16 @@
 """Rows of the table of Megatron-LM's flags and of other trainers' names, and short ways to write them."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal
+
+from hft_megatron.config.given import ANY_RUN, LEAVE, Given
 
 Kind = Literal["switch", "value", "several"]
 State = Literal["accepted", "refused", "not built yet", "other name"]
-Conversion = Callable[[str, Mapping[str, str]], str]
-"""Explanation for one value, without a full stop, by the value and the values of all options of the command by name."""
+Conversion = Callable[[str, Given], str]
+"""Explanation for one value, without a full stop, by the value, empty where there is none, and the command."""
 VALUE = "VALUE"
 """Placeholder of the given value in an explanation."""
 
@@ -33,7 +34,7 @@ class Row:
     """Options of which one must be given with an accepted flag; ``lacking`` is the error otherwise."""
     lacking: str = ""
     conversion: Conversion | None = None
-    """Explanation by value for a refused flag, in place of ``words``, which hold for every value."""
+    """Explanation by value for a value that is refused, in place of ``words``, which hold for every value."""
 
     @property
     def is_switch(self) -> bool:
@@ -61,19 +62,21 @@ class Row:
             return self.state == "accepted"
         return all(any(_same(word, value) for value in self.values) for word in words)
 
-    def refusal(self, written: str, values: Sequence[str] = (), given: Mapping[str, str] = MappingProxyType({})) -> str:
-        """The error about it; ``written`` is the flag as the user wrote it, with its ``values``, and ``given`` has the
-        values of all options of the command by name."""
+    def refusal(self, written: str, values: Sequence[str] = (), given: Given = ANY_RUN) -> str:
+        """The error about it in the command that is ``given``; ``written`` is the flag as the user wrote it, with its
+        ``values``."""
         if self.state == "not built yet":
             return f"{written} is not built yet{self.words and f'; {self.words}'}."
+        return f"{written}: {given.fitting(self._answer(values, given))}."
+
+    def _answer(self, values: Sequence[str], given: Given) -> str:
+        if self.conversion is not None:
+            return self.conversion(" ".join(values), given)
         if self.state == "accepted":
             instead = f", or give {' or '.join(self.values)}" if self.values else ""
-            return f"{written}: {self.words}; leave it out{instead}."
-        value = " ".join(values)
-        if self.conversion is not None:
-            return f"{written}: {self.conversion(value, given)}."
+            return f"{self.words}; {LEAVE}{instead}"
         shown = " ".join(map(shlex.quote, values)) or VALUE
-        return f"{written}: {self.words.replace(VALUE, shown)}."
+        return self.words.replace(VALUE, shown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +87,19 @@ class Section:
     rows: tuple[Row, ...]
 
 
-def accepted(flag: str, words: str, values: str = "", *, beside: str = "", lacking: str = "") -> Row:
-    """A flag without effect here; with ``values``, separated by spaces, only where it has one of them, and with
-    ``beside`` only where one of these options is given, too."""
-    return replace(_row(flag, "accepted", words, values), beside=tuple(beside.split()), lacking=lacking)
+def accepted(
+    flag: str,
+    words: str,
+    values: str = "",
+    *,
+    beside: str = "",
+    lacking: str = "",
+    conversion: Conversion | None = None,
+) -> Row:
+    """A flag without effect here; with ``values``, separated by spaces, only where it has one of them, while
+    ``conversion`` has the answers to others, and with ``beside`` only where one of these options is given, too."""
+    row = _row(flag, "accepted", words, values)
+    return replace(row, beside=tuple(beside.split()), lacking=lacking, conversion=conversion)
 
 
 def refused(flag: str, words: str, conversion: Conversion | None = None) -> Row:

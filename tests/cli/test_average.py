@@ -72,7 +72,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (words(pair, out, "--path", "0.5", "--coefficient", "0.2"), "--path and --coefficient 0.2 are both given"),
         (words(pair, pair / "base"), f"--output {pair / 'base'} is not empty"),
         (words(pair, out, "--tuned", str(pair / "base")), "is the folder of --tuned"),
-        (words(pair, out, "--ratio", "0.5"), "--ratio is not an option"),
+        (words(pair, out, "--ratio", "0.5"), "--ratio is an option of `hft-megatron half-reset`, not of this command"),
     ]
     for arguments, sentence in cases:
         assert main(["average", *arguments]) == EXIT_USAGE, sentence

@@ -28,7 +28,7 @@ MISTAKES = [
     ("--load RUN --save-hf OUT --chek", "--chek"),
     ("--load-hf MODEL", "needs --check"),
     ("--load-hf MODEL --save-hf OUT --check", "--train-iters 0"),
-    ("--load-hf MODEL --check", "model_type is 'gpt2'"),
+    ("--load-hf MODEL --check", 'model_type is "gpt2"'),
 ]
 
 

@@ -132,7 +132,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(
         (words(pair, out, "--selection", "spectrum"), "--selection is not an option"),
         (
             words(pair, out, "--hft-ratio", "0.5"),
-            "--hft-ratio is not an option of this command; the nearest is --ratio",
+            "--hft-ratio is an option of `hft-megatron sft`, `dpo` and `pretrain`, not of this command; leave it out",
         ),
         (words(pair, out, "--criterion", "taylor"), "--criterion taylor: the value must be one of random, fapm, dare"),
         (words(pair, out, "--criterion", "fapm", "--sparsity", "1.1"), "--sparsity 1.1: must be a number between 0"),

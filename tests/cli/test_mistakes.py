@@ -466,7 +466,7 @@ def test_a_model_that_is_not_llama_is_named(model_folder: Path, capsys: pytest.C
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
     assert main(words(GOOD, model_folder)) == EXIT_USAGE
-    assert "model_type is 'qwen2'" in capsys.readouterr().err
+    assert 'model_type is "qwen2"' in capsys.readouterr().err
 
 
 def test_a_folder_with_checkpoints_is_not_written_over_unless_it_is_resumed(

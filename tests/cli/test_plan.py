@@ -449,7 +449,7 @@ MISTAKES = [
     (f"--load-hf MODEL {TIME} --devices-per-node 0", "--devices-per-node 0: must be a whole number of at least 1"),
     ("--load-hf MODEL --memory-bandwidth 8", "--memory-bandwidth 8 needs --time; add it"),
     ("--load-hf MODEL --png absent/plan.png", "--png absent/plan.png cannot be written: No such file"),
-    ("--load-hf MODEL --lr 1", "--lr is not an option"),
+    ("--load-hf MODEL --lr 1", "--lr is an option of `hft-megatron sft`, `dpo` and `pretrain`, not of this command"),
     ("--load-hf MODEL --config wrong.yaml", "wrong.yaml:1: learning_rate 1: give --lr 1."),
     (SHAPE_FLAGS, "--vocab-size is missing: a plan reads no tokenizer"),
     ("", "No model is given"),

@@ -80,7 +80,11 @@ OPTIONS: list[tuple[int, str, list[str]]] = [
     (1, f"{GOOD} --hft-ratio 2", ["--hft-ratio 2.0: must be a number between 0 and 1"]),
     # options of fine-tuning
     (1, f"{GOOD} --chat-template tulu", ["--chat-template tulu: it is an option of `hft-megatron sft` and `dpo`"]),
-    (1, f"{GOOD} --packing", ["--packing is not an option of this command"]),
+    (
+        1,
+        f"{GOOD} --packing",
+        ["--packing is an option of `hft-megatron sft`, `dpo` and", "not of this command; leave it out"],
+    ),
     # sources of their own for training and validation
     (1, f"{GOOD} --train-data-path x", ["--data-path ", "corpus and --train-data-path x are both given; keep one"]),
     (1, "--load-hf MODEL --mock-data --train-data-path x", ["--mock-data and --train-data-path x are both given"]),

@@ -278,7 +278,10 @@ def test_a_browser_shows_every_token_of_the_page_in_its_colour(show_data: Show, 
             "--tokenizer-model MODEL --train-data-path DATA --prompt-separator \\x",
             "--prompt-separator \\x: a \\ must be followed",
         ),
-        ("--tokenizer-model MODEL --train-data-path DATA --lr 1", "--lr is not an option"),
+        (
+            "--tokenizer-model MODEL --train-data-path DATA --lr 1",
+            "--lr is an option of `hft-megatron sft`, `dpo` and `pretrain`, not of this command",
+        ),
         ("--tokenizer-model MODEL --train-data-path PAIRS", "PAIRS:2: `chosen` and `rejected` are the same; correct"),
         (
             "--tokenizer-model MODEL --train-data-path PAIRS --loss-on all",

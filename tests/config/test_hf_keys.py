@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hft_megatron.config.hf_keys import HF_KEYS, HfKey, note_unknown_keys, unknown_keys
+from hft_megatron.config.hf_keys import HF_KEYS, QUANTIZED, HfKey, note_unknown_keys, unknown_keys
 from hft_megatron.config.model_shape import ModelShape
 from hft_megatron.errors import UserError
 
@@ -93,9 +93,10 @@ def test_a_refused_key_is_accepted_with_its_values_and_refused_with_any_other(ro
     for value in row.neutral:
         assert ModelShape.from_hf_config({**TINY, name: value}, "config.json") == plain
     for value in (7, "other", [3], {"a": 1}, *{True, False} - set(row.neutral) - {bool(v) for v in row.neutral if v}):
-        with pytest.raises(
-            UserError, match=rf"^config\.json: .* is not supported \({re.escape(row.meaning)}\); only {name} = "
-        ):
+        said = rf"{name} = .* is not supported \({re.escape(row.meaning)}\); only {name} = "
+        if name in QUANTIZED:
+            said = rf"a quantized model is not supported \({name}\); use a copy whose weights are not quantized\."
+        with pytest.raises(UserError, match=rf"^config\.json: {said}"):
             ModelShape.from_hf_config({**TINY, name: value}, "config.json")
 
 

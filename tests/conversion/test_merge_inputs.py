@@ -140,7 +140,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (remove_the_folder, "there is no such folder"),
     (remove_the_config, "there is no config.json"),
     (remove_the_weights, "neither model.safetensors nor model.safetensors.index.json is there"),
-    (make_it_another_architecture, "model_type is 'gpt2'"),
+    (make_it_another_architecture, 'model_type is "gpt2"'),
     (remove_a_tensor, "the tensor model.layers.2.mlp.up_proj.weight is missing"),
     (add_a_tensor, "model.layers.0.self_attn.q_proj.bias"),
     (reshape_a_tensor, "model.layers.1.self_attn.k_proj.weight has shape [16, 64], but config.json asks for [32, 64]"),

@@ -117,7 +117,7 @@ def test_a_mistake_is_told_in_terms_of_arguments(arguments: dict[str, Any], sent
 def test_what_is_no_llama_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a LlamaForCausalLM is not a config; give model.config"):
         draw_plan(make_model())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model_type is 'gpt2'"):
+    with pytest.raises(ValueError, match='model_type is "gpt2"'):
         draw_plan({"model_type": "gpt2"})
 
 

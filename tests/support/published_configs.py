@@ -213,17 +213,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
          "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "internlm2",
          "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
          "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "rope_theta": 1000000, "vocab_size": 92544},
-        "model_type is 'internlm2' (InternLM2ForCausalLM)",
+        'model_type is "internlm2" (InternLM2ForCausalLM)',
     ),
     "InternLM-7B as LLaMA": (
         {**_LLAMA, "bias": True, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048,
          "num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-06, "vocab_size": 103168},
-        "bias = True",
+        "bias = true",
     ),
     "Granite-3.1-8B": (
         {**_LLAMA, "architectures": ["GraniteForCausalLM"], "model_type": "granite", "attention_multiplier": 0.0078125,
          "embedding_multiplier": 12.0, "logits_scaling": 16.0, "residual_multiplier": 0.22},
-        "model_type is 'granite' (GraniteForCausalLM)",
+        'model_type is "granite" (GraniteForCausalLM)',
     ),
     "Granite that claims to be a LLaMA": (
         {**_LLAMA3, "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0, "logits_scaling": 16.0,
