@@ -121,7 +121,7 @@ HF_KEYS = (
     _refused("caps of logits, queries, keys and values", _NONE, "final_logit_softcapping", "attn_logit_softcapping",
              "logits_soft_cap", "clip_qkv"),
     _refused("dropout", _ZERO, "attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"),
-    _refused("quantised weights", _NONE, *QUANTIZED),
+    _refused("quantized weights", _NONE, *QUANTIZED),
     _refused("another file of weights", _NONE, "transformers_weights"),
 )  # fmt: skip
 """All known keys, in the order of the documentation."""

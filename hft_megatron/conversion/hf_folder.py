@@ -25,7 +25,7 @@ class HuggingFaceWeights:
 
     Raises UserError when the folder's weight files are not one clear set (``find_weight_files``), a file cannot be
     read, two files hold one tensor, the index contradicts the files, or when a tensor that is asked for is absent,
-    quantised, of another shape than the model's, or has a value that is not finite.
+    quantized, of another shape than the model's, or has a value that is not finite.
     """
 
     def __init__(self, folder: str, *, option: str = "--load-hf") -> None:
@@ -134,7 +134,7 @@ class HuggingFaceWeights:
         if stored not in _DTYPES:
             raise UserError(
                 f"{self.option} {self.folder}: {name} is stored as {stored}, but only F32, F16 and BF16 are read; "
-                "dequantise the model first."
+                "dequantize the model first."
             )
         return _DTYPES[stored]
 

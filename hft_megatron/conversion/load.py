@@ -17,7 +17,7 @@ from hft_megatron.parallel.groups import Placement
 
 _HARMLESS = ".rotary_emb.inv_freq"
 """Rotary frequencies, which old exports hold and which follow from config.json."""
-_QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx", "weight_scale", "weight_packed", "quant_state", ".SCB")
+_QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", "weight_scale", "weight_packed", "quant_state", ".SCB")
 """Parts of names in files of GPTQ, AWQ, compressed-tensors and bitsandbytes."""
 _ROWS_AT_ONCE = 4096
 
@@ -51,8 +51,8 @@ def _check_no_others(weights: HuggingFaceWeights, shape: ModelShape) -> None:
             _check_tied_head(weights, shape)
             continue
         reason = "this model has no biases" if name.endswith(".bias") else "config.json describes no such tensor"
-        if any(part in name for part in _QUANTISED):
-            reason = "quantised weights are not read; dequantise the model first"
+        if any(part in name for part in _QUANTIZED):
+            reason = "quantized weights are not read; dequantize the model first"
         raise UserError(
             f"{weights.option} {weights.folder}: there is a tensor {name} in {weights.file(name)}, but {reason}."
         )

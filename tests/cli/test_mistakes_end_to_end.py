@@ -215,7 +215,7 @@ MODEL_MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("broken config", write_config('{"model_type": '), ["config.json is not valid JSON"]),
     ("config of a list", write_config("[]"), ["config.json holds a list"]),
     ("another family", set_config(model_type="qwen2"), ['model_type is "qwen2"', 'only "llama" and "mistral" models']),
-    ("quantised", set_config(quantization_config={"bits": 4}), ["a quantized model is not supported"]),
+    ("quantized", set_config(quantization_config={"bits": 4}), ["a quantized model is not supported"]),
     ("biases", set_config(attention_bias=True), ["attention_bias = true is not supported"]),
     ("smaller than the tokenizer", set_config(vocab_size=300), ["has ids up to 333", "vocabulary has 300 rows"]),
     ("broken tokenizer", lambda model: (model / "tokenizer.json").write_text("{") and None, ["cannot be read"]),

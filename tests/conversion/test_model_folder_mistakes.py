@@ -31,7 +31,7 @@ def reshape_a_tensor(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS)
 
 
-def quantise_a_tensor(folder: Path) -> None:
+def quantize_a_tensor(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     name = "model.layers.0.self_attn.q_proj.weight"
     weights[name] = weights[name].to(torch.int8)
@@ -81,7 +81,7 @@ def add_a_norm_of_queries(folder: Path) -> None:
     add(folder, "model.layers.0.self_attn.q_norm.weight", torch.ones(16))
 
 
-def add_quantised_parts(folder: Path) -> None:
+def add_quantized_parts(folder: Path) -> None:
     add(folder, "model.layers.3.mlp.down_proj.qweight", torch.zeros(4, 4, dtype=torch.int32))
 
 
@@ -93,7 +93,7 @@ def tie_to_another_head(folder: Path) -> None:
 MISTAKES_OF_THE_CHECK: list[tuple[Callable[[Path], None], list[str]]] = [
     (add_a_bias, ["model.layers.0.self_attn.q_proj.bias", "has no biases"]),
     (add_a_norm_of_queries, ["model.layers.0.self_attn.q_norm.weight", "describes no such tensor"]),
-    (add_quantised_parts, ["model.layers.3.mlp.down_proj.qweight", "dequantise"]),
+    (add_quantized_parts, ["model.layers.3.mlp.down_proj.qweight", "dequantize"]),
     (tie_to_another_head, ["tie_word_embeddings", "lm_head.weight and model.embed_tokens.weight differ"]),
 ]
 """Nothing that the loader reads is wrong here, so only the check before a model is built finds them."""
@@ -101,7 +101,7 @@ MISTAKES_OF_THE_CHECK: list[tuple[Callable[[Path], None], list[str]]] = [
 MISTAKES: list[tuple[Callable[[Path], None], list[str]]] = [
     (remove_a_tensor, ["model.layers.2.mlp.up_proj.weight is missing"]),
     (reshape_a_tensor, ["model.layers.1.self_attn.k_proj.weight has shape [16, 64]", "config.json asks for [32, 64]"]),
-    (quantise_a_tensor, ["model.layers.0.self_attn.q_proj.weight is stored as I8", "dequantise"]),
+    (quantize_a_tensor, ["model.layers.0.self_attn.q_proj.weight is stored as I8", "dequantize"]),
     (cut_the_file, [f"{WEIGHTS} cannot be read"]),
     (empty_the_file, [f"{WEIGHTS} cannot be read"]),
     (
