@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs from Debian's packages what the tests marked `system` start, and the shells whose completion is tested. Where
+# Installs from Debian's packages what the tests marked `system` start, and the shells and the browser of other tests. Where
 # that cannot be done they skip, with the reason.
 set -euo pipefail
 
-PACKAGES=(docker.io docker-compose debootstrap slurm-wlm munge iproute2 zsh fish)
+PACKAGES=(docker.io docker-compose debootstrap slurm-wlm munge iproute2 zsh fish chromium)
 
 if ! command -v apt-get >/dev/null || [[ $(id -u) != 0 ]]; then
     echo "system tests: nothing is installed, because that takes apt-get and root"
