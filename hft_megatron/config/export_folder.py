@@ -1,4 +1,5 @@
-"""The --save-hf folder of a run that exports while it trains: a folder for each iteration, and which is the best.
+"""The --save-hf folder of a run: its export at the end and, of a run that exports while it trains, a folder for each
+iteration, and which is the best.
 
 Only rank 0 writes here. Every folder is written under a hidden name and renamed when it is complete. Imports no torch.
 """
@@ -149,6 +150,11 @@ class ExportFolder:
         self._write(noted)
         reasons = "; ".join(failure for failure in failures if failure is not None)
         return [*lines, f"> older exports could not be deleted: {reasons}"] if reasons else lines
+
+    def note_only_final(self, run: str, iteration: int) -> None:
+        """Notes that the files here are the export at the end of ``run``, which makes no others."""
+        files = tuple(sorted(path.name for path in self.path.iterdir()))
+        self._write(Noted(run=run, final_iteration=iteration, final_files=files))
 
     def publish_final(self, unfinished: Path, iteration: int) -> None:
         """Moves the export at the end of the run into the folder itself, config.json last: without it nothing loads."""

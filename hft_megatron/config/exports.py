@@ -85,11 +85,11 @@ def check_filled_export_folder(config: RunConfig) -> None:
     checkpoint = config.checkpoint
     assert checkpoint.save_hf is not None
     folder = ExportFolder(Path(checkpoint.save_hf))
-    noted = None if checkpoint.save_hf_interval is None else folder.noted()
-    if noted is None or folder.strangers():
+    noted = folder.noted()
+    if noted is None or folder.strangers() or checkpoint.save is None:
         raise UserError(f"--save-hf {folder.path} is not empty; choose a new folder, or empty this one.")
     # All folders, not just the recorded ones: a run that resumes earlier leaves later exports unrecorded meanwhile.
-    if noted.run != _run_in(checkpoint.save) and (noted.final_files or any(folder.iteration_folders())):
+    if noted.run != run_in(checkpoint.save) and (noted.final_files or any(folder.iteration_folders())):
         raise UserError(
             f"--save-hf {folder.path} holds exports of a run other than the one in --save {checkpoint.save}; choose a "
             f"new folder, or empty this one."
@@ -102,7 +102,8 @@ def check_filled_export_folder(config: RunConfig) -> None:
         )
 
 
-def _run_in(save: str | None) -> str | None:
+def run_in(save: str | None) -> str | None:
+    """``RunIdentity.run_id`` of the run in a --save folder; None where there is none."""
     if save is None or not (Path(save) / RUN_IDENTITY_FILE).exists():
         return None
     return RunIdentity.read("--save", save).run_id
@@ -128,7 +129,7 @@ def check_adapter_folder(config: RunConfig) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     noted = AdapterNote.read(target)
-    if noted is None or noted.run != _run_in(checkpoint.save):
+    if noted is None or noted.run != run_in(checkpoint.save):
         raise UserError(f"{given} already exists; choose a new folder, or remove this one.")
     last = known_train_iters(config.training)
     if last not in (None, noted.iteration):

@@ -106,7 +106,8 @@ def _targets(options: LoraConfig) -> tuple[str, ...]:
     unknown = next((name for name in given if name not in TARGETS), None)
     if unknown is not None:
         raise UserError(
-            f"--lora-targets {options.lora_targets}: {unknown or 'an empty name'} is not one of {', '.join(TARGETS)}."
+            f"--lora-targets {options.lora_targets}: {unknown or 'an empty name'} is not one of {', '.join(TARGETS)}; "
+            f"leave --lora-targets out for all of them."
         )
     return tuple(name for name in TARGETS if name in given)
 
@@ -202,9 +203,10 @@ def adapters_train_alone(config: RunConfig, shape: ModelShape, world_size: int) 
     for name in chosen:
         value = getattr(hft, name)
         if value != getattr(usual, name) and (name, value) != ("hft_ratio", 1):
+            shown = flag(name) if value is True else f"{flag(name)} {value}"
             raise UserError(
-                f"{flag(name)} {value} chooses which of the model's weights train, but with {given} none does: only "
-                f"adapters train; leave one of the two out."
+                f"{shown} chooses which of the model's weights train, but with {given} none does: only adapters train; "
+                f"leave one of the two out."
             )
     if hft.hft_round_interval != "stage":
         raise UserError(

@@ -236,10 +236,17 @@ def differences(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object,
 
 def _sizes(saved: RunIdentity, new: RunIdentity) -> list[tuple[str, object, object]]:
     """(name, saved value, new value) of every size of the model."""
-    return [
-        (f"model's {field.name.replace('_', ' ')}", getattr(saved.shape, field.name), getattr(new.shape, field.name))
-        for field in fields(ModelShape)
-    ]
+    old, now = saved.shape.adapters, new.shape.adapters
+    values = _fields_of("model's", replace(saved.shape, adapters=None), replace(new.shape, adapters=None))
+    if old is None or now is None:
+        return [*values, ("model's adapters", old, now)]
+    return [*values, *_fields_of("adapters'", old, now)]
+
+
+def _fields_of(whose: str, saved: Any, new: Any) -> list[tuple[str, object, object]]:
+    """(name, saved value, new value) of every field of two dataclasses of one kind."""
+    pairs = ((field.name, getattr(saved, field.name), getattr(new, field.name)) for field in fields(saved))
+    return [(f"{whose} {name.replace('_', ' ')}", _written(old), _written(now)) for name, old, now in pairs]
 
 
 def _written(value: Any) -> Any:

@@ -33,20 +33,20 @@ def keep_safe_changes(inputs: MergeInputs, sparsity: float, announce: Announce) 
     Where W0 is 0, S is minus infinity, the limit for a small W0: those are reset first. Norms, which are no matrices,
     keep the tuned values. Raises UserError as ``half_reset`` does.
     """
-    kept = entries = 0
+    changed = entries = 0
 
     def pick(name: str, tuned: HuggingFaceWeights, base: HuggingFaceWeights) -> Iterator[Tensor]:
-        nonlocal kept, entries
+        nonlocal changed, entries
         new, old = tuned.read(name), base.read(name)
         if new.dim() == 1:
             yield new
             return
-        keeps = is_safe(new, old, sparsity)
-        kept, entries = kept + int(keeps.sum()), entries + keeps.numel()
-        yield torch.where(keeps, new, old)
+        picked = torch.where(is_safe(new, old, sparsity), new, old)
+        changed, entries = changed + int((picked != old).sum()), entries + picked.numel()
+        yield picked
 
     _write(inputs, pick, "fapm", {"sparsity": sparsity, "rule": "|tau| - mean(|W0|) x |tau| / |W0|"}, announce)
-    announce(f"fapm: {kept:,} of the {entries:,} entries of matrices have the tuned model's values, others the base's")
+    announce(f"fapm: {changed:,} of the {entries:,} entries of matrices differ from the base's, with the tuned values")
 
 
 def is_safe(tuned: Tensor, base: Tensor, sparsity: float) -> Tensor:
@@ -130,7 +130,8 @@ def merge_changes(inputs: Sequence[MergeInputs], density: float, coefficient: fl
         }
         _write(first, elect, "ties", rule, announce)
     announce(
-        f"ties: {first.output} has the base's weights and the largest {density:g} of {len(inputs)} models' changes"
+        f"ties: {first.output} has the base's weights and the largest {density:g} of the changes of {len(inputs)} "
+        f"{'model' if len(inputs) == 1 else 'models'}"
     )
 
 

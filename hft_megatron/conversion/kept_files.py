@@ -58,6 +58,9 @@ class NewFolder:
     """Target of a single export, in a folder that appears with it."""
 
     target: Path
+    run: str | None = None
+    """``RunIdentity.run_id`` of a run that may be started again, for ``exports.json``; None for other commands."""
+    iteration: int = 0
 
     def open(self) -> Path:
         unfinished = self.target.with_name(UNFINISHED.format(self.target.name))
@@ -66,6 +69,8 @@ class NewFolder:
         return unfinished
 
     def publish(self, unfinished: Path) -> list[str]:
+        if self.run is not None:
+            ExportFolder(unfinished).note_only_final(self.run, self.iteration)
         os.replace(unfinished, self.target)
         return []
 

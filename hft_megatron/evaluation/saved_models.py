@@ -12,6 +12,7 @@ from hft_megatron.checkpoint.folders import DIGESTS_FILE, end_of_chain, identity
 from hft_megatron.checkpoint.saved_run import SavedRun
 from hft_megatron.checkpoint.store import load_weights as load_checkpoint
 from hft_megatron.checkpoint.verification import damage_of, shared_digest
+from hft_megatron.config.lora import ADAPTER_CONFIG_FILE
 from hft_megatron.config.model_shape import HF_CONFIG_FILE, ModelShape, load_hf_config
 from hft_megatron.config.parallel import ParallelConfig
 from hft_megatron.config.run import RunConfig
@@ -59,6 +60,10 @@ class SavedModel:
             refuse_if_unreadable(run.checkpoint, read_digests(run.checkpoint))
             return SavedModel(option=option, name=name, shape=run.identity.shape, run=run)
         if not (folder / HF_CONFIG_FILE).exists():
+            if (folder / ADAPTER_CONFIG_FILE).exists():
+                raise UserError(
+                    f"{option} {name} is an adapter without its model; merge the two first, as docs/lora.md shows."
+                )
             raise UserError(
                 f"{option} {name} has neither {HF_CONFIG_FILE} (a Hugging Face folder) nor {RUN_IDENTITY_FILE} (the "
                 f"--save of a run); name one of the two."

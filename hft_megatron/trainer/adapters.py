@@ -6,9 +6,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import Parameter
 
+from hft_megatron.config.exports import run_in
 from hft_megatron.config.lora import AdapterNote
-from hft_megatron.config.run_folder import RUN_IDENTITY_FILE
-from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.conversion.adapter_folder import adapter_values, export_adapter
 from hft_megatron.conversion.kept_files import NewFolder
 from hft_megatron.conversion.save import Announce
@@ -41,7 +40,8 @@ def save_adapter(
 
     ``wrapped`` is None where nothing trains; then the values come from --lora-adapter, or from the weights.
     """
-    note = on_rank_0(lambda: _note(inputs.config.checkpoint.save, iteration))
+    run = on_rank_0(lambda: run_in(inputs.config.checkpoint.save))
+    note = None if run is None else AdapterNote(run=run, iteration=iteration)
     if note is not None and on_rank_0(lambda: AdapterNote.read(target)) == note:
         announce(f"> --save-lora {target} already holds the adapter of iteration {iteration}")
         return
@@ -63,9 +63,3 @@ def save_adapter(
         values=values,
         note=note,
     )
-
-
-def _note(save: str | None, iteration: int) -> AdapterNote | None:
-    if save is None or not (Path(save) / RUN_IDENTITY_FILE).exists():
-        return None
-    return AdapterNote(run=RunIdentity.read("--save", save).run_id, iteration=iteration)

@@ -19,7 +19,7 @@ from hft_megatron.checkpoint.writer import CheckpointWriter, SavedCheckpoint
 from hft_megatron.config.adapters import Adapters, has_adapter
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.export_folder import ExportFolder
-from hft_megatron.config.exports import best_metric, higher_is_better
+from hft_megatron.config.exports import best_metric, higher_is_better, run_in
 from hft_megatron.config.loading import write_resolved
 from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE, RUN_IDENTITY_FILE, SPECTRUM_FILE, write_atomically
 from hft_megatron.config.run_identity import RunIdentity
@@ -284,11 +284,12 @@ class Exporter:
             save_adapter(target, self.inputs, chunks, iteration, wrapped, self.placement, self.announce)
         if self.options.save_hf is None:
             return
-        folder = exports_of(self.options)
-        if on_rank_0(lambda: folder is not None and folder.has_final()):
-            self.announce(f"> --save-hf {self.options.save_hf} already holds the export of iteration {iteration}")
+        target = Path(self.options.save_hf)
+        if on_rank_0(ExportFolder(target).has_final):  # of this run and iteration: the checks refuse any other
+            self.announce(f"> --save-hf {target} already holds the export of iteration {iteration}")
             return
-        destination: Destination = NewFolder(target=Path(self.options.save_hf))
+        folder, run = exports_of(self.options), on_rank_0(lambda: run_in(self.options.save))
+        destination: Destination = NewFolder(target=target, run=run, iteration=iteration)
         if folder is not None:
             destination = FinalExport(folder=folder, iteration=iteration)
         self.export(destination, chunks, trained)

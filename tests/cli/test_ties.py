@@ -27,7 +27,7 @@ def test_several_models_become_one_folder_with_a_record_of_them(
     make_pair(tmp_path / "second")
     other = tmp_path / "second" / "tuned"
     assert main(["ties", *words(pair, tmp_path / "out", "--others", other, "--density", 1)]) == EXIT_OK
-    assert "has the base's weights and the largest 1 of 2 models' changes" in capsys.readouterr().out
+    assert "has the base's weights and the largest 1 of the changes of 2 models" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "ties.json").read_text())
     assert (record["density"], record["coefficient"], record["others"][0]["folder"]) == (1.0, 1.0, str(other))
     # Both models changed alike, so that their mean is either.

@@ -80,6 +80,8 @@ def test_the_plan_of_a_model_with_adapters_trains_them_all_and_nothing_else() ->
         ({"lora_alpha": 8.0}, "--lora-alpha 8.0 needs --lora-rank"),
         ({"save_lora": "out"}, "--save-lora out needs --lora-rank"),
         ({"lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "lm_head is not one of q_proj"),
+        ({"lora_rank": 4, "lora_targets": "all-linear"}, "down_proj; leave --lora-targets out for all of them."),
+        ({"lora_rank": 4, "hft_freeze_embedding": True}, "--hft-freeze-embedding chooses which of the model's"),
         ({"lora_rank": 4, "hft_ratio": 0.25}, "--hft-ratio 0.25 chooses which of the model's weights train"),
         ({"lora_rank": 4, "hft_selection": "lisa"}, "--hft-selection lisa chooses"),
         ({"lora_rank": 4, "hft_plan": "plan.json"}, "--hft-plan plan.json chooses"),

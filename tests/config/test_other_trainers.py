@@ -317,7 +317,7 @@ def switches() -> Iterator[Row]:
     yield from (ROWS[name.replace("_", "-")] for name in SWITCHES.split())
 
 
-@pytest.mark.parametrize("row", switches(), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", list(switches()), ids=lambda row: row.name)
 def test_a_switch_that_is_off_asks_for_nothing(row: Row) -> None:
     for value in ("false", "False", "no", "off", "0", "f", "n"):
         said = alone(row, value)

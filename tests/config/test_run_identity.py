@@ -197,7 +197,7 @@ def test_a_new_run_from_adapters_may_change_their_dropout_and_nothing_else() -> 
         return changed(shape=replace(SHAPE, adapters=replace(adapters, **values)))
 
     check_same_model(with_adapters, other(dropout=0.0), "run")
-    with pytest.raises(UserError, match=r"model's adapters"):
+    with pytest.raises(UserError, match=r"another run: its adapters' dropout is 0.1, but this command's is 0.0"):
         check_same_run(with_adapters, other(dropout=0.0), "run")
     for saved, new, sentence in (
         (with_adapters, other(rank=8), "whose adapters have rank 4, .*, but this command's have rank 8"),

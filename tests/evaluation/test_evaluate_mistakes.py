@@ -37,6 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_byte_level(make_llama(folder / "small", vocab_size=300))
     (folder / "weightless").mkdir()
     shutil.copy(folder / "model" / "config.json", folder / "weightless")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "there.json").write_text("{}")
     (folder / "nothing.jsonl").write_text("")
     rows = [{"question": "Say", "answer": "A", "options": ["one", " "]}]
@@ -93,6 +95,7 @@ EARLY = [
         "--model model --tasks tasks.yaml --frontier-learning loss",
         "--frontier-learning loss needs --frontier; add it, or leave --frontier-learning out.",
     ),
+    ("--model adapter --tasks tasks.yaml", "--model adapter is an adapter without its model; merge the two first"),
     ("--model model --base absent --tasks tasks.yaml", "--base absent has neither config.json"),
     ("--model model --base small --tasks tasks.yaml", "cannot be compared weight by weight"),
     ("--compare there.json there.json --model model", "--model model cannot be used with --compare"),

@@ -338,6 +338,11 @@ RUNS: dict[str, list[str]] = {
 }
 RESUMED = ("asft", "asft in bf16", "ift")
 """With a copy of weights, and with predictions that come back over the pipeline."""
+SAID = {
+    "asft": "> objective: asft, and 0.1 x the KL divergence from the first weights",
+    "ift": "> objective: ift (--ift-lambda 0.2, --ift-gamma 0.95, --ift-weights authors)",
+    "talr": "> objective: talr",
+}
 RUNS["ift alone"] += ["--recompute-method", "uniform", "--recompute-num-layers", "1", "--hft-freeze-embedding"]
 
 
@@ -365,6 +370,7 @@ def test_a_run_logs_the_plain_loss_too_validates_by_it_and_resumes_to_the_last_b
     measured = {"lm loss", "objective loss"} | ({"kl to base"} if name.startswith("asft") else set())
     assert all(measured <= line.keys() for line in trained)
     assert not any(key.startswith(("objective", "kl")) for key in (*start, *end) if key.endswith("validation"))
+    assert SAID[name.split()[0]] in whole[0]["said"]
     assert any("warning: --ift-weights authors" in line for line in whole[0]["said"]) == name.startswith("ift")
     if name.startswith("asft"):
         assert trained[0]["kl to base"] == 0.0 < trained[-1]["kl to base"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hft_megatron.config.export_folder import EXPORTS_FILE
 from hft_megatron.errors import UserError
 from hft_megatron.trainer.convert import convert_checkpoint
 from tests.support.ranks import RankPools
@@ -64,7 +65,8 @@ def convert(load: Path, save_hf: Path, *, iteration: int | None = None, save_dty
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Those of the model, without the note of the run that exported it."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != EXPORTS_FILE}
 
 
 def train(ranks: RankPools, folder: Path, case: str, *more: object) -> tuple[Path, Path]:

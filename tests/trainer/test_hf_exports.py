@@ -110,6 +110,26 @@ def test_a_run_that_was_stopped_resumes_with_its_exports_and_notes(
     )
 
 
+def test_a_finished_run_that_is_started_again_keeps_its_only_export(
+    ranks: RankPools, inputs: Path, tmp_path: Path
+) -> None:
+    def run(*options: object) -> list[str]:
+        saves = ["--save", tmp_path / "run", "--load", tmp_path / "run", "--save-hf", tmp_path / "out"]
+        return words_for(inputs, "--bf16", "--lr-warmup-iters", 0, *saves, *options)
+
+    ranks(1).run(run_sft_words, words=run("--train-iters", 2))
+    before = files(tmp_path / "out")
+    assert noted_in(tmp_path)["final_iteration"] == 2
+    [again] = ranks(1).run(run_sft_words, words=run("--train-iters", 2))
+    assert any("out already holds the export of iteration 2" in line for line in again["said"])
+    assert files(tmp_path / "out") == before
+    [longer] = ranks(1).run(run_refused, words=run("--train-iters", 3))
+    assert "already holds the final export of this run, of iteration 2; choose a new folder" in longer
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    [other] = ranks(1).run(run_refused, words=run("--train-iters", 2))
+    assert f"holds exports of a run other than the one in --save {tmp_path}/run" in other
+
+
 def test_exports_of_another_run_are_not_touched(ranks: RankPools, inputs: Path, tmp_path: Path) -> None:
     ranks(1).run(run_sft_words, words=words(inputs, tmp_path, "--train-iters", 3), kill_at=2)
     before = files(tmp_path / "out" / "iter_0000002")

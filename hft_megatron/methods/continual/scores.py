@@ -45,7 +45,8 @@ class Scores:
         if not asked:
             return
         row = self._row(after)
-        run.announce(f"> evaluating {len(asked)} tasks {'before the first task' if after == 0 else f'after {row}'}")
+        tasks_in_words = "1 task" if len(asked) == 1 else f"{len(asked)} tasks"
+        run.announce(f"> evaluating {tasks_in_words} {'before the first task' if after == 0 else f'after {row}'}")
         compares = self._base is not None and after > 0 and any(read.task.kind == "text" for read in asked)
         with model_of(run) as model:
             self._ask(run, after, asked, model, compares=compares)

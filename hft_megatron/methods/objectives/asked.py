@@ -11,7 +11,7 @@ from hft_megatron.data.batches import BatchShare, StepBatch
 from hft_megatron.methods.dpo.reference import ModelReference, SharedReference
 from hft_megatron.methods.dpo.reference_of_run import reference_in_memory
 from hft_megatron.methods.objectives.last_hidden import attach_hidden_states, attach_without_adapters
-from hft_megatron.methods.objectives.registry import chosen, kl_weight
+from hft_megatron.methods.objectives.registry import chosen, in_words, kl_weight
 from hft_megatron.methods.objectives.weighted import BASE_HEAD
 from hft_megatron.model.llama import LlamaModel
 from hft_megatron.optimizer.wrapping import WrappedModel
@@ -116,6 +116,8 @@ def asked_of_run(
     config, asked = inputs.config, list[TrainedModel | FirstWeights]()
     if train_iters(config.training) == 0 or inputs.is_over:  # the run that it started from may be deleted by then
         return None
+    if in_words(config) is not None:
+        announce(f"> objective: {in_words(config)}")
     if kl_weight(config) > 0:
         kind = config.objectives.kl_reference
         assert kind != "precompute", "the rules of the options refuse it"

@@ -66,6 +66,15 @@ def kl_weight(config: RunConfig) -> float:
     return chosen(config).kl_to_base if given is None else given
 
 
+def in_words(config: RunConfig) -> str | None:
+    """The objective and its options, for the log; None for the plain loss alone."""
+    name, weight = config.objectives.objective, kl_weight(config)
+    options = [f"{flag(option)} {getattr(config.objectives, option)}" for option in chosen(config).options]
+    words = f"{name} ({', '.join(options)})" if options else name
+    words += f", and {weight:g} x the KL divergence from the first weights" if weight else ""
+    return None if words == "nll" else words
+
+
 def objective_of(config: RunConfig) -> Objective:
     """The objective that the options of a fine-tuning describe."""
     return chosen(config).load(config)
