@@ -60,6 +60,6 @@ bench: $(STAMP)
 	$(BIN)/python tools/bench/reference.py --rounds 1 --output runs/bench/reference.json
 	$(BIN)/python tools/bench/checkpoints.py --pairs 1 --output runs/bench/checkpoints.json
 	$(BIN)/python tools/bench/generate.py --pairs 3 --output runs/bench/generate.json
-	$(BIN)/python tools/bench/head.py --pairs 3 --output runs/bench/head.json
-	$(BIN)/python tools/bench/peers.py --rounds 5 --work 128 --work 512 --set "before and DDP" --set full --set FSDP2 \
+	$(BIN)/python tools/bench/head.py --pairs 1 --output runs/bench/head.json
+	$(BIN)/python tools/bench/peers.py --rounds 3 --work 128 --work 512 --set "before and DDP" --set full --set FSDP2 \
 		--output runs/bench/peers.json
