@@ -195,6 +195,10 @@ start_ranks() { # WORDS...
     set +m
     wait "$CHECK"
     CHECK=
+    local word
+    for word in "$@"; do
+        [[ $word != --check ]] || exit 0
+    done
     mkdir -p "$SAVE" || mistake "SAVE=$SAVE cannot be made; choose a folder that can be written."
 
     if ((NNODES == 1)); then

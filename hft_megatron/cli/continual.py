@@ -75,7 +75,7 @@ def run(options: ContinualOptions, status: StatusFolder) -> None:
         parts=parts,
     )
     if options.check:
-        show("\n".join(check_sequence(sequence, world_size)))
+        note("\n".join(check_sequence(sequence, world_size)))
         return
     launch.place_this_process()
     contents = run_sequence(sequence, world_size, announce=note, on_loss=end_of_peers(status))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note, show
+from hft_megatron.cli.boundary import StatusFolder, end_of_peers, note
 from hft_megatron.config.checkpoint import CheckpointConfig
 from hft_megatron.config.derived import data_parallel_size, global_batch_size
 from hft_megatron.config.flags import flags_of
@@ -105,8 +105,8 @@ def run_method(method: MethodName, options: TrainingOptions, status: StatusFolde
     if options.check:
         from hft_megatron.trainer.stages import check_inputs
 
-        check_inputs(METHODS[method], config, shape, world_size)
-        show(_all_is_well(config, shape, world_size))
+        check_inputs(METHODS[method], config, shape, world_size, note)
+        note(_all_is_well(config, shape, world_size))
         return
     launch.place_this_process()
     from hft_megatron.trainer.assembly import run_training
@@ -135,7 +135,7 @@ def _run_stages(
 
     if check:
         lines, _ = check_stages(stages, world_size, METHODS)
-        show("\n".join([*lines, _all_is_well(config, shape, world_size)]))
+        note("\n".join([*lines, _all_is_well(config, shape, world_size)]))
         return
     launch.place_this_process()
     run_stages(stages, shape, world_size, METHODS, on_loss=end_of_peers(status))

@@ -18,6 +18,7 @@ from hft_megatron.config.run_folder import RESOLVED_CONFIG_FILE
 from hft_megatron.config.run_identity import RunIdentity
 from hft_megatron.config.stages import Stage, numbered, with_rounds_in_turn
 from hft_megatron.config.validation import shape_of
+from hft_megatron.conversion.save import Announce
 from hft_megatron.data.order import with_iterations
 from hft_megatron.errors import OnLoss, UserError
 from hft_megatron.parallel.groups import leave_groups, stop_groups
@@ -32,13 +33,15 @@ from hft_megatron.trainer.resume import with_schedule
 Methods = Mapping[MethodName, Method]
 
 
-def check_inputs(method: Method, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
-    """Reads tokenizer, data and the saved run, and prints a summary; UserError for the first mistake."""
+def check_inputs(
+    method: Method, config: RunConfig, shape: ModelShape | None, world_size: int, announce: Announce
+) -> None:
+    """Reads tokenizer, data and the saved run, and announces a summary; UserError for the first mistake."""
     inputs = read_inputs(method, config, shape, world_size)
     check_not_discarded(inputs.found)
     for line in inputs.describe():
-        print(line)
-    with_schedule(inputs, world_size, print)
+        announce(line)
+    with_schedule(inputs, world_size, announce)
 
 
 def check_stages(stages: Sequence[Stage], world_size: int, methods: Methods) -> tuple[list[str], list[int]]:

@@ -55,7 +55,9 @@ class Training:
         self.calls.append(("run", config, shape))
         self.outcome()
 
-    def check_inputs(self, method: str, config: RunConfig, shape: ModelShape | None, world_size: int) -> None:
+    def check_inputs(
+        self, method: str, config: RunConfig, shape: ModelShape | None, world_size: int, announce: object
+    ) -> None:
         self.calls.append(("check", config, shape))
         self.outcome()
 

@@ -90,6 +90,9 @@ def test_check_says_ok_and_trains_nothing(
         f"OK: a LLaMA of {SHAPE.parameter_count():,} parameters on TP 2 x PP 1 x DP 2, global batch size 2"
     ]
     assert not (tmp_path / "run" / "status.json").exists()
+    monkeypatch.setenv("RANK", "1")
+    assert main([*options, "--check", "--tensor-model-parallel-size", "2"]) == errors.EXIT_OK
+    assert capsys.readouterr().out == ""
 
 
 def test_a_mistake_in_the_data_is_found_by_check(

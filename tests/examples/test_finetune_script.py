@@ -187,6 +187,12 @@ def test_the_check_comes_first_and_for_all_ranks(script: Script) -> None:
     assert start["words"][-len(check["words"]) + 4 :] == check["words"][4:]
 
 
+def test_only_a_check_starts_nothing(script: Script) -> None:
+    assert script.run("--check").returncode == 0
+    assert len(script.calls()) == 1
+    assert not script.save.exists()
+
+
 def test_a_failing_check_starts_nothing_and_leaves_no_folder(script: Script) -> None:
     assert script.run(STAND_IN_CHECK="2").returncode == 2
     assert len(script.calls()) == 1
