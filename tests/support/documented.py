@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from tests.support.corpora import random_documents, write_corpus
 from tests.support.forked import REPOSITORY
@@ -171,7 +172,8 @@ class Sandbox:
         """The text with folders of its own, and the models that it names there."""
         for name in re.findall(r"/models/([\w.-]+)", text):
             if not (self.root / "models" / name).exists():
-                self._stand_in(self.root / "models" / name)
+                make = self._stand_in_adapter if name.endswith("-lora") else self._stand_in
+                make(self.root / "models" / name)
         return _ROOTS.sub(lambda match: f"{self.root}/{match[1]}", text)
 
     def _stand_in(self, folder: Path) -> None:
@@ -184,6 +186,14 @@ class Sandbox:
             name: each + others * 1e-3 * torch.randn(each.shape, generator=noise) for name, each in weights.items()
         }
         save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _stand_in_adapter(self, folder: Path) -> None:
+        """An adapter of PEFT's in ``folder``."""
+        from peft import LoraConfig, get_peft_model
+
+        model = LlamaForCausalLM.from_pretrained(self._tiny / "model")
+        options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(model, options).save_pretrained(folder)
 
     def _environment(self, manner: Manner) -> dict[str, str]:
         bins = [self.root / "bin" / name for name in (["check"] if manner == "check" else []) + ["stub", "plain"]]
