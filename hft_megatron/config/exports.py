@@ -86,7 +86,7 @@ def check_filled_export_folder(config: RunConfig) -> None:
     assert checkpoint.save_hf is not None
     folder = ExportFolder(Path(checkpoint.save_hf))
     noted = folder.noted()
-    if noted is None or folder.strangers() or checkpoint.save is None:
+    if noted is None or folder.strangers():
         raise UserError(f"--save-hf {folder.path} is not empty; choose a new folder, or empty this one.")
     # All folders, not just the recorded ones: a run that resumes earlier leaves later exports unrecorded meanwhile.
     if noted.run != run_in(checkpoint.save) and (noted.final_files or any(folder.iteration_folders())):

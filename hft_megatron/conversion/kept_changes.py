@@ -42,7 +42,8 @@ def keep_safe_changes(inputs: MergeInputs, sparsity: float, announce: Announce) 
             yield new
             return
         picked = torch.where(is_safe(new, old, sparsity), new, old)
-        changed, entries = changed + int((picked != old).sum()), entries + picked.numel()
+        # Not a sum, for which torch would make a copy in int64.
+        changed, entries = changed + int(torch.count_nonzero(picked != old)), entries + picked.numel()
         yield picked
 
     _write(inputs, pick, "fapm", {"sparsity": sparsity, "rule": "|tau| - mean(|W0|) x |tau| / |W0|"}, announce)
